@@ -1,0 +1,33 @@
+# make demo   export the embedded demo checkpoint, self-test the bundle, classify its images
+# make test   ruff, mypy, pytest
+# Both set themselves up from nothing: a virtual environment in .venv with everything they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench setup clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/evm-export --target onnx --out dist --force
+	$(BIN)/evm-run dist/evm_digits-onnx-fp32-64x64 --selftest
+	$(BIN)/python -m evm_deploy.demo dist/evm_digits-onnx-fp32-64x64
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+bench: setup
+	$(BIN)/python benchmarks/portable.py
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

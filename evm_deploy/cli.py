@@ -1,0 +1,290 @@
+"""evm-export and evm-run: parse, call one public function, print, return a code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evm_deploy import __version__
+from evm_deploy.console import EXIT_CODES, Parser, Steps, run_command
+from evm_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from evm_deploy.export.bundle import Bundle
+    from evm_deploy.export.plan import ExportPlan
+
+
+def export_parser() -> Parser:
+    parser = Parser(
+        "evm-export",
+        description="Export a trained EfficientVMamba checkpoint to a verified bundle.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
+    add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), or all")
+    add("--precision", default="fp32", metavar="P", help="fp32 (default), fp16")
+    for short in ("fp16", "int8"):
+        add(f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}")
+    add("--imgsz", metavar="N|HxW", help="input pixels, 224 or 224x288; default: as saved with the weights, else 224")
+    add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
+    add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
+    add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
+    add("--scan", default="auto", metavar="S", help="auto (default) or portable: standard ops only")
+    add("--opset", default="20", metavar="N", help="ONNX opset, 18 to 23, default 20")
+    add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
+    add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")
+    add("--labels", metavar="FILE", help="class names, one per line, in the order of the head")
+    add("--mean", metavar="R,G,B", help="of channels scaled to 0..1; default ImageNet's")
+    add("--std", metavar="R,G,B", help="likewise")
+    add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
+    add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
+    add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
+    add("--force", action="store_true", help="replace an existing bundle")
+    add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
+    _common(parser)
+    add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
+    return parser
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-export`. Returns the exit code."""
+    parser = export_parser()
+    args = parser.parse_args(argv)
+
+    def body() -> int:
+        settings = args
+        if args.config:
+            from evm_deploy.config import read_config
+
+            parser.set_defaults(**read_config(Path(args.config), parser))
+            settings = parser.parse_args(argv)
+        return _export(settings)
+
+    return run_command("evm-export", body, args.verbose)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from evm_deploy.export.pipeline import export
+    from evm_deploy.export.target import check_plan, get_target, load_targets, resolve_names
+
+    if not args.target:
+        raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
+    plans = [_plan(args, name) for name in resolve_names(args.target)]
+    for plan in plans:  # all of them, before the first one works for minutes
+        check_plan(get_target(plan.target), plan)
+    checkpoint = _checkpoint(args)
+    steps = Steps(args.quiet)
+    results: list[Any] = []
+    for plan in plans:
+        if args.dry_run:
+            facts = _dry_run(checkpoint, plan, args)
+            results.append(facts)
+            if not args.json:
+                print("\n".join(f"{key:<10} {value}" for key, value in facts.items()))
+            continue
+        start = time.perf_counter()
+        bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
+        seconds = time.perf_counter() - start
+        results.append({"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)})
+        if not args.json:
+            print(export_summary(bundle, seconds))
+    if args.json:
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
+    return 0
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(bundle.manifest.to_json())
+    return {"artifact_bytes": bundle.size_bytes, "manifest": manifest}
+
+
+def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
+    """What an export would do, everything checked that can be without tracing."""
+    from evm_deploy.export.bundle import check_free
+    from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
+    from evm_deploy.export.target import get_target
+    from evm_deploy.model.checkpoint import load_checkpoint
+
+    target = get_target(plan.target)
+    require_toolchain(target)
+    _, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
+    plan, preprocessing = complete(plan, spec)
+    path = bundle_path(args.out, target, plan, spec)
+    check_free(path, args.force)
+    height, width = preprocessing.size
+    return {
+        "Would": f"export {spec.name} -> {target.name} {plan.precision}, {height}x{width}, batch {plan.batch}",
+        "Model": f"{spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
+        "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
+        "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+        "Output": plan.head,
+        "Scan": plan.scan,
+        "Bundle": str(path),
+    }
+
+
+def export_summary(bundle: Bundle, seconds: float) -> str:
+    """The last block: what was made, how exact it is, where it is, what to do next."""
+    m, parity = bundle.manifest, bundle.manifest.parity
+    height, width = m.preprocessing["size"]
+    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {height}x{width}"
+    lines = [
+        ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
+        (
+            "Parity",
+            f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
+        ),
+        ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
+        *(("Note", note) for note in m.notes),
+        *(
+            ("Dropped", f"{len(keys)} keys: {', '.join(keys[:4])}")
+            for keys in [m.model["checkpoint"]["dropped"]]
+            if keys
+        ),
+        ("Saved", str(bundle.path)),
+        (
+            "Next",
+            f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
+        ),
+    ]
+    if m.plan["head"] != "features":
+        lines.append(("", f"evm-run {bundle.path} --selftest"))
+    return "\n".join(f"{key:<9} {text}" for key, text in lines)
+
+
+def _worst(parity: dict[str, Any]) -> str:
+    scans = parity["scans"]
+    if not scans:
+        return "no scans"
+    worst = max(scans, key=lambda scan: max(scan["ssm"], scan["probe"]))
+    return f"worst scan {max(worst['ssm'], worst['probe']):.0e} ({worst['name']})"
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    from evm_deploy.demo import CHECKPOINT
+
+    print(f"no checkpoint given: exporting the embedded demo, {CHECKPOINT.name} (handwritten digits)", file=sys.stderr)
+    return CHECKPOINT
+
+
+def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
+    from evm_deploy.export.plan import Batch, ExportPlan, parse_imgsz
+
+    return ExportPlan(
+        target=target,
+        precision=args.precision,
+        imgsz=parse_imgsz(args.imgsz) if args.imgsz is not None else None,
+        batch=Batch.parse(args.batch),
+        input=args.input,
+        head=args.head,
+        scan=args.scan,
+        opset=int(_number("--opset", args.opset, whole=True)),
+        tol=_number("--tol", args.tol) if args.tol is not None else None,
+        weights=args.weights,
+        labels=_labels(Path(args.labels)) if args.labels else None,
+        mean=_triple("--mean", args.mean),
+        std=_triple("--std", args.std),
+        crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
+        interpolation=args.interpolation,
+    )
+
+
+def _number(flag: str, text: str, whole: bool = False) -> float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r} is not a {'whole ' if whole else ''}number") from error
+
+
+def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    values = [_number(flag, part) for part in text.split(",")]
+    if len(values) != 3:
+        raise UsageError(f"{flag} {text!r}: three numbers, red, green, blue, such as 0.485,0.456,0.406")
+    return values[0], values[1], values[2]
+
+
+def _labels(path: Path) -> tuple[str, ...]:
+    try:
+        labels = tuple(path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--labels {path} cannot be read: {reason}") from error
+    if not labels or not all(label.strip() for label in labels):
+        raise UsageError(f"--labels {path} is empty or has empty lines", "one class name per line")
+    return labels
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
+
+
+def run_parser() -> Parser:
+    parser = Parser(
+        "evm-run",
+        description="Classify images with a bundle, or check the bundle on this device.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE")
+    add("images", nargs="*", metavar="IMAGE")
+    add("--top", type=int, default=5, metavar="K", help="classes per image, default 5")
+    add("--selftest", action="store_true", help="run the bundle's self-test; exit 4 when it fails")
+    add("--threads", type=int, metavar="N", help="intra-op threads; default: the runtime's")
+    _common(parser)
+    return parser
+
+
+def run_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-run`. Returns the exit code."""
+    args = run_parser().parse_args(argv)
+    return run_command("evm-run", lambda: _run(args), args.verbose)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from evm_deploy.inference import load
+
+    if not args.images and not args.selftest:
+        raise UsageError("nothing to do", f"give images, or:  evm-run {args.bundle} --selftest")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: use a number from 1")
+    if args.top < 1:
+        raise UsageError(f"--top {args.top}: use a number from 1")
+    with load(args.bundle, threads=args.threads) as model:
+        if args.selftest:
+            checks = model.selftest()
+            passed = all(check.ok for check in checks)
+            facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
+            lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
+            print(json.dumps({"passed": passed, "checks": facts}, indent=1) if args.json else "\n".join(lines))
+            if not args.json:
+                print("PASSED" if passed else "FAILED")
+            if not passed:
+                return 4
+        if args.images:
+            found = model.predict(args.images, top=args.top)
+            if args.json:
+                rows = [
+                    {"image": image, "top": [vars(p) for p in predictions]}
+                    for image, predictions in zip(args.images, found, strict=True)
+                ]
+                print(json.dumps(rows, indent=1))
+            else:
+                for image, predictions in zip(args.images, found, strict=True):
+                    print(image)
+                    print("\n".join(f"  {p.score:7.2%}  {p.label}" for p in predictions))
+    return 0

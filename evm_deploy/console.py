@@ -1,0 +1,85 @@
+"""What the commands share: streams, steps, errors, exit codes. Progress and human text on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from evm_deploy.errors import EvmError
+
+INTERRUPTED = 130
+EXIT_CODES = """exit codes:
+  0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
+  5 accuracy gate failed   6 latency budget failed   130 interrupted"""
+
+
+class Steps:
+    """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`, with a spinner on terminals."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, detail: str) -> Iterator[None]:
+        if self.quiet:
+            yield
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        label = f"{name:<10} {detail}"
+        start = time.perf_counter()
+        live = console.status(label) if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext()
+        try:
+            with live:
+                yield
+        except BaseException:
+            console.print(f"{label:<56} [red]failed[/red] {time.perf_counter() - start:.1f} s")
+            raise
+        console.print(f"{label:<56} [green]ok[/green] {time.perf_counter() - start:.1f} s")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors look like all others of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}\n  see  {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
+    """Run a command's body at the process boundary: every failure becomes one message and its exit code."""
+
+    def stop(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        code = body()
+        sys.stdout.flush()
+        return code
+    except EvmError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        if verbose:
+            raise
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing was left behind", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if verbose:
+            raise
+        print(
+            f"{prog}: internal error: {type(error).__name__}: {error}\n  run again with -v, report it", file=sys.stderr
+        )
+        return 1

@@ -1,0 +1,33 @@
+"""The embedded demo: a small EfficientVMamba trained on scikit-learn's digits, and the digits themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+HERE = Path(__file__).parent
+CHECKPOINT = HERE / "evm_digits.safetensors"
+DIGITS = HERE / "digits.npz"
+
+
+def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (n, 8, 8) uint8 and labels (n,) int64 of `split`: `train` (1198) or `heldout` (599, never trained on)."""
+    with np.load(DIGITS) as data:
+        return data[f"{split}_images"], data[f"{split}_labels"]
+
+
+def write_images(folder: Path, split: str = "heldout", count: int | None = None) -> int:
+    """Write the first `count` images of `split` as PNG files in class folders, `folder/7/0012.png`; returns how many."""
+    from PIL import Image
+
+    images, labels = digits(split)
+    for index, (image, label) in enumerate(zip(images[:count], labels[:count], strict=True)):
+        path = folder / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return len(images[:count])

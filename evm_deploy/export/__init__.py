@@ -1,0 +1,1 @@
+"""Checkpoint in, verified bundle out. Nothing in here knows which network it exports."""

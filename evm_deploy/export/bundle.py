@@ -1,0 +1,129 @@
+"""Bundles on disk: written aside and renamed, hashed, checked on opening."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evm_deploy.errors import BundleError
+from evm_deploy.export.manifest import FILE, Manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the artifact."""
+        return int(self.manifest.files[self.manifest.artifact]["size_bytes"])
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read the manifest of the bundle at `path` and check the hash of every file. Raises BundleError."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file, not a bundle folder" if path.exists() else "does not exist"
+        raise BundleError(f"bundle {path} {what}", "make one with evm-export")
+    manifest = Manifest.read(path)
+    if manifest.rejected:
+        raise BundleError(f"bundle {path} was rejected at export: {'; '.join(manifest.parity.get('failures', []))}")
+    for name, facts in manifest.files.items():
+        file = path / name
+        try:
+            damaged = sha256(file) != facts["sha256"]
+        except FileNotFoundError as error:
+            raise BundleError(f"bundle {path}: {name} is missing", "copy the bundle again, whole") from error
+        except OSError as error:
+            raise BundleError(f"bundle {path}: {name} cannot be read: {error.strerror}") from error
+        if damaged:
+            raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
+    return Bundle(path, manifest)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Refuse before work starts what could not be written at its end."""
+    if path.exists() and not force:
+        raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
+    if path.exists() and not (path / FILE).is_file():
+        raise BundleError(f"{path} exists and is not a bundle: not replaced", "choose another --out")
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write a bundle into; removed again unless `keep` renamed it away.
+
+    Left-overs of killed exports to the same path are removed first. Raises BundleError when the disk will not have it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
+    try:
+        yield folder
+    except OSError as error:
+        raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
+    """Finish `folder` with hashes and manifest, and rename it to `path`; a bundle already there is replaced."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest = replace(manifest, files=files)
+    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    old = folder.with_name(folder.name + ".old")
+    if path.exists():
+        path.rename(old)
+    try:
+        folder.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return Bundle(path, manifest)
+
+
+def _sweep(path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*"):
+        pid = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            if left.name.endswith(".old") and not path.exists():
+                left.rename(path)  # killed between the two renames: the old bundle is still good
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,186 @@
+"""The hub: a torch module traced once to an ONNX graph that every ONNX-based target starts from."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.naming import name_after_modules
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.scan import onnx_function
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+
+SCAN_INPUTS = onnx_function.INPUTS
+
+
+@dataclass(frozen=True)
+class ScanSite:
+    """Where one scan sits in a graph: its module path and the names of the tensors that it reads and writes."""
+
+    name: str
+    reads: dict[str, str]
+    writes: str
+
+
+@dataclass
+class Graph:
+    """The hub graph: float32, one evm::SelectiveScan node per scan, and the function with its portable body."""
+
+    model: onnx.ModelProto
+
+    @property
+    def scans(self) -> tuple[ScanSite, ...]:
+        return scan_sites(self.model)
+
+
+def scan_sites(model: onnx.ModelProto) -> tuple[ScanSite, ...]:
+    """The scans of `model` in execution order."""
+    return tuple(
+        ScanSite(
+            node.name.removesuffix("/" + onnx_function.OP_TYPE),
+            dict(zip(SCAN_INPUTS, node.input, strict=True)),
+            node.output[0],
+        )
+        for node in model.graph.node
+        if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE)
+    )
+
+
+def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing) -> nn.Module:
+    """The float model as it ships: pixels in (for `--input image`), the chosen head out. In eval mode.
+
+    It is both what gets traced and the reference of every parity check.
+    """
+    import torch
+    from torch import nn
+
+    class Deployable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+            self.register_buffer("scale", 1 / (255 * std), persistent=False)
+            self.register_buffer("shift", -mean / std, persistent=False)
+
+        def forward(self, x: Tensor) -> Any:
+            if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW
+                x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+            y = self.model(x)
+            return torch.softmax(y, dim=-1) if plan.head == "probs" else y
+
+    return Deployable().eval()
+
+
+def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
+    """Shape of the artifact's one input for `batch` images."""
+    if plan.imgsz is None:
+        raise ValueError("the plan has not been completed")
+    return (batch, *plan.imgsz, 3) if plan.input == "image" else (batch, 3, *plan.imgsz)
+
+
+def output_names(plan: ExportPlan) -> list[str]:
+    """`logits`, `probs`, or `feature0` .. `feature3`."""
+    return [f"feature{i}" for i in range(4)] if plan.head == "features" else [plan.head]
+
+
+def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
+    """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
+
+    Steps: torch.export with the scan as one op, node names from module paths, the portable body as a local function,
+    onnxsim, metadata, full check. Raises ToolchainError when a package is missing or a step fails.
+    """
+    try:
+        proto = _export(model, plan)
+        name_after_modules(proto, root="model")
+        proto.functions.append(onnx_function.selective_scan_function(plan.opset))
+        proto = _simplify(proto)
+    except ImportError as error:
+        raise ToolchainError(f"{error.name} is not installed", "pip install 'evm-deploy[onnx]'") from error
+    for key in sorted(metadata):
+        proto.metadata_props.add(key=key, value=metadata[key])
+    proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
+    check(proto)
+    return Graph(proto)
+
+
+def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
+    import onnxscript
+    import torch
+
+    from evm_deploy.scan import op  # noqa: F401  registers evm::selective_scan
+
+    onnx_function.register_schema()
+    evm = onnxscript.values.Opset(onnx_function.DOMAIN, onnx_function.VERSION)
+
+    def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any) -> Any:
+        return evm.SelectiveScan(u, delta, A, B, C, skip, bias)
+
+    dtype = torch.uint8 if plan.input == "image" else torch.float32
+    example = torch.zeros(
+        input_shape(plan, plan.batch.min if plan.batch.static else max(2, plan.batch.min)), dtype=dtype
+    )
+    dynamic = None
+    if not plan.batch.static:
+        dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=plan.opset,
+            input_names=[plan.input],
+            output_names=output_names(plan),
+            dynamic_shapes=dynamic,
+            custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
+        )
+    if program is None:
+        raise ToolchainError("torch.onnx.export returned nothing")
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """onnxsim: constants folded, shapes known; it must keep every scan node and the function."""
+    import onnxsim
+
+    before = len(scan_sites(proto))
+    with _quiet():
+        simplified, _ = onnxsim.simplify(proto)
+    if len(scan_sites(simplified)) != before or not simplified.functions:
+        raise ToolchainError(f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions")
+    result: onnx.ModelProto = simplified
+    return result
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """The full ONNX check, shape inference included. Raises ToolchainError."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ToolchainError(f"the exported graph is not valid ONNX: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters log and print about themselves; what a user must know, we say."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

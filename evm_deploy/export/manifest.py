@@ -1,0 +1,112 @@
+"""manifest.json: the facts that an app, a report or a later version of this package needs about a bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from evm_deploy.errors import BundleError
+from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.model.preprocess import Preprocessing
+
+SCHEMA_VERSION = 1
+FILE = "manifest.json"
+MAX_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Schema in docs/bundle.md. `files`: path inside the bundle -> {sha256, size_bytes}."""
+
+    name: str
+    target: str
+    artifact: str
+    plan: dict[str, Any]
+    model: dict[str, Any]
+    preprocessing: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    scan: dict[str, Any]
+    details: dict[str, Any]
+    versions: dict[str, str]
+    parity: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    built: bool = True
+    rejected: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @property
+    def batch(self) -> Batch:
+        return Batch.parse(self.plan["batch"])
+
+    @property
+    def precision(self) -> str:
+        return str(self.plan["precision"])
+
+    def export_plan(self) -> ExportPlan:
+        """The plan that the bundle was exported with."""
+        known = {f.name for f in fields(ExportPlan)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.plan.items() if key in known}
+        return ExportPlan(**{**values, "batch": self.batch})
+
+    def preprocess(self) -> Preprocessing:
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
+        return Preprocessing(**values)
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """Read and validate `bundle/manifest.json`. Raises BundleError."""
+        path = bundle / FILE
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest")
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise BundleError(f"{bundle} is not a bundle: it has no {FILE}", "make one with evm-export") from error
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is damaged: {error}", "export the bundle again") from error
+        if not isinstance(content, dict):
+            raise BundleError(f"{path} is not a JSON object")
+        version = content.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            raise BundleError(f"{path} has no schema_version")
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{bundle} has manifest schema {version}, this evm-deploy reads up to {SCHEMA_VERSION}",
+                "upgrade: pip install -U evm-deploy",
+            )
+        return cls._from(path, content)
+
+    @classmethod
+    def _from(cls, path: Path, content: dict[str, Any]) -> Manifest:
+        known = {f.name for f in fields(cls)}
+        try:
+            manifest = cls(**{key: value for key, value in content.items() if key in known})
+            manifest.export_plan()
+            manifest.preprocess()
+            for name, facts in manifest.files.items():
+                _check_file_entry(name, facts)
+            if manifest.artifact not in manifest.files:
+                raise ValueError(f"the artifact {manifest.artifact!r} is not among the files")
+        except BundleError:
+            raise
+        except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault
+            raise BundleError(f"{path} is not a valid manifest: {error}", "export the bundle again") from error
+        return manifest
+
+
+def _check_file_entry(name: str, facts: dict[str, Any]) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name or not name:
+        raise ValueError(f"file name {name!r} leaves the bundle")
+    if not re.fullmatch(r"[0-9a-f]{64}", str(facts["sha256"])):
+        raise ValueError(f"{name} has no sha256")

@@ -1,0 +1,59 @@
+"""Node names that say which module a node came from, so that ranges, masks, profiles and reports agree on blocks."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_after_modules(model: onnx.ModelProto, root: str) -> int:
+    """Name nodes `<module path>/<OpType>`, drop the `root.` of the wrapper, strip the tracer's debug records.
+
+    before:  node_linear_1  scopes ['', 'model', 'model.layers.0', 'model.layers.0.downsample', 'linear_1']
+    after:   layers.0.downsample/MatMul      a second one there becomes layers.0.downsample/MatMul_1
+
+    Returns the number of nodes named. Debug records hold source paths of the machine: bytes would differ by folder.
+    """
+    graph = model.graph
+    prefix = root + "."
+    rename = {t.name: t.name.removeprefix(prefix) for t in graph.initializer if t.name.startswith(prefix)}
+    scope_of: dict[str, str] = {}
+    used: Counter[str] = Counter()
+    for node in graph.node:
+        scope = _scope(node) or next((scope_of[name] for name in node.input if name in scope_of), "")
+        scope_of.update(dict.fromkeys(node.output, scope))
+        path = "" if scope == root else scope.removeprefix(prefix)
+        name = f"{path or 'root'}/{node.op_type}"
+        node.name = f"{name}_{used[name]}" if used[name] else name
+        used[name] += 1
+        for i, tensor in enumerate(node.input):
+            node.input[i] = rename.get(tensor, tensor)
+        _strip(node)
+    for value in (*graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        value.name = rename.get(value.name, value.name)
+        _strip(value)
+    _strip(graph)
+    _strip(model)
+    return len(graph.node)
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    """The innermost module path; the last entry of the record is the operation itself."""
+    for entry in node.metadata_props:
+        if entry.key == SCOPES:
+            scopes = ast.literal_eval(entry.value)
+            return str(scopes[-2]) if len(scopes) > 1 else ""
+    return ""
+
+
+def _strip(
+    message: onnx.NodeProto | onnx.GraphProto | onnx.ModelProto | onnx.ValueInfoProto | onnx.TensorProto,
+) -> None:
+    del message.metadata_props[:]
+    message.doc_string = ""

@@ -1,0 +1,157 @@
+"""export(): the whole flow, from a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from evm_deploy import __version__
+from evm_deploy.errors import ParityError, ToolchainError, UsageError
+from evm_deploy.export import selftest, verify
+from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
+from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.manifest import Manifest
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.readme import bundle_readme
+from evm_deploy.export.target import Artifact, Target, check_plan, get_target
+from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
+from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.runtimes.base import Runtime
+
+DEFAULT_IMGSZ = (224, 224)
+
+Step = Callable[[str, str], AbstractContextManager[Any]]
+
+
+def _silent(name: str, detail: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def export(
+    checkpoint: str | Path, plan: ExportPlan, out: str | Path = "dist", *, force: bool = False, step: Step = _silent
+) -> Bundle:
+    """Checkpoint -> verified bundle `out`/<stem>-<target>-<precision>-<HxW>.
+
+    `step(name, detail)` is entered around each step, for progress. Raises EvmErrors; nothing half-written stays, and
+    an artifact that fails parity is left as `*.rejected` (ParityError).
+    """
+    target = get_target(plan.target)
+    check_plan(target, plan)
+    require_toolchain(target)
+    with step("load", Path(checkpoint).name):
+        model, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
+        plan, preprocessing = complete(plan, spec)
+    path = bundle_path(out, target, plan, spec)
+    check_free(path, force)
+    reference = deployable(model, plan, preprocessing)
+    with written_aside(path) as folder:
+        with step("trace", f"opset {plan.opset}, batch {plan.batch}"):
+            graph = trace(reference, plan, graph_metadata(plan, spec, preprocessing))
+        with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
+            artifact = target.build(graph, plan, folder)
+        probes = selftest.probe_inputs(plan, preprocessing)
+        with target.open(artifact.path, None) as runtime:
+            with step("verify", f"{len(probes)} images, {len(graph.scans)} scans"):
+                parity = verify.verify(reference, runtime, target.taps(artifact), plan, probes)
+            manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
+        if not parity.ok:
+            rejected = path.with_name(path.name + ".rejected")
+            keep(folder, rejected, replace(manifest, rejected=True))
+            try:
+                verify.require(parity)
+            except ParityError as error:
+                raise ParityError(str(error), f"the artifact is kept for inspection: {rejected}") from error
+        with step("bundle", path.name):
+            expected, scans = verify.run_reference(reference, plan, probes)
+            selftest.write(folder, target, graph, plan, preprocessing, probes, expected, scans)
+            if plan.labels:
+                (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(bundle_readme(manifest), encoding="utf-8")
+            return keep(folder, path, manifest)
+
+
+def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:
+    """Fill what the plan leaves open from the checkpoint, else by default. Raises UsageError for what cannot be."""
+    saved = spec.defaults
+    imgsz = plan.imgsz or ((int(saved["imgsz"]),) * 2 if "imgsz" in saved else DEFAULT_IMGSZ)
+    if min(imgsz) < spec.min_pixels:
+        raise UsageError(f"--imgsz {imgsz[0]}x{imgsz[1]} is too small: at least {spec.min_pixels} pixels a side")
+    chosen = {
+        key: getattr(plan, key) if getattr(plan, key) is not None else saved.get(key)
+        for key in ("mean", "std", "crop_pct", "interpolation")
+    }
+    try:
+        preprocessing = Preprocessing(
+            imgsz, **{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items() if v is not None}
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"preprocessing: {error}") from error
+    labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)
+    if plan.head == "features":
+        labels = None
+    if labels and len(labels) != spec.num_classes:
+        raise UsageError(
+            f"{len(labels)} labels for a head of {spec.num_classes} classes",
+            "give --labels one name per line, in order",
+        )
+    return replace(plan, imgsz=imgsz, labels=labels), preprocessing
+
+
+def require_toolchain(target: Target) -> None:
+    """Raise ToolchainError unless this machine can build and verify for `target`."""
+    found = target.probe()
+    if not found.can_build:
+        raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
+
+
+def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
+    """`out`/<stem>-<target>-<precision>-<HxW>."""
+    height, width = plan.imgsz or DEFAULT_IMGSZ
+    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{height}x{width}"
+
+
+def graph_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
+    """What travels inside the ONNX file, for those who have only that."""
+    facts = {
+        "evm_deploy": __version__,
+        "model": spec.name,
+        "variant": spec.variant,
+        "checkpoint_sha256": spec.checkpoint["sha256"],
+        "preprocessing": json.dumps(asdict(preprocessing), sort_keys=True),
+        "input": plan.input,
+        "head": plan.head,
+    }
+    return {**facts, **({"labels": json.dumps(plan.labels)} if plan.labels else {})}
+
+
+def describe(
+    target: Target,
+    plan: ExportPlan,
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    artifact: Artifact,
+    runtime: Runtime,
+    parity: verify.Parity,
+) -> Manifest:
+    """The manifest of an export, files still to be hashed."""
+    sites = artifact.details.get("scans", ())
+    return Manifest(
+        name=f"{spec.name}-{target.name}-{plan.precision}",
+        target=target.name,
+        artifact=artifact.path.name,
+        plan={**plan.as_dict(), "labels": None},
+        model=asdict(spec),
+        preprocessing=asdict(preprocessing),
+        inputs=[asdict(value) for value in runtime.inputs.values()],
+        outputs=[asdict(value) for value in runtime.outputs.values()],
+        scan={**asdict(artifact.scan), "nodes": [site.name for site in sites]},
+        details={key: value for key, value in artifact.details.items() if key != "scans"},
+        versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
+        parity=parity.as_dict(),
+        notes=list(spec.notes),
+    )

@@ -1,0 +1,122 @@
+"""Everything an export was asked to do: one frozen value, complete before work starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evm_deploy.errors import UsageError
+
+HEADS = ("logits", "probs", "features")
+INPUTS = ("image", "tensor")
+PRECISIONS = ("fp32", "fp16", "int8", "w8")
+SCANS = ("auto", "plugin", "portable")
+MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
+MAX_PIXELS = 8192
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images per inference: static when min == max, else any number between; `max` None is unbounded."""
+
+    min: int
+    opt: int
+    max: int | None
+
+    @property
+    def static(self) -> bool:
+        return self.min == self.max
+
+    @classmethod
+    def parse(cls, text: str | int) -> Batch:
+        """`4`, `dynamic`, or `min:opt:max`."""
+        if str(text) == "dynamic":
+            return cls(1, 1, None)
+        parts = str(text).split(":")
+        if len(parts) in (1, 3) and all(re.fullmatch(r"[0-9]{1,5}", part) for part in parts):
+            low, opt, high = (int(part) for part in (parts * 3)[:3])
+            if 1 <= low <= opt <= high:
+                return cls(low, opt, high)
+        raise UsageError(f"--batch {text!r}: use a number from 1, 'dynamic', or min:opt:max such as 1:4:8")
+
+    def __str__(self) -> str:
+        if self.static:
+            return str(self.min)
+        return f"{self.min}:{self.opt}:{self.max}" if self.max else "dynamic"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` decided, and why."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The settings of one export to one target. None means: as the checkpoint says, else the default.
+
+    imgsz: (H, W) pixels. tol: largest accepted difference from the float model, relative to max(1, largest output).
+    mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
+    """
+
+    target: str
+    precision: str = "fp32"
+    imgsz: tuple[int, int] | None = None
+    batch: Batch = Batch(1, 1, 1)
+    input: str = "image"
+    head: str = "logits"
+    scan: str = "auto"
+    opset: int = DEFAULT_OPSET
+    tol: float | None = None
+    weights: str = "ema"
+    labels: tuple[str, ...] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("--head", self.head, HEADS)
+        one_of("--input", self.input, INPUTS)
+        one_of("--precision", self.precision, PRECISIONS)
+        one_of("--scan", self.scan, SCANS)
+        one_of("--weights", self.weights, ("ema", "raw"))
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
+        if self.tol is not None and not 0 < self.tol < 1:
+            raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
+
+    @property
+    def tolerance(self) -> float:
+        return self.tol if self.tol is not None else TOLERANCES[self.precision]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for manifests and records."""
+        return {**asdict(self), "batch": str(self.batch)}
+
+
+def parse_imgsz(text: str | int) -> tuple[int, int]:
+    """`224` or `HxW` -> (H, W) in pixels."""
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(text))
+    if not match:
+        raise UsageError(f"--imgsz {text!r}: use 224, or HxW such as 224x288")
+    height, width = int(match[1]), int(match[2] or match[1])
+    if max(height, width) > MAX_PIXELS:
+        raise UsageError(f"--imgsz {text}: at most {MAX_PIXELS} pixels a side")
+    return height, width
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is a choice, else UsageError listing them and the nearest."""
+    choices = tuple(choices)
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, choices, 1)
+    hint = f"did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{what} {value!r} is unknown; choose from: {', '.join(choices)}", hint)

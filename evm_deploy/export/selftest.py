@@ -1,0 +1,128 @@
+"""The self-test in every bundle: inputs with the float model's outputs, scans with the float64 loop's, one picture.
+
+`selftest/probes.safetensors`   <input> and the outputs expected for it
+`selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
+`selftest/scan.onnx`            one scan by itself, to run them with
+`selftest/picture.png`          a picture of another size, and `picture.pixels`, what preprocessing makes of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import BundleError
+from evm_deploy.export.bundle import Bundle
+from evm_deploy.export.graph import Graph
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Target
+from evm_deploy.export.verify import Scan, large_delta_probe, run_batched, ssm_error
+from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.runtimes.base import Runtime
+from evm_deploy.scan.reference import selective_scan
+
+FOLDER = "selftest"
+STEPS = 17  # of each scan: enough for the recurrence to matter, no multiple of any block
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a self-test: error against limit."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit
+
+
+def probe_inputs(plan: ExportPlan, preprocessing: Preprocessing, count: int = PROBES) -> NDArray[Any]:
+    """Seeded synthetic pictures as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
+    height, width = preprocessing.size
+    pixels = np.stack([picture(height, width, seed) for seed in range(count)])
+    return pixels if plan.input == "image" else preprocessing.normalise(pixels)
+
+
+def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """Waves, a disc and noise over the whole range of uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = np.stack(
+        [np.sin(x * rng.uniform(3, 40) + y * rng.uniform(3, 40) + rng.uniform(0, 6)) for _ in range(3)], -1
+    )
+    disc = ((x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.8)) ** 2 < rng.uniform(0.02, 0.1))[..., None]
+    image = 128 + 90 * waves + disc * rng.uniform(-120, 120, 3) + 12 * rng.standard_normal((height, width, 3))
+    return np.asarray(image.clip(0, 255), np.uint8)
+
+
+def write(
+    folder: Path,
+    target: Target,
+    graph: Graph,
+    plan: ExportPlan,
+    preprocessing: Preprocessing,
+    probes: NDArray[Any],
+    expected: dict[str, NDArray[Any]],
+    scans: list[Scan],
+) -> None:
+    """Write the self-test of an export into `folder`/selftest."""
+    from PIL import Image
+    from safetensors.numpy import save_file
+
+    here = folder / FOLDER
+    here.mkdir()
+    shot = picture(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
+    Image.fromarray(shot).save(here / "picture.png")
+    tensors = {plan.input: probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / "probes.safetensors")
+    target.write_scan_probe(graph, plan, here)
+    rng = np.random.default_rng(1)
+    cases = {site.name: _head_of(scan) for site, scan in zip(graph.scans, scans, strict=True)}
+    if cases:
+        cases["large_delta"] = large_delta_probe(next(iter(cases.values())), rng)
+    arrays = {}
+    for name, scan in cases.items():
+        y = selective_scan(**scan).astype(np.float32)
+        arrays.update({f"{name}:{key}": np.ascontiguousarray(value) for key, value in {**scan, "y": y}.items()})
+    save_file(arrays, here / "scans.safetensors")
+
+
+def run(bundle: Bundle, target: Target, runtime: Runtime) -> list[Check]:
+    """Run the bundle's self-test on this device: preprocessing, outputs, scans. Raises BundleError if it has none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    plan, here = bundle.manifest.export_plan(), bundle.path / FOLDER
+    try:
+        tensors = load_file(here / "probes.safetensors")
+        scans = load_file(here / "scans.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"bundle {bundle.path} has no readable self-test: {error}") from error
+    pixels = bundle.manifest.preprocess().pixels(here / "picture.png")
+    off = np.abs(pixels.astype(np.int16) - tensors["picture.pixels"]).max()
+    checks = [Check("preprocessing (of 255)", float(off), 1.0)]
+    for name, have in run_batched(runtime, plan, tensors[plan.input]).items():
+        scale = max(1.0, float(np.abs(tensors[name]).max()))
+        error = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
+        checks.append(Check(name, error, plan.tolerance * scale))
+    names = sorted({key.split(":")[0] for key in scans})
+    if names:
+        with target.open(here / "scan.onnx", None) as scan_runtime:
+            for name in names:
+                case = {key.split(":")[1]: value for key, value in scans.items() if key.split(":")[0] == name}
+                case.pop("y")
+                checks.append(Check(f"scan {name}", *ssm_error(scan_runtime.run(case)["y"], case)))
+    return checks
+
+
+def _head_of(scan: Scan) -> Scan:
+    """The first image and steps of a recorded scan."""
+    cut = {key: scan[key][:1, :, :STEPS] for key in ("u", "delta", "B", "C")}
+    return {**scan, **cut}

@@ -1,0 +1,97 @@
+"""A target is data plus functions: one file in `export/`, one in `runtimes/`, one line in `load_targets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import UsageError
+from evm_deploy.export.plan import Choice, ExportPlan, one_of
+from evm_deploy.runtimes.base import Feeds, Runtime
+
+if TYPE_CHECKING:
+    from evm_deploy.export.graph import Graph
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Can this machine build for a target and run it, with what versions, and what to install if not."""
+
+    can_build: bool
+    can_run: bool
+    versions: Mapping[str, str]
+    hint: str = ""
+
+
+class ScanTaps(Protocol):
+    """The artifact's scans, opened for inspection: the seam of per-scan parity."""
+
+    names: tuple[str, ...]
+
+    def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
+        """One inference; per scan what it read (u, delta, B, C) and wrote (y)."""
+        ...
+
+    def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        """Scan `index` by itself, with the artifact's own A, skip and bias, on u, delta, B, C."""
+        ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `build` made: the native file, and the facts that the manifest records."""
+
+    path: Path
+    scan: Choice
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One deployment target. `scans`: the lowerings of the scan that it can be asked for."""
+
+    name: str
+    aliases: tuple[str, ...]
+    precisions: tuple[str, ...]
+    scans: tuple[str, ...]
+    probe: Callable[[], Probe]
+    build: Callable[[Graph, ExportPlan, Path], Artifact]
+    taps: Callable[[Artifact], ScanTaps]
+    open: Callable[[Path, int | None], Runtime]
+    write_scan_probe: Callable[[Graph, ExportPlan, Path], str]
+
+
+def load_targets() -> dict[str, Target]:
+    """Every target by name."""
+    from evm_deploy.export import onnx
+
+    return {target.name: target for target in (onnx.TARGET,)}
+
+
+def get_target(name: str) -> Target:
+    """A target by name or alias. Raises UsageError listing all of them."""
+    targets = load_targets()
+    names = {alias: target for target in targets.values() for alias in (target.name, *target.aliases)}
+    return names[one_of("--target", name.lower(), names)]
+
+
+def resolve_names(text: str) -> list[str]:
+    """`onnx`, `onnx,trt` or `all` -> canonical names without repeats, in order."""
+    if text == "all":
+        return list(load_targets())
+    return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))
+
+
+def check_plan(target: Target, plan: ExportPlan) -> None:
+    """Refuse combinations that the target does not have."""
+    for what, value, choices in (
+        ("precision", plan.precision, target.precisions),
+        ("scan lowering", plan.scan, target.scans),
+    ):
+        if value not in choices:
+            raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {', '.join(choices)}")

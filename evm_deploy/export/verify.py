@@ -1,0 +1,196 @@
+"""Is the artifact the float model? Outputs, and every scan by itself on its SSM part.
+
+Logits alone are not enough: where skip * u dominates, as in a freshly initialised network, a wrong scan hides behind
+it. So each scan is looked at in three ways: what it reads in situ against the float model, what it writes in situ
+against the float64 loop, and what it writes alone for large deltas, where wrong lowerings break.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import ParityError
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import ScanTaps
+from evm_deploy.runtimes.base import Runtime, check_feeds
+from evm_deploy.scan.reference import selective_scan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCAN_TOLERANCE = 2e-5  # of the SSM part, float32 against the float64 loop: ten times what right lowerings measure
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of y, before skip * u is taken off
+LARGEST_DT = 20.0
+
+Scan = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ScanParity:
+    """Errors of one scan: inputs against the float model's, SSM part against the float64 loop, in situ and probed."""
+
+    name: str
+    inputs: float
+    ssm: float
+    probe: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Artifact against float model. max_abs, limit: in units of the output; cosine: the worst image's."""
+
+    max_abs: float
+    limit: float
+    cosine: float
+    top1_agreement: float | None
+    images: int
+    scans: tuple[ScanParity, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    @property
+    def worst_scan(self) -> ScanParity | None:
+        return max(self.scans, key=lambda scan: max(scan.ssm, scan.probe), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportPlan, probes: NDArray[Any]) -> Parity:
+    """Compare on `probes` (n, ...), one artifact input each. Returns a Parity whose `failures` say what is off."""
+    expected, float_scans = run_reference(reference, plan, probes)
+    actual = run_batched(runtime, plan, probes)
+    failures: list[str] = []
+    max_abs = limit = 0.0
+    cosine = 1.0
+    for name, want in expected.items():
+        have = actual[name]
+        error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+        allowed = plan.tolerance * max(1.0, float(np.abs(want).max()))
+        if not error <= allowed:
+            failures.append(f"{name} differ by {error:.2g}, limit {allowed:.2g}")
+        if error / allowed >= max_abs / (limit or 1.0):
+            max_abs, limit = error, allowed
+        cosine = min(cosine, _cosine(have, want))
+    agreement = None
+    if plan.head != "features":
+        agreement = float((actual[plan.head].argmax(-1) == expected[plan.head].argmax(-1)).mean())
+    scans = _verify_scans(taps, float_scans, plan, probes, failures)
+    return Parity(max_abs, limit, cosine, agreement, len(probes), scans, tuple(failures))
+
+
+def require(parity: Parity) -> None:
+    """Raise ParityError with every failure, unless there is none."""
+    if not parity.ok:
+        shown = "; ".join(parity.failures[:4])
+        rest = f"; and {len(parity.failures) - 4} more" if len(parity.failures) > 4 else ""
+        raise ParityError(f"the artifact is not the float model: {shown}{rest}")
+
+
+def run_reference(
+    reference: nn.Module, plan: ExportPlan, probes: NDArray[Any]
+) -> tuple[dict[str, NDArray[Any]], list[Scan]]:
+    """Outputs of the float model on `probes`, and the seven inputs of each scan, in execution order."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    scans: list[Scan] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.evm.selective_scan.default:
+                scans.append(
+                    dict(zip(("u", "delta", "A", "B", "C", "skip", "bias"), (a.numpy() for a in args), strict=True))
+                )
+            return func(*args, **(kwargs or {}))
+
+    with torch.inference_mode(), Recorder():
+        y = reference(torch.from_numpy(probes))
+    if isinstance(y, tuple):
+        return {f"feature{i}": value.numpy() for i, value in enumerate(y)}, scans
+    return {plan.head: y.numpy()}, scans
+
+
+def run_batched(runtime: Runtime, plan: ExportPlan, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut."""
+    size = plan.batch.min if plan.batch.static else plan.batch.max or len(inputs)
+    parts: list[dict[str, NDArray[Any]]] = []
+    for start in range(0, len(inputs), size):
+        chunk = inputs[start : start + size]
+        least = plan.batch.min
+        fill = np.repeat(chunk[-1:], max(0, least - len(chunk)), axis=0)
+        feeds = {plan.input: np.concatenate([chunk, fill])}
+        check_feeds(runtime.inputs, feeds)
+        parts.append({name: value[: len(chunk)] for name, value in runtime.run(feeds).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def large_delta_probe(scan: Scan, rng: np.random.Generator) -> Scan:
+    """Random u, B, C and deltas for which softplus(delta + bias) is log-uniform in 0.1..20, shaped as `scan`."""
+    dt = np.exp(rng.uniform(np.log(0.1), np.log(LARGEST_DT), scan["delta"].shape))
+    delta = dt + np.log(-np.expm1(-dt)) - scan["bias"][:, None]
+    random = {key: rng.standard_normal(scan[key].shape).astype(np.float32) for key in ("u", "B", "C")}
+    return {**scan, **random, "delta": delta.astype(np.float32)}
+
+
+def _verify_scans(
+    taps: ScanTaps, float_scans: list[Scan], plan: ExportPlan, probes: NDArray[Any], failures: list[str]
+) -> tuple[ScanParity, ...]:
+    if len(taps.names) != len(float_scans):
+        failures.append(f"the artifact has {len(taps.names)} scans, the float model {len(float_scans)}")
+        return ()
+    size = plan.batch.min
+    feeds = {plan.input: np.concatenate([probes[:1]] * size)}
+    seen = taps.in_situ(feeds)
+    rng = np.random.default_rng(0)
+    results = []
+    for index, (name, want, have) in enumerate(zip(taps.names, float_scans, seen, strict=True)):
+        constants = {key: want[key] for key in ("A", "skip", "bias")}
+        first = {key: want[key][:1] for key in ("u", "delta", "B", "C")}
+        inputs = max(_relative(have[key][:1], first[key]) for key in first)
+        ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
+        probe = large_delta_probe({**constants, **first}, rng)
+        batched = {key: np.concatenate([probe[key]] * size) for key in first}
+        alone, alone_limit = ssm_error(taps.alone(index, batched)[:1], probe)
+        results.append(ScanParity(name, inputs, ssm, alone))
+        for what, error, limit in (
+            ("reads inputs", inputs, max(plan.tolerance, 1e-4)),
+            ("is", ssm, ssm_limit),
+            ("with large deltas is", alone, alone_limit),
+        ):
+            if not error <= limit:
+                failures.append(f"scan {name} {what} off by {error:.2g} (relative), limit {limit:.2g}")
+    return tuple(results)
+
+
+def ssm_error(y: NDArray[Any], inputs: Scan) -> tuple[float, float]:
+    """(error, limit): y's SSM part, y - skip * u, against the float64 loop, relative to its largest value.
+
+    The error is inf for NaN or Inf. The limit grows by the rounding of y in float32 where skip * u dwarfs the SSM part.
+    """
+    want = selective_scan(**inputs)
+    skip_part = inputs["skip"].astype(np.float64)[:, None] * inputs["u"]
+    largest = max(float(np.abs(want - skip_part).max()), float(np.finfo(np.float32).tiny))
+    limit = SCAN_TOLERANCE + ROUNDING * float(np.abs(skip_part).max()) / largest
+    if y.shape != want.shape or not np.isfinite(y).all():
+        return float("inf"), limit
+    return float(np.abs(y - want).max()) / largest, limit
+
+
+def _relative(have: NDArray[Any], want: NDArray[Any]) -> float:
+    if have.shape != want.shape or not np.isfinite(have).all():
+        return float("inf")
+    return float(np.abs(have - want).max() / max(float(np.abs(want).max()), 1e-6))
+
+
+def _cosine(have: NDArray[Any], want: NDArray[Any]) -> float:
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (have, want))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(np.min((a * b).sum(1) / np.maximum(norms, 1e-30)))

@@ -1,0 +1,118 @@
+"""load(): a bundle as an app uses it. Needs the bundle's runtime, numpy and Pillow; never torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import UsageError
+from evm_deploy.export import selftest
+from evm_deploy.export.bundle import Bundle, open_bundle
+from evm_deploy.export.target import get_target
+from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves the batch open
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image. `score`: probability, 0..1."""
+
+    label: str
+    index: int
+    score: float
+
+
+class LoadedBundle:
+    """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.target = get_target(self.manifest.target)
+        self.preprocessing = self.manifest.preprocess()
+        self.labels = self._read_labels()
+        self._runtime = self.target.open(bundle.path / self.manifest.artifact, threads)
+        self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
+        self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """One inference on arrays named and shaped as `inputs`. Raises UsageError naming what does not fit."""
+        check_feeds(self.inputs, feeds)
+        return self._runtime.run(feeds)
+
+    def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
+        """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
+
+        Raises ImageError for an image that cannot be read, UsageError for a bundle without a classifier.
+        """
+        head = self.manifest.plan["head"]
+        if head == "features":
+            raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
+        if top < 1:
+            raise UsageError(f"top is {top}, it must be at least 1")
+        results = []
+        for values in self._batches(images):
+            scores = values[head].astype(np.float64)
+            results += [self._top(row if head == "probs" else _softmax(row), top) for row in scores]
+        return results
+
+    def selftest(self) -> list[selftest.Check]:
+        """Preprocessing, outputs and scans against the expected values in the bundle."""
+        return selftest.run(self.bundle, self.target, self._runtime)
+
+    def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
+        plan = self.manifest.export_plan()
+        size = plan.batch.max or DYNAMIC_BATCH
+        chunk: list[NDArray[np.uint8]] = []
+        for image in images:
+            chunk.append(self.preprocessing.pixels(image))
+            if len(chunk) == size:
+                yield self._run_pixels(chunk)
+                chunk = []
+        if chunk:
+            yield self._run_pixels(chunk)
+
+    def _run_pixels(self, chunk: list[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
+        plan = self.manifest.export_plan()
+        filled = chunk + chunk[-1:] * max(0, plan.batch.min - len(chunk))
+        pixels = np.stack(filled)
+        value = pixels if plan.input == "image" else self.preprocessing.normalise(pixels)
+        return {name: array[: len(chunk)] for name, array in self.run({plan.input: value}).items()}
+
+    def _top(self, scores: NDArray[np.float64], top: int) -> list[Prediction]:
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [Prediction(self.labels[i] if self.labels else f"class {i}", int(i), float(scores[i])) for i in best]
+
+    def _read_labels(self) -> list[str] | None:
+        file = self.bundle.path / "labels.txt"
+        if "labels.txt" not in self.manifest.files:
+            return None
+        return file.read_text(encoding="utf-8").splitlines()
+
+    def __enter__(self) -> LoadedBundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runtime.__exit__(kind, error, trace)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> LoadedBundle:
+    """Open a bundle, every hash checked. `threads`: intra-op threads, None for the runtime's default. BundleError."""
+    return LoadedBundle(open_bundle(path), threads)
+
+
+def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    e = np.exp(x - x.max())
+    result: NDArray[np.float64] = e / e.sum()
+    return result

@@ -1,0 +1,299 @@
+"""EfficientVMamba (arXiv 2403.09977), written for export: MatMul projections, reshape + permute scans, channels last.
+
+`state_dict()` has exactly the keys of the authors' checkpoints. Inference only: no dropout, no drop path.
+Activations are NHWC in stages 0 and 1, NCHW inside stages 2 and 3. Written from the architecture description alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evm_deploy.scan.op import selective_scan
+
+DIRECTIONS = 4  # one per phase of the 2 x 2 atrous grid
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a checkpoint say. `dim`: channels after the patch embedding; `num_classes` 0: backbone only."""
+
+    dim: int
+    depths: tuple[int, int, int, int]
+    num_classes: int
+    dt_ranks: tuple[int, int]  # of stages 0 and 1; ceil(C / 16) in every released model
+    d_state: int = 16
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """Channels of the four stages."""
+        return self.dim, 2 * self.dim, 4 * self.dim, 8 * self.dim
+
+    @property
+    def variant(self) -> str:
+        """`tiny`, `small`, `base` when the widths and depths are the published ones, else `custom`."""
+        published = {(48, (2, 2, 4, 2)): "tiny", (64, (2, 2, 4, 2)): "small", (96, (2, 2, 9, 2)): "base"}
+        return published.get((self.dim, self.depths), "custom")
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+class Permute(nn.Module):
+    """A parameterless slot that keeps the authors' numbering of modules."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+def split_directions(x: Tensor) -> Tensor:
+    """Atrous split: (b, d, H, W), H and W even -> (b, 4, L, d) with L = H W / 4.
+
+    Direction k reads phase (row k % 2, column k // 2) of the 2 x 2 grid; even k row-major, odd k column-major.
+    """
+    b, d, H, W = x.shape
+    x = x.reshape(b, d, H // 2, 2, W // 2, 2)
+    by_row = x[:, :, :, 0].permute(0, 4, 2, 3, 1).reshape(b, 2, -1, d)
+    by_column = x[:, :, :, 1].permute(0, 4, 3, 2, 1).reshape(b, 2, -1, d)
+    return torch.stack([by_row, by_column], 2).reshape(b, DIRECTIONS, -1, d)
+
+
+def merge_directions(y: Tensor, H: int, W: int) -> Tensor:
+    """The inverse of `split_directions`: (b, 4, L, d) -> (b, H, W, d), H and W even."""
+    b, d = y.shape[0], y.shape[3]
+    h, w = H // 2, W // 2
+    y = y.reshape(b, 2, 2, h * w, d)
+    even_rows = y[:, :, 0].reshape(b, 2, h, w, d).permute(0, 2, 3, 1, 4)
+    odd_rows = y[:, :, 1].reshape(b, 2, w, h, d).permute(0, 3, 2, 1, 4)
+    return torch.stack([even_rows, odd_rows], 2).reshape(b, H, W, d)
+
+
+class ES2D(nn.Module):
+    """Efficient 2D scan: (b, H, W, C) -> (b, H, W, C), inner width d = 2 C."""
+
+    def __init__(self, dim: int, dt_rank: int, d_state: int) -> None:
+        super().__init__()
+        inner = 2 * dim
+        self.dt_rank, self.d_state = dt_rank, d_state
+        self.x_proj_weight = nn.Parameter(torch.zeros(DIRECTIONS, dt_rank + 2 * d_state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.zeros(DIRECTIONS, inner, dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.zeros(DIRECTIONS, inner))
+        self.A_logs = nn.Parameter(torch.zeros(DIRECTIONS * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, n: Tensor) -> Tensor:
+        H, W = n.shape[1:3]
+        x, z = self.in_proj(n).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(to_nchw(x)))
+        if H % 2 or W % 2:  # zeros after the activation; the padded tokens take part in the scan, as in the original
+            x = F.pad(x, (0, W % 2, 0, H % 2))
+        y = merge_directions(self.scan(split_directions(x)), H + H % 2, W + W % 2)
+        y = self.out_norm(y[:, :H, :W])
+        out: Tensor = self.out_proj(y * F.silu(z))
+        return out
+
+    def scan(self, u: Tensor) -> Tensor:
+        """Project u (b, 4, L, d) to delta, B, C and run the selective scan; float32 inside whatever u is."""
+        projected = torch.matmul(u, self.x_proj_weight.transpose(1, 2))
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))
+        A = -torch.exp(self.A_logs.float()).reshape(DIRECTIONS, -1, self.d_state)
+        skip = self.Ds.float().reshape(DIRECTIONS, -1)
+        y: Tensor = selective_scan(u.float(), delta.float(), A, B.float(), C.float(), skip, self.dt_projs_bias.float())
+        return y.to(u.dtype)
+
+
+class Gate(nn.Module):
+    """Channel gate of an EVSS block: (b, H, W, C) scaled by a vector computed from its normalised tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.global_reduce = nn.Linear(dim, dim // 8)
+        self.channel_select = nn.Linear(dim // 8, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        g = self.norm(t).mean((1, 2), keepdim=True)
+        return t * torch.sigmoid(self.channel_select(F.gelu(self.global_reduce(g))))
+
+
+class EVSSBlock(nn.Module):
+    """Scan branch and convolution branch over the same normalised input, both gated by one shared gate."""
+
+    def __init__(self, dim: int, dt_rank: int, d_state: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.op = ES2D(dim, dt_rank, d_state)
+        self.conv_branch = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.BatchNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1)
+        )
+        self.se = Gate(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        local = to_nhwc(self.conv_branch(to_nchw(n)))
+        return x + (self.se(self.op(n)) + self.se(local))
+
+
+class PatchMerging(nn.Module):
+    """Halve H and W, double the channels; odd sizes are zero-padded at the bottom and right. NHWC."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, H, W, C = x.shape
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        x = x.reshape(b, (H + 1) // 2, 2, (W + 1) // 2, 2, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(b, (H + 1) // 2, (W + 1) // 2, 4 * C)  # column phase outer
+        out: Tensor = self.reduction(self.norm(x))
+        return out
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation of an inverted residual, NCHW."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(dim, dim // 8, 1)
+        self.conv_expand = nn.Conv2d(dim // 8, dim, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        g = F.relu(self.conv_reduce(h.mean((2, 3), keepdim=True)))
+        return h * torch.sigmoid(self.conv_expand(g))
+
+
+class InvertedResidual(nn.Module):
+    """1x1 up, depthwise 3x3, squeeze-excite, 1x1 down, residual; NCHW, hidden width 4 C, ReLU."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = 4 * dim
+        self.conv_pw = nn.Sequential(nn.Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
+        self.conv_dw = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()
+        )
+        self.se = SqueezeExcite(hidden)
+        self.conv_pw2 = nn.Sequential(nn.Conv2d(hidden, dim, 1, bias=False), nn.BatchNorm2d(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv_pw2(self.se(self.conv_dw(self.conv_pw(x))))
+        return out
+
+
+class ScanStage(nn.Module):
+    """Stages 0 and 1: EVSS blocks. `forward` gives the map that the downsampling reads."""
+
+    def __init__(self, dim: int, depth: int, dt_rank: int, d_state: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(EVSSBlock(dim, dt_rank, d_state) for _ in range(depth))
+        self.downsample = PatchMerging(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ConvStage(nn.Sequential):
+    """Stages 2 and 3: permute, inverted residuals, permute, and in stage 2 the downsampling, as one numbered list."""
+
+    def __init__(self, dim: int, depth: int, *, downsample: bool) -> None:
+        blocks: list[nn.Module] = [InvertedResidual(dim) for _ in range(depth)]
+        last: list[nn.Module] = [PatchMerging(dim)] if downsample else []
+        super().__init__(Permute(0, 3, 1, 2), *blocks, Permute(0, 2, 3, 1), *last)
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in list(self)[: self.depth + 2]:
+            x = module(x)
+        return x
+
+    @property
+    def downsample(self) -> nn.Module | None:
+        return self[self.depth + 2] if len(self) > self.depth + 2 else None
+
+
+class Classifier(nn.Module):
+    """LayerNorm on every position, then the mean over the map, then the linear head. (b, H, W, C) -> (b, classes)."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(x).mean((1, 2)))
+        return out
+
+
+class Trunk(nn.Module):
+    """Patch embedding and the four stages, shared by the classifier and the backbone."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        dims = arch.dims
+        self.patch_embed = nn.Sequential(
+            nn.Conv2d(3, arch.dim, 4, stride=4), Permute(0, 2, 3, 1), nn.LayerNorm(arch.dim)
+        )
+        self.layers = nn.ModuleList(
+            [
+                ScanStage(dims[0], arch.depths[0], arch.dt_ranks[0], arch.d_state),
+                ScanStage(dims[1], arch.depths[1], arch.dt_ranks[1], arch.d_state),
+                ConvStage(dims[2], arch.depths[2], downsample=True),
+                ConvStage(dims[3], arch.depths[3], downsample=False),
+            ]
+        )
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The four stages' maps before their downsampling, NHWC, strides 4, 8, 16, 32. x: (b, 3, H, W) normalised."""
+        x = self.patch_embed(x)
+        maps = []
+        for stage in self.layers:
+            maps.append(stage(x))
+            x = stage.downsample(maps[-1]) if stage.downsample is not None else maps[-1]
+        return maps
+
+
+class EfficientVMamba(Trunk):
+    """The classifier: (b, 3, H, W) float32, normalised, H and W at least 4 -> logits (b, classes)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        self.classifier = Classifier(arch.dims[3], arch.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.classifier(self.maps(x)[-1])
+        return out
+
+
+class EfficientVMambaBackbone(Trunk):
+    """Four normalised feature maps, NCHW, strides 4 to 32: what detection and segmentation heads take."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        for i, dim in enumerate(arch.dims):
+            self.add_module(f"outnorm{i}", nn.LayerNorm(dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(to_nchw(self.get_submodule(f"outnorm{i}")(m)) for i, m in enumerate(self.maps(x)))

@@ -1,0 +1,112 @@
+"""From an image file to the pixels a model reads: resize and crop with Pillow, as in the authors' evaluation.
+
+Mean and std are part of the artifact when its input is `image`; resize and crop stay outside, spelled out here and in
+every bundle's manifest. Neither torch nor any engine is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+ImageLike = "str | Path | Image | NDArray[np.uint8]"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize so that the picture covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
+
+    `size`: (H, W) in pixels. For a square size this is: shorter side to round(S / crop_pct), the longer in proportion
+    (rounded down), centre crop with the offset rounded half to even.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def pixels(self, image: str | Path | Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """One image (path, Pillow image, or uint8 array HxW, HxWx3 or HxWx4) -> (H, W, 3) uint8 RGB. ImageError."""
+        picture = read_rgb(image)
+        width, height = picture.size
+        want_h, want_w = (round(side / self.crop_pct) for side in self.size)
+        if want_h * width >= want_w * height:  # the height decides
+            new_h, new_w = want_h, max(1, int(want_h * width / height))
+        else:
+            new_h, new_w = max(1, int(want_w * height / width)), want_w
+        new_h, new_w = max(new_h, self.size[0]), max(new_w, self.size[1])
+        if max(new_h, new_w) > 100 * max(self.size):
+            raise ImageError(f"image is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}")
+        if (new_w, new_h) != picture.size:
+            from PIL import Image as pil
+
+            picture = picture.resize((new_w, new_h), getattr(pil.Resampling, self.interpolation.upper()))
+        top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
+        return np.asarray(picture)[top : top + self.size[0], left : left + self.size[1]]
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, H, W, 3) uint8 -> (n, 3, H, W) float32: what the artifact does itself when its input is `image`."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        scaled = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.crop_pct <= 1):
+            raise ValueError(f"crop_pct is {self.crop_pct}, it must be over 0 and at most 1")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is '{self.interpolation}', choose from: {', '.join(INTERPOLATIONS)}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(v) for v in values):
+                raise ValueError(f"{name} is {list(values)}, it must be three finite numbers")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {list(self.std)}, it must be positive")
+
+
+def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
+    """Any image as upright 8-bit RGB: EXIF rotation applied, 16-bit scaled, alpha dropped, CMYK and palettes converted."""
+    from PIL import Image as pil
+    from PIL import ImageOps, UnidentifiedImageError
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ImageError(f"array image must be uint8 HxW, HxWx3 or HxWx4, got {image.dtype} {list(image.shape)}")
+        if 0 in image.shape:
+            raise ImageError(f"array image is empty: {list(image.shape)}")
+        return pil.fromarray(image).convert("RGB")
+    if isinstance(image, pil.Image):
+        return _upright_rgb(image)
+    try:
+        with pil.open(image) as picture:
+            picture.load()
+            return _upright_rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError as error:
+        raise ImageError(f"image {image} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"image {image} is not an image that Pillow can read") from error
+    except pil.DecompressionBombError as error:
+        raise ImageError(f"image {image} is too large: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"image {image} cannot be read: {error}") from error
+
+
+def _upright_rgb(picture: Image) -> Image:
+    from PIL import Image as pil
+
+    if picture.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
+        values: NDArray[Any] = np.asarray(picture).astype(np.float64)
+        return pil.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,167 @@
+"""From a checkpoint file to a plain state dict: container, prefixes, old names, stray keys. Nothing is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evm_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".ckpt", ".pth", ".pt", ".pth.tar", ".safetensors")
+CONTAINERS = {
+    "ema": ("ema_model", "model_ema", "state_dict", "model", "raw"),
+    "raw": ("model", "raw", "state_dict"),
+}
+PREFIXES = ("module.", "_orig_mod.")
+STRAY = ("total_ops", "total_params")  # left behind by the profiler thop
+RENAMES = (
+    (re.compile(r"^patch_embed\.proj\."), "patch_embed.0."),
+    (re.compile(r"^patch_embed\.norm\."), "patch_embed.2."),
+    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.ln_1\."), r"\1.norm."),
+    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.self_attention\."), r"\1.op."),
+    (re.compile(r"^norm\."), "classifier.norm."),
+    (re.compile(r"^head\."), "classifier.head."),
+)
+CONVERT_HINT = (
+    "if you trust the file, convert it once:  python -c \"import torch; c = torch.load('{name}', weights_only=False); "
+    "torch.save({{'state_dict': c.get('model_ema') or c.get('model') or c['state_dict']}}, 'clean.pth')\""
+)
+
+
+@dataclass
+class RawCheckpoint:
+    """A state dict under the network's own names, and how it was found in the file."""
+
+    tensors: dict[str, Tensor]
+    sha256: str
+    container: str
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
+    """Read `path` (.ckpt .pth .pt .pth.tar .safetensors) safely; `weights`: `ema` prefers averaged weights, or `raw`.
+
+    Raises CheckpointError for a missing, empty, damaged or unsafe file, or one that holds no state dict.
+    """
+    if not path.is_file():
+        what = "is a directory, not a checkpoint" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}", f"give a file: {' '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)", "copy or download it again")
+    if not path.name.endswith(SUFFIXES):
+        raise CheckpointError(f"checkpoint {path}: unknown file type", f"known are: {' '.join(SUFFIXES)}")
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
+        sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        container = "safetensors"
+    else:
+        container, tensors = _container(path, _read_pickle(path), weights)
+        metadata = {}
+    raw = RawCheckpoint({}, sha256, container, metadata=metadata)
+    _normalise_names(path, tensors, raw)
+    return raw
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}", "copy or download it again") from error
+    try:
+        metadata = json.loads(header.get("evm_deploy", "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path}: metadata 'evm_deploy' is not a JSON object ({error})") from error
+    return tensors, metadata
+
+
+def _read_pickle(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if unsafe or "Unsupported" in str(error):
+            name = unsafe[1] if unsafe else "objects other than tensors"
+            raise CheckpointError(
+                f"checkpoint {path} needs code to load ({name}); refused, nothing of it was executed",
+                CONVERT_HINT.format(name=path.name),
+            ) from error
+        raise CheckpointError(f"checkpoint {path} is not a torch checkpoint, or is damaged") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged: {reason}", "copy or download it again"
+        ) from error
+
+
+def _container(path: Path, content: Any, weights: str) -> tuple[str, dict[str, Tensor]]:
+    """The first mapping of tensors under the known keys, else the file itself."""
+    import torch
+
+    def tensors_of(value: Any) -> dict[str, Tensor] | None:
+        if not isinstance(value, dict):
+            return None
+        found = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        return found or None
+
+    if isinstance(content, dict):
+        for key in CONTAINERS[weights]:
+            found = tensors_of(content.get(key))
+            if found:
+                return key, found
+        found = tensors_of(content)
+        if found:
+            return "file", found
+        keys = ", ".join(sorted(map(str, content))[:8])
+        raise CheckpointError(f"checkpoint {path} holds no state dict; its keys: {keys}")
+    raise CheckpointError(
+        f"checkpoint {path} holds a {type(content).__name__}, not a state dict", "save model.state_dict() instead"
+    )
+
+
+def _normalise_names(path: Path, tensors: dict[str, Tensor], raw: RawCheckpoint) -> None:
+    names = {key: key for key in tensors if key.rsplit(".", 1)[-1] not in STRAY}
+    raw.dropped += [key for key in tensors if key not in names]
+    names = _strip_prefixes(names)
+    if any(name.startswith("backbone.") for name in names.values()):
+        kept = {key: name for key, name in names.items() if name.startswith("backbone.")}
+        raw.dropped += [key for key in names if key not in kept]
+        names = _strip_prefixes({key: name.removeprefix("backbone.") for key, name in kept.items()})
+    for key, name in names.items():
+        for pattern, replacement in RENAMES:
+            name = pattern.sub(replacement, name)
+        if name in raw.tensors:
+            raise CheckpointError(f"checkpoint {path}: two keys mean '{name}', one of them '{key}'")
+        raw.tensors[name] = tensors[key]
+
+
+def _strip_prefixes(names: dict[str, str]) -> dict[str, str]:
+    """Remove a prefix as long as every name has it."""
+    while names:
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names.values())), None)
+        if prefix is None:
+            break
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    return names

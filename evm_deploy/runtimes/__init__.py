@@ -1,0 +1,1 @@
+"""One runtime per engine, all behind `base.Runtime`."""

@@ -1,0 +1,53 @@
+"""What every runtime is, and the checks that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import UsageError
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype name and shape of an input or output; None is the dynamic batch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join('batch' if d is None else str(d) for d in self.shape)}]"
+
+
+class Runtime(AbstractContextManager["Runtime"], Protocol):
+    """A loaded artifact, closed by leaving its `with` block. Returned arrays belong to the caller."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """One inference. Feeds have been checked by `check_feeds`."""
+        ...
+
+
+def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
+    """Names, dtypes and shapes of `feeds` against `inputs`. Raises UsageError naming the input and both sides."""
+    if set(feeds) != set(inputs):
+        raise UsageError(f"inputs are {', '.join(map(str, inputs.values()))}; got {', '.join(sorted(feeds)) or 'none'}")
+    for name, spec in inputs.items():
+        value = feeds[name]
+        if not isinstance(value, np.ndarray):
+            raise UsageError(f"input {spec}: expected a numpy array, got {type(value).__name__}")
+        fits = value.ndim == len(spec.shape) and all(
+            have >= 1 if want is None else have == want for have, want in zip(value.shape, spec.shape, strict=True)
+        )
+        if str(value.dtype) != spec.dtype or not fits:
+            raise UsageError(f"input {spec}: got {value.dtype}{list(value.shape)}")

@@ -1,0 +1,151 @@
+"""The selective scan as a model-local ONNX function of standard ops: what runs where no kernel is registered.
+
+One ONNX `Scan` whose iteration unrolls `BLOCK_STEPS` steps, for any shape and batch:
+
+    dt = softplus(delta + bias);  per block:  a = Exp(dt * A);  x = dt u B  (outer product);
+    h_i = a_i * h_(i-1) + x_i  for each step;  y = C h  (one MatMul over the block's states)
+
+Padding along L comes after softplus: a padded step has dt = 0, decay 1 and inflow 0. States are (b, K, N, D), channels
+innermost. The body captures nothing from outside (A is passed through as a state), which other importers require.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN, OP_TYPE, VERSION = "evm", "SelectiveScan", 1
+INPUTS = ("u", "delta", "A", "B", "C", "skip", "bias")
+OUTPUT = "y"
+BLOCK_STEPS = 7
+MIN_OPSET = 18  # Split(num_outputs), Pad(axes), ReduceSum(axes input)
+
+
+def register_schema() -> None:
+    """Make evm::SelectiveScan known to the ONNX checker and to the exporter, once per process."""
+    import onnx
+
+    if onnx.defs.has(OP_TYPE, DOMAIN):
+        return
+    schema = onnx.defs.OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        VERSION,
+        doc="The Mamba-1 selective scan, channels last.",
+        inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in INPUTS],
+        outputs=[onnx.defs.OpSchema.FormalParameter(OUTPUT, "T")],
+        type_constraints=[("T", ["tensor(float)"], "State and exp are float32.")],
+    )
+    schema.set_type_and_shape_inference_function(_infer_like_u)
+    onnx.defs.register_schema(schema)
+
+
+def _infer_like_u(context: Any) -> None:
+    context.set_output_type(0, context.get_input_type(0))
+
+
+class _Body:
+    """Appends nodes and hands back the names of their outputs."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+
+    def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        from onnx import helper
+
+        names = [f"{op_type}_{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def const(self, value: Any, dtype: Any = np.int64) -> str:
+        from onnx import numpy_helper
+
+        return str(self.op("Constant", value=numpy_helper.from_array(np.array(value, dtype))))
+
+    def dim(self, tensor: str, axis: int) -> str:
+        return str(self.op("Gather", self.op("Shape", tensor), self.const([axis])))
+
+    def reshape(self, tensor: str, *dims: str) -> str:
+        return str(self.op("Reshape", tensor, self.op("Concat", *dims, axis=0)))
+
+
+def selective_scan_function(opset: int) -> onnx.FunctionProto:
+    """The function evm::SelectiveScan for models that import the default domain at `opset` (at least 18).
+
+    The checker refuses a function whose opset differs from the model's, so it is built per model.
+    """
+    from onnx import helper
+
+    f = _Body()
+    zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([BLOCK_STEPS])
+    batch, L, K, N, D = f.dim("u", 0), f.dim("u", 2), f.dim("A", 0), f.dim("A", 2), f.dim("A", 1)
+    dt = _softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
+
+    missing = f.op("Mod", f.op("Sub", steps, f.op("Mod", L, steps)), steps)
+    pads = f.op("Concat", zero, missing, axis=0)
+    blocks = f.op("Div", f.op("Add", L, missing), steps)
+
+    def by_block(tensor: str, *dims: str) -> str:  # (b, K, L, X) -> (blocks, steps, b, K, *dims)
+        padded = f.op("Pad", tensor, pads, "", two)
+        return f.reshape(f.op("Transpose", padded, perm=[2, 0, 1, 3]), blocks, steps, batch, K, *dims)
+
+    h0 = f.op("Expand", f.const(0, np.float32), f.op("Concat", one, batch, K, N, D, axis=0))
+    A = f.op("Unsqueeze", f.op("Transpose", "A", perm=[0, 2, 1]), f.const([0, 1]))
+    inflow = f.op("Mul", dt, "u")
+    _, _, y = f.op(
+        "Scan",
+        *(h0, A, by_block(dt, one, D), by_block(inflow, one, D), by_block("B", N, one), by_block("C", one, N)),
+        outputs=3,
+        body=_block_graph(),
+        num_scan_inputs=4,
+    )
+    y = f.op("Transpose", f.reshape(y, f.const([-1]), batch, K, D), perm=[1, 2, 0, 3])
+    y = f.op("Slice", y, zero, L, two)
+    skipped = f.op("Mul", "u", f.op("Unsqueeze", "skip", one))
+    f.nodes.append(helper.make_node("Add", [y, skipped], [OUTPUT]))
+    return helper.make_function(DOMAIN, OP_TYPE, INPUTS, [OUTPUT], f.nodes, [helper.make_opsetid("", opset)])
+
+
+def _softplus_series(f: _Body, x: str) -> str:
+    """`portable.softplus_series` in ONNX: ORT's Softplus and Log are slow, OpenVINO's lose small deltas."""
+    e = f.op("Exp", f.op("Neg", f.op("Abs", x)))
+    s = f.op("Div", e, f.op("Add", e, f.const(2, np.float32)))
+    square, series = f.op("Mul", s, s), f.const(2 / 13, np.float32)
+    for k in (11, 9, 7, 5, 3, 1):
+        series = f.op("Add", f.op("Mul", series, square), f.const(2 / k, np.float32))
+    return str(f.op("Add", f.op("Relu", x), f.op("Mul", series, s)))
+
+
+def _block_graph() -> onnx.GraphProto:
+    """One Scan iteration: states (h, A), inputs dt, inflow (steps, b, K, 1, D), B (.., N, 1), C (.., 1, N)."""
+    from onnx import TensorProto, helper
+
+    node, steps = helper.make_node, range(BLOCK_STEPS)
+    nodes = [
+        node("Mul", ["dt", "A"], ["exponent"]),
+        node("Exp", ["exponent"], ["decay"]),
+        node("MatMul", ["B", "inflow"], ["x"]),
+        node("Split", ["decay"], [f"a{i}" for i in steps], axis=0, num_outputs=BLOCK_STEPS),
+        node("Split", ["x"], [f"x{i}" for i in steps], axis=0, num_outputs=BLOCK_STEPS),
+    ]
+    h = "h"
+    for i in steps:
+        nodes += [node("Mul", [f"a{i}", h], [f"kept{i}"]), node("Add", [f"kept{i}", f"x{i}"], [f"h{i}"])]
+        h = f"h{i}"
+    nodes += [
+        node("Concat", [f"h{i}" for i in steps], ["states"], axis=0),
+        node("MatMul", ["C", "states"], ["y"]),
+        node("Identity", [h], ["h_out"]),
+        node("Identity", ["A"], ["A_out"]),
+    ]
+
+    def infos(*names: str) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 5) for name in names]
+
+    return helper.make_graph(
+        nodes, "scan_block", infos("h", "A", "dt", "inflow", "B", "C"), infos("h_out", "A_out", "y")
+    )

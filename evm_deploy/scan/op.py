@@ -1,0 +1,84 @@
+"""`evm::selective_scan` as a torch custom op: eager on CPU, opaque to torch.export, differentiable.
+
+Importing this module registers the op. Contract and symbols: `evm_deploy.scan.reference.selective_scan`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evm_deploy.scan.portable import two_level_scan
+
+#: Elements of one block of states: 1 MB of float32, so that a block stays in a core's L2 cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+@torch.library.custom_op("evm::selective_scan", mutates_args=())
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+    """The selective scan of `reference.selective_scan` in float32 (or float64), vectorised over b, K, D and N.
+
+    Works block by block along L: the decays and inflows of a block are computed at once, the recurrence is one
+    fused multiply-add per step into the block's buffer, and the outputs are one product per block.
+    Raises ValueError when the shapes do not fit each other.
+    """
+    _check_shapes(u, delta, A, B, C, skip, bias)
+    batch, K, L, D = u.shape
+    dt = F.softplus(delta + bias[:, None])
+    inflow = dt * u
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    h = torch.zeros((batch, K, D, A.shape[-1]), dtype=u.dtype, device=u.device)
+    block = max(1, BLOCK_ELEMENTS // max(1, h.numel()))
+    time_first = (2, 0, 1, 3)
+    for start in range(0, L, block):
+        steps = slice(start, start + block)
+        decay = torch.exp(dt[:, :, steps].permute(time_first).unsqueeze(-1) * A)
+        states = inflow[:, :, steps].permute(time_first).unsqueeze(-1) * B[:, :, steps].permute(time_first).unsqueeze(
+            -2
+        )
+        for t in range(states.shape[0]):
+            h = torch.addcmul(states[t], decay[t], h, out=states[t])
+        outputs = torch.matmul(states, C[:, :, steps].permute(time_first).unsqueeze(-1)).squeeze(-1)
+        y[:, :, steps] = outputs.permute(1, 2, 0, 3)
+    return torch.addcmul(y, skip[:, None], u)
+
+
+@selective_scan.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    """Recompute with the portable form, which autograd can follow."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        return torch.autograd.grad(two_level_scan(*inputs), inputs, grad)
+
+
+selective_scan.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> None:
+    if u.dim() != 4 or A.dim() != 3:
+        raise ValueError(
+            f"selective_scan: u must be (b, K, L, D) and A (K, D, N), got {list(u.shape)}, {list(A.shape)}"
+        )
+    (batch, K, L, D), N = u.shape, A.shape[-1]
+    expected = {
+        "delta": (delta, (batch, K, L, D)),
+        "A": (A, (K, D, N)),
+        "B": (B, (batch, K, L, N)),
+        "C": (C, (batch, K, L, N)),
+        "skip": (skip, (K, D)),
+        "bias": (bias, (K, D)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"selective_scan: {name} has shape {list(tensor.shape)}, u and A ask for {list(shape)}")
