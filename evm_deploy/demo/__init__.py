@@ -22,7 +22,7 @@ def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def write_images(folder: Path, split: str = "heldout", count: int | None = None) -> int:
-    """Write the first `count` images of `split` as PNG files in class folders, `folder/7/0012.png`; returns how many."""
+    """Write the first `count` images of `split` as PNG files in class folders, `folder/7/0012.png`."""
     from PIL import Image
 
     images, labels = digits(split)

@@ -89,10 +89,10 @@ def train() -> tuple[nn.Module, float]:
     for epoch in range(EPOCHS):
         model.train()
         order = torch.randperm(len(images), generator=generator)
-        for batch in order[: len(order) // BATCH * BATCH].split(BATCH):
+        for batch in torch.split(order[: len(order) // BATCH * BATCH], BATCH):
             loss = F.cross_entropy(model(augment(images[batch], generator)), labels[batch], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

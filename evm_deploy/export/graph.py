@@ -69,8 +69,8 @@ def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing)
             super().__init__()
             self.model = model
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-            self.register_buffer("scale", 1 / (255 * std), persistent=False)
-            self.register_buffer("shift", -mean / std, persistent=False)
+            self.scale = nn.Buffer(1 / (255 * std), persistent=False)
+            self.shift = nn.Buffer(-mean / std, persistent=False)
 
         def forward(self, x: Tensor) -> Any:
             if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW

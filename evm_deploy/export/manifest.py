@@ -53,11 +53,12 @@ class Manifest:
     def export_plan(self) -> ExportPlan:
         """The plan that the bundle was exported with."""
         known = {f.name for f in fields(ExportPlan)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.plan.items() if key in known}
-        return ExportPlan(**{**values, "batch": self.batch})
+        values: dict[str, Any] = {key: _frozen(v) for key, v in self.plan.items() if key in known}
+        values["batch"] = self.batch
+        return ExportPlan(**values)
 
     def preprocess(self) -> Preprocessing:
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
+        values: dict[str, Any] = {key: _frozen(v) for key, v in self.preprocessing.items()}
         return Preprocessing(**values)
 
     @classmethod
@@ -102,6 +103,11 @@ class Manifest:
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault
             raise BundleError(f"{path} is not a valid manifest: {error}", "export the bundle again") from error
         return manifest
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples they were written from."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_file_entry(name: str, facts: dict[str, Any]) -> None:

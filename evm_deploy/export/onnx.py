@@ -58,6 +58,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises UsageError naming the weights that float16 cannot hold; onnxruntime's converter would clip them.
     """
+    import onnx_ir
     from onnx import TensorProto, numpy_helper
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -80,7 +81,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     )
     if not half.functions:
         half.functions.extend(functions)
-    return half
+    in_order = onnx_ir.from_proto(half)  # the converter puts the scans' casts at the end of the node list
+    in_order.graph.sort()
+    result: onnx.ModelProto = onnx_ir.to_proto(in_order)
+    return result
 
 
 class OnnxScanTaps:

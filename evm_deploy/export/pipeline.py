@@ -86,9 +86,8 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         for key in ("mean", "std", "crop_pct", "interpolation")
     }
     try:
-        preprocessing = Preprocessing(
-            imgsz, **{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items() if v is not None}
-        )
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
+        preprocessing = Preprocessing(imgsz, **given)
     except (TypeError, ValueError) as error:
         raise UsageError(f"preprocessing: {error}") from error
     labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)

@@ -18,13 +18,13 @@ def bundle_readme(manifest: Manifest) -> str:
     )
     scale = f"covers {round(height / pre['crop_pct'])}x{round(width / pre['crop_pct'])}"
     example = (
-        f"pixels = np.zeros(({shape.replace('batch', '1').replace('x', ', ')}), np.{read['dtype']})  # your image here\n"
+        f"pixels = np.zeros(({shape.replace('batch', '1').replace('x', ', ')}), np.{read['dtype']})  # your image\n"
         f'outputs = session.run(None, {{"{read["name"]}": pixels}})'
     )
     return f"""# {manifest.name}
 
 {spec["variant"]} EfficientVMamba, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
-Checked against the float model: largest difference {manifest.parity["max_abs"]:.1e}, cosine {manifest.parity["cosine"]:.6f}.
+Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, cosine {manifest.parity["cosine"]:.6f}.
 
 | file | what |
 |---|---|

@@ -110,8 +110,8 @@ def run(bundle: Bundle, target: Target, runtime: Runtime) -> list[Check]:
     checks = [Check("preprocessing (of 255)", float(off), 1.0)]
     for name, have in run_batched(runtime, plan, tensors[plan.input]).items():
         scale = max(1.0, float(np.abs(tensors[name]).max()))
-        error = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
-        checks.append(Check(name, error, plan.tolerance * scale))
+        difference = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
+        checks.append(Check(name, difference, plan.tolerance * scale))
     names = sorted({key.split(":")[0] for key in scans})
     if names:
         with target.open(here / "scan.onnx", None) as scan_runtime:

@@ -103,7 +103,7 @@ def run_reference(
 
     scans: list[Scan] = []
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.evm.selective_scan.default:
                 scans.append(
@@ -111,7 +111,7 @@ def run_reference(
                 )
             return func(*args, **(kwargs or {}))
 
-    with torch.inference_mode(), Recorder():
+    with torch.inference_mode(), Recorder():  # type: ignore[no-untyped-call]
         y = reference(torch.from_numpy(probes))
     if isinstance(y, tuple):
         return {f"feature{i}": value.numpy() for i, value in enumerate(y)}, scans

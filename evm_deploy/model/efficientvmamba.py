@@ -7,6 +7,7 @@ Activations are NHWC in stages 0 and 1, NCHW inside stages 2 and 3. Written from
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ DIRECTIONS = 4  # one per phase of the 2 x 2 atrous grid
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a checkpoint say. `dim`: channels after the patch embedding; `num_classes` 0: backbone only."""
+    """What the shapes of a checkpoint say. `dim`: channels of the patch embedding; `num_classes` 0: no head."""
 
     dim: int
     depths: tuple[int, int, int, int]
@@ -111,7 +112,7 @@ class ES2D(nn.Module):
     def scan(self, u: Tensor) -> Tensor:
         """Project u (b, 4, L, d) to delta, B, C and run the selective scan; float32 inside whatever u is."""
         projected = torch.matmul(u, self.x_proj_weight.transpose(1, 2))
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))
         A = -torch.exp(self.A_logs.float()).reshape(DIRECTIONS, -1, self.d_state)
         skip = self.Ds.float().reshape(DIRECTIONS, -1)
@@ -130,7 +131,8 @@ class Gate(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         g = self.norm(t).mean((1, 2), keepdim=True)
-        return t * torch.sigmoid(self.channel_select(F.gelu(self.global_reduce(g))))
+        gated: Tensor = t * torch.sigmoid(self.channel_select(F.gelu(self.global_reduce(g))))
+        return gated
 
 
 class EVSSBlock(nn.Module):
@@ -148,7 +150,8 @@ class EVSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
         local = to_nhwc(self.conv_branch(to_nchw(n)))
-        return x + (self.se(self.op(n)) + self.se(local))
+        out: Tensor = x + (self.se(self.op(n)) + self.se(local))
+        return out
 
 
 class PatchMerging(nn.Module):
@@ -271,7 +274,8 @@ class Trunk(nn.Module):
         maps = []
         for stage in self.layers:
             maps.append(stage(x))
-            x = stage.downsample(maps[-1]) if stage.downsample is not None else maps[-1]
+            downsample: Any = stage.downsample
+            x = downsample(maps[-1]) if downsample is not None else maps[-1]
         return maps
 
 

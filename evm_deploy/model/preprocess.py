@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-ImageLike = "str | Path | Image | NDArray[np.uint8]"
-
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -52,9 +50,9 @@ class Preprocessing:
         if max(new_h, new_w) > 100 * max(self.size):
             raise ImageError(f"image is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}")
         if (new_w, new_h) != picture.size:
-            from PIL import Image as pil
+            import PIL.Image
 
-            picture = picture.resize((new_w, new_h), getattr(pil.Resampling, self.interpolation.upper()))
+            picture = picture.resize((new_w, new_h), getattr(PIL.Image.Resampling, self.interpolation.upper()))
         top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
         return np.asarray(picture)[top : top + self.size[0], left : left + self.size[1]]
 
@@ -77,8 +75,8 @@ class Preprocessing:
 
 
 def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
-    """Any image as upright 8-bit RGB: EXIF rotation applied, 16-bit scaled, alpha dropped, CMYK and palettes converted."""
-    from PIL import Image as pil
+    """Any image as upright 8-bit RGB: EXIF rotation applied, 16-bit scaled, alpha dropped, CMYK converted."""
+    import PIL.Image
     from PIL import ImageOps, UnidentifiedImageError
 
     if isinstance(image, np.ndarray):
@@ -86,27 +84,27 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
             raise ImageError(f"array image must be uint8 HxW, HxWx3 or HxWx4, got {image.dtype} {list(image.shape)}")
         if 0 in image.shape:
             raise ImageError(f"array image is empty: {list(image.shape)}")
-        return pil.fromarray(image).convert("RGB")
-    if isinstance(image, pil.Image):
+        return PIL.Image.fromarray(image).convert("RGB")
+    if isinstance(image, PIL.Image.Image):
         return _upright_rgb(image)
     try:
-        with pil.open(image) as picture:
+        with PIL.Image.open(image) as picture:
             picture.load()
             return _upright_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
         raise ImageError(f"image {image} does not exist") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"image {image} is not an image that Pillow can read") from error
-    except pil.DecompressionBombError as error:
+    except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"image {image} is too large: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"image {image} cannot be read: {error}") from error
 
 
 def _upright_rgb(picture: Image) -> Image:
-    from PIL import Image as pil
+    import PIL.Image
 
     if picture.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
         values: NDArray[Any] = np.asarray(picture).astype(np.float64)
-        return pil.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return PIL.Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,11 +27,17 @@ class TensorSpec:
         return f"{self.name} {self.dtype}[{', '.join('batch' if d is None else str(d) for d in self.shape)}]"
 
 
-class Runtime(AbstractContextManager["Runtime"], Protocol):
+class Runtime(Protocol):
     """A loaded artifact, closed by leaving its `with` block. Returned arrays belong to the caller."""
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+
+    def __enter__(self) -> Runtime: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """One inference. Feeds have been checked by `check_feeds`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,8 +34,8 @@ class OnnxRuntime:
         except Exception as error:  # ORT raises its own types, all derived from Exception alone
             reason = str(error).strip().splitlines()[0]
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot open the model: {reason}") from error
-        self.inputs = {spec.name: spec for spec in map(_spec, self.session.get_inputs())}
-        self.outputs = {spec.name: spec for spec in map(_spec, self.session.get_outputs())}
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_inputs())}
+        self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_outputs())}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))

@@ -21,7 +21,8 @@ def softplus_series(x: Tensor) -> Tensor:
     """
     e = torch.exp(-x.abs())
     s = e / (e + 2)
-    square, series = s * s, 2 / 13
+    square = s * s
+    series: Tensor | float = 2 / 13
     for k in (11, 9, 7, 5, 3, 1):
         series = series * square + 2 / k
     return F.relu(x) + series * s

@@ -1,0 +1,65 @@
+"""Shared fixtures: golden cases as checkpoints in the authors' format, and bundles exported once per session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+import golden  # noqa: E402
+
+from evm_deploy.demo import CHECKPOINT  # noqa: E402
+from evm_deploy.export.bundle import Bundle  # noqa: E402
+from evm_deploy.export.pipeline import export  # noqa: E402
+from evm_deploy.export.plan import ExportPlan  # noqa: E402
+
+TRAINED = Path(__file__).parents[2] / "shared" / "trained"
+torch.set_num_threads(1)
+
+
+def save_as_released(state: dict[str, Any], path: Path) -> Path:
+    """In the layout of the authors' released files."""
+    torch.save({"state_dict": {f"module.module.{k}": torch.from_numpy(v) for k, v in state.items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(case name) -> path of its seeded weights on disk."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = save_as_released(golden.model_case(name)["state"], folder / f"{name}.ckpt")
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def micro(checkpoint) -> Path:
+    return checkpoint("micro_64")
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(micro, tmp_path_factory) -> Bundle:
+    """The smallest golden model, exported with default flags at 64x64."""
+    return export(micro, ExportPlan("onnx", imgsz=(64, 64)), tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory) -> Bundle:
+    return export(CHECKPOINT, ExportPlan("onnx"), tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def trained() -> Path:
+    """The trained T; not part of the project, so tests that need it skip where it is absent."""
+    if not TRAINED.is_dir():
+        pytest.skip("the trained T (../shared/trained) is not beside this checkout")
+    return TRAINED

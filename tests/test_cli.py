@@ -1,0 +1,154 @@
+"""The commands as a user meets them: streams, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evm_deploy import cli
+
+HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "tensorrt", "coremltools"}
+EXPORT = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
+
+
+def run_export(*flags):
+    return cli.export_main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("module", ["evm_deploy", "evm_deploy.cli", "evm_deploy.inference", "evm_deploy.export.onnx"])
+def test_import_loads_no_engine(module):
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not HEAVY & set(loaded)
+
+
+def test_running_a_bundle_never_loads_torch(micro_bundle):
+    code = f"import sys, evm_deploy; m = evm_deploy.load({str(micro_bundle.path)!r}); m.selftest(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded and "onnx" not in loaded
+
+
+def test_help_is_quick_and_lists_exit_codes():
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", EXPORT, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert "exit codes" in done.stdout and "--imgsz" in done.stdout
+    bare = min(_time_bare_python() for _ in range(5))
+    assert min(times) - bare < 0.3
+
+
+def _time_bare_python():
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return time.perf_counter() - start
+
+
+BAD_FLAGS = {
+    "no target": ([], "--target is missing"),
+    "misspelt target": (["--target", "onxx"], "did you mean onnx?"),
+    "unknown target": (["--target", "onnx,toaster"], "choose from: onnx"),
+    "precision": (["--target", "onnx", "--int8"], "target 'onnx' has no precision 'int8'; it has: fp32, fp16"),
+    "misspelt precision": (["--target", "onnx", "--precision", "fp23"], "did you mean fp32?"),
+    "scan": (["--target", "onnx", "--scan", "plugin"], "has no scan lowering 'plugin'; it has: auto, portable"),
+    "small": (["--target", "onnx", "--imgsz", "3"], "too small: at least 4 pixels"),
+    "imgsz": (["--target", "onnx", "--imgsz", "224x"], "use 224, or HxW"),
+    "huge": (["--target", "onnx", "--imgsz", "99999"], "at most 8192"),
+    "batch": (["--target", "onnx", "--batch", "0"], "use a number from 1"),
+    "batch order": (["--target", "onnx", "--batch", "4:2:8"], "min:opt:max"),
+    "opset": (["--target", "onnx", "--opset", "9"], "supported are 18 to 23"),
+    "opset text": (["--target", "onnx", "--opset", "new"], "not a whole number"),
+    "tol": (["--target", "onnx", "--tol", "-1"], "between 0 and 1"),
+    "head": (["--target", "onnx", "--head", "logit"], "did you mean logits?"),
+    "mean": (["--target", "onnx", "--mean", "0.5"], "three numbers"),
+    "std": (["--target", "onnx", "--std", "0,1,1"], "it must be positive"),
+    "crop": (["--target", "onnx", "--crop-pct", "2"], "at most 1"),
+    "interpolation": (["--target", "onnx", "--interpolation", "cubic"], "choose from: bicubic, bilinear"),
+    "labels": (["--target", "onnx", "--labels", "no.txt"], "cannot be read"),
+    "config": (["--target", "onnx", "--config", "no.toml"], "No such file"),
+    "flag": (["--target", "onnx", "--fast"], "unrecognized arguments"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_exit_2_with_one_message(name, micro, tmp_path, capsys):
+    flags, message = BAD_FLAGS[name]
+    try:
+        code = run_export(micro, "-o", tmp_path / "out", *flags)
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    streams = capsys.readouterr()
+    assert code == 2
+    assert message in streams.err and "Traceback" not in streams.err
+    assert streams.out == "" and not (tmp_path / "out").exists()
+
+
+def test_labels_must_fit_the_head(micro, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    assert run_export(micro, "--target", "onnx", "--labels", tmp_path / "labels.txt", "-o", tmp_path / "o") == 2
+    assert "2 labels for a head of 10 classes" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint(tmp_path, capsys):
+    assert run_export(tmp_path / "no.pth", "--target", "onnx", "-o", tmp_path / "out") == 2
+    assert "no.pth does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(micro, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_export(micro, "--target", "ort", "--imgsz", "64x96", "--dry-run", "-o", out) == 0
+    assert "micro_64-onnx-fp32-64x96" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_json_is_one_object_on_stdout(micro, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("\n".join(f"digit {i}" for i in range(10)))
+    flags = ["--target", "onnx", "--imgsz", 32, "--json", "--labels", tmp_path / "labels.txt", "-o", tmp_path]
+    assert run_export(micro, *flags) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["manifest"]["parity"]["ok"] is True
+    assert cli.run_main([result["bundle"], "--selftest", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+
+
+def test_config_file_and_command_line(micro, tmp_path, capsys):
+    config = tmp_path / "evm.toml"
+    config.write_text(
+        'target = "onnx"\nimgsz = 96\nfp16 = true\nmean = [0.5, 0.5, 0.5]\ncrop_pct = 1.0\ndry-run = true\n'
+    )
+    assert run_export(micro, "--config", config, "--imgsz", 32, "--json", "-o", tmp_path / "out") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "fp16, 32x32" in facts["Would"] and facts["Input"].endswith("crop 1.0")
+    config.write_text("imgzs = 96\n")
+    assert run_export(micro, "--config", config, "--target", "onnx") == 2
+    assert "did you mean imgsz?" in capsys.readouterr().err
+    config.write_text("imgsz = ")
+    assert run_export(micro, "--config", config, "--target", "onnx") == 2
+    assert "is not TOML" in capsys.readouterr().err
+
+
+def test_the_demo_is_used_and_said(tmp_path, capsys):
+    assert run_export("--target", "onnx", "--dry-run", "-o", tmp_path) == 0
+    streams = capsys.readouterr()
+    assert "embedded demo" in streams.err and "10 classes" in streams.out
+
+
+@pytest.mark.parametrize("flags", [[], ["--top", "0", "a.png"], ["--threads", "0", "--selftest"]])
+def test_bad_run_flags(flags, micro_bundle, capsys):
+    assert cli.run_main([str(micro_bundle.path), *flags]) == 2
+    assert "evm-run: " in capsys.readouterr().err
+
+
+def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, monkeypatch, capsys):
+    from evm_deploy.export import onnx
+
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxsim" else object())
+    assert run_export(micro, "--target", "onnx", "-o", tmp_path / "out") == 3
+    assert "pip install 'evm-deploy[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

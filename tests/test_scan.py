@@ -1,0 +1,120 @@
+"""Every lowering of the scan against the golden cases, the float64 loop, and random shapes."""
+
+from __future__ import annotations
+
+import golden
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+from evm_deploy.scan import onnx_function, reference
+from evm_deploy.scan.op import selective_scan
+from evm_deploy.scan.portable import two_level_scan
+
+INPUTS = onnx_function.INPUTS
+
+
+def in_torch(function):
+    return lambda *arrays: function(*(torch.from_numpy(a) for a in arrays)).numpy()
+
+
+def in_onnx(*arrays):
+    infos = [
+        helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * a.ndim)
+        for k, a in zip(INPUTS, arrays, strict=True)
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
+    node = helper.make_node("SelectiveScan", INPUTS, ["y"], domain="evm")
+    model = helper.make_model(
+        helper.make_graph([node], "scan", infos, [output]),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("evm", 1)],
+        ir_version=10,
+        functions=[onnx_function.selective_scan_function(20)],
+    )
+    onnx_function.register_schema()
+    onnx.checker.check_model(model, full_check=True)
+    return OnnxRuntime(model.SerializeToString(), 1).run(dict(zip(INPUTS, arrays, strict=True)))["y"]
+
+
+FORMS = {"eager": in_torch(selective_scan), "two_level": in_torch(two_level_scan), "onnx": in_onnx}
+
+
+@pytest.mark.parametrize("case", golden.SCAN_CASES)
+def test_the_float64_loop_is_the_golden_one(case):
+    inputs, expected = golden.scan_case(case)
+    y = golden.channels_first(reference.selective_scan(*golden.channels_last(inputs)))
+    for key, value in golden.scan_summary(y).items():
+        np.testing.assert_allclose(value, expected[key], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", golden.SCAN_CASES)
+def test_lowering_matches_golden(case, form):
+    inputs, expected = golden.scan_case(case)
+    got = golden.scan_summary(golden.channels_first(FORMS[form](*golden.channels_last(inputs))))
+    for key in ("y_head", "y_tail"):
+        assert np.abs(got[key] - expected[key]).max() / expected["stats"][2] < 1e-5
+
+
+def random_inputs(seed, b, K, L, D, N, dt):
+    g = np.random.default_rng(seed)
+    delta = dt + np.log(-np.expm1(-dt)) * np.ones((b, K, L, D))
+    arrays = (
+        g.standard_normal((b, K, L, D)),
+        delta + 0.1 * g.standard_normal((b, K, L, D)),
+        -g.uniform(0.1, 16, (K, D, N)),
+        g.standard_normal((b, K, L, N)),
+        g.standard_normal((b, K, L, N)),
+        g.standard_normal((K, D)),
+        np.zeros((K, D)),
+    )
+    return [a.astype(np.float32) for a in arrays]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    b=st.integers(1, 3),
+    K=st.integers(1, 4),
+    L=st.integers(1, 40),
+    D=st.integers(1, 9),
+    N=st.integers(1, 17),
+    dt=st.sampled_from([1e-4, 0.05, 1.0, 20.0]),
+)
+def test_any_shape_and_delta(seed, b, K, L, D, N, dt):
+    inputs = random_inputs(seed, b, K, L, D, N, dt)
+    want = reference.selective_scan(*inputs)
+    for name, form in FORMS.items():
+        y = form(*inputs)
+        assert np.isfinite(y).all(), name
+        assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max(), name
+
+
+def test_no_nan_at_the_edge():
+    inputs = random_inputs(0, 1, 4, 200, 8, 16, 20.0)
+    inputs[2][:] = -16
+    for name, form in FORMS.items():
+        assert np.isfinite(form(*inputs)).all(), name
+
+
+def test_the_op_passes_torchs_own_checks():
+    inputs = [torch.from_numpy(a).requires_grad_() for a in random_inputs(1, 1, 2, 9, 3, 4, 0.3)]
+    torch.library.opcheck(selective_scan, inputs)
+
+
+def test_gradients_are_those_of_the_recurrence():
+    inputs = [torch.from_numpy(a).double().requires_grad_() for a in random_inputs(2, 1, 2, 6, 2, 3, 0.3)]
+    assert torch.autograd.gradcheck(selective_scan, inputs)
+
+
+@pytest.mark.parametrize(("index", "name"), [(1, "delta"), (3, "B"), (5, "skip")])
+def test_wrong_shapes_are_named(index, name):
+    inputs = [torch.from_numpy(a) for a in random_inputs(3, 1, 2, 6, 2, 3, 0.3)]
+    inputs[index] = inputs[index][..., :1]
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        selective_scan(*inputs)

@@ -1,0 +1,200 @@
+"""The parity gate notices what it is there for: each fault is put into the artifact alone, and must exit 4."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from evm_deploy import cli
+from evm_deploy.errors import BundleError
+from evm_deploy.export import graph as graph_module
+from evm_deploy.export.bundle import open_bundle
+from evm_deploy.inference import load
+from evm_deploy.model import efficientvmamba
+from evm_deploy.scan import onnx_function
+
+
+def run(micro, out, *flags):
+    return cli.export_main([str(micro), "--target", "onnx", "--imgsz", "64", "-o", str(out), "-q", *flags])
+
+
+def rejected(out):
+    found = list(out.iterdir())
+    assert [path.name for path in found] == ["micro_64-onnx-fp32-64x64.rejected"]
+    assert (found[0] / "model.onnx").is_file()
+    with pytest.raises(BundleError, match="was rejected"):
+        open_bundle(found[0])
+
+
+def body(function):
+    """The Scan body of the portable form."""
+    scan = next(node for node in function.node if node.op_type == "Scan")
+    return next(a.g for a in scan.attribute if a.name == "body")
+
+
+@pytest.fixture
+def break_function(monkeypatch):
+    """break_function(edit): every portable body is edited before it is attached."""
+    original = onnx_function.selective_scan_function
+
+    def install(edit):
+        def broken(opset):
+            function = original(opset)
+            edit(function)
+            return function
+
+        monkeypatch.setattr(onnx_function, "selective_scan_function", broken)
+
+    return install
+
+
+def wrong_decay(function):
+    """exp(1.01 dt A) instead of exp(dt A)."""
+    graph = body(function)
+    graph.initializer.append(numpy_helper.from_array(np.float32(1.01), "factor"))
+    exp = next(i for i, node in enumerate(graph.node) if node.op_type == "Exp")
+    graph.node.insert(exp, helper.make_node("Mul", ["exponent", "factor"], ["scaled"]))
+    graph.node[exp + 1].input[0] = "scaled"
+
+
+def forgotten_state(function):
+    """Every block starts from zero."""
+    graph = body(function)
+    last = next(node for node in graph.node if node.output[0] == "h_out")
+    graph.node.insert(len(graph.node) - 2, helper.make_node("Sub", [last.input[0]] * 2, ["zero"]))
+    last.input[0] = "zero"
+
+
+@pytest.mark.parametrize("fault", [wrong_decay, forgotten_state])
+def test_a_broken_scan_body_is_rejected(fault, break_function, micro, tmp_path, capsys):
+    break_function(fault)
+    assert run(micro, tmp_path) == 4
+    assert "scan layers.0.blocks.0.op" in capsys.readouterr().err
+    rejected(tmp_path)
+
+
+def cumsum_division(opset):
+    """The form of several public ports: h_t = P_t * cumsum(x / P), P = exp(cumsum(dt A)). One chunk, no epsilon."""
+    f = onnx_function._Body()
+    one, two, three, last = f.const([1]), f.const(2), f.const([3]), f.const([4])
+    dt = f.op("Softplus", f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
+    exponent = f.op("Mul", f.op("Unsqueeze", dt, last), f.op("Unsqueeze", "A", one))
+    product = f.op("Exp", f.op("CumSum", exponent, two))
+    x = f.op("Mul", f.op("Unsqueeze", f.op("Mul", dt, "u"), last), f.op("Unsqueeze", "B", three))
+    h = f.op("Mul", product, f.op("CumSum", f.op("Div", x, product), two))
+    y = f.op("ReduceSum", f.op("Mul", h, f.op("Unsqueeze", "C", three)), last, keepdims=0)
+    skip = f.op("Mul", "u", f.op("Unsqueeze", "skip", one))
+    f.nodes.append(helper.make_node("Add", [y, skip], ["y"]))
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_function("evm", "SelectiveScan", onnx_function.INPUTS, ["y"], f.nodes, opsets)
+
+
+def test_cumsum_division_is_rejected(monkeypatch, micro, tmp_path, capsys):
+    monkeypatch.setattr(onnx_function, "selective_scan_function", cumsum_division)
+    assert run(micro, tmp_path) == 4
+    assert "off by" in capsys.readouterr().err
+    rejected(tmp_path)
+
+
+def test_cumsum_division_is_rejected_where_the_logits_hide_it(monkeypatch, tmp_path, capsys):
+    """Small deltas and D = 1, as freshly initialised: the logits agree, the large-delta probes do not."""
+    import golden
+    import torch
+
+    state = dict(golden.model_case("micro_64")["state"])
+    for key, value in state.items():
+        if key.endswith("Ds"):
+            state[key] = np.ones_like(value)
+        if key.endswith("dt_projs_bias"):
+            state[key] = np.full_like(value, -7)
+        if key.endswith("dt_projs_weight"):
+            state[key] = value * 0.01
+    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, tmp_path / "micro_64.pt")
+    monkeypatch.setattr(onnx_function, "selective_scan_function", cumsum_division)
+    assert run(tmp_path / "micro_64.pt", tmp_path / "out") == 4
+    message = capsys.readouterr().err
+    assert "with large deltas" in message and "logits differ" not in message
+
+
+def during_trace(monkeypatch, spoil, restore):
+    """Spoil the model only while the graph is made: the float reference stays right."""
+    original = graph_module._export
+
+    def broken(model, plan):
+        undo = spoil(model)
+        try:
+            return original(model, plan)
+        finally:
+            restore(model, undo)
+
+    monkeypatch.setattr(graph_module, "_export", broken)
+
+
+def test_a_swapped_direction_is_rejected(monkeypatch, micro, tmp_path, capsys):
+    right = efficientvmamba.split_directions
+
+    def swap(model):
+        efficientvmamba.split_directions = lambda x: right(x)[:, [0, 2, 1, 3]]
+
+    def restore(model, undo):
+        efficientvmamba.split_directions = right
+
+    during_trace(monkeypatch, swap, restore)
+    assert run(micro, tmp_path) == 4
+    assert "reads inputs off by" in capsys.readouterr().err
+    rejected(tmp_path)
+
+
+def test_batch_norm_in_training_mode_is_rejected(monkeypatch, micro, tmp_path):
+    import torch
+
+    def train(model):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.track_running_stats, module.training = False, True
+                module.saved = module.running_mean, module.running_var
+                module.running_mean = module.running_var = None
+
+    def restore(model, undo):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.track_running_stats, module.training = True, False
+                module.running_mean, module.running_var = module.saved
+
+    during_trace(monkeypatch, train, restore)
+    assert run(micro, tmp_path) == 4
+    rejected(tmp_path)
+
+
+def test_a_tolerance_too_tight_is_rejected_and_says_so(micro, tmp_path, capsys):
+    assert run(micro, tmp_path, "--tol", "1e-12") == 4
+    assert "logits differ by" in capsys.readouterr().err
+
+
+def test_a_good_export_replaces_nothing_but_itself(micro, tmp_path):
+    assert run(micro, tmp_path) == 0
+    assert run(micro, tmp_path) == 2
+    assert run(micro, tmp_path, "--force") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-fp32-64x64"]
+
+
+def test_selftest_notices_a_changed_weight(micro, tmp_path):
+    """Negative control of the self-test: a scaled weight, hashes made to fit."""
+    import json
+    from hashlib import sha256
+
+    assert run(micro, tmp_path) == 0
+    folder = next(tmp_path.iterdir())
+    model = onnx.load(str(folder / "model.onnx"))
+    tensor = next(t for t in model.graph.initializer if t.name == "classifier.head.bias")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 0.1, tensor.name))
+    onnx.save(model, str(folder / "model.onnx"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["sha256"] = sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with load(folder) as bundle:
+        checks = {check.name: check.ok for check in bundle.selftest()}
+    assert not checks["logits"] and checks["scan large_delta"]
+    assert cli.run_main([str(folder), "--selftest"]) == 4
