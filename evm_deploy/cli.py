@@ -251,7 +251,7 @@ def run_parser() -> Parser:
 
 def run_main(argv: Sequence[str] | None = None) -> int:
     """`evm-run`. Returns the exit code."""
-    args = run_parser().parse_args(argv)
+    args = run_parser().parse_intermixed_args(argv)  # evm-run BUNDLE --top 3 cat.jpg
     return run_command("evm-run", lambda: _run(args), args.verbose)
 
 

@@ -63,7 +63,7 @@ def test_file_kinds(tmp_path):
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(tmp_path / "alpha.png")
-    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
     Image.fromarray(np.full((20, 30), 100 * 257, np.uint16)).save(tmp_path / "sixteen.png")
     for path in tmp_path.iterdir():

@@ -89,6 +89,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
     """Finish `folder` with hashes and manifest, and rename it to `path`; a bundle already there is replaced."""
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600: an app of another user must read it
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))

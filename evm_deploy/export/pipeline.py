@@ -143,7 +143,7 @@ def describe(
         name=f"{spec.name}-{target.name}-{plan.precision}",
         target=target.name,
         artifact=artifact.path.name,
-        plan={**plan.as_dict(), "labels": None},
+        plan=plan.as_dict(),
         model=asdict(spec),
         preprocessing=asdict(preprocessing),
         inputs=[asdict(value) for value in runtime.inputs.values()],

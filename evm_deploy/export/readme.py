@@ -21,6 +21,7 @@ def bundle_readme(manifest: Manifest) -> str:
         f"pixels = np.zeros(({shape.replace('batch', '1').replace('x', ', ')}), np.{read['dtype']})  # your image\n"
         f'outputs = session.run(None, {{"{read["name"]}": pixels}})'
     )
+    labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
     return f"""# {manifest.name}
 
 {spec["variant"]} EfficientVMamba, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
@@ -31,8 +32,7 @@ Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, co
 | `{manifest.artifact}` | the model, a plain ONNX file: nothing of ours is needed to run it |
 | `manifest.json` | input, output, preprocessing, versions, hashes |
 | `selftest/` | inputs with expected outputs |
-| `labels.txt` | class names, one per line (only when the export was given labels) |
-
+{labels}
 Input `{read["name"]}`: {read["dtype"]} {shape}, {contract}.
 Before that: resize with {pre["interpolation"]} and antialiasing so that the picture {scale}, crop the centre.
 Output: {outputs}.
@@ -60,11 +60,8 @@ session = ort.InferenceSession("{manifest.artifact}", providers=["CPUExecutionPr
 
 ## C++
 
-```cpp
-Ort::Env env;
-Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});
-// one input "{read["name"]}", {read["dtype"]} {shape}; then session.Run(...)
-```
+`Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with one input
+`{read["name"]}` ({read["dtype"]}, {shape}) and the output names above.
 
 ## Check it on the device
 
