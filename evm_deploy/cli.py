@@ -72,7 +72,8 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from evm_deploy.export.pipeline import export
-    from evm_deploy.export.target import check_plan, get_target, load_targets, resolve_names
+    from evm_deploy.export.target import check_plan
+    from evm_deploy.export.targets import get_target, load_targets, resolve_names
 
     if not args.target:
         raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
@@ -109,7 +110,7 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
     """What an export would do, everything checked that can be without tracing."""
     from evm_deploy.export.bundle import check_free
     from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
-    from evm_deploy.export.target import get_target
+    from evm_deploy.export.targets import get_target
     from evm_deploy.model.checkpoint import load_checkpoint
 
     target = get_target(plan.target)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evm_deploy.errors import UsageError
 from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
-from evm_deploy.export.target import get_target
+from evm_deploy.export.targets import get_target
 from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
 
 if TYPE_CHECKING:

@@ -69,6 +69,7 @@ def test_a_missing_file_is_named(copy):
         ({"plan": {"target": "onnx", "batch": "many"}}, "not a valid manifest"),
         ({"plan": None}, "not a valid manifest"),
         ({"preprocessing": {"size": [4, 4], "std": [0, 0, 0]}}, "not a valid manifest"),
+        ({"preprocessing": {"size": [10**9, 10**9]}}, "not a valid manifest"),
         ({"target": "toaster"}, "toaster"),
         ({"rejected": True}, "was rejected"),
     ],

@@ -129,6 +129,8 @@ BAD_STATES = {
     "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "not an EfficientVMamba"),
     "gap": ({k.replace("blocks.0", "blocks.3"): v for k, v in STATE.items()}, "gaps"),
     "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 1, 4, 4)}, "patch_embed.0.weight is"),
+    "unfolds": ({**STATE, "classifier.norm.bias": torch.zeros(1).expand(128)}, "more values than the file holds"),
+    "sparse": ({**STATE, "classifier.norm.bias": torch.zeros(128).to_sparse()}, "expected plain floats"),
     "no tensors": ({"epoch": 3}, "holds no state dict"),
     "a list": ([1, 2], "holds a list"),
     "two keys": ({**STATE, "head.bias": torch.zeros(10)}, "two keys mean 'classifier.head.bias'"),
@@ -141,6 +143,15 @@ def test_bad_state_is_refused_with_the_reason(name, tmp_path):
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "settings", ["[]", "{", '{"labels": 5}', '{"mean": ["a"]}', '{"imgsz": true}', '{"crop_pct": "x"}', "[" * 9999]
+)
+def test_wrong_metadata_is_refused(settings, tmp_path):
+    save_file(STATE, tmp_path / "a.safetensors", metadata={"evm_deploy": settings})
+    with pytest.raises(CheckpointError, match="metadata 'evm_deploy' is wrong"):
+        load_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_bad_files(tmp_path):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evm_deploy.errors import BundleError
 from evm_deploy.export.manifest import FILE, Manifest
+from evm_deploy.files import sha256
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,6 @@ def open_bundle(path: str | Path) -> Bundle:
         if damaged:
             raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
     return Bundle(path, manifest)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -122,6 +115,8 @@ def _sweep(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there: leave what may be somebody's
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

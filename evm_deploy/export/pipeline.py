@@ -16,9 +16,10 @@ from evm_deploy.export import selftest, verify
 from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
 from evm_deploy.export.graph import deployable, trace
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.readme import bundle_readme
-from evm_deploy.export.target import Artifact, Target, check_plan, get_target
+from evm_deploy.export.target import Artifact, Target, check_plan
+from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.runtimes.base import Runtime
@@ -78,7 +79,7 @@ def export(
 def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:
     """Fill what the plan leaves open from the checkpoint, else by default. Raises UsageError for what cannot be."""
     saved = spec.defaults
-    imgsz = plan.imgsz or ((int(saved["imgsz"]),) * 2 if "imgsz" in saved else DEFAULT_IMGSZ)
+    imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
     if min(imgsz) < spec.min_pixels:
         raise UsageError(f"--imgsz {imgsz[0]}x{imgsz[1]} is too small: at least {spec.min_pixels} pixels a side")
     chosen = {
@@ -98,6 +99,8 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
             f"{len(labels)} labels for a head of {spec.num_classes} classes",
             "give --labels one name per line, in order",
         )
+    if labels and any(not label.strip() or len(label.splitlines()) > 1 for label in labels):
+        raise UsageError("a label is empty or spans lines", "labels.txt holds one name per line")
     return replace(plan, imgsz=imgsz, labels=labels), preprocessing
 
 

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evm_deploy.errors import UsageError
+from evm_deploy.model.preprocess import MAX_SIDE
 
 HEADS = ("logits", "probs", "features")
 INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "w8")
 SCANS = ("auto", "plugin", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
-MAX_PIXELS = 8192
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 
 
@@ -107,8 +107,8 @@ def parse_imgsz(text: str | int) -> tuple[int, int]:
     if not match:
         raise UsageError(f"--imgsz {text!r}: use 224, or HxW such as 224x288")
     height, width = int(match[1]), int(match[2] or match[1])
-    if max(height, width) > MAX_PIXELS:
-        raise UsageError(f"--imgsz {text}: at most {MAX_PIXELS} pixels a side")
+    if max(height, width) > MAX_SIDE:
+        raise UsageError(f"--imgsz {text}: at most {MAX_SIDE} pixels a side")
     return height, width
 
 

@@ -1,4 +1,4 @@
-"""A target is data plus functions: one file in `export/`, one in `runtimes/`, one line in `load_targets`."""
+"""A target is data plus functions: one file in `export/`, one in `runtimes/`, one line in `targets.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import Choice, ExportPlan, one_of
+from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.runtimes.base import Feeds, Runtime
 
 if TYPE_CHECKING:
@@ -64,27 +64,6 @@ class Target:
     taps: Callable[[Artifact], ScanTaps]
     open: Callable[[Path, int | None], Runtime]
     write_scan_probe: Callable[[Graph, ExportPlan, Path], str]
-
-
-def load_targets() -> dict[str, Target]:
-    """Every target by name."""
-    from evm_deploy.export import onnx
-
-    return {target.name: target for target in (onnx.TARGET,)}
-
-
-def get_target(name: str) -> Target:
-    """A target by name or alias. Raises UsageError listing all of them."""
-    targets = load_targets()
-    names = {alias: target for target in targets.values() for alias in (target.name, *target.aliases)}
-    return names[one_of("--target", name.lower(), names)]
-
-
-def resolve_names(text: str) -> list[str]:
-    """`onnx`, `onnx,trt` or `all` -> canonical names without repeats, in order."""
-    if text == "all":
-        return list(load_targets())
-    return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))
 
 
 def check_plan(target: Target, plan: ExportPlan) -> None:

@@ -182,12 +182,24 @@ def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
     if converted:
         raw.notes.append(f"weights stored as {', '.join(sorted(converted))}, converted to float32")
     for key, tensor in raw.tensors.items():
+        _refuse_odd_storage(path, key, tensor)
         counter = key.endswith("num_batches_tracked")
         value = tensor.to(torch.int64 if counter else torch.float32).contiguous()
         if not counter and not torch.isfinite(value).all():
             raise CheckpointError(f"checkpoint {path}: {key} holds NaN or Inf", "the training run diverged there")
         state[key] = value
     return state
+
+
+def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
+    """Sparse, quantised and complex tensors, and views that would unfold into more memory than the file holds."""
+    import torch
+
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
+    if not plain:
+        raise CheckpointError(f"checkpoint {path}: {key} is {tensor.dtype}, {tensor.layout}; expected plain floats")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise CheckpointError(f"checkpoint {path}: {key} claims more values than the file holds")
 
 
 def _stem(path: Path) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_SIDE = 8192
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -63,6 +64,8 @@ class Preprocessing:
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
 
     def __post_init__(self) -> None:
+        if len(self.size) != 2 or not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in self.size):
+            raise ValueError(f"size is {list(self.size)}, it must be [H, W] of 1 to {MAX_SIDE} pixels")
         if not (0 < self.crop_pct <= 1):
             raise ValueError(f"crop_pct is {self.crop_pct}, it must be over 0 and at most 1")
         if self.interpolation not in INTERPOLATIONS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import CheckpointError
+from evm_deploy.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,9 +61,7 @@ def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
     if not path.name.endswith(SUFFIXES):
         raise CheckpointError(f"checkpoint {path}: unknown file type", f"known are: {' '.join(SUFFIXES)}")
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
-        sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     if path.suffix == ".safetensors":
@@ -72,7 +70,7 @@ def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
     else:
         container, tensors = _container(path, _read_pickle(path), weights)
         metadata = {}
-    raw = RawCheckpoint({}, sha256, container, metadata=metadata)
+    raw = RawCheckpoint({}, digest, container, metadata=metadata)
     _normalise_names(path, tensors, raw)
     return raw
 
@@ -88,11 +86,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}", "copy or download it again") from error
     try:
         metadata = json.loads(header.get("evm_deploy", "{}"))
-        if not isinstance(metadata, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {path}: metadata 'evm_deploy' is not a JSON object ({error})") from error
+        _check_settings(metadata)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path}: its metadata 'evm_deploy' is wrong: {error}") from error
     return tensors, metadata
+
+
+def _check_settings(settings: Any) -> None:
+    """The types of docs/checkpoints.md; values are checked where they are used."""
+    if not isinstance(settings, dict):
+        raise ValueError("it is not a JSON object")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(("labels", "mean", "std"), list),
+        "imgsz": (int, str),
+        "crop_pct": (int, float),
+        "interpolation": str,
+    }
+    for key, kind in kinds.items():
+        if key in settings and (not isinstance(settings[key], kind) or isinstance(settings[key], bool)):
+            raise ValueError(f"{key} cannot be {settings[key]!r}")
+    if not all(isinstance(value, int | float) for key in ("mean", "std") for value in settings.get(key, [])):
+        raise ValueError("mean and std are lists of numbers")
 
 
 def _read_pickle(path: Path) -> Any:

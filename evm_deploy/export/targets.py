@@ -1,0 +1,26 @@
+"""The explicit list of targets."""
+
+from __future__ import annotations
+
+from evm_deploy.export import onnx
+from evm_deploy.export.plan import one_of
+from evm_deploy.export.target import Target
+
+
+def load_targets() -> dict[str, Target]:
+    """Every target by name."""
+    return {target.name: target for target in (onnx.TARGET,)}
+
+
+def get_target(name: str) -> Target:
+    """A target by name or alias. Raises UsageError listing all of them."""
+    targets = load_targets()
+    names = {alias: target for target in targets.values() for alias in (target.name, *target.aliases)}
+    return names[one_of("--target", name.lower(), names)]
+
+
+def resolve_names(text: str) -> list[str]:
+    """`onnx`, `onnx,trt` or `all` -> canonical names without repeats, in order."""
+    if text == "all":
+        return list(load_targets())
+    return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))
