@@ -29,9 +29,12 @@ def export_parser() -> Parser:
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
     add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), or all")
-    add("--precision", default="fp32", metavar="P", help="fp32 (default), fp16")
+    precision = parser.add_mutually_exclusive_group().add_argument
+    precision("--precision", metavar="P", help="fp32 (default), fp16")
     for short in ("fp16", "int8"):
-        add(f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}")
+        precision(
+            f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
+        )
     add("--imgsz", metavar="N|HxW", help="input pixels, 224 or 224x288; default: as saved with the weights, else 224")
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
@@ -182,7 +185,7 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
 
     return ExportPlan(
         target=target,
-        precision=args.precision,
+        precision=args.precision or "fp32",
         imgsz=parse_imgsz(args.imgsz) if args.imgsz is not None else None,
         batch=Batch.parse(args.batch),
         input=args.input,

@@ -76,6 +76,12 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: {where}{error.strerror or error}", file=sys.stderr)
+        if verbose:
+            raise
+        return EvmError.exit_code
     except Exception as error:
         if verbose:
             raise

@@ -71,6 +71,7 @@ BAD_FLAGS = {
     "interpolation": (["--target", "onnx", "--interpolation", "cubic"], "choose from: bicubic, bilinear"),
     "labels": (["--target", "onnx", "--labels", "no.txt"], "cannot be read"),
     "config": (["--target", "onnx", "--config", "no.toml"], "No such file"),
+    "two precisions": (["--target", "onnx", "--fp16", "--precision", "fp32"], "not allowed with"),
     "flag": (["--target", "onnx", "--fast"], "unrecognized arguments"),
 }
 

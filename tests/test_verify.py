@@ -168,6 +168,30 @@ def test_batch_norm_in_training_mode_is_rejected(monkeypatch, micro, tmp_path):
     rejected(tmp_path)
 
 
+def test_a_network_that_overflows_is_rejected_and_says_so(tmp_path, capsys):
+    import golden
+    import torch
+
+    state = {k: torch.from_numpy(v) for k, v in golden.model_case("micro_64")["state"].items()}
+    state["classifier.head.weight"] = torch.full_like(state["classifier.head.weight"], 3e38)
+    torch.save(state, tmp_path / "micro_64.pt")
+    assert run(tmp_path / "micro_64.pt", tmp_path / "out") == 4
+    assert "float model itself" in capsys.readouterr().err
+
+
+def test_dead_channels_are_no_failure(tmp_path):
+    """All-zero projections: the SSM part is zero, and relative errors must not blow up."""
+    import golden
+    import torch
+
+    state = {k: torch.from_numpy(v) for k, v in golden.model_case("micro_64")["state"].items()}
+    for key in state:
+        if key.endswith("x_proj_weight"):
+            state[key] = torch.zeros_like(state[key])
+    torch.save(state, tmp_path / "micro_64.pt")
+    assert run(tmp_path / "micro_64.pt", tmp_path / "out") == 0
+
+
 def test_a_tolerance_too_tight_is_rejected_and_says_so(micro, tmp_path, capsys):
     assert run(micro, tmp_path, "--tol", "1e-12") == 4
     assert "logits differ by" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
         path.rename(old)
     try:
         folder.rename(path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if old.exists():
             old.rename(path)
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     sites = scan_sites(model)
     if plan.scan == "portable":
         model = onnx.inliner.inline_local_functions(model)
-        scan = Choice("portable", "asked for: standard ops only, no function, no node of domain evm")
+        scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
         scan = Choice("portable+node", "one file: evm nodes for a registered kernel, portable body for everybody else")
     check(model)
@@ -155,10 +155,6 @@ def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
     return "scan.onnx"
 
 
-def _open_taps(artifact: Artifact) -> Any:
-    return OnnxScanTaps(artifact)
-
-
 TARGET = Target(
     name="onnx",
     aliases=("ort", "onnxruntime"),
@@ -166,7 +162,7 @@ TARGET = Target(
     scans=("auto", "portable"),
     probe=probe,
     build=build,
-    taps=_open_taps,
+    taps=OnnxScanTaps,
     open=open_,
     write_scan_probe=write_scan_probe,
 )

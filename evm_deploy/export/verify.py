@@ -55,10 +55,6 @@ class Parity:
     def ok(self) -> bool:
         return not self.failures
 
-    @property
-    def worst_scan(self) -> ScanParity | None:
-        return max(self.scans, key=lambda scan: max(scan.ssm, scan.probe), default=None)
-
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
 
@@ -74,7 +70,9 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
         have = actual[name]
         error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
         allowed = plan.tolerance * max(1.0, float(np.abs(want).max()))
-        if not error <= allowed:
+        if not np.isfinite(want).all():
+            failures.append(f"{name} of the float model itself hold NaN or Inf")
+        elif not error <= allowed:
             failures.append(f"{name} differ by {error:.2g}, limit {allowed:.2g}")
         if error / allowed >= max_abs / (limit or 1.0):
             max_abs, limit = error, allowed
