@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["EvmError", "ExportPlan", "__version__", "export", "load", "load_checkpoint"]
+__all__ = ["EvmError", "ExportPlan", "__version__", "export", "load", "load_checkpoint", "plugin_path"]
 
 if TYPE_CHECKING:
     from evm_deploy.errors import EvmError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.inference import load
     from evm_deploy.model.checkpoint import load_checkpoint
+    from evm_deploy.plugins import plugin_path
 
 _HOME = {
     "EvmError": "evm_deploy.errors",
@@ -26,6 +27,7 @@ _HOME = {
     "export": "evm_deploy.export.pipeline",
     "load": "evm_deploy.inference",
     "load_checkpoint": "evm_deploy.model.checkpoint",
+    "plugin_path": "evm_deploy.plugins",
 }
 
 

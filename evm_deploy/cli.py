@@ -249,6 +249,7 @@ def run_parser() -> Parser:
     add("--top", type=int, default=5, metavar="K", help="classes per image, default 5")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit 4 when it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: the runtime's")
+    add("--scan", default="auto", metavar="S", help="plugin (native kernel), portable, or auto (default)")
     _common(parser)
     return parser
 
@@ -268,14 +269,16 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    with load(args.bundle, threads=args.threads) as model:
+    with load(args.bundle, threads=args.threads, scan=args.scan) as model:
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)
             facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
             lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
-            print(json.dumps({"passed": passed, "checks": facts}, indent=1) if args.json else "\n".join(lines))
-            if not args.json:
+            if args.json:
+                print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
+            else:
+                print("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"]))
                 print("PASSED" if passed else "FAILED")
             if not passed:
                 return 4

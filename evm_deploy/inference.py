@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
+from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
+from evm_deploy.plugins import HINT, kernel_isa
 from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ class Prediction:
 class LoadedBundle:
     """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, scan: str = "auto") -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.target = get_target(self.manifest.target)
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
-        self._runtime = self.target.open(bundle.path / self.manifest.artifact, threads)
+        self.plugin, self.scan = self._lowering(scan)
+        self._runtime = self.target.open(bundle.path / self.manifest.artifact, threads, self.plugin)
         self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
         self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
 
@@ -67,7 +70,21 @@ class LoadedBundle:
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
-        return selftest.run(self.bundle, self.target, self._runtime)
+        return selftest.run(self.bundle, self.target, self._runtime, self.plugin)
+
+    def _lowering(self, scan: str) -> tuple[Path | None, Choice]:
+        """How this bundle's scans run here, and why."""
+        one_of("scan", scan, ("auto", "plugin", "portable"))
+        if scan == "portable" or self.manifest.plan["scan"] == "portable":
+            if scan == "plugin":
+                raise UsageError("this bundle was exported with --scan portable: it has no node for a native kernel")
+            return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
+        plugin = self.target.plugin()
+        if plugin is None:
+            if scan == "plugin":
+                raise ToolchainError("the native scan was not built when evm-deploy was installed", HINT)
+            return None, Choice("portable", "the native scan was not built when evm-deploy was installed")
+        return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}")
 
     def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
         plan = self.manifest.export_plan()
@@ -107,9 +124,13 @@ class LoadedBundle:
         self._runtime.__exit__(kind, error, trace)
 
 
-def load(path: str | Path, *, threads: int | None = None) -> LoadedBundle:
-    """Open a bundle, every hash checked. `threads`: intra-op threads, None for the runtime's default. BundleError."""
-    return LoadedBundle(open_bundle(path), threads)
+def load(path: str | Path, *, threads: int | None = None, scan: str = "auto") -> LoadedBundle:
+    """Open a bundle, every hash checked. Raises BundleError.
+
+    `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the native kernel), `portable`, or
+    `auto`, the kernel where it is installed; `.scan` of the result says which and why.
+    """
+    return LoadedBundle(open_bundle(path), threads, scan)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

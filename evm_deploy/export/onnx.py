@@ -14,6 +14,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export.graph import Graph, ScanSite, check, scan_sites
 from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, Target
+from evm_deploy.plugins import find_plugin
 from evm_deploy.runtimes.base import Feeds, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
 from evm_deploy.scan import onnx_function
@@ -45,7 +46,9 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = onnx.inliner.inline_local_functions(model)
         scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
-        scan = Choice("portable+node", "one file: evm nodes for a registered kernel, portable body for everybody else")
+        scan = Choice(
+            "plugin+portable", "one file: evm nodes for the native kernel, portable body where it is not registered"
+        )
     check(model)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -90,9 +93,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 class OnnxScanTaps:
     """Per-scan access to an ONNX artifact in ONNX Runtime, whether its scans are nodes or inlined."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         import onnx
 
+        self.plugin = plugin
         self.model = onnx.load(str(artifact.path))
         self.sites: tuple[ScanSite, ...] = artifact.details["scans"]
         self.names = tuple(site.name for site in self.sites)
@@ -105,7 +109,7 @@ class OnnxScanTaps:
         wanted = {name for site in self.sites for name in (*self._variable(site).values(), site.writes)}
         wanted -= {value.name for value in tapped.graph.output}
         tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
-        with OnnxRuntime(tapped.SerializeToString()) as runtime:
+        with OnnxRuntime(tapped.SerializeToString(), plugin=self.plugin) as runtime:
             values = runtime.run(feeds)
         return [
             {**{key: values[name] for key, name in self._variable(site).items()}, "y": values[site.writes]}
@@ -118,7 +122,7 @@ class OnnxScanTaps:
         site = self.sites[index]
         reads = self._variable(site)
         extracted = Extractor(self.model).extract_model(list(reads.values()), [site.writes])
-        with OnnxRuntime(extracted.SerializeToString()) as runtime:
+        with OnnxRuntime(extracted.SerializeToString(), plugin=self.plugin) as runtime:
             values = runtime.run({reads[key]: value for key, value in feeds.items()})
         return values[site.writes]
 
@@ -127,8 +131,12 @@ class OnnxScanTaps:
         return {key: site.reads[key] for key in ("u", "delta", "B", "C")}
 
 
-def open_(path: Path, threads: int | None) -> Runtime:
-    return OnnxRuntime(path, threads)
+def open_(path: Path, threads: int | None, plugin: Path | None) -> Runtime:
+    return OnnxRuntime(path, threads, plugin)
+
+
+def plugin() -> Path | None:
+    return find_plugin("onnxruntime")
 
 
 def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
@@ -164,5 +172,6 @@ TARGET = Target(
     build=build,
     taps=OnnxScanTaps,
     open=open_,
+    plugin=plugin,
     write_scan_probe=write_scan_probe,
 )

@@ -56,10 +56,15 @@ def export(
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(graph, plan, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
-        with target.open(artifact.path, None) as runtime:
-            with step("verify", f"{len(probes)} images, {len(graph.scans)} scans"):
-                parity = verify.verify(reference, runtime, target.taps(artifact), plan, probes)
-            manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
+        modes = lowerings(target, plan)
+        with step("verify", f"{len(probes)} images, {len(graph.scans)} scans, {' and '.join(modes)}"):
+            parities = {}
+            for mode, plugin in modes.items():
+                with target.open(artifact.path, None, plugin) as runtime:
+                    taps = target.taps(artifact, plugin)
+                    parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
+        parity = verify.worst(parities)
+        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
         if not parity.ok:
             rejected = path.with_name(path.name + ".rejected")
             keep(folder, rejected, replace(manifest, rejected=True))
@@ -74,6 +79,12 @@ def export(
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest), encoding="utf-8")
             return keep(folder, path, manifest)
+
+
+def lowerings(target: Target, plan: ExportPlan) -> dict[str, Path | None]:
+    """The ways in which the artifact's scans can run here, each to be verified: portable always, the native library."""
+    plugin = target.plugin() if plan.scan != "portable" else None
+    return {"portable": None, **({"plugin": plugin} if plugin else {})}
 
 
 def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:

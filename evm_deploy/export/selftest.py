@@ -94,7 +94,7 @@ def write(
     save_file(arrays, here / "scans.safetensors")
 
 
-def run(bundle: Bundle, target: Target, runtime: Runtime) -> list[Check]:
+def run(bundle: Bundle, target: Target, runtime: Runtime, plugin: Path | None) -> list[Check]:
     """Run the bundle's self-test on this device: preprocessing, outputs, scans. Raises BundleError if it has none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -114,7 +114,7 @@ def run(bundle: Bundle, target: Target, runtime: Runtime) -> list[Check]:
         checks.append(Check(name, difference, plan.tolerance * scale))
     names = sorted({key.split(":")[0] for key in scans})
     if names:
-        with target.open(here / "scan.onnx", None) as scan_runtime:
+        with target.open(here / "scan.onnx", None, plugin) as scan_runtime:
             for name in names:
                 case = {key.split(":")[1]: value for key, value in scans.items() if key.split(":")[0] == name}
                 case.pop("y")

@@ -53,7 +53,11 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Target:
-    """One deployment target. `scans`: the lowerings of the scan that it can be asked for."""
+    """One deployment target. `scans`: the lowerings of the scan that it can be asked for.
+
+    `open(path, threads, plugin)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for
+    None; `plugin()` is the library that is installed here, if any.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -61,8 +65,9 @@ class Target:
     scans: tuple[str, ...]
     probe: Callable[[], Probe]
     build: Callable[[Graph, ExportPlan, Path], Artifact]
-    taps: Callable[[Artifact], ScanTaps]
-    open: Callable[[Path, int | None], Runtime]
+    taps: Callable[[Artifact, Path | None], ScanTaps]
+    open: Callable[[Path, int | None, Path | None], Runtime]
+    plugin: Callable[[], Path | None]
     write_scan_probe: Callable[[Graph, ExportPlan, Path], str]
 
 

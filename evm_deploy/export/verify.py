@@ -7,7 +7,7 @@ against the float64 loop, and what it writes alone for large deltas, where wrong
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class ScanParity:
     inputs: float
     ssm: float
     probe: float
+    lowering: str = "portable"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,18 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
         agreement = float((actual[plan.head].argmax(-1) == expected[plan.head].argmax(-1)).mean())
     scans = _verify_scans(taps, float_scans, plan, probes, failures)
     return Parity(max_abs, limit, cosine, agreement, len(probes), scans, tuple(failures))
+
+
+def worst(parities: dict[str, Parity]) -> Parity:
+    """One Parity for all lowerings of an artifact: the worst figures, every failure, `scans` named per lowering."""
+    every = list(parities.values())
+    furthest = max(every, key=lambda parity: parity.max_abs / parity.limit)
+    return replace(
+        furthest,
+        cosine=min(parity.cosine for parity in every),
+        scans=tuple(replace(s, lowering=mode) for mode, parity in parities.items() for s in parity.scans),
+        failures=tuple(f"{mode}: {text}" for mode, parity in parities.items() for text in parity.failures),
+    )
 
 
 def require(parity: Parity) -> None:

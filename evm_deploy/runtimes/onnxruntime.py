@@ -17,9 +17,13 @@ INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
 
 
 class OnnxRuntime:
-    """An InferenceSession over a file or serialised model. `threads`: intra-op threads, None for ORT's default."""
+    """An InferenceSession over a file or serialised model.
 
-    def __init__(self, model: Path | bytes, threads: int | None = None) -> None:
+    `threads`: intra-op threads, None for ORT's default. `plugin`: our custom-op library; without it the scans' portable
+    bodies run. Raises BundleError when the model cannot be opened, ToolchainError when the library cannot.
+    """
+
+    def __init__(self, model: Path | bytes, threads: int | None = None, plugin: Path | None = None) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -28,6 +32,12 @@ class OnnxRuntime:
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
+        if plugin:
+            try:
+                options.register_custom_ops_library(str(plugin))
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ToolchainError(f"ONNX Runtime {ort.__version__} refuses {plugin}: {reason}") from error
         source = str(model) if isinstance(model, Path) else model
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

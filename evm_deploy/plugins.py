@@ -1,0 +1,40 @@
+"""Where the native libraries are, and which kernel this CPU gets. `pip install` builds them (native/CMakeLists.txt)."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+from evm_deploy.errors import ToolchainError
+
+LIBRARIES = {"onnxruntime": "evm_onnxruntime" + (".dll" if sys.platform == "win32" else ".so")}
+HINT = "install g++ or clang++, then install evm-deploy again; without it scans run in their portable form"
+
+
+def find_plugin(runtime: str) -> Path | None:
+    """The installed native library for `runtime`, or None where it was not built."""
+    import evm_deploy
+
+    for folder in evm_deploy.__path__:  # two of them in an editable install
+        path = Path(folder) / "lib" / (LIBRARIES[runtime])
+        if path.is_file():
+            return path
+    return None
+
+
+def plugin_path(runtime: str) -> Path:
+    """The library to register with a plain `runtime` (`onnxruntime`). Raises ToolchainError where it was not built."""
+    if runtime not in LIBRARIES:
+        raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(LIBRARIES)}")
+    path = find_plugin(runtime)
+    if path is None:
+        raise ToolchainError(f"the native library for {runtime} was not built when evm-deploy was installed", HINT)
+    return path
+
+
+def kernel_isa(library: Path) -> str:
+    """The instruction set that `library` chose on this CPU: avx512, avx2, neon or base."""
+    name = ctypes.CDLL(str(library)).evm_scan_isa
+    name.restype = ctypes.c_char_p
+    return str(name().decode())

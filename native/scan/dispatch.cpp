@@ -1,0 +1,69 @@
+// Picks the best kernel that this CPU can run, once, when the library is loaded.
+//
+// CPUID and XGETBV are read directly: __builtin_cpu_supports() answers 0 to everything in libraries cross-compiled with
+// ziglang 0.17.1 (silently four times slower). No function-local statics: they would need the C++ runtime.
+#include "tile.h"
+
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+struct Kernel {
+    const char *name;
+    void (*run_tile)(const evm_scan_args *, int64_t);
+    int level;
+};
+
+#if defined(__x86_64__)
+const Kernel kernels[] = {
+    {"avx512", evm_scan_tile_avx512, 2}, {"avx2", evm_scan_tile_avx2, 1}, {"base", evm_scan_tile_base, 0}};
+
+int cpu_level() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1;
+    if (!fma || !osxsave || !avx) return 0;
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x06) != 0x06) return 0;  // the system saves XMM and YMM
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
+    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
+    return (b & avx512) == avx512 && (low & 0xe6) == 0xe6 ? 2 : 1;      // and it saves masks and ZMM
+}
+#elif defined(__aarch64__)
+const Kernel kernels[] = {{"neon", evm_scan_tile_neon, 0}};
+int cpu_level() { return 0; }
+#else
+const Kernel kernels[] = {{"base", evm_scan_tile_base, 0}};
+int cpu_level() { return 0; }
+#endif
+
+const Kernel *find(const char *name) {
+    const int level = cpu_level();
+    for (const Kernel &kernel : kernels)
+        if (kernel.level <= level && (!name || !strcmp(name, kernel.name))) return &kernel;
+    return nullptr;
+}
+
+const Kernel *current = find(nullptr);
+
+}  // namespace
+
+extern "C" {
+
+int64_t evm_scan_num_tiles(const evm_scan_args *a) { return a->L ? a->b * a->K * ((a->D + EVM_TILE - 1) / EVM_TILE) : 0; }
+
+void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->run_tile(a, tile); }
+
+const char *evm_scan_isa(void) { return current->name; }
+
+int evm_scan_force_isa(const char *name) {
+    const Kernel *kernel = find(name);
+    if (kernel) current = kernel;
+    return kernel != nullptr;
+}
+}
