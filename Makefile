@@ -27,7 +27,7 @@ test: check
 	$(BIN)/python -m pytest -n 2
 
 bench: setup
-	$(BIN)/python benchmarks/portable.py
+	$(BIN)/python benchmarks/whole_model.py
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
