@@ -70,12 +70,12 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
     for name, want in expected.items():
         have = actual[name]
         error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
-        allowed = plan.tolerance * max(1.0, float(np.abs(want).max()))
+        allowed = plan.tolerance * float(np.abs(want[np.isfinite(want)]).max(initial=1.0))
         if not np.isfinite(want).all():
             failures.append(f"{name} of the float model itself hold NaN or Inf")
         elif not error <= allowed:
             failures.append(f"{name} differ by {error:.2g}, limit {allowed:.2g}")
-        if error / allowed >= max_abs / (limit or 1.0):
+        if not limit or error / allowed > max_abs / limit:
             max_abs, limit = error, allowed
         cosine = min(cosine, _cosine(have, want))
     agreement = None
