@@ -270,6 +270,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
     with load(args.bundle, threads=args.threads, scan=args.scan) as model:
+        if args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
+            print(f"scans run in their portable form: {model.scan.reason}", file=sys.stderr)
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)

@@ -17,7 +17,7 @@ def find_plugin(runtime: str) -> Path | None:
     import evm_deploy
 
     for folder in evm_deploy.__path__:  # two of them in an editable install
-        path = Path(folder) / "lib" / (LIBRARIES[runtime])
+        path = Path(folder) / "lib" / LIBRARIES[runtime]
         if path.is_file():
             return path
     return None

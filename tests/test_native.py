@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from PIL import Image
 
 from evm_deploy import cli, plugin_path, plugins
 from evm_deploy.errors import ToolchainError, UsageError
@@ -182,12 +183,15 @@ def test_plain_onnxruntime_takes_the_library(micro_bundle):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_without_the_library_everything_works_and_says_so(monkeypatch, micro, micro_bundle, tmp_path):
+def test_without_the_library_everything_works_and_says_so(monkeypatch, micro, micro_bundle, tmp_path, capsys):
     monkeypatch.setattr(plugins, "find_plugin", lambda runtime: None)
     monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
     with load(micro_bundle.path) as bundle:
         assert (bundle.scan.value, "not built" in bundle.scan.reason) == ("portable", True)
         assert all(check.ok for check in bundle.selftest())
+    Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
+    assert cli.run_main([str(micro_bundle.path), str(tmp_path / "a.png")]) == 0
+    assert "portable form: the native scan was not built" in capsys.readouterr().err
     bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32)), tmp_path)
     assert {scan["lowering"] for scan in bundle.manifest.parity["scans"]} == {"portable"}
     with pytest.raises(ToolchainError, match=r"not built(?s:.*)g\+\+"):

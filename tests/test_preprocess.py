@@ -78,6 +78,8 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # rotate by 90 degrees to be upright
     image.save(tmp_path / "a.png", exif=exif)
     assert read_rgb(tmp_path / "a.png").size == (20, 30)
+    with Image.open(tmp_path / "a.png") as opened:  # an app that hands over the picture instead of its path
+        assert read_rgb(opened).size == (20, 30)
 
 
 @pytest.mark.parametrize(

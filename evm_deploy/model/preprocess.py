@@ -80,7 +80,7 @@ class Preprocessing:
 def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
     """Any image as upright 8-bit RGB: EXIF rotation applied, 16-bit scaled, alpha dropped, CMYK converted."""
     import PIL.Image
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
@@ -93,7 +93,7 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
     try:
         with PIL.Image.open(image) as picture:
             picture.load()
-            return _upright_rgb(ImageOps.exif_transpose(picture))
+            return _upright_rgb(picture)
     except FileNotFoundError as error:
         raise ImageError(f"image {image} does not exist") from error
     except UnidentifiedImageError as error:
@@ -106,7 +106,9 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
 
 def _upright_rgb(picture: Image) -> Image:
     import PIL.Image
+    from PIL import ImageOps
 
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
         values: NDArray[Any] = np.asarray(picture).astype(np.float64)
         return PIL.Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")

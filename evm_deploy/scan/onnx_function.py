@@ -22,7 +22,6 @@ DOMAIN, OP_TYPE, VERSION = "evm", "SelectiveScan", 1
 INPUTS = ("u", "delta", "A", "B", "C", "skip", "bias")
 OUTPUT = "y"
 BLOCK_STEPS = 7
-MIN_OPSET = 18  # Split(num_outputs), Pad(axes), ReduceSum(axes input)
 
 
 def register_schema() -> None:
@@ -74,7 +73,7 @@ class _Body:
 
 
 def selective_scan_function(opset: int) -> onnx.FunctionProto:
-    """The function evm::SelectiveScan for models that import the default domain at `opset` (at least 18).
+    """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split, Pad).
 
     The checker refuses a function whose opset differs from the model's, so it is built per model.
     """

@@ -120,8 +120,6 @@ void run_vector(const evm_scan_args &a, int64_t row, int64_t channel, int count,
     const float *B = a.B + row * L * N + first, *C = a.C + row * L * N + first;
     float *y = a.y + row * L * D + channel;
     Block block;
-    memset(block.B, 0, sizeof block.B);
-    memset(block.C, 0, sizeof block.C);
     for (int64_t start = 0; start < L; start += BLOCK) {
         block.steps = (int)(L - start < BLOCK ? L - start : BLOCK);
         for (int t = 0; t < block.steps; t++) {
