@@ -16,7 +16,7 @@ from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
-from evm_deploy.plugins import HINT, kernel_isa
+from evm_deploy.plugins import HINT, kernel_isa, not_built
 from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class LoadedBundle:
         plugin = self.target.plugin()
         if plugin is None:
             if scan == "plugin":
-                raise ToolchainError("the native scan was not built when evm-deploy was installed", HINT)
-            return None, Choice("portable", "the native scan was not built when evm-deploy was installed")
+                raise ToolchainError(not_built(), HINT)
+            return None, Choice("portable", not_built())
         return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}")
 
     def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:

@@ -23,13 +23,18 @@ def find_plugin(runtime: str) -> Path | None:
     return None
 
 
+def not_built() -> str:
+    """Why there is no plugin. Names the package's folder: a source tree may shadow the installed one."""
+    return f"the native scan was not built for the evm_deploy in {Path(__file__).parent}"
+
+
 def plugin_path(runtime: str) -> Path:
     """The library to register with a plain `runtime` (`onnxruntime`). Raises ToolchainError where it was not built."""
     if runtime not in LIBRARIES:
         raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(LIBRARIES)}")
     path = find_plugin(runtime)
     if path is None:
-        raise ToolchainError(f"the native library for {runtime} was not built when evm-deploy was installed", HINT)
+        raise ToolchainError(not_built(), HINT)
     return path
 
 
