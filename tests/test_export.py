@@ -99,15 +99,19 @@ def test_fp16_refuses_weights_that_overflow(tmp_path):
     assert list(tmp_path.glob("*")) == [path]
 
 
-def test_one_node_per_scan_named_after_its_module(micro_bundle):
+def test_one_node_per_block_and_inside_one_per_scan_named_after_their_modules(micro_bundle):
     model = onnx.load(str(micro_bundle.path / "model.onnx"))
     names = [node.name for node in model.graph.node]
-    assert len(set(names)) == len(names)
-    scans = [node.name for node in model.graph.node if node.op_type == "SelectiveScan"]
-    assert scans == [f"layers.{i}.blocks.0.op/SelectiveScan" for i in (0, 1)]
-    assert [(f.domain, f.name) for f in model.functions] == [("evm", "SelectiveScan")]
-    assert "layers.0.blocks.0.op.out_proj/MatMul" in names
-    assert not {"Einsum", "ScatterND", "BatchNormalization"} & {node.op_type for node in model.graph.node}
+    assert len(set(names)) == len(names) and all("/" in name for name in names)
+    assert [n for n in names if n.endswith("EVSSBlock")] == [f"layers.{i}.blocks.0/EVSSBlock" for i in (0, 1)]
+    assert "layers.2.1.conv_pw.0/Conv" in names
+    functions = {(f.domain, f.name, f.overload): [node.name for node in f.node] for f in model.functions}
+    blocks = [("evm", "EVSSBlock", f"layers.{i}.blocks.0") for i in (0, 1)]
+    assert set(functions) == {("evm", "SelectiveScan", ""), *blocks}
+    for block in blocks:
+        assert {"op/SelectiveScan", "op.out_proj/MatMul", "se.global_reduce/Gemm"} <= set(functions[block])
+    everything = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    assert not {"Einsum", "ScatterND", "BatchNormalization"} & {node.op_type for node in everything}
     assert {p.key for p in model.metadata_props} >= {"checkpoint_sha256", "preprocessing", "input", "head"}
 
 

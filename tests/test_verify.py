@@ -147,23 +147,16 @@ def test_a_swapped_direction_is_rejected(monkeypatch, micro, tmp_path, capsys):
     rejected(tmp_path)
 
 
-def test_batch_norm_in_training_mode_is_rejected(monkeypatch, micro, tmp_path):
-    import torch
+def test_a_wrongly_folded_batch_norm_is_rejected(monkeypatch, micro, tmp_path):
+    from torch.nn.utils import fusion
 
-    def train(model):
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.track_running_stats, module.training = False, True
-                module.saved = module.running_mean, module.running_var
-                module.running_mean = module.running_var = None
+    original = fusion.fuse_conv_bn_eval
 
-    def restore(model, undo):
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.track_running_stats, module.training = True, False
-                module.running_mean, module.running_var = module.saved
+    def other_epsilon(conv, norm):
+        norm.eps = 1e-3  # of the copy that is traced
+        return original(conv, norm)
 
-    during_trace(monkeypatch, train, restore)
+    monkeypatch.setattr(fusion, "fuse_conv_bn_eval", other_epsilon)
     assert run(micro, tmp_path) == 4
     rejected(tmp_path)
 

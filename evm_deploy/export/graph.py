@@ -3,57 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export.naming import name_after_modules
+from evm_deploy.export.naming import name_after_modules, name_after_neighbours
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.scan import onnx_function
+from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp, fusable_modules
 
 if TYPE_CHECKING:
     import onnx
     from torch import Tensor, nn
 
 SCAN_INPUTS = onnx_function.INPUTS
+ROOT = "model"  # attribute of the deployable module that holds the network
 
 
 @dataclass(frozen=True)
 class ScanSite:
-    """Where one scan sits in a graph: its module path and the names of the tensors that it reads and writes."""
+    """Where one scan sits in a graph: its module path and the names of the tensors that it reads and writes.
+
+    inside: the fused node that holds it, if any. Its u, delta, B, C and y exist only once the node is given these names
+    for its optional outputs.
+    """
 
     name: str
     reads: dict[str, str]
     writes: str
+    inside: str = ""
 
 
 @dataclass
 class Graph:
-    """The hub graph: float32, one evm::SelectiveScan node per scan, and the function with its portable body."""
+    """The hub graph: float32, one evm::SelectiveScan node per scan, and the function with its portable body.
+
+    fusable: the modules, by path, that a target may replace by one op.
+    """
 
     model: onnx.ModelProto
+    fusable: dict[str, FusedOp] = field(default_factory=dict)
 
     @property
     def scans(self) -> tuple[ScanSite, ...]:
         return scan_sites(self.model)
 
 
-def scan_sites(model: onnx.ModelProto) -> tuple[ScanSite, ...]:
-    """The scans of `model` in execution order."""
-    return tuple(
-        ScanSite(
-            node.name.removesuffix("/" + onnx_function.OP_TYPE),
-            dict(zip(SCAN_INPUTS, node.input, strict=True)),
-            node.output[0],
-        )
-        for node in model.graph.node
-        if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE)
-    )
+def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = None) -> tuple[ScanSite, ...]:
+    """The scans of `model` in execution order. `fused`: the modules, by path, that are one node."""
+    sites = []
+    for node in model.graph.node:
+        path, _, op_type = node.name.rpartition("/")
+        if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE):
+            reads = dict(zip(SCAN_INPUTS, node.input, strict=True))
+            sites.append(ScanSite(path, reads, node.output[0]))
+        elif fused and path in fused and op_type == fused[path].op_type:
+            op, name = fused[path], f"{path}.{fused[path].scan}"
+            operands = dict(zip(op.operands, node.input[1:], strict=True))
+            reads = {key: operands[operand] for key, operand in op.scan_constants.items()}
+            taps = {key: f"{name}/{key}" for key in SCAN_OUTPUTS}
+            sites.append(ScanSite(name, {**reads, **taps}, taps["y"], node.name))
+    return tuple(sites)
 
 
 def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing) -> nn.Module:
@@ -96,21 +113,36 @@ def output_names(plan: ExportPlan) -> list[str]:
 def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
-    Steps: torch.export with the scan as one op, node names from module paths, the portable body as a local function,
-    onnxsim, metadata, full check. Raises ToolchainError when a package is missing or a step fails.
+    Steps: BatchNorm folded, torch.export with the scan as one op, node names from module paths, the portable body as a
+    local function, onnxsim, metadata, full check. Raises ToolchainError when a package is missing or a step fails.
     """
     try:
+        model = fold_batch_norm(model)
         proto = _export(model, plan)
-        name_after_modules(proto, root="model")
+        name_after_modules(proto, root=ROOT)
         proto.functions.append(onnx_function.selective_scan_function(plan.opset))
         proto = _simplify(proto)
+        name_after_neighbours(proto)
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", "pip install 'evm-deploy[onnx]'") from error
     for key in sorted(metadata):
         proto.metadata_props.add(key=key, value=metadata[key])
     proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
     check(proto)
-    return Graph(proto)
+    return Graph(proto, {path.removeprefix(f"{ROOT}."): op for path, op in fusable_modules(model)})
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` in which every BatchNorm2d after a convolution, in one Sequential, is part of it."""
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    folded = copy.deepcopy(model).eval()
+    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(itertools.pairwise(sequence)):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return folded
 
 
 def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:

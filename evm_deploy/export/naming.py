@@ -43,6 +43,37 @@ def name_after_modules(model: onnx.ModelProto, root: str) -> int:
     return len(graph.node)
 
 
+def name_after_neighbours(model: onnx.ModelProto) -> int:
+    """Name the nodes that an optimiser made, which have lost their module.
+
+    before:  Gemm_3(%mean, val_98, layers.0.blocks.0.se.global_reduce.bias)
+    after:   layers.0.blocks.0.se.global_reduce/Gemm
+
+    The module is that of a parameter which the node reads, else that of the node it reads from. Returns how many.
+    """
+    parameters = {tensor.name for tensor in model.graph.initializer if "." in tensor.name}
+    used = {node.name for node in model.graph.node if "/" in node.name}
+    scope_of: dict[str, str] = {}
+    renamed = 0
+    for node in model.graph.node:
+        if "/" not in node.name:
+            owner = next((name.rpartition(".")[0] for name in node.input if name in parameters), None)
+            scope = owner or next((scope_of[name] for name in node.input if name in scope_of), "root")
+            name, count = f"{scope}/{node.op_type}", 0
+            while (unique := f"{name}_{count}" if count else name) in used:
+                count += 1
+            node.name = unique
+            used.add(unique)
+            renamed += 1
+        scope_of.update(dict.fromkeys(node.output, node.name.rpartition("/")[0]))
+    return renamed
+
+
+def below(path: str, name: str) -> bool:
+    """Is the node `name` in module `path`?"""
+    return name.startswith((path + "/", path + "."))
+
+
 def _scope(node: onnx.NodeProto) -> str:
     """The innermost module path; the last entry of the record is the operation itself."""
     for entry in node.metadata_props:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import UsageError
+from evm_deploy.export.fold_normalisation import fold_normalisation
 from evm_deploy.export.graph import Graph, ScanSite, check, scan_sites
+from evm_deploy.export.outline import outline
 from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, Target
 from evm_deploy.plugins import find_plugin
@@ -34,11 +36,15 @@ def probe() -> Probe:
 
 
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
-    """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering."""
+    """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering.
+
+    float32 with `auto` has whole blocks as nodes; float16 only the scans, which stay float32 between casts.
+    """
     import onnx
 
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
+    fold_normalisation(model)
     if plan.precision == "fp16":
         model = to_fp16(model)
     sites = scan_sites(model)
@@ -46,6 +52,10 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = onnx.inliner.inline_local_functions(model)
         scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
+        if plan.precision == "fp32":
+            for module, op in graph.fusable.items():
+                outline(model, module, op)
+            sites = scan_sites(model, graph.fusable)
         scan = Choice(
             "plugin+portable", "one file: evm nodes for the native kernel, portable body where it is not registered"
         )
@@ -91,7 +101,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class OnnxScanTaps:
-    """Per-scan access to an ONNX artifact in ONNX Runtime, whether its scans are nodes or inlined."""
+    """Per-scan access to an ONNX artifact in ONNX Runtime, whether its scans are nodes, inside nodes, or inlined."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         import onnx
@@ -106,6 +116,11 @@ class OnnxScanTaps:
 
         tapped = onnx.ModelProto()
         tapped.CopyFrom(self.model)
+        fused = {site.inside: site for site in self.sites if site.inside}
+        for node in tapped.graph.node:
+            if node.name in fused:
+                site = fused[node.name]
+                node.output[1:] = [*self._variable(site).values(), site.writes]
         wanted = {name for site in self.sites for name in (*self._variable(site).values(), site.writes)}
         wanted -= {value.name for value in tapped.graph.output}
         tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
@@ -117,10 +132,16 @@ class OnnxScanTaps:
         ]
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        from onnx import numpy_helper
         from onnx.utils import Extractor
 
         site = self.sites[index]
         reads = self._variable(site)
+        if site.inside:  # the same scan as a node of its own, with the block's constants
+            constants = {t.name: t for t in self.model.graph.initializer}
+            fixed = {key: numpy_helper.to_array(constants[site.reads[key]]) for key in ("A", "skip", "bias")}
+            with OnnxRuntime(scan_alone(self.model).SerializeToString(), plugin=self.plugin) as runtime:
+                return runtime.run({**feeds, **fixed})[onnx_function.OUTPUT]
         extracted = Extractor(self.model).extract_model(list(reads.values()), [site.writes])
         with OnnxRuntime(extracted.SerializeToString(), plugin=self.plugin) as runtime:
             values = runtime.run({reads[key]: value for key, value in feeds.items()})
@@ -142,6 +163,16 @@ def plugin() -> Path | None:
 def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
     """Write `scan.onnx`, one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     import onnx
+
+    model = scan_alone(graph.model)
+    if plan.scan == "portable":
+        model = onnx.inliner.inline_local_functions(model)
+    (folder / "scan.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    return "scan.onnx"
+
+
+def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One evm::SelectiveScan node on seven graph inputs of any shape, with the portable body that `model` has."""
     from onnx import TensorProto, helper
 
     ranks = {"u": 4, "delta": 4, "A": 3, "B": 4, "C": 4, "skip": 2, "bias": 2}
@@ -150,17 +181,14 @@ def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
     node = helper.make_node(
         onnx_function.OP_TYPE, onnx_function.INPUTS, [onnx_function.OUTPUT], domain=onnx_function.DOMAIN
     )
-    model = helper.make_model(
+    result: onnx.ModelProto = helper.make_model(
         helper.make_graph([node], "scan", inputs, [output]),
-        opset_imports=list(graph.model.opset_import),
-        ir_version=graph.model.ir_version,
-        functions=list(graph.model.functions),
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        functions=[function for function in model.functions if function.name == onnx_function.OP_TYPE],
         producer_name="evm-deploy",
     )
-    if plan.scan == "portable":
-        model = onnx.inliner.inline_local_functions(model)
-    (folder / "scan.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    return "scan.onnx"
+    return result
 
 
 TARGET = Target(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evm_deploy.scan.fused import FusedOp
 from evm_deploy.scan.op import selective_scan
 
 DIRECTIONS = 4  # one per phase of the 2 x 2 atrous grid
@@ -114,10 +115,14 @@ class ES2D(nn.Module):
         projected = torch.matmul(u, self.x_proj_weight.transpose(1, 2))
         dt, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))
-        A = -torch.exp(self.A_logs.float()).reshape(DIRECTIONS, -1, self.d_state)
-        skip = self.Ds.float().reshape(DIRECTIONS, -1)
-        y: Tensor = selective_scan(u.float(), delta.float(), A, B.float(), C.float(), skip, self.dt_projs_bias.float())
+        (A, skip), bias = self.scan_constants(), self.dt_projs_bias.float()
+        y: Tensor = selective_scan(u.float(), delta.float(), A, B.float(), C.float(), skip, bias)
         return y.to(u.dtype)
+
+    def scan_constants(self) -> tuple[Tensor, Tensor]:
+        """A (4, d, N), negative, and skip (4, d), float32."""
+        A = -torch.exp(self.A_logs.float()).reshape(DIRECTIONS, -1, self.d_state)
+        return A, self.Ds.float().reshape(DIRECTIONS, -1)
 
 
 class Gate(nn.Module):
@@ -152,6 +157,37 @@ class EVSSBlock(nn.Module):
         local = to_nhwc(self.conv_branch(to_nchw(n)))
         out: Tensor = x + (self.se(self.op(n)) + self.se(local))
         return out
+
+    def fused_op(self) -> FusedOp:
+        """The whole block as evm::EVSSBlock (native/scan/evm_block.h). Its BatchNorm has been folded."""
+        op, gate, (local_conv, _, _, local_proj) = self.op, self.se, self.conv_branch
+        A, skip = op.scan_constants()
+        operands: dict[str, Any] = {
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            "in_proj": op.in_proj.weight.T,
+            "conv_weight": op.conv2d.weight,
+            "conv_bias": op.conv2d.bias,
+            "x_proj": op.x_proj_weight.transpose(1, 2),
+            "dt_proj": op.dt_projs_weight.transpose(1, 2),
+            "A": A,
+            "skip": skip,
+            "dt_bias": op.dt_projs_bias,
+            "out_norm_weight": op.out_norm.weight,
+            "out_norm_bias": op.out_norm.bias,
+            "out_proj": op.out_proj.weight.T,
+            "local_conv_weight": local_conv.weight,
+            "local_conv_bias": local_conv.bias,
+            "local_proj_weight": local_proj.weight,
+            "local_proj_bias": local_proj.bias,
+            "gate_norm_weight": gate.norm.weight,
+            "gate_norm_bias": gate.norm.bias,
+            "gate_reduce_weight": gate.global_reduce.weight.T,
+            "gate_reduce_bias": gate.global_reduce.bias,
+            "gate_select_weight": gate.channel_select.weight.T,
+            "gate_select_bias": gate.channel_select.bias,
+        }
+        return FusedOp("EVSSBlock", operands, scan="op", scan_constants={"A": "A", "skip": "skip", "bias": "dt_bias"})
 
 
 class PatchMerging(nn.Module):

@@ -21,6 +21,8 @@ typedef const Handle *Api;     // OrtApi as an array of pointers
 
 constexpr uint32_t API_VERSION = 17;
 constexpr int INVALID_ARGUMENT = 2, FLOAT = 1;
+constexpr int REQUIRED = 0, OPTIONAL = 1;                // of an input or output
+constexpr int ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;   // OrtAllocatorType, OrtMemType
 
 enum Function {  // index in OrtApi
     CreateStatus = 0,
@@ -31,9 +33,16 @@ enum Function {  // index in OrtApi
     GetDimensionsCount = 61,
     GetDimensions = 62,
     GetTensorTypeAndShape = 65,
+    CreateCpuMemoryInfo = 69,
+    AllocatorAlloc = 75,
+    AllocatorFree = 76,
+    KernelContext_GetOutputCount = 89,
     KernelContext_GetInput = 90,
     KernelContext_GetOutput = 91,
+    ReleaseMemoryInfo = 94,
     ReleaseTensorTypeAndShapeInfo = 99,
+    ReleaseAllocator = 132,
+    KernelContext_GetAllocator = 253,
     ShapeInferContext_GetInputTypeShape = 268,
     ShapeInferContext_SetOutputTypeShape = 270,
     KernelContext_ParallelFor = 274,

@@ -2,7 +2,7 @@
 //
 // CPUID and XGETBV are read directly: __builtin_cpu_supports() answers 0 to everything in libraries cross-compiled with
 // ziglang 0.17.1 (silently four times slower). No function-local statics: they would need the C++ runtime.
-#include "tile.h"
+#include "block_layout.h"
 
 #include <string.h>
 
@@ -14,13 +14,15 @@ namespace {
 
 struct Kernel {
     const char *name;
-    void (*run_tile)(const evm_scan_args *, int64_t);
+    void (*scan_tile)(const evm_scan_args *, int64_t);
+    void (*block_tile)(const evm_block_args *, int64_t, int, int64_t);
     int level;
 };
 
 #if defined(__x86_64__)
-const Kernel kernels[] = {
-    {"avx512", evm_scan_tile_avx512, 2}, {"avx2", evm_scan_tile_avx2, 1}, {"base", evm_scan_tile_base, 0}};
+const Kernel kernels[] = {{"avx512", evm_scan_tile_avx512, evm_block_tile_avx512, 2},
+                          {"avx2", evm_scan_tile_avx2, evm_block_tile_avx2, 1},
+                          {"base", evm_scan_tile_base, evm_block_tile_base, 0}};
 
 int cpu_level() {
     unsigned a, b, c, d;
@@ -35,10 +37,10 @@ int cpu_level() {
     return (b & avx512) == avx512 && (low & 0xe6) == 0xe6 ? 2 : 1;      // and it saves masks and ZMM
 }
 #elif defined(__aarch64__)
-const Kernel kernels[] = {{"neon", evm_scan_tile_neon, 0}};
+const Kernel kernels[] = {{"neon", evm_scan_tile_neon, evm_block_tile_neon, 0}};
 int cpu_level() { return 0; }
 #else
-const Kernel kernels[] = {{"base", evm_scan_tile_base, 0}};
+const Kernel kernels[] = {{"base", evm_scan_tile_base, evm_block_tile_base, 0}};
 int cpu_level() { return 0; }
 #endif
 
@@ -57,7 +59,17 @@ extern "C" {
 
 int64_t evm_scan_num_tiles(const evm_scan_args *a) { return a->L ? a->b * a->K * ((a->D + EVM_TILE - 1) / EVM_TILE) : 0; }
 
-void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->run_tile(a, tile); }
+void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->scan_tile(a, tile); }
+
+int64_t evm_block_workspace_bytes(const evm_block_args *a) { return Layout(*a).size * (int64_t)sizeof(float); }
+
+int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
+    return image && stage == PACK ? 0 : Layout(*a).tiles(stage);  // weights are packed once for all images
+}
+
+void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
+    current->block_tile(a, image, stage, tile);
+}
 
 const char *evm_scan_isa(void) { return current->name; }
 

@@ -1,0 +1,145 @@
+"""A module's nodes as one fused node, with those same nodes as its portable body."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.naming import below
+from evm_deploy.scan import onnx_function
+from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp
+
+if TYPE_CHECKING:
+    import onnx
+
+SAME = 1e-6  # relative: the graph's folded constants and the module's own may differ in the last bit
+
+
+def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
+    """Replace the nodes of module `path` by one evm::<op_type> node and a model-local function of them.
+
+    before:  %n = LayerNormalization(%x, norm.weight, norm.bias);  %1 = MatMul(%n, in_proj) ..  %out = Add(%x, %9)
+    after:   %out = evm::EVSSBlock(%x, norm.weight, norm.bias, in_proj ..)        the function holds the nodes
+
+    A runtime that has the kernel uses it; any other runs the body. The function's further outputs, which the node does
+    not ask for, are what its scan reads and writes. Modules with equal bodies share one function; `overload` tells the
+    others apart. Returns the number of nodes replaced. Raises ToolchainError when the nodes do not form such a module.
+    """
+    import onnx
+    from onnx import helper
+
+    graph = model.graph
+    inside = [node for node in graph.node if below(path, node.name)]
+    x, out = _boundary(graph, inside, path)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    used = [constants[name] for name in dict.fromkeys(i for n in inside for i in n.input) if name in constants]
+    operands = [_find(used, value.detach().numpy(), f"{path}: {name}") for name, value in op.operands.items()]
+    body = _body(inside, path, {x: "x", **dict(zip(operands, op.operands, strict=True))}, out, constants)
+    scan_node = next(node for node in body if node.op_type == onnx_function.OP_TYPE)
+    scan = dict(zip(onnx_function.INPUTS, scan_node.input, strict=True)) | {"y": scan_node.output[0]}
+    function = helper.make_function(
+        onnx_function.DOMAIN,
+        op.op_type,
+        ["x", *op.operands],
+        ["out", *(scan[name] for name in SCAN_OUTPUTS)],
+        body,
+        list(model.opset_import),
+        overload=path,
+    )
+    overload = _share(model, function)
+    node = helper.make_node(
+        op.op_type,
+        [x, *operands],
+        [out, *[""] * len(SCAN_OUTPUTS)],
+        name=f"{path}/{op.op_type}",
+        domain=onnx_function.DOMAIN,
+        overload=overload,
+    )
+    at = list(graph.node).index(inside[0])
+    kept = [node for node in graph.node if not below(path, node.name)]
+    del graph.node[:]
+    graph.node.extend([*kept[:at], node, *kept[at:]])
+    still_used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in used if tensor.name not in still_used]:
+        graph.initializer.remove(tensor)
+    known = {name for node in graph.node for name in node.output}
+    for value in [value for value in graph.value_info if value.name not in known]:
+        graph.value_info.remove(value)
+    model.ir_version = max(model.ir_version, onnx.IR_VERSION_2024_3_25)  # the first with overloads
+    return len(inside)
+
+
+def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -> tuple[str, str]:
+    """The one tensor that the nodes read from outside, and the one that is read outside."""
+    constants = {tensor.name for tensor in graph.initializer}
+    produced = {name for node in inside for name in node.output}
+    reads = {name for node in inside for name in node.input if name} - produced - constants
+    elsewhere = {name for node in graph.node if not below(path, node.name) for name in node.input}
+    writes = produced & (elsewhere | {value.name for value in graph.output})
+    if len(reads) != 1 or len(writes) != 1:
+        raise ToolchainError(
+            f"{path} cannot be fused: its nodes read {sorted(reads)} and write {sorted(writes)}, one each was expected",
+            "report this, with the versions of torch, onnx and onnxsim",
+        )
+    return reads.pop(), writes.pop()
+
+
+def _find(tensors: list[onnx.TensorProto], value: NDArray[np.float32], what: str) -> str:
+    """The initializer that holds `value`: exporters fold and rename weights, so it is found by what is in it."""
+    from onnx import numpy_helper
+
+    for tensor in tensors:
+        if tuple(tensor.dims) == value.shape:
+            have = numpy_helper.to_array(tensor)
+            if have.dtype == value.dtype and np.allclose(have, value, rtol=SAME, atol=0, equal_nan=True):
+                return str(tensor.name)
+    raise ToolchainError(f"{what} is not among the constants of the graph", "report this, with the versions of onnxsim")
+
+
+def _body(
+    inside: list[onnx.NodeProto],
+    path: str,
+    names: dict[str, str],
+    out: str,
+    constants: dict[str, onnx.TensorProto],
+) -> list[onnx.NodeProto]:
+    """Copies of the nodes with names of their own: `names` for inputs, other constants as Constant nodes, v0, v1 .."""
+    import onnx
+    from onnx import helper
+
+    names = {**names, out: "out", "": ""}
+    body: list[onnx.NodeProto] = []
+    for node in inside:
+        for name in node.input:
+            if name not in names:
+                constant = onnx.TensorProto()
+                constant.CopyFrom(constants[name])
+                constant.name = ""
+                names[name] = f"c{len(names)}"
+                body.append(helper.make_node("Constant", [], [names[name]], value=constant))
+        for name in node.output:
+            names.setdefault(name, f"v{len(names)}")
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = node.name.removeprefix(path)[1:]
+        copy.input[:] = [names[name] for name in node.input]
+        copy.output[:] = [names[name] for name in node.output]
+        body.append(copy)
+    return body
+
+
+def _share(model: onnx.ModelProto, function: onnx.FunctionProto) -> str:
+    """Add `function` unless an equal one is there. Returns the overload to call."""
+    import onnx
+
+    for other in model.functions:
+        same = onnx.FunctionProto()
+        same.CopyFrom(other)
+        same.overload = function.overload
+        if same == function:
+            return str(other.overload)
+    model.functions.append(function)
+    return str(function.overload)

@@ -1,0 +1,41 @@
+"""Modules that the native library also has as one fused op: how the model tells the exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: What a fused op may give beside its output, for verification: what its scan read and wrote.
+SCAN_OUTPUTS = ("u", "delta", "B", "C", "y")
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """evm::`op_type`(x, *operands) -> out, and optionally `SCAN_OUTPUTS`.
+
+    operands: by name, in the op's order and layout. scan: path of the scan inside the module. scan_constants: which
+    operands are the scan's A (K, D, N), skip and bias (K, D).
+    """
+
+    op_type: str
+    operands: Mapping[str, Tensor]
+    scan: str
+    scan_constants: Mapping[str, str]
+
+
+@runtime_checkable
+class Fusable(Protocol):
+    """A module with one tensor in, one out, whose computation is a fused op of the native library."""
+
+    def fused_op(self) -> FusedOp: ...
+
+
+def fusable_modules(model: nn.Module) -> Iterator[tuple[str, FusedOp]]:
+    """(module path, op) of every module of `model` that the native library has as one op."""
+    for path, module in model.named_modules():
+        if isinstance(module, Fusable):
+            yield path, module.fused_op()

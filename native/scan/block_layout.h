@@ -1,0 +1,53 @@
+// How a block is cut into tiles and where things lie in its workspace: the same for every instruction set.
+#pragma once
+#include "isa.h"
+
+namespace {
+
+enum Stage { PACK, PROJECT, CONVOLVE, PARAMETERS, SCAN, OUTPUT, GATE, SUM };
+static_assert(SUM + 1 == EVM_BLOCK_STAGES, "stages");
+
+constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // tokens of a tile: a multiple of the rows of every micro-kernel
+constexpr int64_t IN_PLACE_STATES = 64;                  // up to here the scan may write y over u
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t pad(int64_t channels) { return ceil_div(channels, EVM_TILE) * EVM_TILE; }
+
+struct Layout {
+    int64_t tokens, h, w, L;         // of the map; of one direction
+    int64_t C, d, G, P;              // padded rows; P: of B, C and dt side by side
+    int64_t chunks, map_rows, strips; // token tiles; rows of the map in a convolution tile, and how many such tiles
+    // offsets into the workspace, in floats
+    int64_t in_x, in_z, x_proj, out_proj, local_proj, dt_proj, conv, local_conv, vectors, zeros;  // packed weights
+    int64_t n, x, u, y, p, s, local, sums, gates;                                        // activations of one image
+    int64_t size;
+
+    explicit Layout(const evm_block_args &a) {
+        tokens = a.H * a.W, h = ceil_div(a.H, 2), w = ceil_div(a.W, 2), L = h * w;
+        C = pad(a.C), d = pad(a.d), G = pad(a.G), P = pad(2 * a.N + a.R);
+        chunks = ceil_div(tokens, CHUNK), map_rows = ceil_div(CHUNK, a.W), strips = ceil_div(a.H, map_rows);
+        int64_t end = 0;
+        const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
+        in_x = take(a.C * d), in_z = take(a.C * d), x_proj = take(K * a.d * P), out_proj = take(a.d * C);
+        local_proj = take(a.C * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
+        vectors = take(5 * C + 2 * d), zeros = take(C > d ? C : d);
+        n = take(tokens * C), x = take(tokens * d), u = take(K * L * d);
+        y = a.N <= IN_PLACE_STATES ? u : take(K * L * d);
+        p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
+        sums = take((chunks + strips) * C), gates = take(2 * C);
+        size = end;
+    }
+
+    int64_t tiles(int stage) const {
+        const int64_t count[] = {1, chunks, strips, K * ceil_div(L, CHUNK), K * (d / EVM_TILE), chunks, 1, chunks};
+        return count[stage];
+    }
+
+    // Row of token (i, j) in u and y. Direction k reads phase (row k % 2, column k / 2); even k row-major, odd k column-major.
+    int64_t place(int64_t i, int64_t j) const {
+        const int64_t k = (i & 1) + 2 * (j & 1);
+        return k * L + (i & 1 ? j / 2 * h + i / 2 : i / 2 * w + j / 2);
+    }
+};
+
+}  // namespace

@@ -1,0 +1,53 @@
+/* One EVSS block of EfficientVMamba (arXiv 2403.09977) on a CPU, fused: a C interface that knows no runtime.
+ *
+ *   n    = LayerNorm(x)
+ *   xz   = n in_proj;  x, z = its halves;  u = atrous split of SiLU(conv(x))           (2 x 2 phases, odd sizes zero-padded)
+ *   dt, B, C = u x_proj;  delta = dt dt_proj;  y = selective scan of them (evm_scan.h);  s = merge of y
+ *   scan  branch = (LayerNorm(s) * SiLU(z)) out_proj
+ *   local branch = local_proj(GELU(local_conv(n)))
+ *   out  = x + (gate(scan branch) + gate(local branch)),  gate(t) = t * sigmoid(select(GELU(reduce(mean(LayerNorm(t))))))
+ *
+ * Channels last, contiguous, float32; d inner channels, N states, rank R, G gate channels; LayerNorm epsilon is 1e-5, GELU
+ * the exact one. Matrices are (in, out); convolution weights are (out, in / groups, h, w). Any b, H, W and widths.
+ *
+ * An image is computed in EVM_BLOCK_STAGES stages, in order; the tiles of a stage are independent, so that the host
+ * runtime's own thread pool can distribute them. The result does not depend on how. Nothing is allocated, nothing is thrown.
+ */
+#pragma once
+#include "evm_scan.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { EVM_BLOCK_DIRECTIONS = 4, EVM_BLOCK_STAGES = 8 };
+
+typedef struct {
+    const float *x;                               /* (b, H, W, C) */
+    const float *norm_weight, *norm_bias;         /* (C) */
+    const float *in_proj;                         /* (C, 2 d) */
+    const float *conv_weight, *conv_bias;         /* depthwise: (d, 1, 3, 3), (d) */
+    const float *x_proj;                          /* (4, d, R + 2 N) */
+    const float *dt_proj;                         /* (4, R, d) */
+    const float *A, *skip, *dt_bias;              /* (4, d, N), <= 0; (4, d); (4, d) */
+    const float *out_norm_weight, *out_norm_bias; /* (d) */
+    const float *out_proj;                        /* (d, C) */
+    const float *local_conv_weight, *local_conv_bias; /* depthwise: (C, 1, 3, 3), (C) */
+    const float *local_proj_weight, *local_proj_bias; /* (C, C, 1, 1), (C) */
+    const float *gate_norm_weight, *gate_norm_bias;   /* (C) */
+    const float *gate_reduce_weight, *gate_reduce_bias; /* (C, G), (G) */
+    const float *gate_select_weight, *gate_select_bias; /* (G, C), (C) */
+    float *out;                                   /* (b, H, W, C) */
+    /* What the scan read and wrote, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
+    float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
+    float *workspace; /* evm_block_workspace_bytes, aligned to 64 bytes; its contents need not be kept between calls */
+    int64_t b, H, W, C, d, N, R, G;
+} evm_block_args;
+
+EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);
+EVM_API int64_t evm_block_num_tiles(const evm_block_args *args, int64_t image, int stage);
+EVM_API void evm_block_run_tile(const evm_block_args *args, int64_t image, int stage, int64_t tile);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,23 @@
+/* What the files compiled per instruction set share with dispatch.cpp. */
+#pragma once
+#include "evm_block.h"
+#include "evm_scan.h"
+
+enum { EVM_TILE = 16 }; /* channels of a tile: one AVX-512 vector, two of AVX2, four of NEON; rows are padded to it */
+
+#define EVM_NAME_(function, isa) function##_##isa
+#define EVM_NAME(function, isa) EVM_NAME_(function, isa)
+#define EVM_DECLARE(isa)                                              \
+    void evm_scan_tile_##isa(const evm_scan_args *, int64_t);         \
+    void evm_block_tile_##isa(const evm_block_args *, int64_t, int, int64_t);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+EVM_DECLARE(base)
+EVM_DECLARE(avx2)
+EVM_DECLARE(avx512)
+EVM_DECLARE(neon)
+#ifdef __cplusplus
+}
+#endif

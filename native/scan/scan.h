@@ -1,0 +1,112 @@
+// The recurrence for one vector of channels, shared by the scan op and the fused block.
+//
+// Lanes are channels, so nothing is ever summed across a vector, and a row of u, delta or y is one load. The states of one
+// vector of channels stay in registers for a block of steps; B and C are scalars that are broadcast. Softplus, dt * u and
+// skip * u are computed once per block into small buffers that stay in L1.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+constexpr int STATES = EVM_STATES;  // kept in registers at once: half of the register file
+constexpr int STEPS = 32, GROUP = 64;
+static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
+
+// One direction of one image, from one channel on. y may be u when N <= GROUP.
+struct ScanRows {
+    const float *u;
+    float *y;
+    int64_t stride;               // of a step of u, delta and y
+    const float *B, *C;
+    int64_t state_stride;         // of a step of B, C and dt
+    const float *A, *skip, *bias; // of these channels: A (channels, N)
+    const float *delta;           // before softplus; null: dt_weight (R, stride) times dt
+    const float *dt, *dt_weight;
+    int64_t R, L, N;
+    float *delta_out;             // where to write delta for verification, laid out as u without padding, or null
+    int64_t delta_out_stride;
+};
+
+struct Block {  // one vector of channels, up to STEPS steps
+    alignas(64) float dt[STEPS * LANES], inflow[STEPS * LANES], y[STEPS * LANES];
+    alignas(64) float B[STEPS * GROUP], C[STEPS * GROUP];
+    int steps;
+};
+
+// Advance STATES states through a block, in registers. A2: A * log2(e). stride: of a step of B and C.
+inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
+    vec h[STATES];
+    for (int n = 0; n < STATES; n++) h[n] = states[n];
+    for (int t = 0; t < block.steps; t++) {
+        const vec dt = load(block.dt + t * LANES), x = load(block.inflow + t * LANES);
+        vec even = load(block.y + t * LANES), odd = broadcast(0.f);  // two accumulators: half the latency
+        const float *b = B + t * stride, *c = C + t * stride;
+#pragma GCC unroll 16
+        for (int n = 0; n < STATES; n += 2) {
+            h[n] = exp2_above_floor(dt * A2[n]) * h[n] + x * b[n];
+            even += h[n] * c[n];
+            h[n + 1] = exp2_above_floor(dt * A2[n + 1]) * h[n + 1] + x * b[n + 1];
+            odd += h[n + 1] * c[n + 1];
+        }
+        store(block.y + t * LANES, even + odd);
+    }
+    for (int n = 0; n < STATES; n++) states[n] = h[n];
+}
+
+inline vec delta_of(const ScanRows &rows, int64_t t, int64_t count) {
+    if (rows.delta) return load_some(rows.delta + t * rows.stride, count);
+    vec delta = broadcast(0.f);
+    const float *dt = rows.dt + t * rows.state_stride;
+    for (int64_t r = 0; r < rows.R; r++) delta += dt[r] * load(rows.dt_weight + r * rows.stride);
+    return delta;
+}
+
+// `count` channels (at most LANES) with the states from `first` on (at most GROUP of them). The first group writes y, the
+// others add to it: N has no limit.
+void scan_group(const ScanRows &rows, int64_t count, int64_t first) {
+    const int64_t N = rows.N;
+    const int used = (int)(N - first < GROUP ? N - first : GROUP), padded = (used + STATES - 1) / STATES * STATES;
+    const bool in_place = used == padded;  // B and C can be read where they are
+    vec A2[GROUP], h[GROUP];
+    for (int n = 0; n < padded; n++) {
+        float lanes[LANES] = {};
+        if (n < used)
+            for (int64_t i = 0; i < count; i++) lanes[i] = rows.A[i * N + first + n] * LOG2_E;
+        A2[n] = load(lanes);
+        h[n] = broadcast(0.f);
+    }
+    const vec bias = load_some(rows.bias, count);
+    const vec skip = first ? broadcast(0.f) : load_some(rows.skip, count);
+    const float *B = rows.B + first, *C = rows.C + first;
+    Block block;
+    for (int64_t start = 0; start < rows.L; start += STEPS) {
+        block.steps = (int)(rows.L - start < STEPS ? rows.L - start : STEPS);
+        for (int t = 0; t < block.steps; t++) {
+            const vec x = load_some(rows.u + (start + t) * rows.stride, count);
+            const vec delta = delta_of(rows, start + t, count), dt = softplus(delta + bias);
+            if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride, delta, count);
+            store(block.dt + t * LANES, dt);
+            store(block.inflow + t * LANES, dt * x);
+            store(block.y + t * LANES, first ? load_some(rows.y + (start + t) * rows.stride, count) : skip * x);
+            if (!in_place) {
+                const int64_t from = (start + t) * rows.state_stride;
+                memcpy(block.B + t * padded, B + from, used * sizeof(float));
+                memcpy(block.C + t * padded, C + from, used * sizeof(float));
+                memset(block.B + t * padded + used, 0, (padded - used) * sizeof(float));
+                memset(block.C + t * padded + used, 0, (padded - used) * sizeof(float));
+            }
+        }
+        const float *blockB = in_place ? B + start * rows.state_stride : block.B;
+        const float *blockC = in_place ? C + start * rows.state_stride : block.C;
+        const int64_t stride = in_place ? rows.state_stride : padded;
+        for (int n = 0; n < padded; n += STATES) advance(block, A2 + n, h + n, blockB + n, blockC + n, stride);
+        for (int t = 0; t < block.steps; t++)
+            store_some(rows.y + (start + t) * rows.stride, load(block.y + t * LANES), count);
+    }
+}
+
+inline void scan_vector(const ScanRows &rows, int64_t count) {
+    for (int64_t first = 0; first == 0 || first < rows.N; first += GROUP) scan_group(rows, count, first);
+}
+
+}  // namespace

@@ -1,0 +1,113 @@
+// Vectors of EVM_LANES floats and the elementwise functions of the network, for the instruction set of the including file.
+//
+// GCC and Clang vector extensions. Everything is in the anonymous namespace, and only
+// C headers are included: an inline function with external linkage, compiled for AVX-512, could be the copy the linker keeps.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = EVM_LANES;
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+inline vec broadcast(float x) { return x - vec{}; }
+inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+inline ivec bits_of(vec v) { ivec bits; memcpy(&bits, &v, sizeof bits); return bits; }
+inline vec of_bits(ivec bits) { vec v; memcpy(&v, &bits, sizeof v); return v; }
+
+inline vec largest(vec a, vec b) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_max_ps(0xffff, a, b);  // GCC 12 makes a comparison and a blend of the line below
+#else
+    return a > b ? a : b;
+#endif
+}
+inline vec smallest(vec a, vec b) { return -largest(-a, -b); }
+inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
+
+inline vec load_some(const float *p, int64_t count) {  // the missing lanes are 0
+    if (count >= LANES) return load(p);
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+    return load(lanes);
+}
+inline void store_some(float *p, vec v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    float lanes[LANES];
+    store(lanes, v);
+    for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
+}
+
+inline float sum(vec v) {
+    typedef float half __attribute__((vector_size(LANES * 2)));
+    typedef float quad __attribute__((vector_size(16)));
+    half low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
+    low += high;
+    quad total = {};
+    for (unsigned i = 0; i < sizeof low; i += sizeof total) {  // once or twice; of half a SSE or NEON vector, two lanes stay 0
+        quad part = {};
+        memcpy(&part, reinterpret_cast<const char *>(&low) + i, sizeof low < sizeof part ? sizeof low : sizeof part);
+        total += part;
+    }
+    return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^t for t <= 100. t = n + r with |r| <= 1/2; 2^r = 1 + r q(r), relative error 9e-8 and exact at r = 0: a bias near decay 1
+// would add up over a long memory. The floor is 2^-100, because denormal products are slow.
+inline vec exp2_above_floor(vec t) {
+    t = largest(t, broadcast(-100.f));
+    const vec shifted = t + broadcast(12582912.f);  // 1.5 * 2^23 rounds to an integer, which is then in the low mantissa bits
+    const vec r = t - (shifted - broadcast(12582912.f));
+    vec p = broadcast(0.00132647273f);
+    p = p * r + broadcast(0.00967151299f);
+    p = p * r + broadcast(0.0555073358f);
+    p = p * r + broadcast(0.240222424f);
+    p = p * r + broadcast(0.693147004f);
+    p = p * r + broadcast(1.f);
+    return of_bits(bits_of(p) + (bits_of(shifted) << 23));  // the bits of 12582912 itself are shifted out
+}
+
+// max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): full relative accuracy for very negative x too, and no log.
+inline vec softplus(vec x) {
+    const vec e = exp2_above_floor(magnitude(x) * -LOG2_E), s = e / (e + 2.f), q = s * s;
+    vec p = broadcast(1.f / 13);
+    p = p * q + 1.f / 11;
+    p = p * q + 1.f / 9;
+    p = p * q + 1.f / 7;
+    p = p * q + 1.f / 5;
+    p = p * q + 1.f / 3;
+    p = p * q + 1.f;
+    return largest(x, broadcast(0.f)) + 2.f * s * p;
+}
+
+inline vec sigmoid_denominator(vec x) { return exp2_above_floor(smallest(x * -LOG2_E, broadcast(100.f))) + 1.f; }
+inline vec sigmoid(vec x) { return 1.f / sigmoid_denominator(x); }
+inline vec silu(vec x) { return x / sigmoid_denominator(x); }
+
+// max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with a polynomial for log2 of erfc. Absolute error of the second term 1e-8.
+inline vec gelu(vec x) {
+    const vec size = magnitude(x), a = smallest(size, broadcast(5.6f));
+    vec p = broadcast(-1.90098626e-6f);
+    p = p * a + 2.80424995e-5f;
+    p = p * a - 1.31396009e-4f;
+    p = p * a - 2.72287898e-4f;
+    p = p * a + 7.24574132e-3f;
+    p = p * a - 5.26278726e-2f;
+    p = p * a - 4.59162027e-1f;
+    p = p * a - 1.15111101f;
+    return largest(x, broadcast(0.f)) - 0.5f * size * exp2_above_floor(p * a);
+}
+
+}  // namespace
