@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.scan import onnx_function, reference
+from evm_deploy.scan import native, onnx_function, reference
 from evm_deploy.scan.op import selective_scan
 from evm_deploy.scan.portable import two_level_scan
 
@@ -41,7 +41,17 @@ def in_onnx(*arrays):
     return OnnxRuntime(model.SerializeToString(), 1).run(dict(zip(INPUTS, arrays, strict=True)))["y"]
 
 
-FORMS = {"eager": in_torch(selective_scan), "two_level": in_torch(two_level_scan), "onnx": in_onnx}
+def eager_without_kernel(*arrays):
+    with native.without_native_scan():
+        return in_torch(selective_scan)(*arrays)
+
+
+FORMS = {
+    "eager": in_torch(selective_scan),
+    "eager_without_kernel": eager_without_kernel,
+    "two_level": in_torch(two_level_scan),
+    "onnx": in_onnx,
+}
 
 
 @pytest.mark.parametrize("case", golden.SCAN_CASES)
@@ -100,6 +110,33 @@ def test_no_nan_at_the_edge():
     inputs[2][:] = -16
     for name, form in FORMS.items():
         assert np.isfinite(form(*inputs)).all(), name
+
+
+def test_eager_runs_on_the_native_kernel_where_it_can(monkeypatch):
+    inputs = [torch.from_numpy(a) for a in random_inputs(0, 2, 4, 33, 20, 16, 0.3)]
+    kernel = native.native_kernel(inputs)
+    assert kernel is not None
+    assert native.native_kernel([x.double() for x in inputs]) is None
+    with native.without_native_scan():
+        assert native.native_kernel(inputs) is None
+    calls = []
+    monkeypatch.setattr("evm_deploy.scan.op.run_native_scan", lambda kernel, x: calls.append(kernel) or x[0].clone())
+    selective_scan(*inputs)
+    assert calls == [kernel]
+    monkeypatch.setattr(native, "find_plugin", lambda runtime: None)
+    assert native.native_kernel(inputs) is None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_eager_takes_strided_tensors_and_any_number_of_threads(threads):
+    inputs = [torch.from_numpy(a) for a in random_inputs(0, 2, 4, 33, 40, 16, 0.3)]
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(selective_scan(*strided), selective_scan(*inputs), rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_op_passes_torchs_own_checks():

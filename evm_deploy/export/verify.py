@@ -17,6 +17,7 @@ from evm_deploy.errors import ParityError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
 from evm_deploy.runtimes.base import Runtime, check_feeds
+from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.reference import selective_scan
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def require(parity: Parity) -> None:
 def run_reference(
     reference: nn.Module, plan: ExportPlan, probes: NDArray[Any]
 ) -> tuple[dict[str, NDArray[Any]], list[Scan]]:
-    """Outputs of the float model on `probes`, and the seven inputs of each scan, in execution order."""
+    """Outputs of the float model on `probes`, in torch alone, and the seven inputs of each scan, in execution order."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,7 +123,7 @@ def run_reference(
                 )
             return func(*args, **(kwargs or {}))
 
-    with torch.inference_mode(), Recorder():  # type: ignore[no-untyped-call]
+    with torch.inference_mode(), without_native_scan(), Recorder():  # type: ignore[no-untyped-call]
         y = reference(torch.from_numpy(probes))
     if isinstance(y, tuple):
         return {f"feature{i}": value.numpy() for i, value in enumerate(y)}, scans

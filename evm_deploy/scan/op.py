@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evm_deploy.scan.native import native_kernel, run_native_scan
 from evm_deploy.scan.portable import two_level_scan
 
 #: Elements of one block of states: 1 MB of float32, so that a block stays in a core's L2 cache.
@@ -19,13 +20,21 @@ BLOCK_ELEMENTS = 1 << 18
 
 @torch.library.custom_op("evm::selective_scan", mutates_args=())
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
-    """The selective scan of `reference.selective_scan` in float32 (or float64), vectorised over b, K, D and N.
+    """The selective scan of `reference.selective_scan` in float32 (or float64).
 
-    Works block by block along L: the decays and inflows of a block are computed at once, the recurrence is one
-    fused multiply-add per step into the block's buffer, and the outputs are one product per block.
+    float32 on the CPU runs on the native kernel where it is installed, everything else in torch.
     Raises ValueError when the shapes do not fit each other.
     """
-    _check_shapes(u, delta, A, B, C, skip, bias)
+    inputs = (u, delta, A, B, C, skip, bias)
+    _check_shapes(*inputs)
+    kernel = native_kernel(inputs)
+    return run_native_scan(kernel, inputs) if kernel else _scan_in_torch(*inputs)
+
+
+def _scan_in_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+    """Block by block along L: the decays and inflows of a block are computed at once, the recurrence is one fused
+    multiply-add per step into the block's buffer, and the outputs are one product per block.
+    """
     batch, K, L, D = u.shape
     dt = F.softplus(delta + bias[:, None])
     inflow = dt * u

@@ -1,0 +1,83 @@
+"""The native kernel (native/scan/evm_scan.h) on arrays in memory, without any runtime."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evm_deploy.plugins import find_plugin
+from evm_deploy.scan.onnx_function import INPUTS, OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_allowed: ContextVar[bool] = ContextVar("native_scan_allowed", default=True)
+
+
+class Arguments(ctypes.Structure):
+    """evm_scan_args."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*INPUTS, OUTPUT)),
+        *((name, ctypes.c_int64) for name in ("b", "K", "L", "D", "N")),
+    ]
+
+
+@cache
+def open_kernel(library: Path) -> ctypes.CDLL:
+    """The library with its scan functions declared."""
+    kernel = ctypes.CDLL(str(library))
+    kernel.evm_scan_num_tiles.argtypes = [ctypes.c_void_p]
+    kernel.evm_scan_num_tiles.restype = ctypes.c_int64
+    kernel.evm_scan_run_tile.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    kernel.evm_scan_run_tile.restype = None
+    return kernel
+
+
+@contextmanager
+def without_native_scan() -> Iterator[None]:
+    """Inside, the eager torch op runs in torch alone: a reference must not share the kernel that it judges."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def native_kernel(inputs: Sequence[Tensor]) -> ctypes.CDLL | None:
+    """The kernel, if it can take these tensors: installed, allowed here, all float32 on the CPU."""
+    import torch
+
+    if not _allowed.get() or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in inputs):
+        return None
+    library = find_plugin("onnxruntime")
+    return open_kernel(library) if library else None
+
+
+def run_native_scan(kernel: ctypes.CDLL, inputs: Sequence[Tensor]) -> Tensor:
+    """The scan of seven float32 CPU tensors whose shapes fit each other, on as many threads as torch uses."""
+    import torch
+
+    tensors = [x.contiguous() for x in inputs]
+    y = torch.empty_like(tensors[0])
+    arguments = Arguments(*(x.data_ptr() for x in (*tensors, y)), *tensors[0].shape, tensors[2].shape[2])
+    where = ctypes.addressof(arguments)
+    tiles = range(kernel.evm_scan_num_tiles(where))
+    threads = min(torch.get_num_threads(), len(tiles))
+
+    def run(part: range) -> None:
+        for tile in part:
+            kernel.evm_scan_run_tile(where, tile)
+
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, (tiles[i::threads] for i in range(threads))))
+    else:
+        run(tiles)
+    return y

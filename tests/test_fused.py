@@ -1,0 +1,251 @@
+"""EVSS blocks as one op: the native kernel and the pass that makes the nodes. Normalisation in the first convolution."""
+
+from __future__ import annotations
+
+import golden
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from evm_deploy import plugin_path
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.fold_normalisation import fold_normalisation
+from evm_deploy.export.graph import deployable, fold_batch_norm, trace
+from evm_deploy.export.outline import outline
+from evm_deploy.export.pipeline import complete, export
+from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.inference import load
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba import EVSSBlock
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+from evm_deploy.scan import reference
+from evm_deploy.scan.fused import SCAN_OUTPUTS
+from tests.test_native import isas, library
+
+
+def random_block(seed, dim, rank, states, spread=1.0):
+    """An EVSS block in which every part matters: the scan, both branches, the gates, BatchNorm's statistics."""
+    torch.manual_seed(seed)
+    block = EVSSBlock(dim, rank, states).eval().requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.copy_(torch.randn_like(parameter) / max(1.0, parameter[0].numel()) ** 0.5)
+    for norm in (block.norm, block.op.out_norm, block.se.norm, block.conv_branch[1]):
+        norm.weight.add_(1)
+    block.conv_branch[1].running_mean.normal_()
+    block.conv_branch[1].running_var.uniform_(0.5, 2)
+    block.op.dt_projs_weight.mul_(spread)
+    block.op.A_logs.copy_(torch.randn_like(block.op.A_logs))
+    return block
+
+
+def block_model(block, b, H, W, scan_outputs=False, body=None):
+    """One evm::EVSSBlock node; `body`: a function for those who have no kernel."""
+    op = fold_batch_norm(block).fused_op()
+    dim = block.norm.normalized_shape[0]
+    outputs = ["out", *(SCAN_OUTPUTS if scan_outputs else ())]
+    node = helper.make_node("EVSSBlock", ["x", *op.operands], outputs, domain="evm")
+    graph = helper.make_graph(
+        [node],
+        "block",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [b, H, W, dim])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in outputs],
+        [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in op.operands.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("evm", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[body] if body else [])
+    return model.SerializeToString()
+
+
+def in_float64(block, x):
+    double = random_block(0, block.norm.normalized_shape[0], block.op.dt_rank, block.op.d_state).double()
+    double.load_state_dict(block.state_dict())
+    return double(torch.from_numpy(x).double()).numpy()
+
+
+def image(seed, b, H, W, dim):
+    return np.random.default_rng(seed).standard_normal((b, H, W, dim)).astype(np.float32)
+
+
+@pytest.fixture(params=isas())
+def isa(request):
+    assert library().evm_scan_force_isa(request.param.encode())
+    yield request.param
+    library().evm_scan_force_isa(None)
+
+
+def test_any_block(isa):
+    """Widths that are no multiple of a vector, one pixel, odd maps, any number of states and ranks, several images."""
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(
+        st.integers(0, 999), st.integers(1, 3), st.integers(1, 17), st.integers(1, 17),
+        st.integers(8, 70), st.integers(1, 9), st.integers(1, 80), st.sampled_from([0.1, 1.0, 5.0]),
+    )  # fmt: skip
+    def check(seed, b, H, W, dim, rank, states, spread):
+        block, x = random_block(seed, dim, rank, states, spread), image(seed, b, H, W, dim)
+        out = OnnxRuntime(block_model(block, b, H, W), 1, plugin_path("onnxruntime")).run({"x": x})["out"]
+        want = in_float64(block, x)
+        assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
+
+    check()
+
+
+def test_the_optional_outputs_are_what_the_scan_read_and_wrote(isa):
+    block, x = random_block(1, 20, 3, 16), image(1, 2, 7, 6, 20)
+    model = block_model(block, 2, 7, 6, scan_outputs=True)
+    got = OnnxRuntime(model, 2, plugin_path("onnxruntime")).run({"x": x})
+    seen = []
+    original = EVSSBlock.forward.__globals__["ES2D"].scan
+
+    def record(self, u):
+        seen.append(u)
+        return original(self, u)
+
+    EVSSBlock.forward.__globals__["ES2D"].scan = record
+    try:
+        block(torch.from_numpy(x))
+    finally:
+        EVSSBlock.forward.__globals__["ES2D"].scan = original
+    np.testing.assert_allclose(got["u"], seen[0].numpy(), atol=1e-5)
+    operands = {key: value.numpy() for key, value in fold_batch_norm(block).fused_op().operands.items()}
+    inputs = [got["u"], got["delta"], operands["A"], got["B"], got["C"], operands["skip"], operands["dt_bias"]]
+    want = reference.selective_scan(*inputs)
+    assert np.abs(got["y"] - want).max() <= 3e-6 * np.abs(want).max()
+    projected = got["u"].astype(np.float64) @ operands["x_proj"]
+    np.testing.assert_allclose(got["delta"], projected[..., :3] @ operands["dt_proj"], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([got["B"], got["C"]], -1), projected[..., 3:], atol=1e-5)
+
+
+def test_threads_do_not_change_a_bit():
+    block, x = random_block(2, 48, 3, 16), image(2, 2, 29, 23, 48)
+    model = block_model(block, 2, 29, 23)
+    one, three = (OnnxRuntime(model, n, plugin_path("onnxruntime")).run({"x": x})["out"] for n in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
+def other_body(block):
+    """out = x + x."""
+    names = ["x", *fold_batch_norm(block).fused_op().operands]
+    nodes = [helper.make_node("Add", ["x", "x"], ["out"])]
+    return helper.make_function("evm", "EVSSBlock", names, ["out"], nodes, [helper.make_opsetid("", 20)])
+
+
+def test_registered_the_kernel_runs_otherwise_the_body():
+    block, x = random_block(3, 16, 1, 16), image(3, 1, 8, 8, 16)
+    model = block_model(block, 1, 8, 8, body=other_body(block))
+    np.testing.assert_array_equal(OnnxRuntime(model, 1).run({"x": x})["out"], 2 * x)
+    out = OnnxRuntime(model, 1, plugin_path("onnxruntime")).run({"x": x})["out"]
+    np.testing.assert_allclose(out, in_float64(block, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("operand", "change", "message"),
+    [
+        ("in_proj", lambda v: v[:, :-1], "axis 1 of in_proj is 63, expected 64"),
+        ("x_proj", lambda v: v[:, :, :-1], "axis 2 of x_proj is 32, expected 33"),
+        ("out_proj", lambda v: v[:, :-1], "out_proj has 15 on axis 1 (C), x asks for 16"),
+        ("conv_weight", lambda v: v[..., :2], "conv_weight has 2 on axis 3 (3), the op asks for 3"),
+        ("A", lambda v: v[0], "A has rank 2, expected 3"),
+    ],
+)
+def test_wrong_operands_are_errors_not_crashes(operand, change, message):
+    model = onnx.load_from_string(block_model(random_block(4, 16, 1, 16), 1, 8, 8))
+    tensor = next(t for t in model.graph.initializer if t.name == operand)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor))), operand))
+    runtime = OnnxRuntime(model.SerializeToString(), 1, plugin_path("onnxruntime"))
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument) as error:
+        runtime.run({"x": image(0, 1, 8, 8, 16)})
+    assert message in str(error.value)
+
+
+def hub(micro, **changes):
+    plan = ExportPlan("onnx", imgsz=(64, 64), **changes)
+    model, spec = load_checkpoint(micro)
+    plan, preprocessing = complete(plan, spec)
+    return trace(deployable(model, plan, preprocessing), plan, {}), plan
+
+
+def test_outlining_keeps_every_bit_of_the_portable_form(micro):
+    graph, _ = hub(micro)
+    fused = onnx.ModelProto()
+    fused.CopyFrom(graph.model)
+    assert [outline(fused, path, op) > 40 for path, op in graph.fusable.items()] == [True, True]
+    onnx.checker.check_model(fused, full_check=True)
+    pixels = {"image": np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)}
+    before, after = (OnnxRuntime(m.SerializeToString(), 1).run(pixels)["logits"] for m in (graph.model, fused))
+    np.testing.assert_array_equal(before, after)
+    assert len(fused.SerializeToString()) < 1.1 * len(graph.model.SerializeToString())
+
+
+def test_equal_bodies_are_shared(checkpoint, tmp_path):
+    bundle = export(checkpoint("tiny_224"), ExportPlan("onnx", imgsz=(64, 64)), tmp_path)
+    model = onnx.load(str(bundle.path / "model.onnx"))
+    overloads = [node.overload for node in model.graph.node if node.op_type == "EVSSBlock"]
+    assert overloads == ["layers.0.blocks.0"] * 2 + ["layers.1.blocks.0"] * 2
+    assert sum(function.name == "EVSSBlock" for function in model.functions) == 2
+
+
+def test_what_is_no_block_is_not_outlined(micro):
+    graph, _ = hub(micro)
+    path, op = next(iter(graph.fusable.items()))
+    with pytest.raises(ToolchainError, match=r"layers\.0\.blocks\.0\.se cannot be fused: its nodes read"):
+        outline(graph.model, f"{path}.se", op)
+    weight = next(t for t in graph.model.graph.initializer if t.name == f"{path}.norm.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
+    with pytest.raises(ToolchainError, match="norm_weight is not among the constants"):
+        outline(graph.model, path, op)
+
+
+@pytest.mark.parametrize("imgsz", [(33, 47), (90, 70)])
+def test_odd_maps_and_dynamic_batch_on_the_kernel(imgsz, micro, tmp_path):
+    bundle = export(micro, ExportPlan("onnx", imgsz=imgsz, batch=Batch.parse("dynamic")), tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, *imgsz, 3), np.uint8)
+    model, _ = load_checkpoint(micro)
+    with torch.inference_mode():
+        want = model(torch.from_numpy(bundle.manifest.preprocess().normalise(pixels))).numpy()
+    for scan in ("plugin", "portable"):
+        with load(bundle.path, scan=scan) as loaded:
+            assert np.abs(loaded.run({"image": pixels})["logits"] - want).max() < 1e-4
+
+
+def test_golden_logits_on_the_kernel(checkpoint, tmp_path):
+    for name, imgsz in (("tiny_224", (224, 224)), ("tiny_odd_200x232", (200, 232))):
+        case = golden.model_case(name)
+        batch = Batch.parse(len(case["images"]))
+        plan = ExportPlan("onnx", imgsz=imgsz, input="tensor", batch=batch)
+        bundle = export(checkpoint(name), plan, tmp_path)
+        with load(bundle.path, scan="plugin") as loaded:
+            assert np.abs(loaded.run({"tensor": case["images"]})["logits"] - case["logits"]).max() < 2e-5
+
+
+def test_normalisation_goes_into_the_first_convolution(micro):
+    graph, _ = hub(micro)
+    folded = onnx.ModelProto()
+    folded.CopyFrom(graph.model)
+    assert fold_normalisation(folded) == 1
+    assert fold_normalisation(folded) == 0
+    assert {n.op_type for n in graph.model.graph.node[:3]} == {"Cast", "Mul", "Add"}
+    assert [n.op_type for n in folded.graph.node[:3]] == ["Cast", "Transpose", "Conv"]
+    pixels = {"image": np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)}
+    before, after = (OnnxRuntime(m.SerializeToString(), 1).run(pixels)["logits"] for m in (graph.model, folded))
+    np.testing.assert_allclose(before, after, atol=5e-6)
+
+
+@pytest.mark.parametrize("change", ["padding", "second reader", "tensor input"])
+def test_normalisation_stays_where_folding_would_be_wrong(change, micro):
+    graph, _ = hub(micro, **({"input": "tensor"} if change == "tensor input" else {}))
+    model = graph.model
+    if change == "padding":
+        conv = next(node for node in model.graph.node if node.op_type == "Conv")
+        next(a for a in conv.attribute if a.name == "pads").ints[:] = [1, 1, 1, 1]
+    if change == "second reader":
+        model.graph.output.append(helper.make_empty_tensor_value_info("again"))
+        model.graph.node.append(helper.make_node("Identity", ["mul"], ["again"]))
+    before = model.SerializeToString(deterministic=True)
+    assert fold_normalisation(model) == 0
+    assert model.SerializeToString(deterministic=True) == before
