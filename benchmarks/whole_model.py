@@ -1,20 +1,26 @@
-"""EfficientVMamba with portable scans and with the native scan, against the same graph with scans replaced by identity.
+"""EfficientVMamba on the native kernels and on portable scans, beside its graph with no scan, and beside RepViT-M0.9.
 
     python benchmarks/whole_model.py [--variant tiny] [--imgsz 224] [--rounds 30]
 
-One thread, float32, batch 1, seeded weights. All run in turn, round by round, so that a drifting machine hits
-all; ratios are taken round by round. Also printed: operator executions of one inference (loops unrolled by counting),
-load time and peak memory. Exit 1 when a limit of the project is missed.
+One thread, float32, batch 1, seeded weights.
+
+    identity   the graph in ONNX Runtime's own operators with every scan replaced by an identity
+    native     the bundle's file with the library registered: whole EVSS blocks on the native kernel
+    scan node  the same with only the scans on the native kernel, the blocks around them in ONNX Runtime's operators
+    portable   the bundle's file without the library
+
+RepViT-M0.9, a network of about the same MACs as T, runs beside them where its graph is (../shared/benchmarks/peers).
+Also printed: operator executions of one portable inference (loops unrolled by counting), load time, and the memory of
+an inference, loading included. Exit 1 when a limit of the project is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,23 +30,27 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from common import PEERS, interleave, ratio, where
 from onnx import helper
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "golden"))
-import golden
 
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.plugins import find_plugin, kernel_isa
 from evm_deploy.scan import onnx_function
 
-MAX_RATIO, MAX_EXECUTIONS, MAX_LOAD_S = 2.2, 25_000, 1.0
+MAX_PORTABLE, MAX_EXECUTIONS, MAX_LOAD_S = 2.2, 25_000, 1.0
+MAX_NATIVE, MAX_TO_PEER = 1.12, 1.35
+
+
+def with_scan_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph, fused blocks as their nodes; the scans stay nodes of their own."""
+    scan = [(onnx_function.DOMAIN, onnx_function.OP_TYPE)]
+    return onnx.inliner.inline_selected_functions(model, scan, exclude=True)
 
 
 def with_identity_scans(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph, every scan passing u through."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = with_scan_nodes(model)
     for node in copy.graph.node:
         if node.op_type == onnx_function.OP_TYPE:
             node.CopyFrom(helper.make_node("Identity", [node.input[0]], [node.output[0]], name=node.name))
@@ -68,10 +78,35 @@ def executions(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> int:
     return sum(1 for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"))
 
 
-def milliseconds(runner: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> float:
-    start = time.perf_counter()
-    runner.run(None, feeds)
-    return (time.perf_counter() - start) * 1e3
+INFERENCES = """
+import resource, sys, numpy, onnxruntime
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+path, height, width, plugin = sys.argv[1:]
+before, options = peak(), onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+if plugin:
+    options.register_custom_ops_library(plugin)
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+for _ in range(10):
+    session.run(None, {"image": numpy.zeros((1, int(height), int(width), 3), numpy.uint8)})
+print(peak() - before)
+"""
+
+
+def inference_memory(path: Path, size: tuple[int, int], plugin: Path | None) -> float:
+    """MB of peak resident memory that loading `path` and ten inferences add to a process with onnxruntime imported."""
+    command = [sys.executable, "-c", INFERENCES, str(path), *map(str, size), str(plugin or "")]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def peer(folder: Path) -> ort.InferenceSession | None:
+    """RepViT-M0.9 with random weights, where its graph is to be had."""
+    if not PEERS.is_dir():
+        return None
+    sys.path.insert(0, str(PEERS))
+    import peers
+
+    return session(onnx.load(str(peers.materialise("repvit_m0_9", folder / "repvit.onnx"))))
 
 
 def main() -> int:
@@ -80,48 +115,56 @@ def main() -> int:
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    import golden
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         state = golden.model_case(f"{args.variant}_224")["state"]
-        checkpoint = Path(folder) / f"evm_{args.variant}.pth"
+        checkpoint = folder / f"evm_{args.variant}.pth"
         torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
         start = time.perf_counter()
         bundle = export(checkpoint, ExportPlan("onnx", imgsz=parse_imgsz(args.imgsz)), folder)
         export_s = time.perf_counter() - start
-        model = onnx.load(str(bundle.path / "model.onnx"))
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    height, width = bundle.manifest.preprocessing["size"]
-    feeds = {"image": np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)}
-    start = time.perf_counter()
-    runners = {"portable": session(model)}
-    load_s = time.perf_counter() - start
-    runners["identity"] = session(with_identity_scans(model))
-    plugin = find_plugin("onnxruntime")
-    if plugin:
-        runners["plugin"] = session(model, plugin=plugin)
-    for _ in range(5):  # warm-up
-        for runner in runners.values():
-            milliseconds(runner, feeds)
-    rounds = [{name: milliseconds(runner, feeds) for name, runner in runners.items()} for _ in range(args.rounds)]
-    count, ratio = executions(model, feeds), {}
-    print(f"{datetime.date.today()}  {platform.machine()}  {_cpu()}  onnxruntime {ort.__version__}, 1 thread")
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        file = bundle.path / "model.onnx"
+        model = onnx.load(str(file))
+        height, width = bundle.manifest.preprocessing["size"]
+        feeds = {"image": np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)}
+        start = time.perf_counter()
+        runners = {"portable": session(model)}
+        load_s = time.perf_counter() - start
+        runners["identity"] = session(with_identity_scans(model))
+        plugin = find_plugin("onnxruntime")
+        if plugin:
+            runners["native"] = session(model, plugin=plugin)
+            runners["scan node"] = session(with_scan_nodes(model), plugin=plugin)
+        subjects = {key: lambda runner=runner: runner.run(None, feeds) for key, runner in runners.items()}
+        if rival := peer(folder):
+            images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
+            subjects["RepViT-M0.9"] = lambda: rival.run(None, {"images": images})
+        times = interleave(subjects, args.rounds)
+        modes = {"portable": None, **({"native": plugin} if plugin else {})}
+        memory = {mode: inference_memory(file, (height, width), library) for mode, library in modes.items()}
+    count = executions(model, feeds)
+    print(f"{where()}, onnxruntime {ort.__version__}, 1 thread")
     print(f"EfficientVMamba {args.variant}, {height}x{width}, float32, {args.rounds} rounds")
     print(f"native kernel             {kernel_isa(plugin) if plugin else 'not built'}")
-    for name in runners:
-        ratios = sorted(times[name] / times["identity"] for times in rounds)
-        ratio[name] = statistics.median(ratios)
-        low, high = ratios[len(ratios) // 10], ratios[-len(ratios) // 10 - 1]
-        ms = statistics.median(times[name] for times in rounds)
-        print(f"{name:<10} / identity     {ratio[name]:.2f}  (10-90 %: {low:.2f}-{high:.2f})  median {ms:.1f} ms")
+    medians = {}
+    for name in subjects:
+        medians[name], text = ratio(times, name, "identity")
+        print(f"{name:<12} / identity   {text}  median {statistics.median(times[name]):.1f} ms")
+    failed = medians["portable"] > MAX_PORTABLE or count > MAX_EXECUTIONS or load_s > MAX_LOAD_S
+    if "native" in subjects:
+        failed |= medians["native"] > MAX_NATIVE
+    if rival and "native" in subjects:
+        to_peer, text = ratio(times, "native", "RepViT-M0.9")
+        print(f"native / RepViT-M0.9      {text}")
+        failed |= (args.variant, height, width) == ("tiny", 224, 224) and to_peer > MAX_TO_PEER
     print(f"operator executions       {count}")
     print(f"load                      {load_s:.2f} s")
+    print("memory of an inference    " + ", ".join(f"{mode} {mb:.0f} MB" for mode, mb in memory.items()))
     print(f"export, verified          {export_s:.1f} s, peak {peak_mb:.0f} MB")
-    return 0 if ratio["portable"] <= MAX_RATIO and count <= MAX_EXECUTIONS and load_s <= MAX_LOAD_S else 1
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""EVSS blocks as one op: the native kernel and the pass that makes the nodes. Normalisation in the first convolution."""
+"""EVSS blocks as one op: the native kernel, the pass that makes the nodes, and the normalisation of pixels."""
 
 from __future__ import annotations
 

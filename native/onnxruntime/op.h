@@ -24,13 +24,17 @@ struct Tensor {
     size_t rank;
 };
 
+inline Status read_shape(Handle info, Tensor *tensor) {
+    RETURN_IF(call<Status>(api, GetDimensionsCount, info, &tensor->rank));
+    if (tensor->rank > MAX_RANK) return nullptr;  // fits no op
+    return call<Status>(api, GetDimensions, info, (int64_t *)tensor->dims, tensor->rank);
+}
+
 inline Status read(Handle context, size_t index, Tensor *tensor) {
     Handle value = nullptr, info = nullptr;
     RETURN_IF(call<Status>(api, KernelContext_GetInput, context, index, &value));
     RETURN_IF(call<Status>(api, GetTensorTypeAndShape, value, &info));
-    Status status = call<Status>(api, GetDimensionsCount, info, &tensor->rank);
-    if (!status && tensor->rank <= MAX_RANK)
-        status = call<Status>(api, GetDimensions, info, (int64_t *)tensor->dims, tensor->rank);
+    const Status status = read_shape(info, tensor);
     call<void>(api, ReleaseTensorTypeAndShapeInfo, info);
     RETURN_IF(status);
     return call<Status>(api, GetTensorMutableData, value, (Handle *)&tensor->data);
@@ -125,7 +129,11 @@ struct Op : CustomOp {
         KernelComputeV2 = compute;
         InferOutputShapeFn = [](const CustomOp *, Handle context) ORT_CALL -> Status {
             Handle info = nullptr;
+            Tensor first;
             RETURN_IF(call<Status>(api, ShapeInferContext_GetInputTypeShape, context, (size_t)0, &info));
+            RETURN_IF(read_shape(info, &first));
+            for (size_t i = 0; i < first.rank && i < MAX_RANK; i++)
+                if (first.dims[i] < 0) return nullptr;  // unknown until run time: a -1 would be taken for a size
             return call<Status>(api, ShapeInferContext_SetOutputTypeShape, context, (size_t)0, (const void *)info);
         };
         GetStartVersion = [](const CustomOp *) ORT_CALL -> int { return 1; };

@@ -200,24 +200,22 @@ void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64
 void scan(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    const int64_t per_direction = l.d / EVM_TILE, k = tile / per_direction, begin = tile % per_direction * EVM_TILE;
+    const int64_t per_direction = ceil_div(l.d, EVM_TILE), k = tile / per_direction, channel = tile % per_direction * EVM_TILE;
+    const int64_t channels = a.d - channel < EVM_TILE ? a.d - channel : (int64_t)EVM_TILE, constant = k * a.d + channel;
     const float *p = job.ws + l.p + k * l.L * l.P;
+    ScanRows rows = {};
+    rows.u = job.ws + l.u + k * l.L * l.d + channel, rows.y = job.ws + l.y + k * l.L * l.d + channel, rows.stride = l.d;
+    rows.B = p, rows.C = p + a.N, rows.state_stride = l.P;
+    rows.A = a.A + constant * a.N, rows.skip = a.skip + constant, rows.bias = a.dt_bias + constant;
+    rows.dt = p + 2 * a.N, rows.dt_weight = job.ws + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
+    rows.L = l.L, rows.N = a.N;
     const int64_t row = (job.image * K + k) * l.L;  // of the outputs for verification
-    if (begin == 0 && a.scan_B) copy_rows(a.scan_B + row * a.N, p, l.L, l.P, a.N, a.N);
-    if (begin == 0 && a.scan_C) copy_rows(a.scan_C + row * a.N, p + a.N, l.L, l.P, a.N, a.N);
-    for (int64_t channel = begin; channel < begin + EVM_TILE && channel < a.d; channel += LANES) {
-        const int64_t count = a.d - channel < LANES ? a.d - channel : LANES, constant = k * a.d + channel;
-        ScanRows rows = {};
-        rows.u = job.ws + l.u + k * l.L * l.d + channel, rows.y = job.ws + l.y + k * l.L * l.d + channel;
-        rows.stride = l.d, rows.B = p, rows.C = p + a.N, rows.state_stride = l.P;
-        rows.A = a.A + constant * a.N, rows.skip = a.skip + constant, rows.bias = a.dt_bias + constant;
-        rows.dt = p + 2 * a.N, rows.dt_weight = job.ws + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
-        rows.L = l.L, rows.N = a.N;
-        if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
-        if (a.scan_u) copy_rows(a.scan_u + row * a.d + channel, rows.u, l.L, l.d, count, a.d);
-        scan_vector(rows, count);
-        if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, count, a.d);
-    }
+    if (channel == 0 && a.scan_B) copy_rows(a.scan_B + row * a.N, p, l.L, l.P, a.N, a.N);
+    if (channel == 0 && a.scan_C) copy_rows(a.scan_C + row * a.N, p + a.N, l.L, l.P, a.N, a.N);
+    if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
+    if (a.scan_u) copy_rows(a.scan_u + row * a.d + channel, rows.u, l.L, l.d, channels, a.d);
+    scan_channels(rows, channels);
+    if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
 
 // Merge, out_norm, times SiLU(z), out_proj; sums for the gate.

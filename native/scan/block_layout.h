@@ -11,7 +11,7 @@ constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // tokens of a tile: a 
 constexpr int64_t IN_PLACE_STATES = 64;                  // up to here the scan may write y over u
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t pad(int64_t channels) { return ceil_div(channels, EVM_TILE) * EVM_TILE; }
+inline int64_t pad(int64_t channels) { return ceil_div(channels, EVM_PAD) * EVM_PAD; }
 
 struct Layout {
     int64_t tokens, h, w, L;         // of the map; of one direction
@@ -39,7 +39,7 @@ struct Layout {
     }
 
     int64_t tiles(int stage) const {
-        const int64_t count[] = {1, chunks, strips, K * ceil_div(L, CHUNK), K * (d / EVM_TILE), chunks, 1, chunks};
+        const int64_t count[] = {1, chunks, strips, K * ceil_div(L, CHUNK), K * ceil_div(d, EVM_TILE), chunks, 1, chunks};
         return count[stage];
     }
 

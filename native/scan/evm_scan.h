@@ -2,7 +2,7 @@
  *
  *   dt = softplus(delta + bias);  h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = <C_t, h_t> + skip u_t
  *
- * Channels last, contiguous, float32. Work is cut into independent tiles (16 channels of one direction of one image), so
+ * Channels last, contiguous, float32. Work is cut into independent tiles (up to 48 channels of one direction of one image), so
  * that the host runtime's own thread pool can distribute them. Any b, K, L, D, N, none of them a multiple of anything.
  * A must not be positive: A = -exp(A_log) never is. Nothing is allocated, nothing is thrown.
  */

@@ -3,7 +3,10 @@
 #include "evm_block.h"
 #include "evm_scan.h"
 
-enum { EVM_TILE = 16 }; /* channels of a tile: one AVX-512 vector, two of AVX2, four of NEON; rows are padded to it */
+enum {
+    EVM_PAD = 16,  /* rows of the workspace are padded to a multiple of it: one AVX-512 vector, two of AVX2, four of NEON */
+    EVM_TILE = 48, /* channels of a scan tile: rows long enough to be read well, tiles enough for eight threads */
+};
 
 #define EVM_NAME_(function, isa) function##_##isa
 #define EVM_NAME(function, isa) EVM_NAME_(function, isa)

@@ -1,9 +1,10 @@
-// The recurrence for one vector of channels, shared by the scan op and the fused block.
+// The recurrence for some channels of one direction, shared by the scan op and the fused block.
 //
 // Lanes are channels, so nothing is ever summed across a vector, and a row of u, delta or y is one load. The states of one
 // vector of channels stay in registers for a block of steps; B and C are scalars that are broadcast. Softplus, dt * u and
 // skip * u are computed once per block into small buffers that stay in L1.
 #pragma once
+#include "isa.h"
 #include "simd.h"
 
 namespace {
@@ -11,6 +12,7 @@ namespace {
 constexpr int STATES = EVM_STATES;  // kept in registers at once: half of the register file
 constexpr int STEPS = 32, GROUP = 64;
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
+static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % EVM_LANES == 0, "vectors do not divide a tile");
 
 // One direction of one image, from one channel on. y may be u when N <= GROUP.
 struct ScanRows {
@@ -33,11 +35,21 @@ struct Block {  // one vector of channels, up to STEPS steps
     int steps;
 };
 
+struct Rows {
+    const float *u, *delta, *y;
+    int64_t stride;
+};
+
 // Advance STATES states through a block, in registers. A2: A * log2(e). stride: of a step of B and C.
-inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
+// next: what the next block will read and write in these channels, a cache line every `next.stride` floats; too far apart
+// for the hardware to see it coming, and spread over the steps so that memory works while the states do.
+inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
     vec h[STATES];
     for (int n = 0; n < STATES; n++) h[n] = states[n];
     for (int t = 0; t < block.steps; t++) {
+        __builtin_prefetch(next.u + t * next.stride);
+        __builtin_prefetch(next.delta + t * next.stride);
+        __builtin_prefetch(next.y + t * next.stride, 1);
         const vec dt = load(block.dt + t * LANES), x = load(block.inflow + t * LANES);
         vec even = load(block.y + t * LANES), odd = broadcast(0.f);  // two accumulators: half the latency
         const float *b = B + t * stride, *c = C + t * stride;
@@ -53,60 +65,71 @@ inline void advance(Block &block, const vec *A2, vec *states, const float *B, co
     for (int n = 0; n < STATES; n++) states[n] = h[n];
 }
 
-inline vec delta_of(const ScanRows &rows, int64_t t, int64_t count) {
-    if (rows.delta) return load_some(rows.delta + t * rows.stride, count);
+inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t count) {
+    if (rows.delta) return load_some(rows.delta + t * rows.stride + channel, count);
     vec delta = broadcast(0.f);
     const float *dt = rows.dt + t * rows.state_stride;
-    for (int64_t r = 0; r < rows.R; r++) delta += dt[r] * load(rows.dt_weight + r * rows.stride);
+    for (int64_t r = 0; r < rows.R; r++) delta += dt[r] * load(rows.dt_weight + r * rows.stride + channel);
     return delta;
 }
 
-// `count` channels (at most LANES) with the states from `first` on (at most GROUP of them). The first group writes y, the
-// others add to it: N has no limit.
-void scan_group(const ScanRows &rows, int64_t count, int64_t first) {
+// dt, dt u and what y starts from, of one vector of channels: the skip term, or what earlier states have given.
+inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, bool first_group) {
+    const vec bias = load_some(rows.bias + channel, count), skip = load_some(rows.skip + channel, count);
+    for (int t = 0; t < block.steps; t++) {
+        const int64_t at = (start + t) * rows.stride + channel;
+        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count), dt = softplus(delta + bias);
+        if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, delta, count);
+        store(block.dt + t * LANES, dt);
+        store(block.inflow + t * LANES, dt * x);
+        store(block.y + t * LANES, first_group ? skip * x : load_some(rows.y + at, count));
+    }
+}
+
+// `channels` channels (at most EVM_TILE) with the states from `first` on (at most GROUP of them). The first group writes y,
+// the others add to it: N has no limit. Steps are outermost, so that memory is read and written row by row.
+void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
+    constexpr int VECTORS = EVM_TILE / LANES;
     const int64_t N = rows.N;
     const int used = (int)(N - first < GROUP ? N - first : GROUP), padded = (used + STATES - 1) / STATES * STATES;
     const bool in_place = used == padded;  // B and C can be read where they are
-    vec A2[GROUP], h[GROUP];
-    for (int n = 0; n < padded; n++) {
-        float lanes[LANES] = {};
-        if (n < used)
-            for (int64_t i = 0; i < count; i++) lanes[i] = rows.A[i * N + first + n] * LOG2_E;
-        A2[n] = load(lanes);
-        h[n] = broadcast(0.f);
-    }
-    const vec bias = load_some(rows.bias, count);
-    const vec skip = first ? broadcast(0.f) : load_some(rows.skip, count);
+    vec A2[VECTORS][GROUP], h[VECTORS][GROUP];
+    for (int v = 0; v * LANES < channels; v++)
+        for (int n = 0; n < padded; n++) {
+            float lanes[LANES] = {};
+            for (int64_t i = 0; n < used && i < LANES && v * LANES + i < channels; i++)
+                lanes[i] = rows.A[(v * LANES + i) * N + first + n] * LOG2_E;
+            A2[v][n] = load(lanes);
+            h[v][n] = broadcast(0.f);
+        }
     const float *B = rows.B + first, *C = rows.C + first;
     Block block;
     for (int64_t start = 0; start < rows.L; start += STEPS) {
         block.steps = (int)(rows.L - start < STEPS ? rows.L - start : STEPS);
-        for (int t = 0; t < block.steps; t++) {
-            const vec x = load_some(rows.u + (start + t) * rows.stride, count);
-            const vec delta = delta_of(rows, start + t, count), dt = softplus(delta + bias);
-            if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride, delta, count);
-            store(block.dt + t * LANES, dt);
-            store(block.inflow + t * LANES, dt * x);
-            store(block.y + t * LANES, first ? load_some(rows.y + (start + t) * rows.stride, count) : skip * x);
-            if (!in_place) {
-                const int64_t from = (start + t) * rows.state_stride;
-                memcpy(block.B + t * padded, B + from, used * sizeof(float));
-                memcpy(block.C + t * padded, C + from, used * sizeof(float));
-                memset(block.B + t * padded + used, 0, (padded - used) * sizeof(float));
-                memset(block.C + t * padded + used, 0, (padded - used) * sizeof(float));
-            }
+        for (int t = 0; t < block.steps && !in_place; t++) {
+            const int64_t from = (start + t) * rows.state_stride;
+            memcpy(block.B + t * padded, B + from, used * sizeof(float));
+            memcpy(block.C + t * padded, C + from, used * sizeof(float));
+            memset(block.B + t * padded + used, 0, (padded - used) * sizeof(float));
+            memset(block.C + t * padded + used, 0, (padded - used) * sizeof(float));
         }
         const float *blockB = in_place ? B + start * rows.state_stride : block.B;
         const float *blockC = in_place ? C + start * rows.state_stride : block.C;
         const int64_t stride = in_place ? rows.state_stride : padded;
-        for (int n = 0; n < padded; n += STATES) advance(block, A2 + n, h + n, blockB + n, blockC + n, stride);
-        for (int t = 0; t < block.steps; t++)
-            store_some(rows.y + (start + t) * rows.stride, load(block.y + t * LANES), count);
+        for (int v = 0; v * LANES < channels; v++) {
+            const int64_t channel = v * LANES, count = channels - channel < LANES ? channels - channel : LANES;
+            prepare(block, rows, start, channel, count, first == 0);
+            const int64_t at = (start + STEPS) * rows.stride + channel;
+            const Rows next = {rows.u + at, (rows.delta ? rows.delta : rows.u) + at, rows.y + at, rows.stride};
+            for (int n = 0; n < padded; n += STATES) advance(block, A2[v] + n, h[v] + n, blockB + n, blockC + n, stride, next);
+            for (int t = 0; t < block.steps; t++)
+                store_some(rows.y + (start + t) * rows.stride + channel, load(block.y + t * LANES), count);
+        }
     }
 }
 
-inline void scan_vector(const ScanRows &rows, int64_t count) {
-    for (int64_t first = 0; first == 0 || first < rows.N; first += GROUP) scan_group(rows, count, first);
+inline void scan_channels(const ScanRows &rows, int64_t channels) {
+    for (int64_t first = 0; first == 0 || first < rows.N; first += GROUP) scan_group(rows, channels, first);
 }
 
 }  // namespace

@@ -1,0 +1,47 @@
+"""What the benchmarks share: interleaved rounds, ratios taken round by round, where and when they ran."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "golden"))
+
+PEERS = Path(__file__).resolve().parents[2] / "shared" / "benchmarks" / "peers"
+
+
+def where() -> str:
+    """Date, machine and CPU, for the first line of every benchmark."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{datetime.date.today()}  {platform.machine()}  {cpu}, Python {platform.python_version()}"
+
+
+def interleave(subjects: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Milliseconds of each subject, `rounds` times: all in turn, so that a drifting machine hits all.
+
+    Before each timed run an untimed one of the same subject: caches are its own, not its predecessor's.
+    """
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for i in range(warm_up + rounds):
+        for name, run in subjects.items():
+            run()
+            start = time.perf_counter()
+            run()
+            if i >= warm_up:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], name: str, to: str) -> tuple[float, str]:
+    """(median, text with the 10-90 % band) of `name` / `to`, round by round."""
+    ratios = sorted(a / b for a, b in zip(times[name], times[to], strict=True))
+    median, tenth = statistics.median(ratios), len(ratios) // 10
+    return median, f"{median:.2f}  (10-90 %: {ratios[tenth]:.2f}-{ratios[-tenth - 1]:.2f})"

@@ -1,0 +1,25 @@
+// Fused multiply-adds per nanosecond of one core, with vectors of LANES floats: the ceiling that scan.py measures against.
+#include <stdio.h>
+#include <time.h>
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+constexpr int CHAINS = 12;  // independent, so that latency is hidden
+
+int main() {
+    vec a[CHAINS] = {}, b = a[0] + 0.999f, c = a[0] + 0.5f;
+    double best = 0;
+    for (int repeat = 0; repeat < 5; repeat++) {
+        timespec start, end;
+        clock_gettime(CLOCK_MONOTONIC, &start);
+        const long rounds = 10000000;
+        for (long i = 0; i < rounds; i++)
+#pragma GCC unroll 12
+            for (int chain = 0; chain < CHAINS; chain++) a[chain] = a[chain] * b + c;
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        const double ns = (end.tv_sec - start.tv_sec) * 1e9 + (end.tv_nsec - start.tv_nsec);
+        if (rounds * CHAINS * LANES / ns > best) best = rounds * CHAINS * LANES / ns;
+    }
+    for (int chain = 1; chain < CHAINS; chain++) a[0] += a[chain];
+    printf("%.2f\n", best);
+    return a[0][0] == 0;  // the results are used
+}
