@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from evm_deploy import cli
+from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
@@ -30,6 +34,15 @@ def test_the_readmes_session_runs_and_prints_that(tmp_path, monkeypatch, capsys)
     # scan names may differ where two errors are nearly equal
     blank = [re.sub(r"avx512|avx2|neon|base|[-+]?\d[\d.e+-]*|\(layers.*\)|\s+", " ", line) for line in shown]
     assert [re.sub(r"avx512|avx2|neon|base|[-+]?\d[\d.e+-]*|\(layers.*\)|\s+", " ", line) for line in printed] == blank
+
+
+def test_the_readmes_python_runs(tmp_path):
+    """In a process of its own: what is imported before decides which names are there."""
+    code = re.search(r"```python\n(from evm_deploy import .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = code.replace("evm_tiny.ckpt", str(CHECKPOINT))
+    Image.new("RGB", (70, 50)).save(tmp_path / "cat.jpg")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, len(run.stdout.splitlines())) == (0, 5), run.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
