@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy import __version__
 from evm_deploy.console import EXIT_CODES, Parser, Steps, run_command
 from evm_deploy.errors import UsageError
+from evm_deploy.platforms import PLATFORMS
 
 if TYPE_CHECKING:
     from evm_deploy.export.bundle import Bundle
@@ -40,6 +41,7 @@ def export_parser() -> Parser:
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
     add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
     add("--scan", default="auto", metavar="S", help="auto (default) or portable: standard ops only")
+    add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
     add("--opset", default="20", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
     add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")
@@ -117,7 +119,7 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
     from evm_deploy.model.checkpoint import load_checkpoint
 
     target = get_target(plan.target)
-    require_toolchain(target)
+    require_toolchain(target, plan)
     _, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
     plan, preprocessing = complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
@@ -130,6 +132,7 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
         "Output": plan.head,
         "Scan": plan.scan,
+        **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
         "Bundle": str(path),
     }
 
@@ -191,6 +194,7 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
         input=args.input,
         head=args.head,
         scan=args.scan,
+        device=args.device,
         opset=int(_number("--opset", args.opset, whole=True)),
         tol=_number("--tol", args.tol) if args.tol is not None else None,
         weights=args.weights,

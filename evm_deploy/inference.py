@@ -16,6 +16,7 @@ from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
+from evm_deploy.platforms import host_platform
 from evm_deploy.plugins import HINT, kernel_isa, not_built
 from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
 
@@ -79,12 +80,17 @@ class LoadedBundle:
             if scan == "plugin":
                 raise UsageError("this bundle was exported with --scan portable: it has no node for a native kernel")
             return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
+        plugins, host = self.manifest.plugins, host_platform()
+        if host in plugins:
+            own = self.bundle.path / plugins[host]
+            return own, Choice("plugin", f"native kernel, {kernel_isa(own)}, from the bundle ({host})")
+        others = f"; the bundle's is for {', '.join(plugins)}, this is {host}" if plugins else ""
         plugin = self.target.plugin()
         if plugin is None:
             if scan == "plugin":
-                raise ToolchainError(not_built(), HINT)
-            return None, Choice("portable", not_built())
-        return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}")
+                raise ToolchainError(not_built() + others, HINT)
+            return None, Choice("portable", not_built() + others)
+        return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}, installed{others}")
 
     def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
         plan = self.manifest.export_plan()
@@ -125,10 +131,11 @@ class LoadedBundle:
 
 
 def load(path: str | Path, *, threads: int | None = None, scan: str = "auto") -> LoadedBundle:
-    """Open a bundle, every hash checked. Raises BundleError.
+    """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
     `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the native kernel), `portable`, or
-    `auto`, the kernel where it is installed; `.scan` of the result says which and why.
+    `auto`, the kernel where there is one: the bundle's own for this platform, else the installed one. `.scan` of the
+    result says which and why.
     """
     return LoadedBundle(open_bundle(path), threads, scan)
 

@@ -39,7 +39,13 @@ def plugin_path(runtime: str) -> Path:
 
 
 def kernel_isa(library: Path) -> str:
-    """The instruction set that `library` chose on this CPU: avx512, avx2, neon or base."""
-    name = ctypes.CDLL(str(library)).evm_scan_isa
+    """The instruction set that `library` chose on this CPU: avx512, avx2, neon or base.
+
+    Raises ToolchainError where the library cannot be loaded.
+    """
+    try:
+        name = ctypes.CDLL(str(library)).evm_scan_isa
+    except (OSError, AttributeError) as error:
+        raise ToolchainError(f"the native library cannot be loaded: {error}", "--scan portable does without") from error
     name.restype = ctypes.c_char_p
     return str(name().decode())

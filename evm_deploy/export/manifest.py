@@ -43,6 +43,11 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @property
+    def plugins(self) -> dict[str, str]:
+        """Platform -> the native library inside the bundle."""
+        return dict(self.scan.get("plugins", {}))
+
+    @property
     def batch(self) -> Batch:
         return Batch.parse(self.plan["batch"])
 
@@ -98,6 +103,9 @@ class Manifest:
                 _check_file_entry(name, facts)
             if manifest.artifact not in manifest.files:
                 raise ValueError(f"the artifact {manifest.artifact!r} is not among the files")
+            for library in manifest.plugins.values():
+                if library not in manifest.files:
+                    raise ValueError(f"the native library {library!r} is not among the files")
         except BundleError:
             raise
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy import cross
 from evm_deploy.errors import UsageError
 from evm_deploy.export.fold_normalisation import fold_normalisation
 from evm_deploy.export.graph import Graph, ScanSite, check, scan_sites
@@ -160,6 +161,10 @@ def plugin() -> Path | None:
     return find_plugin("onnxruntime")
 
 
+def build_plugin(platform: str) -> Path:
+    return cross.library("onnxruntime", platform)
+
+
 def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
     """Write `scan.onnx`, one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     import onnx
@@ -201,5 +206,6 @@ TARGET = Target(
     taps=OnnxScanTaps,
     open=open_,
     plugin=plugin,
+    build_plugin=build_plugin,
     write_scan_probe=write_scan_probe,
 )

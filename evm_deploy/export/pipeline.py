@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from evm_deploy import __version__
+from evm_deploy import __version__, cross
 from evm_deploy.errors import ParityError, ToolchainError, UsageError
 from evm_deploy.export import selftest, verify
 from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
@@ -22,6 +23,7 @@ from evm_deploy.export.target import Artifact, Target, check_plan
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import Runtime
 
 DEFAULT_IMGSZ = (224, 224)
@@ -43,7 +45,7 @@ def export(
     """
     target = get_target(plan.target)
     check_plan(target, plan)
-    require_toolchain(target)
+    require_toolchain(target, plan)
     with step("load", Path(checkpoint).name):
         model, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
         plan, preprocessing = complete(plan, spec)
@@ -55,8 +57,11 @@ def export(
             graph = trace(reference, plan, graph_metadata(plan, spec, preprocessing))
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(graph, plan, folder)
+        if plan.device:
+            with step("native", f"library for {plan.device}, compiled once: 1-2 minutes"):
+                artifact = with_plugin(target, artifact, plan.device, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
-        modes = lowerings(target, plan)
+        modes = lowerings(target, plan, artifact)
         with step("verify", f"{len(probes)} images, {len(graph.scans)} scans, {' and '.join(modes)}"):
             parities = {}
             for mode, plugin in modes.items():
@@ -81,9 +86,22 @@ def export(
             return keep(folder, path, manifest)
 
 
-def lowerings(target: Target, plan: ExportPlan) -> dict[str, Path | None]:
-    """The ways in which the artifact's scans can run here, each to be verified: portable always, the native library."""
-    plugin = target.plugin() if plan.scan != "portable" else None
+def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
+    """Put the native library for `device` into the bundle in `folder`. Raises ToolchainError when it does not build."""
+    library = target.build_plugin(device)
+    inside = f"plugins/{device}/{library.name}"
+    (folder / inside).parent.mkdir(parents=True)
+    shutil.copyfile(library, folder / inside)
+    return replace(artifact, plugins={device: inside})
+
+
+def lowerings(target: Target, plan: ExportPlan, artifact: Artifact) -> dict[str, Path | None]:
+    """The ways in which the artifact's scans can run here, each to be verified: portable always, and a native library.
+
+    The bundle's own where it has one for this platform, as `load` prefers it.
+    """
+    own = artifact.plugins.get(host_platform())
+    plugin = None if plan.scan == "portable" else artifact.path.parent / own if own else target.plugin()
     return {"portable": None, **({"plugin": plugin} if plugin else {})}
 
 
@@ -115,11 +133,13 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     return replace(plan, imgsz=imgsz, labels=labels), preprocessing
 
 
-def require_toolchain(target: Target) -> None:
-    """Raise ToolchainError unless this machine can build and verify for `target`."""
+def require_toolchain(target: Target, plan: ExportPlan) -> None:
+    """Raise ToolchainError unless this machine can build and verify for `target`, and compile for the plan's device."""
     found = target.probe()
     if not found.can_build:
         raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
+    if plan.device:
+        cross.zig_version()
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
@@ -142,6 +162,12 @@ def graph_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessi
     return {**facts, **({"labels": json.dumps(plan.labels)} if plan.labels else {})}
 
 
+def untested(artifact: Artifact) -> list[str]:
+    """What was compiled for other platforms and so could not be run here."""
+    there = [name for name in artifact.plugins if name != host_platform()]
+    return [f"plugins/{name} was compiled and not run here: check it there with evm-run --selftest" for name in there]
+
+
 def describe(
     target: Target,
     plan: ExportPlan,
@@ -162,9 +188,13 @@ def describe(
         preprocessing=asdict(preprocessing),
         inputs=[asdict(value) for value in runtime.inputs.values()],
         outputs=[asdict(value) for value in runtime.outputs.values()],
-        scan={**asdict(artifact.scan), "nodes": [site.name for site in sites]},
+        scan={
+            **asdict(artifact.scan),
+            "nodes": [site.name for site in sites],
+            **({"plugins": dict(artifact.plugins)} if artifact.plugins else {}),
+        },
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
         parity=parity.as_dict(),
-        notes=list(spec.notes),
+        notes=[*spec.notes, *untested(artifact)],
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from evm_deploy.errors import UsageError
 from evm_deploy.model.preprocess import MAX_SIDE
+from evm_deploy.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features")
 INPUTS = ("image", "tensor")
@@ -63,6 +64,7 @@ class ExportPlan:
 
     imgsz: (H, W) pixels. tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
+    device: platform whose native library travels in the bundle.
     """
 
     target: str
@@ -72,6 +74,7 @@ class ExportPlan:
     input: str = "image"
     head: str = "logits"
     scan: str = "auto"
+    device: str | None = None
     opset: int = DEFAULT_OPSET
     tol: float | None = None
     weights: str = "ema"
@@ -86,6 +89,13 @@ class ExportPlan:
         one_of("--input", self.input, INPUTS)
         one_of("--precision", self.precision, PRECISIONS)
         one_of("--scan", self.scan, SCANS)
+        if self.device is not None:
+            one_of("--device", self.device, PLATFORMS)
+            if self.scan == "portable":
+                raise UsageError(
+                    f"--device {self.device} with --scan portable: the model would have no node for the native library",
+                    "leave one of the two out",
+                )
         one_of("--weights", self.weights, ("ema", "raw"))
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")

@@ -22,6 +22,10 @@ def bundle_readme(manifest: Manifest) -> str:
         f'outputs = session.run(None, {{"{read["name"]}": pixels}})'
     )
     labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
+    libraries = "".join(
+        f"| `{file}` | native kernel for {platform}, for `RegisterCustomOpsLibrary`; optional, faster |\n"
+        for platform, file in manifest.plugins.items()
+    )
     return f"""# {manifest.name}
 
 {spec["variant"]} EfficientVMamba, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
@@ -32,7 +36,7 @@ Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, co
 | `{manifest.artifact}` | the model, a plain ONNX file: nothing of ours is needed to run it |
 | `manifest.json` | input, output, preprocessing, versions, hashes |
 | `selftest/` | inputs with expected outputs |
-{labels}
+{labels}{libraries}
 Input `{read["name"]}`: {read["dtype"]} {shape}, {contract}.
 Before that: resize with {pre["interpolation"]} and antialiasing so that the picture {scale}, crop the centre.
 Output: {outputs}.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,11 +44,15 @@ class ScanTaps(Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `build` made: the native file, and the facts that the manifest records."""
+    """What `build` made: the native file, and the facts that the manifest records.
+
+    plugins: platform -> native library, relative to the bundle.
+    """
 
     path: Path
     scan: Choice
     details: Mapping[str, Any]
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Target:
     """One deployment target. `scans`: the lowerings of the scan that it can be asked for.
 
     `open(path, threads, plugin)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for
-    None; `plugin()` is the library that is installed here, if any.
+    None; `plugin()` is the library that is installed here, if any, `build_plugin(platform)` one for another platform.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Target:
     taps: Callable[[Artifact, Path | None], ScanTaps]
     open: Callable[[Path, int | None, Path | None], Runtime]
     plugin: Callable[[], Path | None]
+    build_plugin: Callable[[str], Path]
     write_scan_probe: Callable[[Graph, ExportPlan, Path], str]
 
 
