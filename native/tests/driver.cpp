@@ -1,0 +1,130 @@
+// Runs scans and blocks without any runtime: problems on stdin, results on stdout, as raw bytes.
+//
+//   driver [ISA] < problems > results          exit 0 ok, 2 bad usage or input, 3 something was written out of bounds
+//
+// A problem: int64 op (0 scan, 1 block), its dimensions as int64 and its input arrays as float32, both in the order of
+// evm_scan_args or evm_block_args. The results: the outputs in the order of the struct. Outputs and workspace start as NaN,
+// so that what was forgotten shows, and lie between guard bands. Tiles run backwards, because their order must not matter.
+#include "evm_block.h"
+#include "evm_scan.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+namespace {
+
+void fail(int code, const char *message, const char *what) {
+    fprintf(stderr, "driver: %s: %s\n", message, what);
+    exit(code);
+}
+
+void *allocate(size_t bytes) {
+    void *memory = malloc(bytes ? bytes : 1);
+    if (!memory) fail(2, "out of memory", "malloc");
+    return memory;
+}
+
+bool read_bytes(void *to, size_t bytes) { return fread(to, 1, bytes, stdin) == bytes; }
+
+// An array of exactly its size, so that AddressSanitizer sees reads beyond its end.
+float *read_array(int64_t count, const char *name) {
+    float *data = (float *)allocate((size_t)count * sizeof(float));
+    if (!read_bytes(data, (size_t)count * sizeof(float))) fail(2, "stdin ends inside", name);
+    return data;
+}
+
+constexpr int64_t GUARD = 64;  // floats; keeps the alignment
+constexpr float CANARY = 12345.f;
+
+struct Guarded {  // `count` floats, NaN, aligned to 64 bytes, between two guard bands
+    const char *name;
+    void *memory;
+    float *data;
+    int64_t count;
+
+    Guarded(const char *label, int64_t floats) : name(label), count(floats) {
+        memory = allocate((size_t)(count + 2 * GUARD) * sizeof(float) + 64);
+        float *const start = (float *)(((uintptr_t)memory + 63) / 64 * 64);
+        data = start + GUARD;
+        for (int64_t i = 0; i < GUARD; i++) start[i] = data[count + i] = CANARY;
+        for (int64_t i = 0; i < count; i++) data[i] = NAN;
+        ASAN_POISON_MEMORY_REGION(start, GUARD * sizeof(float));
+        ASAN_POISON_MEMORY_REGION(data + count, GUARD * sizeof(float));
+    }
+
+    void finish(bool print) {  // check, write, free
+        const float *const start = data - GUARD;
+        ASAN_UNPOISON_MEMORY_REGION(start, GUARD * sizeof(float));
+        ASAN_UNPOISON_MEMORY_REGION(data + count, GUARD * sizeof(float));
+        for (int64_t i = 0; i < GUARD; i++)
+            if (start[i] != CANARY || data[count + i] != CANARY) fail(3, "written out of bounds", name);
+        if (print && fwrite(data, sizeof(float), (size_t)count, stdout) != (size_t)count) fail(2, "cannot write", name);
+        free(memory);
+    }
+};
+
+void run_scan() {
+    int64_t size[5];
+    if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a scan");
+    const int64_t b = size[0], K = size[1], L = size[2], D = size[3], N = size[4];
+    const int64_t counts[] = {b * K * L * D, b * K * L * D, K * D * N, b * K * L * N, b * K * L * N, K * D, K * D};
+    const char *const names[] = {"u", "delta", "A", "B", "C", "skip", "bias"};
+    float *in[7];
+    for (int i = 0; i < 7; i++) in[i] = read_array(counts[i], names[i]);
+    Guarded y("y", b * K * L * D);
+    evm_scan_args args = {in[0], in[1], in[2], in[3], in[4], in[5], in[6], y.data, b, K, L, D, N};
+    for (int64_t tile = evm_scan_num_tiles(&args); tile--;) evm_scan_run_tile(&args, tile);
+    y.finish(true);
+    for (float *array : in) free(array);
+}
+
+void run_block() {
+    int64_t size[8];
+    if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
+    const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
+    const int64_t tokens = b * EVM_BLOCK_DIRECTIONS * ((H + 1) / 2) * ((W + 1) / 2);
+    const int64_t counts[] = {b * H * W * C, C, C, C * 2 * d, d * 9, d, 4 * d * (R + 2 * N), 4 * R * d, 4 * d * N, 4 * d, 4 * d,
+                              d, d, d * C, C * 9, C, C * C, C, C, C, C * G, G, G * C, C};
+    constexpr int INPUTS = sizeof counts / sizeof *counts;
+    evm_block_args args = {};
+    const float **const fields = &args.x;  // the inputs, in the same order
+    static_assert(offsetof(evm_block_args, out) == INPUTS * sizeof(float *), "inputs of the block");
+    float *in[INPUTS];
+    for (int i = 0; i < INPUTS; i++) fields[i] = in[i] = read_array(counts[i], "an array of a block");
+    args.b = b, args.H = H, args.W = W, args.C = C, args.d = d, args.N = N, args.R = R, args.G = G;
+    Guarded outputs[] = {{"out", b * H * W * C},   {"scan_u", tokens * d}, {"scan_delta", tokens * d},
+                         {"scan_B", tokens * N},   {"scan_C", tokens * N}, {"scan_y", tokens * d}};
+    Guarded workspace("workspace", evm_block_workspace_bytes(&args) / (int64_t)sizeof(float));
+    args.out = outputs[0].data, args.scan_u = outputs[1].data, args.scan_delta = outputs[2].data;
+    args.scan_B = outputs[3].data, args.scan_C = outputs[4].data, args.scan_y = outputs[5].data;
+    args.workspace = workspace.data;
+    for (int64_t image = 0; image < b; image++)
+        for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++)
+            for (int64_t tile = evm_block_num_tiles(&args, image, stage); tile--;) evm_block_run_tile(&args, image, stage, tile);
+    for (Guarded &output : outputs) output.finish(true);
+    workspace.finish(false);
+    for (float *array : in) free(array);
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    if (argc > 2) fail(2, "usage", "driver [ISA] < problems > results");
+    if (argc == 2 && !evm_scan_force_isa(argv[1])) fail(2, "this CPU or build does not have the ISA", argv[1]);
+    for (int64_t op; read_bytes(&op, sizeof op);) {
+        if (op == 0) run_scan();
+        else if (op == 1) run_block();
+        else fail(2, "unknown op", "neither 0 (scan) nor 1 (block)");
+    }
+    return 0;
+}

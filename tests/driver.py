@@ -1,0 +1,128 @@
+"""native/tests/driver.cpp from Python: scans and blocks in, what the kernels computed out. Random problems for it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evm_deploy.compile import Compiler, parse_recipe
+from evm_deploy.export.graph import fold_batch_norm
+from evm_deploy.scan import reference
+from evm_deploy.scan.native import without_native_scan
+from tests.test_fused import image, in_float64, random_block
+from tests.test_native import magnitudes, random_scan
+
+NATIVE = Path(__file__).parents[1] / "native"
+SOURCE = NATIVE / "tests" / "driver.cpp"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """op: 0 scan, 1 block. sizes, arrays: in the order of the struct. outputs: shapes of the results."""
+
+    op: int
+    sizes: tuple[int, ...]
+    arrays: Sequence[np.ndarray]
+    outputs: Sequence[tuple[int, ...]]
+
+    def to_bytes(self) -> bytes:
+        arrays = [np.ascontiguousarray(array, np.float32).tobytes() for array in self.arrays]
+        return b"".join([np.array([self.op, *self.sizes], np.int64).tobytes(), *arrays])
+
+
+def scan_problem(arrays):
+    (b, K, L, D), N = arrays[0].shape, arrays[2].shape[2]
+    return Problem(0, (b, K, L, D, N), arrays, [(b, K, L, D)])
+
+
+def block_problem(arrays, b, H, W, C, d, N, R, G):
+    scan = (b, 4, (H + 1) // 2 * ((W + 1) // 2))
+    outputs = [(b, H, W, C), (*scan, d), (*scan, d), (*scan, N), (*scan, N), (*scan, d)]
+    return Problem(1, (b, H, W, C, d, N, R, G), arrays, outputs)
+
+
+def any_block(seed, b, H, W, C, d, N, R, G):
+    """A block of widths that need not belong together, on random arrays of moderate size."""
+    g = np.random.default_rng(seed)
+    shapes = [
+        (b, H, W, C), (C,), (C,), (C, 2 * d), (d, 9), (d,), (4, d, R + 2 * N), (4, R, d), (4, d, N), (4, d), (4, d),
+        (d,), (d,), (d, C), (C, 9), (C,), (C, C), (C,), (C,), (C,), (C, G), (G,), (G, C), (C,),
+    ]  # fmt: skip
+    arrays = [g.standard_normal(shape) / max(1, shape[-1]) ** 0.5 for shape in shapes]
+    arrays[8] = -np.exp(g.standard_normal(shapes[8]))
+    return block_problem(arrays, b, H, W, C, d, N, R, G)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A built driver. command: what runs it, an emulator and an ISA included."""
+
+    command: tuple[str, ...]
+
+    def forced(self, isa: str) -> Driver:
+        return Driver((*self.command, isa))
+
+    def run(self, problems: Sequence[Problem]) -> list[list[np.ndarray]]:
+        """The outputs of each problem. Fails with what the driver says."""
+        done = subprocess.run(self.command, input=b"".join(p.to_bytes() for p in problems), capture_output=True)
+        assert done.returncode == 0, f"{self.command} exit {done.returncode}: {done.stderr.decode()[:2000]}"
+        values, results, at = np.frombuffer(done.stdout, np.float32), [], 0
+        for problem in problems:
+            results.append([])
+            for shape in problem.outputs:
+                size = int(np.prod(shape))
+                results[-1].append(values[at : at + size].reshape(shape))
+                at += size
+        assert at == len(values)
+        return results
+
+
+def build_driver(
+    compiler: Compiler, folder: Path, flags: Sequence[str] = (), link: Sequence[str] = (), native: Path = NATIVE
+) -> Path:
+    """The driver with all kernels inside. `flags`: after those of kernels.txt."""
+    recipe = parse_recipe(native)
+    recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], "-Werror", *flags)})
+    objects = compiler.objects(recipe, [*recipe.words["scan_sources"], SOURCE], folder)
+    compiler.run(*link, *objects, "-o", folder / "driver")
+    return folder / "driver"
+
+
+def check_random_scans(driver: Driver, count: int) -> None:
+    """Any shape, against the float64 loop."""
+    g = np.random.default_rng(7)
+    highs, spreads = (3, 4, 70, 40, 140), (0.1, 3.0, 30.0)
+    problems = [
+        scan_problem(random_scan(i, *(int(g.integers(1, high + 1)) for high in highs), spreads[i % 3]))
+        for i in range(count)
+    ]
+    for problem, (y,) in zip(problems, driver.run(problems), strict=True):
+        want = reference.selective_scan(*problem.arrays)
+        terms = reference.selective_scan(*magnitudes(*problem.arrays))
+        assert np.abs(y - want).max() <= 3e-6 * terms.max(), problem.sizes
+
+
+def check_random_blocks(driver: Driver, count: int) -> None:
+    """Against the torch module in float64, its scan against the float64 loop."""
+    g = np.random.default_rng(8)
+    problems, wanted = [], []
+    for i in range(count):
+        b, H, W, dim, rank = (int(g.integers(low, high)) for low, high in ((1, 3), (1, 14), (1, 14), (8, 50), (1, 9)))
+        states = int(g.integers(1, 80))
+        block, x = random_block(i, dim, rank, states, (0.1, 1.0, 5.0)[i % 3]), image(i, b, H, W, dim)
+        operands = [operand.numpy() for operand in fold_batch_norm(block).fused_op().operands.values()]
+        problems.append(block_problem([x, *operands], b, H, W, dim, 2 * dim, states, rank, dim // 8))
+        with torch.inference_mode(), without_native_scan():
+            wanted.append(in_float64(block, x))
+    for problem, want, (out, *scan) in zip(problems, wanted, driver.run(problems), strict=True):
+        assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max(), problem.sizes
+        u, delta, B, C, y = scan
+        A, skip, bias = problem.arrays[8:11]
+        loop = reference.selective_scan(u, delta, A, B, C, skip, bias)
+        terms = reference.selective_scan(*magnitudes(u, delta, A, B, C, skip, bias))
+        assert np.abs(y - loop).max() <= 3e-6 * terms.max(), problem.sizes

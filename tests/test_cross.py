@@ -1,0 +1,263 @@
+"""`--device`: libraries for other platforms, what they are, what they compute where they can be run, and the cache."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+
+from evm_deploy import cli, cross, plugin_path
+from evm_deploy.compile import Compiler, read_recipe
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.inference import load
+from evm_deploy.platforms import PLATFORMS, host_platform
+from tests import driver as drivers
+from tests.driver import Driver, check_random_blocks, check_random_scans, scan_problem
+from tests.test_native import isas
+
+HOST = host_platform()
+OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
+EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_force_isa", b"evm_block_run_tile")
+CPP_RUNTIME = re.compile(rb"__cxa_(?!finalize)\w+|__gxx_personality\w+|\b_Zn[wa]\w+|libstdc\+\+|libc\+\+")
+ELF_MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """An empty cache, and a compiler that only writes a few bytes. The list of what was compiled."""
+    compiled = []
+
+    def compile_(runtime, platform, recipe, work, name):
+        compiled.append(platform.name)
+        (work / name).write_bytes(b"a library")
+        return work / name
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cross, "_compile", compile_)
+    return compiled
+
+
+# ------------------------------------------------------------------------------------------------- what the libraries are
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
+    library = cross.library("onnxruntime", platform)
+    content = library.read_bytes()
+    assert library.suffix == PLATFORMS[platform].suffix
+    assert len(content) < 400_000
+    assert all(name + b"\0" in content for name in EXPORTS)
+    assert not CPP_RUNTIME.findall(content)
+    if platform.startswith("linux"):
+        assert content[:5] == b"\x7fELF\x02"
+        assert struct.unpack_from("<HH", content, 16) == (3, ELF_MACHINES[platform])  # shared object
+        assert all(int(minor) <= 17 for minor in re.findall(rb"GLIBC_2\.(\d+)", content))
+    elif platform.startswith("windows"):
+        header = struct.unpack_from("<I", content, 0x3C)[0]
+        assert content[:2] == b"MZ" and content[header : header + 4] == b"PE\0\0"
+        machine, characteristics = struct.unpack_from("<H16xH", content, header + 4)
+        assert machine == 0x8664 and characteristics & 0x2000  # a DLL
+    else:
+        magic, cpu, _, kind, commands = struct.unpack_from("<5I", content)
+        assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 6)  # 64-bit, arm64, dylib
+        assert 0x1D in load_commands(content, commands)  # signed, ad hoc: arm64 Macs load nothing else
+
+
+def load_commands(content, count):
+    at, kinds = 32, []
+    for _ in range(count):
+        kind, size = struct.unpack_from("<II", content, at)
+        kinds.append(kind)
+        at += size
+    return kinds
+
+
+# --------------------------------------------------------------------------------------------------- what they compute
+
+
+def emulated(folder):
+    """linux-aarch64's kernels in a static program under qemu."""
+    if not shutil.which("qemu-aarch64"):
+        pytest.skip("qemu-aarch64 is missing, the AArch64 kernels are not run: apt-get install qemu-user")
+    compiler = cross.zig_compiler("aarch64-linux-musl", "aarch64")
+    return Driver(("qemu-aarch64", str(drivers.build_driver(compiler, folder, link=["-static", "-nostdlib++"]))))
+
+
+def native(folder):
+    """The driver with linux-x86_64's library, the one that ships."""
+    if HOST != "linux-x86_64":
+        pytest.skip(f"the linux-x86_64 library does not run on {HOST}")
+    compiler = cross.zig_compiler(PLATFORMS["linux-x86_64"].zig, "x86_64")
+    include, library = f"-I{drivers.NATIVE / 'scan'}", cross.library("onnxruntime", "linux-x86_64")
+    compiler.run("-std=c++17", "-nostdlib++", include, drivers.SOURCE, library, "-o", folder / "driver")
+    return Driver((str(folder / "driver"),))
+
+
+@pytest.fixture(scope="module", params=["linux-aarch64", *(f"linux-x86_64 {isa}" for isa in isas())])
+def driver(request, tmp_path_factory):
+    folder, (platform, *isa) = tmp_path_factory.mktemp("driver"), request.param.split()
+    made = emulated(folder) if platform == "linux-aarch64" else native(folder)
+    return made.forced(isa[0]) if isa else made
+
+
+def test_golden_scans(driver):
+    cases = [golden.scan_case(name) for name in golden.SCAN_CASES]
+    results = driver.run([scan_problem(golden.channels_last(inputs)) for inputs, _ in cases])
+    for (_, expected), (y,) in zip(cases, results, strict=True):
+        got = golden.scan_summary(golden.channels_first(y))
+        for key in ("y_head", "y_tail"):
+            assert np.abs(got[key] - expected[key]).max() / expected["stats"][2] < 3e-6
+
+
+def test_random_scans(driver):
+    check_random_scans(driver, 60)
+
+
+def test_random_blocks(driver):
+    check_random_blocks(driver, 12)
+
+
+# ------------------------------------------------------------------------------------------------------------- bundles
+
+
+@pytest.fixture(scope="module")
+def host_bundle(micro, tmp_path_factory):
+    if HOST not in PLATFORMS:
+        pytest.skip(f"no library is built for {HOST}")
+    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="module")
+def other_bundle(micro, tmp_path_factory):
+    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER), tmp_path_factory.mktemp("other"))
+
+
+def test_a_bundle_carries_its_library_and_prefers_it(host_bundle, monkeypatch, capsys):
+    manifest, inside = host_bundle.manifest, f"plugins/{HOST}/evm_onnxruntime{PLATFORMS[HOST].suffix}"
+    assert manifest.plan["device"] == HOST
+    assert manifest.plugins == {HOST: inside}
+    assert inside in manifest.files
+    assert inside in (host_bundle.path / "README.md").read_text()
+    assert not manifest.notes
+    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    with load(host_bundle.path, scan="plugin") as loaded:
+        assert loaded.plugin == host_bundle.path / inside
+    assert cli.run_main([str(host_bundle.path), "--selftest"]) == 0
+    assert re.search(rf"ran as plugin: native kernel, \w+, from the bundle \({HOST}\)", capsys.readouterr().out)
+
+
+def test_the_export_verifies_the_library_that_it_ships(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path)
+    assert {scan["lowering"] for scan in bundle.manifest.parity["scans"]} == {"portable", "plugin"}
+
+
+def test_a_damaged_library_is_not_loaded(host_bundle, tmp_path):
+    copy = shutil.copytree(host_bundle.path, tmp_path / "bundle")
+    library = copy / host_bundle.manifest.plugins[HOST]
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"plugins/{HOST}/\S+ is damaged"):
+        load(copy)
+
+
+def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypatch):
+    assert other_bundle.manifest.notes == [
+        f"plugins/{OTHER} was compiled and not run here: check it there with evm-run --selftest"
+    ]
+    with load(other_bundle.path) as loaded:
+        assert loaded.plugin == plugin_path("onnxruntime")
+        assert loaded.scan.reason.endswith(f"installed; the bundle's is for {OTHER}, this is {HOST}")
+    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    with load(other_bundle.path) as loaded:
+        assert loaded.scan.value == "portable"
+        assert f"not built for the evm_deploy in {Path(cross.__file__).parent}" in loaded.scan.reason
+        assert f"the bundle's is for {OTHER}" in loaded.scan.reason
+    with pytest.raises(ToolchainError, match=f"the bundle's is for {OTHER}"):
+        load(other_bundle.path, scan="plugin")
+
+
+def test_a_manifest_cannot_name_a_library_outside_of_its_files(other_bundle, tmp_path):
+    copy = shutil.copytree(other_bundle.path, tmp_path / "bundle")
+    manifest = (copy / "manifest.json").read_text()
+    evil = manifest.replace(f'"{OTHER}": "plugins/', f'"{HOST}": "../plugins/')
+    assert evil != manifest
+    (copy / "manifest.json").write_text(evil)
+    with pytest.raises(BundleError, match="not among the files"):
+        load(copy)
+
+
+# ------------------------------------------------------------------------------------------------------- plans, errors
+
+
+def test_impossible_devices_are_refused():
+    with pytest.raises(UsageError, match="choose from: linux-x86_64, linux-aarch64, macos-arm64, windows-x86_64"):
+        ExportPlan("onnx", device="linux-riscv64")
+    with pytest.raises(UsageError, match="no node for the native library"):
+        ExportPlan("onnx", device=OTHER, scan="portable")
+
+
+def test_the_flag_is_a_config_key_and_in_the_dry_run(micro, tmp_path, capsys):
+    (tmp_path / "evm.toml").write_text(f'target = "onnx"\ndevice = "{OTHER}"\n')
+    assert (
+        cli.export_main([str(micro), "--config", str(tmp_path / "evm.toml"), "--dry-run", "--out", str(tmp_path)]) == 0
+    )
+    assert f"Device     {OTHER}, native library compiled with ziglang" in capsys.readouterr().out
+
+
+def test_without_ziglang_the_error_comes_first_and_says_what_to_install(micro, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cross, "find_spec", lambda name: None)
+    command = [str(micro), "--target", "onnx", "--device", OTHER, "--out", str(tmp_path)]
+    assert cli.export_main(command) == 3
+    err = capsys.readouterr().err
+    assert "ziglang, which is not installed\n  pip install 'evm-deploy[cross]'" in err
+    assert "load" not in err
+
+
+def test_what_the_compiler_says_is_shown(tmp_path):
+    source = tmp_path / "wrong.cpp"
+    source.write_text("int main() { return nothing; }\n")
+    compiler = cross.zig_compiler(PLATFORMS[OTHER].zig, PLATFORMS[OTHER].architecture)
+    with pytest.raises(ToolchainError, match=r"exit code 1(?s:.*)undeclared identifier 'nothing'"):
+        compiler.run("-c", source, "-o", tmp_path / "wrong.o")
+    with pytest.raises(ToolchainError, match="no-such-compiler cannot be run"):
+        Compiler(("no-such-compiler",), "x86_64").run("--version")
+
+
+def test_architectures_without_a_kernel_of_their_own_get_the_base():
+    assert [kernel.name for kernel in read_recipe().of("riscv64")] == ["base"]
+    assert [kernel.name for kernel in read_recipe().of("x86_64")] == ["base", "avx2", "avx512"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
+    first = cross.library("onnxruntime", OTHER)
+    assert cross.library("onnxruntime", OTHER) == first
+    assert no_cache == [OTHER]
+    first.write_bytes(b"another")
+    assert cross.library("onnxruntime", OTHER).read_bytes() == b"a library"
+    assert no_cache == [OTHER, OTHER]
+    assert sorted(path.name for path in first.parents[1].iterdir()) == [OTHER]  # nothing half-made is left
+
+
+def test_another_ziglang_compiles_again(no_cache, monkeypatch):
+    before = cross.cached_path("onnxruntime", OTHER)
+    monkeypatch.setattr(cross.metadata, "version", lambda name: "9.9.9")
+    assert cross.cached_path("onnxruntime", OTHER) != before
+
+
+def test_a_cache_that_cannot_be_written_says_where(no_cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ToolchainError, match=r"file/evm-deploy(?s:.*)set XDG_CACHE_HOME"):
+        cross.library("onnxruntime", OTHER)

@@ -1,0 +1,69 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer on every instruction set, with any shape."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from evm_deploy.compile import Compiler
+from tests import driver as drivers
+from tests.driver import Driver, any_block, check_random_blocks, check_random_scans, scan_problem
+from tests.test_native import isas, random_scan
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (2, 1, 9, 3, 5, 65, 2, 2),
+    (1, 9, 1, 17, 33, 64, 1, 1),
+    (1, 2, 50, 16, 32, 16, 1, 2),
+    (1, 49, 2, 15, 31, 129, 17, 3),
+    (3, 7, 7, 40, 20, 8, 3, 5),
+]
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    if sys.platform != "linux" or not shutil.which("g++"):
+        pytest.skip("the sanitizers need g++ on Linux: apt-get install g++")
+    return Compiler(("g++",), "aarch64" if "neon" in isas() else "x86_64")
+
+
+@pytest.fixture(scope="module")
+def driver(compiler, tmp_path_factory):
+    # -O1: half the time of -O3 to compile, and the same loads and stores to check
+    flags = ("-O1", "-g", *SANITIZE)
+    path = drivers.build_driver(compiler, tmp_path_factory.mktemp("asan"), flags, SANITIZE)
+    return Driver((str(path),))
+
+
+def test_every_kernel_is_clean_and_right(driver):
+    g = np.random.default_rng(0)
+    highs = (2, 14, 14, 40, 70, 70, 9, 6)
+    sizes = [*EDGES, *(tuple(int(g.integers(1, high + 1)) for high in highs) for _ in range(60))]
+    problems = [any_block(seed, *size) for seed, size in enumerate(sizes)]
+    results = {}
+    for isa in isas():
+        check_random_scans(driver.forced(isa), 60)
+        check_random_blocks(driver.forced(isa), 10)
+        results[isa] = driver.forced(isa).run(problems)
+    best = results[isas()[-1]]
+    for isa, outputs in results.items():
+        for problem, got, want in zip(problems, outputs, best, strict=True):
+            for a, b in zip(got, want, strict=True):
+                assert np.abs(a - b).max() <= 2e-5 * max(1.0, np.abs(b).max()), (isa, problem.sizes)
+
+
+def test_a_write_out_of_bounds_is_seen(tmp_path, compiler):
+    """The control: a kernel that stores whole vectors where a few lanes are left."""
+    native = shutil.copytree(drivers.NATIVE, tmp_path / "native")
+    simd = (native / "scan" / "simd.h").read_text()
+    wrong = simd.replace("if (count >= LANES) return store(p, v);", "if (count) return store(p, v);")
+    assert wrong != simd
+    (native / "scan" / "simd.h").write_text(wrong)
+    path = drivers.build_driver(compiler, tmp_path, ["-O0", "-Wno-error"], native=native)
+    for problem, name in ((scan_problem(random_scan(0, 1, 1, 3, 5, 4)), "y"), (any_block(0, *EDGES[1]), "out")):
+        with pytest.raises(AssertionError, match=f"exit 3: driver: written out of bounds: {name}"):
+            Driver((str(path),)).run([problem])
