@@ -253,7 +253,12 @@ def run_parser() -> Parser:
     add("--top", type=int, default=5, metavar="K", help="classes per image, default 5")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit 4 when it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: the runtime's")
-    add("--scan", default="auto", metavar="S", help="plugin (native kernel), portable, or auto (default)")
+    add(
+        "--scan",
+        default="auto",
+        metavar="S",
+        help="auto (default), plugin (native kernel), bundled (the bundle's own), portable",
+    )
     _common(parser)
     return parser
 

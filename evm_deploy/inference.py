@@ -75,22 +75,31 @@ class LoadedBundle:
 
     def _lowering(self, scan: str) -> tuple[Path | None, Choice]:
         """How this bundle's scans run here, and why."""
-        one_of("scan", scan, ("auto", "plugin", "portable"))
+        one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
         if scan == "portable" or self.manifest.plan["scan"] == "portable":
-            if scan == "plugin":
+            if scan in ("plugin", "bundled"):
                 raise UsageError("this bundle was exported with --scan portable: it has no node for a native kernel")
             return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
         plugins, host = self.manifest.plugins, host_platform()
-        if host in plugins:
+        if scan == "bundled":
+            if host not in plugins:
+                raise UsageError(
+                    f"this bundle has no native library for {host}; it has: {', '.join(plugins) or 'none'}",
+                    "export it with --device",
+                )
             own = self.bundle.path / plugins[host]
             return own, Choice("plugin", f"native kernel, {kernel_isa(own)}, from the bundle ({host})")
-        others = f"; the bundle's is for {', '.join(plugins)}, this is {host}" if plugins else ""
         plugin = self.target.plugin()
-        if plugin is None:
-            if scan == "plugin":
-                raise ToolchainError(not_built() + others, HINT)
-            return None, Choice("portable", not_built() + others)
-        return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}, installed{others}")
+        if plugin:
+            return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}, installed")
+        reason = not_built()
+        if host in plugins:  # a library is a program: it runs only for who says so
+            reason += "; the bundle brings one for this platform, which scan 'bundled' trusts"
+        elif plugins:
+            reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
+        if scan == "plugin":
+            raise ToolchainError(reason, HINT)
+        return None, Choice("portable", reason)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
         plan = self.manifest.export_plan()
@@ -133,9 +142,9 @@ class LoadedBundle:
 def load(path: str | Path, *, threads: int | None = None, scan: str = "auto") -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
-    `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the native kernel), `portable`, or
-    `auto`, the kernel where there is one: the bundle's own for this platform, else the installed one. `.scan` of the
-    result says which and why.
+    `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the installed native kernel),
+    `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
+    `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
     """
     return LoadedBundle(open_bundle(path), threads, scan)
 

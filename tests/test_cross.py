@@ -44,7 +44,7 @@ def no_cache(monkeypatch, tmp_path):
     return compiled
 
 
-# ------------------------------------------------------------------------------------------------- what the libraries are
+# ---------------------------------------------------------------------------------------------- what the libraries are
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -139,17 +139,22 @@ def other_bundle(micro, tmp_path_factory):
     return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER), tmp_path_factory.mktemp("other"))
 
 
-def test_a_bundle_carries_its_library_and_prefers_it(host_bundle, monkeypatch, capsys):
+def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, monkeypatch, capsys):
     manifest, inside = host_bundle.manifest, f"plugins/{HOST}/evm_onnxruntime{PLATFORMS[HOST].suffix}"
     assert manifest.plan["device"] == HOST
     assert manifest.plugins == {HOST: inside}
     assert inside in manifest.files
     assert inside in (host_bundle.path / "README.md").read_text()
     assert not manifest.notes
+    with load(host_bundle.path) as loaded:
+        assert loaded.plugin == plugin_path("onnxruntime")
     monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
-    with load(host_bundle.path, scan="plugin") as loaded:
+    with load(host_bundle.path) as loaded:
+        assert (loaded.plugin, loaded.scan.value) == (None, "portable")
+        assert "scan 'bundled' trusts" in loaded.scan.reason
+    with load(host_bundle.path, scan="bundled") as loaded:
         assert loaded.plugin == host_bundle.path / inside
-    assert cli.run_main([str(host_bundle.path), "--selftest"]) == 0
+    assert cli.run_main([str(host_bundle.path), "--selftest", "--scan", "bundled"]) == 0
     assert re.search(rf"ran as plugin: native kernel, \w+, from the bundle \({HOST}\)", capsys.readouterr().out)
 
 
@@ -175,7 +180,8 @@ def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypat
     ]
     with load(other_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")
-        assert loaded.scan.reason.endswith(f"installed; the bundle's is for {OTHER}, this is {HOST}")
+    with pytest.raises(UsageError, match=f"no native library for {HOST}; it has: {OTHER}"):
+        load(other_bundle.path, scan="bundled")
     monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
     with load(other_bundle.path) as loaded:
         assert loaded.scan.value == "portable"

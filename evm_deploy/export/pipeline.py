@@ -98,7 +98,7 @@ def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -
 def lowerings(target: Target, plan: ExportPlan, artifact: Artifact) -> dict[str, Path | None]:
     """The ways in which the artifact's scans can run here, each to be verified: portable always, and a native library.
 
-    The bundle's own where it has one for this platform, as `load` prefers it.
+    The one that is shipped, where it is for this platform.
     """
     own = artifact.plugins.get(host_platform())
     plugin = None if plan.scan == "portable" else artifact.path.parent / own if own else target.plugin()
