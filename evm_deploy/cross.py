@@ -18,6 +18,8 @@ from evm_deploy.platforms import PLATFORMS, Platform
 
 # -s: no symbols but the exported ones. -nostdlib++: the C++ runtime is not needed, and must not be.
 LINK = ("-shared", "-s", "-nostdlib++")
+# The same bytes everywhere: no time of compilation in a DLL, no folder of compilation as the name of a dylib.
+REPRODUCIBLE = {".so": (), ".dll": ("-Wl,-Brepro",), ".dylib": ("-Wl,-install_name,@rpath/{name}",)}
 
 
 def zig_version() -> str:
@@ -92,13 +94,14 @@ def zig_compiler(target: str, architecture: str) -> Compiler:
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:
     compiler = zig_compiler(platform.zig, platform.architecture)
     sources = [*recipe.words["scan_sources"], *recipe.words[f"{runtime}_sources"]]
-    compiler.run(*LINK, *compiler.objects(recipe, sources, work), "-o", work / name)
+    link = [*LINK, *(flag.format(name=name) for flag in REPRODUCIBLE[platform.suffix])]
+    compiler.run(*link, *compiler.objects(recipe, sources, work), "-o", work / name)
     return work / name
 
 
 def _key(recipe: Recipe) -> str:
     """Everything that decides the bytes of a library, but for the platform."""
-    digest = hashlib.sha256(f"{zig_version()} {LINK} {sorted(PLATFORMS.items())}".encode())
+    digest = hashlib.sha256(f"{zig_version()} {LINK} {REPRODUCIBLE} {sorted(PLATFORMS.items())}".encode())
     for path in recipe.files():
         digest.update(f"\0{path.relative_to(recipe.folder).as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())

@@ -55,6 +55,7 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     assert len(content) < 400_000
     assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
+    assert str(cross.cache_folder()).encode() not in content
     if platform.startswith("linux"):
         assert content[:5] == b"\x7fELF\x02"
         assert struct.unpack_from("<HH", content, 16) == (3, ELF_MACHINES[platform])  # shared object
@@ -62,8 +63,9 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     elif platform.startswith("windows"):
         header = struct.unpack_from("<I", content, 0x3C)[0]
         assert content[:2] == b"MZ" and content[header : header + 4] == b"PE\0\0"
-        machine, characteristics = struct.unpack_from("<H16xH", content, header + 4)
+        machine, time, characteristics = struct.unpack_from("<H2xI10xH", content, header + 4)
         assert machine == 0x8664 and characteristics & 0x2000  # a DLL
+        assert abs(time - library.stat().st_mtime) > 86400  # a hash: the same sources give the same bytes
     else:
         magic, cpu, _, kind, commands = struct.unpack_from("<5I", content)
         assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 6)  # 64-bit, arm64, dylib
