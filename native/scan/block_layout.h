@@ -25,7 +25,7 @@ struct Layout {
     explicit Layout(const evm_block_args &a) {
         tokens = a.H * a.W, h = ceil_div(a.H, 2), w = ceil_div(a.W, 2), L = h * w;
         C = pad(a.C), d = pad(a.d), G = pad(a.G), P = pad(2 * a.N + a.R);
-        chunks = ceil_div(tokens, CHUNK), map_rows = ceil_div(CHUNK, a.W), strips = ceil_div(a.H, map_rows);
+        chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? ceil_div(CHUNK, a.W) : 1, strips = ceil_div(a.H, map_rows);
         int64_t end = 0;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
         in_x = take(a.C * d), in_z = take(a.C * d), x_proj = take(K * a.d * P), out_proj = take(a.d * C);
