@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import golden
 import numpy as np
@@ -168,6 +169,24 @@ def test_threads_agree_bit_for_bit(micro_bundle):
         with ThreadPoolExecutor(4) as pool:
             for got in pool.map(lambda i: (one, two)[i % 2].run({"image": pixels})["logits"], range(40)):
                 np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow(micro_bundle):
+    """benchmarks/soak.py does this 100 000 times."""
+
+    def resident_kb():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    with load(micro_bundle.path, threads=1, scan="plugin") as model:
+        for _ in range(200):
+            model.run({"image": pixels})
+        before = resident_kb()
+        for _ in range(2000):
+            model.run({"image": pixels})
+        assert resident_kb() - before < 1000
 
 
 @pytest.mark.parametrize("scan", ["plugin", "portable"])

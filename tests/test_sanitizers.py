@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evm_deploy.compile import Compiler
+from evm_deploy.compile import Compiler, read_recipe
 from tests import driver as drivers
 from tests.driver import Driver, any_block, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas, random_scan
@@ -72,3 +75,30 @@ def test_a_write_out_of_bounds_is_seen(tmp_path, compiler):
     for problem, name in ((scan_problem(random_scan(0, 1, 1, 3, 5, 4)), "y"), (any_block(0, *EDGES[1]), "out")):
         with pytest.raises(AssertionError, match=f"exit 3: driver: written out of bounds: {name}"):
             Driver((str(path),)).run([problem])
+
+
+SESSION = """
+import sys, numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.register_custom_ops_library(sys.argv[1])
+options.intra_op_num_threads = 2
+session = ort.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+print(len({session.run(None, {"image": pixels})[0].tobytes() for _ in range(5)}))
+"""
+
+
+def test_the_library_is_clean_inside_an_onnxruntime_session(compiler, micro_bundle, tmp_path):
+    recipe = read_recipe()
+    sources = [*recipe.words["scan_sources"], *recipe.words["onnxruntime_sources"]]
+    sanitized = replace(compiler, command=(*compiler.command, "-O1", "-g", *SANITIZE))
+    library = tmp_path / "evm_onnxruntime.so"
+    sanitized.run("-shared", *sanitized.objects(recipe, sources, tmp_path), "-o", library)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", SESSION, str(library), str(micro_bundle.path / "model.onnx")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr[-3000:]

@@ -58,7 +58,7 @@ def export(
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(graph, plan, folder)
         if plan.device:
-            with step("native", f"library for {plan.device}, compiled once: 1-2 minutes"):
+            with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.device, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
         modes = lowerings(target, plan, artifact)
