@@ -6,7 +6,7 @@ One stage-0 scan of T at 224x224: L 784, K 4, D 96, N 16, batch 1, float32, one 
 
     native     an evm::SelectiveScan node in ONNX Runtime, library registered
     portable   the same file without the library
-    eager      the recurrence in torch, one step at a time
+    eager      the recurrence in torch, one step at a time, as Mamba's reference code has it
     torch      the torch op without the kernel, block by block
 
 The floor: for each state and step nine multiplications or fused multiply-adds (five for exp, dt A, dt u B, h, y) at the
@@ -65,15 +65,16 @@ def scan_session(plugin: Path | None, threads: int = 1) -> ort.InferenceSession:
 
 
 def eager_loop(u, delta, A, B, C, skip, bias):
-    """The recurrence as written, in torch."""
-    dt = torch.nn.functional.softplus(delta + bias[:, None])
-    h = torch.zeros(u.shape[0], *A.shape)
-    y = torch.empty_like(u)
-    for t in range(u.shape[2]):
-        step = dt[:, :, t, :, None]
-        h = torch.exp(step * A) * h + step * u[:, :, t, :, None] * B[:, :, t, None]
-        y[:, :, t] = (h * C[:, :, t, None]).sum(-1)
-    return y + skip[:, None] * u
+    """One step at a time in torch, channels first, the decays and inflows of all steps computed before."""
+    dt = torch.nn.functional.softplus(delta + bias[:, None]).transpose(2, 3)  # (b, K, D, L)
+    u = u.transpose(2, 3).contiguous()
+    decay = torch.exp(torch.einsum("bkdl,kdn->bkdln", dt, A))
+    inflow = torch.einsum("bkdl,bkln,bkdl->bkdln", dt, B, u)
+    h, steps = torch.zeros_like(decay[..., 0, :]), []
+    for t in range(u.shape[3]):
+        h = decay[..., t, :] * h + inflow[..., t, :]
+        steps.append(torch.einsum("bkdn,bkn->bkd", h, C[:, :, t]))
+    return (torch.stack(steps, dim=3) + skip[..., None] * u).transpose(2, 3)
 
 
 def fma_peak(lanes: int, flags: list[str]) -> float | None:
@@ -115,6 +116,7 @@ def main() -> int:
         rounds,
     )
     want = reference.selective_scan(*inputs)
+    np.testing.assert_allclose(eager_loop(*tensors).numpy(), want, atol=1e-5 * np.abs(want).max())
     error = float(np.abs(one.run(None, feeds)[0] - want).max() / np.abs(want).max())
     print(f"{where()}, onnxruntime {ort.__version__}, torch {torch.__version__}")
     print(f"L {L}, K {K}, D {D}, N {N}, float32, {rounds} rounds")
