@@ -29,6 +29,10 @@ class ImageError(EvmError):
     """An image that cannot be read."""
 
 
+class CalibrationError(EvmError):
+    """Images that cannot be calibrated or judged with, or a calibration table that does not fit."""
+
+
 class BundleError(EvmError):
     """A bundle that is missing, damaged, or cannot be written."""
 
