@@ -16,6 +16,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.platforms import PLATFORMS
 
 if TYPE_CHECKING:
+    from evm_deploy.calib.accuracy import Accuracy
     from evm_deploy.export.bundle import Bundle
     from evm_deploy.export.plan import ExportPlan
 
@@ -31,11 +32,19 @@ def export_parser() -> Parser:
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
     add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), or all")
     precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32 (default), fp16")
+    precision("--precision", metavar="P", help="fp32 (default), fp16, int8")
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
         )
+    add("--calib", metavar="DIR", help="pictures to calibrate int8 with: a folder, a list of paths, an .npz, or demo")
+    add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
+    add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
+    add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
+    add(
+        "--val", metavar="DIR", help="labelled pictures to judge int8 with: class folders, a CSV of path,class, or demo"
+    )
+    add("--max-drop", metavar="X", help="points of top-1 that int8 may lose on --val, default 1.0; exit 5 otherwise")
     add("--imgsz", metavar="N|HxW", help="input pixels, 224 or 224x288; default: as saved with the weights, else 224")
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
@@ -142,12 +151,16 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     m, parity = bundle.manifest, bundle.manifest.parity
     height, width = m.preprocessing["size"]
     title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {height}x{width}"
+    quantized = [m.details["quantization"]] if m.accuracy else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
         (
             "Parity",
             f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
         ),
+        *((("Accuracy", str(accuracy_of(m.accuracy))),) if m.accuracy else ()),
+        *(("Speed", f"int8 is {q['speed_over_fp32_here']:.2f}x as fast as float32 here (1 thread)") for q in quantized),
+        *(("In float", block) for q in quantized for block in q["in_float"]),
         ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
         *(("Note", note) for note in m.notes),
         *(
@@ -164,6 +177,13 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     if m.plan["head"] != "features":
         lines.append(("", f"evm-run {bundle.path} --selftest"))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
+
+
+def accuracy_of(facts: dict[str, Any]) -> Accuracy:
+    """The Accuracy that a manifest holds."""
+    from evm_deploy.calib.accuracy import Accuracy
+
+    return Accuracy(**{key: value for key, value in facts.items() if key not in ("drop", "ok")})
 
 
 def _worst(parity: dict[str, Any]) -> str:
@@ -195,6 +215,12 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
         head=args.head,
         scan=args.scan,
         device=args.device,
+        calib=args.calib,
+        calib_images=int(_number("--calib-images", args.calib_images, whole=True)),
+        calib_method=args.calib_method,
+        force_calib=args.force_calib,
+        val=args.val,
+        max_drop=_number("--max-drop", args.max_drop) if args.max_drop is not None else None,
         opset=int(_number("--opset", args.opset, whole=True)),
         tol=_number("--tol", args.tol) if args.tol is not None else None,
         weights=args.weights,

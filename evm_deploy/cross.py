@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evm_deploy.compile import Compiler, Recipe, read_recipe
 from evm_deploy.errors import ToolchainError
-from evm_deploy.files import sha256
+from evm_deploy.files import cache_folder, sha256
 from evm_deploy.platforms import PLATFORMS, Platform
 
 # -s: no symbols but the exported ones. -nostdlib++: the C++ runtime is not needed, and must not be.
@@ -75,11 +75,6 @@ def intact(library: Path) -> bool:
         return _checksum(library).read_text(encoding="ascii") == sha256(library)
     except (OSError, UnicodeDecodeError):
         return False
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/evm-deploy, by default ~/.cache/evm-deploy."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evm-deploy"
 
 
 def zig_compiler(target: str, architecture: str) -> Compiler:

@@ -47,3 +47,9 @@ class ParityError(EvmError):
     """The artifact does not compute what the float model computes."""
 
     exit_code = 4
+
+
+class AccuracyError(EvmError):
+    """The artifact is less accurate than was asked for."""
+
+    exit_code = 5

@@ -16,6 +16,7 @@ from evm_deploy.compile import Compiler, read_recipe
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.files import cache_folder
 from evm_deploy.inference import load
 from evm_deploy.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
@@ -55,7 +56,7 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     assert len(content) < 400_000
     assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
-    assert str(cross.cache_folder()).encode() not in content
+    assert str(cache_folder()).encode() not in content
     if platform.startswith("linux"):
         assert content[:5] == b"\x7fELF\x02"
         assert struct.unpack_from("<HH", content, 16) == (3, ELF_MACHINES[platform])  # shared object

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.demo import digits
 from evm_deploy.errors import CalibrationError, ImageError
 from evm_deploy.model.preprocess import Preprocessing, read_rgb
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+DEMO = Path("demo")
 MIN_IMAGES = 100  # fewer leave the ranges of pooled tensors to chance
 MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated pictures
 MIN_CONTRAST = 2.0  # standard deviation of a picture's pixels, of 255
@@ -72,8 +74,13 @@ class ImageSet:
 
 
 def find_pictures(source: Path) -> list[Picture]:
-    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8), by name."""
-    if source.is_dir():
+    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8).
+
+    `demo` is the digits that the embedded demo was trained on.
+    """
+    if source == DEMO and not source.exists():
+        pictures = [Picture(f"digit {i}", image) for i, image in enumerate(digits("train")[0])]
+    elif source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         pictures = [Picture(path.relative_to(source).as_posix(), path) for path in files]
     elif source.suffix == ".npz":
@@ -128,10 +135,14 @@ def labelled_images(
 ) -> ImageSet:
     """Every picture of class folders, or of a CSV of `path,class` lines, with its class in the order of the head.
 
-    A class is named as in `labels`, or by its index. Folders of other names are taken in alphabetical order, if there
-    is one for each class. Raises CalibrationError for classes that do not fit the head, and when over 5 % of the
-    pictures are unreadable.
+    `demo` is the digits that the embedded demo has not seen. A class is named as in `labels`, or by its index. Folders
+    of other names are taken in alphabetical order, if there is one for each class. Raises CalibrationError for classes
+    that do not fit the head, and when over 5 % of the pictures are unreadable.
     """
+    if source == DEMO and not source.exists():
+        images, classes = digits("heldout")
+        found = [Picture(f"digit {i}", image, int(k)) for i, (image, k) in enumerate(zip(images, classes, strict=True))]
+        return ImageSet(tuple(found), preprocessing)
     named = _from_csv(source) if source.suffix.lower() == ".csv" else _from_class_folders(source)
     index = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
     pictures = [replace(picture, label=index[name]) for picture, name in named]

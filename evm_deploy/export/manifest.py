@@ -33,6 +33,7 @@ class Manifest:
     details: dict[str, Any]
     versions: dict[str, str]
     parity: dict[str, Any]
+    accuracy: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: bool = True

@@ -17,6 +17,7 @@ from evm_deploy.export.graph import Graph, ScanSite, check, scan_sites
 from evm_deploy.export.outline import outline
 from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, Target
+from evm_deploy.onnx_tools import in_order
 from evm_deploy.plugins import find_plugin
 from evm_deploy.runtimes.base import Feeds, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
@@ -39,7 +40,7 @@ def probe() -> Probe:
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering.
 
-    float32 with `auto` has whole blocks as nodes; float16 only the scans, which stay float32 between casts.
+    float32 and int8 with `auto` have whole blocks as nodes; float16 only the scans, which stay float32 between casts.
     """
     import onnx
 
@@ -53,7 +54,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = onnx.inliner.inline_local_functions(model)
         scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
-        if plan.precision == "fp32":
+        if plan.precision != "fp16":
             for module, op in graph.fusable.items():
                 outline(model, module, op)
             sites = scan_sites(model, graph.fusable)
@@ -72,7 +73,6 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises UsageError naming the weights that float16 cannot hold; onnxruntime's converter would clip them.
     """
-    import onnx_ir
     from onnx import TensorProto, numpy_helper
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -95,10 +95,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     )
     if not half.functions:
         half.functions.extend(functions)
-    in_order = onnx_ir.from_proto(half)  # the converter puts the scans' casts at the end of the node list
-    in_order.graph.sort()
-    result: onnx.ModelProto = onnx_ir.to_proto(in_order)
-    return result
+    return in_order(half)
 
 
 class OnnxScanTaps:
@@ -199,7 +196,7 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
 TARGET = Target(
     name="onnx",
     aliases=("ort", "onnxruntime"),
-    precisions=("fp32", "fp16"),
+    precisions=("fp32", "fp16", "int8"),
     scans=("auto", "portable"),
     probe=probe,
     build=build,

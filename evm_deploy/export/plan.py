@@ -17,7 +17,10 @@ INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "w8")
 SCANS = ("auto", "plugin", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}  # int8: gross faults; its gate is the accuracy
+SELFTEST_TOLERANCES = {"int8": 0.05}  # against the artifact's own outputs: integer kernels differ by roundings
+CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
+MAX_DROP = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class ExportPlan:
     imgsz: (H, W) pixels. tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
     device: platform whose native library travels in the bundle.
+    calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
+    read off, and whether unfit ones are taken. val: labelled pictures; max_drop: points of top-1 that int8 may lose.
     """
 
     target: str
@@ -83,12 +88,19 @@ class ExportPlan:
     std: tuple[float, float, float] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+    calib: str | None = None
+    calib_images: int = 512
+    calib_method: str = "mse"
+    force_calib: bool = False
+    val: str | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
         one_of("--precision", self.precision, PRECISIONS)
         one_of("--scan", self.scan, SCANS)
+        self._check_calibration()
         if self.device is not None:
             one_of("--device", self.device, PLATFORMS)
             if self.scan == "portable":
@@ -101,6 +113,28 @@ class ExportPlan:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
         if self.tol is not None and not 0 < self.tol < 1:
             raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
+
+    def _check_calibration(self) -> None:
+        one_of("--calib-method", self.calib_method, CALIB_METHODS)
+        if self.precision == "int8" and self.calib is None:
+            raise UsageError(
+                "int8 needs pictures to calibrate with", "add --calib DIR, 512 or so as the network will see"
+            )
+        given = [flag for flag, value in (("--calib", self.calib), ("--val", self.val)) if value is not None]
+        if self.precision != "int8" and given:
+            raise UsageError(f"{given[0]} is for int8, this export is {self.precision}", "add --int8, or leave it out")
+        if self.calib_images < 1:
+            raise UsageError(f"--calib-images {self.calib_images}: use a number from 1")
+        if self.max_drop is not None and self.val is None:
+            raise UsageError("--max-drop needs labelled pictures to measure the drop with", "add --val DIR")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
+        if self.val is not None and self.head == "features":
+            raise UsageError("--val with --head features: feature maps have no classes", "leave --val out")
+
+    @property
+    def selftest_tolerance(self) -> float:
+        return SELFTEST_TOLERANCES.get(self.precision, self.tolerance)
 
     @property
     def tolerance(self) -> float:

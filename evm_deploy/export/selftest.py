@@ -111,7 +111,7 @@ def run(bundle: Bundle, target: Target, runtime: Runtime, plugin: Path | None) -
     for name, have in run_batched(runtime, plan, tensors[plan.input]).items():
         scale = max(1.0, float(np.abs(tensors[name]).max()))
         difference = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
-        checks.append(Check(name, difference, plan.tolerance * scale))
+        checks.append(Check(name, difference, plan.selftest_tolerance * scale))
     names = sorted({key.split(":")[0] for key in scans})
     if names:
         with target.open(here / "scan.onnx", None, plugin) as scan_runtime:

@@ -1,0 +1,189 @@
+"""From a float graph to an int8 one: calibrate, quantise, judge, and keep in float what costs too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
+from evm_deploy.calib.images import ImageSet, calibration_images, labelled_images
+from evm_deploy.calib.quantize import Layer, activations, last_layer, layers, quantize, weight_only
+from evm_deploy.calib.table import CalibrationTable, calibrate
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+
+if TYPE_CHECKING:
+    import onnx
+
+HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
+GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the convolutions
+
+Step = Callable[[str, str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate and judge with; see ExportPlan. num_classes 0: outputs are no classes."""
+
+    calib: Path
+    images: int
+    method: str
+    force: bool
+    val: Path | None
+    max_drop: float | None
+    num_classes: int
+    labels: tuple[str, ...] | None
+    checkpoint_sha256: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 graph, how good it is, and which blocks stayed in float; sensitivity: SQNR in dB of each block alone."""
+
+    model: onnx.ModelProto
+    table: CalibrationTable
+    method: str
+    accuracy: Accuracy
+    layers: int
+    in_float: tuple[str, ...]
+    sensitivity: dict[str, float]
+    skipped: tuple[str, ...]
+
+
+def quantize_graph(
+    model: onnx.ModelProto,
+    request: Request,
+    preprocessing: Any,
+    *,
+    float_modules: Sequence[str],
+    plugin: Path | None,
+    step: Step,
+) -> Quantized:
+    """The int8 form of a hub graph. `float_modules` are left as they are; `plugin` speeds calibration up.
+
+    Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
+    """
+    found = [layer for layer in layers(model) if not _below_any(layer.module, float_modules)]
+    with step("images", f"up to {request.images} of {request.calib}"):
+        chosen = calibration_images(request.calib, preprocessing, request.images, force=request.force)
+        used, held_out = _split(chosen)
+        judged = held_out
+        if request.val:
+            judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
+    with step("calibrate", f"{len(used)} images, {request.method}"):
+        table = _calibrate(model, found, used, request, plugin)
+        ranges = table.ranges(request.method)
+    head = list(last_layer(model))
+    labels = judged.labels if request.val else None
+
+    def int8(kept: Sequence[str] | frozenset[str], only: str | None = None) -> onnx.ModelProto:
+        chosen = [a for a in found if block_of(a.module) not in kept and only in (None, block_of(a.module))]
+        result = quantize(model, chosen, ranges)
+        if only is None:
+            weight_only(result, head)
+        return result
+
+    with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'held out'}"):
+        expected = run_all(model, judged, request, plugin)
+
+        def evaluate(candidate: onnx.ModelProto) -> Accuracy:
+            outputs = run_all(candidate, judged, request, plugin)
+            classes = request.num_classes > 0
+            return compare(expected, outputs, labels, classes=classes, limit=request.max_drop)
+
+        accuracy = evaluate(int8(()))
+    kept: frozenset[str] = frozenset()
+    sensitivity: dict[str, float] = {}
+    if not accuracy.ok and request.max_drop is not None:
+        blocks = list(dict.fromkeys(block_of(layer.module) for layer in found))
+        with step("sensitivity", f"{len(blocks)} blocks, one at a time"):
+            sensitivity = {block: evaluate(int8((), only=block)).sqnr_db for block in blocks}
+            ranked = sorted(blocks, key=lambda block: sensitivity[block])
+            kept, accuracy = keep_float_until(lambda keep: evaluate(int8(keep)), ranked)
+    return Quantized(
+        model=int8(kept),
+        table=table,
+        method=request.method,
+        accuracy=accuracy,
+        layers=sum(block_of(layer.module) not in kept for layer in found),
+        in_float=tuple(sorted(kept)),
+        sensitivity=sensitivity,
+        skipped=chosen.skipped,
+    )
+
+
+def block_of(module: str) -> str:
+    """What a layer is kept in float with: layers.2.1 of layers.2.1.conv_pw.0, layers.0.downsample of its reduction."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts[:4]) if part.isdigit()]
+    end = numbers[-1] + 1 if numbers else 1
+    return ".".join(parts[: max(end, 3 if end == 2 else 0)])
+
+
+def run_all(model: onnx.ModelProto, images: ImageSet, request: Request, plugin: Path | None) -> NDArray[np.float32]:
+    """The outputs of `model` on every image, flattened: (images, values)."""
+    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
+        rows = [
+            np.concatenate([value[0].ravel() for value in runtime.run({request.input: feed}).values()])
+            for feed in _feeds(images, request.input, _batch(runtime))
+        ]
+    return np.stack(rows)
+
+
+def _calibrate(
+    model: onnx.ModelProto, found: Sequence[Layer], images: ImageSet, request: Request, plugin: Path | None
+) -> CalibrationTable:
+    import onnx
+
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    keys = activations(found)
+    outputs = {value.name for value in tapped.graph.output}
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in keys if name not in outputs)
+    identity = {
+        "checkpoint_sha256": request.checkpoint_sha256,
+        "graph": GRAPH_VERSION,
+        "input": request.input,
+        "images": {"count": len(images), "sha256": images.digest()},
+        "activations": sorted(set(keys.values())),
+    }
+
+    def measured(start: int) -> Iterator[dict[str, NDArray[np.float32]]]:
+        with OnnxRuntime(tapped.SerializeToString(), plugin=plugin) as runtime:
+            for feed in islice(_feeds(images, request.input, _batch(runtime)), start, None):
+                values = runtime.run({request.input: feed})
+                merged: dict[str, list[NDArray[np.float32]]] = {}
+                for name, key in keys.items():  # a module that runs twice has one range
+                    merged.setdefault(key, []).append(values[name][0].ravel())
+                yield {key: np.concatenate(parts) for key, parts in merged.items()}
+
+    return calibrate(identity, measured)
+
+
+def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Images to calibrate with, and those kept back to judge with: every eighth, as long as that leaves some."""
+    held = set(range(HELD_OUT_EVERY - 1, len(images), HELD_OUT_EVERY)[:MAX_HELD_OUT]) or {len(images) - 1}
+    used = tuple(picture for i, picture in enumerate(images.pictures) if i not in held) or images.pictures
+    return replace(images, pictures=used), replace(images, pictures=tuple(images.pictures[i] for i in sorted(held)))
+
+
+def _feeds(images: ImageSet, kind: str, batch: int) -> Iterator[NDArray[Any]]:
+    """Each image as the graph reads it, repeated to its smallest batch."""
+    for pixels in images.pixels():
+        one = pixels[None] if kind == "image" else images.preprocessing.normalise(pixels[None])
+        yield np.repeat(one, batch, axis=0)
+
+
+def _batch(runtime: OnnxRuntime) -> int:
+    return next(iter(runtime.inputs.values())).shape[0] or 1
+
+
+def _below_any(module: str, paths: Sequence[str]) -> bool:
+    return any(module == path or module.startswith(path + ".") for path in paths)

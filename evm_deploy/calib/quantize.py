@@ -1,0 +1,152 @@
+"""Explicit Q/DQ for the layers that are worth it, with our ranges; int8 weights alone for the head.
+
+Which layers: convolutions and linear layers with constant weights, but for the first convolution (pixels in, 0.7 % of
+the work: int8 takes longer there), the last linear layer (its pooled input has too few values to calibrate: weights
+alone), the projections around the scan (they feed exp), and those that stay float as asked or inside fused blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evm_deploy.calib.histogram import Range
+from evm_deploy.onnx_tools import in_order
+
+if TYPE_CHECKING:
+    import onnx
+
+LAYERS = ("Conv", "MatMul", "Gemm")
+WEIGHT_RANKS = (2, 4)  # the scan's projections have three axes, one of them the direction
+SMALLEST_SCALE = 1e-12
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be quantised. module: its path. reads, writes: activations; writes is behind a ReLU, if any."""
+
+    node: str
+    module: str
+    reads: str
+    writes: str
+    weight: str
+
+
+def layers(model: onnx.ModelProto) -> list[Layer]:
+    """The layers of a hub graph that become int8, in execution order: neither the first nor the last of all."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = []
+    for node in model.graph.node:
+        if node.op_type in LAYERS and ranks.get(node.input[1]) in WEIGHT_RANKS:
+            after = readers.get(node.output[0], [])
+            relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
+            writes = relu.output[0] if relu else node.output[0]
+            module = node.name.rpartition("/")[0]
+            found.append(Layer(node.name, module, node.input[0], writes, node.input[1]))
+    return found[1:-1]
+
+
+def activations(found: Collection[Layer]) -> dict[str, str]:
+    """Tensor -> key in a calibration table, for everything that these layers read and write."""
+    names = {layer.writes: f"{layer.module}:output" for layer in found}
+    return {**names, **{layer.reads: f"{layer.module}:input" for layer in found}}
+
+
+def quantize(
+    model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], *, symmetric: bool = False
+) -> onnx.ModelProto:
+    """A copy of `model` in which the layers `found` are between QuantizeLinear and DequantizeLinear.
+
+    Weights int8 symmetric per output channel, activations per tensor over `ranges` (keyed as `activations`): uint8 with
+    a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for TensorRT.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if not found:  # an empty list means every node to the quantizer
+        return copy
+    relus = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Relu"}
+    data = {}
+    for tensor, key in activations(found).items():
+        covered = ranges[key]
+        value = TensorData(lowest=np.float32(covered.low), highest=np.float32(covered.high))
+        data[tensor] = value
+        if tensor in relus:
+            data[relus[tensor]] = value
+    quantizer = QDQQuantizer(
+        copy,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+        nodes_to_quantize=[layer.node for layer in found],
+        nodes_to_exclude=[],
+        op_types_to_quantize=list(LAYERS),
+        extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric},
+    )
+    quantizer.quantize_model()
+    result = in_order(quantizer.model.model)
+    del result.opset_import[len(model.opset_import) :]  # com.microsoft, which nothing uses
+    for node in result.graph.node:
+        node.name = node.name or f"root/{node.op_type}"
+    return result
+
+
+def weight_only(model: onnx.ModelProto, weights: Collection[str]) -> int:
+    """Store these initializers as int8 with a DequantizeLinear behind each, in place. Returns how many.
+
+    before:  Gemm(%x, W float32)
+    after:   %w = DequantizeLinear(W int8, scale per output channel);  Gemm(%x, %w)
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    done = 0
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in weights]:
+        value, axis = numpy_helper.to_array(tensor), _output_axis(model, tensor.name)
+        others = tuple(i for i in range(value.ndim) if i != axis)
+        scale = np.maximum(np.abs(value).max(axis=others), SMALLEST_SCALE).astype(np.float32) / np.float32(127)
+        shape = [-1 if i == axis else 1 for i in range(value.ndim)]
+        stored = np.clip(np.rint(value / scale.reshape(shape)), -127, 127).astype(np.int8)
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(stored, f"{name}_quantized"))
+        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
+        first = min(i for i, node in enumerate(graph.node) if name in node.input)
+        node = helper.make_node(
+            "DequantizeLinear",
+            [f"{name}_quantized", f"{name}_scale"],
+            [name],
+            name=f"{graph.node[first].name.rpartition('/')[0]}/DequantizeLinear",
+            axis=axis,
+        )
+        graph.node.insert(first, node)
+        done += 1
+    return done
+
+
+def _output_axis(model: onnx.ModelProto, weight: str) -> int:
+    """The axis of a weight that counts output channels: the first of a convolution, the last of a matrix (in, out)."""
+    user = next(node for node in model.graph.node if weight in node.input)
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in user.attribute)
+    return 0 if user.op_type == "Conv" or transposed else 1
+
+
+def last_layer(model: onnx.ModelProto) -> Iterator[str]:
+    """The weight of the last linear layer, if it is one that `layers` would find."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    for node in reversed(model.graph.node):
+        if node.op_type in LAYERS and ranks.get(node.input[1]) in WEIGHT_RANKS:
+            yield node.input[1]
+            return

@@ -1,0 +1,112 @@
+"""Calibration tables: what each activation of a network did on some images. Measured once, kept, reused by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.calib.histogram import Histogram, Range
+from evm_deploy.errors import CalibrationError
+from evm_deploy.files import cache_folder, write_aside
+
+SCHEMA = 1
+SAVE_EVERY = 32  # images between two saves of an unfinished table
+
+Activations = Mapping[str, NDArray[np.float32]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class CalibrationTable:
+    """A histogram per activation, keyed `<module path>:input` or `:output`; of which network, on which images.
+
+    identity: what the histograms depend on: checkpoint sha256, input size and preprocessing, digest and number of the
+    images, graph preparation. done: images seen.
+    """
+
+    identity: dict[str, Any]
+    histograms: dict[str, Histogram]
+    done: int = 0
+
+    @property
+    def key(self) -> str:
+        """sha256 of the identity: tables of one key are the same table."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def complete(self) -> bool:
+        return self.done == int(self.identity["images"]["count"])
+
+    def add(self, activations: Activations) -> None:
+        """Count one image's activations."""
+        for name, values in activations.items():
+            try:
+                self.histograms.setdefault(name, Histogram()).add(values)
+            except CalibrationError as error:
+                raise CalibrationError(f"{name}: {error}") from error
+        self.done += 1
+
+    def ranges(self, method: str) -> dict[str, Range]:
+        """The range of each activation by one of histogram.METHODS, or `auto`."""
+        return {name: histogram.range(method) for name, histogram in self.histograms.items()}
+
+    def to_json(self) -> str:
+        tensors = {name: histogram.to_json() for name, histogram in sorted(self.histograms.items())}
+        data = {"schema": SCHEMA, "key": self.key, "identity": self.identity, "done": self.done, "tensors": tensors}
+        return json.dumps(data, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CalibrationTable:
+        """Raises CalibrationError for what is not a whole table of this schema."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+            histograms = {str(name): Histogram.from_json(value) for name, value in data["tensors"].items()}
+            table = cls(dict(data["identity"]), histograms, int(data["done"]))
+            if table.key != data["key"] or not 0 <= table.done <= int(table.identity["images"]["count"]):
+                raise ValueError("its key does not fit its content")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(f"not a calibration table: {error}", "calibrate again") from error
+        return table
+
+
+def calibrate(
+    identity: dict[str, Any],
+    activations: Callable[[int], Iterator[Activations]],
+    *,
+    folder: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> CalibrationTable:
+    """The table of `identity`: from `folder` if it is there, else measured and put there.
+
+    `activations(n)` yields those of the n-th image and all after it. An interrupted calibration goes on where it was
+    saved last; a damaged file is measured again. `folder`: by default the cache.
+    """
+    table = CalibrationTable(identity, {})
+    path = (folder or cache_folder() / "calibration") / f"{table.key}.json"
+    table = _saved(path, table)
+    total = int(identity["images"]["count"])
+    for values in activations(table.done) if not table.complete else ():
+        table.add(values)
+        progress(table.done, total)
+        if table.done % SAVE_EVERY == 0 or table.complete:
+            write_aside(path, table.to_json())
+    if not table.complete:
+        raise CalibrationError(f"only {table.done} of {total} calibration images could be read", "keep them in place")
+    return table
+
+
+def _saved(path: Path, empty: CalibrationTable) -> CalibrationTable:
+    try:
+        table = CalibrationTable.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, CalibrationError):
+        return empty
+    return table if table.key == empty.key else empty

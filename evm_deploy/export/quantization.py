@@ -1,0 +1,105 @@
+"""INT8 in an export: from the plan to a quantised graph, and what the manifest says of it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.calib.accuracy import MIN_SQNR_DB
+from evm_deploy.calib.int8 import Quantized, Request, quantize_graph
+from evm_deploy.errors import AccuracyError
+from evm_deploy.export.graph import Graph
+from evm_deploy.export.manifest import Manifest
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Target
+from evm_deploy.model.checkpoint import ModelSpec
+from evm_deploy.model.preprocess import Preprocessing
+
+TABLE = "calibration.json"
+WARM_UP, TIMED = 3, 15  # runs of each precision, to tell whether int8 pays off
+WORTH_IT = 1.05
+
+Step = Callable[[str, str], AbstractContextManager[Any]]
+
+
+def quantize(
+    graph: Graph, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
+) -> tuple[Graph, Quantized | None]:
+    """The int8 form of a hub graph when the plan asks for it, else the graph itself. Raises CalibrationError."""
+    if plan.precision != "int8" or plan.calib is None:
+        return graph, None
+    request = Request(
+        calib=Path(plan.calib),
+        images=plan.calib_images,
+        method=plan.calib_method,
+        force=plan.force_calib,
+        val=Path(plan.val) if plan.val else None,
+        max_drop=plan.max_drop,
+        num_classes=spec.num_classes,
+        labels=plan.labels,
+        checkpoint_sha256=spec.checkpoint["sha256"],
+        input=plan.input,
+    )
+    quantized = quantize_graph(
+        graph.model, request, preprocessing, float_modules=tuple(graph.fusable), plugin=target.plugin(), step=step
+    )
+    return replace(graph, model=quantized.model), quantized
+
+
+def speed_over_float32(
+    target: Target, graph: Graph, plan: ExportPlan, artifact: Path, plugin: Path | None, probes: NDArray[Any]
+) -> float:
+    """How many times as fast as the export of the float `graph` the artifact is here: one thread, median of pairs."""
+    feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
+    with tempfile.TemporaryDirectory() as folder:
+        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None)
+        other = target.build(graph, float32, Path(folder))
+        with target.open(other.path, 1, plugin) as slow, target.open(artifact, 1, plugin) as fast:
+            ratios = []
+            for _ in range(WARM_UP + TIMED):
+                times = []
+                for runtime in (slow, fast):
+                    start = time.perf_counter()
+                    runtime.run(feeds)
+                    times.append(time.perf_counter() - start)
+                ratios.append(times[0] / times[1])
+    return statistics.median(ratios[WARM_UP:])
+
+
+def record(manifest: Manifest, quantized: Quantized, speedup: float, folder: Path) -> Manifest:
+    """Put the calibration table into the bundle; the manifest with what was quantised, how, how accurate, how fast."""
+    (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
+    facts = {
+        "method": quantized.method,
+        "calibration": quantized.table.identity,
+        "int8_layers": quantized.layers,
+        "in_float": list(quantized.in_float),
+        "sensitivity_sqnr_db": quantized.sensitivity,
+        "speed_over_fp32_here": round(speedup, 2),
+    }
+    notes = [f"calibration image left out: {text}" for text in quantized.skipped]
+    if speedup < WORTH_IT:
+        notes.append(f"int8 is {speedup:.2f}x as fast as float32 here: not worth it on this machine")
+    return replace(
+        manifest,
+        accuracy=quantized.accuracy.as_dict(),
+        details={**manifest.details, "quantization": facts},
+        notes=[*manifest.notes, *notes],
+    )
+
+
+def require(quantized: Quantized | None) -> None:
+    """Raise AccuracyError when int8 lost more than it may."""
+    if quantized and not quantized.accuracy.ok:
+        accuracy = quantized.accuracy
+        limit = f"limit {accuracy.limit:g} points" if accuracy.drop is not None else f"at least {MIN_SQNR_DB:g} dB"
+        raise AccuracyError(f"int8 is not accurate enough ({limit}): {accuracy}")

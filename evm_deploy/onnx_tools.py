@@ -1,0 +1,18 @@
+"""What several parts do with ONNX models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, its nodes in topological order: converters append theirs at the end."""
+    import onnx_ir
+
+    ordered = onnx_ir.from_proto(model)
+    ordered.graph.sort()
+    result: onnx.ModelProto = onnx_ir.to_proto(ordered)
+    return result

@@ -1,0 +1,93 @@
+"""Calibration tables: measured once, resumed, reused by what they depend on, never taken when damaged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from evm_deploy.calib.table import SAVE_EVERY, CalibrationTable, calibrate
+from evm_deploy.errors import CalibrationError
+
+IDENTITY = {"checkpoint_sha256": "abc", "images": {"count": 100, "sha256": "def"}}
+
+
+def activations(seen):
+    """One image's worth each, counted in `seen`; different for every image."""
+
+    def measured(start):
+        for i in range(start, 100):
+            seen.append(i)
+            yield {"a:input": np.full(3, i, np.float32), "b:output": np.array([-i], np.float32)}
+
+    return measured
+
+
+def test_a_table_is_measured_once(tmp_path):
+    seen, calls = [], []
+    first = calibrate(IDENTITY, activations(seen), folder=tmp_path, progress=lambda *done: calls.append(done))
+    assert (seen, calls[-1], first.complete) == (list(range(100)), (100, 100), True)
+    assert first.histograms["a:input"].total == 300 and first.histograms["b:output"].low == -99
+    again = calibrate(IDENTITY, activations(seen), folder=tmp_path)
+    assert len(seen) == 100 and again.to_json() == first.to_json()
+
+
+def test_other_images_or_another_checkpoint_are_another_table(tmp_path):
+    calibrate(IDENTITY, activations([]), folder=tmp_path)
+    for change in ({"checkpoint_sha256": "other"}, {"images": {"count": 100, "sha256": "other"}}):
+        seen = []
+        calibrate({**IDENTITY, **change}, activations(seen), folder=tmp_path)
+        assert len(seen) == 100
+
+
+@pytest.mark.parametrize("stop", [0, 1, SAVE_EVERY - 1, SAVE_EVERY, SAVE_EVERY + 1, 99])
+def test_an_interrupted_calibration_goes_on_and_ends_the_same(stop, tmp_path):
+    whole = calibrate(IDENTITY, activations([]), folder=tmp_path / "whole")
+
+    def interrupted(start):
+        for i, values in enumerate(activations([])(start)):
+            if i == stop:
+                raise KeyboardInterrupt
+            yield values
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(IDENTITY, interrupted, folder=tmp_path)
+    seen = []
+    table = calibrate(IDENTITY, activations(seen), folder=tmp_path)
+    assert table.to_json() == whole.to_json()
+    assert seen[0] == stop // SAVE_EVERY * SAVE_EVERY
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: text.replace('"done": 100', '"done": 101'),
+        lambda text: text.replace('"abc"', '"abd"'),
+        lambda text: text.replace('"schema": 1', '"schema": 2'),
+        lambda text: json.dumps({**json.loads(text), "tensors": {"a:input": {}}}),
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_table_is_refused_and_measured_again(damage, tmp_path):
+    table = calibrate(IDENTITY, activations([]), folder=tmp_path)
+    path = next(tmp_path.glob("*.json"))
+    broken = damage(path.read_text())
+    assert broken != path.read_text()
+    with pytest.raises(CalibrationError, match="not a calibration table"):
+        CalibrationTable.from_json(broken)
+    path.write_text(broken)
+    seen = []
+    assert calibrate(IDENTITY, activations(seen), folder=tmp_path).to_json() == table.to_json()
+    assert len(seen) == 100
+
+
+def test_missing_images_and_nan_are_errors_that_say_where(tmp_path):
+    with pytest.raises(CalibrationError, match="only 0 of 100 calibration images"):
+        calibrate(IDENTITY, lambda start: iter(()), folder=tmp_path)
+    bad = iter([{"layers.0:input": np.array([np.nan], np.float32)}])
+    with pytest.raises(CalibrationError, match=r"layers\.0:input: an activation is NaN"):
+        calibrate(IDENTITY, lambda start: bad, folder=tmp_path)

@@ -1,0 +1,301 @@
+"""INT8 exports: what is quantised, how accurate it is, the gate and how blocks kept in float recover it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from evm_deploy import cli
+from evm_deploy.calib import table
+from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
+from evm_deploy.calib.histogram import Range
+from evm_deploy.calib.int8 import block_of
+from evm_deploy.calib.quantize import activations, last_layer, layers, quantize, weight_only
+from evm_deploy.calib.table import CalibrationTable
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
+from evm_deploy.export.bundle import open_bundle
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.selftest import picture
+from evm_deploy.inference import load
+from tests.test_fused import hub
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """No table of another test or run is found."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    for i in range(120):
+        Image.fromarray(picture(80, 90, seed=1000 + i)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def plan(calib, **changes):
+    return ExportPlan("onnx", precision="int8", calib=str(calib), **changes)
+
+
+def fake_ranges(found):
+    return {key: Range(-4, 4) for key in activations(found).values()}
+
+
+def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
+    graph, _ = hub(micro)
+    modules = [layer.module for layer in layers(graph.model)]
+    assert "patch_embed.0" not in modules and "classifier.head" not in modules
+    assert not any(module.endswith(".op") for module in modules)  # x_proj, dt_proj
+    for part in ("layers.0.blocks.0.op.in_proj", "layers.2.1.conv_dw.0", "layers.3.1.se.conv_reduce"):
+        assert part in modules
+    head = next(iter(last_layer(graph.model)))
+    assert head in {name for node in graph.model.graph.node if "classifier.head" in node.name for name in node.input}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_q_dq_pairs_are_explicit_and_of_the_asked_flavour(symmetric, micro):
+    graph, _ = hub(micro)
+    found = layers(graph.model)
+    model = quantize(graph.model, found, fake_ranges(found), symmetric=symmetric)
+    onnx.checker.check_model(model, full_check=True)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    kinds = {constants[node.input[2]].dtype for node in pairs}
+    zeros = {int(constants[node.input[2]]) for node in pairs}
+    assert kinds == {np.dtype(np.int8 if symmetric else np.uint8)}
+    assert zeros == {0} if symmetric else zeros <= set(range(256))
+    weights = [a for name, a in constants.items() if a.dtype == np.int8 and a.ndim in (2, 4)]
+    assert len(weights) == len({layer.weight for layer in found})
+    scan = next(node for node in model.graph.node if node.op_type == "SelectiveScan")
+    by_output = {name: node for node in model.graph.node for name in node.output}
+    touching = [by_output[name].op_type for name in scan.input if name in by_output]
+    readers = [node.op_type for node in model.graph.node if scan.output[0] in node.input]
+    assert not {"DequantizeLinear", "QuantizeLinear"} & {*touching, *readers}
+    names = [node.name for node in model.graph.node]
+    assert all(names) and model.functions
+
+
+def test_weights_alone_are_the_same_to_half_a_step(micro):
+    graph, _ = hub(micro)
+    names = [layer.weight for layer in layers(graph.model)]
+    before = {t.name: numpy_helper.to_array(t) for t in graph.model.graph.initializer}
+    assert weight_only(graph.model, names) == len(set(names))
+    onnx.checker.check_model(graph.model, full_check=True)
+    after = {t.name: numpy_helper.to_array(t) for t in graph.model.graph.initializer}
+    for node in graph.model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            stored, scale = after[node.input[0]], after[node.input[1]]
+            axis = next(a.i for a in node.attribute if a.name == "axis")
+            shape = [-1 if i == axis else 1 for i in range(stored.ndim)]
+            error = np.abs(stored * scale.reshape(shape) - before[node.output[0]])
+            assert stored.dtype == np.int8 and (error <= 0.51 * scale.reshape(shape)).all()
+
+
+def test_the_demo_loses_nothing(tmp_path, capsys):
+    flags = ["--target", "onnx", "--int8", "--calib", "demo", "--val", "demo", "-o", str(tmp_path)]
+    assert cli.export_main(flags) == 0
+    out = capsys.readouterr().out
+    assert "Accuracy  99." in out and "as fast as float32 here" in out
+    bundle = open_bundle(tmp_path / "evm_digits-onnx-int8-64x64")
+    facts, quantization = bundle.manifest.accuracy, bundle.manifest.details["quantization"]
+    assert abs(facts["drop"]) <= 0.3 and facts["images"] == 599 and facts["ok"]
+    assert (quantization["in_float"], quantization["method"]) == ([], "mse")
+    saved = CalibrationTable.from_json((bundle.path / "calibration.json").read_text())
+    assert saved.identity == quantization["calibration"]
+    assert cli.run_main([str(bundle.path), "--selftest"]) == 0
+    with load(bundle.path, scan="portable") as portable, load(bundle.path, scan="plugin") as native:
+        pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+        a, b = (runtime.run({"image": pixels})["logits"] for runtime in (portable, native))
+        assert np.abs(a - b).max() < 0.3  # roundings that tip over
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "auto"])
+def test_the_trained_network_keeps_its_accuracy(method, trained, tmp_path):
+    """2000 images that were not calibrated with; the issue asks for half a point."""
+    sys.path.insert(0, str(trained))
+    from glyphs import glyphs
+
+    np.savez(tmp_path / "calib.npz", images=glyphs(512, 5000, 64)[0])
+    images, labels = glyphs(500, 7, 64)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "val" / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    wanted = plan(tmp_path / "calib.npz", imgsz=(64, 64), crop_pct=1.0, calib_method=method, val=str(tmp_path / "val"))
+    bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)
+    assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 36
+
+
+def test_seeded_weights_of_t(checkpoint, pictures, tmp_path):
+    """Beside the float export: 28 dB, under a third of the size."""
+    bundle = export(checkpoint("tiny_224"), plan(pictures), tmp_path)
+    float32 = export(checkpoint("tiny_224"), ExportPlan("onnx"), tmp_path)
+    assert bundle.manifest.accuracy["sqnr_db"] >= 28
+    assert bundle.size_bytes < 0.31 * float32.size_bytes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch": Batch.parse("dynamic")}, {"batch": Batch(2, 2, 2), "input": "tensor"}, {"head": "features"}]
+)
+def test_batches_inputs_and_heads(changes, micro, pictures, tmp_path):
+    bundle = export(micro, plan(pictures, imgsz=(64, 64), **changes), tmp_path)
+    assert bundle.manifest.accuracy["sqnr_db"] > 20
+    assert bundle.manifest.parity["ok"]
+
+
+def spoil(monkeypatch, key):
+    """The range of one activation, a fiftieth of what it should be."""
+    original = CalibrationTable.ranges
+
+    def spoilt(self, method):
+        ranges = original(self, method)
+        ranges[key] = Range(ranges[key].low / 50, ranges[key].high / 50)
+        return ranges
+
+    monkeypatch.setattr(CalibrationTable, "ranges", spoilt)
+
+
+def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
+    spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
+    flags = ["--target", "onnx", "--int8", "--imgsz", "64", "--calib", str(pictures), "-o", str(tmp_path), "-q"]
+    assert cli.export_main([str(micro), *flags]) == 5
+    assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-int8-64x64.rejected"]
+    with pytest.raises(BundleError, match="was rejected"):
+        open_bundle(next(tmp_path.iterdir()))
+
+
+def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp_path):
+    spoil(monkeypatch, "layers.3.1.conv_pw2.0:input")
+    bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.3), tmp_path)
+    quantization = bundle.manifest.details["quantization"]
+    assert quantization["in_float"] == ["layers.3.1"]
+    assert min(quantization["sensitivity_sqnr_db"], key=quantization["sensitivity_sqnr_db"].get) == "layers.3.1"
+    assert bundle.manifest.accuracy["drop"] <= 0.3
+
+
+def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
+    with pytest.raises(AccuracyError, match="limit 0 points"):
+        export(CHECKPOINT, plan("demo", val="demo", max_drop=0), tmp_path)
+    manifest = json.loads((next(tmp_path.iterdir()) / "manifest.json").read_text())
+    assert manifest["details"]["quantization"]["int8_layers"] == 0
+
+
+def test_a_second_export_reuses_the_table(monkeypatch, micro, pictures, tmp_path):
+    calls = []
+    original = CalibrationTable.add
+    monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))
+    export(micro, plan(pictures, imgsz=(64, 64)), tmp_path / "a")
+    assert len(calls) == 105
+    export(micro, plan(pictures, imgsz=(64, 64), calib_method="minmax"), tmp_path / "b")
+    assert len(calls) == 105
+    export(micro, plan(pictures, imgsz=(64, 64), calib_images=110), tmp_path / "c")
+    assert len(calls) > 105
+
+
+def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictures, tmp_path):
+    original = CalibrationTable.add
+
+    def interrupted(self, values):
+        if self.done == 70:
+            raise KeyboardInterrupt
+        original(self, values)
+
+    monkeypatch.setattr(CalibrationTable, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(micro, plan(pictures, imgsz=(64, 64)), tmp_path)
+    assert not list(tmp_path.iterdir())
+    seen = []
+    monkeypatch.setattr(CalibrationTable, "add", lambda self, values: seen.append(self.done) or original(self, values))
+    export(micro, plan(pictures, imgsz=(64, 64)), tmp_path)
+    assert seen[0] == 70 // table.SAVE_EVERY * table.SAVE_EVERY
+
+
+MEMORY = """
+import resource, sys
+from evm_deploy import ExportPlan, export
+plan = ExportPlan("onnx", precision="int8", imgsz=(64, 64), calib=sys.argv[2], force_calib=True)
+export(sys.argv[1], plan, sys.argv[3])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
+    peaks = []
+    for count in (40, 400):
+        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(64, 64, seed=i) for i in range(count)]))
+        command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
+    assert peaks[1] - peaks[0] < 60  # MB
+
+
+def test_blocks_are_the_units_that_stay_in_float():
+    assert block_of("layers.2.1.conv_pw.0") == "layers.2.1"
+    assert block_of("layers.0.blocks.1.op.in_proj") == "layers.0.blocks.1"
+    assert block_of("layers.0.downsample.reduction") == "layers.0.downsample"
+    assert block_of("layers.2.6.reduction") == "layers.2.6"
+    assert block_of("classifier.head") == "classifier"
+
+
+def test_figures_of_accuracy():
+    g = np.random.default_rng(0)
+    reference = g.standard_normal((50, 10)).astype(np.float32)
+    labels = reference.argmax(1)
+    noisy = (reference + 0.01 * g.standard_normal((50, 10))).astype(np.float32)
+    same = compare(reference, noisy, labels, limit=1.0)
+    assert (same.top1_float, same.top5_float) == (1.0, 1.0) and same.ok
+    assert same.sqnr_db == pytest.approx(40, abs=1)
+    wrong = compare(reference, -reference, labels, limit=1.0)
+    assert wrong.drop == 100 and not wrong.ok and wrong.agreement == 0
+    assert not compare(reference, np.full_like(reference, np.nan)).ok
+    assert compare(reference, noisy, classes=False).agreement is None
+
+
+def test_blocks_are_kept_in_float_only_as_long_as_needed():
+    def evaluate(kept):
+        return Accuracy(10, 30.0, 1.0, top1=0.9 + 0.03 * len(kept), top1_float=1.0, limit=5.0)
+
+    kept, accuracy = keep_float_until(evaluate, ["c", "a", "b", "d"])
+    assert kept == {"c", "a"} and accuracy.ok
+    kept, accuracy = keep_float_until(lambda kept: Accuracy(1, 0.0, 0.0, top1=0.0, top1_float=1.0, limit=1.0), ["a"])
+    assert kept == {"a"} and not accuracy.ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calib": None}, "int8 needs pictures to calibrate with(?s:.*)--calib DIR"),
+        ({"max_drop": 1.0}, "--max-drop needs labelled pictures(?s:.*)--val"),
+        ({"calib_method": "median"}, "choose from: minmax, percentile, mse, entropy, auto"),
+        ({"calib_images": 0}, "use a number from 1"),
+        ({"val": "v", "max_drop": -1.0}, "points of accuracy"),
+        ({"val": "v", "head": "features"}, "feature maps have no classes"),
+        ({"precision": "fp32"}, "--calib is for int8, this export is fp32"),
+    ],
+)
+def test_plans_that_cannot_work(changes, message):
+    with pytest.raises(UsageError, match=message):
+        ExportPlan(**{"target": "onnx", "precision": "int8", "calib": "c", **changes})
+
+
+def test_unfit_pictures_leave_nothing_behind(micro, tmp_path):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    Image.fromarray(picture(40, 40, seed=0)).save(source / "one.png")
+    with pytest.raises(CalibrationError, match="too few"):
+        export(micro, plan(source, imgsz=(64, 64)), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    forced = export(micro, plan(source, imgsz=(64, 64), force_calib=True), tmp_path / "out")
+    assert forced.manifest.details["quantization"]["calibration"]["images"]["count"] == 1
