@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,10 @@ import torch
 from common import PEERS, interleave, ratio, where
 from onnx import helper
 
+from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
+from evm_deploy.export.selftest import picture
 from evm_deploy.plugins import find_plugin, kernel_isa
 from evm_deploy.scan import onnx_function
 
@@ -110,11 +113,20 @@ def peer(folder: Path) -> ort.InferenceSession | None:
     return session(onnx.load(str(peers.materialise("repvit_m0_9", folder / "repvit.onnx"))))
 
 
+def int8_plan(folder: Path, float32: Bundle) -> ExportPlan:
+    """The plan of `float32` in int8, with pictures to calibrate with; their content does not matter to the time."""
+    height, width = float32.manifest.preprocessing["size"]
+    pictures = np.stack([picture(height, width, seed=i) for i in range(104)])
+    np.savez(folder / "pictures.npz", images=pictures)
+    return replace(float32.manifest.export_plan(), precision="int8", calib=str(folder / "pictures.npz"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--int8", action="store_true", help="an int8 export beside them, calibrated with made pictures")
     args = parser.parse_args()
     import golden
 
@@ -139,6 +151,9 @@ def main() -> int:
         if plugin:
             runners["native"] = session(model, plugin=plugin)
             runners["scan node"] = session(with_scan_nodes(model), plugin=plugin)
+        if args.int8:
+            quantized = export(checkpoint, int8_plan(folder, bundle), folder)
+            runners["int8"] = session(onnx.load(str(quantized.path / "model.onnx")), plugin=plugin)
         subjects = {key: lambda runner=runner: runner.run(None, feeds) for key, runner in runners.items()}
         if rival := peer(folder):
             images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
@@ -161,6 +176,10 @@ def main() -> int:
         to_peer, text = ratio(times, "native", "RepViT-M0.9")
         print(f"native / RepViT-M0.9      {text}")
         failed |= (args.variant, height, width) == ("tiny", 224, 224) and to_peer > MAX_TO_PEER
+    if args.int8:
+        _, text = ratio(times, "native", "int8")
+        share = quantized.size_bytes / bundle.size_bytes
+        print(f"native float32 / int8     {text}  file {share:.3f} of float32's")
     print(f"operator executions       {count}")
     print(f"load                      {load_s:.2f} s")
     print("memory of an inference    " + ", ".join(f"{mode} {mb:.0f} MB" for mode, mb in memory.items()))
