@@ -30,7 +30,13 @@ inline vec largest(vec a, vec b) {
     return a > b ? a : b;
 #endif
 }
-inline vec smallest(vec a, vec b) { return -largest(-a, -b); }
+inline vec smallest(vec a, vec b) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_min_ps(0xffff, a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
 inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
 
 inline vec load_some(const float *p, int64_t count) {  // the missing lanes are 0
@@ -49,10 +55,14 @@ inline void store_some(float *p, vec v, int64_t count) {
 inline float sum(vec v) {
     typedef float half __attribute__((vector_size(LANES * 2)));
     typedef float quad __attribute__((vector_size(16)));
+#if defined(__AVX512F__)  // of the lines below GCC 12 makes a store that the loads have to wait for
+    half low = _mm512_maskz_extractf32x8_ps(0xff, v, 0) + _mm512_maskz_extractf32x8_ps(0xff, v, 1);
+#else
     half low, high;
     memcpy(&low, &v, sizeof low);
     memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
     low += high;
+#endif
     quad total = {};
     for (unsigned i = 0; i < sizeof low; i += sizeof total) {  // once or twice; of half a SSE or NEON vector, two lanes stay 0
         quad part = {};
@@ -63,20 +73,21 @@ inline float sum(vec v) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23, added, rounds to an integer, which is then in the low mantissa bits
 
 // 2^t for t <= 100. t = n + r with |r| <= 1/2; 2^r = 1 + r q(r), relative error 9e-8 and exact at r = 0: a bias near decay 1
 // would add up over a long memory. The floor is 2^-100, because denormal products are slow.
 inline vec exp2_above_floor(vec t) {
     t = largest(t, broadcast(-100.f));
-    const vec shifted = t + broadcast(12582912.f);  // 1.5 * 2^23 rounds to an integer, which is then in the low mantissa bits
-    const vec r = t - (shifted - broadcast(12582912.f));
+    const vec shifted = t + ROUND;
+    const vec r = t - (shifted - ROUND);
     vec p = broadcast(0.00132647273f);
     p = p * r + broadcast(0.00967151299f);
     p = p * r + broadcast(0.0555073358f);
     p = p * r + broadcast(0.240222424f);
     p = p * r + broadcast(0.693147004f);
     p = p * r + broadcast(1.f);
-    return of_bits(bits_of(p) + (bits_of(shifted) << 23));  // the bits of 12582912 itself are shifted out
+    return of_bits(bits_of(p) + (bits_of(shifted) << 23));  // the bits of ROUND itself are shifted out
 }
 
 // max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): full relative accuracy for very negative x too, and no log.
