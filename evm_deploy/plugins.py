@@ -39,7 +39,7 @@ def plugin_path(runtime: str) -> Path:
 
 
 def kernel_isa(library: Path) -> str:
-    """The instruction set that `library` chose on this CPU: avx512, avx2, neon or base.
+    """The instruction set that `library` chose on this CPU: avx512vnni, avx512, avx2, neon or base.
 
     Raises ToolchainError where the library cannot be loaded.
     """

@@ -45,7 +45,7 @@ def library():
 def isas():
     """Those that this CPU runs; the best is among them."""
     lib = library()
-    found = [isa for isa in ("base", "neon", "avx2", "avx512") if lib.evm_scan_force_isa(isa.encode())]
+    found = [isa for isa in ("base", "neon", "avx2", "avx512", "avx512vnni") if lib.evm_scan_force_isa(isa.encode())]
     lib.evm_scan_force_isa(None)
     return found
 

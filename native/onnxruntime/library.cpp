@@ -4,7 +4,7 @@
 
 namespace ort {
 Api api;
-extern const Op selective_scan, evss_block;
+extern const Op selective_scan, evss_block, evss_block_int8;
 }  // namespace ort
 
 using namespace ort;
@@ -17,7 +17,7 @@ ORT_EXPORT Status ORT_CALL RegisterCustomOps(Handle options, const ApiBase *base
     }
     Handle domain = nullptr;
     RETURN_IF(call<Status>(api, CreateCustomOpDomain, (const char *)"evm", &domain));
-    const CustomOp *const ops[] = {&selective_scan, &evss_block};
+    const CustomOp *const ops[] = {&selective_scan, &evss_block, &evss_block_int8};
     for (const CustomOp *op : ops) RETURN_IF(call<Status>(api, CustomOpDomain_Add, domain, op));
     return call<Status>(api, AddCustomOpDomain, options, domain);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "ort_abi.h"
 
+#include <float.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -19,9 +20,12 @@ inline Status fail(const char *message) { return call<Status>(api, CreateStatus,
 constexpr size_t MAX_RANK = 4;
 
 struct Tensor {
-    float *data;
+    void *data;
     int64_t dims[MAX_RANK];
     size_t rank;
+
+    template <class T>
+    const T *as() const { return static_cast<const T *>(data); }
 };
 
 inline Status read_shape(Handle info, Tensor *tensor) {
@@ -37,7 +41,7 @@ inline Status read(Handle context, size_t index, Tensor *tensor) {
     const Status status = read_shape(info, tensor);
     call<void>(api, ReleaseTensorTypeAndShapeInfo, info);
     RETURN_IF(status);
-    return call<Status>(api, GetTensorMutableData, value, (Handle *)&tensor->data);
+    return call<Status>(api, GetTensorMutableData, value, &tensor->data);
 }
 
 // An output of MAX_RANK axes; null where the node does not ask for it.
@@ -48,9 +52,11 @@ inline Status write(Handle context, size_t index, const int64_t *dims, float **d
     return call<Status>(api, GetTensorMutableData, value, (Handle *)data);
 }
 
-// An input: its name and its axes, one letter each. The first input that has a letter sets its size; a digit is a size.
+// An input: its name, its axes, one letter each, and its elements' type. The first input that has a letter sets its size; a
+// digit is a size.
 struct Input {
     const char *name, *axes;
+    int type = FLOAT;
 };
 
 // Sizes by letter, once every input has fitted.
@@ -88,6 +94,13 @@ class Sizes {
         snprintf(message, sizeof message, "evm::%s: %s is %lld, expected %lld", op, what, (long long)have, (long long)want);
         return false;
     }
+
+    // The same for the scale of quantised values: positive, finite, and so is its inverse.
+    bool scale(const char *op, const char *what, float have) {
+        if (have >= FLT_MIN && have <= FLT_MAX) return true;
+        snprintf(message, sizeof message, "evm::%s: %s is %g, expected a positive number", op, what, (double)have);
+        return false;
+    }
 };
 
 template <size_t COUNT>
@@ -99,21 +112,24 @@ Status read_inputs(Handle context, const char *op, const Input (&inputs)[COUNT],
     return nullptr;
 }
 
-// A custom op for the CPU provider: float32 inputs, outputs of which the first is shaped like the first input and the others
-// are optional.
+// A custom op for the CPU provider: float32 outputs, of which the first is shaped like the first input and the others are
+// optional.
 struct Op : CustomOp {
     const char *name;
-    size_t inputs, outputs;
+    const Input *inputs;
+    size_t input_count, outputs;
 
     static const Op &of(const CustomOp *op) { return *static_cast<const Op *>(op); }
 
-    Op(const char *op_name, size_t input_count, size_t output_count, Status(ORT_CALL *compute)(Handle, Handle)) : CustomOp{} {
-        name = op_name, inputs = input_count, outputs = output_count;
+    template <size_t COUNT>
+    Op(const char *op_name, const Input (&of_op)[COUNT], size_t output_count, Status(ORT_CALL *compute)(Handle, Handle)) : CustomOp{} {
+        name = op_name, inputs = of_op, input_count = COUNT, outputs = output_count;
         version = API_VERSION;
         GetName = [](const CustomOp *op) ORT_CALL -> const char * { return of(op).name; };
         GetExecutionProviderType = [](const CustomOp *) ORT_CALL -> const char * { return nullptr; };  // null: CPU
-        GetInputType = GetOutputType = [](const CustomOp *, size_t) ORT_CALL -> int { return FLOAT; };
-        GetInputTypeCount = [](const CustomOp *op) ORT_CALL -> size_t { return of(op).inputs; };
+        GetInputType = [](const CustomOp *op, size_t index) ORT_CALL -> int { return of(op).inputs[index].type; };
+        GetOutputType = [](const CustomOp *, size_t) ORT_CALL -> int { return FLOAT; };
+        GetInputTypeCount = [](const CustomOp *op) ORT_CALL -> size_t { return of(op).input_count; };
         GetOutputTypeCount = [](const CustomOp *op) ORT_CALL -> size_t { return of(op).outputs; };
         GetInputCharacteristic = GetInputMemoryType = [](const CustomOp *, size_t) ORT_CALL -> int { return 0; };
         GetOutputCharacteristic = [](const CustomOp *, size_t index) ORT_CALL -> int { return index ? OPTIONAL : REQUIRED; };

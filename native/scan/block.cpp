@@ -12,6 +12,12 @@ namespace {
 constexpr float EPSILON = 1e-5f;
 static_assert(GROUP == IN_PLACE_STATES, "y over u needs all states in one group");
 
+// Padded vectors of the workspace, of C floats and of d. Scales: of int8 layers.
+enum Vector {
+    NORM_WEIGHT, NORM_BIAS, GATE_WEIGHT, GATE_BIAS, LOCAL_BIAS, OUT_PROJ_SCALE, LOCAL_SCALE,
+    OUT_WEIGHT, OUT_BIAS, IN_X_SCALE, IN_Z_SCALE,
+};
+
 struct Job {
     const evm_block_args &a;
     const Layout l;
@@ -20,13 +26,35 @@ struct Job {
 
     Job(const evm_block_args &args, int64_t image) : a(args), l(args), ws(args.workspace), image(image) {}
 
-    // norm_weight, norm_bias, gate_norm_weight, gate_norm_bias, local_proj_bias, then out_norm_weight, out_norm_bias
-    float *vector(int index) const { return ws + l.vectors + (index < 5 ? index * l.C : 5 * l.C + (index - 5) * l.d); }
+    float *vector(int index) const {
+        return ws + l.vectors + (index < OUT_WEIGHT ? index * l.C : OUT_WEIGHT * l.C + (index - OUT_WEIGHT) * l.d);
+    }
     float *sums(int branch, int64_t tile) const { return ws + l.sums + (branch ? l.chunks + tile : tile) * l.C; }
+    template <class Numbers>
+    typename Numbers::Element *rows(int64_t offset) const { return reinterpret_cast<typename Numbers::Element *>(ws + offset); }
     const float *x(int64_t token) const { return a.x + (image * l.tokens + token) * a.C; }
 };
 
-enum Vector { NORM_WEIGHT, NORM_BIAS, GATE_WEIGHT, GATE_BIAS, LOCAL_BIAS, OUT_WEIGHT, OUT_BIAS };
+// How in_proj, out_proj and local_proj compute: what they make of a vector of their input, and of their sums.
+struct FloatLayer : Floats {
+    FloatLayer(const evm_int8_linear &, const float *) {}
+    void put(float *to, vec value) const { store(to, value); }
+    vec result(vec sum, int64_t) const { return sum; }
+};
+
+// Times the inverse of the scale, where ONNX divides: a value within one rounding error of half a step may go the other way,
+// as after any other rounding on the way to it. NaN becomes 0.
+struct Int8Layer : Integers {
+    const float inverse, low, high;  // of the input's scale; of its integers, less the zero point
+    const float *const scales;       // of the input times those of the weights, padded
+
+    Int8Layer(const evm_int8_linear &layer, const float *of_columns)
+        : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
+    void put(Element *to, vec value) const {
+        store_rounded(to, smallest(largest(value * inverse, broadcast(low)), broadcast(high)), -(int32_t)low);
+    }
+    vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
+};
 
 // Mean and 1 / standard deviation of the `channels` floats of a row.
 struct Moments {
@@ -58,7 +86,7 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
             to[tap * padded + c] = c >= channels ? 0.f : tap == 9 ? bias[c] : weight[c * 9 + tap];
 }
 
-void pack_weights(const Job &job) {
+void pack_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *ws = job.ws;
@@ -66,11 +94,39 @@ void pack_weights(const Job &job) {
     pack(ws + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
     pack(ws + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
     pack(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
+}
+
+// A matrix of `columns` columns whose element (k, c) is weight[k * row + c * column], and its scales.
+void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int64_t columns, const evm_int8_linear &layer,
+               int64_t first, int64_t row, int64_t column) {
+    const int8_t *weight = layer.weight + first;
+    pack_integers(packed, depth, columns, layer.input_zero_point, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; });
+    float *to = job.vector(scales);
+    for (int64_t c = 0; c < columns; c++) to[c] = layer.input_scale * layer.scale[first + c];
+    for (int64_t c = columns; c < pad(columns); c++) to[c] = 0;
+}
+
+void pack_int8_layers(const Job &job) {
+    const evm_block_args &a = job.a;
+    const Layout &l = job.l;
+    float *ws = job.ws;
+    pack_int8(job, ws + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
+    pack_int8(job, ws + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
+    pack_int8(job, ws + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
+    pack_int8(job, ws + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
+}
+
+void pack_weights(const Job &job) {
+    const evm_block_args &a = job.a;
+    const Layout &l = job.l;
+    float *ws = job.ws;
+    if (a.in_proj_int8.weight) pack_int8_layers(job);
+    else pack_layers(job);
     const int64_t columns = a.R + 2 * a.N;
     for (int64_t k = 0; k < K; k++) {  // x_proj gives dt, B, C; rows of p are B, C, dt
         const float *weight = a.x_proj + k * a.d * columns;
-        pack(ws + l.x_proj + k * a.d * l.P, a.d, columns, [&](int64_t row, int64_t c) {
-            return weight[row * columns + (c < 2 * a.N ? c + a.R : c - 2 * a.N)];
+        pack(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
+            return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
         });
         for (int64_t r = 0; r < a.R; r++)
             pack_vector(ws + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
@@ -104,19 +160,24 @@ struct Tokens {  // those of a chunk
 };
 
 // n = LayerNorm(x); the x half of in_proj.
+template <class Layer>
 void project(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
+    const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
     const Tokens tokens(l, tile);
-    const float *rows[CHUNK];
+    const typename Layer::Element *rows[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) {
         float *n = job.ws + l.n + (tokens.begin + t) * l.C;
         normalise(n, job.x(tokens.begin + t), a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS));
-        rows[t] = n;
+        typename Layer::Element *in = job.rows<Layer>(l.n_in) + (tokens.begin + t) * l.C;
+        for (int64_t c = 0; l.n_in != l.n && c < a.C; c += LANES) in_proj.put(in + c, load(n + c));
+        rows[t] = in;
     }
     float *x = job.ws + l.x + tokens.begin * l.d;
-    multiply(rows, tokens.count, a.C, job.ws + l.in_x, a.d,
-             [&](int64_t t, int64_t column, vec value) { store(x + t * l.d + column, value); });
+    multiply<Layer>(rows, tokens.count, a.C, job.ws + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
+        store(x + t * stride + column, in_proj.result(sum, column));
+    });
 }
 
 constexpr int COLUMNS = 4;  // tokens of a row that are convolved together: 18 loads for 36 products
@@ -150,32 +211,43 @@ void convolve_row(const float *map, int64_t H, int64_t W, int64_t stride, int64_
     }
 }
 
-// u = atrous split of SiLU(conv(x)); the local branch, and its sums for the gate.
+// Row i of u = atrous split of SiLU(conv(x)).
+void convolve_scan_input(const Job &job, int64_t i) {
+    const evm_block_args &a = job.a;
+    const Layout &l = job.l;
+    float *u = job.ws + l.u;
+    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.ws + l.conv, job.ws + l.zeros, [&](int64_t j, int64_t channel, vec value) {
+        store(u + l.place(i, j) * l.d + channel, silu(value));
+    });
+    if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
+    if (i + 1 == a.H && a.H % 2)
+        for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
+}
+
+// u; the local branch, and its sums for the gate.
+template <class Layer>
 void convolve(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *u = job.ws + l.u, *activated = job.ws + l.s, *local = job.ws + l.local, *sums = job.sums(1, tile);
-    const float *zeros = job.ws + l.zeros;
+    const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
+    typename Layer::Element *const activated = job.rows<Layer>(l.s);
+    float *local = job.ws + l.local, *sums = job.sums(1, tile);
+    const float *zeros = job.ws + l.zeros, *bias = job.vector(LOCAL_BIAS);
     const int64_t begin = tile * l.map_rows, end = begin + l.map_rows < a.H ? begin + l.map_rows : a.H;
     for (int64_t i = begin; i < end; i++) {
-        convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.ws + l.conv, zeros, [&](int64_t j, int64_t channel, vec value) {
-            store(u + l.place(i, j) * l.d + channel, silu(value));
-        });
-        if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
+        convolve_scan_input(job, i);
         convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.ws + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
-            store(activated + (i * a.W + j) * l.C + channel, gelu(value));
+            local_proj.put(activated + (i * a.W + j) * l.C + channel, gelu(value));
         });
     }
-    if (end == a.H && a.H % 2)
-        for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = end * a.W - first < CHUNK ? end * a.W - first : CHUNK;
-        const float *rows[CHUNK];
+        const typename Layer::Element *rows[CHUNK];
         for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C;
         float *out = local + first * l.C;
-        multiply(rows, count, a.C, job.ws + l.local_proj, a.C, [&](int64_t t, int64_t column, vec value) {
-            store(out + t * l.C + column, value + load(job.vector(LOCAL_BIAS) + column));
+        multiply<Layer>(rows, count, a.C, job.ws + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+            store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
         });
         for (int64_t t = 0; t < count; t++) add_normalised(sums, out + t * l.C, a.C);
     }
@@ -189,8 +261,8 @@ void parameters(const Job &job, int64_t tile) {
     const float *rows[CHUNK];
     for (int64_t t = 0; t < count; t++) rows[t] = job.ws + l.u + (k * l.L + begin + t) * l.d;
     float *p = job.ws + l.p + (k * l.L + begin) * l.P;
-    multiply(rows, count, job.a.d, job.ws + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
-             [&](int64_t t, int64_t column, vec value) { store(p + t * l.P + column, value); });
+    multiply<Floats>(rows, count, job.a.d, job.ws + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
+             [=, stride = l.P](int64_t t, int64_t column, vec value) { store(p + t * stride + column, value); });
 }
 
 void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64_t count, int64_t to_stride) {
@@ -218,25 +290,31 @@ void scan(const Job &job, int64_t tile) {
     if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
 
-// Merge, out_norm, times SiLU(z), out_proj; sums for the gate.
+// Merge, out_norm, times SiLU(z), out_proj; sums for the gate. What out_proj reads overwrites y, from the left: an element
+// is not longer than the float that it comes from.
+template <class Layer>
 void output(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
+    typedef typename Layer::Element Element;
+    const Layer in_proj(a.in_proj_int8, job.vector(IN_Z_SCALE)), out_proj(a.out_proj_int8, job.vector(OUT_PROJ_SCALE));
     const Tokens tokens(l, tile);
     float *y[CHUNK];
-    const float *n[CHUNK];
+    const Element *n[CHUNK], *gated[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) {
         const int64_t token = tokens.begin + t;
         y[t] = job.ws + l.y + l.place(token / a.W, token % a.W) * l.d;
-        n[t] = job.ws + l.n + token * l.C;
+        gated[t] = reinterpret_cast<Element *>(y[t]);
+        n[t] = job.rows<Layer>(l.n_in) + token * l.C;
         normalise(y[t], y[t], a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS));
     }
-    multiply(n, tokens.count, a.C, job.ws + l.in_z, a.d, [&](int64_t t, int64_t column, vec z) {
-        store(y[t] + column, load(y[t] + column) * silu(z));
+    multiply<Layer>(n, tokens.count, a.C, job.ws + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
+        out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, load(rows[t] + column) * silu(in_proj.result(sum, column)));
     });
     float *s = job.ws + l.s + tokens.begin * l.C, *sums = job.sums(0, tile);
-    multiply(y, tokens.count, a.d, job.ws + l.out_proj, a.C,
-             [&](int64_t t, int64_t column, vec value) { store(s + t * l.C + column, value); });
+    multiply<Layer>(gated, tokens.count, a.d, job.ws + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+        store(s + t * stride + column, out_proj.result(sum, column));
+    });
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t t = 0; t < tokens.count; t++) add_normalised(sums, s + t * l.C, a.C);
 }
@@ -278,18 +356,24 @@ void add_branches(const Job &job, int64_t tile) {
     }
 }
 
+template <class Layer>
+void run_tile(const Job &job, int stage, int64_t tile) {
+    switch (stage) {
+        case PACK: return pack_weights(job);
+        case PROJECT: return project<Layer>(job, tile);
+        case CONVOLVE: return convolve<Layer>(job, tile);
+        case PARAMETERS: return parameters(job, tile);
+        case SCAN: return scan(job, tile);
+        case OUTPUT: return output<Layer>(job, tile);
+        case GATE: return gate(job);
+        case SUM: return add_branches(job, tile);
+    }
+}
+
 }  // namespace
 
 extern "C" void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
     const Job job(*a, image);
-    switch (stage) {
-        case PACK: return pack_weights(job);
-        case PROJECT: return project(job, tile);
-        case CONVOLVE: return convolve(job, tile);
-        case PARAMETERS: return parameters(job, tile);
-        case SCAN: return scan(job, tile);
-        case OUTPUT: return output(job, tile);
-        case GATE: return gate(job);
-        case SUM: return add_branches(job, tile);
-    }
+    if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, stage, tile);
+    else run_tile<FloatLayer>(job, stage, tile);
 }

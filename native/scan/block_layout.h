@@ -19,7 +19,7 @@ struct Layout {
     int64_t chunks, map_rows, strips; // token tiles; rows of the map in a convolution tile, and how many such tiles
     // offsets into the workspace, in floats
     int64_t in_x, in_z, x_proj, out_proj, local_proj, dt_proj, conv, local_conv, vectors, zeros;  // packed weights
-    int64_t n, x, u, y, p, s, local, sums, gates;                                        // activations of one image
+    int64_t n, n_in, x, u, y, p, s, local, sums, gates;  // activations of one image; n_in: n as in_proj reads it
     int64_t size;
 
     explicit Layout(const evm_block_args &a) {
@@ -28,10 +28,11 @@ struct Layout {
         chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? ceil_div(CHUNK, a.W) : 1, strips = ceil_div(a.H, map_rows);
         int64_t end = 0;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
-        in_x = take(a.C * d), in_z = take(a.C * d), x_proj = take(K * a.d * P), out_proj = take(a.d * C);
-        local_proj = take(a.C * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
-        vectors = take(5 * C + 2 * d), zeros = take(C > d ? C : d);
-        n = take(tokens * C), x = take(tokens * d), u = take(K * L * d);
+        const bool int8 = a.in_proj_int8.weight;  // packed with one row more, at most; activations may be floats still
+        in_x = take((a.C + int8) * d), in_z = take((a.C + int8) * d), x_proj = take(K * a.d * P);
+        out_proj = take((a.d + int8) * C), local_proj = take((a.C + int8) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
+        vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
+        n = take(tokens * C), n_in = int8 ? take(tokens * C) : n, x = take(tokens * d), u = take(K * L * d);
         y = a.N <= IN_PLACE_STATES ? u : take(K * L * d);
         p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
         sums = take((chunks + strips) * C), gates = take(2 * C);

@@ -20,7 +20,8 @@ struct Kernel {
 };
 
 #if defined(__x86_64__)
-const Kernel kernels[] = {{"avx512", evm_scan_tile_avx512, evm_block_tile_avx512, 2},
+const Kernel kernels[] = {{"avx512vnni", evm_scan_tile_avx512vnni, evm_block_tile_avx512vnni, 3},
+                          {"avx512", evm_scan_tile_avx512, evm_block_tile_avx512, 2},
                           {"avx2", evm_scan_tile_avx2, evm_block_tile_avx2, 1},
                           {"base", evm_scan_tile_base, evm_block_tile_base, 0}};
 
@@ -34,7 +35,8 @@ int cpu_level() {
     if ((low & 0x06) != 0x06) return 0;  // the system saves XMM and YMM
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
-    return (b & avx512) == avx512 && (low & 0xe6) == 0xe6 ? 2 : 1;      // and it saves masks and ZMM
+    if ((b & avx512) != avx512 || (low & 0xe6) != 0xe6) return 1;       // the system saves masks and ZMM
+    return c >> 11 & 1 ? 3 : 2;                                         // VNNI
 }
 #elif defined(__aarch64__)
 const Kernel kernels[] = {{"neon", evm_scan_tile_neon, evm_block_tile_neon, 0}};

@@ -10,6 +10,11 @@
  * Channels last, contiguous, float32; d inner channels, N states, rank R, G gate channels; LayerNorm epsilon is 1e-5, GELU
  * the exact one. Matrices are (in, out); convolution weights are (out, in / groups, h, w). Any b, H, W and widths.
  *
+ * in_proj, out_proj and local_proj may have int8 weights and inputs quantised to uint8, computed as ONNX's QuantizeLinear,
+ * DequantizeLinear and MatMul define it: q = saturate(round half to even(input / input_scale) + input_zero_point), int32
+ * sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column). local_conv reads n as it is.
+ * The sums are the same integers on every instruction set. C and d up to 65536.
+ *
  * An image is computed in EVM_BLOCK_STAGES stages, in order; the tiles of a stage are independent, so that the host
  * runtime's own thread pool can distribute them. The result does not depend on how. Nothing is allocated, nothing is thrown.
  */
@@ -21,6 +26,13 @@ extern "C" {
 #endif
 
 enum { EVM_BLOCK_DIRECTIONS = 4, EVM_BLOCK_STAGES = 8 };
+
+typedef struct {
+    const int8_t *weight;  /* laid out as the float layer's; -128 too */
+    const float *scale;    /* of each output channel */
+    float input_scale;     /* positive, its inverse finite */
+    uint8_t input_zero_point;
+} evm_int8_linear;
 
 typedef struct {
     const float *x;                               /* (b, H, W, C) */
@@ -42,6 +54,8 @@ typedef struct {
     float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
     float *workspace; /* evm_block_workspace_bytes, aligned to 64 bytes; its contents need not be kept between calls */
     int64_t b, H, W, C, d, N, R, G;
+    /* Instead of in_proj, out_proj and local_proj_weight, all three of them. In a float block their weights are null. */
+    evm_int8_linear in_proj_int8, out_proj_int8, local_proj_int8;
 } evm_block_args;
 
 EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);

@@ -32,7 +32,7 @@ typedef struct {
 EVM_API int64_t evm_scan_num_tiles(const evm_scan_args *args);
 EVM_API void evm_scan_run_tile(const evm_scan_args *args, int64_t tile);
 
-/* The instruction set in use: "avx512", "avx2", "neon" or "base". */
+/* The instruction set in use: "avx512vnni", "avx512", "avx2", "neon" or "base". */
 EVM_API const char *evm_scan_isa(void);
 /* Choose one by name, NULL for the best. Returns 0, and changes nothing, where it is not built or this CPU lacks it. */
 EVM_API int evm_scan_force_isa(const char *name);

@@ -20,6 +20,7 @@ extern "C" {
 EVM_DECLARE(base)
 EVM_DECLARE(avx2)
 EVM_DECLARE(avx512)
+EVM_DECLARE(avx512vnni)
 EVM_DECLARE(neon)
 #ifdef __cplusplus
 }

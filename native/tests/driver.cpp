@@ -2,8 +2,9 @@
 //
 //   driver [ISA] < problems > results          exit 0 ok, 2 bad usage or input, 3 something was written out of bounds
 //
-// A problem: int64 op (0 scan, 1 block), its dimensions as int64 and its input arrays as float32, both in the order of
-// evm_scan_args or evm_block_args. The results: the outputs in the order of the struct. Outputs and workspace start as NaN,
+// A problem: int64 op (0 scan, 1 block, 2 int8 block), its dimensions as int64 and its input arrays, both in the order of
+// evm_scan_args or evm_block_args; in place of in_proj, out_proj and local_proj_weight an int8 block has the fields of
+// evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results: the outputs in the order of the struct. Outputs and workspace start as NaN,
 // so that what was forgotten shows, and lie between guard bands. Tiles run backwards, because their order must not matter.
 #include "evm_block.h"
 #include "evm_scan.h"
@@ -37,9 +38,10 @@ void *allocate(size_t bytes) {
 bool read_bytes(void *to, size_t bytes) { return fread(to, 1, bytes, stdin) == bytes; }
 
 // An array of exactly its size, so that AddressSanitizer sees reads beyond its end.
-float *read_array(int64_t count, const char *name) {
-    float *data = (float *)allocate((size_t)count * sizeof(float));
-    if (!read_bytes(data, (size_t)count * sizeof(float))) fail(2, "stdin ends inside", name);
+template <class T = float>
+T *read_array(int64_t count, const char *name) {
+    T *data = (T *)allocate((size_t)count * sizeof(T));
+    if (!read_bytes(data, (size_t)count * sizeof(T))) fail(2, "stdin ends inside", name);
     return data;
 }
 
@@ -88,7 +90,14 @@ void run_scan() {
     for (float *array : in) free(array);
 }
 
-void run_block() {
+evm_int8_linear read_linear(int64_t depth, int64_t columns) {
+    evm_int8_linear layer = {read_array<int8_t>(depth * columns, "int8 weights"), read_array(columns, "scales"), 0, 0};
+    if (!read_bytes(&layer.input_scale, sizeof layer.input_scale)) fail(2, "stdin ends inside", "an input's scale");
+    if (!read_bytes(&layer.input_zero_point, sizeof layer.input_zero_point)) fail(2, "stdin ends inside", "an input's zero point");
+    return layer;
+}
+
+void run_block(bool int8) {
     int64_t size[8];
     if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
     const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
@@ -100,7 +109,14 @@ void run_block() {
     const float **const fields = &args.x;  // the inputs, in the same order
     static_assert(offsetof(evm_block_args, out) == INPUTS * sizeof(float *), "inputs of the block");
     float *in[INPUTS];
-    for (int i = 0; i < INPUTS; i++) fields[i] = in[i] = read_array(counts[i], "an array of a block");
+    constexpr int IN_PROJ = 3, OUT_PROJ = 13, LOCAL_PROJ = 16;
+    for (int i = 0; i < INPUTS; i++) {
+        in[i] = nullptr;
+        if (int8 && i == IN_PROJ) args.in_proj_int8 = read_linear(C, 2 * d);
+        else if (int8 && i == OUT_PROJ) args.out_proj_int8 = read_linear(d, C);
+        else if (int8 && i == LOCAL_PROJ) args.local_proj_int8 = read_linear(C, C);
+        else fields[i] = in[i] = read_array(counts[i], "an array of a block");
+    }
     args.b = b, args.H = H, args.W = W, args.C = C, args.d = d, args.N = N, args.R = R, args.G = G;
     Guarded outputs[] = {{"out", b * H * W * C},   {"scan_u", tokens * d}, {"scan_delta", tokens * d},
                          {"scan_B", tokens * N},   {"scan_C", tokens * N}, {"scan_y", tokens * d}};
@@ -114,6 +130,11 @@ void run_block() {
     for (Guarded &output : outputs) output.finish(true);
     workspace.finish(false);
     for (float *array : in) free(array);
+    const evm_int8_linear layers[] = {args.in_proj_int8, args.out_proj_int8, args.local_proj_int8};
+    for (const evm_int8_linear &layer : layers) {
+        free((void *)layer.weight);
+        free((void *)layer.scale);
+    }
 }
 
 }  // namespace
@@ -123,8 +144,8 @@ int main(int argc, char **argv) {
     if (argc == 2 && !evm_scan_force_isa(argv[1])) fail(2, "this CPU or build does not have the ISA", argv[1]);
     for (int64_t op; read_bytes(&op, sizeof op);) {
         if (op == 0) run_scan();
-        else if (op == 1) run_block();
-        else fail(2, "unknown op", "neither 0 (scan) nor 1 (block)");
+        else if (op == 1 || op == 2) run_block(op == 2);
+        else fail(2, "unknown op", "not 0 (scan), 1 (block) or 2 (int8 block)");
     }
     return 0;
 }
