@@ -15,6 +15,7 @@ from evm_deploy.export.graph import fold_batch_norm
 from evm_deploy.scan import reference
 from evm_deploy.scan.native import without_native_scan
 from tests.test_fused import image, in_float64, random_block
+from tests.test_fused_int8 import exact_block
 from tests.test_native import magnitudes, random_scan
 
 NATIVE = Path(__file__).parents[1] / "native"
@@ -23,7 +24,7 @@ SOURCE = NATIVE / "tests" / "driver.cpp"
 
 @dataclass(frozen=True)
 class Problem:
-    """op: 0 scan, 1 block. sizes, arrays: in the order of the struct. outputs: shapes of the results."""
+    """op: 0 scan, 1 block, 2 int8 block. sizes, arrays: in the order of the struct. outputs: shapes of the results."""
 
     op: int
     sizes: tuple[int, ...]
@@ -31,7 +32,8 @@ class Problem:
     outputs: Sequence[tuple[int, ...]]
 
     def to_bytes(self) -> bytes:
-        arrays = [np.ascontiguousarray(array, np.float32).tobytes() for array in self.arrays]
+        kept = (np.int8, np.uint8)
+        arrays = [np.asarray(a, a.dtype if a.dtype in kept else np.float32).tobytes() for a in self.arrays]
         return b"".join([np.array([self.op, *self.sizes], np.int64).tobytes(), *arrays])
 
 
@@ -46,6 +48,13 @@ def block_problem(arrays, b, H, W, C, d, N, R, G):
     return Problem(1, (b, H, W, C, d, N, R, G), arrays, outputs)
 
 
+def int8_block_problem(x, operands):
+    """operands: of evm::EVSSBlockInt8."""
+    (b, H, W, C), (d, N), R = x.shape, operands["A"].shape[1:], operands["dt_proj"].shape[1]
+    float_problem = block_problem([], b, H, W, C, d, N, R, len(operands["gate_reduce_bias"]))
+    return replace(float_problem, op=2, arrays=[x, *operands.values()])
+
+
 def any_block(seed, b, H, W, C, d, N, R, G):
     """A block of widths that need not belong together, on random arrays of moderate size."""
     g = np.random.default_rng(seed)
@@ -56,6 +65,19 @@ def any_block(seed, b, H, W, C, d, N, R, G):
     arrays = [g.standard_normal(shape) / max(1, shape[-1]) ** 0.5 for shape in shapes]
     arrays[8] = -np.exp(g.standard_normal(shapes[8]))
     return block_problem(arrays, b, H, W, C, d, N, R, G)
+
+
+def any_int8_block(seed, *sizes):
+    """`any_block` with int8 linear layers."""
+    problem, arrays, g = any_block(seed, *sizes), [], np.random.default_rng(seed)
+    for i, array in enumerate(problem.arrays):
+        if i not in (3, 13, 16):  # in_proj, out_proj, local_proj_weight
+            arrays.append(array)
+            continue
+        scale = np.full(array.shape[1], max(1e-6, np.abs(array).max() / 127))
+        zero_point = np.array(g.integers(256), np.uint8)
+        arrays += [np.round(array / scale).astype(np.int8), scale, np.array(0.03), zero_point]
+    return replace(problem, op=2, arrays=arrays)
 
 
 @dataclass(frozen=True)
@@ -126,3 +148,15 @@ def check_random_blocks(driver: Driver, count: int) -> None:
         loop = reference.selective_scan(u, delta, A, B, C, skip, bias)
         terms = reference.selective_scan(*magnitudes(u, delta, A, B, C, skip, bias))
         assert np.abs(y - loop).max() <= 3e-6 * terms.max(), problem.sizes
+
+
+def check_exact_int8_blocks(driver: Driver, count: int) -> None:
+    """The same bits as integer arithmetic gives, at depths beyond 512 and 2^24 too."""
+    problems, wanted = [], []
+    for i in range(count):
+        x, operands, want, want_u = exact_block(i)
+        problems.append(int8_block_problem(x, operands))
+        wanted.append((want, want_u))
+    for (want, want_u), (out, u, *_) in zip(wanted, driver.run(problems), strict=True):
+        np.testing.assert_array_equal(out, want)
+        np.testing.assert_array_equal(np.maximum(u, 0), want_u)

@@ -20,7 +20,7 @@ from evm_deploy.files import cache_folder
 from evm_deploy.inference import load
 from evm_deploy.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
-from tests.driver import Driver, check_random_blocks, check_random_scans, scan_problem
+from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas
 
 HOST = host_platform()
@@ -53,7 +53,7 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     library = cross.library("onnxruntime", platform)
     content = library.read_bytes()
     assert library.suffix == PLATFORMS[platform].suffix
-    assert len(content) < 400_000
+    assert len(content) < 500_000
     assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
     assert str(cache_folder()).encode() not in content
@@ -125,6 +125,10 @@ def test_random_scans(driver):
 
 def test_random_blocks(driver):
     check_random_blocks(driver, 12)
+
+
+def test_exact_int8_blocks(driver):
+    check_exact_int8_blocks(driver, 24)
 
 
 # ------------------------------------------------------------------------------------------------------------- bundles
@@ -243,7 +247,7 @@ def test_what_the_compiler_says_is_shown(tmp_path):
 
 def test_architectures_without_a_kernel_of_their_own_get_the_base():
     assert [kernel.name for kernel in read_recipe().of("riscv64")] == ["base"]
-    assert [kernel.name for kernel in read_recipe().of("x86_64")] == ["base", "avx2", "avx512"]
+    assert [kernel.name for kernel in read_recipe().of("x86_64")] == ["base", "avx2", "avx512", "avx512vnni"]
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
