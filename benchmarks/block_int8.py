@@ -1,0 +1,70 @@
+"""A fused EVSS block with int8 linear layers beside the same block in float32: native kernels in ONNX Runtime.
+
+    python benchmarks/block_int8.py [--rounds 40] [--isa avx2]
+
+The two kinds of block of T at 224x224, batch 1, one thread. Weights are random, ranges those of the block's own input.
+The bound is the ratio if in_proj, out_proj and local_proj cost nothing in int8, not even to quantise: the float block
+less their multiply-adds, at the rate that a loop of nothing else reaches on this core (fma_peak.cpp).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import sys
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from common import interleave, ratio, where
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scan import ISAS, fma_peak
+
+from evm_deploy.plugins import kernel_isa, plugin_path
+from evm_deploy.scan import native
+from tests.test_fused import block_model, image, random_block
+from tests.test_fused_int8 import int8_model, quantized
+
+SHAPES = ((56, 48, 3), (28, 96, 6))  # H = W, C, R of T's stages at 224x224
+
+
+def session(model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.register_custom_ops_library(str(plugin_path("onnxruntime")))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--isa", help="instead of this CPU's best")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    kernel = native.open_kernel(plugin_path("onnxruntime"))
+    if args.isa and not kernel.evm_scan_force_isa(ctypes.c_char_p(args.isa.encode())):
+        parser.error(f"this CPU does not have {args.isa}")
+    isa = args.isa or kernel_isa(plugin_path("onnxruntime"))
+    peak = fma_peak(*ISAS[isa.removesuffix("vnni")])
+    print(f"{where()}, onnxruntime {ort.__version__}, {isa}, {args.rounds} rounds")
+    for size, dim, rank in SHAPES:
+        block, x = random_block(0, dim, rank, 16), image(0, 1, size, size, dim)
+        float_block = session(block_model(block, 1, size, size))
+        int8_block = session(int8_model(quantized(block, x), 1, size, size))
+        subjects = {"float": float_block, "int8": int8_block}
+        times = interleave({k: lambda s=s, x=x: s.run(None, {"x": x}) for k, s in subjects.items()}, args.rounds)
+        median = {name: statistics.median(of) for name, of in times.items()}
+        line = f"{size}x{size}x{dim}: float {median['float']:.3f} ms, int8 {median['int8']:.3f} ms, float / int8"
+        line += f" {ratio(times, 'float', 'int8')[1]}"
+        if peak:
+            products = size * size * 7 * dim * dim / peak / 1e6
+            line += f", bound {median['float'] / (median['float'] - products):.2f}"
+        print(line)
+    kernel.evm_scan_force_isa(None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
