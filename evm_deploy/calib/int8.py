@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +17,7 @@ from evm_deploy.calib.images import ImageSet, calibration_images, labelled_image
 from evm_deploy.calib.quantize import Layer, activations, last_layer, layers, quantize, weight_only
 from evm_deploy.calib.table import CalibrationTable, calibrate
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+from evm_deploy.scan.fused import FusedOp
 
 if TYPE_CHECKING:
     import onnx
@@ -62,15 +63,21 @@ def quantize_graph(
     request: Request,
     preprocessing: Any,
     *,
-    float_modules: Sequence[str],
+    fused: Mapping[str, FusedOp],
     plugin: Path | None,
     step: Step,
 ) -> Quantized:
-    """The int8 form of a hub graph. `float_modules` are left as they are; `plugin` speeds calibration up.
+    """The int8 form of a hub graph. Of the modules that are `fused`, only what their op takes as int8 is quantised, and
+    its results stay float. `plugin` speeds calibration up.
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
-    found = [layer for layer in layers(model) if not _below_any(layer.module, float_modules)]
+    inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
+    found = [
+        replace(layer, float_output=layer.module in inside)
+        for layer in layers(model)
+        if layer.module in inside or not _below_any(layer.module, tuple(fused))
+    ]
     with step("images", f"up to {request.images} of {request.calib}"):
         chosen = calibration_images(request.calib, preprocessing, request.images, force=request.force)
         used, held_out = _split(chosen)

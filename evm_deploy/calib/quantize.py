@@ -26,13 +26,17 @@ SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be quantised. module: its path. reads, writes: activations; writes is behind a ReLU, if any."""
+    """A layer that can be quantised. module: its path. reads, writes: activations; writes is behind a ReLU, if any.
+
+    float_output: what it writes is not rounded.
+    """
 
     node: str
     module: str
     reads: str
     writes: str
     weight: str
+    float_output: bool = False
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
@@ -99,9 +103,68 @@ def quantize(
     quantizer.quantize_model()
     result = in_order(quantizer.model.model)
     del result.opset_import[len(model.opset_import) :]  # com.microsoft, which nothing uses
-    for node in result.graph.node:
-        node.name = node.name or f"root/{node.op_type}"
+    float_outputs = {layer.node for layer in found if layer.float_output}
+    _drop_output_pairs(result, float_outputs)
+    _restore_biases(result, model, float_outputs)
+    _name_after_readers(result)
     return result
+
+
+def _drop_output_pairs(model: onnx.ModelProto, nodes: Collection[str]) -> int:
+    """Let these nodes give float to all but quantised readers: their output is no longer rounded. Returns how many.
+
+    before:  %1 = MatMul(..);  %2 = QuantizeLinear(%1);  %3 = DequantizeLinear(%2);  %4 = Add(%3, ..)
+    after:   %1 = MatMul(..);  %4 = Add(%1, ..)
+    """
+    graph = model.graph
+    outputs = {node.output[0] for node in graph.node if node.name in nodes}
+    quantized = {n.output[0]: n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in outputs}
+    pairs = {n.output[0]: (n, quantized[n.input[0]]) for n in graph.node if n.input and n.input[0] in quantized}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in pairs:
+                node.input[i] = pairs[name][1].input[0]
+    for dequantize, quantizer in pairs.values():
+        graph.node.remove(dequantize)
+        if quantizer in graph.node:
+            graph.node.remove(quantizer)
+    return len(pairs)
+
+
+def _restore_biases(model: onnx.ModelProto, original: onnx.ModelProto, nodes: Collection[str]) -> None:
+    """Give these nodes their float bias back: an int32 one is for those whose output is rounded."""
+    graph = model.graph
+    biases = {node.name: node.input[2] for node in original.graph.node if node.name in nodes and len(node.input) > 2}
+    tensors = {tensor.name: tensor for tensor in original.graph.initializer}
+    present = {tensor.name for tensor in graph.initializer}
+    gone = set()
+    for node in graph.node:
+        bias = biases.get(node.name)
+        if bias:
+            gone.add(node.input[2])
+            node.input[2] = bias
+            if bias not in present:
+                graph.initializer.add().CopyFrom(tensors[bias])
+    for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] in gone]:
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def _name_after_readers(model: onnx.ModelProto) -> None:
+    """Name the new nodes after the module that reads what they write: layers.2.1.conv_dw.0/DequantizeLinear."""
+    module_of: dict[str, str] = {}  # by tensor
+    used = {node.name for node in model.graph.node}
+    for node in reversed(model.graph.node):
+        if "/" not in node.name:
+            module = next((module_of[name] for name in node.output if name in module_of), "root")
+            name, count = f"{module}/{node.op_type}", 0
+            while (unique := f"{name}_{count}" if count else name) in used:
+                count += 1
+            node.name = unique
+            used.add(unique)
+        module_of.update({name: node.name.rpartition("/")[0] for name in node.input})
 
 
 def weight_only(model: onnx.ModelProto, weights: Collection[str]) -> int:

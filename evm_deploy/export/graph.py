@@ -64,9 +64,10 @@ def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = Non
         if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE):
             reads = dict(zip(SCAN_INPUTS, node.input, strict=True))
             sites.append(ScanSite(path, reads, node.output[0]))
-        elif fused and path in fused and op_type == fused[path].op_type:
+        elif fused and path in fused and op_type.removesuffix("Int8") == fused[path].op_type:
             op, name = fused[path], f"{path}.{fused[path].scan}"
-            operands = dict(zip(op.operands, node.input[1:], strict=True))
+            function = next(f for f in model.functions if (f.name, f.overload) == (op_type, node.overload))
+            operands = dict(zip(function.input, node.input, strict=True))
             reads = {key: operands[operand] for key, operand in op.scan_constants.items()}
             taps = {key: f"{name}/{key}" for key in SCAN_OUTPUTS}
             sites.append(ScanSite(name, {**reads, **taps}, taps["y"], node.name))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.calib.quantize import LAYERS
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.naming import below
 from evm_deploy.scan import onnx_function
@@ -36,14 +37,14 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     x, out = _boundary(graph, inside, path)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     used = [constants[name] for name in dict.fromkeys(i for n in inside for i in n.input) if name in constants]
-    operands = [_find(used, value.detach().numpy(), f"{path}: {name}") for name, value in op.operands.items()]
-    body = _body(inside, path, {x: "x", **dict(zip(operands, op.operands, strict=True))}, out, constants)
+    op_type, operands = _operands(graph, inside, used, path, op)
+    body = _body(inside, path, {x: "x", **{tensor: name for name, tensor in operands.items()}}, out, constants)
     scan_node = next(node for node in body if node.op_type == onnx_function.OP_TYPE)
     scan = dict(zip(onnx_function.INPUTS, scan_node.input, strict=True)) | {"y": scan_node.output[0]}
     function = helper.make_function(
         onnx_function.DOMAIN,
-        op.op_type,
-        ["x", *op.operands],
+        op_type,
+        ["x", *operands],
         ["out", *(scan[name] for name in SCAN_OUTPUTS)],
         body,
         list(model.opset_import),
@@ -51,10 +52,10 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     )
     overload = _share(model, function)
     node = helper.make_node(
-        op.op_type,
-        [x, *operands],
+        op_type,
+        [x, *operands.values()],
         [out, *[""] * len(SCAN_OUTPUTS)],
-        name=f"{path}/{op.op_type}",
+        name=f"{path}/{op_type}",
         domain=onnx_function.DOMAIN,
         overload=overload,
     )
@@ -85,6 +86,25 @@ def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -
             "report this, with the versions of torch, onnx and onnxsim",
         )
     return reads.pop(), writes.pop()
+
+
+def _operands(
+    graph: onnx.GraphProto, inside: list[onnx.NodeProto], used: list[onnx.TensorProto], path: str, op: FusedOp
+) -> tuple[str, dict[str, str]]:
+    """The op's type and, by operand, the initializer; the int8 op where the module's linear layers are quantised."""
+    producers = {name: node for node in inside for name in node.output}
+    int8 = any(node.op_type == "DequantizeLinear" for node in inside)
+    found = {}
+    for name, value in op.operands.items():
+        if int8 and name in op.int8_layers:
+            module = f"{path}.{op.int8_layers[name]}"
+            layer = next(n for n in inside if n.op_type in LAYERS and n.name.rpartition("/")[0] == module)
+            activation, weight = (producers[tensor] for tensor in layer.input[:2])
+            found[name], found[f"{name}_scale"] = weight.input[0], weight.input[1]
+            found[f"{name}_input_scale"], found[f"{name}_input_zero_point"] = activation.input[1], activation.input[2]
+        else:
+            found[name] = _find(used, value.detach().numpy(), f"{path}: {name}")
+    return op.op_type + ("Int8" if int8 else ""), found
 
 
 def _find(tensors: list[onnx.TensorProto], value: NDArray[np.float32], what: str) -> str:

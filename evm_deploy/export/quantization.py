@@ -50,7 +50,7 @@ def quantize(
         input=plan.input,
     )
     quantized = quantize_graph(
-        graph.model, request, preprocessing, float_modules=tuple(graph.fusable), plugin=target.plugin(), step=step
+        graph.model, request, preprocessing, fused=graph.fusable, plugin=target.plugin(), step=step
     )
     return replace(graph, model=quantized.model), quantized
 

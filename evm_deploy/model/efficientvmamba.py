@@ -187,7 +187,13 @@ class EVSSBlock(nn.Module):
             "gate_select_weight": gate.channel_select.weight.T,
             "gate_select_bias": gate.channel_select.bias,
         }
-        return FusedOp("EVSSBlock", operands, scan="op", scan_constants={"A": "A", "skip": "skip", "bias": "dt_bias"})
+        return FusedOp(
+            "EVSSBlock",
+            operands,
+            scan="op",
+            scan_constants={"A": "A", "skip": "skip", "bias": "dt_bias"},
+            int8_layers={"in_proj": "op.in_proj", "out_proj": "op.out_proj", "local_proj_weight": "conv_branch.3"},
+        )
 
 
 class PatchMerging(nn.Module):

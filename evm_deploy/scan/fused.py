@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -18,13 +18,16 @@ class FusedOp:
     """evm::`op_type`(x, *operands) -> out, and optionally `SCAN_OUTPUTS`.
 
     operands: by name, in the op's order and layout. scan: path of the scan inside the module. scan_constants: which
-    operands are the scan's A (K, D, N), skip and bias (K, D).
+    operands are the scan's A (K, D, N), skip and bias (K, D). int8_layers: operand -> path of the linear layer inside
+    the module whose weight it is; where these are int8, the op is evm::`op_type`Int8, and each of the operands is
+    followed by <name>_scale, <name>_input_scale and <name>_input_zero_point.
     """
 
     op_type: str
     operands: Mapping[str, Tensor]
     scan: str
     scan_constants: Mapping[str, str]
+    int8_layers: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
