@@ -74,7 +74,7 @@ def any_int8_block(seed, *sizes):
         if i not in (3, 13, 16):  # in_proj, out_proj, local_proj_weight
             arrays.append(array)
             continue
-        scale = np.full(array.shape[1], max(1e-6, np.abs(array).max() / 127))
+        scale = np.full(array.shape[1], max(1e-6, np.abs(array).max(initial=0) / 127))
         zero_point = np.array(g.integers(256), np.uint8)
         arrays += [np.round(array / scale).astype(np.int8), scale, np.array(0.03), zero_point]
     return replace(problem, op=2, arrays=arrays)
