@@ -184,6 +184,16 @@ def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp
     assert bundle.manifest.accuracy["drop"] <= 0.3
 
 
+@pytest.mark.parametrize("scan", ["auto", "portable"])
+def test_a_block_with_a_scan_can_stay_in_float(scan, monkeypatch, tmp_path):
+    spoil(monkeypatch, "layers.1.blocks.0.op.out_proj:input")
+    bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.1, scan=scan), tmp_path)
+    assert bundle.manifest.details["quantization"]["in_float"] == ["layers.1.blocks.0"]
+    model = onnx.load(str(bundle.path / "model.onnx"))
+    fused = [node.op_type for node in model.graph.node if node.domain == "evm"]
+    assert fused == ([] if scan == "portable" else ["EVSSBlockInt8", "EVSSBlock"])
+
+
 def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_path):
     monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
     with pytest.raises(AccuracyError, match="limit 0 points"):

@@ -74,7 +74,7 @@ def quantize_graph(
     """
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
     found = [
-        replace(layer, float_output=layer.module in inside)
+        replace(layer, float_output=layer.float_output or layer.module in inside)
         for layer in layers(model)
         if layer.module in inside or not _below_any(layer.module, tuple(fused))
     ]

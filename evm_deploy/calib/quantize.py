@@ -53,7 +53,9 @@ def layers(model: onnx.ModelProto) -> list[Layer]:
             relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
             writes = relu.output[0] if relu else node.output[0]
             module = node.name.rpartition("/")[0]
-            found.append(Layer(node.name, module, node.input[0], writes, node.input[1]))
+            # a matrix product may give float for nothing, a convolution may not (ONNX Runtime fuses whole pairs alone)
+            as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
+            found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
     return found[1:-1]
 
 

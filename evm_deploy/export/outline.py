@@ -93,12 +93,12 @@ def _operands(
 ) -> tuple[str, dict[str, str]]:
     """The op's type and, by operand, the initializer; the int8 op where the module's linear layers are quantised."""
     producers = {name: node for node in inside for name in node.output}
-    int8 = any(node.op_type == "DequantizeLinear" for node in inside)
+    layers = {node.name.rpartition("/")[0]: node for node in inside if node.op_type in LAYERS}
+    int8 = any(layers[f"{path}.{layer}"].input[1] in producers for layer in op.int8_layers.values())
     found = {}
     for name, value in op.operands.items():
         if int8 and name in op.int8_layers:
-            module = f"{path}.{op.int8_layers[name]}"
-            layer = next(n for n in inside if n.op_type in LAYERS and n.name.rpartition("/")[0] == module)
+            layer = layers[f"{path}.{op.int8_layers[name]}"]
             activation, weight = (producers[tensor] for tensor in layer.input[:2])
             found[name], found[f"{name}_scale"] = weight.input[0], weight.input[1]
             found[f"{name}_input_scale"], found[f"{name}_input_zero_point"] = activation.input[1], activation.input[2]
