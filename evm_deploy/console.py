@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 from evm_deploy.errors import EvmError
 
 INTERRUPTED = 130
+SHOW_CURSOR = b"\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
   5 accuracy gate failed   6 latency budget failed   130 interrupted"""
@@ -53,16 +56,38 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
-    """Run a command's body at the process boundary: every failure becomes one message and its exit code."""
+@contextlib.contextmanager
+def _interruptible(prog: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once, unfinished files removed, cursor back.
+
+    No exception is raised for them: libraries swallow one that hits inside their imports, abort on one inside their
+    callbacks, or report it as an error of their own. What is unfinished is known to atexit (see files.aside).
+    """
 
     def stop(signum: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt
+        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C does not wait for anything
+        atexit._run_exitfuncs()
+        if sys.stderr.isatty():
+            os.write(2, SHOW_CURSOR)
+        os.write(2, f"{prog}: interrupted; nothing was left behind\n".encode())
+        os._exit(INTERRUPTED)
 
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = body()
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
+    """Run a command's body at the process boundary: every failure becomes one message and its exit code."""
+    try:
+        with _interruptible(prog):
+            code = body()
         sys.stdout.flush()
         return code
     except EvmError as error:
@@ -70,9 +95,6 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         if verbose:
             raise
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; nothing was left behind", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -13,17 +13,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evm-deploy"
 
 
+def aside(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside `path` to write into before renaming; it goes with its `with` block, or when the process ends.
+
+    Its name says for what and by whom: `.<name>.<pid>.<random>`. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.{os.getpid()}."
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+
+
 def write_aside(path: Path, text: str) -> None:
     """Write a text file beside `path` and rename it: there is the old one, or the new one, whole. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with aside(path) as folder:
+        file = Path(folder) / path.name
+        file.write_text(text, encoding="utf-8")
+        file.replace(path)
 
 
 def sha256(path: Path) -> str:

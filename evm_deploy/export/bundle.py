@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evm_deploy.errors import BundleError
 from evm_deploy.export.manifest import FILE, Manifest
-from evm_deploy.files import sha256
+from evm_deploy.files import aside, sha256
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,17 @@ def written_aside(path: Path) -> Iterator[Path]:
     Left-overs of killed exports to the same path are removed first. Raises BundleError when the disk will not have it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
-        folder.chmod(0o755)
+        unfinished = aside(path)
     except OSError as error:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
-    try:
-        yield folder
-    except OSError as error:
-        raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with unfinished as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        try:
+            yield folder
+        except OSError as error:
+            raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
 
 
 def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
@@ -91,17 +90,27 @@ def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
     }
     manifest = replace(manifest, files=files)
     (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
-    old = folder.with_name(folder.name + ".old")
-    if path.exists():
-        path.rename(old)
-    try:
-        folder.rename(path)
-    except BaseException:  # Ctrl-C too
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    _replace(folder, path)
     return Bundle(path, manifest)
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`; what was there stays when that fails or the process ends in between."""
+    old = folder.with_name(folder.name + ".old")
+
+    def restore() -> None:
+        if old.exists() and not path.exists():
+            old.rename(path)
+
+    atexit.register(restore)
+    try:
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+    finally:
+        restore()
+        atexit.unregister(restore)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sweep(path: Path) -> None:
