@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from evm_deploy.errors import EvmError
+from evm_deploy.progress import Progress, silent
 
 INTERRUPTED = 130
+BAR_WIDTH = 30
 SHOW_CURSOR = b"\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
@@ -23,25 +25,36 @@ EXIT_CODES = """exit codes:
 
 
 class Steps:
-    """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`, with a spinner on terminals."""
+    """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`; on terminals a spinner while it runs,
+    and a bar where the step says how far it is.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
     @contextlib.contextmanager
-    def __call__(self, name: str, detail: str) -> Iterator[None]:
+    def __call__(self, name: str, detail: str) -> Iterator[Progress]:
         if self.quiet:
-            yield
+            with silent(name, detail) as advance:
+                yield advance
             return
         from rich.console import Console
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         label = f"{name:<10} {detail}"
         start = time.perf_counter()
-        live = console.status(label) if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext()
+        live = console.status(label)
+
+        def show(done: int, total: int) -> None:
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(label, ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
+            live.update(bar)
+
         try:
-            with live:
-                yield
+            with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
+                yield show
         except BaseException:
             console.print(f"{label:<56} [red]failed[/red] {time.perf_counter() - start:.1f} s")
             raise

@@ -136,12 +136,14 @@ def test_the_trained_network_keeps_its_accuracy(method, trained, tmp_path):
     assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 30
 
 
-def test_seeded_weights_of_t(checkpoint, pictures, tmp_path):
-    """Beside the float export: 28 dB, under a third of the size."""
-    bundle = export(checkpoint("tiny_224"), plan(pictures), tmp_path)
-    float32 = export(checkpoint("tiny_224"), ExportPlan("onnx"), tmp_path)
+@pytest.mark.parametrize(
+    ("case", "imgsz"), [("tiny_224", (224, 224)), ("small_224", (128, 128)), ("base_224", (128, 128))]
+)
+def test_seeded_weights_of_every_variant(case, imgsz, checkpoint, pictures, tmp_path):
+    """28 dB on pictures that were kept back, and under a third of the size of the weights."""
+    bundle = export(checkpoint(case), plan(pictures, imgsz=imgsz), tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] >= 28
-    assert bundle.size_bytes < 0.31 * float32.size_bytes
+    assert bundle.size_bytes < 0.31 * 4 * bundle.manifest.model["parameters"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictu
 MEMORY = """
 import resource, sys
 from evm_deploy import ExportPlan, export
-plan = ExportPlan("onnx", precision="int8", imgsz=(64, 64), calib=sys.argv[2], force_calib=True)
+plan = ExportPlan("onnx", precision="int8", imgsz=(224, 224), calib=sys.argv[2], force_calib=True)
 export(sys.argv[1], plan, sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -244,11 +246,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []
-    for count in (40, 400):
-        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(64, 64, seed=i) for i in range(count)]))
+    for count in (64, 512):
+        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(224, 224, seed=i) for i in range(count)]))
         command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 60  # MB
+    assert peaks[1] - peaks[0] < 150  # MB, of which 67 are the file of pictures itself
 
 
 def test_blocks_are_the_units_that_stay_in_float():

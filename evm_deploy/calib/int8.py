@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
 from evm_deploy.calib.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.calib.quantize import Layer, activations, last_layer, layers, quantize, weight_only
 from evm_deploy.calib.table import CalibrationTable, calibrate
+from evm_deploy.progress import Progress, Step
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
 GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the convolutions
-
-Step = Callable[[str, str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def quantize_graph(
         judged = held_out
         if request.val:
             judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
-    with step("calibrate", f"{len(used)} images, {request.method}"):
-        table = _calibrate(model, found, used, request, plugin)
+    with step("calibrate", f"{len(used)} images, {request.method}") as progress:
+        table = _calibrate(model, found, used, request, plugin, progress)
         ranges = table.ranges(request.method)
     head = list(last_layer(model))
     labels = judged.labels if request.val else None
@@ -110,8 +108,10 @@ def quantize_graph(
     sensitivity: dict[str, float] = {}
     if not accuracy.ok and request.max_drop is not None:
         blocks = list(dict.fromkeys(block_of(layer.module) for layer in found))
-        with step("sensitivity", f"{len(blocks)} blocks, one at a time"):
-            sensitivity = {block: evaluate(int8((), only=block)).sqnr_db for block in blocks}
+        with step("sensitivity", f"{len(blocks)} blocks, one at a time") as progress:
+            for done, block in enumerate(blocks):
+                progress(done, len(blocks))
+                sensitivity[block] = evaluate(int8((), only=block)).sqnr_db
             ranked = sorted(blocks, key=lambda block: sensitivity[block])
             kept, accuracy = keep_float_until(lambda keep: evaluate(int8(keep)), ranked)
     return Quantized(
@@ -145,7 +145,12 @@ def run_all(model: onnx.ModelProto, images: ImageSet, request: Request, plugin: 
 
 
 def _calibrate(
-    model: onnx.ModelProto, found: Sequence[Layer], images: ImageSet, request: Request, plugin: Path | None
+    model: onnx.ModelProto,
+    found: Sequence[Layer],
+    images: ImageSet,
+    request: Request,
+    plugin: Path | None,
+    progress: Progress,
 ) -> CalibrationTable:
     import onnx
 
@@ -171,7 +176,7 @@ def _calibrate(
                     merged.setdefault(key, []).append(values[name][0].ravel())
                 yield {key: np.concatenate(parts) for key, parts in merged.items()}
 
-    return calibrate(identity, measured)
+    return calibrate(identity, measured, progress=progress)
 
 
 def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:

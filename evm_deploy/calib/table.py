@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from evm_deploy.calib.histogram import Histogram, Range
 from evm_deploy.errors import CalibrationError
 from evm_deploy.files import cache_folder, write_aside
+from evm_deploy.progress import Progress
 
 SCHEMA = 1
 SAVE_EVERY = 32  # images between two saves of an unfinished table
 
 Activations = Mapping[str, NDArray[np.float32]]
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,14 @@ from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.platforms import host_platform
+from evm_deploy.progress import Step, silent
 from evm_deploy.runtimes.base import Runtime
 
 DEFAULT_IMGSZ = (224, 224)
 
-Step = Callable[[str, str], AbstractContextManager[Any]]
-
-
-def _silent(name: str, detail: str) -> AbstractContextManager[Any]:
-    return nullcontext()
-
 
 def export(
-    checkpoint: str | Path, plan: ExportPlan, out: str | Path = "dist", *, force: bool = False, step: Step = _silent
+    checkpoint: str | Path, plan: ExportPlan, out: str | Path = "dist", *, force: bool = False, step: Step = silent
 ) -> Bundle:
     """Checkpoint -> verified bundle `out`/<stem>-<target>-<precision>-<HxW>.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.progress import Step
 
 TABLE = "calibration.json"
 WARM_UP, TIMED = 3, 15  # runs of each precision, to tell whether int8 pays off
 WORTH_IT = 1.05
-
-Step = Callable[[str, str], AbstractContextManager[Any]]
 
 
 def quantize(
