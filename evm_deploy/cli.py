@@ -32,19 +32,25 @@ def export_parser() -> Parser:
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
     add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), or all")
     precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32 (default), fp16, int8")
+    precision("--precision", metavar="P", help="fp32 (default), fp16, int8, w8")
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
         )
-    add("--calib", metavar="DIR", help="pictures to calibrate int8 with: a folder, a list of paths, an .npz, or demo")
+    add(
+        "--calib",
+        metavar="DIR",
+        help="pictures to calibrate int8, or judge w8, with: folder, list of paths, .npz, demo",
+    )
     add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
     add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
     add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
     add(
-        "--val", metavar="DIR", help="labelled pictures to judge int8 with: class folders, a CSV of path,class, or demo"
+        "--val",
+        metavar="DIR",
+        help="labelled pictures to judge int8 or w8 with: class folders, CSV of path,class, demo",
     )
-    add("--max-drop", metavar="X", help="points of top-1 that int8 may lose on --val, default 1.0; exit 5 otherwise")
+    add("--max-drop", metavar="X", help="points of top-1 that these may lose on --val, default 1.0; exit 5 otherwise")
     add("--imgsz", metavar="N|HxW", help="input pixels, 224 or 224x288; default: as saved with the weights, else 224")
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
@@ -151,7 +157,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     m, parity = bundle.manifest, bundle.manifest.parity
     height, width = m.preprocessing["size"]
     title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {height}x{width}"
-    quantized = [m.details["quantization"]] if m.accuracy else []
+    quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
         (
@@ -159,7 +165,14 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
         ),
         *((("Accuracy", str(accuracy_of(m.accuracy))),) if m.accuracy else ()),
-        *(("Speed", f"int8 is {q['speed_over_fp32_here']:.2f}x as fast as float32 here (1 thread)") for q in quantized),
+        *(
+            (
+                "Gain",
+                f"{m.precision} is {q['speed_over_fp32_here']:.2f}x as fast as float32 here (1 thread), "
+                f"{q['size_of_fp32']:.2f} of its size",
+            )
+            for q in quantized
+        ),
         *(("In float", block) for q in quantized for block in q["in_float"]),
         ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
         *(("Note", note) for note in m.notes),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -17,6 +18,7 @@ from evm_deploy.demo import CHECKPOINT  # noqa: E402
 from evm_deploy.export.bundle import Bundle  # noqa: E402
 from evm_deploy.export.pipeline import export  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
+from evm_deploy.export.selftest import picture  # noqa: E402
 
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
 torch.set_num_threads(1)
@@ -58,8 +60,37 @@ def demo_bundle(tmp_path_factory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """120 pictures without labels, to calibrate or judge with."""
+    folder = tmp_path_factory.mktemp("calibration")
+    for i in range(120):
+        Image.fromarray(picture(80, 90, seed=1000 + i)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained() -> Path:
     """The trained T; not part of the project, so tests that need it skip where it is absent."""
     if not TRAINED.is_dir():
         pytest.skip("the trained T (../shared/trained) is not beside this checkout")
     return TRAINED
+
+
+@pytest.fixture(scope="session")
+def glyphs(trained):
+    """glyphs(count, seed, size) -> pictures that the trained T was made for, and their classes."""
+    sys.path.insert(0, str(trained))
+    from glyphs import glyphs
+
+    return glyphs
+
+
+@pytest.fixture(scope="session")
+def labelled_glyphs(glyphs, tmp_path_factory) -> Path:
+    """500 pictures that the trained T has not seen, in class folders."""
+    folder = tmp_path_factory.mktemp("val")
+    for i, (image, label) in enumerate(zip(*glyphs(500, 7, 64), strict=True)):
+        path = folder / str(label) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder

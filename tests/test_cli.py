@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from evm_deploy import cli
+from evm_deploy.errors import UsageError
+from evm_deploy.export.onnx import TARGET
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import check_plan
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "tensorrt", "coremltools"}
 EXPORT = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
@@ -53,9 +58,11 @@ BAD_FLAGS = {
     "no target": ([], "--target is missing"),
     "misspelt target": (["--target", "onxx"], "did you mean onnx?"),
     "unknown target": (["--target", "onnx,toaster"], "choose from: onnx"),
-    "precision": (["--target", "onnx", "--precision", "w8"], "target 'onnx' has no precision 'w8'; it has: fp32, fp16"),
     "int8 without pictures": (["--target", "onnx", "--int8"], "add --calib DIR"),
-    "pictures without int8": (["--target", "onnx", "--calib", "demo"], "--calib is for int8, this export is fp32"),
+    "pictures without int8": (
+        ["--target", "onnx", "--calib", "demo"],
+        "--calib is for int8 and w8, this export is fp32",
+    ),
     "max drop": (["--target", "onnx", "--int8", "--calib", "demo", "--max-drop", "1"], "add --val DIR"),
     "misspelt precision": (["--target", "onnx", "--precision", "fp23"], "did you mean fp32?"),
     "scan": (["--target", "onnx", "--scan", "plugin"], "has no scan lowering 'plugin'; it has: auto, portable"),
@@ -90,6 +97,11 @@ def test_bad_flags_exit_2_with_one_message(name, micro, tmp_path, capsys):
     assert code == 2
     assert message in streams.err and "Traceback" not in streams.err
     assert streams.out == "" and not (tmp_path / "out").exists()
+
+
+def test_a_precision_that_the_target_lacks():
+    with pytest.raises(UsageError, match="target 'onnx' has no precision 'w8'; it has: fp32, fp16"):
+        check_plan(replace(TARGET, precisions=("fp32", "fp16")), ExportPlan("onnx", precision="w8"))
 
 
 def test_labels_must_fit_the_head(micro, tmp_path, capsys):

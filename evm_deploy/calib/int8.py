@@ -1,8 +1,8 @@
-"""From a float graph to an int8 one: calibrate, quantise, judge, and keep in float what costs too much."""
+"""From a float graph to an int8 or w8 one: calibrate, quantise, judge, and keep in float what costs too much."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
 from evm_deploy.calib.images import ImageSet, calibration_images, labelled_images
-from evm_deploy.calib.quantize import Layer, activations, last_layer, layers, quantize, weight_only
+from evm_deploy.calib.quantize import Layer, activations, layers, quantize
 from evm_deploy.calib.table import CalibrationTable, calibrate
+from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.progress import Progress, Step
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
@@ -28,9 +29,10 @@ GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the conv
 
 @dataclass(frozen=True)
 class Request:
-    """What to calibrate and judge with; see ExportPlan. num_classes 0: outputs are no classes."""
+    """What to quantise and what to calibrate and judge with; see ExportPlan. num_classes 0: outputs are no classes."""
 
-    calib: Path
+    precision: str
+    calib: Path | None
     images: int
     method: str
     force: bool
@@ -44,12 +46,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 graph, how good it is, and which blocks stayed in float; sensitivity: SQNR in dB of each block alone."""
+    """A quantised graph, how good it is, and which blocks stayed in float.
+
+    table: of what the activations did, where they are quantised too. accuracy: None where there were no images to judge
+    with. sensitivity: SQNR in dB of each block alone.
+    """
 
     model: onnx.ModelProto
-    table: CalibrationTable
-    method: str
-    accuracy: Accuracy
+    table: CalibrationTable | None
+    accuracy: Accuracy | None
     layers: int
     in_float: tuple[str, ...]
     sensitivity: dict[str, float]
@@ -59,71 +64,70 @@ class Quantized:
 def quantize_graph(
     model: onnx.ModelProto,
     request: Request,
-    preprocessing: Any,
+    preprocessing: Preprocessing,
     *,
     fused: Mapping[str, FusedOp],
     plugin: Path | None,
     step: Step,
 ) -> Quantized:
-    """The int8 form of a hub graph. Of the modules that are `fused`, only what their op takes as int8 is quantised, and
-    its results stay float. `plugin` speeds calibration up.
+    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op. `plugin` makes it quicker.
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
-    inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
-    found = [
-        replace(layer, float_output=layer.float_output or layer.module in inside)
-        for layer in layers(model)
-        if layer.module in inside or not _below_any(layer.module, tuple(fused))
-    ]
-    with step("images", f"up to {request.images} of {request.calib}"):
-        chosen = calibration_images(request.calib, preprocessing, request.images, force=request.force)
-        used, held_out = _split(chosen)
-        judged = held_out
-        if request.val:
-            judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
-    with step("calibrate", f"{len(used)} images, {request.method}") as progress:
-        table = _calibrate(model, found, used, request, plugin, progress)
-        ranges = table.ranges(request.method)
-    head = list(last_layer(model))
-    labels = judged.labels if request.val else None
+    found = candidates(model, request.precision, fused)
+    blocks = list(dict.fromkeys(block_of(layer.module) for layer in found))
+    used, judged = _images(request, preprocessing, step)
+    table, ranges = None, {}
+    if used:
+        with step("calibrate", f"{len(used)} images, {request.method}") as progress:
+            table = _calibrate(model, found, used, request, plugin, progress)
+            ranges = table.ranges(request.method)
 
-    def int8(kept: Sequence[str] | frozenset[str], only: str | None = None) -> onnx.ModelProto:
-        chosen = [a for a in found if block_of(a.module) not in kept and only in (None, block_of(a.module))]
-        result = quantize(model, chosen, ranges)
-        if only is None:
-            weight_only(result, head)
-        return result
+    def build(chosen: Collection[str]) -> onnx.ModelProto:
+        """The graph with these blocks quantised."""
+        return quantize(model, [layer for layer in found if block_of(layer.module) in chosen], ranges)
 
-    with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'held out'}"):
-        expected = run_all(model, judged, request, plugin)
-
-        def evaluate(candidate: onnx.ModelProto) -> Accuracy:
-            outputs = run_all(candidate, judged, request, plugin)
-            classes = request.num_classes > 0
-            return compare(expected, outputs, labels, classes=classes, limit=request.max_drop)
-
-        accuracy = evaluate(int8(()))
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
-    if not accuracy.ok and request.max_drop is not None:
-        blocks = list(dict.fromkeys(block_of(layer.module) for layer in found))
-        with step("sensitivity", f"{len(blocks)} blocks, one at a time") as progress:
-            for done, block in enumerate(blocks):
-                progress(done, len(blocks))
-                sensitivity[block] = evaluate(int8((), only=block)).sqnr_db
-            ranked = sorted(blocks, key=lambda block: sensitivity[block])
-            kept, accuracy = keep_float_until(lambda keep: evaluate(int8(keep)), ranked)
+    accuracy = None
+    if judged:
+        with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'without labels'}"):
+            evaluate = _evaluator(model, judged, request, plugin)
+            accuracy = evaluate(build(blocks))
+        if not accuracy.ok and request.max_drop is not None:
+            with step("sensitivity", f"{len(blocks)} blocks, one at a time") as progress:
+                for done, block in enumerate(blocks):
+                    progress(done, len(blocks))
+                    sensitivity[block] = evaluate(build([block])).sqnr_db
+                ranked = sorted(blocks, key=lambda block: sensitivity[block])
+                kept, accuracy = keep_float_until(lambda keep: evaluate(build(set(blocks) - keep)), ranked)
     return Quantized(
-        model=int8(kept),
+        model=build(set(blocks) - kept),
         table=table,
-        method=request.method,
         accuracy=accuracy,
         layers=sum(block_of(layer.module) not in kept for layer in found),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
-        skipped=chosen.skipped,
+        skipped=tuple(dict.fromkeys(text for images in (used, judged) if images for text in images.skipped)),
     )
+
+
+def candidates(model: onnx.ModelProto, precision: str, fused: Mapping[str, FusedOp]) -> list[Layer]:
+    """The layers that become int8.
+
+    int8: of the last its weights alone (its pooled input has too few values to calibrate a range), and of modules that
+    may become one op, what that op takes as int8; its results stay float.
+    w8: weights alone, all but those of modules that may become one op: that op takes them as float.
+    """
+    every = layers(model)
+    if precision == "w8":
+        return [replace(layer, weight_only=True) for layer in every if not _below_any(layer.module, fused)]
+    inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
+    return [
+        replace(layer, float_output=layer.float_output or layer.module in inside, weight_only=layer is every[-1])
+        for layer in every
+        if layer.module in inside or not _below_any(layer.module, fused)
+    ]
 
 
 def block_of(module: str) -> str:
@@ -142,6 +146,33 @@ def run_all(model: onnx.ModelProto, images: ImageSet, request: Request, plugin: 
             for feed in _feeds(images, request.input, _batch(runtime))
         ]
     return np.stack(rows)
+
+
+def _images(request: Request, preprocessing: Preprocessing, step: Step) -> tuple[ImageSet | None, ImageSet | None]:
+    """Images to calibrate with, and images to judge with; None where there are none. Only int8 calibrates."""
+    used = judged = None
+    if request.calib:
+        with step("images", f"up to {request.images} of {request.calib}"):
+            chosen = calibration_images(request.calib, preprocessing, request.images, force=request.force)
+        used, judged = _split(chosen) if request.precision == "int8" else (None, chosen)
+    if request.val:
+        with step("images", f"labelled, of {request.val}"):
+            judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
+    return used, judged
+
+
+def _evaluator(
+    model: onnx.ModelProto, images: ImageSet, request: Request, plugin: Path | None
+) -> Callable[[onnx.ModelProto], Accuracy]:
+    """Candidate -> its Accuracy against the float `model` on `images`; the float outputs are computed once."""
+    expected = run_all(model, images, request, plugin)
+    labels = images.labels if request.val else None
+
+    def evaluate(candidate: onnx.ModelProto) -> Accuracy:
+        outputs = run_all(candidate, images, request, plugin)
+        return compare(expected, outputs, labels, classes=request.num_classes > 0, limit=request.max_drop)
+
+    return evaluate
 
 
 def _calibrate(
@@ -197,5 +228,5 @@ def _batch(runtime: OnnxRuntime) -> int:
     return next(iter(runtime.inputs.values())).shape[0] or 1
 
 
-def _below_any(module: str, paths: Sequence[str]) -> bool:
+def _below_any(module: str, paths: Iterable[str]) -> bool:
     return any(module == path or module.startswith(path + ".") for path in paths)

@@ -1,13 +1,14 @@
-"""Explicit Q/DQ for the layers that are worth it, with our ranges; int8 weights alone for the head.
+"""int8 layers: explicit Q/DQ with our ranges, or the weights alone.
 
-Which layers: convolutions and linear layers with constant weights, but for the first convolution (pixels in, 0.7 % of
-the work: int8 takes longer there), the last linear layer (its pooled input has too few values to calibrate: weights
-alone), the projections around the scan (they feed exp), and those that stay float as asked or inside fused blocks.
+Which layers can be: convolutions and linear layers with constant weights, but for the first (pixels in, 0.7 % of the
+work, hardly any bytes, and mean and std are folded into its weights later) and the projections around the scan (they
+feed exp).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ SMALLEST_SCALE = 1e-12
 class Layer:
     """A layer that can be quantised. module: its path. reads, writes: activations; writes is behind a ReLU, if any.
 
-    float_output: what it writes is not rounded.
+    float_output: what it writes is not rounded. weight_only: no activation is, its weights alone become int8.
     """
 
     node: str
@@ -37,10 +38,11 @@ class Layer:
     writes: str
     weight: str
     float_output: bool = False
+    weight_only: bool = False
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
-    """The layers of a hub graph that become int8, in execution order: neither the first nor the last of all."""
+    """The layers of a hub graph that can be quantised, in execution order: all but the first."""
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -56,32 +58,39 @@ def layers(model: onnx.ModelProto) -> list[Layer]:
             # a matrix product may give float for nothing, a convolution may not (ONNX Runtime fuses whole pairs alone)
             as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
             found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
-    return found[1:-1]
+    return found[1:]
 
 
 def activations(found: Collection[Layer]) -> dict[str, str]:
-    """Tensor -> key in a calibration table, for everything that these layers read and write."""
-    names = {layer.writes: f"{layer.module}:output" for layer in found}
-    return {**names, **{layer.reads: f"{layer.module}:input" for layer in found}}
+    """Tensor -> key in a calibration table, for every activation of these layers that becomes int8."""
+    rounded = [layer for layer in found if not layer.weight_only]
+    names = {layer.writes: f"{layer.module}:output" for layer in rounded}
+    return {**names, **{layer.reads: f"{layer.module}:input" for layer in rounded}}
 
 
 def quantize(
     model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], *, symmetric: bool = False
 ) -> onnx.ModelProto:
-    """A copy of `model` in which the layers `found` are between QuantizeLinear and DequantizeLinear.
+    """A copy of `model` with the layers `found` between Q/DQ pairs, or only their weights int8.
 
     Weights int8 symmetric per output channel, activations per tensor over `ranges` (keyed as `activations`): uint8 with
     a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for TensorRT.
     """
-    import onnx
+    pairs = [layer for layer in found if not layer.weight_only]
+    result = _insert_pairs(model, pairs, ranges, symmetric) if pairs else copy.deepcopy(model)
+    _store_weights(result, {layer.weight for layer in found if layer.weight_only}, dequantize=symmetric)
+    _name_after_readers(result)
+    return result
+
+
+def _insert_pairs(
+    model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], symmetric: bool
+) -> onnx.ModelProto:
+    """A copy of `model` with Q/DQ around the layers `found`, of which there is at least one."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    if not found:  # an empty list means every node to the quantizer
-        return copy
     relus = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Relu"}
     data = {}
     for tensor, key in activations(found).items():
@@ -91,13 +100,13 @@ def quantize(
         if tensor in relus:
             data[relus[tensor]] = value
     quantizer = QDQQuantizer(
-        copy,
+        copy.deepcopy(model),
         per_channel=True,
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-        nodes_to_quantize=[layer.node for layer in found],
+        nodes_to_quantize=[layer.node for layer in found],  # none would mean all
         nodes_to_exclude=[],
         op_types_to_quantize=list(LAYERS),
         extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric},
@@ -108,7 +117,6 @@ def quantize(
     float_outputs = {layer.node for layer in found if layer.float_output}
     _drop_output_pairs(result, float_outputs)
     _restore_biases(result, model, float_outputs)
-    _name_after_readers(result)
     return result
 
 
@@ -169,36 +177,38 @@ def _name_after_readers(model: onnx.ModelProto) -> None:
         module_of.update({name: node.name.rpartition("/")[0] for name in node.input})
 
 
-def weight_only(model: onnx.ModelProto, weights: Collection[str]) -> int:
-    """Store these initializers as int8 with a DequantizeLinear behind each, in place. Returns how many.
+def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequantize: bool) -> int:
+    """Store these initializers as int8 with one scale per output channel, in place. Returns how many.
 
-    before:  Gemm(%x, W float32)
-    after:   %w = DequantizeLinear(W int8, scale per output channel);  Gemm(%x, %w)
+    before:  Conv(%x, W float32)
+    after:   %1 = Cast(W int8);  %w = Mul(%1, scale);  Conv(%x, %w)
+
+    ONNX Runtime computes these two once, when it loads the file: the network is the float one again, and as fast.
+    With `dequantize`, %w = DequantizeLinear(W int8, scale): TensorRT knows that as quantised weights, ONNX Runtime
+    would compute it at every inference.
     """
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    done = 0
-    for tensor in [tensor for tensor in graph.initializer if tensor.name in weights]:
-        value, axis = numpy_helper.to_array(tensor), _output_axis(model, tensor.name)
+    stored = [tensor for tensor in graph.initializer if tensor.name in weights]
+    for tensor in stored:
+        value, axis, name = numpy_helper.to_array(tensor), _output_axis(model, tensor.name), tensor.name
         others = tuple(i for i in range(value.ndim) if i != axis)
-        scale = np.maximum(np.abs(value).max(axis=others), SMALLEST_SCALE).astype(np.float32) / np.float32(127)
-        shape = [-1 if i == axis else 1 for i in range(value.ndim)]
-        stored = np.clip(np.rint(value / scale.reshape(shape)), -127, 127).astype(np.int8)
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(stored, f"{name}_quantized"))
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
-        first = min(i for i, node in enumerate(graph.node) if name in node.input)
-        node = helper.make_node(
-            "DequantizeLinear",
-            [f"{name}_quantized", f"{name}_scale"],
-            [name],
-            name=f"{graph.node[first].name.rpartition('/')[0]}/DequantizeLinear",
-            axis=axis,
-        )
-        graph.node.insert(first, node)
-        done += 1
-    return done
+        largest = np.maximum(np.abs(value).max(axis=others, keepdims=True), SMALLEST_SCALE)
+        scale = largest.astype(np.float32) / np.float32(127)
+        rounded = np.clip(np.rint(value / scale), -127, 127).astype(np.int8)
+        int8, scales, unscaled = f"{name}_quantized", f"{name}_scale", f"{name}_unscaled"
+        tensor.CopyFrom(numpy_helper.from_array(rounded, int8))
+        graph.initializer.append(numpy_helper.from_array(scale.ravel() if dequantize else scale, scales))
+        if dequantize:
+            nodes = [helper.make_node("DequantizeLinear", [int8, scales], [name], axis=axis)]
+        else:
+            cast = helper.make_node("Cast", [int8], [unscaled], to=TensorProto.FLOAT)
+            nodes = [cast, helper.make_node("Mul", [unscaled, scales], [name])]
+        first = next(i for i, node in enumerate(graph.node) if name in node.input)
+        for node in reversed(nodes):
+            graph.node.insert(first, node)
+    return len(stored)
 
 
 def _output_axis(model: onnx.ModelProto, weight: str) -> int:
@@ -206,12 +216,3 @@ def _output_axis(model: onnx.ModelProto, weight: str) -> int:
     user = next(node for node in model.graph.node if weight in node.input)
     transposed = any(attribute.name == "transB" and attribute.i for attribute in user.attribute)
     return 0 if user.op_type == "Conv" or transposed else 1
-
-
-def last_layer(model: onnx.ModelProto) -> Iterator[str]:
-    """The weight of the last linear layer, if it is one that `layers` would find."""
-    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    for node in reversed(model.graph.node):
-        if node.op_type in LAYERS and ranks.get(node.input[1]) in WEIGHT_RANKS:
-            yield node.input[1]
-            return

@@ -40,7 +40,7 @@ def probe() -> Probe:
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering.
 
-    float32 and int8 with `auto` have whole blocks as nodes; float16 only the scans, which stay float32 between casts.
+    With `auto` whole blocks are nodes; in float16 only the scans, which stay float32 between casts.
     """
     import onnx
 
@@ -196,7 +196,7 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
 TARGET = Target(
     name="onnx",
     aliases=("ort", "onnxruntime"),
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "fp16", "int8", "w8"),
     scans=("auto", "portable"),
     probe=probe,
     build=build,

@@ -66,19 +66,19 @@ def export(
         parity = verify.worst(parities)
         manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
         if quantized:
-            with step("time", "int8 and float32 in turn, 1 thread"):
-                speedup = quantization.speed_over_float32(target, float_graph, plan, artifact.path, plugin, probes)
-            manifest = quantization.record(manifest, quantized, speedup, folder)
+            with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
+                gain = quantization.gain_over_float32(target, float_graph, plan, artifact.path, plugin, probes)
+            manifest = quantization.record(manifest, quantized, gain, folder)
         try:
             verify.require(parity)
-            quantization.require(quantized)
+            quantization.require(manifest, quantized)
         except (ParityError, AccuracyError) as error:
             rejected = path.with_name(path.name + ".rejected")
             keep(folder, rejected, replace(manifest, rejected=True))
             raise type(error)(str(error), f"the artifact is kept for inspection: {rejected}") from error
         with step("bundle", path.name):
             expected, scans = verify.run_reference(reference, plan, probes)
-            # int8: what was verified here; the float model is further away than a device may be
+            # quantised: what was verified here; the float model is further away than a device may be
             expected = outputs if quantized else expected
             selftest.write(folder, target, graph, plan, preprocessing, probes, expected, scans)
             if plan.labels:

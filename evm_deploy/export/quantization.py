@@ -1,11 +1,11 @@
-"""INT8 in an export: from the plan to a quantised graph, and what the manifest says of it."""
+"""int8 and w8 in an export: from the plan to a quantised graph, and what the manifest says of it."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from evm_deploy.calib.int8 import Quantized, Request, quantize_graph
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.plan import QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
@@ -31,11 +31,12 @@ WORTH_IT = 1.05
 def quantize(
     graph: Graph, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
 ) -> tuple[Graph, Quantized | None]:
-    """The int8 form of a hub graph when the plan asks for it, else the graph itself. Raises CalibrationError."""
-    if plan.precision != "int8" or plan.calib is None:
+    """The quantised form of a hub graph when the plan asks for one, else the graph itself. Raises CalibrationError."""
+    if plan.precision not in QUANTIZED:
         return graph, None
     request = Request(
-        calib=Path(plan.calib),
+        precision=plan.precision,
+        calib=Path(plan.calib) if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,
         force=plan.force_calib,
@@ -52,14 +53,23 @@ def quantize(
     return replace(graph, model=quantized.model), quantized
 
 
-def speed_over_float32(
+@dataclass(frozen=True)
+class Gain:
+    """An artifact against the float32 export of its network. speed: times as fast here. size: share of its bytes."""
+
+    speed: float
+    size: float
+
+
+def gain_over_float32(
     target: Target, graph: Graph, plan: ExportPlan, artifact: Path, plugin: Path | None, probes: NDArray[Any]
-) -> float:
-    """How many times as fast as the export of the float `graph` the artifact is here: one thread, median of pairs."""
+) -> Gain:
+    """The artifact against the export of the float `graph`: speed with one thread, median of pairs, and size."""
     feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None)
         other = target.build(graph, float32, Path(folder))
+        size = artifact.stat().st_size / other.path.stat().st_size
         with target.open(other.path, 1, plugin) as slow, target.open(artifact, 1, plugin) as fast:
             ratios = []
             for _ in range(WARM_UP + TIMED):
@@ -69,34 +79,35 @@ def speed_over_float32(
                     runtime.run(feeds)
                     times.append(time.perf_counter() - start)
                 ratios.append(times[0] / times[1])
-    return statistics.median(ratios[WARM_UP:])
+    return Gain(statistics.median(ratios[WARM_UP:]), size)
 
 
-def record(manifest: Manifest, quantized: Quantized, speedup: float, folder: Path) -> Manifest:
-    """Put the calibration table into the bundle; the manifest with what was quantised, how, how accurate, how fast."""
-    (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
-    facts = {
-        "method": quantized.method,
-        "calibration": quantized.table.identity,
+def record(manifest: Manifest, quantized: Quantized, gain: Gain, folder: Path) -> Manifest:
+    """The manifest with what was quantised, how, how accurate, fast and small; a calibration table goes to `folder`."""
+    facts: dict[str, Any] = {
         "int8_layers": quantized.layers,
         "in_float": list(quantized.in_float),
         "sensitivity_sqnr_db": quantized.sensitivity,
-        "speed_over_fp32_here": round(speedup, 2),
+        "speed_over_fp32_here": round(gain.speed, 2),
+        "size_of_fp32": round(gain.size, 3),
     }
-    notes = [f"calibration image left out: {text}" for text in quantized.skipped]
-    if speedup < WORTH_IT:
-        notes.append(f"int8 is {speedup:.2f}x as fast as float32 here: not worth it on this machine")
+    notes = [f"image left out: {text}" for text in quantized.skipped]
+    if quantized.table:
+        (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
+        facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}
+    if manifest.precision == "int8" and gain.speed < WORTH_IT:  # w8 is for size
+        notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 here: not worth it on this machine")
     return replace(
         manifest,
-        accuracy=quantized.accuracy.as_dict(),
+        accuracy=quantized.accuracy.as_dict() if quantized.accuracy else None,
         details={**manifest.details, "quantization": facts},
         notes=[*manifest.notes, *notes],
     )
 
 
-def require(quantized: Quantized | None) -> None:
-    """Raise AccuracyError when int8 lost more than it may."""
-    if quantized and not quantized.accuracy.ok:
-        accuracy = quantized.accuracy
+def require(manifest: Manifest, quantized: Quantized | None) -> None:
+    """Raise AccuracyError when an export lost more by quantisation than it may."""
+    accuracy = quantized.accuracy if quantized else None
+    if accuracy and not accuracy.ok:
         limit = f"limit {accuracy.limit:g} points" if accuracy.drop is not None else f"at least {MIN_SQNR_DB:g} dB"
-        raise AccuracyError(f"int8 is not accurate enough ({limit}): {accuracy}")
+        raise AccuracyError(f"{manifest.precision} is not accurate enough ({limit}): {accuracy}")
