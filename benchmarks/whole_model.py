@@ -36,7 +36,7 @@ from onnx import helper
 
 from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import ExportPlan, parse_imgsz
+from evm_deploy.export.plan import QUANTIZED, ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import picture
 from evm_deploy.plugins import find_plugin, kernel_isa
 from evm_deploy.scan import onnx_function
@@ -113,12 +113,12 @@ def peer(folder: Path) -> ort.InferenceSession | None:
     return session(onnx.load(str(peers.materialise("repvit_m0_9", folder / "repvit.onnx"))))
 
 
-def int8_plan(folder: Path, float32: Bundle) -> ExportPlan:
-    """The plan of `float32` in int8, with pictures to calibrate with; their content does not matter to the time."""
+def quantized_plan(folder: Path, float32: Bundle, precision: str) -> ExportPlan:
+    """The plan of `float32` in int8 or w8, with pictures, whose content does not matter to the time."""
     height, width = float32.manifest.preprocessing["size"]
     pictures = np.stack([picture(height, width, seed=i) for i in range(104)])
     np.savez(folder / "pictures.npz", images=pictures)
-    return replace(float32.manifest.export_plan(), precision="int8", calib=str(folder / "pictures.npz"))
+    return replace(float32.manifest.export_plan(), precision=precision, calib=str(folder / "pictures.npz"))
 
 
 def main() -> int:
@@ -126,7 +126,9 @@ def main() -> int:
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--int8", action="store_true", help="an int8 export beside them, calibrated with made pictures")
+    for precision in QUANTIZED:
+        text = f"its {precision} export beside them, calibrated or judged with made pictures"
+        parser.add_argument(f"--{precision}", dest="others", action="append_const", const=precision, help=text)
     args = parser.parse_args()
     import golden
 
@@ -151,9 +153,9 @@ def main() -> int:
         if plugin:
             runners["native"] = session(model, plugin=plugin)
             runners["scan node"] = session(with_scan_nodes(model), plugin=plugin)
-        if args.int8:
-            quantized = export(checkpoint, int8_plan(folder, bundle), folder)
-            runners["int8"] = session(onnx.load(str(quantized.path / "model.onnx")), plugin=plugin)
+        others = {name: export(checkpoint, quantized_plan(folder, bundle, name), folder) for name in args.others or ()}
+        for name, other in others.items():
+            runners[name] = session(onnx.load(str(other.path / "model.onnx")), plugin=plugin)
         subjects = {key: lambda runner=runner: runner.run(None, feeds) for key, runner in runners.items()}
         if rival := peer(folder):
             images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
@@ -176,10 +178,9 @@ def main() -> int:
         to_peer, text = ratio(times, "native", "RepViT-M0.9")
         print(f"native / RepViT-M0.9      {text}")
         failed |= (args.variant, height, width) == ("tiny", 224, 224) and to_peer > MAX_TO_PEER
-    if args.int8:
-        _, text = ratio(times, "native", "int8")
-        share = quantized.size_bytes / bundle.size_bytes
-        print(f"native float32 / int8     {text}  file {share:.3f} of float32's")
+    for name, other in others.items():
+        _, text = ratio(times, "native", name)
+        print(f"native float32 / {name:<4}     {text}  file {other.size_bytes / bundle.size_bytes:.3f} of float32's")
     print(f"operator executions       {count}")
     print(f"load                      {load_s:.2f} s")
     print("memory of an inference    " + ", ".join(f"{mode} {mb:.0f} MB" for mode, mb in memory.items()))
