@@ -16,7 +16,7 @@ from evm_deploy import plugin_path
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.fold_normalisation import fold_normalisation
 from evm_deploy.export.graph import deployable, fold_batch_norm, trace
-from evm_deploy.export.outline import outline
+from evm_deploy.export.outline import located, outline
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.inference import load
@@ -200,7 +200,7 @@ def test_what_is_no_block_is_not_outlined(micro):
     weight = next(t for t in graph.model.graph.initializer if t.name == f"{path}.norm.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
     with pytest.raises(ToolchainError, match="norm_weight is not among the constants"):
-        outline(graph.model, path, op)
+        located(graph.model, path, op, {})
 
 
 @pytest.mark.parametrize("imgsz", [(33, 47), (90, 70)])

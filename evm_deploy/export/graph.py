@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.naming import name_after_modules, name_after_neighbours
+from evm_deploy.export.outline import located
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.scan import onnx_function
@@ -130,7 +131,9 @@ def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph
         proto.metadata_props.add(key=key, value=metadata[key])
     proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
     check(proto)
-    return Graph(proto, {path.removeprefix(f"{ROOT}."): op for path, op in fusable_modules(model)})
+    names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
+    modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
+    return Graph(proto, {path: located(proto, path, op, names) for path, op in modules})
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,21 @@ if TYPE_CHECKING:
     import onnx
 
 SAME = 1e-6  # relative: the graph's folded constants and the module's own may differ in the last bit
+
+
+def located(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, str]) -> FusedOp:
+    """`op` with its constants in `model`, just traced from the module `path`: later passes may change what is in them.
+
+    names: address of a parameter's data -> its name. Raises ToolchainError for a constant that is not there.
+    """
+    read = {name for node in model.graph.node if below(path, node.name) for name in node.input}
+    used = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    found = {}
+    for operand, value in op.operands.items():
+        own = names.get(value.data_ptr())  # tells equal ones apart, such as norms as initialised
+        candidates = sorted(used, key=lambda tensor: tensor.name != own)
+        found[operand] = _find(candidates, value.detach().numpy(), f"{path}: {operand}")
+    return replace(op, constants=found)
 
 
 def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
@@ -37,7 +54,7 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     x, out = _boundary(graph, inside, path)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     used = [constants[name] for name in dict.fromkeys(i for n in inside for i in n.input) if name in constants]
-    op_type, operands = _operands(graph, inside, used, path, op)
+    op_type, operands = _operands(inside, path, op)
     body = _body(inside, path, {x: "x", **{tensor: name for name, tensor in operands.items()}}, out, constants)
     scan_node = next(node for node in body if node.op_type == onnx_function.OP_TYPE)
     scan = dict(zip(onnx_function.INPUTS, scan_node.input, strict=True)) | {"y": scan_node.output[0]}
@@ -88,22 +105,20 @@ def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -
     return reads.pop(), writes.pop()
 
 
-def _operands(
-    graph: onnx.GraphProto, inside: list[onnx.NodeProto], used: list[onnx.TensorProto], path: str, op: FusedOp
-) -> tuple[str, dict[str, str]]:
+def _operands(inside: list[onnx.NodeProto], path: str, op: FusedOp) -> tuple[str, dict[str, str]]:
     """The op's type and, by operand, the initializer; the int8 op where the module's linear layers are quantised."""
     producers = {name: node for node in inside for name in node.output}
     layers = {node.name.rpartition("/")[0]: node for node in inside if node.op_type in LAYERS}
     int8 = any(layers[f"{path}.{layer}"].input[1] in producers for layer in op.int8_layers.values())
     found = {}
-    for name, value in op.operands.items():
+    for name in op.operands:
         if int8 and name in op.int8_layers:
             layer = layers[f"{path}.{op.int8_layers[name]}"]
             activation, weight = (producers[tensor] for tensor in layer.input[:2])
             found[name], found[f"{name}_scale"] = weight.input[0], weight.input[1]
             found[f"{name}_input_scale"], found[f"{name}_input_zero_point"] = activation.input[1], activation.input[2]
         else:
-            found[name] = _find(used, value.detach().numpy(), f"{path}: {name}")
+            found[name] = op.constants[name]
     return op.op_type + ("Int8" if int8 else ""), found
 
 

@@ -20,7 +20,8 @@ class FusedOp:
     operands: by name, in the op's order and layout. scan: path of the scan inside the module. scan_constants: which
     operands are the scan's A (K, D, N), skip and bias (K, D). int8_layers: operand -> path of the linear layer inside
     the module whose weight it is; where these are int8, the op is evm::`op_type`Int8, and each of the operands is
-    followed by <name>_scale, <name>_input_scale and <name>_input_zero_point.
+    followed by <name>_scale, <name>_input_scale and <name>_input_zero_point. constants: operand -> its constant in a
+    graph, where there is one (export/outline.py, located).
     """
 
     op_type: str
@@ -28,6 +29,7 @@ class FusedOp:
     scan: str
     scan_constants: Mapping[str, str]
     int8_layers: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
