@@ -44,6 +44,7 @@ def export_parser() -> Parser:
     )
     add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
     add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
+    add("--smooth", default="off", metavar="S", help="SmoothQuant for int8: off (default), on, auto (the better one)")
     add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
     add(
         "--val",
@@ -173,6 +174,11 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             )
             for q in quantized
         ),
+        *(
+            ("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}")
+            for q in quantized
+            if m.plan["smooth"] != "off"
+        ),
         *(("In float", block) for q in quantized for block in q["in_float"]),
         ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
         *(("Note", note) for note in m.notes),
@@ -231,6 +237,7 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
         calib=args.calib,
         calib_images=int(_number("--calib-images", args.calib_images, whole=True)),
         calib_method=args.calib_method,
+        smooth=args.smooth,
         force_calib=args.force_calib,
         val=args.val,
         max_drop=_number("--max-drop", args.max_drop) if args.max_drop is not None else None,

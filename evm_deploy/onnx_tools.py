@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx
+
+
+def constants_sha256(model: onnx.ModelProto) -> str:
+    """Hex digest of a graph's constants, names and values."""
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(tensor.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto:

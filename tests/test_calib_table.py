@@ -10,6 +10,7 @@ import pytest
 from evm_deploy.calib.table import SAVE_EVERY, CalibrationTable, calibrate
 from evm_deploy.errors import CalibrationError
 
+BY_CHANNEL = {"checkpoint_sha256": "abc", "images": {"count": 100, "sha256": "def"}, "channels": ["a:input"]}
 IDENTITY = {"checkpoint_sha256": "abc", "images": {"count": 100, "sha256": "def"}}
 
 
@@ -19,7 +20,10 @@ def activations(seen):
     def measured(start):
         for i in range(start, 100):
             seen.append(i)
-            yield {"a:input": np.full(3, i, np.float32), "b:output": np.array([-i], np.float32)}
+            yield {
+                "a:input": np.array([[i, -1, 0], [1, 99 - i, 0]], np.float32),
+                "b:output": np.array([-i], np.float32),
+            }
 
     return measured
 
@@ -28,22 +32,24 @@ def test_a_table_is_measured_once(tmp_path):
     seen, calls = [], []
     first = calibrate(IDENTITY, activations(seen), folder=tmp_path, progress=lambda *done: calls.append(done))
     assert (seen, calls[-1], first.complete) == (list(range(100)), (100, 100), True)
-    assert first.histograms["a:input"].total == 300 and first.histograms["b:output"].low == -99
+    assert first.histograms["a:input"].total == 600 and first.histograms["b:output"].low == -99
     again = calibrate(IDENTITY, activations(seen), folder=tmp_path)
     assert len(seen) == 100 and again.to_json() == first.to_json()
 
 
 def test_other_images_or_another_checkpoint_are_another_table(tmp_path):
     calibrate(IDENTITY, activations([]), folder=tmp_path)
-    for change in ({"checkpoint_sha256": "other"}, {"images": {"count": 100, "sha256": "other"}}):
+    changes = ({"checkpoint_sha256": "other"}, {"images": {"count": 100, "sha256": "other"}}, {"channels": ["a:input"]})
+    for change in changes:
         seen = []
         calibrate({**IDENTITY, **change}, activations(seen), folder=tmp_path)
         assert len(seen) == 100
 
 
+@pytest.mark.parametrize("identity", [IDENTITY, BY_CHANNEL])
 @pytest.mark.parametrize("stop", [0, 1, SAVE_EVERY - 1, SAVE_EVERY, SAVE_EVERY + 1, 99])
-def test_an_interrupted_calibration_goes_on_and_ends_the_same(stop, tmp_path):
-    whole = calibrate(IDENTITY, activations([]), folder=tmp_path / "whole")
+def test_an_interrupted_calibration_goes_on_and_ends_the_same(stop, identity, tmp_path):
+    whole = calibrate(identity, activations([]), folder=tmp_path / "whole")
 
     def interrupted(start):
         for i, values in enumerate(activations([])(start)):
@@ -52,9 +58,9 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(stop, tmp_path):
             yield values
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(IDENTITY, interrupted, folder=tmp_path)
+        calibrate(identity, interrupted, folder=tmp_path)
     seen = []
-    table = calibrate(IDENTITY, activations(seen), folder=tmp_path)
+    table = calibrate(identity, activations(seen), folder=tmp_path)
     assert table.to_json() == whole.to_json()
     assert seen[0] == stop // SAVE_EVERY * SAVE_EVERY
     assert not list(tmp_path.glob(".*"))
@@ -69,11 +75,15 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(stop, tmp_path):
         lambda text: text.replace('"abc"', '"abd"'),
         lambda text: text.replace('"schema": 1', '"schema": 2'),
         lambda text: json.dumps({**json.loads(text), "tensors": {"a:input": {}}}),
+        lambda text: json.dumps({**json.loads(text), "channel_maxima": {}}),
+        lambda text: json.dumps({**json.loads(text), "channel_maxima": {"b:output": [1.0]}}),
+        lambda text: text.replace("[99.0, 99.0, 0.0]", "[99.0, -99.0, 0.0]"),
+        lambda text: text.replace("[99.0, 99.0, 0.0]", "[99.0, NaN, 0.0]"),
         lambda text: "[]",
     ],
 )
 def test_a_damaged_table_is_refused_and_measured_again(damage, tmp_path):
-    table = calibrate(IDENTITY, activations([]), folder=tmp_path)
+    table = calibrate(BY_CHANNEL, activations([]), folder=tmp_path)
     path = next(tmp_path.glob("*.json"))
     broken = damage(path.read_text())
     assert broken != path.read_text()
@@ -81,8 +91,14 @@ def test_a_damaged_table_is_refused_and_measured_again(damage, tmp_path):
         CalibrationTable.from_json(broken)
     path.write_text(broken)
     seen = []
-    assert calibrate(IDENTITY, activations(seen), folder=tmp_path).to_json() == table.to_json()
+    assert calibrate(BY_CHANNEL, activations(seen), folder=tmp_path).to_json() == table.to_json()
     assert len(seen) == 100
+
+
+def test_the_largest_of_each_channel_is_kept_where_asked(tmp_path):
+    table = calibrate(BY_CHANNEL, activations([]), folder=tmp_path)
+    assert {name: values.tolist() for name, values in table.channel_maxima.items()} == {"a:input": [99, 99, 0]}
+    assert not calibrate(IDENTITY, activations([]), folder=tmp_path).channel_maxima
 
 
 def test_missing_images_and_nan_are_errors_that_say_where(tmp_path):

@@ -45,6 +45,11 @@ class Accuracy:
             return self.drop <= self.limit
         return self.sqnr_db >= MIN_SQNR_DB
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better: points of top-1 kept where there are labels, then SQNR."""
+        return -(self.drop or 0.0), self.sqnr_db
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "drop": self.drop, "ok": self.ok}
 

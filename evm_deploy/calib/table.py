@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class CalibrationTable:
     """A histogram per activation, keyed `<module path>:input` or `:output`; of which network, on which images.
 
     identity: what the histograms depend on: checkpoint sha256, input size and preprocessing, digest and number of the
-    images, graph preparation. done: images seen.
+    images, graph preparation; `channels`: activations of which the maxima by channel are kept too. done: images seen.
+    channel_maxima: of each of these, max |x| per channel.
     """
 
     identity: dict[str, Any]
     histograms: dict[str, Histogram]
     done: int = 0
+    channel_maxima: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -41,16 +43,23 @@ class CalibrationTable:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
+    def channels(self) -> list[str]:
+        return list(self.identity.get("channels", ()))
+
+    @property
     def complete(self) -> bool:
         return self.done == int(self.identity["images"]["count"])
 
     def add(self, activations: Activations) -> None:
-        """Count one image's activations."""
+        """Count one image's activations; those of `channels` have their channels last."""
         for name, values in activations.items():
             try:
                 self.histograms.setdefault(name, Histogram()).add(values)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from error
+            if name in self.channels:
+                seen = channel_maxima(values)
+                self.channel_maxima[name] = np.maximum(self.channel_maxima.get(name, seen), seen)
         self.done += 1
 
     def ranges(self, method: str) -> dict[str, Range]:
@@ -60,6 +69,8 @@ class CalibrationTable:
     def to_json(self) -> str:
         tensors = {name: histogram.to_json() for name, histogram in sorted(self.histograms.items())}
         data = {"schema": SCHEMA, "key": self.key, "identity": self.identity, "done": self.done, "tensors": tensors}
+        if self.channels:
+            data["channel_maxima"] = {name: values.tolist() for name, values in self.channel_maxima.items()}
         return json.dumps(data, sort_keys=True) + "\n"
 
     @classmethod
@@ -70,12 +81,21 @@ class CalibrationTable:
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
             histograms = {str(name): Histogram.from_json(value) for name, value in data["tensors"].items()}
-            table = cls(dict(data["identity"]), histograms, int(data["done"]))
+            maxima = {str(name): _maxima(values) for name, values in data.get("channel_maxima", {}).items()}
+            table = cls(dict(data["identity"]), histograms, int(data["done"]), maxima)
+            if set(maxima) != (set(table.channels) if table.done else set()):
+                raise ValueError("its maxima by channel are not those of its activations")
             if table.key != data["key"] or not 0 <= table.done <= int(table.identity["images"]["count"]):
                 raise ValueError("its key does not fit its content")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"not a calibration table: {error}", "calibrate again") from error
         return table
+
+
+def channel_maxima(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """max |x| of each channel, which is the last axis."""
+    largest: NDArray[np.floating[Any]] = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
+    return largest
 
 
 def calibrate(
@@ -102,6 +122,13 @@ def calibrate(
     if not table.complete:
         raise CalibrationError(f"only {table.done} of {total} calibration images could be read", "keep them in place")
     return table
+
+
+def _maxima(values: Any) -> NDArray[np.float32]:
+    maxima = np.asarray(values, np.float32)
+    if maxima.ndim != 1 or not ((maxima >= 0) & (maxima < np.inf)).all():
+        raise ValueError("maxima by channel are not numbers from 0")
+    return maxima
 
 
 def _saved(path: Path, empty: CalibrationTable) -> CalibrationTable:

@@ -24,6 +24,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "w8": 0.1}
 # against the artifact's own outputs. int8: integer kernels differ by roundings. w8: computes in float32, as fp32
 SELFTEST_TOLERANCES = {"int8": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
+SMOOTHINGS, DEFAULT_SMOOTH = ("off", "on", "auto"), "off"
 MAX_DROP = 1.0
 
 
@@ -73,8 +74,9 @@ class ExportPlan:
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
     device: platform whose native library travels in the bundle.
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
-    read off, and whether unfit ones are taken; w8 is judged on them where there is no val. val: labelled pictures to
-    judge int8 and w8 with; max_drop: points of top-1 that these may lose.
+    read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
+    the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
+    that these may lose.
     """
 
     target: str
@@ -96,6 +98,7 @@ class ExportPlan:
     calib: str | None = None
     calib_images: int = 512
     calib_method: str = "mse"
+    smooth: str = DEFAULT_SMOOTH
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
@@ -121,6 +124,7 @@ class ExportPlan:
 
     def _check_calibration(self) -> None:
         one_of("--calib-method", self.calib_method, CALIB_METHODS)
+        one_of("--smooth", self.smooth, SMOOTHINGS)
         if self.precision == "int8" and self.calib is None:
             raise UsageError(
                 "int8 needs pictures to calibrate with", "add --calib DIR, 512 or so as the network will see"
@@ -131,6 +135,8 @@ class ExportPlan:
                 f"{given[0]} is for int8 and w8, this export is {self.precision}",
                 "add --int8 or --precision w8, or leave it out",
             )
+        if self.precision != "int8" and self.smooth != DEFAULT_SMOOTH:
+            raise UsageError(f"--smooth is for int8, this export is {self.precision}", "add --int8, or leave it out")
         if self.precision == "w8" and len(given) == 2:
             raise UsageError("--calib has no use for w8 beside --val: it calibrates nothing", "leave --calib out")
         if self.calib_images < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.calib.accuracy import MIN_SQNR_DB
-from evm_deploy.calib.int8 import Quantized, Request, quantize_graph
+from evm_deploy.calib.int8 import Quantized, quantize_graph
+from evm_deploy.calib.request import Request
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import QUANTIZED, ExportPlan
+from evm_deploy.export.plan import DEFAULT_SMOOTH, QUANTIZED, Choice, ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
@@ -39,6 +40,7 @@ def quantize(
         calib=Path(plan.calib) if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,
+        smooth=plan.smooth,
         force=plan.force_calib,
         val=Path(plan.val) if plan.val else None,
         max_drop=plan.max_drop,
@@ -67,7 +69,7 @@ def gain_over_float32(
     """The artifact against the export of the float `graph`: speed with one thread, median of pairs, and size."""
     feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
-        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None)
+        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth=DEFAULT_SMOOTH)
         other = target.build(graph, float32, Path(folder))
         size = artifact.stat().st_size / other.path.stat().st_size
         with target.open(other.path, 1, plugin) as slow, target.open(artifact, 1, plugin) as fast:
@@ -95,6 +97,7 @@ def record(manifest: Manifest, quantized: Quantized, gain: Gain, folder: Path) -
     if quantized.table:
         (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
         facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}
+        facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
     if manifest.precision == "int8" and gain.speed < WORTH_IT:  # w8 is for size
         notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 here: not worth it on this machine")
     return replace(
@@ -103,6 +106,20 @@ def record(manifest: Manifest, quantized: Quantized, gain: Gain, folder: Path) -
         details={**manifest.details, "quantization": facts},
         notes=[*manifest.notes, *notes],
     )
+
+
+def smoothing(quantized: Quantized, asked: str) -> Choice:
+    """Whether activations were smoothed, and why."""
+    if asked != "auto" and asked == quantized.smooth:
+        return Choice(asked, "as asked")
+    if len(quantized.tried) < 2:
+        return Choice("off", "no activation of this network can be smoothed")
+    figures = {
+        name: (f"top-1 {100 * each.top1:.2f} %, " if each.top1 is not None else "") + f"SQNR {each.sqnr_db:.1f} dB"
+        for name, each in quantized.tried.items()
+    }
+    other = next(name for name in figures if name != quantized.smooth)
+    return Choice(quantized.smooth, f"{figures[quantized.smooth]}; {other} {figures[other]}")
 
 
 def require(manifest: Manifest, quantized: Quantized | None) -> None:

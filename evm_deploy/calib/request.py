@@ -1,0 +1,24 @@
+"""What a quantisation was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to quantise and what to calibrate and judge with; see ExportPlan. num_classes 0: outputs are no classes."""
+
+    precision: str
+    calib: Path | None
+    images: int
+    method: str
+    smooth: str
+    force: bool
+    val: Path | None
+    max_drop: float | None
+    num_classes: int
+    labels: tuple[str, ...] | None
+    checkpoint_sha256: str
+    input: str

@@ -1,0 +1,146 @@
+"""Float graphs that quantised ones are made from: calibrated as they are, or smoothed first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.calib.histogram import Range
+from evm_deploy.calib.images import ImageSet
+from evm_deploy.calib.quantize import Layer, activations, quantize
+from evm_deploy.calib.request import Request
+from evm_deploy.calib.smooth import foldings, smooth
+from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
+from evm_deploy.onnx_tools import constants_sha256
+from evm_deploy.progress import Step
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+
+if TYPE_CHECKING:
+    import onnx
+
+GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the convolutions
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float graph, its layers that can be quantised, and the ranges of their activations, where these are too."""
+
+    model: onnx.ModelProto
+    layers: Sequence[Layer]
+    table: CalibrationTable | None = None
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[str]:
+        return list(dict.fromkeys(block_of(layer.module) for layer in self.layers))
+
+    def quantized(self, blocks: Collection[str]) -> onnx.ModelProto:
+        """The graph with these blocks quantised."""
+        return quantize(self.model, [layer for layer in self.layers if block_of(layer.module) in blocks], self.ranges)
+
+
+def block_of(module: str) -> str:
+    """What a layer is kept in float with: layers.2.1 of layers.2.1.conv_pw.0, layers.0.downsample of its reduction."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts[:4]) if part.isdigit()]
+    end = numbers[-1] + 1 if numbers else 1
+    return ".".join(parts[: max(end, 3 if end == 2 else 0)])
+
+
+def sources(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    images: ImageSet | None,
+    request: Request,
+    plugin: Path | None,
+    step: Step,
+) -> dict[str, Source]:
+    """What may be quantised: `off`, the graph as it is; `on`, smoothed; or for `auto` both. Calibrated on `images`.
+
+    Only `off` where there is nothing to smooth, and without images: weights alone gain nothing by it.
+    """
+    if images is None:
+        return {"off": Source(model, layers)}
+    keys = activations(layers)
+    identity = {
+        "checkpoint_sha256": request.checkpoint_sha256,
+        "graph": GRAPH_VERSION,
+        "input": request.input,
+        "images": {"count": len(images), "sha256": images.digest()},
+        "activations": sorted(set(keys.values())),
+    }
+
+    def calibrated(graph: onnx.ModelProto, what: str, axes: Mapping[str, int], **facts: Any) -> CalibrationTable:
+        with step("calibrate", f"{len(images)} images, {what}") as progress:
+            measured = _activations(graph, keys, axes, images, request.input, plugin)
+            return calibrate({**identity, **facts}, measured, progress=progress)
+
+    axes = {} if request.smooth == "off" else _channel_axes(model, keys)
+    if not axes:
+        table = calibrated(model, request.method, axes)
+        return {"off": Source(model, layers, table, table.ranges(request.method))}
+    found = {}
+    table = calibrated(model, f"{request.method}, by channel", axes, channels=sorted({keys[name] for name in axes}))
+    if request.smooth == "auto":
+        found["off"] = Source(model, layers, table, table.ranges(request.method))
+    smoothed = copy.deepcopy(model)
+    smooth(smoothed, {name: table.channel_maxima[keys[name]] for name in axes})
+    table = calibrated(smoothed, f"{request.method}, smoothed", {}, smoothed=constants_sha256(smoothed))
+    return {**found, "on": Source(smoothed, layers, table, table.ranges(request.method))}
+
+
+def feeds(images: ImageSet, kind: str, runtime: OnnxRuntime) -> Iterator[NDArray[Any]]:
+    """Each image as the graph reads it, repeated to its smallest batch."""
+    batch = next(iter(runtime.inputs.values())).shape[0] or 1
+    for pixels in images.pixels():
+        one = pixels[None] if kind == "image" else images.preprocessing.normalise(pixels[None])
+        yield np.repeat(one, batch, axis=0)
+
+
+def _channel_axes(model: onnx.ModelProto, keys: Mapping[str, str]) -> dict[str, int]:
+    """By activation that can be smoothed and will be int8: the axis of its channels."""
+    return {read.tensor: read.axis for each in foldings(model) for read in each.reads if read.tensor in keys}
+
+
+def _activations(
+    model: onnx.ModelProto,
+    keys: Mapping[str, str],
+    axes: Mapping[str, int],
+    images: ImageSet,
+    kind: str,
+    plugin: Path | None,
+) -> Callable[[int], Iterator[Activations]]:
+    """n -> by key, what the tensors `keys` hold on the n-th image and all after it; channels last where `axes` has it.
+
+    A module that runs twice has one key: its values are joined.
+    """
+    import onnx
+
+    tapped = copy.deepcopy(model)
+    outputs = {value.name for value in tapped.graph.output}
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in keys if name not in outputs)
+
+    def measured(start: int) -> Iterator[Activations]:
+        with OnnxRuntime(tapped.SerializeToString(), plugin=plugin) as runtime:
+            for feed in islice(feeds(images, kind, runtime), start, None):
+                values = runtime.run({kind: feed})
+                merged: dict[str, list[NDArray[np.float32]]] = {}
+                for name, key in keys.items():
+                    merged.setdefault(key, []).append(_by_channel(values[name][0], axes.get(name)))
+                yield {key: np.concatenate(parts) for key, parts in merged.items()}
+
+    return measured
+
+
+def _by_channel(values: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+    """(.., channels), or flat where the axis of channels does not matter."""
+    if axis is None:
+        return values.ravel()
+    return np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
