@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evm_deploy.errors import ToolchainError
+from evm_deploy.files import sha256
 
 RECIPE = "kernels.txt"
+SETTINGS = (RECIPE, "CMakeLists.txt")
 SHOWN_LINES = 6  # of a failed compiler's output
 
 
@@ -44,7 +49,15 @@ class Recipe:
 
     def files(self) -> list[Path]:
         """Everything that the compiled code depends on."""
-        return sorted(path for path in self.folder.rglob("*") if path.name == RECIPE or path.suffix in (".cpp", ".h"))
+        return sorted(path for path in self.folder.rglob("*") if path.name in SETTINGS or path.suffix in (".cpp", ".h"))
+
+    def digest(self, settings: str) -> str:
+        """Sixteen hex digits of these files' content and of `settings`, whatever else decides the bytes of a library."""
+        digest = hashlib.sha256(settings.encode())
+        for path in self.files():
+            digest.update(f"\0{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def read_recipe() -> Recipe:
@@ -102,3 +115,45 @@ class Compiler:
                 self.run(*common, *(kernel.arguments if kernel else ()), "-c", recipe.folder / source, "-o", path)
                 made.append(path)
         return made
+
+
+def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
+    """The library `path` of a cache, if it is there whole, else what `compile_` makes in a folder and returns.
+
+    The cache holds nothing half-made; a damaged file is compiled again. Raises ToolchainError.
+    """
+    if intact(path):
+        return path
+    try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=f".{path.parent.name}.") as work:
+            built = compile_(Path(work))
+            done = Path(work) / "done"
+            done.mkdir()
+            built = built.rename(done / path.name)
+            _checksum(built).write_text(sha256(built), encoding="ascii")
+            shutil.rmtree(path.parent, ignore_errors=True)
+            try:
+                done.rename(path.parent)
+            except OSError:
+                if not intact(path):  # not even by another process that was faster
+                    raise
+    except OSError as error:
+        where = error.filename or path.parent.parent
+        raise ToolchainError(
+            f"cannot write the compiled library: {where}: {error.strerror}",
+            "set XDG_CACHE_HOME to a folder that can be written",
+        ) from error
+    return path
+
+
+def intact(library: Path) -> bool:
+    """Whether a cached library is there, whole."""
+    try:
+        return _checksum(library).read_text(encoding="ascii") == sha256(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _checksum(library: Path) -> Path:
+    return library.with_name(library.name + ".sha256")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from evm_deploy.errors import ToolchainError
 
-LIBRARIES = {"onnxruntime": "evm_onnxruntime" + (".dll" if sys.platform == "win32" else ".so")}
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
+LIBRARIES = {"onnxruntime": f"evm_onnxruntime{SUFFIX}"}  # OpenVINO's: openvino_extension.py
 HINT = "install g++ or clang++, then install evm-deploy again; without it scans run in their portable form"
 
 
@@ -29,9 +30,16 @@ def not_built() -> str:
 
 
 def plugin_path(runtime: str) -> Path:
-    """The library to register with a plain `runtime` (`onnxruntime`). Raises ToolchainError where it was not built."""
+    """The library to register with a plain `runtime`, `onnxruntime` or `openvino` (which may take a minute to compile).
+
+    Raises ToolchainError where it was not, or cannot be, built.
+    """
+    if runtime == "openvino":
+        from evm_deploy.openvino_extension import extension
+
+        return extension()
     if runtime not in LIBRARIES:
-        raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(LIBRARIES)}")
+        raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(LIBRARIES)}, openvino")
     path = find_plugin(runtime)
     if path is None:
         raise ToolchainError(not_built(), HINT)

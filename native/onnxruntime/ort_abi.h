@@ -21,7 +21,6 @@ typedef const Handle *Api;     // OrtApi as an array of pointers
 
 constexpr uint32_t API_VERSION = 17;
 constexpr int INVALID_ARGUMENT = 2;
-constexpr int FLOAT = 1, UINT8 = 2, INT8 = 3;            // of tensor elements
 constexpr int REQUIRED = 0, OPTIONAL = 1;                // of an input or output
 constexpr int ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;   // OrtAllocatorType, OrtMemType
 

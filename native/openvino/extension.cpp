@@ -1,0 +1,177 @@
+// The operators of domain evm for OpenVINO: types SelectiveScan, EVSSBlock and EVSSBlockInt8 of opset "evm", evaluated on the CPU by
+// the native kernels, and their conversion from ONNX. Load with ov::Core::add_extension(path). Fits one release of OpenVINO.
+#include "ops.h"
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/core/parallel.hpp>
+#include <openvino/core/version.hpp>
+#include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/op.hpp>
+
+#define EVM_TEXT_(x) #x
+#define EVM_TEXT(x) EVM_TEXT_(x)
+
+// What the library was built for, to be found in the file: loading it into another release fails before it can say so.
+extern "C" EVM_API const char evm_openvino_release[];
+const char evm_openvino_release[] = "evm extension for OpenVINO " EVM_TEXT(OPENVINO_VERSION_MAJOR) "." EVM_TEXT(OPENVINO_VERSION_MINOR) "." EVM_TEXT(OPENVINO_VERSION_PATCH);
+
+namespace {
+
+// Memory for blocks, kept between inferences: as many buffers as blocks ever ran at once. Fresh pages would cost more than the
+// smaller blocks take.
+class Workspaces {
+    static constexpr size_t ALIGNMENT = 64;
+    struct Buffer {
+        std::vector<char> bytes;
+        float *aligned() { return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT); }
+    };
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Buffer>> unused;
+
+  public:
+    // Calls `use` with `size` bytes.
+    template <class Use>
+    void with(size_t size, Use use) {
+        std::unique_ptr<Buffer> buffer = take();
+        if (buffer->bytes.size() < size + ALIGNMENT) buffer->bytes.resize(size + ALIGNMENT);
+        use(buffer->aligned());
+        const std::lock_guard<std::mutex> lock(mutex);
+        unused.push_back(std::move(buffer));
+    }
+
+  private:
+    std::unique_ptr<Buffer> take() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (unused.empty()) return std::make_unique<Buffer>();
+        std::unique_ptr<Buffer> last = std::move(unused.back());
+        unused.pop_back();
+        return last;
+    }
+};
+
+Workspaces workspaces;
+
+void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_scan_args args) {
+    evm::Sizes size;
+    OPENVINO_ASSERT(fill(args, op, in, size), size.message);
+    args.y = out[0].data<float>();
+    ov::parallel_for((size_t)evm_scan_num_tiles(&args), [&](size_t tile) { evm_scan_run_tile(&args, (int64_t)tile); });
+}
+
+void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_block_args args) {
+    evm::Sizes size;
+    OPENVINO_ASSERT(fill(args, op, in, size), size.message);
+    for (size_t i = 0; i < out.size(); i++) *evm::output_field(args, i) = out[i].data<float>();
+    if (evm::empty(args)) return;
+    workspaces.with((size_t)evm_block_workspace_bytes(&args), [&](float *workspace) {
+        args.workspace = workspace;
+        for (int64_t image = 0; image < args.b; image++)
+            for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++)
+                ov::parallel_for((size_t)evm_block_num_tiles(&args, image, stage),
+                                 [&](size_t tile) { evm_block_run_tile(&args, image, stage, (int64_t)tile); });
+    });
+}
+
+ov::element::Type element(evm::Type type) {
+    return type == evm::FLOAT ? ov::element::f32 : type == evm::INT8 ? ov::element::i8 : ov::element::u8;
+}
+
+// An operator as a node. Attribute scan_outputs, of blocks: it also gives what its scan reads and writes, for verification.
+template <const evm::Op &OP, class Arguments>
+class Node : public ov::op::Op {
+    bool scan_outputs = false;
+
+  public:
+    Node() = default;
+    Node(const ov::OutputVector &inputs, bool outputs_of_scan) : Op(inputs), scan_outputs(outputs_of_scan) { constructor_validate_and_infer_types(); }
+
+    static const ov::DiscreteTypeInfo &get_type_info_static() {
+        static const ov::DiscreteTypeInfo info = [] {
+            ov::DiscreteTypeInfo made(OP.name, "evm", &ov::op::Op::get_type_info_static());
+            made.hash();
+            return made;
+        }();
+        return info;
+    }
+    const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
+
+    void validate_and_infer_types() override {
+        NODE_VALIDATION_CHECK(this, get_input_size() == OP.input_count, "evm::", OP.name, " has ", OP.input_count, " inputs, got ", get_input_size());
+        evm::Tensor in[evm::MAX_INPUTS];
+        bool known = true;
+        for (size_t i = 0; i < OP.input_count; i++) {
+            const evm::Input &input = OP.inputs[i];
+            const ov::element::Type want = element(input.type), have = get_input_element_type(i);
+            NODE_VALIDATION_CHECK(this, have.compatible(want), "evm::", OP.name, ": ", input.name, " is ", have, ", expected ", want);
+            if (get_input_partial_shape(i).is_static()) in[i] = tensor(nullptr, get_input_shape(i));
+            else known = false;
+        }
+        evm::Sizes size;
+        NODE_VALIDATION_CHECK(this, !known || size.fit(OP, in), size.message);
+        set_output_type(0, ov::element::f32, get_input_partial_shape(0));
+        if (scan_outputs && OP.output_count > 1) set_scan_outputs(get_input_partial_shape(0), get_input_partial_shape(8));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Node>(inputs, scan_outputs);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &visitor) override {
+        if (OP.output_count > 1) visitor.on_attribute("scan_outputs", scan_outputs);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        evm::Tensor in[evm::MAX_INPUTS];
+        for (size_t i = 0; i < OP.input_count; i++) in[i] = tensor(inputs[i].data(), inputs[i].get_shape());
+        run(OP, in, outputs, Arguments{});
+        return true;
+    }
+
+  private:
+    static evm::Tensor tensor(const void *data, const ov::Shape &shape) {
+        evm::Tensor made{data, {}, shape.size()};
+        for (size_t i = 0; i < shape.size() && i < evm::MAX_RANK; i++) made.dims[i] = (int64_t)shape[i];
+        return made;
+    }
+
+    void set_scan_outputs(const ov::PartialShape &x, const ov::PartialShape &A) {
+        const auto size = [](const ov::Dimension &d) { return d.is_static() ? d.get_length() : -1; };
+        for (size_t i = evm::SCAN_U; i < OP.output_count; i++) {
+            const evm::Shape shape = evm::scan_shape(i, size(x[0]), size(x[1]), size(x[2]), size(A[1]), size(A[2]));
+            set_output_type(i, ov::element::f32, std::vector<ov::Dimension>(shape.dims, shape.dims + evm::MAX_RANK));
+        }
+    }
+};
+
+template <class Type>
+ov::OutputVector convert(const ov::frontend::NodeContext &context) {
+    ov::OutputVector inputs;
+    for (size_t i = 0; i < context.get_input_size(); i++) inputs.push_back(context.get_input((int)i));
+    return std::make_shared<Type>(inputs, false)->outputs();
+}
+
+template <class Type>
+void add(std::vector<ov::Extension::Ptr> &extensions) {
+    extensions.push_back(std::make_shared<ov::OpExtension<Type>>());
+    extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Type::get_type_info_static().name, "evm", convert<Type>));
+}
+
+std::vector<ov::Extension::Ptr> extensions() {
+    std::vector<ov::Extension::Ptr> all;
+    add<Node<evm::SELECTIVE_SCAN, evm_scan_args>>(all);
+    add<Node<evm::EVSS_BLOCK, evm_block_args>>(all);
+    add<Node<evm::EVSS_BLOCK_INT8, evm_block_args>>(all);
+    return all;
+}
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(extensions());
