@@ -31,7 +31,7 @@ import torch
 from common import interleave, ratio, where
 from onnx import helper
 
-from evm_deploy.export.onnx import scan_alone
+from evm_deploy.export.graph import scan_alone
 from evm_deploy.plugins import plugin_path
 from evm_deploy.scan import native, onnx_function, reference
 from evm_deploy.scan.op import selective_scan

@@ -30,7 +30,7 @@ def export_parser() -> Parser:
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
-    add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), or all")
+    add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), openvino (ov), or all")
     precision = parser.add_mutually_exclusive_group().add_argument
     precision("--precision", metavar="P", help="fp32 (default), fp16, int8, w8")
     for short in ("fp16", "int8"):
@@ -56,7 +56,12 @@ def export_parser() -> Parser:
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
     add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
-    add("--scan", default="auto", metavar="S", help="auto (default) or portable: standard ops only")
+    add(
+        "--scan",
+        default="auto",
+        metavar="S",
+        help="auto (default), plugin (native kernel) or portable: standard ops only",
+    )
     add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
     add("--opset", default="20", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
@@ -305,6 +310,8 @@ def run_parser() -> Parser:
         metavar="S",
         help="auto (default), plugin (native kernel), bundled (the bundle's own), portable",
     )
+    add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
+    add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
     _common(parser)
     return parser
 
@@ -324,7 +331,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    with load(args.bundle, threads=args.threads, scan=args.scan) as model:
+    with load(args.bundle, threads=args.threads, scan=args.scan, device=args.device, cache=args.cache) as model:
         if args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
             print(f"scans run in their portable form: {model.scan.reason}", file=sys.stderr)
         if args.selftest:

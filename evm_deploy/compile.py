@@ -52,7 +52,7 @@ class Recipe:
         return sorted(path for path in self.folder.rglob("*") if path.name in SETTINGS or path.suffix in (".cpp", ".h"))
 
     def digest(self, settings: str) -> str:
-        """Sixteen hex digits of these files' content and of `settings`, whatever else decides the bytes of a library."""
+        """Sixteen hex digits of these files and of `settings`, whatever else decides the bytes of a library."""
         digest = hashlib.sha256(settings.encode())
         for path in self.files():
             digest.update(f"\0{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,7 @@ from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
 from evm_deploy.platforms import host_platform
-from evm_deploy.plugins import HINT, kernel_isa, not_built
-from evm_deploy.runtimes.base import Feeds, TensorSpec, check_feeds
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, RunOptions, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,13 +37,14 @@ class Prediction:
 class LoadedBundle:
     """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, scan: str = "auto") -> None:
+    def __init__(self, bundle: Bundle, options: RunOptions = DEFAULTS, scan: str = "auto") -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.target = get_target(self.manifest.target)
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
-        self._runtime = self.target.open(bundle.path / self.manifest.artifact, threads, self.plugin)
+        self._options = replace(options, plugin=self.plugin)
+        self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
         self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
         self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
 
@@ -71,14 +71,17 @@ class LoadedBundle:
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
-        return selftest.run(self.bundle, self.target, self._runtime, self.plugin)
+        return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
 
     def _lowering(self, scan: str) -> tuple[Path | None, Choice]:
         """How this bundle's scans run here, and why."""
         one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
-        if scan == "portable" or self.manifest.plan["scan"] == "portable":
+        modes = self.manifest.scan["value"].split("+")
+        if scan == "portable" and "portable" not in modes:
+            raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+        if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
-                raise UsageError("this bundle was exported with --scan portable: it has no node for a native kernel")
+                raise UsageError("this bundle was exported with portable scans: it has no node for a native kernel")
             return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
         plugins, host = self.manifest.plugins, host_platform()
         if scan == "bundled":
@@ -88,18 +91,19 @@ class LoadedBundle:
                     "export it with --device",
                 )
             own = self.bundle.path / plugins[host]
-            return own, Choice("plugin", f"native kernel, {kernel_isa(own)}, from the bundle ({host})")
-        plugin = self.target.plugin()
-        if plugin:
-            return plugin, Choice("plugin", f"native kernel, {kernel_isa(plugin)}, installed")
-        reason = not_built()
-        if host in plugins:  # a library is a program: it runs only for who says so
-            reason += "; the bundle brings one for this platform, which scan 'bundled' trusts"
-        elif plugins:
-            reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
-        if scan == "plugin":
-            raise ToolchainError(reason, HINT)
-        return None, Choice("portable", reason)
+            return own, Choice("plugin", f"native kernel, {self.target.isa(own)}, from the bundle ({host})")
+        try:
+            plugin = self.target.plugin()
+        except ToolchainError as error:
+            reason = error.args[0]
+            if host in plugins:  # a library is a program: it runs only for who says so
+                reason += "; the bundle brings one for this platform, which scan 'bundled' trusts"
+            elif plugins:
+                reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
+            if scan == "plugin" or "portable" not in modes:
+                raise ToolchainError(reason, error.hint) from error
+            return None, Choice("portable", reason)
+        return plugin, Choice("plugin", f"native kernel, {self.target.isa(plugin)}, installed")
 
     def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
         plan = self.manifest.export_plan()
@@ -139,14 +143,24 @@ class LoadedBundle:
         self._runtime.__exit__(kind, error, trace)
 
 
-def load(path: str | Path, *, threads: int | None = None, scan: str = "auto") -> LoadedBundle:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    scan: str = "auto",
+    device: str | None = None,
+    cache: str | Path | None = None,
+) -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
     `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the installed native kernel),
     `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
     `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
+    OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
+    load sooner the next time.
     """
-    return LoadedBundle(open_bundle(path), threads, scan)
+    options = RunOptions(threads, device=device, cache=Path(cache) if cache else None)
+    return LoadedBundle(open_bundle(path), options, scan)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from evm_deploy.calib.source import Source, block_of, feeds, sources
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.progress import Progress, Step
+from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 Evaluate = Callable[["onnx.ModelProto"], Accuracy]
+Ship = Callable[["onnx.ModelProto"], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
 
 
@@ -54,10 +57,14 @@ def quantize_graph(
     preprocessing: Preprocessing,
     *,
     fused: Mapping[str, FusedOp],
+    ship: Ship,
     plugin: Path | None,
     step: Step,
 ) -> Quantized:
-    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op. `plugin` makes it quicker.
+    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op.
+
+    `ship(candidate)` opens a graph as the target will run it: that is what is judged. `plugin`, of ONNX Runtime, makes
+    calibration quicker.
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
@@ -68,7 +75,7 @@ def quantize_graph(
     tried: dict[str, Accuracy] = {}
     if judged:
         with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'without labels'}"):
-            evaluate = evaluator(model, judged, request, plugin)
+            evaluate = evaluator(model, judged, request, ship, plugin)
             tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
         smooth = max(tried, key=lambda name: tried[name].rank)
     source, accuracy = choices[smooth], tried.get(smooth)
@@ -118,13 +125,12 @@ def candidates(model: onnx.ModelProto, precision: str, fused: Mapping[str, Fused
     ]
 
 
-def run_all(model: onnx.ModelProto, images: ImageSet, request: Request, plugin: Path | None) -> NDArray[np.float32]:
-    """The outputs of `model` on every image, flattened: (images, values)."""
-    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
-        rows = [
-            np.concatenate([value[0].ravel() for value in runtime.run({request.input: feed}).values()])
-            for feed in feeds(images, request.input, runtime)
-        ]
+def run_all(runtime: Runtime, images: ImageSet, request: Request) -> NDArray[np.float32]:
+    """The outputs of a model on every image, flattened: (images, values)."""
+    rows = [
+        np.concatenate([value[0].ravel() for value in runtime.run({request.input: feed}).values()])
+        for feed in feeds(images, request.input, runtime)
+    ]
     return np.stack(rows)
 
 
@@ -141,13 +147,15 @@ def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> tu
     return used, judged
 
 
-def evaluator(model: onnx.ModelProto, images: ImageSet, request: Request, plugin: Path | None) -> Evaluate:
-    """Candidate -> its Accuracy against the float `model` on `images`; the float outputs are computed once."""
-    expected = run_all(model, images, request, plugin)
+def evaluator(model: onnx.ModelProto, images: ImageSet, request: Request, ship: Ship, plugin: Path | None) -> Evaluate:
+    """Candidate -> its Accuracy, as shipped, against the float `model`, whose outputs on `images` are computed once."""
     labels = images.labels if request.val else None
+    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
+        expected = run_all(runtime, images, request)
 
     def evaluate(candidate: onnx.ModelProto) -> Accuracy:
-        outputs = run_all(candidate, images, request, plugin)
+        with ship(candidate) as runtime:
+            outputs = run_all(runtime, images, request)
         return compare(expected, outputs, labels, classes=request.num_classes > 0, limit=request.max_drop)
 
     return evaluate

@@ -20,6 +20,7 @@ from evm_deploy.calib.smooth import foldings, smooth
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.onnx_tools import constants_sha256
 from evm_deploy.progress import Step
+from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def sources(
     return {**found, "on": Source(smoothed, layers, table, table.ranges(request.method))}
 
 
-def feeds(images: ImageSet, kind: str, runtime: OnnxRuntime) -> Iterator[NDArray[Any]]:
+def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:
     """Each image as the graph reads it, repeated to its smallest batch."""
     batch = next(iter(runtime.inputs.values())).shape[0] or 1
     for pixels in images.pixels():

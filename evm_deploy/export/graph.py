@@ -75,6 +75,26 @@ def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = Non
     return tuple(sites)
 
 
+def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One evm::SelectiveScan node on seven graph inputs of any shape, with the portable body that `model` has."""
+    from onnx import TensorProto, helper
+
+    ranks = {"u": 4, "delta": 4, "A": 3, "B": 4, "C": 4, "skip": 2, "bias": 2}
+    inputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * ranks[k]) for k in onnx_function.INPUTS]
+    output = helper.make_tensor_value_info(onnx_function.OUTPUT, TensorProto.FLOAT, [None] * 4)
+    node = helper.make_node(
+        onnx_function.OP_TYPE, onnx_function.INPUTS, [onnx_function.OUTPUT], domain=onnx_function.DOMAIN
+    )
+    result: onnx.ModelProto = helper.make_model(
+        helper.make_graph([node], "scan", inputs, [output]),
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        functions=[function for function in model.functions if function.name == onnx_function.OP_TYPE],
+        producer_name="evm-deploy",
+    )
+    return result
+
+
 def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing) -> nn.Module:
     """The float model as it ships: pixels in (for `--input image`), the chosen head out. In eval mode.
 

@@ -11,22 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy import cross
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.fold_normalisation import fold_normalisation
-from evm_deploy.export.graph import Graph, ScanSite, check, scan_sites
+from evm_deploy.export.graph import Graph, ScanSite, check, scan_alone, scan_sites
+from evm_deploy.export.onnx_usage import usage
 from evm_deploy.export.outline import outline
 from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, Target
-from evm_deploy.onnx_tools import in_order
-from evm_deploy.plugins import find_plugin
-from evm_deploy.runtimes.base import Feeds, Runtime
+from evm_deploy.onnx_tools import check_fp16_range, in_order
+from evm_deploy.platforms import PLATFORMS
+from evm_deploy.plugins import HINT, find_plugin, kernel_isa, not_built
+from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
 from evm_deploy.scan import onnx_function
 
 if TYPE_CHECKING:
     import onnx
 
-FP16_MAX = 65504.0
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 
@@ -71,20 +72,11 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights and activations float16, inputs and outputs as before, every scan float32 between casts.
 
-    Raises UsageError naming the weights that float16 cannot hold; onnxruntime's converter would clip them.
+    Raises UsageError naming the weights that float16 cannot hold.
     """
-    from onnx import TensorProto, numpy_helper
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    scan_constants = {name for site in scan_sites(model) for name in site.reads.values()}
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scan_constants:
-            largest = float(np.abs(numpy_helper.to_array(tensor)).max(initial=0))
-            if largest > FP16_MAX:
-                raise UsageError(
-                    f"--fp16: {tensor.name} reaches {largest:.4g}, float16 ends at {FP16_MAX:.0f}",
-                    "export fp32 instead",
-                )
+    check_fp16_range(model, scan_sites(model))
     functions = list(model.functions)
     half: onnx.ModelProto = convert_float_to_float16(
         model,
@@ -150,47 +142,33 @@ class OnnxScanTaps:
         return {key: site.reads[key] for key in ("u", "delta", "B", "C")}
 
 
-def open_(path: Path, threads: int | None, plugin: Path | None) -> Runtime:
-    return OnnxRuntime(path, threads, plugin)
+def open_(path: Path, options: RunOptions) -> Runtime:
+    if options.device not in (None, "CPU"):
+        raise UsageError(f"device {options.device!r}: ONNX Runtime's CPU provider is the only one that is used")
+    if options.cache:
+        raise UsageError("ONNX Runtime keeps no compiled models", "leave the cache out")
+    return OnnxRuntime(path, options.threads, options.plugin)
 
 
-def plugin() -> Path | None:
-    return find_plugin("onnxruntime")
+def plugin() -> Path:
+    path = find_plugin("onnxruntime")
+    if path is None:
+        raise ToolchainError(not_built(), HINT)
+    return path
 
 
 def build_plugin(platform: str) -> Path:
     return cross.library("onnxruntime", platform)
 
 
-def write_scan_probe(graph: Graph, plan: ExportPlan, folder: Path) -> str:
-    """Write `scan.onnx`, one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
+def write_scan_probe(graph: Graph, artifact: Artifact, path: Path) -> None:
+    """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     import onnx
 
     model = scan_alone(graph.model)
-    if plan.scan == "portable":
+    if artifact.scan.value == "portable":
         model = onnx.inliner.inline_local_functions(model)
-    (folder / "scan.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    return "scan.onnx"
-
-
-def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
-    """One evm::SelectiveScan node on seven graph inputs of any shape, with the portable body that `model` has."""
-    from onnx import TensorProto, helper
-
-    ranks = {"u": 4, "delta": 4, "A": 3, "B": 4, "C": 4, "skip": 2, "bias": 2}
-    inputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * ranks[k]) for k in onnx_function.INPUTS]
-    output = helper.make_tensor_value_info(onnx_function.OUTPUT, TensorProto.FLOAT, [None] * 4)
-    node = helper.make_node(
-        onnx_function.OP_TYPE, onnx_function.INPUTS, [onnx_function.OUTPUT], domain=onnx_function.DOMAIN
-    )
-    result: onnx.ModelProto = helper.make_model(
-        helper.make_graph([node], "scan", inputs, [output]),
-        opset_imports=list(model.opset_import),
-        ir_version=model.ir_version,
-        functions=[function for function in model.functions if function.name == onnx_function.OP_TYPE],
-        producer_name="evm-deploy",
-    )
-    return result
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 TARGET = Target(
@@ -198,11 +176,15 @@ TARGET = Target(
     aliases=("ort", "onnxruntime"),
     precisions=("fp32", "fp16", "int8", "w8"),
     scans=("auto", "portable"),
+    devices=tuple(PLATFORMS),
     probe=probe,
     build=build,
     taps=OnnxScanTaps,
     open=open_,
     plugin=plugin,
+    isa=kernel_isa,
     build_plugin=build_plugin,
+    scan_probe="scan.onnx",
     write_scan_probe=write_scan_probe,
+    usage=usage,
 )

@@ -17,13 +17,13 @@ from evm_deploy.export.graph import deployable, trace
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
 from evm_deploy.export.readme import bundle_readme
-from evm_deploy.export.target import Artifact, Target, check_plan
+from evm_deploy.export.target import Artifact, Target, check_plan, native_library
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.platforms import host_platform
 from evm_deploy.progress import Step, silent
-from evm_deploy.runtimes.base import Runtime
+from evm_deploy.runtimes.base import RunOptions, Runtime
 
 DEFAULT_IMGSZ = (224, 224)
 
@@ -55,11 +55,11 @@ def export(
             with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.device, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
-        modes = lowerings(target, plan, artifact)
+        modes = lowerings(target, artifact)
         with step("verify", f"{len(probes)} images, {len(graph.scans)} scans, {' and '.join(modes)}"):
             parities = {}
             for mode, plugin in modes.items():
-                with target.open(artifact.path, None, plugin) as runtime:
+                with target.open(artifact.path, RunOptions(plugin=plugin)) as runtime:
                     taps = target.taps(artifact, plugin)
                     parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
                     outputs = verify.run_batched(runtime, plan, probes)
@@ -80,10 +80,10 @@ def export(
             expected, scans = verify.run_reference(reference, plan, probes)
             # quantised: what was verified here; the float model is further away than a device may be
             expected = outputs if quantized else expected
-            selftest.write(folder, target, graph, plan, preprocessing, probes, expected, scans)
+            selftest.write(folder, target, artifact, graph, plan, preprocessing, probes, expected, scans)
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(bundle_readme(manifest), encoding="utf-8")
+            (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             return keep(folder, path, manifest)
 
 
@@ -96,14 +96,11 @@ def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -
     return replace(artifact, plugins={device: inside})
 
 
-def lowerings(target: Target, plan: ExportPlan, artifact: Artifact) -> dict[str, Path | None]:
-    """The ways in which the artifact's scans can run here, each to be verified: portable always, and a native library.
-
-    The one that is shipped, where it is for this platform.
-    """
-    own = artifact.plugins.get(host_platform())
-    plugin = None if plan.scan == "portable" else artifact.path.parent / own if own else target.plugin()
-    return {"portable": None, **({"plugin": plugin} if plugin else {})}
+def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
+    """The ways in which the artifact's scans can run here, each to be verified: portably, and on a native library."""
+    found: dict[str, Path | None] = {"portable": None} if "portable" in artifact.scan.value.split("+") else {}
+    plugin = native_library(target, artifact)
+    return {**found, "plugin": plugin} if plugin else found
 
 
 def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from evm_deploy.errors import AccuracyError
 from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import DEFAULT_SMOOTH, QUANTIZED, Choice, ExportPlan
-from evm_deploy.export.target import Target
+from evm_deploy.export.target import Target, native_library
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
+from evm_deploy.runtimes.base import RunOptions, Runtime
 
 TABLE = "calibration.json"
 WARM_UP, TIMED = 3, 15  # runs of each precision, to tell whether int8 pays off
@@ -35,6 +39,15 @@ def quantize(
     """The quantised form of a hub graph when the plan asks for one, else the graph itself. Raises CalibrationError."""
     if plan.precision not in QUANTIZED:
         return graph, None
+
+    @contextmanager
+    def ship(candidate: Any) -> Iterator[Runtime]:
+        """The candidate as the target ships and runs it."""
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = target.build(replace(graph, model=candidate), plan, Path(folder))
+            with target.open(artifact.path, RunOptions(plugin=native_library(target, artifact))) as runtime:
+                yield runtime
+
     request = Request(
         precision=plan.precision,
         calib=Path(plan.calib) if plan.calib else None,
@@ -50,7 +63,13 @@ def quantize(
         input=plan.input,
     )
     quantized = quantize_graph(
-        graph.model, request, preprocessing, fused=graph.fusable, plugin=target.plugin(), step=step
+        graph.model,
+        request,
+        preprocessing,
+        fused=graph.fusable,
+        ship=ship,
+        plugin=find_plugin("onnxruntime"),
+        step=step,
     )
     return replace(graph, model=quantized.model), quantized
 
@@ -72,7 +91,8 @@ def gain_over_float32(
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth=DEFAULT_SMOOTH)
         other = target.build(graph, float32, Path(folder))
         size = artifact.stat().st_size / other.path.stat().st_size
-        with target.open(other.path, 1, plugin) as slow, target.open(artifact, 1, plugin) as fast:
+        options = RunOptions(threads=1, plugin=plugin)
+        with target.open(other.path, options) as slow, target.open(artifact, options) as fast:
             ratios = []
             for _ in range(WARM_UP + TIMED):
                 times = []

@@ -2,7 +2,7 @@
 
 `selftest/probes.safetensors`   <input> and the outputs expected for it
 `selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
-`selftest/scan.onnx`            one scan by itself, to run them with
+`selftest/scan.onnx` or `.xml`  one scan by itself, to run them with
 `selftest/picture.png`          a picture of another size, and `picture.pixels`, what preprocessing makes of it
 """
 
@@ -19,10 +19,10 @@ from evm_deploy.errors import BundleError
 from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.graph import Graph
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Target
+from evm_deploy.export.target import Artifact, Target
 from evm_deploy.export.verify import Scan, large_delta_probe, run_batched, ssm_error
 from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.runtimes.base import Runtime
+from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.scan.reference import selective_scan
 
 FOLDER = "selftest"
@@ -65,6 +65,7 @@ def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 def write(
     folder: Path,
     target: Target,
+    artifact: Artifact,
     graph: Graph,
     plan: ExportPlan,
     preprocessing: Preprocessing,
@@ -82,7 +83,7 @@ def write(
     Image.fromarray(shot).save(here / "picture.png")
     tensors = {plan.input: probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / "probes.safetensors")
-    target.write_scan_probe(graph, plan, here)
+    target.write_scan_probe(graph, artifact, here / target.scan_probe)
     rng = np.random.default_rng(1)
     cases = {site.name: _head_of(scan) for site, scan in zip(graph.scans, scans, strict=True)}
     if cases:
@@ -94,8 +95,10 @@ def write(
     save_file(arrays, here / "scans.safetensors")
 
 
-def run(bundle: Bundle, target: Target, runtime: Runtime, plugin: Path | None) -> list[Check]:
-    """Run the bundle's self-test on this device: preprocessing, outputs, scans. Raises BundleError if it has none."""
+def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -> list[Check]:
+    """Run the bundle's self-test: preprocessing, outputs in `runtime`, scans as `options` say. Raises BundleError if it
+    has none.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -114,7 +117,7 @@ def run(bundle: Bundle, target: Target, runtime: Runtime, plugin: Path | None) -
         checks.append(Check(name, difference, plan.selftest_tolerance * scale))
     names = sorted({key.split(":")[0] for key in scans})
     if names:
-        with target.open(here / "scan.onnx", None, plugin) as scan_runtime:
+        with target.open(here / target.scan_probe, options) as scan_runtime:
             for name in names:
                 case = {key.split(":")[1]: value for key, value in scans.items() if key.split(":")[0] == name}
                 case.pop("y")

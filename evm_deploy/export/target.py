@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.plan import Choice, ExportPlan
-from evm_deploy.runtimes.base import Feeds, Runtime
+from evm_deploy.platforms import host_platform
+from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 
 if TYPE_CHECKING:
     from evm_deploy.export.graph import Graph
+    from evm_deploy.export.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class ScanTaps(Protocol):
 class Artifact:
     """What `build` made: the native file, and the facts that the manifest records.
 
-    plugins: platform -> native library, relative to the bundle.
+    scan: how its scans can run, plugin, portable, or plugin+portable. plugins: platform -> native library, relative to
+    the bundle.
     """
 
     path: Path
@@ -56,24 +59,55 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One deployment target. `scans`: the lowerings of the scan that it can be asked for.
+class Usage:
+    """What a bundle's README says of its target. artifact, library: what these files are. sections: Markdown."""
 
-    `open(path, threads, plugin)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for
-    None; `plugin()` is the library that is installed here, if any, `build_plugin(platform)` one for another platform.
+    artifact: str
+    library: str
+    sections: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """One deployment target. scans: the lowerings of the scan that it can be asked for. devices: platforms whose native
+    library `build_plugin(platform)` makes. scan_probe: file name of the one scan that `write_scan_probe` writes.
+
+    `open(path, options)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for None.
+    `plugin()` is the library for this machine; it raises ToolchainError, which says why, where there is none.
+    `isa(plugin)` is the instruction set that a library chose. `usage(manifest)`, for the bundle's README: how to run
+    the artifact without us.
     """
 
     name: str
     aliases: tuple[str, ...]
     precisions: tuple[str, ...]
     scans: tuple[str, ...]
+    devices: tuple[str, ...]
     probe: Callable[[], Probe]
     build: Callable[[Graph, ExportPlan, Path], Artifact]
     taps: Callable[[Artifact, Path | None], ScanTaps]
-    open: Callable[[Path, int | None, Path | None], Runtime]
-    plugin: Callable[[], Path | None]
+    open: Callable[[Path, RunOptions], Runtime]
+    plugin: Callable[[], Path]
+    isa: Callable[[Path], str]
     build_plugin: Callable[[str], Path]
-    write_scan_probe: Callable[[Graph, ExportPlan, Path], str]
+    scan_probe: str
+    write_scan_probe: Callable[[Graph, Artifact, Path], None]
+    usage: Callable[[Manifest], Usage]
+
+
+def native_library(target: Target, artifact: Artifact) -> Path | None:
+    """What the artifact's scans run on here: the library that is shipped, where it is for this platform, else the
+    installed one; None where there is none, or no use for it.
+    """
+    if "plugin" not in artifact.scan.value.split("+"):
+        return None
+    own = artifact.plugins.get(host_platform())
+    if own:
+        return artifact.path.parent / own
+    try:
+        return target.plugin()
+    except ToolchainError:
+        return None
 
 
 def check_plan(target: Target, plan: ExportPlan) -> None:
@@ -84,3 +118,8 @@ def check_plan(target: Target, plan: ExportPlan) -> None:
     ):
         if value not in choices:
             raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {', '.join(choices)}")
+    if plan.device and plan.device not in target.devices:
+        raise UsageError(
+            f"target '{target.name}' has no native library for --device; it has: {', '.join(target.devices) or 'none'}",
+            "leave it out",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -25,6 +26,23 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join('batch' if d is None else str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run an artifact. None: as the runtime does by itself.
+
+    threads: of one inference. plugin: the native library to run scans on; None runs them portably. device: where, as
+    the runtime names it. cache: folder for compiled models.
+    """
+
+    threads: int | None = None
+    plugin: Path | None = None
+    device: str | None = None
+    cache: Path | None = None
+
+
+DEFAULTS = RunOptions()
 
 
 class Runtime(Protocol):

@@ -114,7 +114,7 @@ class Node : public ov::op::Op {
         evm::Sizes size;
         NODE_VALIDATION_CHECK(this, !known || size.fit(OP, in), size.message);
         set_output_type(0, ov::element::f32, get_input_partial_shape(0));
-        if (scan_outputs && OP.output_count > 1) set_scan_outputs(get_input_partial_shape(0), get_input_partial_shape(8));
+        if (scan_outputs && OP.output_count > 1) set_scan_outputs(get_input_partial_shape(0), get_input_partial_shape(index_of("A")));
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
@@ -140,6 +140,12 @@ class Node : public ov::op::Op {
         evm::Tensor made{data, {}, shape.size()};
         for (size_t i = 0; i < shape.size() && i < evm::MAX_RANK; i++) made.dims[i] = (int64_t)shape[i];
         return made;
+    }
+
+    static size_t index_of(const char *name) {
+        size_t i = 0;
+        while (strcmp(OP.inputs[i].name, name)) i++;
+        return i;
     }
 
     void set_scan_outputs(const ov::PartialShape &x, const ov::PartialShape &A) {

@@ -1,0 +1,133 @@
+"""OpenVINO on the devices that it finds."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.files import sha256
+from evm_deploy.openvino_extension import INSTALL_HINT, check_release
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, RunOptions, TensorSpec
+
+VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
+RT_INFO = "evm_deploy"  # section of an IR's metadata
+PRECISION_HINT = "inference_precision"  # key there: what its operations are computed in
+
+
+class OpenVinoRuntime:
+    """A compiled model, of an IR or of a model in memory.
+
+    A model without a hint in its metadata is computed in float32: OpenVINO's default on many CPUs is bfloat16.
+    `options.cache` keeps compiled models, apart for each extension: one that changed finds nothing of the old one.
+    Raises UsageError for a device that is not there, ToolchainError for an extension that does not fit, BundleError for
+    a model that cannot be opened.
+    """
+
+    def __init__(self, model: Path | Any, options: RunOptions = DEFAULTS) -> None:
+        self.core = open_core(options.plugin)
+        device = options.device or "CPU"
+        check_device(device, self.core.available_devices)
+        properties = {"PERFORMANCE_HINT": "LATENCY"}
+        if options.threads:
+            properties["INFERENCE_NUM_THREADS"] = str(options.threads)
+        if options.cache:
+            own = sha256(options.plugin)[:16] if options.plugin else "portable"
+            properties["CACHE_DIR"] = str(options.cache / own)
+        model = read(self.core, model) if isinstance(model, Path) else model
+        properties["INFERENCE_PRECISION_HINT"] = precision_hint(model)
+        try:
+            self.compiled = self.core.compile_model(model, device, properties)
+        except RuntimeError as error:
+            raise BundleError(f"OpenVINO cannot compile the model for {device}: {reason(error)}") from error
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.compiled.inputs)}
+        self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.compiled.outputs)}
+        self._thread = threading.local()
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        if not hasattr(self._thread, "request"):  # a request serves one thread at a time
+            self._thread.request = self.compiled.create_infer_request()
+        try:
+            results = self._thread.request.infer(dict(feeds), share_inputs=True)
+        except RuntimeError as error:
+            raise UsageError(f"OpenVINO cannot run the model: {reason(error)}") from error
+        return {name: results[i] for i, name in enumerate(self.outputs)}
+
+    def __enter__(self) -> OpenVinoRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._thread, self.compiled, self.core
+
+
+def open_core(plugin: Path | None) -> Any:
+    """An openvino.Core, with the extension `plugin` if it is given. It must outlive the models that it reads.
+
+    Raises ToolchainError where OpenVINO is missing or the extension does not fit it.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ToolchainError("openvino is not installed", INSTALL_HINT) from error
+    core = openvino.Core()
+    if plugin:
+        check_release(plugin)
+        try:
+            core.add_extension(str(plugin))
+        except RuntimeError as error:
+            raise ToolchainError(f"OpenVINO refuses {plugin}: {reason(error)}") from error
+    return core
+
+
+def read(core: Any, path: Path) -> Any:
+    """The openvino.Model in the IR `path`. Raises BundleError, with what to do when it lacks the extension."""
+    try:
+        return core.read_model(str(path))
+    except RuntimeError as error:
+        if "opset: evm" in str(error):
+            raise BundleError(
+                f"{path} holds operators of domain evm, which need the extension",
+                "give its path as plugin, or export with --scan portable",
+            ) from error
+        raise BundleError(f"OpenVINO cannot read {path}: {reason(error)}") from error
+
+
+def precision_hint(model: Any) -> str:
+    """What the operations of a model of ours are to be computed in, f32 or f16."""
+    where = [RT_INFO, PRECISION_HINT]
+    return str(model.get_rt_info(where).astype(str)) if model.has_rt_info(where) else "f32"
+
+
+def check_device(device: str, available: list[str]) -> None:
+    """Raise UsageError, listing those that are there, for a device that is not: GPU, GPU.1, AUTO, HETERO:GPU,CPU."""
+    name, _, behind = device.partition(":")
+    wanted = behind.split(",") if behind else [] if name in VIRTUAL else [device]
+    if name not in VIRTUAL and behind:
+        raise UsageError(f"device {device!r}: only {', '.join(VIRTUAL)} stand for other devices")
+    for one in wanted:
+        bare = re.sub(r"\(.*\)", "", one).removeprefix("-")
+        if not any(bare in (there, there.split(".")[0]) for there in available):
+            raise UsageError(
+                f"device {bare!r} is not here; OpenVINO finds: {', '.join(available)}", "its driver may be missing"
+            )
+
+
+def reason(error: Exception) -> str:
+    """The line of OpenVINO's message that says something: the first ones are places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not re.match(r"Exception from |Check '.*' failed at ", line)]
+    return telling[0] if telling else str(error).strip()
+
+
+def _spec(port: Any) -> TensorSpec:
+    shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in port.partial_shape)
+    return TensorSpec(port.any_name, np.dtype(port.element_type.to_dtype()).name, shape)
