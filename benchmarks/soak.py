@@ -1,6 +1,6 @@
 """Many inferences of the embedded demo on the native kernel: memory must not grow, results must not change.
 
-    python benchmarks/soak.py [--inferences 100000]
+    python benchmarks/soak.py [--target onnx] [--inferences 100000]
 
 Resident memory is read after the first hundredth and at the end. Exit 1 when it grew by over 1 MB, or a bit changed.
 """
@@ -31,9 +31,11 @@ def resident_mb() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inferences", type=int, default=100_000)
-    count = parser.parse_args().inferences
+    parser.add_argument("--target", default="onnx", choices=("onnx", "openvino"))
+    args = parser.parse_args()
+    count = args.inferences
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export(CHECKPOINT, ExportPlan("onnx"), folder)
+        bundle = export(CHECKPOINT, ExportPlan(args.target), folder)
         with load(bundle.path, threads=1, scan="plugin") as model:
             height, width = bundle.manifest.preprocessing["size"]
             pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)

@@ -24,7 +24,9 @@ def run_export(*flags):
     return cli.export_main([str(flag) for flag in flags])
 
 
-@pytest.mark.parametrize("module", ["evm_deploy", "evm_deploy.cli", "evm_deploy.inference", "evm_deploy.export.onnx"])
+@pytest.mark.parametrize(
+    "module", ["evm_deploy", "evm_deploy.cli", "evm_deploy.inference", "evm_deploy.export.targets"]
+)
 def test_import_loads_no_engine(module):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

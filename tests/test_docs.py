@@ -16,7 +16,7 @@ from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_readmes_session_runs_and_prints_that(tmp_path, monkeypatch, capsys):

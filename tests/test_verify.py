@@ -16,14 +16,15 @@ from evm_deploy.model import efficientvmamba
 from evm_deploy.scan import onnx_function
 
 
-def run(micro, out, *flags):
-    return cli.export_main([str(micro), "--target", "onnx", "--imgsz", "64", "-o", str(out), "-q", *flags])
+def run(micro, out, *flags, target="onnx"):
+    flags = [*flags, *(["--scan", "portable"] if target == "openvino" else [])]  # test_openvino.py spoils the others
+    return cli.export_main([str(micro), "--target", target, "--imgsz", "64", "-o", str(out), "-q", *flags])
 
 
-def rejected(out):
+def rejected(out, target="onnx"):
     found = list(out.iterdir())
-    assert [path.name for path in found] == ["micro_64-onnx-fp32-64x64.rejected"]
-    assert (found[0] / "model.onnx").is_file()
+    assert [path.name for path in found] == [f"micro_64-{target}-fp32-64x64.rejected"]
+    assert list(found[0].glob("model.*"))
     with pytest.raises(BundleError, match="was rejected"):
         open_bundle(found[0])
 
@@ -67,12 +68,16 @@ def forgotten_state(function):
     last.input[0] = "zero"
 
 
+TARGETS = pytest.mark.parametrize("target", ["onnx", "openvino"])
+
+
+@TARGETS
 @pytest.mark.parametrize("fault", [wrong_decay, forgotten_state])
-def test_a_broken_scan_body_is_rejected(fault, break_function, micro, tmp_path, capsys):
+def test_a_broken_scan_body_is_rejected(fault, target, break_function, micro, tmp_path, capsys):
     break_function(fault)
-    assert run(micro, tmp_path) == 4
+    assert run(micro, tmp_path, target=target) == 4
     assert "scan layers.0.blocks.0.op" in capsys.readouterr().err
-    rejected(tmp_path)
+    rejected(tmp_path, target)
 
 
 def cumsum_division(opset):
@@ -91,11 +96,12 @@ def cumsum_division(opset):
     return helper.make_function("evm", "SelectiveScan", onnx_function.INPUTS, ["y"], f.nodes, opsets)
 
 
-def test_cumsum_division_is_rejected(monkeypatch, micro, tmp_path, capsys):
+@TARGETS
+def test_cumsum_division_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
     monkeypatch.setattr(onnx_function, "selective_scan_function", cumsum_division)
-    assert run(micro, tmp_path) == 4
+    assert run(micro, tmp_path, target=target) == 4
     assert "off by" in capsys.readouterr().err
-    rejected(tmp_path)
+    rejected(tmp_path, target)
 
 
 def test_cumsum_division_is_rejected_where_the_logits_hide_it(monkeypatch, tmp_path, capsys):
@@ -132,7 +138,8 @@ def during_trace(monkeypatch, spoil, restore):
     monkeypatch.setattr(graph_module, "_export", broken)
 
 
-def test_a_swapped_direction_is_rejected(monkeypatch, micro, tmp_path, capsys):
+@TARGETS
+def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
     right = efficientvmamba.split_directions
 
     def swap(model):
@@ -142,9 +149,9 @@ def test_a_swapped_direction_is_rejected(monkeypatch, micro, tmp_path, capsys):
         efficientvmamba.split_directions = right
 
     during_trace(monkeypatch, swap, restore)
-    assert run(micro, tmp_path) == 4
+    assert run(micro, tmp_path, target=target) == 4
     assert "reads inputs off by" in capsys.readouterr().err
-    rejected(tmp_path)
+    rejected(tmp_path, target)
 
 
 def test_a_wrongly_folded_batch_norm_is_rejected(monkeypatch, micro, tmp_path):

@@ -1,0 +1,127 @@
+"""Two ways to an int8 EfficientVMamba in OpenVINO: our Q/DQ graph, which exports hold, and NNCF on the float IR.
+
+    pip install nncf
+    python benchmarks/openvino_int8.py [--images 300]
+
+The trained T of ../shared/trained at 64x64: accuracy of both on 2000 pictures that neither saw, calibrated with the
+same ones; then T at 224x224 with seeded weights, time of both and of float32, one thread, one run. NNCF gets the IR
+with one node per scan and the rest in OpenVINO's operators (a block as one node leaves it nothing to quantise inside),
+and leaves additions, products, concatenations and means in float.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from common import interleave, ratio, where
+from int8_methods import CALIBRATION_SEED, TRAINED, VALIDATION_SEED
+from openvino_models import compiled, hub, runner, scan_nodes
+from PIL import Image
+
+from evm_deploy import ExportPlan, export, load
+from evm_deploy.calib.accuracy import compare
+from evm_deploy.export.openvino_ir import convert
+from evm_deploy.export.selftest import picture
+from evm_deploy.openvino_extension import extension
+
+FLOAT_TYPES = ["Add", "Multiply", "Concat", "ReduceSum", "ReduceMean"]
+
+
+def with_nncf(model: Any, images: np.ndarray, name: str) -> tuple[Any, float]:
+    """The int8 form that NNCF makes of a float model, and the seconds that it took."""
+    import nncf
+
+    nncf.set_log_level("ERROR")
+    start = time.perf_counter()
+    scope = nncf.IgnoredScope(types=FLOAT_TYPES, validate=False)
+    data = nncf.Dataset(list(images), lambda image: {name: image[None]})
+    return nncf.quantize(model, data, subset_size=len(images), ignored_scope=scope), time.perf_counter() - start
+
+
+def outputs(request: Any, images: np.ndarray) -> np.ndarray:
+    return np.concatenate([request.infer({"image": image[None]})[0].copy() for image in images])
+
+
+def rows(images: np.ndarray, run: Any) -> Iterator[np.ndarray]:
+    for image in images:
+        yield run({"image": image[None]})["logits"]
+
+
+def accuracy(core: Any, folder: Path, count: int) -> None:
+    """Of the trained T."""
+    from glyphs import glyphs
+
+    calibration, _ = glyphs(count, CALIBRATION_SEED, 64)
+    images, labels = glyphs(2000, VALIDATION_SEED, 64)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / "val" / str(label) / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    np.savez(folder / "calib.npz", images=calibration)
+    checkpoint = TRAINED / "evm_tiny_glyphs64.ckpt"
+    plan = ExportPlan("openvino", imgsz=(64, 64), crop_pct=1.0)
+    float_model = convert(core, scan_nodes(hub(checkpoint, plan)))
+    want = outputs(compiled(core, float_model), images)
+    quantized, seconds = with_nncf(float_model, calibration, "image")
+    print(f"NNCF  {compare(want, outputs(compiled(core, quantized), images), labels)}   {seconds:.0f} s")
+    int8 = ExportPlan("openvino", imgsz=(64, 64), crop_pct=1.0, precision="int8", calib=str(folder / "calib.npz"))
+    with load(export(checkpoint, int8, folder / "out").path, threads=1) as model:
+        ours = np.concatenate(list(rows(images, model.run)))
+    print(f"Q/DQ  {compare(want, ours, labels)}")
+
+
+def speed(core: Any, folder: Path, rounds: int) -> None:
+    """Of T at 224x224."""
+    import golden
+
+    state = golden.model_case("tiny_224")["state"]
+    checkpoint = folder / "evm_tiny.pth"
+    torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
+    images = np.stack([picture(224, 224, seed=i) for i in range(104)])
+    np.savez(folder / "pictures.npz", images=images)
+    plan = ExportPlan("openvino", imgsz=(224, 224), scan="plugin")
+    int8 = ExportPlan("openvino", imgsz=(224, 224), scan="plugin", precision="int8", calib=str(folder / "pictures.npz"))
+    float_model = convert(core, scan_nodes(hub(checkpoint, plan)))
+    models = {
+        "float32": export(checkpoint, plan, folder / "a").path / "model.xml",
+        "Q/DQ": export(checkpoint, int8, folder / "b").path / "model.xml",
+        "NNCF": with_nncf(float_model, images[:40], "image")[0],
+    }
+    feeds = {"image": images[:1]}
+    times = interleave({key: runner(compiled(core, model), feeds) for key, model in models.items()}, rounds)
+    for key in models:
+        print(f"float32 / {key:<8} {ratio(times, 'float32', key)[1]}  median {statistics.median(times[key]):.1f} ms")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=300, help="to calibrate with")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    if not TRAINED.is_dir():
+        print(f"{TRAINED} is not there", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(TRAINED))
+    core = ov.Core()
+    core.add_extension(str(extension()))
+    print(f"{where()}, OpenVINO {ov.__version__.split('-')[0]}")
+    with tempfile.TemporaryDirectory() as folder:
+        accuracy(core, Path(folder), args.images)
+        speed(core, Path(folder), args.rounds)
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

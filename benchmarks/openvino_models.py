@@ -1,0 +1,170 @@
+"""EfficientVMamba in OpenVINO on the CPU, beside its graph with no scan, and beside RepViT-M0.9 in the same precision.
+
+    python benchmarks/openvino_models.py [--variant tiny] [--imgsz 224] [--rounds 30]
+
+One thread, batch 1, seeded weights, all in one interleaved run.
+
+    identity   the graph in OpenVINO's own operators with every scan replaced by an identity
+    plugin     the bundle of `--scan plugin`: whole EVSS blocks on the native kernel, in the extension
+    scan node  the same with only the scans in the extension, the blocks around them in OpenVINO's operators
+    portable   the bundle of `--scan portable`: standard operators
+
+Each in float32; plugin and identity in bfloat16 too (hint bf16); int8 exports of both lowerings, calibrated with made
+pictures. RepViT-M0.9 in float32 and bfloat16, where its graph is (../shared/benchmarks/peers). Also: two threads, load
+time, with and without a cache of compiled models. Exit 1 when a limit of the project is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino as ov
+import torch
+from common import PEERS, interleave, ratio, where
+from onnx import helper
+
+from evm_deploy.export.bundle import Bundle
+from evm_deploy.export.graph import Graph, deployable, trace
+from evm_deploy.export.openvino import lowered
+from evm_deploy.export.openvino_ir import convert
+from evm_deploy.export.pipeline import complete, export
+from evm_deploy.export.plan import ExportPlan, parse_imgsz
+from evm_deploy.export.selftest import picture
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.openvino_extension import extension, isa
+from evm_deploy.runtimes.base import RunOptions
+from evm_deploy.runtimes.openvino import OpenVinoRuntime
+from evm_deploy.scan import onnx_function
+
+MAX_PLUGIN, MAX_PORTABLE, MIN_INT8 = 1.2, 2.1, 1.4
+
+
+def hub(checkpoint: Path, plan: ExportPlan) -> Graph:
+    """The float graph that every form starts from."""
+    model, spec = load_checkpoint(checkpoint)
+    plan, preprocessing = complete(plan, spec)
+    return trace(deployable(model, plan, preprocessing), plan, {})
+
+
+def scan_nodes(graph: Graph) -> onnx.ModelProto:
+    """The graph with a node for each scan and nothing fused."""
+    model, _ = lowered(replace(graph, fusable={}), "plugin")
+    return model
+
+
+def with_identity_scans(graph: Graph) -> onnx.ModelProto:
+    """The graph, every scan passing u through."""
+    model = scan_nodes(graph)
+    for node in model.graph.node:
+        if node.op_type == onnx_function.OP_TYPE:
+            node.CopyFrom(helper.make_node("Identity", [node.input[0]], [node.output[0]], name=node.name))
+    return model
+
+
+def compiled(core: Any, model: Any, hint: str = "f32", threads: int = 1) -> Any:
+    """An inference request of a model, or of a file."""
+    model = core.read_model(str(model)) if isinstance(model, Path) else model
+    settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    return core.compile_model(model, "CPU", settings).create_infer_request()
+
+
+def runner(request: Any, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
+
+
+def load_seconds(bundle: Bundle, cache: Path | None) -> float:
+    """Seconds from a file to a compiled model."""
+    library = bundle.manifest.plugins
+    options = RunOptions(1, bundle.path / next(iter(library.values())) if library else None, cache=cache)
+    start = time.perf_counter()
+    with OpenVinoRuntime(bundle.path / "model.xml", options):
+        return time.perf_counter() - start
+
+
+def size_bytes(bundle: Bundle) -> int:
+    """Of the model's two files."""
+    return sum((bundle.path / f"model.{end}").stat().st_size for end in ("xml", "bin"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
+    parser.add_argument("--imgsz", default="224")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    import golden
+
+    core = ov.Core()
+    core.add_extension(str(extension()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        state = golden.model_case(f"{args.variant}_224")["state"]
+        checkpoint = folder / f"evm_{args.variant}.pth"
+        torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
+        plan = ExportPlan("openvino", imgsz=parse_imgsz(args.imgsz), scan="plugin")
+        height, width = plan.imgsz or (0, 0)
+        np.savez(folder / "pictures.npz", images=np.stack([picture(height, width, seed=i) for i in range(104)]))
+        int8 = replace(plan, precision="int8", calib=str(folder / "pictures.npz"))
+        bundles = {
+            "plugin": export(checkpoint, plan, folder / "plugin"),
+            "portable": export(checkpoint, replace(plan, scan="portable"), folder / "portable"),
+            "int8 plugin": export(checkpoint, int8, folder / "plugin"),
+            "int8 portable": export(checkpoint, replace(int8, scan="portable"), folder / "portable"),
+        }
+        graph = hub(checkpoint, plan)
+        models = {key: bundle.path / "model.xml" for key, bundle in bundles.items()}
+        models["scan node"] = convert(core, scan_nodes(graph))
+        models["identity"] = convert(core, with_identity_scans(graph))
+        feeds = {"image": np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)}
+        subjects = {key: runner(compiled(core, model), feeds) for key, model in models.items()}
+        for key in ("plugin", "identity"):
+            subjects[f"bf16 {key}"] = runner(compiled(core, models[key], "bf16"), feeds)
+        subjects["plugin, 2 threads"] = runner(compiled(core, models["plugin"], threads=2), feeds)
+        if PEERS.is_dir():
+            sys.path.insert(0, str(PEERS))
+            import peers
+
+            rival = core.read_model(str(peers.materialise("repvit_m0_9", folder / "repvit.onnx")))
+            images = {"images": np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)}
+            subjects["RepViT-M0.9"] = runner(compiled(core, rival), images)
+            subjects["bf16 RepViT-M0.9"] = runner(compiled(core, rival, "bf16"), images)
+        times = interleave(subjects, args.rounds)
+        loads = {}
+        for key in ("plugin", "portable"):
+            cold = load_seconds(bundles[key], None)
+            load_seconds(bundles[key], folder / "cache")
+            loads[key] = (cold, load_seconds(bundles[key], folder / "cache"))
+        sizes = {
+            key: sum((b.path / f"model.{end}").stat().st_size for end in ("xml", "bin")) for key, b in bundles.items()
+        }
+    print(f"{where()}, OpenVINO {ov.__version__.split('-')[0]}, 1 thread")
+    print(f"EfficientVMamba {args.variant}, {height}x{width}, {args.rounds} rounds, kernel {isa(extension())}")
+    medians = {}
+    for key in subjects:
+        medians[key], text = ratio(times, key, "identity")
+        print(f"{key:<18} / identity   {text}  median {statistics.median(times[key]):.1f} ms")
+    faster = {}
+    for key in ("plugin", "portable"):
+        faster[key], text = ratio(times, key, f"int8 {key}")
+        print(f"{key} float32 / int8   {text}  files {sizes[f'int8 {key}'] / sizes[key]:.3f} of float32's")
+    for slow, fast in (("plugin", "bf16 plugin"), ("plugin", "RepViT-M0.9"), ("bf16 plugin", "bf16 RepViT-M0.9")):
+        if fast in times:
+            print(f"{slow} / {fast}   {ratio(times, slow, fast)[1]}")
+    print(f"plugin, 2 threads / 1    {ratio(times, 'plugin, 2 threads', 'plugin')[1]}")
+    for key, (cold, cached) in loads.items():
+        print(f"load {key:<12} {cold:.2f} s, from the cache {cached:.2f} s")
+    return int(medians["plugin"] > MAX_PLUGIN or medians["portable"] > MAX_PORTABLE or faster["plugin"] < MIN_INT8)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""What the tests of the OpenVINO target share."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from evm_deploy.export import openvino
+from evm_deploy.export.graph import Graph, deployable, trace
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Artifact, native_library
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import RunOptions
+from evm_deploy.runtimes.openvino import OpenVinoRuntime
+
+LOWERINGS = ("plugin", "portable")
+
+
+def traced(checkpoint: Path, plan: ExportPlan) -> tuple[Graph, ExportPlan]:
+    """The hub graph of a checkpoint, and the complete plan."""
+    model, spec = load_checkpoint(checkpoint, head=plan.head)
+    plan, preprocessing = complete(plan, spec)
+    return trace(deployable(model, plan, preprocessing), plan, {"model": spec.name}), plan
+
+
+def built(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
+    folder.mkdir()
+    return openvino.build(copy.deepcopy(graph), plan, folder)
+
+
+def opened(artifact: Artifact, **options) -> OpenVinoRuntime:
+    return OpenVinoRuntime(artifact.path, RunOptions(plugin=native_library(openvino.TARGET, artifact), **options))
