@@ -31,7 +31,7 @@ from evm_deploy.model.checkpoint import load_checkpoint
 from evm_deploy.openvino_extension import extension
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import RunOptions
-from evm_deploy.runtimes.openvino import OpenVinoRuntime
+from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core
 from tests.openvino import LOWERINGS, built, opened, traced
 
 APP = Path(__file__).parent / "openvino_app"
@@ -426,3 +426,12 @@ def test_a_damaged_ir(bundles, tmp_path):
     (tmp_path / "model.xml").write_text("<net>")
     with pytest.raises(BundleError, match="OpenVINO cannot read"):
         OpenVinoRuntime(tmp_path / "model.xml")
+
+
+def test_an_onnx_bundle_runs_on_the_extension_too(micro_bundle):
+    """The same nodes: OpenVINO reads them from the ONNX file."""
+    core = open_core(extension())
+    model = core.compile_model(str(micro_bundle.path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    probes = load_file(micro_bundle.path / "selftest" / "probes.safetensors")
+    assert np.abs(model(probes["image"][:1])[0] - probes["logits"][:1]).max() < 1e-4
+    assert "Reference" in {node.get_rt_info()["layerType"] for node in model.get_runtime_model().get_ops()}

@@ -72,9 +72,12 @@ def test_wrong_shapes_are_errors_not_crashes(index, change, message, core):
     """Dynamic shapes: found when it runs. Static ones: when the model is read."""
     inputs = random_scan(0, 1, 4, 9, 5, 16)
     inputs[index] = np.ascontiguousarray(change(inputs[index]))
-    if inputs[index].ndim == 2:
+    if "rank" not in message:  # OpenVINO itself refuses those
+        feeds = dict(zip(onnx_function.INPUTS, inputs, strict=True))
         with pytest.raises(RuntimeError, match=re.escape(message)):
-            run(core, scan_model(double()), dict(zip(onnx_function.INPUTS, inputs, strict=True)))
+            run(
+                core, scan_model(double()), feeds, threads=2
+            )  # with one, OpenVINO 2026.4.1 swallows it and gives nothing
     model = onnx.load_from_string(scan_model(double()))
     for value, array in zip(list(model.graph.input), inputs, strict=True):
         model.graph.initializer.append(numpy_helper.from_array(array, value.name))

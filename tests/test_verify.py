@@ -41,8 +41,8 @@ def break_function(monkeypatch):
     original = onnx_function.selective_scan_function
 
     def install(edit):
-        def broken(opset):
-            function = original(opset)
+        def broken(*args):
+            function = original(*args)
             edit(function)
             return function
 
@@ -80,7 +80,7 @@ def test_a_broken_scan_body_is_rejected(fault, target, break_function, micro, tm
     rejected(tmp_path, target)
 
 
-def cumsum_division(opset):
+def cumsum_division(opset, block_steps=None):
     """The form of several public ports: h_t = P_t * cumsum(x / P), P = exp(cumsum(dt A)). One chunk, no epsilon."""
     f = onnx_function._Body()
     one, two, three, last = f.const([1]), f.const(2), f.const([3]), f.const([4])

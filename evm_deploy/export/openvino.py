@@ -23,10 +23,12 @@ from evm_deploy.openvino_extension import INSTALL_HINT, extension
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.openvino import PRECISION_HINT, OpenVinoRuntime, open_core
+from evm_deploy.scan import onnx_function
 
 if TYPE_CHECKING:
     import onnx
 
+BLOCK_STEPS = 28  # of an iteration of a portable scan: the whole model 6 % faster than with 7
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino")
 
 
@@ -89,16 +91,27 @@ def precision_hint(plan: ExportPlan, scan: Choice) -> str:
 def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
     """The hub graph with blocks as nodes (`plugin`), or with every function inlined, and where its scans are."""
     import onnx
-    from onnx import inliner
 
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.model)
     fold_normalisation(proto)
     if scan == "portable":
-        return inliner.inline_local_functions(proto), scan_sites(proto)
+        return inlined(proto), scan_sites(proto)
     for module, op in graph.fusable.items():
         outline(proto, module, op)
     return proto, scan_sites(proto, graph.fusable)
+
+
+def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph with its functions inlined, and scans unrolled over as many steps as suit OpenVINO. Changes `proto`."""
+    from onnx import inliner
+
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    for function in proto.functions:
+        if function.name == onnx_function.OP_TYPE:
+            function.CopyFrom(onnx_function.selective_scan_function(opset, BLOCK_STEPS))
+    result: onnx.ModelProto = inliner.inline_local_functions(proto)
+    return result
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:
@@ -111,11 +124,9 @@ def build_plugin(platform: str) -> Path:
 
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
-    from onnx import inliner
-
     proto, library = scan_alone(graph.model), None
     if artifact.scan.value == "portable":
-        proto = inliner.inline_local_functions(proto)
+        proto = inlined(proto)
     else:
         library = artifact.path.parent / artifact.plugins[host_platform()]
     core = open_core(library)

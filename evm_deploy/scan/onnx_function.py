@@ -1,6 +1,6 @@
 """The selective scan as a model-local ONNX function of standard ops: what runs where no kernel is registered.
 
-One ONNX `Scan` whose iteration unrolls `BLOCK_STEPS` steps, for any shape and batch:
+One ONNX `Scan` whose iteration unrolls `block_steps` steps, for any shape and batch:
 
     dt = softplus(delta + bias);  per block:  a = Exp(dt * A);  x = dt u B  (outer product);
     h_i = a_i * h_(i-1) + x_i  for each step;  y = C h  (one MatMul over the block's states)
@@ -72,7 +72,7 @@ class _Body:
         return str(self.op("Reshape", tensor, self.op("Concat", *dims, axis=0)))
 
 
-def selective_scan_function(opset: int) -> onnx.FunctionProto:
+def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.FunctionProto:
     """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split, Pad).
 
     The checker refuses a function whose opset differs from the model's, so it is built per model.
@@ -80,7 +80,7 @@ def selective_scan_function(opset: int) -> onnx.FunctionProto:
     from onnx import helper
 
     f = _Body()
-    zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([BLOCK_STEPS])
+    zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([block_steps])
     batch, L, K, N, D = f.dim("u", 0), f.dim("u", 2), f.dim("A", 0), f.dim("A", 2), f.dim("A", 1)
     dt = _softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
 
@@ -99,7 +99,7 @@ def selective_scan_function(opset: int) -> onnx.FunctionProto:
         "Scan",
         *(h0, A, by_block(dt, one, D), by_block(inflow, one, D), by_block("B", N, one), by_block("C", one, N)),
         outputs=3,
-        body=_block_graph(),
+        body=_block_graph(block_steps),
         num_scan_inputs=4,
     )
     y = f.op("Transpose", f.reshape(y, f.const([-1]), batch, K, D), perm=[1, 2, 0, 3])
@@ -119,17 +119,17 @@ def _softplus_series(f: _Body, x: str) -> str:
     return str(f.op("Add", f.op("Relu", x), f.op("Mul", series, s)))
 
 
-def _block_graph() -> onnx.GraphProto:
+def _block_graph(block_steps: int) -> onnx.GraphProto:
     """One Scan iteration: states (h, A), inputs dt, inflow (steps, b, K, 1, D), B (.., N, 1), C (.., 1, N)."""
     from onnx import TensorProto, helper
 
-    node, steps = helper.make_node, range(BLOCK_STEPS)
+    node, steps = helper.make_node, range(block_steps)
     nodes = [
         node("Mul", ["dt", "A"], ["exponent"]),
         node("Exp", ["exponent"], ["decay"]),
         node("MatMul", ["B", "inflow"], ["x"]),
-        node("Split", ["decay"], [f"a{i}" for i in steps], axis=0, num_outputs=BLOCK_STEPS),
-        node("Split", ["x"], [f"x{i}" for i in steps], axis=0, num_outputs=BLOCK_STEPS),
+        node("Split", ["decay"], [f"a{i}" for i in steps], axis=0, num_outputs=block_steps),
+        node("Split", ["x"], [f"x{i}" for i in steps], axis=0, num_outputs=block_steps),
     ]
     h = "h"
     for i in steps:
