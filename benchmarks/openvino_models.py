@@ -91,11 +91,6 @@ def load_seconds(bundle: Bundle, cache: Path | None) -> float:
         return time.perf_counter() - start
 
 
-def size_bytes(bundle: Bundle) -> int:
-    """Of the model's two files."""
-    return sum((bundle.path / f"model.{end}").stat().st_size for end in ("xml", "bin"))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
@@ -144,9 +139,7 @@ def main() -> int:
             cold = load_seconds(bundles[key], None)
             load_seconds(bundles[key], folder / "cache")
             loads[key] = (cold, load_seconds(bundles[key], folder / "cache"))
-        sizes = {
-            key: sum((b.path / f"model.{end}").stat().st_size for end in ("xml", "bin")) for key, b in bundles.items()
-        }
+        sizes = {key: bundle.size_bytes for key, bundle in bundles.items()}
     print(f"{where()}, OpenVINO {ov.__version__.split('-')[0]}, 1 thread")
     print(f"EfficientVMamba {args.variant}, {height}x{width}, {args.rounds} rounds, kernel {isa(extension())}")
     medians = {}

@@ -31,6 +31,12 @@ def write_aside(path: Path, text: str) -> None:
         file.replace(path)
 
 
+def artifact_bytes(path: Path) -> int:
+    """Size of an artifact: a file or a folder, with what differs from it by suffix, such as an IR's weights."""
+    parts = [file for part in path.parent.glob(f"{path.stem}.*") for file in (part, *part.rglob("*"))]
+    return sum(file.stat().st_size for file in parts if file.is_file())
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content, read in pieces. Raises OSError."""
     digest = hashlib.sha256()

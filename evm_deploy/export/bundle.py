@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evm_deploy.errors import BundleError
 from evm_deploy.export.manifest import FILE, Manifest
-from evm_deploy.files import aside, sha256
+from evm_deploy.files import artifact_bytes, aside, sha256
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the artifact."""
-        return int(self.manifest.files[self.manifest.artifact]["size_bytes"])
+        """Size of the artifact, its weights included."""
+        return artifact_bytes(self.path / self.manifest.artifact)
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -22,6 +22,7 @@ from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import DEFAULT_SMOOTH, QUANTIZED, Choice, ExportPlan
 from evm_deploy.export.target import Target, native_library
+from evm_deploy.files import artifact_bytes
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.plugins import find_plugin
@@ -90,7 +91,7 @@ def gain_over_float32(
     with tempfile.TemporaryDirectory() as folder:
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth=DEFAULT_SMOOTH)
         other = target.build(graph, float32, Path(folder))
-        size = artifact.stat().st_size / other.path.stat().st_size
+        size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
         with target.open(other.path, options) as slow, target.open(artifact, options) as fast:
             ratios = []
