@@ -1,12 +1,14 @@
 """Accuracy of the trained T in int8 by calibration method, and in w8: 512 generated images to calibrate, 2000 to judge.
 
-    python benchmarks/int8_methods.py
+    python benchmarks/int8_methods.py [--blocks]
 
-Needs ../shared/trained. Prints top-1, the points lost against float, agreement, SQNR and share of float32's size.
+Needs ../shared/trained. Prints top-1, the points lost against float, agreement, SQNR and share of float32's size, as it
+is and smoothed; with --blocks instead how good the network is with each block alone in int8, the most sensitive first.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,14 +19,52 @@ from common import where
 from PIL import Image
 
 from evm_deploy import EvmError, ExportPlan, export
+from evm_deploy.calib.accuracy import Accuracy
 from evm_deploy.calib.histogram import METHODS
+from evm_deploy.calib.int8 import candidates, each_block, evaluator, image_sets
+from evm_deploy.calib.source import sources
+from evm_deploy.cli import accuracy_of
+from evm_deploy.export.graph import deployable, trace
 from evm_deploy.export.manifest import Manifest
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.quantization import request_of, shipping
+from evm_deploy.export.targets import get_target
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.plugins import find_plugin
+from evm_deploy.progress import silent
 
 TRAINED = Path(__file__).resolve().parents[2] / "shared" / "trained"
+CHECKPOINT = TRAINED / "evm_tiny_glyphs64.ckpt"
 CALIBRATION_SEED, VALIDATION_SEED = 5000, 7
 
 
+def figures(a: Accuracy) -> str:
+    return (
+        f"top-1 {100 * a.top1:.2f} % (float {100 * a.top1_float:.2f} %, {0 - a.drop:+.2f})"
+        f"   same class {100 * a.agreement:.2f} %   SQNR {a.sqnr_db:.1f} dB"
+    )
+
+
+def print_blocks(plan: ExportPlan) -> None:
+    """Each block alone, as it is and smoothed."""
+    model, spec = load_checkpoint(CHECKPOINT)
+    plan, preprocessing = complete(plan, spec)
+    graph = trace(deployable(model, plan, preprocessing), plan, {})
+    request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
+    used, judged = image_sets(request, preprocessing, silent)
+    ship = shipping(get_target(plan.target), graph, plan)
+    evaluate = evaluator(graph.model, judged, request, ship, plugin)
+    layers = candidates(graph.model, plan.precision, graph.fusable)
+    for smooth, source in sources(graph.model, layers, used, request, plugin, silent).items():
+        alone = dict(each_block(source, evaluate, lambda done, total: None))
+        for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db):
+            print(f"{block:<20} smooth {smooth:<4} {figures(accuracy)}")
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", action="store_true", help="every block alone, instead of every method")
+    args = parser.parse_args()
     if not TRAINED.is_dir():
         print(f"{TRAINED} is not there", file=sys.stderr)
         return 2
@@ -42,19 +82,23 @@ def main() -> int:
         val = str(folder / "val")
         w8 = ExportPlan("onnx", precision="w8", imgsz=(64, 64), crop_pct=1.0, val=val, max_drop=100.0)
         int8 = replace(w8, precision="int8", calib=str(folder / "calib.npz"))
-        plans = {method: replace(int8, calib_method=method) for method in (*METHODS, "auto")} | {"w8": w8}
-        for method, plan in plans.items():
+        if args.blocks:
+            print_blocks(replace(int8, smooth="auto"))
+            return 0
+        plans = {
+            f"{method}{', smoothed' if smooth == 'on' else ''}": replace(int8, calib_method=method, smooth=smooth)
+            for method in (*METHODS, "auto")
+            for smooth in ("off", "on")
+        }
+        for method, plan in {**plans, "w8": w8}.items():
             try:
-                manifest = export(TRAINED / "evm_tiny_glyphs64.ckpt", plan, folder / "out", force=True).manifest
+                manifest = export(CHECKPOINT, plan, folder / "out", force=True).manifest
                 note = ""
             except EvmError as error:
                 manifest = Manifest.read(next((folder / "out").glob("*.rejected")))
                 note = f"   rejected: {str(error).splitlines()[0]}"
-            a, size = manifest.accuracy or {}, manifest.details["quantization"]["size_of_fp32"]
-            print(
-                f"{method:<11} top-1 {100 * a['top1']:.2f} % (float {100 * a['top1_float']:.2f} %, {-a['drop']:+.2f})"
-                f"   same class {100 * a['agreement']:.2f} %   SQNR {a['sqnr_db']:.1f} dB   size {size:.3f}{note}"
-            )
+            size = manifest.details["quantization"]["size_of_fp32"]
+            print(f"{method:<20} {figures(accuracy_of(manifest.accuracy))}   size {size:.3f}{note}")
     return 0
 
 

@@ -44,7 +44,7 @@ def export_parser() -> Parser:
     )
     add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
     add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
-    add("--smooth", default="off", metavar="S", help="SmoothQuant for int8: off (default), on, auto (the better one)")
+    add("--smooth", default="auto", metavar="S", help="SmoothQuant for int8: on, off, auto (default, the better one)")
     add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
     add(
         "--val",
@@ -179,11 +179,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             )
             for q in quantized
         ),
-        *(
-            ("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}")
-            for q in quantized
-            if m.plan["smooth"] != "off"
-        ),
+        *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
         *(("In float", block) for q in quantized for block in q["in_float"]),
         ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
         *(("Note", note) for note in m.notes),

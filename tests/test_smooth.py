@@ -265,7 +265,7 @@ def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, pictu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"smooth": "maybe"}, "--smooth 'maybe' is unknown; choose from: off, on, auto"),
+        ({"smooth": "maybe"}, "--smooth 'maybe' is unknown; choose from: auto, on, off"),
         ({"precision": "fp32", "calib": None}, "--smooth is for int8, this export is fp32"),
         ({"precision": "w8", "calib": None}, "--smooth is for int8, this export is w8"),
     ],

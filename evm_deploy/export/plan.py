@@ -24,7 +24,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "w8": 0.1}
 # against the artifact's own outputs. int8: integer kernels differ by roundings. w8: computes in float32, as fp32
 SELFTEST_TOLERANCES = {"int8": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
-SMOOTHINGS, DEFAULT_SMOOTH = ("off", "on", "auto"), "off"
+SMOOTHINGS = ("auto", "on", "off")
 MAX_DROP = 1.0
 
 
@@ -98,7 +98,7 @@ class ExportPlan:
     calib: str | None = None
     calib_images: int = 512
     calib_method: str = "mse"
-    smooth: str = DEFAULT_SMOOTH
+    smooth: str = "auto"
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
@@ -135,7 +135,7 @@ class ExportPlan:
                 f"{given[0]} is for int8 and w8, this export is {self.precision}",
                 "add --int8 or --precision w8, or leave it out",
             )
-        if self.precision != "int8" and self.smooth != DEFAULT_SMOOTH:
+        if self.precision != "int8" and self.smooth == "on":
             raise UsageError(f"--smooth is for int8, this export is {self.precision}", "add --int8, or leave it out")
         if self.precision == "w8" and len(given) == 2:
             raise UsageError("--calib has no use for w8 beside --val: it calibrates nothing", "leave --calib out")

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.calib.accuracy import MIN_SQNR_DB
-from evm_deploy.calib.int8 import Quantized, quantize_graph
+from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import DEFAULT_SMOOTH, QUANTIZED, Choice, ExportPlan
+from evm_deploy.export.plan import QUANTIZED, Choice, ExportPlan
 from evm_deploy.export.target import Target, native_library
 from evm_deploy.files import artifact_bytes
 from evm_deploy.model.checkpoint import ModelSpec
@@ -40,16 +40,34 @@ def quantize(
     """The quantised form of a hub graph when the plan asks for one, else the graph itself. Raises CalibrationError."""
     if plan.precision not in QUANTIZED:
         return graph, None
+    quantized = quantize_graph(
+        graph.model,
+        request_of(plan, spec),
+        preprocessing,
+        fused=graph.fusable,
+        ship=shipping(target, graph, plan),
+        plugin=find_plugin("onnxruntime"),
+        step=step,
+    )
+    return replace(graph, model=quantized.model), quantized
+
+
+def shipping(target: Target, graph: Graph, plan: ExportPlan) -> Ship:
+    """ship(candidate) opens a form of the hub graph as the target ships and runs it."""
 
     @contextmanager
     def ship(candidate: Any) -> Iterator[Runtime]:
-        """The candidate as the target ships and runs it."""
         with tempfile.TemporaryDirectory() as folder:
             artifact = target.build(replace(graph, model=candidate), plan, Path(folder))
             with target.open(artifact.path, RunOptions(plugin=native_library(target, artifact))) as runtime:
                 yield runtime
 
-    request = Request(
+    return ship
+
+
+def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
+    """The part of a complete plan that quantisation reads."""
+    return Request(
         precision=plan.precision,
         calib=Path(plan.calib) if plan.calib else None,
         images=plan.calib_images,
@@ -63,16 +81,6 @@ def quantize(
         checkpoint_sha256=spec.checkpoint["sha256"],
         input=plan.input,
     )
-    quantized = quantize_graph(
-        graph.model,
-        request,
-        preprocessing,
-        fused=graph.fusable,
-        ship=ship,
-        plugin=find_plugin("onnxruntime"),
-        step=step,
-    )
-    return replace(graph, model=quantized.model), quantized
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def gain_over_float32(
     """The artifact against the export of the float `graph`: speed with one thread, median of pairs, and size."""
     feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
-        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth=DEFAULT_SMOOTH)
+        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
         other = target.build(graph, float32, Path(folder))
         size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
