@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from evm_deploy import cli
-from evm_deploy.calib import int8
+from evm_deploy.calib import source
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import quantize
 from evm_deploy.demo import CHECKPOINT
@@ -23,6 +23,7 @@ from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.inference import load
+from evm_deploy.runtimes.base import RunOptions
 from tests.test_fused import hub
 
 
@@ -161,8 +162,8 @@ def test_batches_inputs_heads_and_scans(changes, micro, tmp_path):
 def test_the_self_test_tells_w8_from_float(bundle, micro_bundle):
     """Its expected outputs are the artifact's own, and it computes in float: no other weights pass."""
     for other, ok in ((bundle, True), (micro_bundle, False)):
-        with TARGET.open(other.path / "model.onnx", 1, None) as runtime:
-            checks = {check.name: check.ok for check in selftest.run(bundle, TARGET, runtime, None)}
+        with TARGET.open(other.path / "model.onnx", RunOptions(threads=1)) as runtime:
+            checks = {check.name: check.ok for check in selftest.run(bundle, TARGET, runtime, RunOptions())}
         assert checks["logits"] is ok
 
 
@@ -179,7 +180,7 @@ def spoil(monkeypatch):
                     scale.CopyFrom(numpy_helper.from_array(4 * numpy_helper.to_array(scale), scale.name))
             return result
 
-        monkeypatch.setattr(int8, "quantize", spoilt)
+        monkeypatch.setattr(source, "quantize", spoilt)
 
     return install
 
