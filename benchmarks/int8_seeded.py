@@ -1,0 +1,70 @@
+"""int8 on the seeded weights of T, S and B at 224x224: SQNR of the logits, whole and with each block alone in int8.
+
+    python benchmarks/int8_seeded.py [--variant tiny|small|base]
+
+128 generated pictures, of which every eighth is kept back to judge with. These weights were never trained: the SQNR
+shows what rounding does to the network, not what it costs in accuracy (that is int8_methods.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import where
+from safetensors.numpy import save_file
+
+from evm_deploy import ExportPlan
+from evm_deploy.calib.int8 import candidates, each_block, evaluator, image_sets
+from evm_deploy.calib.source import sources
+from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.quantization import request_of, shipping
+from evm_deploy.export.selftest import picture
+from evm_deploy.export.targets import get_target
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.plugins import find_plugin
+from evm_deploy.progress import silent
+
+PICTURES, SEED = 128, 1000
+
+
+def print_variant(variant: str, folder: Path) -> None:
+    import golden
+
+    checkpoint = folder / f"{variant}.safetensors"
+    save_file(golden.model_case(f"{variant}_224")["state"], checkpoint)
+    wanted = ExportPlan("onnx", precision="int8", imgsz=(224, 224), calib=str(folder / "calib.npz"))
+    model, spec = load_checkpoint(checkpoint)
+    plan, preprocessing = complete(wanted, spec)
+    graph = trace(deployable(model, plan, preprocessing), plan, {})
+    request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
+    used, judged = image_sets(request, preprocessing, silent)
+    assert judged is not None
+    evaluate = evaluator(graph.model, judged, request, shipping(get_target(plan.target), graph, plan), plugin)
+    layers = candidates(graph.model, plan.precision, graph.fusable)
+    found = sources(graph.model, layers, used, request, plugin, silent)
+    rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}
+    print(f"\n{variant}, {len(judged)} pictures          as is  smoothed")
+    whole = [evaluate(source.quantized(source.blocks)).sqnr_db for source in found.values()]
+    print(f"{'all blocks':<22} {whole[0]:6.1f} dB {whole[1]:6.1f} dB")
+    for block in rows["off"]:
+        print(f"{block:<22} {rows['off'][block].sqnr_db:6.1f} dB {rows['on'][block].sqnr_db:6.1f} dB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=("tiny", "small", "base"), help="default: all three")
+    args = parser.parse_args()
+    print(where())
+    with tempfile.TemporaryDirectory() as name:
+        pictures = [picture(224, 224, seed=SEED + i) for i in range(PICTURES)]
+        np.savez(Path(name) / "calib.npz", images=np.stack(pictures))
+        for variant in (args.variant,) if args.variant else ("tiny", "small", "base"):
+            print_variant(variant, Path(name))
+
+
+if __name__ == "__main__":
+    main()
