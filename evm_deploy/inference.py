@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
+from evm_deploy.export.manifest import FILE as MANIFEST
 from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
+from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, RunOptions, TensorSpec, check_feeds
 
@@ -159,8 +161,10 @@ def load(
     OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
     load sooner the next time.
     """
-    options = RunOptions(threads, device=device, cache=Path(cache) if cache else None)
-    return LoadedBundle(open_bundle(path), options, scan)
+    bundle = open_bundle(path)
+    # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
+    own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
+    return LoadedBundle(bundle, RunOptions(threads, device=device, cache=own), scan)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -352,6 +353,30 @@ def test_compiled_models_are_cached_apart_for_each_library(bundles, tmp_path):
     assert [cached for cached, _ in seen] == [False, True, False]
     for _, logits in seen:
         np.testing.assert_array_equal(logits, seen[0][1])
+
+
+def test_compiled_models_are_cached_apart_for_each_bundle(bundles, tmp_path):
+    """Two versions of a bundle at one place, of one time and size: what layers of a container may look like."""
+    place = tmp_path / "bundle"
+    logits = []
+    for scale in (1.0, 2.0):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(bundles["portable"].path, place)
+        constants = re.findall(
+            r'element_type="f32" shape="[^"]*" offset="(\d+)" size="(\d+)"', (place / "model.xml").read_text()
+        )
+        offset, size = max(((int(at), int(size)) for at, size in constants), key=lambda found: found[1])
+        weights = np.memmap(place / "model.bin", np.float32, "r+", offset, (size // 4,))
+        weights *= scale
+        weights.flush()
+        manifest = json.loads((place / "manifest.json").read_text())
+        manifest["files"]["model.bin"]["sha256"] = sha256((place / "model.bin").read_bytes()).hexdigest()
+        (place / "manifest.json").write_text(json.dumps(manifest))
+        for file in place.rglob("*"):
+            os.utime(file, (0, 0))
+        with load(place, cache=tmp_path / "cache") as model:
+            logits.append(model.run({"image": pixels()})["logits"])
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
 def test_the_cache_is_a_flag(bundles, tmp_path):
