@@ -136,15 +136,19 @@ def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
     Steps: BatchNorm folded, torch.export with the scan as one op, node names from module paths, the portable body as a
-    local function, onnxsim, metadata, full check. Raises ToolchainError when a package is missing or a step fails.
+    local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises ToolchainError when a
+    package is missing or a step fails.
     """
     try:
+        import onnx
+
         model = fold_batch_norm(model)
         proto = _export(model, plan)
         name_after_modules(proto, root=ROOT)
         proto.functions.append(onnx_function.selective_scan_function(plan.opset))
         proto = _simplify(proto)
         name_after_neighbours(proto)
+        proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", "pip install 'evm-deploy[onnx]'") from error
     for key in sorted(metadata):

@@ -43,8 +43,9 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     after:   %out = evm::EVSSBlock(%x, norm.weight, norm.bias, in_proj ..)        the function holds the nodes
 
     A runtime that has the kernel uses it; any other runs the body. The function's further outputs, which the node does
-    not ask for, are what its scan reads and writes. Modules with equal bodies share one function; `overload` tells the
-    others apart. Returns the number of nodes replaced. Raises ToolchainError when the nodes do not form such a module.
+    not ask for, are what its scan reads and writes. Bodies that differ in attributes alone, as those of stages do in
+    their shapes, share one function, see `_share`. Returns the number of nodes replaced. Raises ToolchainError when the
+    nodes do not form such a module.
     """
     import onnx
     from onnx import helper
@@ -65,17 +66,17 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
         ["out", *(scan[name] for name in SCAN_OUTPUTS)],
         body,
         list(model.opset_import),
-        overload=path,
     )
-    overload = _share(model, function)
+    function, attributes = _share(model, function, path)
     node = helper.make_node(
         op_type,
         [x, *operands.values()],
         [out, *[""] * len(SCAN_OUTPUTS)],
         name=f"{path}/{op_type}",
         domain=onnx_function.DOMAIN,
-        overload=overload,
+        overload=function.overload,
     )
+    node.attribute.extend(attributes)
     at = list(graph.node).index(inside[0])
     kept = [node for node in graph.node if not below(path, node.name)]
     del graph.node[:]
@@ -86,7 +87,8 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     known = {name for node in graph.node for name in node.output}
     for value in [value for value in graph.value_info if value.name not in known]:
         graph.value_info.remove(value)
-    model.ir_version = max(model.ir_version, onnx.IR_VERSION_2024_3_25)  # the first with overloads
+    if function.overload:
+        model.ir_version = max(model.ir_version, onnx.IR_VERSION_2024_3_25)
     return len(inside)
 
 
@@ -166,15 +168,52 @@ def _body(
     return body
 
 
-def _share(model: onnx.ModelProto, function: onnx.FunctionProto) -> str:
-    """Add `function` unless an equal one is there. Returns the overload to call."""
+def _share(
+    model: onnx.ModelProto, function: onnx.FunctionProto, path: str
+) -> tuple[onnx.FunctionProto, list[onnx.AttributeProto]]:
+    """The function of the model to call for `function`, and the attributes to call it with.
+
+    before:  EVSSBlock() { .. Conv<group=48>(..) .. }, called for blocks of 48 channels; `function` has group=96
+    after:   EVSSBlock<v5_group>() { .. Conv<group=@v5_group>(..) .. }, called with v5_group=48 and v5_group=96
+
+    A body of another structure is a function of the same name, told apart by its `overload`, which ONNX Runtime knows
+    since 1.25 or so; before, it took the first body for all.
+    """
+    others = [other for other in model.functions if other.name == function.name]
+    same = next((other for other in others if _structure(other) == _structure(function)), None)
+    if not same:
+        function.overload = path if others else ""
+        model.functions.append(function)
+        return model.functions[-1], []
+    calls = [n for n in model.graph.node if (n.op_type, n.overload) == (same.name, same.overload)]
+    attributes = []
+    for node, new in zip(same.node, function.node, strict=True):
+        for mine, its in zip(node.attribute, new.attribute, strict=True):
+            if not mine.ref_attr_name and mine != its:
+                name = f"{node.output[0]}_{mine.name}"
+                for call in calls:
+                    call.attribute.append(_renamed(mine, name))
+                same.attribute.append(name)
+                kind = mine.type
+                mine.Clear()
+                mine.name, mine.type, mine.ref_attr_name = its.name, kind, name
+            if mine.ref_attr_name:
+                attributes.append(_renamed(its, mine.ref_attr_name))
+    return same, attributes
+
+
+def _structure(function: onnx.FunctionProto) -> list[object]:
+    """What of a body is not in the values of attributes."""
+    return [
+        (n.domain, n.op_type, tuple(n.input), tuple(n.output), tuple((a.name, a.type) for a in n.attribute))
+        for n in function.node
+    ] + [tuple(function.input), tuple(function.output)]
+
+
+def _renamed(attribute: onnx.AttributeProto, name: str) -> onnx.AttributeProto:
     import onnx
 
-    for other in model.functions:
-        same = onnx.FunctionProto()
-        same.CopyFrom(other)
-        same.overload = function.overload
-        if same == function:
-            return str(other.overload)
-    model.functions.append(function)
-    return str(function.overload)
+    copy = onnx.AttributeProto()
+    copy.CopyFrom(attribute)
+    copy.name = name
+    return copy
