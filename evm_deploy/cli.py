@@ -30,9 +30,13 @@ def export_parser() -> Parser:
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
-    add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), openvino (ov), or all")
+    add(
+        "--target",
+        metavar="T[,T2..]",
+        help="onnx (aliases: ort, onnxruntime), openvino (ov), coreml (apple, ios, mlpackage), or all",
+    )
     precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32, fp16, int8, w8; default fp32")
+    precision("--precision", metavar="P", help="fp32, fp16, int8, w8; default fp32, for coreml fp16")
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
@@ -63,7 +67,7 @@ def export_parser() -> Parser:
         help="auto (default), plugin (native kernel) or portable: standard ops only",
     )
     add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
-    add("--min-target", metavar="OS", help="oldest system to run on, for Apple's: iOS16, iOS17, iOS18")
+    add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
     add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
     add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")

@@ -45,8 +45,8 @@ class Quantized:
     """A quantised network, how good it is, and which blocks stayed in float.
 
     table: of what the activations did, where they are quantised too. accuracy: None where there were no images to judge
-    with. smooth: `on` or `off`. tried: how good these are before any block stays in float. sensitivity: SQNR in dB of
-    each block alone.
+    with. smooth: `on`, `off`, or "" where that is no question. tried: how good these are before any block stays in
+    float. sensitivity: SQNR in dB of each block alone.
     """
 
     model: Any

@@ -121,7 +121,8 @@ def record(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: 
     if quantized.table:
         (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
         facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}
-        facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
+        if quantized.smooth:
+            facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
     if manifest.precision == "int8" and gain and gain.speed < WORTH_IT:  # w8 is for size
         notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 here: not worth it on this machine")
     return replace(

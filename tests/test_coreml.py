@@ -1,0 +1,385 @@
+"""Core ML packages against the float model, in the MIL runtime; faults put into saved packages are noticed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from hashlib import sha256
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+from evm_deploy import cli, coreml_tools
+from evm_deploy.coreml_tools import converter, coremltools
+from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
+from evm_deploy.export import coreml, mlprogram, verify
+from evm_deploy.export.coreml_taps import CoreMlScanTaps
+from evm_deploy.export.graph import deployable
+from evm_deploy.export.pipeline import complete, export
+from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.selftest import probe_inputs
+from evm_deploy.export.target import Artifact, ScanShape, check_plan
+from evm_deploy.inference import load
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.runtimes.coreml import CoreMlRuntime
+from evm_deploy.runtimes.mil import MilRuntime, Program
+from evm_deploy.scan import mil
+from evm_deploy.scan.reference import selective_scan
+from tests.conftest import save_as_released
+from tests.test_mil import edited
+
+pytest.importorskip("coremltools")
+
+
+def plan_for(**changes):
+    return ExportPlan("coreml", **{"imgsz": (64, 64), **changes})
+
+
+def built(checkpoint, folder, plan):
+    """(artifact, float module, completed plan) of a checkpoint, without the pipeline around."""
+    model, spec = load_checkpoint(checkpoint, head=plan.head)
+    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
+    module = deployable(model, plan, preprocessing)
+    return coreml.build(mlprogram.trace(module, plan, {}), plan, folder), module, plan
+
+
+@pytest.fixture(scope="module")
+def bundle(micro, tmp_path_factory):
+    """The smallest golden model with default flags: float16, image input."""
+    return export(micro, plan_for(), tmp_path_factory.mktemp("coreml"))
+
+
+@pytest.fixture(scope="module")
+def fp32(micro, tmp_path_factory):
+    return built(micro, tmp_path_factory.mktemp("fp32"), plan_for(precision="fp32"))
+
+
+@pytest.mark.parametrize("name", ["tiny_224", "small_224", "base_224", "tiny_odd_200x232"])
+def test_float32_matches_the_golden_logits(name, checkpoint, tmp_path):
+    case = golden.model_case(name)
+    imgsz = case["images"].shape[2:]
+    artifact, _, _ = built(checkpoint(name), tmp_path, plan_for(imgsz=imgsz, precision="fp32", input="tensor"))
+    with MilRuntime(artifact.path) as runtime:
+        logits = runtime.run({"input_tensor": case["images"][:1]})["logits"]
+    assert np.abs(logits - case["logits"][:1]).max() < 1e-5
+    assert artifact.details["static_cost"]["largest_rank"] <= 5
+
+
+def test_float16_is_within_two_thousandths(checkpoint, tmp_path):
+    """And converted in under 20 s of a core."""
+    case = golden.model_case("tiny_224")
+    start = time.process_time()
+    artifact, _, _ = built(checkpoint("tiny_224"), tmp_path, plan_for(imgsz=(224, 224), input="tensor"))
+    assert time.process_time() - start < 20
+    with MilRuntime(artifact.path) as runtime:
+        logits = runtime.run({"input_tensor": case["images"][:1]})["logits"]
+    want = case["logits"][:1]
+    assert np.linalg.norm(logits - want) < 2e-3 * np.linalg.norm(want)
+    assert (logits.argmax(1) == want.argmax(1)).all()
+
+
+def test_pixels_are_normalised_exactly(fp32):
+    """coremltools' own pass would make a batch_norm of it, with an epsilon that nobody asked for: off by 5e-6."""
+    artifact, module, _ = fp32
+    with MilRuntime(artifact.path) as runtime:
+        assert "batch_norm" not in {op.type for op in runtime.program.operations}
+        pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+        logits = runtime.run({"image": pixels})["logits"]
+    with torch.inference_mode():
+        want = module(torch.from_numpy(pixels)).numpy()
+    assert np.abs(logits - want).max() < 1e-6 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": Batch(3, 3, 3), "input": "tensor"},
+        {"imgsz": (33, 47), "head": "features"},
+        {"imgsz": (4, 4), "head": "probs"},
+        {"min_target": "iOS16", "precision": "fp32"},
+        {"min_target": "iOS18"},
+    ],
+    ids=str,
+)
+def test_batches_sizes_heads_and_systems(changes, micro, tmp_path):
+    exported = export(micro, plan_for(**changes), tmp_path)
+    assert exported.manifest.parity["ok"] and exported.manifest.details["min_target"] == changes.get(
+        "min_target", "iOS17"
+    )
+    with load(exported.path) as model:
+        assert all(check.ok for check in model.selftest())
+
+
+def scan_case(rng, b=1, K=2, L=13, D=3, N=4):
+    draw = rng.standard_normal
+    case = {"u": draw((b, K, L, D)), "delta": 2 * draw((b, K, L, D)), "A": -np.exp(draw((K, D, N)))}
+    case |= {"B": draw((b, K, L, N)), "C": draw((b, K, L, N)), "skip": draw((K, D)), "bias": draw((K, D))}
+    return {key: value.astype(np.float32) for key, value in case.items()}
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 7, 16, 17, 49, 50])
+def test_the_composite_is_the_scan_for_any_length(L, tmp_path):
+    """Lengths that fill the last chunk and that do not, with large deltas."""
+    case = scan_case(np.random.default_rng(L), L=L)
+    coreml.save(mlprogram.scan_program(ScanShape(2, L, 3, 4), "iOS17"), tmp_path / "scan.mlpackage")
+    with MilRuntime(tmp_path / "scan.mlpackage") as runtime:
+        y = runtime.run(case)["y"]
+    error, limit = verify.ssm_error(y, case)
+    assert error <= limit
+
+
+@pytest.mark.parametrize("T", [1, 4, 5, 20])
+def test_the_composite_with_other_chunks(T, monkeypatch, tmp_path):
+    monkeypatch.setattr(mil, "chunk_length", lambda L: T)
+    case = scan_case(np.random.default_rng(T), L=20)
+    coreml.save(mlprogram.scan_program(ScanShape(2, 20, 3, 4), "iOS17"), tmp_path / "scan.mlpackage")
+    with MilRuntime(tmp_path / "scan.mlpackage") as runtime:
+        want = selective_scan(**case)
+        assert np.abs(runtime.run(case)["y"] - want).max() < 1e-5 * np.abs(want).max()
+        assert max(len(result.shape) for op in runtime.program.operations for result in op.results) <= 4
+
+
+def test_chunks_are_chosen_by_static_cost():
+    assert (mil.chunk_length(784), mil.chunk_length(1)) == (7, 1)
+    assert all(1 <= mil.chunk_length(L) <= min(L, mil.MAX_STEPS) for L in range(1, 300))
+
+
+def test_every_operation_of_a_scan_is_named(bundle):
+    program = Program(bundle.path / "model.mlpackage")
+    cost = bundle.manifest.details["static_cost"]
+    prefixes = {f"evm_scan_layers_{i}_blocks_0_op" for i in (0, 1)}
+    named = [op for op in program.operations if op.results[0].name.startswith(tuple(prefixes))]
+    assert cost["scan_operations"] == len(named) > 100 and cost["operations"] == len(program.operations)
+    assert sum(op.type == "exp" for op in program.operations) == sum(op.type == "exp" for op in named)
+
+
+def test_what_travels_in_the_package(micro, bundle):
+    spec = coremltools().utils.load_spec(str(bundle.path / "model.mlpackage"))
+    facts = spec.description.metadata.userDefined
+    assert facts["checkpoint_sha256"] == sha256(micro.read_bytes()).hexdigest() and facts["evm_deploy"]
+    assert spec.specificationVersion == 8
+    image = spec.description.input[0].type.imageType
+    assert (image.width, image.height) == (64, 64)
+    assert bundle.manifest.inputs[0]["dtype"] == "uint8" and bundle.manifest.precision == "fp16"
+    assert bundle.size_bytes == sum(f.stat().st_size for f in bundle.path.glob("model.mlpackage/**/*") if f.is_file())
+
+
+def test_a_classifier_gives_its_labels(micro, tmp_path):
+    labels = tuple(f"kind {i}" for i in range(10))
+    exported = export(micro, plan_for(head="probs", labels=labels, precision="fp32"), tmp_path)
+    spec = coremltools().utils.load_spec(str(exported.path / "model.mlpackage"))
+    assert [(o.name, o.type.WhichOneof("Type")) for o in spec.description.output] == [
+        ("classLabel", "stringType"),
+        ("probs", "dictionaryType"),
+    ]
+    assert spec.description.predictedProbabilitiesName == "probs"
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    with MilRuntime(exported.path / "model.mlpackage") as runtime:
+        values = runtime.run({"image": pixels}, ["probs", "classLabel"])
+    assert values["classLabel"] == labels[values["probs"].argmax()]
+    assert values["probs"].sum() == pytest.approx(1, abs=1e-6)
+    with load(exported.path) as model:
+        assert model.predict([pixels[0]])[0][0].label.startswith("kind ")
+        assert all(check.ok for check in model.selftest())
+
+
+def test_the_same_bytes_from_another_process(micro, bundle, tmp_path):
+    code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
+    command = [sys.executable, "-c", code, str(micro), "--target", "coreml", "--imgsz", "64", "-o", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert not re.search("warn|error|%\\||not been tested", done.stderr, re.I), done.stderr  # our steps alone
+    (again,) = tmp_path.iterdir()
+    theirs = json.loads((again / "manifest.json").read_text())["files"]
+    differ = [name for name in theirs if theirs[name] != bundle.manifest.files[name]]
+    assert not [name for name in differ if "mlpackage" in name]
+
+
+def parity_of(package, fp32):
+    """As an export of the module that the package was made of."""
+    artifact, module, plan = fp32
+    changed = Artifact(package, artifact.scan, artifact.details)
+    probes = probe_inputs(plan, Preprocessing((64, 64)), count=1)
+    with MilRuntime(package) as runtime:
+        return verify.verify(module, runtime, CoreMlScanTaps(changed, None), plan, probes)
+
+
+def find(block, op_type, name=""):
+    return [op for op in block.operations if op.type == op_type and name in op.outputs[0].name]
+
+
+def source(op, key):
+    """The binding of an operation's input, to be read and changed."""
+    return op.inputs[key].arguments[0]
+
+
+def one_step_doubled(block):
+    """h = 2 a h instead of a h + x, in one step of one scan."""
+    adds = find(block, "add", "evm_scan_layers_0")
+    step = next(op for op in adds if op.outputs[0].name.endswith("_add_1"))
+    source(step, "y").name = source(step, "x").name
+
+
+def bias_dropped(block):
+    (softplus,) = find(block, "softplus", "evm_scan_layers_1")
+    (delta,) = find(block, "add", "evm_scan_layers_1_blocks_0_op_delta")
+    source(softplus, "x").name = source(delta, "x").name
+
+
+def carry_forgotten(block):
+    """One round of the carry adds the states as they are, not those of the chunks before."""
+    (shifted, *_) = find(block, "pad", "evm_scan_layers_0")
+    mul = next(op for op in block.operations if op.type == "mul" and source(op, "y").name == shifted.outputs[0].name)
+    source(mul, "y").name = source(mul, "x").name
+
+
+def gates_swapped(block):
+    """The two halves of a split that have the same shape."""
+    split = next(op for op in find(block, "split") if "scan" not in op.outputs[0].name and len(op.outputs) == 3)
+    names = [value.name for value in split.outputs]
+    for op in block.operations:
+        for value in op.inputs.values():
+            for argument in value.arguments:
+                if argument.name in names[1:]:
+                    argument.name = names[3 - names.index(argument.name)]
+
+
+@pytest.mark.parametrize("fault", [one_step_doubled, bias_dropped, carry_forgotten, gates_swapped])
+def test_a_changed_operation_is_noticed(fault, fp32, tmp_path):
+    package = shutil.copytree(fp32[0].path, tmp_path / "model.mlpackage")
+    assert parity_of(package, fp32).ok
+    parity = parity_of(edited(package, fault), fp32)
+    assert any(failure.startswith("scan layers.") for failure in parity.failures), parity.failures
+
+
+@pytest.mark.parametrize("name", ["layers.2.1.conv_dw.0.weight", "layers.0.blocks.0.op.in_proj.weight"])
+def test_a_scaled_weight_is_noticed(name, fp32, tmp_path):
+    """One per cent, in the file of the weights."""
+    artifact, module, _ = fp32
+    package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
+    file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    weight = dict(mlprogram.fold_batch_norm(module).named_parameters())[f"model.{name}"].detach().numpy()
+    content = file.read_bytes()
+    assert content.count(weight.tobytes()) == 1
+    file.write_bytes(content.replace(weight.tobytes(), (1.01 * weight).astype(np.float32).tobytes()))
+    assert any("logits differ" in failure for failure in parity_of(package, fp32).failures)
+
+
+def test_a_fault_in_the_lowering_rejects_the_export(monkeypatch, micro, tmp_path, capsys):
+    """The carry a step short: chunks after the first start from an older state."""
+    right = mil._carry
+
+    def late(mb, h, P, chunks):
+        return mb.mul(x=right(mb, h, P, chunks), y=np.float32(0.99))
+
+    monkeypatch.setattr(mil, "_carry", late)
+    flags = ["--target", "coreml", "--imgsz", "64", "-o", str(tmp_path), "-q"]
+    assert cli.export_main([str(micro), *flags]) == 4
+    assert "scan layers.0.blocks.0.op is off by" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-coreml-fp16-64x64.rejected"]
+
+
+def test_what_overflows_float16_is_rejected(tmp_path):
+    """In float32 the network is fine."""
+    state = dict(golden.model_case("micro_64")["state"])
+    state["layers.2.1.conv_pw.0.weight"] = state["layers.2.1.conv_pw.0.weight"] * 1e6
+    state["layers.2.1.conv_pw2.0.weight"] = state["layers.2.1.conv_pw2.0.weight"] * 1e-6
+    path = save_as_released(state, tmp_path / "big.ckpt")
+    with pytest.raises(ParityError, match="logits differ by inf"):
+        export(path, plan_for(), tmp_path)
+
+
+def test_neutral_constants_that_the_converter_removes(micro, tmp_path):
+    """D = 1 and a bias of zero, as freshly initialised: their operations are gone, the scan is still checked."""
+    state = dict(golden.model_case("micro_64")["state"])
+    for key, value in state.items():
+        if key.endswith("Ds"):
+            state[key] = np.ones_like(value)
+        if key.endswith("dt_projs_bias"):
+            state[key] = np.zeros_like(value)
+    exported = export(save_as_released(state, tmp_path / "fresh.ckpt"), plan_for(imgsz=(32, 32)), tmp_path)
+    assert max(scan["ssm"] for scan in exported.manifest.parity["scans"]) < 2e-5
+
+
+BAD_PLANS = {
+    "dynamic batch": ({"batch": Batch.parse("dynamic")}, "one batch size"),
+    "batch of pictures": ({"batch": Batch(2, 2, 2)}, "takes one picture(?s:.*)--input tensor"),
+    "native library": ({"device": "macos-arm64"}, "has no native library for --device; it has: none"),
+    "native scan": ({"scan": "plugin"}, "has no scan lowering 'plugin'; it has: auto, portable"),
+    "labels": ({"labels": ("a", "b")}, "2 labels for a head of 10 classes"),
+    "labels twice": ({"labels": ("a",) * 10, "head": "probs"}, "label 'a' is there twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_plans_that_core_ml_does_not_have(name, micro, tmp_path):
+    changes, message = BAD_PLANS[name]
+    with pytest.raises(UsageError, match=message):
+        export(micro, plan_for(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_targets_have_no_minimum_system(micro, tmp_path):
+    with pytest.raises(UsageError, match="target 'onnx' has no minimum system 'iOS17'; it has: none"):
+        export(micro, replace(plan_for(min_target="iOS17"), target="onnx"), tmp_path)
+    with pytest.raises(UsageError, match="did you mean iOS17"):
+        plan_for(min_target="ios17")
+
+
+def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coreml, "find_spec", lambda name: None if name == "coremltools" else object())
+    assert cli.export_main([str(micro), "--target", "coreml", "-o", str(tmp_path / "out")]) == 3
+    assert "pip install 'evm-deploy[coreml]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is here")
+def test_core_ml_itself_needs_a_mac(bundle, capsys):
+    with pytest.raises(ToolchainError, match=r"Core ML runs on Apple systems only(?s:.*)evm_deploy.runtimes.mil"):
+        CoreMlRuntime(bundle.path / "model.mlpackage")
+    assert cli.run_main([str(bundle.path), "--selftest"]) == 0
+    streams = capsys.readouterr()
+    assert "PASSED" in streams.out and "the MIL runtime computes what the program says" in streams.err
+    assert cli.run_main([str(bundle.path), "--selftest", "--scan", "plugin"]) == 2
+
+
+def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(bundle):
+    done = subprocess.run([sys.executable, bundle.path / "bench_on_mac.py"], capture_output=True, text=True)
+    assert sys.platform == "darwin" or (done.returncode, done.stdout) == (3, "")
+    assert "Core ML runs on Apple systems only" in done.stderr and "bench_on_mac.py" in bundle.manifest.files
+
+
+def test_a_damaged_package_in_a_bundle(bundle, tmp_path):
+    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
+    weights = copy / "model.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match=r"weight.bin is damaged"):
+        load(copy)
+
+
+def test_the_cast_patch_is_still_needed(monkeypatch, fp32):
+    """The day that coremltools takes NumPy's one-element arrays, coreml_tools._patch_cast can go."""
+    from coremltools.converters.mil.frontend.torch import ops
+
+    converter()
+    monkeypatch.setattr(ops, "_cast", ops._cast.__wrapped__)
+    _, module, plan = fp32
+    with pytest.raises(ToolchainError, match="only 0-dimensional arrays can be converted to Python scalars"):
+        mlprogram.trace(module, plan, {})
+
+
+def test_the_patch_is_for_one_version_alone(monkeypatch):
+    patched = []
+    monkeypatch.setattr(coreml_tools, "_patch_cast", lambda: patched.append(1))
+    for version, numpy, expected in (("9.0", "2.4.6", 1), ("9.0", "2.3.9", 1), ("9.1", "2.4.6", 1)):
+        monkeypatch.setattr(coreml_tools.metadata, "version", lambda name, version=version: version)
+        monkeypatch.setattr(coreml_tools.np, "__version__", numpy)
+        coreml_tools.converter.__wrapped__()
+        assert len(patched) == expected, (version, numpy)
