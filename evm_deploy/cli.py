@@ -56,7 +56,11 @@ def export_parser() -> Parser:
         help="labelled pictures to judge int8 or w8 with: class folders, CSV of path,class, demo",
     )
     add("--max-drop", metavar="X", help="points of top-1 that these may lose on --val, default 1.0; exit 5 otherwise")
-    add("--imgsz", metavar="N|HxW", help="input pixels, 224 or 224x288; default: as saved with the weights, else 224")
+    add(
+        "--imgsz",
+        metavar="N|HxW",
+        help="input pixels, 224 or 224x288; Core ML: also several, 192,224; default: saved with the weights, else 224",
+    )
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
     add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
@@ -230,10 +234,12 @@ def _checkpoint(args: argparse.Namespace) -> Path:
 def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
     from evm_deploy.export.plan import Batch, ExportPlan, parse_imgsz
 
+    sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(
         target=target,
         precision=args.precision,
-        imgsz=parse_imgsz(args.imgsz) if args.imgsz is not None else None,
+        imgsz=next(iter(sizes), None),
+        more_imgsz=sizes[1:],
         batch=Batch.parse(args.batch),
         input=args.input,
         head=args.head,

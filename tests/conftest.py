@@ -55,6 +55,12 @@ def micro_bundle(micro, tmp_path_factory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def coreml_bundle(micro, tmp_path_factory) -> Bundle:
+    """The same for Core ML: float16, image input."""
+    return export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path_factory.mktemp("coreml"))
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory) -> Bundle:
     return export(CHECKPOINT, ExportPlan("onnx"), tmp_path_factory.mktemp("demo"))
 

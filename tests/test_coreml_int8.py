@@ -39,8 +39,7 @@ def int8(calib, **changes):
     return ExportPlan("coreml", precision="int8", calib=str(calib), calib_images=16, force_calib=True, **changes)
 
 
-def test_w8_stores_weights_as_int8_and_leaves_the_scans_alone(micro, tmp_path):
-    half = export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path)
+def test_w8_stores_weights_as_int8_and_leaves_the_scans_alone(micro, coreml_bundle, tmp_path):
     bundle = export(micro, ExportPlan("coreml", precision="w8", imgsz=(64, 64), min_target="iOS16"), tmp_path)
     program = Program(bundle.path / "model.mlpackage")
     stored = [op.outputs[0].name for op in main_block(program) if op.type.startswith("constexpr_")]
@@ -50,7 +49,7 @@ def test_w8_stores_weights_as_int8_and_leaves_the_scans_alone(micro, tmp_path):
     assert bundle.manifest.accuracy is None  # nothing to judge with was given
     assert bundle.manifest.parity["max_abs"] <= bundle.manifest.parity["limit"]
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
-    assert bundle.manifest.files[weights]["size_bytes"] < 0.6 * half.manifest.files[weights]["size_bytes"]
+    assert bundle.manifest.files[weights]["size_bytes"] < 0.6 * coreml_bundle.manifest.files[weights]["size_bytes"]
     with load(bundle.path) as model:
         assert all(check.ok for check in model.selftest())
 
@@ -125,27 +124,21 @@ def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, 
     assert manifest["details"]["quantization"]["int8_layers"] == 0
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("w8", 0.3), ("int8", 0.7)])
-def test_the_trained_network_keeps_its_accuracy(precision, limit, trained, glyphs, labelled_glyphs, tmp_path):
-    """On images that were not calibrated with; and the size against float16."""
-    np.savez(tmp_path / "calib.npz", images=glyphs(128, 5000, 64)[0])
-    calib = str(tmp_path / "calib.npz") if precision == "int8" else None
+@pytest.mark.parametrize(("precision", "least"), [("w8", 40), ("int8", 30)])
+def test_the_trained_network_keeps_its_accuracy(precision, least, trained, glyphs, tmp_path):
+    """On a few pictures, so by SQNR, in dB; and the size against float16. Top-1 is in benchmarks/coreml.py."""
+    np.savez(tmp_path / "calib.npz", images=glyphs(64, 5000, 64)[0])
     wanted = ExportPlan(
-        "coreml", precision=precision, calib=calib, val=str(labelled_glyphs), imgsz=(64, 64), crop_pct=1.0
+        "coreml", precision=precision, calib=str(tmp_path / "calib.npz"), imgsz=(64, 64), crop_pct=1.0, force_calib=True
     )
     bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)
-    assert bundle.manifest.accuracy["drop"] <= limit
+    assert bundle.manifest.accuracy["sqnr_db"] >= least
     assert bundle.size_bytes <= 0.55 * 2 * bundle.manifest.model["parameters"]  # bytes of the weights in float16
 
 
 def test_int8_needs_a_system_that_has_it(micro, pictures, tmp_path):
     with pytest.raises(UsageError, match=r"int8 activations need iOS17 or iOS18(?s:.*)--precision w8"):
         export(micro, int8(pictures, min_target="iOS16"), tmp_path)
-
-
-def test_smoothing_is_not_for_core_ml(micro, pictures, tmp_path):
-    with pytest.raises(UsageError, match="--smooth on: Core ML programs are quantised as they are"):
-        export(micro, int8(pictures, smooth="on"), tmp_path)
 
 
 def test_another_coremltools_is_refused(monkeypatch, micro, tmp_path):

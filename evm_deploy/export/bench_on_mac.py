@@ -84,7 +84,7 @@ def measure(manifest: dict[str, Any], units: str, runs: int, warm_up: int) -> di
         "min_ms": samples[0],
         "max_ms": samples[-1],
         "samples_ms": samples,
-        "plan": plan(model, getattr(ct.ComputeUnit, units)),
+        "plan": plan(model, getattr(ct.ComputeUnit, units), next(iter(manifest["details"].get("functions", ["main"])))),
     }
 
 
@@ -99,14 +99,14 @@ def example(spec: dict[str, Any]) -> Any:
     return rng.standard_normal(spec["shape"]).astype(np.float32)
 
 
-def plan(model: Any, units: Any) -> dict[str, Any]:
+def plan(model: Any, units: Any, function: str) -> dict[str, Any]:
     """Operations and share of the estimated cost by preferred device; of the scans alone, too."""
     from coremltools.models.compute_plan import MLComputePlan
 
     loaded = MLComputePlan.load_from_path(path=model.get_compiled_model_path(), compute_units=units)
     counts: Counter[str] = Counter()
     costs: dict[str, float] = {}
-    for operation in loaded.model_structure.program.functions["main"].block.operations:
+    for operation in loaded.model_structure.program.functions[function].block.operations:
         usage = loaded.get_compute_device_usage_for_mlprogram_operation(operation)
         cost = loaded.get_estimated_cost_for_mlprogram_operation(operation)
         if usage is None:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import tempfile
-import uuid
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evm_deploy import float16
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.mlprogram import quantize_program
 from evm_deploy.calib.request import Request
 from evm_deploy.coreml_tools import INSTALL_HINT
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export import mlprogram
+from evm_deploy.export import mlpackage, mlprogram
 from evm_deploy.export.coreml_taps import CoreMlScanTaps, scan_site
 from evm_deploy.export.coreml_usage import usage
 from evm_deploy.export.mlprogram import DEFAULT_MIN_TARGET, MlProgram
-from evm_deploy.export.plan import MIN_TARGETS, SELFTEST_TOLERANCES, TOLERANCES, Choice, ExportPlan
+from evm_deploy.export.plan import (
+    MIN_TARGETS,
+    QUANTIZED,
+    SELFTEST_TOLERANCES,
+    TOLERANCES,
+    Choice,
+    ExportPlan,
+    size_text,
+)
 from evm_deploy.export.static_cost import static_cost
 from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.model.preprocess import Preprocessing
@@ -59,6 +66,10 @@ def check(plan: ExportPlan) -> None:
         raise UsageError(f"--opset {plan.opset}: Core ML programs have no ONNX opset", "leave it out")
     if plan.precision == "int8" and plan.min_target == "iOS16":
         raise UsageError("int8 activations need iOS17 or iOS18", "use --precision w8, or another --min-target")
+    if plan.more_imgsz and plan.min_target != "iOS18":
+        raise UsageError("a package takes several --imgsz from iOS18 on", "add --min-target iOS18, or export each size")
+    if plan.more_imgsz and plan.precision in QUANTIZED:
+        raise UsageError(f"a package in {plan.precision} takes one --imgsz", "export once for each size")
     if plan.head == "probs" and plan.labels and len(set(plan.labels)) < len(plan.labels):
         twice = next(label for label in plan.labels if plan.labels.count(label) > 1)
         raise UsageError(
@@ -83,53 +94,58 @@ def quantize(program: MlProgram, request: Request, preprocessing: Preprocessing,
 
 
 def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
-    """Write `folder/model.mlpackage`, and the script that measures it on a Mac."""
-    from evm_deploy.runtimes.mil import Program
-
+    """Write `folder/model.mlpackage`, of several sizes with a function for each, and the script that measures it on a
+    Mac.
+    """
     check(plan)  # the labels may be the checkpoint's
     path = folder / ARTIFACT
-    save(program.model, path)
     shutil.copyfile(Path(__file__).with_name(BENCHMARK), folder / BENCHMARK)
-    saved = Program(path)
-    sites = tuple(scan_site(saved, site.name) for site in program.scans)
+    if not program.more:
+        mlpackage.save(program.model, path)
+        return describe(path, program, plan, None)
+    programs = {plan.imgsz or (0, 0): program, **program.more}
+    names = {size: f"imgsz_{size_text(size)}" for size in programs}
+    mlpackage.save_functions({names[size]: each.model for size, each in programs.items()}, path)
+    first, *_ = found = [describe(path, each, plan, names[size]) for size, each in programs.items()]
+    details = {**first.details, "functions": {names[size]: list(size) for size in programs}}
+    return replace(first, details=details, more=dict(zip(program.more, found[1:], strict=True)))
+
+
+def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | None) -> Artifact:
+    """The saved package as an artifact, seen from one of its functions."""
+    from evm_deploy.runtimes.mil import Program
+
+    saved = Program(path, function)
     details = {
         "min_target": plan.min_target or DEFAULT_MIN_TARGET,
         "specification_version": saved.spec.specificationVersion,
         "static_cost": static_cost(saved),
-        "scans": sites,
+        "scans": tuple(scan_site(saved, site.name) for site in program.scans),
     }
-    return Artifact(path, Choice("portable", "standard MIL operations: Core ML takes no kernels of others"), details)
-
-
-def save(model: Any, path: Path) -> None:
-    """The package, with the same bytes every time: coremltools draws random identifiers for its two items."""
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / ARTIFACT
-        model.save(str(fresh))
-        shutil.copytree(fresh, path)
-    spec = path / "Data" / "com.apple.CoreML" / "model.mlmodel"
-    spec.write_bytes(model.get_spec().SerializeToString(deterministic=True))
-    manifest = path / "Manifest.json"
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    items = content["itemInfoEntries"]
-    names = {key: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])) for key, item in items.items()}
-    content["itemInfoEntries"] = {names[key]: item for key, item in items.items()}
-    content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
-    manifest.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
+    scan = Choice("portable", "standard MIL operations: Core ML takes no kernels of others")
+    return Artifact(path, scan, details, function=function)
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:
     """Core ML on a Mac, the MIL runtime anywhere else; `probe().hint` says so. Raises UsageError."""
     if options.threads or options.device or options.cache:
         raise UsageError("Core ML chooses threads, device and cache by itself", "leave them out")
-    return CoreMlRuntime(path) if sys.platform == "darwin" else emulator(path, options)
+    return CoreMlRuntime(path, options.function) if sys.platform == "darwin" else emulator(path, options)
 
 
 def emulator(path: Path, options: RunOptions) -> Runtime:
-    """The MIL runtime, which has no use for options."""
+    """The MIL runtime, which of the options has use for the function alone."""
     from evm_deploy.runtimes.mil import MilRuntime
 
-    return MilRuntime(path)
+    return MilRuntime(path, options.function)
+
+
+def remarks(runtime: Runtime) -> list[str]:
+    """Whether activations came near the end of float16: other pictures may go beyond it, and give Inf."""
+    largest = getattr(runtime, "largest", 0.0)
+    if largest <= float16.LARGEST / 2:
+        return []
+    return [f"activations reach {largest:.0f} on the test pictures, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
 
 
 def no_library(*_: Any) -> NoReturn:
@@ -138,7 +154,7 @@ def no_library(*_: Any) -> NoReturn:
 
 def write_scan_probe(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a scan of this shape in float32, with all seven tensors as inputs."""
-    save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
+    mlpackage.save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
 
 
 TARGET = Target(
@@ -163,4 +179,6 @@ TARGET = Target(
     min_targets=MIN_TARGETS,
     check=check,
     selftest_tolerances={**SELFTEST_TOLERANCES, "w8": TOLERANCES["fp16"]},  # computed in float16
+    several_sizes=True,
+    remarks=remarks,
 )

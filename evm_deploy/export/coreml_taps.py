@@ -51,7 +51,7 @@ class CoreMlScanTaps:
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         from evm_deploy.runtimes.mil import MilRuntime
 
-        self.runtime = MilRuntime(artifact.path, exact=True)
+        self.runtime = MilRuntime(artifact.path, artifact.function, exact=True)
         self.sites: tuple[ScanSite, ...] = artifact.details["scans"]
         self.names = tuple(site.name for site in self.sites)
 

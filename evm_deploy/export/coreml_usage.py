@@ -14,9 +14,9 @@ def usage(manifest: Manifest) -> Usage:
     height, width = manifest.preprocessing["size"]
     image = read["dtype"] == "uint8"
     given = (
-        f'PIL.Image.open("cat.jpg").convert("RGB").resize(({width}, {height}))  # better: as preprocessed above'
+        f'PIL.Image.open("cat.jpg").convert("RGB").resize(({width}, {height}))'
         if image
-        else f"np.zeros({tuple(read['shape'])}, np.float32)  # your image"
+        else f"np.zeros({tuple(read['shape'])}, np.float32)"
     )
     swift = _swift_image(read["name"], wrote, height, width) if image else _swift_tensor(read, wrote)
     sections = f"""On a Mac this runs Core ML; on other systems evm-deploy's MIL runtime computes what the program says.
@@ -29,9 +29,9 @@ import numpy as np
 import PIL.Image
 
 model = ct.models.MLModel("{manifest.artifact}", compute_units=ct.ComputeUnit.ALL)
-outputs = model.predict({{"{read["name"]}": {given.split("  #")[0]}}})
+outputs = model.predict({{"{read["name"]}": {given}}})
 ```
-
+{_functions(manifest)}
 ## Swift
 
 Add `{manifest.artifact}` to an Xcode target, which compiles it. In this project nobody has compiled or run these lines.
@@ -42,6 +42,17 @@ Speed on the device: `python bench_on_mac.py` in this folder, on a Mac with core
     return Usage(
         artifact="the model, a Core ML package: nothing of ours is needed to run it", library="", sections=sections
     )
+
+
+def _functions(manifest: Manifest) -> str:
+    """Of a package for several sizes: how to choose one."""
+    names = [f"`{name}`" for name in manifest.details.get("functions", ())]
+    if not names:
+        return ""
+    return f"""
+A function for each size (iOS 18, macOS 15): {names[0]}, the default, {", ".join(names[1:])}. To choose one:
+`MLModel(..., function_name=...)` in Python, `configuration.functionName = ...` in Swift.
+"""
 
 
 def _swift_image(name: str, output: str, height: int, width: int) -> str:

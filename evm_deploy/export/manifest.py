@@ -116,7 +116,7 @@ class Manifest:
 
 def _frozen(value: Any) -> Any:
     """JSON's lists as the tuples they were written from."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _check_file_entry(name: str, facts: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evm_deploy import float16
 from evm_deploy.coreml_tools import converter, exact_pipeline
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.graph import ROOT, ScanSite, fold_batch_norm, output_names
@@ -30,21 +31,34 @@ class MlProgram:
     """A network as coremltools holds it before it is saved: what Core ML's targets have for a hub graph.
 
     model: coremltools' MLModel. float_module: the torch module that it is. scans: in execution order, named by module.
-    modules: module path by name of a weight in the program.
+    modules: module path by name of a weight in the program. more: the same network for further sizes (H, W).
     """
 
     model: Any
     float_module: nn.Module
     scans: tuple[ScanSite, ...]
     modules: Mapping[str, str]
+    more: Mapping[tuple[int, int], MlProgram] = field(default_factory=dict)
 
 
 def trace(module: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
-    """`deployable` module -> program, float32 for the precision fp32, else float16. Raises ToolchainError."""
+    """`deployable` module -> program, float32 for the precision fp32, else float16; for each size of the plan.
+
+    Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
+    """
+    folded = fold_batch_norm(module)
+    if plan.precision != "fp32":
+        float16.check_range((name, value.detach().numpy()) for name, value in folded.named_parameters())
+    sizes = (plan.imgsz, *plan.more_imgsz)
+    first, *others = (_trace(module, folded, replace(plan, imgsz=size, more_imgsz=()), metadata) for size in sizes)
+    return replace(first, more=dict(zip(plan.more_imgsz, others, strict=True)))
+
+
+def _trace(module: nn.Module, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
     import torch
 
     ct = converter()
-    as_core_ml = channels_first(fold_batch_norm(module), plan)
+    as_core_ml = channels_first(folded, plan)
     height, width = plan.imgsz or (0, 0)
     shape = (plan.batch.min, 3, height, width)
     with quiet(), torch.no_grad():

@@ -7,7 +7,7 @@ import platform
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy import __version__, cross
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
@@ -15,7 +15,7 @@ from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
 from evm_deploy.export.graph import deployable
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz, size_text
 from evm_deploy.export.readme import bundle_readme
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
@@ -24,6 +24,9 @@ from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.platforms import host_platform
 from evm_deploy.progress import Step, silent
 from evm_deploy.runtimes.base import RunOptions, Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_IMGSZ = (224, 224)
 
@@ -46,7 +49,7 @@ def export(
     check_free(path, force)
     reference = deployable(model, plan, preprocessing)
     with written_aside(path) as folder:
-        with step("trace", f"{'x'.join(map(str, preprocessing.size))}, batch {plan.batch}"):
+        with step("trace", f"{sizes_text(plan)}, batch {plan.batch}"):
             in_float = target.trace(reference, plan, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
@@ -59,12 +62,14 @@ def export(
         with step("verify", f"{len(probes)} images, {len(traced.scans)} scans, {' and '.join(modes)}"):
             parities = {}
             for mode, plugin in modes.items():
-                with open_here(target, artifact.path, RunOptions(plugin=plugin)) as runtime:
+                with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
                     taps = target.taps(artifact, plugin)
                     parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
                     outputs = verify.run_batched(runtime, plan, probes)
+                    remarks = target.remarks(runtime)
+            parities |= verify_more(target, artifact, reference, plan, preprocessing)
         parity = verify.worst(parities)
-        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
+        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity, remarks)
         if quantized:
             gain = None
             if not target.emulator:
@@ -89,6 +94,20 @@ def export(
             return keep(folder, path, manifest)
 
 
+def verify_more(
+    target: Target, artifact: Artifact, reference: nn.Module, plan: ExportPlan, preprocessing: Preprocessing
+) -> dict[str, verify.Parity]:
+    """Of an artifact for several sizes: the parity of each function but the first, portable."""
+    parities = {}
+    for size, each in artifact.more.items():
+        there = replace(plan, imgsz=size, more_imgsz=())
+        probes = selftest.probe_inputs(there, replace(preprocessing, size=size))
+        with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
+            found = verify.verify(reference, runtime, target.taps(each, None), there, probes)
+        parities[f"portable {size_text(size)}"] = found
+    return parities
+
+
 def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
     """Put the native library for `device` into the bundle in `folder`. Raises ToolchainError when it does not build."""
     library = target.build_plugin(device)
@@ -109,8 +128,9 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     """Fill what the plan leaves open from the checkpoint, else by default. Raises UsageError for what cannot be."""
     saved = spec.defaults
     imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
-    if min(imgsz) < spec.min_pixels:
-        raise UsageError(f"--imgsz {imgsz[0]}x{imgsz[1]} is too small: at least {spec.min_pixels} pixels a side")
+    for size in (imgsz, *plan.more_imgsz):
+        if min(size) < spec.min_pixels:
+            raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
     chosen = {
         key: getattr(plan, key) if getattr(plan, key) is not None else saved.get(key)
         for key in ("mean", "std", "crop_pct", "interpolation")
@@ -144,9 +164,13 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
-    """`out`/<stem>-<target>-<precision>-<HxW>."""
-    height, width = plan.imgsz or DEFAULT_IMGSZ
-    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{height}x{width}"
+    """`out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
+    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{sizes_text(plan)}"
+
+
+def sizes_text(plan: ExportPlan) -> str:
+    """`224x224`, or `192x192+224x224` for several sizes."""
+    return "+".join(map(size_text, (plan.imgsz or DEFAULT_IMGSZ, *plan.more_imgsz)))
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
@@ -177,6 +201,7 @@ def describe(
     artifact: Artifact,
     runtime: Runtime,
     parity: verify.Parity,
+    remarks: list[str],
 ) -> Manifest:
     """The manifest of an export, files still to be hashed."""
     sites = artifact.details.get("scans", ())
@@ -197,5 +222,5 @@ def describe(
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
         parity=parity.as_dict(),
-        notes=[*spec.notes, *untested(artifact)],
+        notes=[*spec.notes, *untested(artifact), *remarks],
     )

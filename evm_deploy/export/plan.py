@@ -71,7 +71,8 @@ class Choice:
 class ExportPlan:
     """The settings of one export to one target. None means: as the checkpoint says, else the default of the target.
 
-    imgsz: (H, W) pixels. tol: largest accepted difference from the float model, relative to max(1, largest output).
+    imgsz: (H, W) pixels; more_imgsz: further sizes that the same artifact takes (Core ML).
+    tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
     device: platform whose native library travels in the bundle. min_target: oldest system that must run it (Core ML).
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
@@ -83,6 +84,7 @@ class ExportPlan:
     target: str
     precision: str | None = None
     imgsz: tuple[int, int] | None = None
+    more_imgsz: tuple[tuple[int, int], ...] = ()
     batch: Batch = Batch(1, 1, 1)
     input: str = "image"
     head: str = "logits"
@@ -121,6 +123,8 @@ class ExportPlan:
                     f"--device {self.device} with --scan portable: the model would have no node for the native library",
                     "leave one of the two out",
                 )
+        if len({self.imgsz, *self.more_imgsz}) <= len(self.more_imgsz):
+            raise UsageError("--imgsz names a size twice")
         one_of("--weights", self.weights, ("ema", "raw"))
         if self.opset is not None and not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
@@ -173,6 +177,11 @@ def parse_imgsz(text: str | int) -> tuple[int, int]:
     if max(height, width) > MAX_SIDE:
         raise UsageError(f"--imgsz {text}: at most {MAX_SIDE} pixels a side")
     return height, width
+
+
+def size_text(imgsz: tuple[int, int]) -> str:
+    """(H, W) -> `HxW`."""
+    return f"{imgsz[0]}x{imgsz[1]}"
 
 
 def one_of(what: str, value: str, choices: Iterable[str]) -> str:

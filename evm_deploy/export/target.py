@@ -78,13 +78,15 @@ class Artifact:
     """What `build` made: the native file, and the facts that the manifest records.
 
     scan: how its scans can run, plugin, portable, or plugin+portable. plugins: platform -> native library, relative to
-    the bundle.
+    the bundle. function: of a file that has several, the one described here; more: by size, the others.
     """
 
     path: Path
     scan: Choice
     details: Mapping[str, Any]
     plugins: Mapping[str, str] = field(default_factory=dict)
+    function: str | None = None
+    more: Mapping[tuple[int, int], Artifact] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def nothing_more(plan: ExportPlan) -> None:
     """Refuses no plan."""
 
 
+def no_remarks(runtime: Runtime) -> list[str]:
+    """Nothing to say."""
+    return []
+
+
 @dataclass(frozen=True)
 class Target:
     """One deployment target. precisions (the first is the default), scans (lowerings of the scan), min_targets (oldest
@@ -120,7 +127,8 @@ class Target:
 
     `trace(module, plan, metadata)` makes what `build` starts from, and `quantize` its int8 or w8 form, by default of
     the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
-    selftest_tolerances: by precision, against the artifact's own outputs.
+    selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
+    them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
     """
 
     name: str
@@ -144,6 +152,8 @@ class Target:
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
+    several_sizes: bool = False
+    remarks: Callable[[Runtime], list[str]] = no_remarks
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
@@ -182,5 +192,7 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
             f"target '{target.name}' has no native library for --device; it has: {', '.join(target.devices) or 'none'}",
             "leave it out",
         )
+    if plan.more_imgsz and not target.several_sizes:
+        raise UsageError(f"an artifact of target '{target.name}' takes one --imgsz", "export once for each size")
     target.check(plan)
     return plan

@@ -18,12 +18,13 @@ from evm_deploy.runtimes.base import Feeds, TensorSpec
 
 
 class CoreMlRuntime:
-    """A package compiled and run by Core ML on all compute units, with the inputs and outputs of MilRuntime.
+    """One function of a package, by default its default one, compiled and run by Core ML on all compute units, with the
+    inputs and outputs of MilRuntime.
 
     Raises ToolchainError anywhere but on macOS, BundleError when Core ML refuses the package.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, function: str | None = None) -> None:
         if sys.platform != "darwin":
             raise ToolchainError(
                 f"Core ML runs on Apple systems only, this is {sys.platform}",
@@ -31,12 +32,14 @@ class CoreMlRuntime:
             )
         ct = coremltools()
         try:
-            self.model: Any = ct.models.MLModel(str(path))
+            self.model: Any = ct.models.MLModel(str(path), function_name=function)
         except Exception as error:  # coremltools wraps Core ML's errors in RuntimeError, or lets them through
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BundleError(f"Core ML cannot open {path}: {reason}") from error
         description = self.model.get_spec().description
         self.labels: list[str] = json.loads(description.metadata.userDefined.get("labels", "[]"))
+        name = function or description.defaultFunctionName
+        description = next((each for each in description.functions if each.name == name), description)
         found = [_tensor_spec(value, len(self.labels)) for value in (*description.input, *description.output)]
         specs = {spec.name: spec for spec in found if spec}
         self.inputs: Mapping[str, TensorSpec] = {v.name: specs[v.name] for v in description.input}

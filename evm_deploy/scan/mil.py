@@ -67,9 +67,11 @@ def selective_scan(
 
     def split(x: Any, name: str, axis: int) -> Any:
         """(b, K, L, X) -> T tensors, of shape (G, X, 1, chunks) for axis 2, (G, 1, X, chunks) for axis 1."""
+        named = {"name": name}  # the first operation that reads x
         if chunks * T > L:
-            x = mb.pad(x=x, pad=[0, 0, 0, 0, 0, chunks * T - L, 0, 0], mode="constant", constant_val=np.float32(0))
-        x = mb.reshape(x=x, shape=(G, chunks, T, x.shape[-1]), name=name)
+            fill = [0, 0, 0, 0, 0, chunks * T - L, 0, 0]
+            x, named = mb.pad(x=x, pad=fill, mode="constant", constant_val=np.float32(0), **named), {}
+        x = mb.reshape(x=x, shape=(G, chunks, T, x.shape[-1]), **named)
         x = mb.transpose(x=x, perm=(0, 3, 2, 1) if axis == 2 else (0, 2, 3, 1))
         return mb.split(x=x, num_splits=T, axis=axis) if T > 1 else (x,)
 

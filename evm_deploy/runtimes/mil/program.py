@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,12 +56,13 @@ class Program:
 
     Loading runs Apple's own type inference over the file and refuses operations without a rule. `inputs`: what the
     function takes; `outputs`: names of what it gives; `constants`: float32 arrays of the weights by name.
-    `exact`: no float16 roundings between operations, only those of the stored weights.
+    `exact`: no float16 roundings between operations, only those of the stored weights. `largest`: the largest number,
+    by magnitude, that any float16 result had so far.
     Raises BundleError for a file that cannot be loaded or computed.
     """
 
     def __init__(self, path: Path, function: str | None = None, *, exact: bool = False) -> None:
-        self.path, self.exact = path, exact
+        self.path, self.exact, self.largest = path, exact, 0.0
         self.spec, loaded = _load(path)
         self.function = function = function or self.spec.description.defaultFunctionName or "main"
         if function not in loaded.functions:
@@ -201,7 +203,10 @@ class Program:
         if have != want and not (have[0] == want[0] and not want[1] and value.numel() == 1):
             said = f"{declared.dtype}{list(declared.shape)}"
             raise BundleError(f"{self.path}: {what} gives {have[0]}{list(have[1])}, declared is {said}")
-        return value.half().float() if declared.dtype == "fp16" and not self.exact else value
+        if declared.dtype != "fp16" or self.exact:
+            return value
+        self.largest = max(self.largest, float(torch.linalg.vector_norm(value, math.inf)))
+        return value.half().float()
 
 
 def _load(path: Path) -> tuple[Any, Any]:

@@ -34,6 +34,11 @@ class MilRuntime:
             name: self._output(name) for name in self.program.outputs if kinds[name] != "stringType"
         }
 
+    @property
+    def largest(self) -> float:
+        """See Program."""
+        return self.program.largest
+
     def run(self, feeds: Feeds, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """One inference; with `wanted`, these tensors of the program, and `feeds` may be such tensors, too."""
         fed = {name: self._fed(name, value) for name, value in feeds.items()}
