@@ -31,7 +31,7 @@ def cache(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    write_images(folder, count=24)
+    write_images(folder, count=16)
     return folder
 
 
@@ -93,18 +93,18 @@ def spoil(monkeypatch, key):
 
 def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
-    flags = ["--target", "coreml", "--int8", "--imgsz", "64", "--calib", str(pictures), "--force-calib", "-q"]
+    flags = ["--target", "coreml", "--int8", "--imgsz", "32", "--calib", str(pictures), "--force-calib", "-q"]
     flags += ["--calib-images", "16"]
     assert cli.export_main([str(micro), *flags, "-o", str(tmp_path)]) == 5
     assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-coreml-int8-64x64.rejected"]
+    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-coreml-int8-32x32.rejected"]
 
 
 @pytest.fixture
 def few_blocks(monkeypatch):
     """The last blocks only: each that can stay in float is one more program to compute."""
     every = quantizer.layers
-    monkeypatch.setattr(quantizer, "layers", lambda *args: every(*args)[-6:])
+    monkeypatch.setattr(quantizer, "layers", lambda *args: every(*args)[-4:])
 
 
 def test_max_drop_keeps_the_spoilt_block_in_float(few_blocks, monkeypatch, labelled, tmp_path):
@@ -116,10 +116,11 @@ def test_max_drop_keeps_the_spoilt_block_in_float(few_blocks, monkeypatch, label
     assert bundle.manifest.accuracy["drop"] <= 5.0
 
 
-def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, monkeypatch, labelled, tmp_path):
+def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, monkeypatch, micro, labelled, tmp_path):
     monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
     with pytest.raises(AccuracyError, match="w8 is not accurate enough"):
-        export(CHECKPOINT, ExportPlan("coreml", precision="w8", val=str(labelled), max_drop=0), tmp_path)
+        plan = ExportPlan("coreml", precision="w8", imgsz=(32, 32), val=str(labelled), max_drop=0)
+        export(micro, plan, tmp_path)
     manifest = json.loads((next(tmp_path.iterdir()) / "manifest.json").read_text())
     assert manifest["details"]["quantization"]["int8_layers"] == 0
 

@@ -25,7 +25,7 @@ from evm_deploy.calib.quantize import Layer, activations
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.source import Source, feeds
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
-from evm_deploy.coreml_tools import PATCHED_VERSION, converter, exact_pipeline
+from evm_deploy.coreml_tools import PATCHED_VERSION, converter
 from evm_deploy.errors import ToolchainError
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.progress import Step
@@ -141,7 +141,7 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
             specification_version=version,
             compute_units=model.compute_unit,
             model_description=spec.description,
-            pass_pipeline=exact_pipeline(),
+            pass_pipeline=ct.PassPipeline.EMPTY,  # the float program is as those made it
             skip_model_load=True,
         )
 
