@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +204,8 @@ class Program:
             raise BundleError(f"{self.path}: {what} gives {have[0]}{list(have[1])}, declared is {said}")
         if declared.dtype != "fp16" or self.exact:
             return value
-        self.largest = max(self.largest, float(torch.linalg.vector_norm(value, math.inf)))
+        low, high = torch.aminmax(value)
+        self.largest = max(self.largest, -float(low), float(high))
         return value.half().float()
 
 
