@@ -18,14 +18,12 @@ import torch
 
 from evm_deploy import cli, coreml_tools
 from evm_deploy.coreml_tools import converter, coremltools
-from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import coreml, mlpackage, mlprogram, verify
-from evm_deploy.export.coreml_taps import CoreMlScanTaps
 from evm_deploy.export.graph import deployable
-from evm_deploy.export.pipeline import complete, export
-from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.export.selftest import probe_inputs
-from evm_deploy.export.target import Artifact, ScanShape, check_plan
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import Batch
+from evm_deploy.export.target import ScanShape
 from evm_deploy.inference import load
 from evm_deploy.model.checkpoint import load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
@@ -33,27 +31,9 @@ from evm_deploy.runtimes.coreml import CoreMlRuntime
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
 from evm_deploy.scan.reference import selective_scan
-from tests.conftest import save_as_released
-from tests.test_mil import edited
+from tests.coreml import SIZES, built, plan_for
 
 pytest.importorskip("coremltools")
-
-
-def plan_for(**changes):
-    return ExportPlan("coreml", **{"imgsz": (64, 64), **changes})
-
-
-def built(checkpoint, folder, plan):
-    """(artifact, float module, completed plan) of a checkpoint, without the pipeline around."""
-    model, spec = load_checkpoint(checkpoint, head=plan.head)
-    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
-    module = deployable(model, plan, preprocessing)
-    return coreml.build(mlprogram.trace(module, plan, {}), plan, folder), module, plan
-
-
-@pytest.fixture(scope="module")
-def fp32(micro, tmp_path_factory):
-    return built(micro, tmp_path_factory.mktemp("fp32"), plan_for(precision="fp32"))
 
 
 def test_float32_matches_the_golden_logits(checkpoint, tmp_path):
@@ -78,9 +58,9 @@ def test_float16_is_within_two_thousandths(checkpoint, tmp_path):
     assert 1e-5 < np.linalg.norm(logits - want) / np.linalg.norm(want) < 2e-3
 
 
-def test_pixels_are_normalised_exactly(fp32):
+def test_pixels_are_normalised_exactly(coreml_fp32):
     """coremltools' own pass would make a batch_norm of it, with an epsilon that nobody asked for: off by 5e-6."""
-    artifact, module, _ = fp32
+    artifact, module, _ = coreml_fp32
     with MilRuntime(artifact.path) as runtime:
         assert "batch_norm" not in {op.type for op in runtime.program.operations}
         pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
@@ -183,121 +163,6 @@ def test_a_classifier_gives_its_labels(micro, tmp_path):
         assert all(check.ok for check in model.selftest())
 
 
-def parity_of(package, fp32):
-    """As an export of the module that the package was made of."""
-    artifact, module, plan = fp32
-    changed = Artifact(package, artifact.scan, artifact.details)
-    probes = probe_inputs(plan, Preprocessing((64, 64)), count=1)
-    with MilRuntime(package) as runtime:
-        return verify.verify(module, runtime, CoreMlScanTaps(changed, None), plan, probes)
-
-
-def find(block, op_type, name=""):
-    return [op for op in block.operations if op.type == op_type and name in op.outputs[0].name]
-
-
-def source(op, key):
-    """The binding of an operation's input, to be read and changed."""
-    return op.inputs[key].arguments[0]
-
-
-def one_step_doubled(block):
-    """h = 2 a h instead of a h + x, in one step of one scan."""
-    adds = find(block, "add", "evm_scan_layers_0")
-    step = next(op for op in adds if op.outputs[0].name.endswith("_add_1"))
-    source(step, "y").name = source(step, "x").name
-
-
-def bias_dropped(block):
-    (softplus,) = find(block, "softplus", "evm_scan_layers_1")
-    (delta,) = find(block, "add", "evm_scan_layers_1_blocks_0_op_delta")
-    source(softplus, "x").name = source(delta, "x").name
-
-
-def carry_forgotten(block):
-    """One round of the carry adds the states as they are, not those of the chunks before."""
-    (shifted, *_) = find(block, "pad", "evm_scan_layers_0")
-    mul = next(op for op in block.operations if op.type == "mul" and source(op, "y").name == shifted.outputs[0].name)
-    source(mul, "y").name = source(mul, "x").name
-
-
-def gates_swapped(block):
-    """The two halves of a split that have the same shape."""
-    split = next(op for op in find(block, "split") if "scan" not in op.outputs[0].name and len(op.outputs) == 3)
-    names = [value.name for value in split.outputs]
-    for op in block.operations:
-        for value in op.inputs.values():
-            for argument in value.arguments:
-                if argument.name in names[1:]:
-                    argument.name = names[3 - names.index(argument.name)]
-
-
-@pytest.mark.parametrize("fault", [one_step_doubled, bias_dropped, carry_forgotten, gates_swapped])
-def test_a_changed_operation_is_noticed(fault, fp32, tmp_path):
-    package = shutil.copytree(fp32[0].path, tmp_path / "model.mlpackage")
-    assert parity_of(package, fp32).ok
-    parity = parity_of(edited(package, fault), fp32)
-    assert any(failure.startswith("scan layers.") for failure in parity.failures), parity.failures
-
-
-@pytest.mark.parametrize("name", ["layers.2.1.conv_dw.0.weight", "layers.0.blocks.0.op.in_proj.weight"])
-def test_a_scaled_weight_is_noticed(name, fp32, tmp_path):
-    """One per cent, in the file of the weights."""
-    artifact, module, _ = fp32
-    package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
-    file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    weight = dict(mlprogram.fold_batch_norm(module).named_parameters())[f"model.{name}"].detach().numpy()
-    content = file.read_bytes()
-    assert content.count(weight.tobytes()) == 1
-    file.write_bytes(content.replace(weight.tobytes(), (1.01 * weight).astype(np.float32).tobytes()))
-    assert any("logits differ" in failure for failure in parity_of(package, fp32).failures)
-
-
-def test_a_fault_in_the_lowering_rejects_the_export(monkeypatch, micro, tmp_path, capsys):
-    """The carry a step short: chunks after the first start from an older state."""
-    right = mil._carry
-
-    def late(mb, h, P, chunks):
-        return mb.mul(x=right(mb, h, P, chunks), y=np.float32(0.99))
-
-    monkeypatch.setattr(mil, "_carry", late)
-    flags = ["--target", "coreml", "--imgsz", "64", "-o", str(tmp_path), "-q"]
-    assert cli.export_main([str(micro), *flags]) == 4
-    assert "scan layers.0.blocks.0.op is off by" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["micro_64-coreml-fp16-64x64.rejected"]
-
-
-def scaled(folder, factor):
-    """A checkpoint with one convolution times `factor` and a later one divided by it: float32 can do that."""
-    state = dict(golden.model_case("micro_64")["state"])
-    for name, by in (("conv_pw.1", factor), ("conv_pw2.0", 1 / factor)):
-        state[f"layers.2.1.{name}.weight"] = state[f"layers.2.1.{name}.weight"] * np.float32(by)
-    state["layers.2.1.conv_pw.1.bias"] = state["layers.2.1.conv_pw.1.bias"] * np.float32(factor)
-    return save_as_released(state, folder / "scaled.ckpt")
-
-
-def test_weights_that_float16_cannot_hold_are_refused_by_name(tmp_path):
-    with pytest.raises(UsageError, match=r"layers.2.1.conv_pw.0.weight reaches .*, float16 ends at 65504"):
-        export(scaled(tmp_path, 1e6), plan_for(imgsz=(32, 32)), tmp_path / "out")
-
-
-def test_what_overflows_float16_is_rejected(tmp_path):
-    with pytest.raises(ParityError, match="logits differ by inf"):
-        export(scaled(tmp_path, 6e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
-
-
-def test_what_comes_near_the_end_of_float16_is_noted(coreml_bundle, tmp_path):
-    exported = export(scaled(tmp_path, 1e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
-    (note,) = [text for text in exported.manifest.notes if "float16 ends at 65504" in text]
-    assert "activations reach" in note
-    with MilRuntime(coreml_bundle.path / "model.mlpackage") as runtime:
-        runtime.run({"image": np.full((1, 64, 64, 3), 255, np.uint8)})
-        assert 0 < runtime.largest < 1000 and coreml.remarks(runtime) == []
-
-
-SIZES = {"imgsz": (32, 32), "more_imgsz": ((48, 48),), "min_target": "iOS18"}
-
-
 @pytest.fixture(scope="module")
 def several(micro, tmp_path_factory):
     """Two sizes in one package."""
@@ -335,32 +200,6 @@ def test_the_same_bytes_from_another_process(several, micro, tmp_path):
     theirs = json.loads((again / "manifest.json").read_text())["files"]
     packages = [name for name in theirs if "mlpackage" in name]
     assert packages and not [name for name in packages if theirs[name] != several.manifest.files[name]]
-
-
-def test_a_fault_in_one_function_is_noticed(monkeypatch, micro, tmp_path):
-    """In the carry over 18 chunks, which 48x48 alone has."""
-    right = mil._carry
-
-    def wrong(mb, h, P, chunks):
-        return mb.mul(x=right(mb, h, P, chunks), y=np.float32(0.99 if chunks == 18 else 1))
-
-    monkeypatch.setattr(mil, "_carry", wrong)
-    with pytest.raises(ParityError) as raised:
-        export(micro, plan_for(**SIZES), tmp_path)
-    failures = str(raised.value).splitlines()[0].partition(": ")[2].split("; ")
-    assert failures and all(text.startswith("portable 48x48: scan layers.0.blocks.0.op") for text in failures)
-
-
-def test_neutral_constants_that_the_converter_removes(micro, tmp_path):
-    """D = 1 and a bias of zero, as freshly initialised: their operations are gone, the scan is still checked."""
-    state = dict(golden.model_case("micro_64")["state"])
-    for key, value in state.items():
-        if key.endswith("Ds"):
-            state[key] = np.ones_like(value)
-        if key.endswith("dt_projs_bias"):
-            state[key] = np.zeros_like(value)
-    exported = export(save_as_released(state, tmp_path / "fresh.ckpt"), plan_for(imgsz=(32, 32)), tmp_path)
-    assert max(scan["ssm"] for scan in exported.manifest.parity["scans"]) < 2e-5
 
 
 BAD_PLANS = {
@@ -427,13 +266,13 @@ def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):
         load(copy)
 
 
-def test_the_cast_patch_is_still_needed(monkeypatch, fp32):
+def test_the_cast_patch_is_still_needed(monkeypatch, coreml_fp32):
     """The day that coremltools takes NumPy's one-element arrays, coreml_tools._patch_cast can go."""
     from coremltools.converters.mil.frontend.torch import ops
 
     converter()
     monkeypatch.setattr(ops, "_cast", ops._cast.__wrapped__)
-    _, module, plan = fp32
+    _, module, plan = coreml_fp32
     with pytest.raises(ToolchainError, match="only 0-dimensional arrays can be converted to Python scalars"):
         mlprogram.trace(module, plan, {})
 

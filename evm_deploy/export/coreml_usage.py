@@ -25,8 +25,7 @@ With coremltools alone, on a Mac:
 
 ```python
 import coremltools as ct
-import numpy as np
-import PIL.Image
+{"import PIL.Image" if image else "import numpy as np"}
 
 model = ct.models.MLModel("{manifest.artifact}", compute_units=ct.ComputeUnit.ALL)
 outputs = model.predict({{"{read["name"]}": {given}}})
