@@ -152,9 +152,8 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
     plan, preprocessing = complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
     check_free(path, args.force)
-    height, width = preprocessing.size
     return {
-        "Would": f"export {spec.name} -> {target.name} {plan.precision}, {height}x{width}, batch {plan.batch}",
+        "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
         "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
@@ -168,8 +167,7 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
 def export_summary(bundle: Bundle, seconds: float) -> str:
     """The last block: what was made, how exact it is, where it is, what to do next."""
     m, parity = bundle.manifest, bundle.manifest.parity
-    height, width = m.preprocessing["size"]
-    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {height}x{width}"
+    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.export_plan().sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),

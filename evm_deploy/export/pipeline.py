@@ -49,7 +49,7 @@ def export(
     check_free(path, force)
     reference = deployable(model, plan, preprocessing)
     with written_aside(path) as folder:
-        with step("trace", f"{sizes_text(plan)}, batch {plan.batch}"):
+        with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = target.trace(reference, plan, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
@@ -165,12 +165,7 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
     """`out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
-    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{sizes_text(plan)}"
-
-
-def sizes_text(plan: ExportPlan) -> str:
-    """`224x224`, or `192x192+224x224` for several sizes."""
-    return "+".join(map(size_text, (plan.imgsz or DEFAULT_IMGSZ, *plan.more_imgsz)))
+    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{plan.sizes}"
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:

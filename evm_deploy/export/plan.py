@@ -163,6 +163,11 @@ class ExportPlan:
     def tolerance(self) -> float:
         return self.tol if self.tol is not None else TOLERANCES[self.precision or PRECISIONS[0]]
 
+    @property
+    def sizes(self) -> str:
+        """`224x224`, or `192x192+224x224` of several; of a plan that has been completed."""
+        return "+".join(size_text(size) for size in (self.imgsz, *self.more_imgsz) if size)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for manifests and records."""
         return {**asdict(self), "batch": str(self.batch)}
