@@ -172,19 +172,21 @@ def several(micro, tmp_path_factory):
 def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_bundle):
     assert several.path.name == "micro_64-coreml-fp16-32x32+48x48"
     functions = several.manifest.details["functions"]
-    assert functions == {"imgsz_32x32": [32, 32], "imgsz_48x48": [48, 48]}
+    assert functions == [{"name": "imgsz_32x32", "imgsz": [32, 32]}, {"name": "imgsz_48x48", "imgsz": [48, 48]}]
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     assert several.manifest.files[weights]["size_bytes"] <= 1.15 * coreml_bundle.manifest.files[weights]["size_bytes"]
     assert {scan["lowering"] for scan in several.manifest.parity["scans"]} == {"portable", "portable 48x48"}
     model, _ = load_checkpoint(micro)
     module = deployable(model, plan_for(), Preprocessing((64, 64)))
-    for function, (height, width) in functions.items():
+    for function in functions:
+        height, width = function["imgsz"]
         pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
-        with torch.inference_mode(), MilRuntime(several.path / "model.mlpackage", function) as runtime:
+        with torch.inference_mode(), MilRuntime(several.path / "model.mlpackage", function["name"]) as runtime:
             want = module(torch.from_numpy(pixels)).numpy()
             assert np.abs(runtime.run({"image": pixels})["logits"] - want).max() < 2e-2
     facts = coremltools().utils.load_spec(str(several.path / "model.mlpackage")).description.metadata.userDefined
     assert facts["checkpoint_sha256"] == sha256(micro.read_bytes()).hexdigest()
+    assert "`imgsz_32x32`, the default, `imgsz_48x48`" in (several.path / "README.md").read_text()
     with load(several.path) as loaded:
         assert loaded.inputs["image"].shape == (1, 32, 32, 3)
         assert all(check.ok for check in loaded.selftest())

@@ -64,6 +64,7 @@ def measure(manifest: dict[str, Any], units: str, runs: int, warm_up: int) -> di
     start = time.perf_counter()
     model = ct.models.MLModel(str(path), compute_units=getattr(ct.ComputeUnit, units))
     load_s = time.perf_counter() - start
+    functions = manifest["details"].get("functions", [{"name": "main"}])  # of several sizes the first is measured
     feeds = {manifest["inputs"][0]["name"]: example(manifest["inputs"][0])}
     start = time.perf_counter()
     model.predict(feeds)
@@ -84,7 +85,7 @@ def measure(manifest: dict[str, Any], units: str, runs: int, warm_up: int) -> di
         "min_ms": samples[0],
         "max_ms": samples[-1],
         "samples_ms": samples,
-        "plan": plan(model, getattr(ct.ComputeUnit, units), next(iter(manifest["details"].get("functions", ["main"])))),
+        "plan": plan(model, getattr(ct.ComputeUnit, units), functions[0]["name"]),
     }
 
 

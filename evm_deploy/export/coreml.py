@@ -107,7 +107,7 @@ def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
     names = {size: f"imgsz_{size_text(size)}" for size in programs}
     mlpackage.save_functions({names[size]: each.model for size, each in programs.items()}, path)
     first, *_ = found = [describe(path, each, plan, names[size]) for size, each in programs.items()]
-    details = {**first.details, "functions": {names[size]: list(size) for size in programs}}
+    details = {**first.details, "functions": [{"name": name, "imgsz": list(size)} for size, name in names.items()]}
     return replace(first, details=details, more=dict(zip(program.more, found[1:], strict=True)))
 
 

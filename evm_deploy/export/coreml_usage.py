@@ -45,7 +45,7 @@ Speed on the device: `python bench_on_mac.py` in this folder, on a Mac with core
 
 def _functions(manifest: Manifest) -> str:
     """Of a package for several sizes: how to choose one."""
-    names = [f"`{name}`" for name in manifest.details.get("functions", ())]
+    names = [f"`{function['name']}`" for function in manifest.details.get("functions", ())]
     if not names:
         return ""
     return f"""

@@ -10,6 +10,7 @@ public enum BundleError: Error {
     case noImageInput
     case noOutput(String)
     case noClassifier
+    case noFunction(String)
 }
 
 /// What the sample reads of manifest.json (schema 1).
@@ -20,12 +21,18 @@ public struct Manifest: Decodable {
         public let shape: [Int?]
     }
     public struct Plan: Decodable { public let head: String }
+    public struct Function: Decodable {
+        public let name: String
+        public let imgsz: [Int]
+    }
+    public struct Details: Decodable { public let functions: [Function]? }
     public let schema_version: Int
     public let target: String
     public let artifact: String
     public let plan: Plan
     public let inputs: [Tensor]
     public let outputs: [Tensor]
+    public let details: Details
 }
 
 public struct Prediction {
@@ -38,9 +45,11 @@ public final class EvmBundle {
     public let manifest: Manifest
     public let labels: [String]?
     let model: MLModel
+    private let imgsz: [Int?]
 
-    /// Opens the bundle in `folder` and compiles its package on this device.
-    public init(folder: URL, units: MLComputeUnits = .all) throws {
+    /// Opens the bundle in `folder` and compiles its package on this device. `function`: of a bundle for several sizes,
+    /// such as `imgsz_224x224`, by default the first.
+    public init(folder: URL, function: String? = nil, units: MLComputeUnits = .all) throws {
         self.folder = folder
         manifest = try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: folder.appendingPathComponent("manifest.json")))
         guard manifest.target == "coreml" else { throw BundleError.notCoreML(manifest.target) }
@@ -49,6 +58,15 @@ public final class EvmBundle {
         let compiled = try MLModel.compileModel(at: folder.appendingPathComponent(manifest.artifact))
         let configuration = MLModelConfiguration()
         configuration.computeUnits = units
+        if let function {
+            guard #available(iOS 18, macOS 15, *),
+                let found = manifest.details.functions?.first(where: { $0.name == function })
+            else { throw BundleError.noFunction(function) }
+            configuration.functionName = function
+            imgsz = found.imgsz
+        } else {
+            imgsz = Array(manifest.inputs[0].shape.dropFirst().prefix(2))
+        }
         model = try MLModel(contentsOf: compiled, configuration: configuration)
     }
 
@@ -66,7 +84,7 @@ public final class EvmBundle {
     /// Values of the first output, probabilities of a classifier in the order of labels.txt.
     public func run(rgb: [UInt8]) throws -> [Float] {
         let input = manifest.inputs[0]
-        guard input.dtype == "uint8", let height = input.shape[1], let width = input.shape[2] else { throw BundleError.noImageInput }
+        guard input.dtype == "uint8", let height = imgsz[0], let width = imgsz[1] else { throw BundleError.noImageInput }
         let pixels = try pixelBuffer(rgb: rgb, width: width, height: height)
         let feeds = try MLDictionaryFeatureProvider(dictionary: [input.name: MLFeatureValue(pixelBuffer: pixels)])
         let name = manifest.outputs[0].name
