@@ -125,16 +125,13 @@ def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, 
     assert manifest["details"]["quantization"]["int8_layers"] == 0
 
 
-@pytest.mark.parametrize(("precision", "least"), [("w8", 40), ("int8", 30)])
-def test_the_trained_network_keeps_its_accuracy(precision, least, trained, glyphs, tmp_path):
-    """On a few pictures, so by SQNR, in dB; and the size against float16. Top-1 is in benchmarks/coreml.py."""
+def test_the_trained_network_keeps_its_accuracy(trained, glyphs, tmp_path):
+    """On a few pictures, so by SQNR. Top-1 and size, of w8 too, are in benchmarks/coreml.py."""
     np.savez(tmp_path / "calib.npz", images=glyphs(64, 5000, 64)[0])
-    wanted = ExportPlan(
-        "coreml", precision=precision, calib=str(tmp_path / "calib.npz"), imgsz=(64, 64), crop_pct=1.0, force_calib=True
+    bundle = export(
+        trained / "evm_tiny_glyphs64.ckpt", int8(tmp_path / "calib.npz", imgsz=(64, 64), crop_pct=1.0), tmp_path
     )
-    bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)
-    assert bundle.manifest.accuracy["sqnr_db"] >= least
-    assert bundle.size_bytes <= 0.55 * 2 * bundle.manifest.model["parameters"]  # bytes of the weights in float16
+    assert bundle.manifest.accuracy["sqnr_db"] >= 30
 
 
 def test_int8_needs_a_system_that_has_it(micro, pictures, tmp_path):

@@ -141,7 +141,7 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
             specification_version=version,
             compute_units=model.compute_unit,
             model_description=spec.description,
-            pass_pipeline=ct.PassPipeline.EMPTY,  # the float program is as those made it
+            pass_pipeline=ct.PassPipeline.CLEANUP,  # the float program is as the others made it
             skip_model_load=True,
         )
 
