@@ -5,7 +5,8 @@
     python benchmarks/coreml.py --trained ../shared/trained     top-1 of the trained T: float16, w8, int8
 
 Computed in the MIL runtime, one thread. Static cost is counted, not timed: it ranks layouts and is no latency.
-Conversion: tracing, converting and writing; the memory is that of the whole process up to then.
+Conversion: tracing, converting and writing. Seconds are of the process on its core, which a busy machine changes least;
+the memory is that of the whole process up to then.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
     module = deployable(model, plan, preprocessing)
     mlprogram.converter()  # imported before the clock starts
-    start = time.perf_counter()
+    start = time.process_time()
     program = mlprogram.trace(module, plan, {})
     program, _ = quantize(program, plan, spec, preprocessing, coreml.TARGET, silent)
-    return coreml.build(program, plan, folder), time.perf_counter() - start
+    return coreml.build(program, plan, folder), time.process_time() - start
 
 
 def seeded(variant: str) -> None:
@@ -66,9 +67,9 @@ def seeded(variant: str) -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
             with MilRuntime(artifact.path) as runtime:
                 runtime.run({"input_tensor": images[:1]})
-                start = time.perf_counter()
+                start = time.process_time()
                 have = np.concatenate([runtime.run({"input_tensor": image[None]})["logits"] for image in images])
-                a_picture = (time.perf_counter() - start) / len(images)
+                a_picture = (time.process_time() - start) / len(images)
             error = float(np.linalg.norm(have - want) / np.linalg.norm(want))
             print(
                 f"{variant} {precision}: relative error {error:.1e}, max|d| {np.abs(have - want).max():.1e} on "
