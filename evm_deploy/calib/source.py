@@ -40,7 +40,7 @@ class Source:
     layers: Sequence[Layer]
     table: CalibrationTable | None = None
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    rewrite: Callable[[Any, Sequence[Layer], Mapping[str, Range]], Any] = quantize
+    rewrite: Callable[[Any, Sequence[Layer], Mapping[str, Range]], Any] | None = None
 
     @property
     def blocks(self) -> list[str]:
@@ -49,7 +49,7 @@ class Source:
     def quantized(self, blocks: Collection[str]) -> Any:
         """The network with these blocks quantised."""
         chosen = [layer for layer in self.layers if block_of(layer.module) in blocks]
-        return self.rewrite(self.model, chosen, self.ranges)
+        return (self.rewrite or quantize)(self.model, chosen, self.ranges)
 
 
 def block_of(module: str) -> str:
