@@ -19,6 +19,8 @@ demo: setup
 	$(BIN)/python -m evm_deploy.demo dist/evm_digits-onnx-fp32-64x64
 	$(BIN)/evm-export --target openvino --out dist --force
 	$(BIN)/evm-run dist/evm_digits-openvino-fp32-64x64 --selftest
+	$(BIN)/evm-export --target coreml --out dist --force
+	$(BIN)/evm-run dist/evm_digits-coreml-fp16-64x64 --selftest
 
 check: setup
 	$(BIN)/ruff check .

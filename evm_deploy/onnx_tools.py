@@ -6,16 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from evm_deploy.errors import UsageError
+from evm_deploy import float16
 
 if TYPE_CHECKING:
     import onnx
 
     from evm_deploy.export.graph import ScanSite
-
-FP16_MAX = 65504.0
 
 
 def constants_sha256(model: onnx.ModelProto) -> str:
@@ -37,15 +33,12 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:
-    """Raise UsageError naming a weight that float16 cannot hold: converters would clip it. Scans stay float32."""
+    """Raise UsageError naming a weight that float16 cannot hold. Scans stay float32."""
     from onnx import TensorProto, numpy_helper
 
     scan_constants = {name for site in sites for name in site.reads.values()}
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scan_constants:
-            largest = float(np.abs(numpy_helper.to_array(tensor)).max(initial=0))
-            if largest > FP16_MAX:
-                raise UsageError(
-                    f"--fp16: {tensor.name} reaches {largest:.4g}, float16 ends at {FP16_MAX:.0f}",
-                    "export fp32 instead",
-                )
+    float16.check_range(
+        (tensor.name, numpy_helper.to_array(tensor))
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scan_constants
+    )

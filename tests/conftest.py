@@ -19,6 +19,7 @@ from evm_deploy.export.bundle import Bundle  # noqa: E402
 from evm_deploy.export.pipeline import export  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
 from evm_deploy.export.selftest import picture  # noqa: E402
+from tests.coreml import built, plan_for  # noqa: E402
 
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
 torch.set_num_threads(1)
@@ -52,6 +53,18 @@ def micro(checkpoint) -> Path:
 def micro_bundle(micro, tmp_path_factory) -> Bundle:
     """The smallest golden model, exported with default flags at 64x64."""
     return export(micro, ExportPlan("onnx", imgsz=(64, 64)), tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def coreml_bundle(micro, tmp_path_factory) -> Bundle:
+    """The same for Core ML: float16, image input."""
+    return export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path_factory.mktemp("coreml"))
+
+
+@pytest.fixture(scope="session")
+def coreml_fp32(micro, tmp_path_factory):
+    """(artifact, float module, plan) of the same in float32."""
+    return built(micro, tmp_path_factory.mktemp("fp32"), plan_for(precision="fp32"))
 
 
 @pytest.fixture(scope="session")

@@ -7,23 +7,26 @@ import platform
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy import __version__, cross
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
-from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.graph import deployable
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz, size_text
 from evm_deploy.export.readme import bundle_readme
-from evm_deploy.export.target import Artifact, Target, check_plan, native_library
+from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.platforms import host_platform
 from evm_deploy.progress import Step, silent
 from evm_deploy.runtimes.base import RunOptions, Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_IMGSZ = (224, 224)
 
@@ -37,7 +40,7 @@ def export(
     an artifact that fails parity is left as `*.rejected` (ParityError).
     """
     target = get_target(plan.target)
-    check_plan(target, plan)
+    plan = check_plan(target, plan)
     require_toolchain(target, plan)
     with step("load", Path(checkpoint).name):
         model, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
@@ -46,28 +49,32 @@ def export(
     check_free(path, force)
     reference = deployable(model, plan, preprocessing)
     with written_aside(path) as folder:
-        with step("trace", f"opset {plan.opset}, batch {plan.batch}"):
-            float_graph = trace(reference, plan, graph_metadata(plan, spec, preprocessing))
-        graph, quantized = quantization.quantize(float_graph, plan, spec, preprocessing, target, step)
+        with step("trace", f"{plan.sizes}, batch {plan.batch}"):
+            in_float = target.trace(reference, plan, native_metadata(plan, spec, preprocessing))
+        traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
-            artifact = target.build(graph, plan, folder)
+            artifact = target.build(traced, plan, folder)
         if plan.device:
             with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.device, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
         modes = lowerings(target, artifact)
-        with step("verify", f"{len(probes)} images, {len(graph.scans)} scans, {' and '.join(modes)}"):
+        with step("verify", f"{len(probes)} images, {len(traced.scans)} scans, {' and '.join(modes)}"):
             parities = {}
             for mode, plugin in modes.items():
-                with target.open(artifact.path, RunOptions(plugin=plugin)) as runtime:
+                with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
                     taps = target.taps(artifact, plugin)
                     parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
                     outputs = verify.run_batched(runtime, plan, probes)
+                    remarks = target.remarks(runtime)
+            parities |= verify_more(target, artifact, reference, plan, preprocessing)
         parity = verify.worst(parities)
-        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
+        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity, remarks)
         if quantized:
-            with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
-                gain = quantization.gain_over_float32(target, float_graph, plan, artifact.path, plugin, probes)
+            gain = None
+            if not target.emulator:
+                with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
+                    gain = quantization.gain_over_float32(target, in_float, plan, artifact.path, plugin, probes)
             manifest = quantization.record(manifest, quantized, gain, folder)
         try:
             verify.require(parity)
@@ -80,11 +87,25 @@ def export(
             expected, scans = verify.run_reference(reference, plan, probes)
             # quantised: what was verified here; the float model is further away than a device may be
             expected = outputs if quantized else expected
-            selftest.write(folder, target, artifact, graph, plan, preprocessing, probes, expected, scans)
+            selftest.write(folder, target, artifact, traced, plan, preprocessing, probes, expected, scans)
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             return keep(folder, path, manifest)
+
+
+def verify_more(
+    target: Target, artifact: Artifact, reference: nn.Module, plan: ExportPlan, preprocessing: Preprocessing
+) -> dict[str, verify.Parity]:
+    """Of an artifact for several sizes: the parity of each function but the first, portable."""
+    parities = {}
+    for size, each in artifact.more.items():
+        there = replace(plan, imgsz=size, more_imgsz=())
+        probes = selftest.probe_inputs(there, replace(preprocessing, size=size))
+        with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
+            found = verify.verify(reference, runtime, target.taps(each, None), there, probes)
+        parities[f"portable {size_text(size)}"] = found
+    return parities
 
 
 def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
@@ -107,8 +128,9 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     """Fill what the plan leaves open from the checkpoint, else by default. Raises UsageError for what cannot be."""
     saved = spec.defaults
     imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
-    if min(imgsz) < spec.min_pixels:
-        raise UsageError(f"--imgsz {imgsz[0]}x{imgsz[1]} is too small: at least {spec.min_pixels} pixels a side")
+    for size in (imgsz, *plan.more_imgsz):
+        if min(size) < spec.min_pixels:
+            raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
     chosen = {
         key: getattr(plan, key) if getattr(plan, key) is not None else saved.get(key)
         for key in ("mean", "std", "crop_pct", "interpolation")
@@ -142,13 +164,12 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
-    """`out`/<stem>-<target>-<precision>-<HxW>."""
-    height, width = plan.imgsz or DEFAULT_IMGSZ
-    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{height}x{width}"
+    """`out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
+    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{plan.sizes}"
 
 
-def graph_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
-    """What travels inside the ONNX file, for those who have only that."""
+def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
+    """What travels inside the native file, for those who have only that."""
     facts = {
         "evm_deploy": __version__,
         "model": spec.name,
@@ -175,6 +196,7 @@ def describe(
     artifact: Artifact,
     runtime: Runtime,
     parity: verify.Parity,
+    remarks: list[str],
 ) -> Manifest:
     """The manifest of an export, files still to be hashed."""
     sites = artifact.details.get("scans", ())
@@ -195,5 +217,5 @@ def describe(
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
         parity=parity.as_dict(),
-        notes=[*spec.notes, *untested(artifact)],
+        notes=[*spec.notes, *untested(artifact), *remarks],
     )

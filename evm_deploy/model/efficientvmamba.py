@@ -1,7 +1,8 @@
 """EfficientVMamba (arXiv 2403.09977), written for export: MatMul projections, reshape + permute scans, channels last.
 
 `state_dict()` has exactly the keys of the authors' checkpoints. Inference only: no dropout, no drop path.
-Activations are NHWC in stages 0 and 1, NCHW inside stages 2 and 3. Written from the architecture description alone.
+Activations are NHWC in stages 0 and 1, NCHW inside stages 2 and 3; no tensor has more than 5 axes, which is all that
+Core ML takes. Written from the architecture description alone.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def split_directions(x: Tensor) -> Tensor:
     Direction k reads phase (row k % 2, column k // 2) of the 2 x 2 grid; even k row-major, odd k column-major.
     """
     b, d, H, W = x.shape
-    x = x.reshape(b, d, H // 2, 2, W // 2, 2)
-    by_row = x[:, :, :, 0].permute(0, 4, 2, 3, 1).reshape(b, 2, -1, d)
-    by_column = x[:, :, :, 1].permute(0, 4, 3, 2, 1).reshape(b, 2, -1, d)
+    x = x.reshape(b, d, H // 2, 2, W)
+    even_rows, odd_rows = (x[:, :, :, row].reshape(b, d, H // 2, W // 2, 2) for row in (0, 1))
+    by_row = even_rows.permute(0, 4, 2, 3, 1).reshape(b, 2, -1, d)
+    by_column = odd_rows.permute(0, 4, 3, 2, 1).reshape(b, 2, -1, d)
     return torch.stack([by_row, by_column], 2).reshape(b, DIRECTIONS, -1, d)
 
 
@@ -77,8 +79,8 @@ def merge_directions(y: Tensor, H: int, W: int) -> Tensor:
     b, d = y.shape[0], y.shape[3]
     h, w = H // 2, W // 2
     y = y.reshape(b, 2, 2, h * w, d)
-    even_rows = y[:, :, 0].reshape(b, 2, h, w, d).permute(0, 2, 3, 1, 4)
-    odd_rows = y[:, :, 1].reshape(b, 2, w, h, d).permute(0, 3, 2, 1, 4)
+    even_rows = y[:, :, 0].reshape(b, 2, h, w, d).permute(0, 2, 3, 1, 4).reshape(b, h, W, d)
+    odd_rows = y[:, :, 1].reshape(b, 2, w, h, d).permute(0, 3, 2, 1, 4).reshape(b, h, W, d)
     return torch.stack([even_rows, odd_rows], 2).reshape(b, H, W, d)
 
 
@@ -208,8 +210,8 @@ class PatchMerging(nn.Module):
         b, H, W, C = x.shape
         if H % 2 or W % 2:
             x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-        x = x.reshape(b, (H + 1) // 2, 2, (W + 1) // 2, 2, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(b, (H + 1) // 2, (W + 1) // 2, 4 * C)  # column phase outer
+        h, w = (H + 1) // 2, (W + 1) // 2
+        x = x.reshape(b * h, 2, w, 2, C).permute(0, 2, 3, 1, 4).reshape(b, h, w, 4 * C)  # column phase outer
         out: Tensor = self.reduction(self.norm(x))
         return out
 

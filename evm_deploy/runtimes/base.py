@@ -33,13 +33,14 @@ class RunOptions:
     """How to run an artifact. None: as the runtime does by itself.
 
     threads: of one inference. plugin: the native library to run scans on; None runs them portably. device: where, as
-    the runtime names it. cache: folder for compiled models.
+    the runtime names it. cache: folder for compiled models. function: of an artifact that has several.
     """
 
     threads: int | None = None
     plugin: Path | None = None
     device: str | None = None
     cache: Path | None = None
+    function: str | None = None
 
 
 DEFAULTS = RunOptions()

@@ -1,0 +1,61 @@
+"""`python -m evm_deploy.runtimes.mil model.mlpackage`: what a Core ML program takes, holds and computes."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.console import Parser, run_command
+from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.base import TensorSpec, check_feeds
+from evm_deploy.runtimes.mil.runtime import MilRuntime
+
+
+def main() -> int:
+    parser = Parser("evm_deploy.runtimes.mil", description="Run an mlprogram package without Core ML.")
+    parser.add_argument("package", type=Path, metavar="model.mlpackage")
+    parser.add_argument("--function", metavar="F", help="of a package with several; default: its default")
+    parser.add_argument("--exact", action="store_true", help="no float16 roundings between operations")
+    parser.add_argument("--inputs", type=Path, metavar="X.npz", help="arrays by input name; without: seeded noise")
+    parser.add_argument("--outputs", type=Path, metavar="Y.npz", help="write the outputs there")
+    args = parser.parse_args()
+    return run_command(parser.prog, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    with MilRuntime(args.package, args.function, exact=args.exact) as runtime:
+        counts = Counter(op.type for op in runtime.program.operations)
+        print("inputs    ", ", ".join(map(str, runtime.inputs.values())))
+        print("operations", counts.total(), " ".join(f"{name} {count}" for name, count in counts.most_common()))
+        feeds = _read(args.inputs) if args.inputs else {s.name: _noise(s) for s in runtime.inputs.values()}
+        check_feeds(runtime.inputs, feeds)
+        outputs = runtime.run(feeds)
+        for name, value in outputs.items():
+            print(f"{runtime.outputs[name]}   {value.min():.6g} to {value.max():.6g}, mean {value.mean():.6g}")
+    if args.outputs:
+        np.savez(args.outputs, **outputs)  # type: ignore[arg-type]
+    return 0
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--inputs {path} is not an .npz of arrays") from error
+
+
+def _noise(spec: TensorSpec) -> NDArray[Any]:
+    rng, shape = np.random.default_rng(0), tuple(size or 1 for size in spec.shape)
+    if spec.dtype == "uint8":
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""Rules of the MIL operations that move values without computing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from evm_deploy.runtimes.mil.rules import UnsupportedError, rule
+
+
+@rule
+def reshape(x: Any, shape: Sequence[int]) -> Any:
+    if 0 in shape:
+        raise UnsupportedError("reshape that copies sizes (0 in its shape)")
+    return x.reshape(shape)
+
+
+@rule
+def transpose(x: Any, perm: Sequence[int]) -> Any:
+    return x.permute(perm)
+
+
+@rule
+def expand_dims(x: Any, axes: Sequence[int]) -> Any:
+    rank = x.dim() + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@rule
+def squeeze(x: Any, axes: Sequence[int] | None = None) -> Any:
+    return x.squeeze(tuple(axes) if axes is not None else tuple(range(x.dim())))
+
+
+@rule
+def tile(x: Any, reps: Sequence[int]) -> Any:
+    return x.repeat(*reps)
+
+
+@rule
+def pad(x: Any, pad: Sequence[int], mode: str = "constant", constant_val: Any = 0.0) -> Any:
+    import torch.nn.functional as F
+
+    if mode != "constant":
+        raise UnsupportedError(f"pad with mode {mode}")
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))
+    return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=float(constant_val))
+
+
+@rule
+def split(
+    x: Any, axis: int, num_splits: int | None = None, split_sizes: Sequence[int] | None = None
+) -> tuple[Any, ...]:
+    sizes = list(split_sizes) if split_sizes is not None else [x.shape[axis] // (num_splits or 1)] * (num_splits or 1)
+    return tuple(x.split(sizes, axis))
+
+
+@rule
+def concat(values: Sequence[Any], axis: int, interleave: bool = False) -> Any:
+    """interleave: the first slice of each, then the second of each, and so on."""
+    import torch
+
+    if interleave:
+        axis = axis % values[0].dim()
+        return torch.stack(list(values), axis + 1).flatten(axis, axis + 1)
+    return torch.cat(list(values), axis)
+
+
+@rule
+def stack(values: Sequence[Any], axis: int) -> Any:
+    import torch
+
+    return torch.stack(list(values), axis)
+
+
+@rule
+def slice_by_size(x: Any, begin: Sequence[int], size: Sequence[int]) -> Any:
+    return x[tuple(slice(at, None if n == -1 else at + n) for at, n in zip(begin, size, strict=True))]
+
+
+@rule
+def slice_by_index(
+    x: Any,
+    begin: Sequence[int],
+    end: Sequence[int],
+    stride: Sequence[int] | None = None,
+    begin_mask: Sequence[bool] | None = None,
+    end_mask: Sequence[bool] | None = None,
+    squeeze_mask: Sequence[bool] | None = None,
+) -> Any:
+    """begin_mask, end_mask: up to that end; squeeze_mask: the one element at begin, its axis dropped."""
+    none = [False] * x.dim()
+    index: list[slice | int] = []
+    for i, (first, last) in enumerate(zip(begin, end, strict=True)):
+        step = stride[i] if stride is not None else 1
+        if step < 1:
+            raise UnsupportedError(f"slice_by_index with stride {step}")
+        if (squeeze_mask or none)[i]:
+            index.append(first)
+        else:
+            index.append(
+                slice(None if (begin_mask or none)[i] else first, None if (end_mask or none)[i] else last, step)
+            )
+    return x[tuple(index)]

@@ -1,0 +1,242 @@
+"""A saved mlprogram, ready to be computed: operations in order, each with its rule, constants and declared results."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.coreml_tools import coremltools
+from evm_deploy.errors import BundleError, UsageError
+from evm_deploy.quiet import quiet
+from evm_deploy.runtimes.mil.rules import Rule, UnsupportedError, all_rules
+
+COMPUTED_IN = {"fp16": "float32", "fp32": "float32", "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool"}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A result as the file declares it. dtype: MIL's name, `fp16`; a string or dictionary has no shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation. constants, variables: its inputs by parameter name; a variable is a name, or a tuple of names.
+
+    weight: name of the constant that is its weight, if it has one.
+    """
+
+    type: str
+    name: str
+    rule: Rule
+    constants: Mapping[str, Any]
+    variables: Mapping[str, str | tuple[str, ...]]
+    results: tuple[Declared, ...]
+    weight: str = ""
+
+    @property
+    def reads(self) -> Iterator[str]:
+        for value in self.variables.values():
+            yield from (value,) if isinstance(value, str) else value
+
+
+class Program:
+    """One function of an mlprogram package, by default its default function.
+
+    Loading runs Apple's own type inference over the file and refuses operations without a rule. `inputs`: what the
+    function takes; `outputs`: names of what it gives; `constants`: float32 arrays of the weights by name.
+    `exact`: no float16 roundings between operations, only those of the stored weights. `largest`: the largest number,
+    by magnitude, that any float16 result had so far.
+    Raises BundleError for a file that cannot be loaded or computed.
+    """
+
+    def __init__(self, path: Path, function: str | None = None, *, exact: bool = False) -> None:
+        self.path, self.exact, self.largest = path, exact, 0.0
+        self.spec, loaded = _load(path)
+        self.function = function = function or self.spec.description.defaultFunctionName or "main"
+        if function not in loaded.functions:
+            raise BundleError(f"{path} has no function {function!r}; it has: {', '.join(loaded.functions)}")
+        source = loaded.functions[function]
+        self.inputs = {name: _declared(var) for name, var in source.inputs.items()}
+        self.constants: dict[str, Any] = {}
+        self.operations: list[Operation] = []
+        rules = all_rules()
+        unknown = {op.op_type for op in source.operations} - set(rules) - {"const"}
+        if unknown:
+            raise BundleError(
+                f"{path}: no rule for {', '.join(sorted(unknown))}", "the MIL runtime has no such operation"
+            )
+        for op in source.operations:
+            if op.op_type.startswith("constexpr_"):  # compressed weights: expanded once
+                operation = self._operation(op, rules)
+                self.constants[operation.results[0].name] = self._apply(operation, {})[0]
+            elif op.op_type != "const":
+                self.operations.append(self._operation(op, rules))
+        self.outputs = tuple(var.name for var in source.outputs)
+        self._makers = {result.name: op for op in self.operations for result in op.results}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, Any]:
+        """Values by name: of `wanted`, by default the outputs. Tensors between operations can be fed and wanted, too.
+
+        Only the operations that are needed run. Arrays are the caller's; strings stay strings. Raises UsageError for a
+        missing feed, BundleError for a result that is not what the file declares.
+        """
+        import torch
+
+        wanted = tuple(wanted if wanted is not None else self.outputs)
+        values: dict[str, Any] = {}
+        for name, array in feeds.items():
+            declared = self.inputs.get(name) or self.declared(name)
+            values[name] = self._checked(torch.from_numpy(np.ascontiguousarray(array)), declared, "feed")
+        needed = self._needed(wanted, set(values))
+        uses = Counter(name for op in needed for name in op.reads) + Counter(wanted)
+        with torch.inference_mode():
+            for op in needed:
+                for result, value in zip(op.results, self._apply(op, values), strict=True):
+                    values[result.name] = value
+                for name in op.reads:  # dropped after the last use
+                    uses[name] -= 1
+                    if not uses[name]:
+                        values.pop(name, None)
+        return {name: _as_numpy(values[name]) for name in wanted}
+
+    def declared(self, name: str) -> Declared:
+        """What the file says of the result `name`."""
+        if name not in self._makers:
+            raise UsageError(f"{self.path} has no tensor {name!r}")
+        return next(result for result in self._makers[name].results if result.name == name)
+
+    def _needed(self, wanted: Sequence[str], fed: set[str]) -> list[Operation]:
+        missing: set[str] = set()
+        needed: set[str] = set()
+        stack = [name for name in wanted if name not in fed]
+        while stack:
+            name = stack.pop()
+            if name in self._makers:
+                op = self._makers[name]
+                if op.results[0].name not in needed:
+                    needed.add(op.results[0].name)
+                    stack += [read for read in op.reads if read not in fed]
+            else:
+                missing.add(name)
+        if missing:
+            raise UsageError(f"the program needs {', '.join(sorted(missing))}, which was not given")
+        return [op for op in self.operations if op.results[0].name in needed]
+
+    def _operation(self, op: Any, rules: Mapping[str, Rule]) -> Operation:
+        known = inspect.signature(rules[op.op_type]).parameters
+        constants: dict[str, Any] = {}
+        variables: dict[str, str | tuple[str, ...]] = {}
+        for key, var in op.inputs.items():
+            if var is None:
+                continue
+            if key not in known:
+                raise BundleError(f"{self.path}: {op.op_type} {op.name} has {key!r}, for which there is no rule")
+            parts = var if isinstance(var, list | tuple) else [var]
+            if all(_is_constant(part) for part in parts) and not any(part.name in self.constants for part in parts):
+                constants[key] = self._constant(var)
+            elif isinstance(var, list | tuple):
+                variables[key] = tuple(part.name for part in var)
+            elif var.name in self.constants:
+                constants[key] = self.constants[var.name]
+            else:
+                variables[key] = var.name
+        results = tuple(_declared(var) for var in op.outputs)
+        weight = op.inputs["weight"].name if "weight" in op.inputs else ""
+        return Operation(op.op_type, op.name, rules[op.op_type], constants, variables, results, weight)
+
+    def _constant(self, var: Any) -> Any:
+        """Floats as float32 tensors (kept in `constants`), everything else as Python values."""
+        import torch
+
+        if isinstance(var, list | tuple):
+            return [self._constant(part) for part in var]
+        value = np.asarray(var.val)
+        if value.dtype.kind == "f":
+            self.constants.setdefault(var.name, torch.from_numpy(np.array(value, np.float32)))
+            return self.constants[var.name]
+        if value.dtype.kind in "iu" and value.size > 64:  # quantised weights
+            return torch.from_numpy(np.array(value))
+        return value.tolist()
+
+    def _apply(self, op: Operation, values: Mapping[str, Any]) -> list[Any]:
+        def value(name: str) -> Any:
+            return values[name] if name in values else self.constants[name]
+
+        inputs = {
+            key: value(name) if isinstance(name, str) else [value(part) for part in name]
+            for key, name in op.variables.items()
+        }
+        try:
+            computed = op.rule(**op.constants, **inputs)
+        except UnsupportedError as error:
+            raise BundleError(f"{self.path}: {op.name}: no rule for {error}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"{self.path}: {op.type} {op.name} cannot be computed: {reason}") from error
+        parts = list(computed) if isinstance(computed, tuple) else [computed]
+        if len(parts) != len(op.results):
+            raise BundleError(f"{self.path}: {op.type} {op.name} gives {len(parts)} results, not {len(op.results)}")
+        return [
+            self._checked(part, result, f"{op.type} {op.name}") for part, result in zip(parts, op.results, strict=True)
+        ]
+
+    def _checked(self, value: Any, declared: Declared, what: str) -> Any:
+        """`value` if it is what the file declares, rounded to float16 where that says so."""
+        import torch
+
+        if declared.shape is None or not isinstance(value, torch.Tensor):
+            return value
+        have = (str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        want = (COMPUTED_IN.get(declared.dtype), declared.shape)
+        if have != want and not (have[0] == want[0] and not want[1] and value.numel() == 1):
+            said = f"{declared.dtype}{list(declared.shape)}"
+            raise BundleError(f"{self.path}: {what} gives {have[0]}{list(have[1])}, declared is {said}")
+        if declared.dtype != "fp16" or self.exact:
+            return value
+        low, high = torch.aminmax(value)
+        self.largest = max(self.largest, -float(low), float(high))
+        return value.half().float()
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    """The specification, and the program as coremltools reads it."""
+    ct = coremltools()
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    if not path.exists():
+        raise BundleError(f"{path} does not exist")
+    try:
+        with quiet():
+            spec = ct.utils.load_spec(str(path))
+            weights = path / "Data" / "com.apple.CoreML" / "weights"
+            return spec, load(spec, spec.specificationVersion, str(weights))
+    except Exception as error:  # coremltools raises whatever a damaged file makes it stumble over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{path} is not an mlprogram package that can be read: {reason}") from error
+
+
+def _is_constant(var: Any) -> bool:
+    return var.op is not None and var.op.op_type == "const"
+
+
+def _declared(var: Any) -> Declared:
+    from coremltools.converters.mil.mil import types
+
+    if not (types.is_tensor(var.sym_type) or types.is_scalar(var.sym_type)) or types.is_str(var.dtype):
+        return Declared(var.name, "str", None)
+    return Declared(var.name, types.builtin_to_string(var.dtype), tuple(int(size) for size in var.shape))
+
+
+def _as_numpy(value: Any) -> Any:
+    return value if isinstance(value, str) else np.array(value.numpy())

@@ -1,0 +1,73 @@
+"""An mlprogram package as a Runtime, with the inputs and outputs that an app sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import BundleError
+from evm_deploy.runtimes.base import Feeds, TensorSpec
+from evm_deploy.runtimes.mil.program import Program
+
+
+class MilRuntime:
+    """A Program behind the types that its package declares.
+
+    An image input takes uint8 RGB pixels (1, H, W, 3), as every target's `image` does. A classifier's dictionary comes
+    as the array (1, classes) of its probabilities, in the order of its classes; its label, which follows, is left out.
+    """
+
+    def __init__(self, path: Path, function: str | None = None, *, exact: bool = False) -> None:
+        self.program = Program(path, function, exact=exact)
+        description = self.program.spec.description
+        found = next((f for f in description.functions if f.name == self.program.function), description)
+        kinds = {value.name: value.type.WhichOneof("Type") for value in (*found.input, *found.output)}
+        self.images = {name for name in self.program.inputs if kinds[name] == "imageType"}
+        self.dictionaries = {name for name in self.program.outputs if kinds[name] == "dictionaryType"}
+        self.inputs: Mapping[str, TensorSpec] = {name: self._input(name) for name in self.program.inputs}
+        self.outputs: Mapping[str, TensorSpec] = {
+            name: self._output(name) for name in self.program.outputs if kinds[name] != "stringType"
+        }
+
+    @property
+    def largest(self) -> float:
+        """See Program."""
+        return self.program.largest
+
+    def run(self, feeds: Feeds, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """One inference; with `wanted`, these tensors of the program, and `feeds` may be such tensors, too."""
+        fed = {name: self._fed(name, value) for name, value in feeds.items()}
+        values = self.program.run(fed, list(self.outputs) if wanted is None else wanted)
+        return {name: value[None] if name in self.dictionaries else value for name, value in values.items()}
+
+    def _fed(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        return value.transpose(0, 3, 1, 2).astype(np.float32) if name in self.images else value
+
+    def _input(self, name: str) -> TensorSpec:
+        declared = self.program.inputs[name]
+        if declared.shape is None or declared.dtype not in ("fp32", "fp16"):
+            raise BundleError(f"{self.program.path}: input {name} is neither an image nor a tensor of floats")
+        if name in self.images:
+            batch, channels, height, width = declared.shape
+            return TensorSpec(name, "uint8", (batch, height, width, channels))
+        return TensorSpec(name, "float32", declared.shape)
+
+    def _output(self, name: str) -> TensorSpec:
+        if name in self.dictionaries:
+            maker = next(op for op in self.program.operations if any(result.name == name for result in op.results))
+            return TensorSpec(name, "float32", (1, len(maker.constants["classes"])))
+        declared = self.program.declared(name)
+        return TensorSpec(name, "float32", declared.shape or ())
+
+    def __enter__(self) -> MilRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self.program

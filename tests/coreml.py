@@ -1,0 +1,24 @@
+"""Core ML packages for tests, without the pipeline around."""
+
+from __future__ import annotations
+
+from evm_deploy.export import coreml, mlprogram
+from evm_deploy.export.graph import deployable
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import check_plan
+from evm_deploy.model.checkpoint import load_checkpoint
+
+SIZES = {"imgsz": (32, 32), "more_imgsz": ((48, 48),), "min_target": "iOS18"}
+
+
+def plan_for(**changes):
+    return ExportPlan("coreml", **{"imgsz": (64, 64), **changes})
+
+
+def built(checkpoint, folder, plan):
+    """(artifact, float module, completed plan) of a checkpoint, without the pipeline around."""
+    model, spec = load_checkpoint(checkpoint, head=plan.head)
+    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
+    module = deployable(model, plan, preprocessing)
+    return coreml.build(mlprogram.trace(module, plan, {}), plan, folder), module, plan
