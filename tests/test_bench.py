@@ -18,8 +18,10 @@ from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.worker import require_runnable
 from evm_deploy.cli_bench import bench_main
+from evm_deploy.cli_doctor import doctor_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.target import Probe
+from evm_deploy.export.targets import load_targets
 from evm_deploy.inference import load
 
 QUICK = Settings(threads=1, limit_s=3.0)
@@ -205,3 +207,17 @@ def test_this_device_is_described():
     facts, state = device.facts(), device.state()
     assert facts["cores"] >= 1 and facts["cpu"] and facts["system"]
     assert state.load is None or state.load >= 0
+
+
+def test_the_doctor(capsys, monkeypatch):
+    assert doctor_main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["targets"]) == set(load_targets())
+    assert found["targets"]["onnx"]["build"] and found["targets"]["onnx"]["versions"]["onnxruntime"]
+    assert all(each["hint"] for each in found["targets"].values() if not (each["build"] and each["run"]))
+    monkeypatch.setattr("evm_deploy.plugins.find_plugin", lambda runtime: None)
+    assert doctor_main([]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "the native scan was not built" in out and "install g++" in out and all(name in out for name in load_targets())
+    )
