@@ -11,9 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["EvmError", "ExportPlan", "__version__", "export", "load", "load_checkpoint", "plugin_path"]
+__all__ = ["EvmError", "ExportPlan", "__version__", "bench", "export", "load", "load_checkpoint", "plugin_path"]
 
 if TYPE_CHECKING:
+    from evm_deploy.bench.measuring import bench
     from evm_deploy.errors import EvmError
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.plan import ExportPlan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "EvmError": "evm_deploy.errors",
     "ExportPlan": "evm_deploy.export.plan",
+    "bench": "evm_deploy.bench.measuring",
     "export": "evm_deploy.export.pipeline",
     "load": "evm_deploy.inference",
     "load_checkpoint": "evm_deploy.model.checkpoint",

@@ -83,7 +83,7 @@ def export_parser() -> Parser:
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
-    _common(parser)
+    common_flags(parser)
     add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
     return parser
 
@@ -289,7 +289,7 @@ def _labels(path: Path) -> tuple[str, ...]:
     return labels
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -317,7 +317,7 @@ def run_parser() -> Parser:
     )
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
-    _common(parser)
+    common_flags(parser)
     return parser
 
 

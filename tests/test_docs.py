@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_bench
 from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
+UNSAID = ("-h", "--help", "--version", "--int8", "--out", "--quiet", "--verbose")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -53,10 +54,13 @@ def test_links_lead_somewhere(page):
         assert (page.parent / link).exists(), link
 
 
-def test_every_flag_is_documented():
-    text = (ROOT / "docs" / "export.md").read_text()
-    for action in cli.export_parser()._actions:
+@pytest.mark.parametrize(
+    ("parser", "page"),
+    [(cli.export_parser, "export.md"), (cli_bench.bench_parser, "latency.md")],
+    ids=["export", "bench"],
+)
+def test_every_flag_is_documented(parser, page):
+    text = (ROOT / "docs" / page).read_text()
+    for action in parser()._actions:
         for flag in action.option_strings:
-            assert flag in text or flag in ("-h", "--help", "--version", "--int8", "--out", "--quiet", "--verbose"), (
-                flag
-            )
+            assert flag in text or flag in UNSAID, flag

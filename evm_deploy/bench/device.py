@@ -1,0 +1,87 @@
+"""What a device is, and the state that it is in: what makes two latencies comparable, or not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SYS = Path("/sys")
+PROC = Path("/proc")
+BUSY = 0.5  # load average per core, from which other work is named
+
+
+@dataclass(frozen=True)
+class State:
+    """Before or after a measurement. Empty or None where the system does not say.
+
+    clocks_mhz: of each core. temperatures_c: by sensor. throttled: events so far. load: of one minute, per core.
+    """
+
+    clocks_mhz: tuple[float, ...]
+    temperatures_c: dict[str, float]
+    throttled: int | None
+    load: float | None
+
+
+def facts() -> dict[str, Any]:
+    """Model, processor, cores, governor, memory and system of this device."""
+    cpu: dict[str, str] = {}
+    for line in _text(PROC / "cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        cpu.setdefault(key.strip(), value.strip())
+    board = _text(PROC / "device-tree" / "model").strip("\0\n") or _text(SYS / "class/dmi/id/product_name").strip()
+    memory = next((line.split()[1] for line in _text(PROC / "meminfo").splitlines() if line.startswith("MemTotal")), "")
+    return {
+        "model": board or platform.node(),
+        "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or platform.machine(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "governor": _text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        "memory_mb": int(memory) // 1024 if memory else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def state() -> State:
+    """Clocks, temperatures, throttling and load now."""
+    clocks = [_number(path) for path in sorted(SYS.glob("devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
+    zones = {path: _number(path / "temp") for path in sorted(SYS.glob("class/thermal/thermal_zone*"))}
+    throttles = [_number(path) for path in SYS.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
+    counted = [int(count) for count in throttles if count is not None]
+    return State(
+        tuple(clock / 1e3 for clock in clocks if clock is not None),
+        {f"{_text(zone / 'type').strip()} {zone.name[12:]}": t / 1e3 for zone, t in zones.items() if t is not None},
+        sum(counted) if counted else None,
+        round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else None,
+    )
+
+
+def warnings(device: dict[str, Any], before: State, after: State) -> list[str]:
+    """What may have spoilt a measurement."""
+    found = []
+    if before.load is not None and before.load > BUSY:
+        found.append(f"other work on the machine: load {before.load:.2f} per core before the measurement")
+    if device["governor"] not in (None, "performance"):
+        found.append(f"the clock governor is {device['governor']}: performance gives steadier numbers")
+    if before.throttled is not None and after.throttled is not None and after.throttled > before.throttled:
+        found.append(f"throttled by heat {after.throttled - before.throttled} times")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(_text(path))
+    except ValueError:
+        return None

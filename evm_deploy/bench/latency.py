@@ -1,0 +1,114 @@
+"""Timing one function until its median is stable, and what the samples say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW = 25  # runs at least
+WINDOW_S = 0.2  # and seconds
+WINDOWS = 3  # in a row that must agree
+AGREE = 0.05
+LIMIT_S = 60.0
+WARM_UP_S = 0.5
+PERCENTILES = (50, 90, 95, 99)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one run, in the order measured. stable: whether the medians of the last windows agreed."""
+
+    samples: tuple[float, ...]
+    warm_up: int
+    stable: bool
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+    def percentile(self, q: float) -> float:
+        return float(np.percentile(self.samples, q))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Bootstrap confidence interval of the median."""
+        return median_interval(self.samples, confidence)
+
+    def summary(self) -> dict[str, float]:
+        """mean, std, min, max and the percentiles, in milliseconds."""
+        values = np.asarray(self.samples)
+        spread = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+        return {
+            **{f"p{q}": round(self.percentile(q), 4) for q in PERCENTILES},
+            **{name: round(float(value), 4) for name, value in spread.items()},
+        }
+
+
+def measure(
+    run: Callable[[], object],
+    *,
+    limit_s: float = LIMIT_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time `run` in windows of at least 25 runs until the medians of three in a row agree within 5 %, or `limit_s`.
+
+    Warmed up before, for half a second and at least three runs, at most a fifth of the limit.
+    """
+    warm_up, start = 0, clock()
+    while warm_up < 3 or clock() - start < min(WARM_UP_S, limit_s / 5):
+        run()
+        warm_up += 1
+    samples: list[float] = []
+    medians: list[float] = []
+    start = clock()
+    while clock() - start < limit_s:
+        window = _window(run, clock, start + limit_s)
+        samples += window
+        medians.append(float(np.median(window)))
+        if len(medians) >= WINDOWS and agree(medians[-WINDOWS:]):
+            return Latency(tuple(samples), warm_up, True)
+    return Latency(tuple(samples), warm_up, False)
+
+
+def _window(run: Callable[[], object], clock: Callable[[], float], until: float) -> list[float]:
+    """Milliseconds of one window's runs; at least one, and none begun after `until`."""
+    times: list[float] = []
+    begun = clock()
+    while not times or (clock() < until and (len(times) < WINDOW or clock() - begun < WINDOW_S)):
+        start = clock()
+        run()
+        times.append((clock() - start) * 1e3)
+    return times
+
+
+def agree(medians: Sequence[float]) -> bool:
+    """Whether all lie within 5 % of the smallest."""
+    return max(medians) <= min(medians) * (1 + AGREE)
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap confidence interval of the median, over blocks of sqrt(n) neighbours.
+
+    Runs one after the other are alike (clocks, other work), so single runs would promise too narrow an interval; see
+    Künsch, The Jackknife and the Bootstrap for General Stationary Observations, 1989.
+    """
+    values = np.asarray(samples)
+    length = round(len(values) ** 0.5)
+    starts = np.random.default_rng(0).integers(0, len(values) - length + 1, (RESAMPLES, -(-len(values) // length)))
+    blocks = values[starts[..., None] + np.arange(length)].reshape(RESAMPLES, -1)
+    low, high = np.percentile(np.median(blocks, axis=1), [50 * (1 - confidence), 50 * (1 + confidence)])
+    return float(low), float(high)
+
+
+def differ(one: Latency, other: Latency) -> bool:
+    """Whether the confidence intervals of the medians do not overlap: what is called a difference here."""
+    (low, high), (other_low, other_high) = one.interval(), other.interval()
+    return high < other_low or other_high < low
+
+
+def throughput(latency: Latency, batch: int) -> float:
+    """Images a second."""
+    return batch * len(latency.samples) / (sum(latency.samples) / 1e3)

@@ -1,0 +1,36 @@
+"""bench(): a bundle's latency on this machine, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from evm_deploy import errors
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.errors import EvmError, ToolchainError
+
+STARTUP_S = 600.0  # for loading, beside the measurement's own limit
+DEFAULTS = Settings()
+
+
+def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
+    """Measure a bundle in a new process. Raises EvmErrors: BundleError, UsageError, and ToolchainError where the
+    target does not run on this machine or the process died.
+    """
+    command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(asdict(settings))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
+    except subprocess.TimeoutExpired as error:
+        raise ToolchainError(f"measuring {bundle} did not end within {error.timeout:.0f} s") from error
+    try:
+        content = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ToolchainError(f"the process that measured {bundle} died with code {done.returncode}: {said}") from error
+    if "error" in content:
+        kind: type[EvmError] = getattr(errors, content["error"]["type"])
+        raise kind(content["error"]["text"], content["error"]["hint"])
+    return Record(**content)

@@ -1,0 +1,88 @@
+"""Record: one measurement of one bundle on one device, as JSON; schema in docs/latency.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from evm_deploy.bench.latency import Latency
+from evm_deploy.errors import UsageError
+from evm_deploy.files import write_aside
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
+
+    timed: `model`, arrays in and out on the host, or `end-to-end`, a picture file to its five best classes.
+    limit_s: seconds after which an unstable measurement ends.
+    """
+
+    threads: int | None = None
+    batch: int | None = None
+    scan: str = "auto"
+    device: str | None = None
+    cache: str | None = None
+    timed: str = "model"
+    limit_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement. Times in milliseconds, memory in MB (2**20 bytes), throughput in images a second.
+
+    bundle: name, target, precision, imgsz, sha256 of its manifest, artifact_bytes. load_ms: `fresh`, in a new process,
+    the runtime's import and the hashes included, and `again`, in the same process. interval_ms: 95 % confidence of the
+    median. memory_mb: `before` loading, and `peak`. before, after: state of the device.
+    """
+
+    bundle: dict[str, Any]
+    device: dict[str, Any]
+    runtime: dict[str, Any]
+    settings: dict[str, Any]
+    date: str
+    load_ms: dict[str, float]
+    first_ms: float
+    warm_up: int
+    stable: bool
+    samples_ms: list[float]
+    summary_ms: dict[str, float]
+    interval_ms: tuple[float, float]
+    throughput: float
+    memory_mb: dict[str, float]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    warnings: list[str]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def latency(self) -> Latency:
+        return Latency(tuple(self.samples_ms), self.warm_up, self.stable)
+
+    def write(self, path: Path) -> None:
+        """Raises UsageError when the disk will not have it."""
+        try:
+            write_aside(path, json.dumps(asdict(self), indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Raises UsageError for a file that is no Record of this schema."""
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise UsageError(f"{path} is no record: larger than {MAX_BYTES >> 20} MB")
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"record {path} cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(f"{path} is no record of schema {SCHEMA_VERSION}", "make one with evm-bench")
+        names = {field.name for field in fields(cls)}
+        if set(content) != names:
+            raise UsageError(f"{path} is no record: fields differ: {', '.join(sorted(names ^ set(content)))}")
+        return cls(**content)

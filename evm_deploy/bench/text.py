@@ -1,0 +1,36 @@
+"""A Record in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evm_deploy.bench.record import Record
+
+
+def file_name(record: Record) -> str:
+    """`<bundle>-t1-b1.json`: one file for one bundle and setting."""
+    settings = record.settings
+    end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
+    scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
+    return f"{record.bundle['name']}-t{settings['threads'] or 'auto'}-b{settings['batch']}{scan}{end}.json"
+
+
+def lines(record: Record, path: Path) -> list[str]:
+    """The block that a user reads."""
+    settings, times, runs = record.settings, record.summary_ms, len(record.samples_ms)
+    low, high = record.interval_ms
+    threads, scan = settings["threads"] or "auto", record.runtime["scan"]["value"]
+    unstable = "" if record.stable else ", NOT STABLE"
+    tails = "  ".join(f"{key} {times[key]:.3g}" for key in ("p90", "p99"))
+    return [
+        f"Measured  {record.bundle['name']}   threads {threads}, batch {settings['batch']}, "
+        f"{settings['timed']}, scan {scan}",
+        f"Latency   p50 {times['p50']:.3g} ms (95 %: {low:.3g}-{high:.3g})  {tails}   "
+        f"{record.throughput:.4g} images/s   {runs} runs{unstable}",
+        f"Load      {record.load_ms['fresh']:.0f} ms in a new process, {record.load_ms['again']:.0f} ms again, "
+        f"first inference {record.first_ms:.3g} ms",
+        f"Memory    peak {record.memory_mb['peak']:.0f} MB, {record.memory_mb['before']:.0f} MB before loading   "
+        f"artifact {record.bundle['artifact_bytes'] / 1e6:.1f} MB",
+        *(f"Note      {text}" for text in record.warnings),
+        f"Saved     {path}",
+    ]

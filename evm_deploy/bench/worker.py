@@ -1,0 +1,147 @@
+"""The process that measures: nothing else has run in it, so its load time and peak memory are the bundle's.
+
+    python -m evm_deploy.bench.worker BUNDLE SETTINGS        SETTINGS: bench.record.Settings as JSON
+
+Prints one JSON object: the Record, or `error` with the name, text and hint of an EvmError.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evm_deploy.bench import device
+from evm_deploy.bench.latency import measure, throughput
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.errors import EvmError, ToolchainError, UsageError
+from evm_deploy.export.manifest import FILE
+from evm_deploy.export.plan import Batch
+from evm_deploy.files import sha256
+from evm_deploy.inference import LoadedBundle, load
+
+TOP = 5
+
+
+def work(path: Path, settings: Settings) -> Record:
+    """Measure a bundle in this process. Raises EvmErrors."""
+    memory = {"before": peak_mb()}
+
+    def opened() -> LoadedBundle:
+        return load(path, threads=settings.threads, scan=settings.scan, device=settings.device, cache=settings.cache)
+
+    fresh_ms, model = timed(opened)
+    with model:
+        require_runnable(model)
+        batch = batch_size(model.manifest.batch, settings.batch)
+        run = subject(model, batch, settings.timed)
+        first_ms, _ = timed(run)
+        facts, before = device.facts(), device.state()
+        latency = measure(run, limit_s=settings.limit_s)
+        after = device.state()
+        memory["peak"] = peak_mb()
+    again_ms, model = timed(opened)
+    with model:
+        warnings = device.warnings(facts, before, after)
+    if not latency.stable:
+        warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
+    manifest = model.manifest
+    return Record(
+        bundle={
+            "name": path.resolve().name,
+            "target": manifest.target,
+            "precision": manifest.precision,
+            "imgsz": manifest.plan["imgsz"],
+            "manifest_sha256": sha256(path / FILE),
+            "artifact_bytes": model.bundle.size_bytes,
+        },
+        device=facts,
+        runtime={"versions": dict(model.target.probe().versions), "scan": asdict(model.scan)},
+        settings={**asdict(settings), "batch": batch},
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        load_ms={"fresh": round(fresh_ms, 2), "again": round(again_ms, 2)},
+        first_ms=round(first_ms, 4),
+        warm_up=latency.warm_up,
+        stable=latency.stable,
+        samples_ms=[round(value, 5) for value in latency.samples],
+        summary_ms=latency.summary(),
+        interval_ms=latency.interval(),
+        throughput=round(throughput(latency, batch), 2),
+        memory_mb={name: round(value, 1) for name, value in memory.items()},
+        before=asdict(before),
+        after=asdict(after),
+        warnings=warnings,
+    )
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds of one call, and what it returned."""
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def require_runnable(model: LoadedBundle) -> None:
+    """Raise ToolchainError where the target's own runtime is not on this machine: an emulator has no latency."""
+    here = model.target.probe()
+    if not here.can_run:
+        raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
+
+
+def batch_size(batch: Batch, asked: int | None) -> int:
+    """Raises UsageError for a batch that the bundle does not take."""
+    size = batch.min if asked is None else asked
+    if size < batch.min or (batch.max is not None and size > batch.max):
+        raise UsageError(f"--batch {size}: this bundle was exported with --batch {batch}", "export it with another")
+    return size
+
+
+def subject(model: LoadedBundle, batch: int, what: str) -> Callable[[], object]:
+    """The function to time, on the self-test's own inputs."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    here = model.bundle.path / "selftest"
+    if what == "end-to-end":
+        pictures = [here / "picture.png"] * batch
+        return lambda: model.predict(pictures, top=TOP)
+    (name,) = model.inputs
+    probes = load_file(here / "probes.safetensors")[model.manifest.plan["input"]]
+    feeds = {name: np.ascontiguousarray(np.resize(probes, (batch, *probes.shape[1:])))}
+    return lambda: model.run(feeds)
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process so far, in MB; 0 where the system does not say.
+
+    Linux hands ru_maxrss down from the parent, so it is read where it is not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    with suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
+    return 0.0
+
+
+def main() -> int:
+    path, settings = sys.argv[1:]
+    try:
+        print(json.dumps(asdict(work(Path(path), Settings(**json.loads(settings))))))
+    except EvmError as error:
+        print(json.dumps({"error": {"type": type(error).__name__, "text": error.args[0], "hint": error.hint}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""evm-bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from evm_deploy.cli import common_flags
+from evm_deploy.console import EXIT_CODES, Parser, Steps, run_command
+from evm_deploy.errors import UsageError
+
+MAX_LIMIT_S = 3600
+
+
+def bench_parser() -> Parser:
+    parser = Parser(
+        "evm-bench",
+        description="Measure the latency of bundles on this machine, until it is stable.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundles", nargs="+", metavar="BUNDLE")
+    add("--threads", default="", metavar="N[,N..]", help="intra-op threads, each measured; default: the runtime's")
+    add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
+    add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
+    add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
+    add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
+    add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
+    add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
+    common_flags(parser)
+    return parser
+
+
+def bench_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-bench`. Returns the exit code."""
+    args = bench_parser().parse_args(argv)
+    return run_command("evm-bench", lambda: _bench(args), args.verbose)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from evm_deploy.bench.measuring import bench
+    from evm_deploy.bench.record import Settings
+    from evm_deploy.bench.text import file_name, lines
+
+    if not 0 < args.limit <= MAX_LIMIT_S:
+        raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
+    steps, records = Steps(args.quiet), []
+    for bundle in args.bundles:
+        for threads in _numbers("--threads", args.threads):
+            for batch in _numbers("--batch", args.batch):
+                timed = "end-to-end" if args.end_to_end else "model"
+                settings = Settings(threads, batch, args.scan, args.device, args.cache, timed, args.limit)
+                with steps("measure", f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"):
+                    record = bench(bundle, settings)
+                path = Path(args.out) / file_name(record)
+                record.write(path)
+                records.append({"record": str(path), **record.bundle, **record.summary_ms})
+                if not args.json:
+                    print("\n".join(lines(record, path)))
+    if args.json:
+        print(json.dumps(records, indent=1))
+    return 0
+
+
+def _numbers(flag: str, text: str) -> list[int | None]:
+    """`1,4,8` -> numbers; empty: [None]. Raises UsageError."""
+    if not text:
+        return [None]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10000 for part in text.split(",")):
+        raise UsageError(f"{flag} {text}: use numbers from 1, such as 1,4,8")
+    return [int(part) for part in dict.fromkeys(text.split(","))]
