@@ -21,7 +21,7 @@ from PIL import Image
 from evm_deploy import EvmError, ExportPlan, export
 from evm_deploy.calib.accuracy import Accuracy
 from evm_deploy.calib.histogram import METHODS
-from evm_deploy.calib.int8 import candidates, each_block, evaluator, image_sets
+from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
 from evm_deploy.calib.source import sources
 from evm_deploy.cli import accuracy_of
 from evm_deploy.export.graph import deployable, trace
@@ -52,8 +52,8 @@ def print_blocks(plan: ExportPlan) -> None:
     graph = trace(deployable(model, plan, preprocessing), plan, {})
     request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
     used, judged = image_sets(request, preprocessing, silent)
-    ship = shipping(get_target(plan.target), graph, plan)
-    evaluate = evaluator(graph.model, judged, request, ship, plugin)
+    expected = graph_outputs(graph.model, request, plugin, judged)
+    evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable)
     for smooth, source in sources(graph.model, layers, used, request, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))

@@ -17,7 +17,7 @@ from common import where
 from safetensors.numpy import save_file
 
 from evm_deploy import ExportPlan
-from evm_deploy.calib.int8 import candidates, each_block, evaluator, image_sets
+from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
 from evm_deploy.calib.source import sources
 from evm_deploy.export.graph import deployable, trace
 from evm_deploy.export.pipeline import complete
@@ -43,7 +43,8 @@ def print_variant(variant: str, folder: Path) -> None:
     request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
     used, judged = image_sets(request, preprocessing, silent)
     assert judged is not None
-    evaluate = evaluator(graph.model, judged, request, shipping(get_target(plan.target), graph, plan), plugin)
+    expected = graph_outputs(graph.model, request, plugin, judged)
+    evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable)
     found = sources(graph.model, layers, used, request, plugin, silent)
     rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}

@@ -32,7 +32,7 @@ def export_parser() -> Parser:
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
     add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), openvino (ov), or all")
     precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32 (default), fp16, int8, w8")
+    precision("--precision", metavar="P", help="fp32, fp16, int8, w8; default fp32")
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
@@ -63,7 +63,8 @@ def export_parser() -> Parser:
         help="auto (default), plugin (native kernel) or portable: standard ops only",
     )
     add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
-    add("--opset", default="20", metavar="N", help="ONNX opset, 18 to 23, default 20")
+    add("--min-target", metavar="OS", help="oldest system to run on, for Apple's: iOS16, iOS17, iOS18")
+    add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
     add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")
     add("--labels", metavar="FILE", help="class names, one per line, in the order of the head")
@@ -103,9 +104,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if not args.target:
         raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
-    plans = [_plan(args, name) for name in resolve_names(args.target)]
-    for plan in plans:  # all of them, before the first one works for minutes
-        check_plan(get_target(plan.target), plan)
+    plans = [check_plan(get_target(name), _plan(args, name)) for name in resolve_names(args.target)]
     checkpoint = _checkpoint(args)
     steps = Steps(args.quiet)
     results: list[Any] = []
@@ -178,6 +177,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
                 f"{q['size_of_fp32']:.2f} of its size",
             )
             for q in quantized
+            if "speed_over_fp32_here" in q
         ),
         *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
         *(("In float", block) for q in quantized for block in q["in_float"]),
@@ -228,13 +228,14 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
 
     return ExportPlan(
         target=target,
-        precision=args.precision or "fp32",
+        precision=args.precision,
         imgsz=parse_imgsz(args.imgsz) if args.imgsz is not None else None,
         batch=Batch.parse(args.batch),
         input=args.input,
         head=args.head,
         scan=args.scan,
         device=args.device,
+        min_target=args.min_target,
         calib=args.calib,
         calib_images=int(_number("--calib-images", args.calib_images, whole=True)),
         calib_method=args.calib_method,
@@ -242,7 +243,7 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
         force_calib=args.force_calib,
         val=args.val,
         max_drop=_number("--max-drop", args.max_drop) if args.max_drop is not None else None,
-        opset=int(_number("--opset", args.opset, whole=True)),
+        opset=int(_number("--opset", args.opset, whole=True)) if args.opset is not None else None,
         tol=_number("--tol", args.tol) if args.tol is not None else None,
         weights=args.weights,
         labels=_labels(Path(args.labels)) if args.labels else None,
@@ -328,7 +329,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
     with load(args.bundle, threads=args.threads, scan=args.scan, device=args.device, cache=args.cache) as model:
-        if args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
+        here = model.target.probe()
+        if not here.can_run and not args.quiet:
+            print(here.hint, file=sys.stderr)
+        elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
             print(f"scans run in their portable form: {model.scan.reason}", file=sys.stderr)
         if args.selftest:
             checks = model.selftest()

@@ -124,7 +124,8 @@ class LoadedBundle:
         filled = chunk + chunk[-1:] * max(0, plan.batch.min - len(chunk))
         pixels = np.stack(filled)
         value = pixels if plan.input == "image" else self.preprocessing.normalise(pixels)
-        return {name: array[: len(chunk)] for name, array in self.run({plan.input: value}).items()}
+        (name,) = self.inputs
+        return {output: array[: len(chunk)] for output, array in self.run({name: value}).items()}
 
     def _top(self, scores: NDArray[np.float64], top: int) -> list[Prediction]:
         best = np.argsort(-scores, kind="stable")[:top]

@@ -63,7 +63,7 @@ BAD_FLAGS = {
     "int8 without pictures": (["--target", "onnx", "--int8"], "add --calib DIR"),
     "pictures without int8": (
         ["--target", "onnx", "--calib", "demo"],
-        "--calib is for int8 and w8, this export is fp32",
+        "--calib is for int8 and w8, this export is float",
     ),
     "max drop": (["--target", "onnx", "--int8", "--calib", "demo", "--max-drop", "1"], "add --val DIR"),
     "misspelt precision": (["--target", "onnx", "--precision", "fp23"], "did you mean fp32?"),
@@ -73,6 +73,7 @@ BAD_FLAGS = {
     "huge": (["--target", "onnx", "--imgsz", "99999"], "at most 8192"),
     "batch": (["--target", "onnx", "--batch", "0"], "use a number from 1"),
     "batch order": (["--target", "onnx", "--batch", "4:2:8"], "min:opt:max"),
+    "minimum system": (["--target", "onnx", "--min-target", "iOS17"], "has no minimum system 'iOS17'; it has: none"),
     "opset": (["--target", "onnx", "--opset", "9"], "supported are 18 to 23"),
     "opset text": (["--target", "onnx", "--opset", "new"], "not a whole number"),
     "tol": (["--target", "onnx", "--tol", "-1"], "between 0 and 1"),

@@ -1,12 +1,13 @@
-"""From a float graph to an int8 or w8 one: calibrate, quantise, judge, and keep in float what costs too much."""
+"""From a float network to an int8 or w8 one: calibrate, quantise, judge, and keep in float what costs too much."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +27,29 @@ from evm_deploy.scan.fused import FusedOp
 if TYPE_CHECKING:
     import onnx
 
-Evaluate = Callable[["onnx.ModelProto"], Accuracy]
-Ship = Callable[["onnx.ModelProto"], AbstractContextManager[Runtime]]
+FloatOutputs = Callable[[ImageSet], NDArray[np.float32]]
+Evaluate = Callable[[Any], Accuracy]
+Ship = Callable[[Any], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
+
+
+class ImageSets(NamedTuple):
+    """Images to calibrate with, and images to judge with; None where there are none."""
+
+    used: ImageSet | None
+    judged: ImageSet | None
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised graph, how good it is, and which blocks stayed in float.
+    """A quantised network, how good it is, and which blocks stayed in float.
 
     table: of what the activations did, where they are quantised too. accuracy: None where there were no images to judge
     with. smooth: `on` or `off`. tried: how good these are before any block stays in float. sensitivity: SQNR in dB of
     each block alone.
     """
 
-    model: onnx.ModelProto
+    model: Any
     table: CalibrationTable | None
     accuracy: Accuracy | None
     smooth: str
@@ -69,13 +78,29 @@ def quantize_graph(
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
     found = candidates(model, request.precision, fused)
-    used, judged = image_sets(request, preprocessing, step)
-    choices = sources(model, found, used, request, plugin, step)
+    images = image_sets(request, preprocessing, step)
+    choices = sources(model, found, images.used, request, plugin, step)
+    return choose(choices, images, request, partial(graph_outputs, model, request, plugin), ship, step)
+
+
+def choose(
+    choices: Mapping[str, Source],
+    images: ImageSets,
+    request: Request,
+    float_outputs: FloatOutputs,
+    ship: Ship,
+    step: Step,
+) -> Quantized:
+    """The best of `choices`, which go by name as in Quantized.smooth, with the blocks in float that cost too much.
+
+    Judged as shipped, against `float_outputs` on the same images; without images it is the first, whole.
+    """
+    judged = images.judged
     smooth = next(iter(choices))
     tried: dict[str, Accuracy] = {}
     if judged:
         with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'without labels'}"):
-            evaluate = evaluator(model, judged, request, ship, plugin)
+            evaluate = evaluator(float_outputs(judged), judged, request, ship)
             tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
         smooth = max(tried, key=lambda name: tried[name].rank)
     source, accuracy = choices[smooth], tried.get(smooth)
@@ -93,10 +118,10 @@ def quantize_graph(
         accuracy=accuracy,
         smooth=smooth,
         tried=tried,
-        layers=sum(block_of(layer.module) not in kept for layer in found),
+        layers=len({layer.weight for layer in source.layers if block_of(layer.module) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
-        skipped=tuple(dict.fromkeys(text for images in (used, judged) if images for text in images.skipped)),
+        skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
     )
 
 
@@ -127,15 +152,24 @@ def candidates(model: onnx.ModelProto, precision: str, fused: Mapping[str, Fused
 
 def run_all(runtime: Runtime, images: ImageSet, request: Request) -> NDArray[np.float32]:
     """The outputs of a model on every image, flattened: (images, values)."""
+    (name,) = runtime.inputs
     rows = [
-        np.concatenate([value[0].ravel() for value in runtime.run({request.input: feed}).values()])
+        np.concatenate([value[0].ravel() for value in runtime.run({name: feed}).values()])
         for feed in feeds(images, request.input, runtime)
     ]
     return np.stack(rows)
 
 
-def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> tuple[ImageSet | None, ImageSet | None]:
-    """Images to calibrate with, and images to judge with; None where there are none. Only int8 calibrates."""
+def graph_outputs(
+    model: onnx.ModelProto, request: Request, plugin: Path | None, images: ImageSet
+) -> NDArray[np.float32]:
+    """The outputs of a hub graph on every image, flattened: (images, values)."""
+    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
+        return run_all(runtime, images, request)
+
+
+def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> ImageSets:
+    """The images that a request names. Only int8 calibrates. Raises CalibrationError."""
     used = judged = None
     if request.calib:
         with step("images", f"up to {request.images} of {request.calib}"):
@@ -144,16 +178,14 @@ def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> tu
     if request.val:
         with step("images", f"labelled, of {request.val}"):
             judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
-    return used, judged
+    return ImageSets(used, judged)
 
 
-def evaluator(model: onnx.ModelProto, images: ImageSet, request: Request, ship: Ship, plugin: Path | None) -> Evaluate:
-    """Candidate -> its Accuracy, as shipped, against the float `model`, whose outputs on `images` are computed once."""
+def evaluator(expected: NDArray[np.float32], images: ImageSet, request: Request, ship: Ship) -> Evaluate:
+    """Candidate -> its Accuracy, as shipped, against `expected`, what the float network gives on `images`."""
     labels = images.labels if request.val else None
-    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
-        expected = run_all(runtime, images, request)
 
-    def evaluate(candidate: onnx.ModelProto) -> Accuracy:
+    def evaluate(candidate: Any) -> Accuracy:
         with ship(candidate) as runtime:
             outputs = run_all(runtime, images, request)
         return compare(expected, outputs, labels, classes=request.num_classes > 0, limit=request.max_drop)

@@ -1,4 +1,4 @@
-"""Float graphs that quantised ones are made from: calibrated as they are, or smoothed first."""
+"""Float networks that quantised ones are made from: calibrated as they are, or smoothed first."""
 
 from __future__ import annotations
 
@@ -31,20 +31,25 @@ GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the conv
 
 @dataclass(frozen=True)
 class Source:
-    """A float graph, its layers that can be quantised, and the ranges of their activations, where these are too."""
+    """A float network, its layers that can be quantised, and the ranges of their activations, where these are too.
 
-    model: onnx.ModelProto
+    rewrite: (model, layers, ranges) -> a copy of the model with these layers quantised, by default of a hub graph.
+    """
+
+    model: Any
     layers: Sequence[Layer]
     table: CalibrationTable | None = None
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    rewrite: Callable[[Any, Sequence[Layer], Mapping[str, Range]], Any] = quantize
 
     @property
     def blocks(self) -> list[str]:
         return list(dict.fromkeys(block_of(layer.module) for layer in self.layers))
 
-    def quantized(self, blocks: Collection[str]) -> onnx.ModelProto:
-        """The graph with these blocks quantised."""
-        return quantize(self.model, [layer for layer in self.layers if block_of(layer.module) in blocks], self.ranges)
+    def quantized(self, blocks: Collection[str]) -> Any:
+        """The network with these blocks quantised."""
+        chosen = [layer for layer in self.layers if block_of(layer.module) in blocks]
+        return self.rewrite(self.model, chosen, self.ranges)
 
 
 def block_of(module: str) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import itertools
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.naming import name_after_modules, name_after_neighbours
 from evm_deploy.export.outline import located
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.quiet import quiet
 from evm_deploy.scan import onnx_function
 from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp, fusable_modules
 
@@ -142,7 +139,7 @@ def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph
         model = fold_batch_norm(model)
         proto = _export(model, plan)
         name_after_modules(proto, root=ROOT)
-        proto.functions.append(onnx_function.selective_scan_function(plan.opset))
+        proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
         proto = _simplify(proto)
         name_after_neighbours(proto)
     except ImportError as error:
@@ -188,13 +185,13 @@ def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
     dynamic = None
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             model,
             (example,),
             dynamo=True,
             verbose=False,
-            opset_version=plan.opset,
+            opset_version=plan.opset or DEFAULT_OPSET,
             input_names=[plan.input],
             output_names=output_names(plan),
             dynamic_shapes=dynamic,
@@ -211,7 +208,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim
 
     before = len(scan_sites(proto))
-    with _quiet():
+    with quiet():
         simplified, _ = onnxsim.simplify(proto)
     if len(scan_sites(simplified)) != before or not simplified.functions:
         raise ToolchainError(f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions")
@@ -227,16 +224,3 @@ def check(proto: onnx.ModelProto) -> None:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ToolchainError(f"the exported graph is not valid ONNX: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters log and print about themselves; what a user must know, we say."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

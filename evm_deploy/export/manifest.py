@@ -102,7 +102,7 @@ class Manifest:
             manifest.preprocess()
             for name, facts in manifest.files.items():
                 _check_file_entry(name, facts)
-            if manifest.artifact not in manifest.files:
+            if not any(PurePosixPath(name).is_relative_to(manifest.artifact) for name in manifest.files):
                 raise ValueError(f"the artifact {manifest.artifact!r} is not among the files")
             for library in manifest.plugins.values():
                 if library not in manifest.files:

@@ -16,8 +16,8 @@ from evm_deploy.export.fold_normalisation import fold_normalisation
 from evm_deploy.export.graph import Graph, ScanSite, check, scan_alone, scan_sites
 from evm_deploy.export.onnx_usage import usage
 from evm_deploy.export.outline import outline
-from evm_deploy.export.plan import Choice, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, Target
+from evm_deploy.export.plan import DEFAULT_OPSET, Choice, ExportPlan
+from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.onnx_tools import check_fp16_range, in_order
 from evm_deploy.platforms import PLATFORMS
 from evm_deploy.plugins import HINT, find_plugin, kernel_isa, not_built
@@ -65,7 +65,12 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     check(model)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
-    details = {"opset": plan.opset, "ir_version": model.ir_version, "nodes": len(model.graph.node), "scans": sites}
+    details = {
+        "opset": plan.opset or DEFAULT_OPSET,
+        "ir_version": model.ir_version,
+        "nodes": len(model.graph.node),
+        "scans": sites,
+    }
     return Artifact(path, scan, details)
 
 
@@ -161,7 +166,7 @@ def build_plugin(platform: str) -> Path:
     return cross.library("onnxruntime", platform)
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path) -> None:
+def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     import onnx
 

@@ -17,7 +17,7 @@ from evm_deploy.export.openvino_taps import OpenVinoScanTaps
 from evm_deploy.export.openvino_usage import usage
 from evm_deploy.export.outline import outline
 from evm_deploy.export.plan import Choice, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, Target
+from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.onnx_tools import check_fp16_range
 from evm_deploy.openvino_extension import INSTALL_HINT, extension
 from evm_deploy.platforms import host_platform
@@ -122,7 +122,7 @@ def build_plugin(platform: str) -> Path:
     raise UsageError(f"the extension is compiled where its OpenVINO is installed: export on {platform}")
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path) -> None:
+def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     proto, library = scan_alone(graph.model), None
     if artifact.scan.value == "portable":

@@ -13,11 +13,11 @@ from evm_deploy import __version__, cross
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
-from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.graph import deployable
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
 from evm_deploy.export.readme import bundle_readme
-from evm_deploy.export.target import Artifact, Target, check_plan, native_library
+from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
@@ -37,7 +37,7 @@ def export(
     an artifact that fails parity is left as `*.rejected` (ParityError).
     """
     target = get_target(plan.target)
-    check_plan(target, plan)
+    plan = check_plan(target, plan)
     require_toolchain(target, plan)
     with step("load", Path(checkpoint).name):
         model, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
@@ -46,28 +46,30 @@ def export(
     check_free(path, force)
     reference = deployable(model, plan, preprocessing)
     with written_aside(path) as folder:
-        with step("trace", f"opset {plan.opset}, batch {plan.batch}"):
-            float_graph = trace(reference, plan, graph_metadata(plan, spec, preprocessing))
-        graph, quantized = quantization.quantize(float_graph, plan, spec, preprocessing, target, step)
+        with step("trace", f"{'x'.join(map(str, preprocessing.size))}, batch {plan.batch}"):
+            in_float = target.trace(reference, plan, native_metadata(plan, spec, preprocessing))
+        traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
-            artifact = target.build(graph, plan, folder)
+            artifact = target.build(traced, plan, folder)
         if plan.device:
             with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.device, folder)
         probes = selftest.probe_inputs(plan, preprocessing)
         modes = lowerings(target, artifact)
-        with step("verify", f"{len(probes)} images, {len(graph.scans)} scans, {' and '.join(modes)}"):
+        with step("verify", f"{len(probes)} images, {len(traced.scans)} scans, {' and '.join(modes)}"):
             parities = {}
             for mode, plugin in modes.items():
-                with target.open(artifact.path, RunOptions(plugin=plugin)) as runtime:
+                with open_here(target, artifact.path, RunOptions(plugin=plugin)) as runtime:
                     taps = target.taps(artifact, plugin)
                     parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
                     outputs = verify.run_batched(runtime, plan, probes)
         parity = verify.worst(parities)
         manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity)
         if quantized:
-            with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
-                gain = quantization.gain_over_float32(target, float_graph, plan, artifact.path, plugin, probes)
+            gain = None
+            if not target.emulator:
+                with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
+                    gain = quantization.gain_over_float32(target, in_float, plan, artifact.path, plugin, probes)
             manifest = quantization.record(manifest, quantized, gain, folder)
         try:
             verify.require(parity)
@@ -80,7 +82,7 @@ def export(
             expected, scans = verify.run_reference(reference, plan, probes)
             # quantised: what was verified here; the float model is further away than a device may be
             expected = outputs if quantized else expected
-            selftest.write(folder, target, artifact, graph, plan, preprocessing, probes, expected, scans)
+            selftest.write(folder, target, artifact, traced, plan, preprocessing, probes, expected, scans)
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
@@ -147,8 +149,8 @@ def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSp
     return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{height}x{width}"
 
 
-def graph_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
-    """What travels inside the ONNX file, for those who have only that."""
+def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
+    """What travels inside the native file, for those who have only that."""
     facts = {
         "evm_deploy": __version__,
         "model": spec.name,

@@ -16,6 +16,7 @@ HEADS = ("logits", "probs", "features")
 INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "w8")
 QUANTIZED = ("int8", "w8")
+MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
 SCANS = ("auto", "plugin", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: gross faults, its gate is the accuracy. w8: right ones differ by 0.003 (trained T) to 0.016 (seeded T, S, B) in
@@ -68,11 +69,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The settings of one export to one target. None means: as the checkpoint says, else the default.
+    """The settings of one export to one target. None means: as the checkpoint says, else the default of the target.
 
     imgsz: (H, W) pixels. tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
-    device: platform whose native library travels in the bundle.
+    device: platform whose native library travels in the bundle. min_target: oldest system that must run it (Core ML).
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
     read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
     the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
@@ -80,14 +81,15 @@ class ExportPlan:
     """
 
     target: str
-    precision: str = "fp32"
+    precision: str | None = None
     imgsz: tuple[int, int] | None = None
     batch: Batch = Batch(1, 1, 1)
     input: str = "image"
     head: str = "logits"
     scan: str = "auto"
     device: str | None = None
-    opset: int = DEFAULT_OPSET
+    min_target: str | None = None
+    opset: int | None = None
     tol: float | None = None
     weights: str = "ema"
     labels: tuple[str, ...] | None = None
@@ -106,7 +108,10 @@ class ExportPlan:
     def __post_init__(self) -> None:
         one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
-        one_of("--precision", self.precision, PRECISIONS)
+        if self.precision is not None:
+            one_of("--precision", self.precision, PRECISIONS)
+        if self.min_target is not None:
+            one_of("--min-target", self.min_target, MIN_TARGETS)
         one_of("--scan", self.scan, SCANS)
         self._check_calibration()
         if self.device is not None:
@@ -117,7 +122,7 @@ class ExportPlan:
                     "leave one of the two out",
                 )
         one_of("--weights", self.weights, ("ema", "raw"))
-        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+        if self.opset is not None and not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
         if self.tol is not None and not 0 < self.tol < 1:
             raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
@@ -132,11 +137,13 @@ class ExportPlan:
         given = [flag for flag, value in (("--calib", self.calib), ("--val", self.val)) if value is not None]
         if self.precision not in QUANTIZED and given:
             raise UsageError(
-                f"{given[0]} is for int8 and w8, this export is {self.precision}",
+                f"{given[0]} is for int8 and w8, this export is {self.precision or 'float'}",
                 "add --int8 or --precision w8, or leave it out",
             )
         if self.precision != "int8" and self.smooth == "on":
-            raise UsageError(f"--smooth is for int8, this export is {self.precision}", "add --int8, or leave it out")
+            raise UsageError(
+                f"--smooth is for int8, this export is {self.precision or 'float'}", "add --int8, or leave it out"
+            )
         if self.precision == "w8" and len(given) == 2:
             raise UsageError("--calib has no use for w8 beside --val: it calibrates nothing", "leave --calib out")
         if self.calib_images < 1:
@@ -149,12 +156,8 @@ class ExportPlan:
             raise UsageError("--val with --head features: feature maps have no classes", "leave --val out")
 
     @property
-    def selftest_tolerance(self) -> float:
-        return SELFTEST_TOLERANCES.get(self.precision, self.tolerance)
-
-    @property
     def tolerance(self) -> float:
-        return self.tol if self.tol is not None else TOLERANCES[self.precision]
+        return self.tol if self.tol is not None else TOLERANCES[self.precision or PRECISIONS[0]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for manifests and records."""

@@ -15,17 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.calib.accuracy import MIN_SQNR_DB
-from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
+from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import AccuracyError
-from evm_deploy.export.graph import Graph
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import QUANTIZED, Choice, ExportPlan
-from evm_deploy.export.target import Target, native_library
+from evm_deploy.export.target import Target, native_library, open_here
 from evm_deploy.files import artifact_bytes
 from evm_deploy.model.checkpoint import ModelSpec
 from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
 
@@ -35,31 +33,25 @@ WORTH_IT = 1.05
 
 
 def quantize(
-    graph: Graph, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
-) -> tuple[Graph, Quantized | None]:
-    """The quantised form of a hub graph when the plan asks for one, else the graph itself. Raises CalibrationError."""
+    traced: Any, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
+) -> tuple[Any, Quantized | None]:
+    """The quantised form of what a target traced when the plan asks for one, else itself. Raises CalibrationError."""
     if plan.precision not in QUANTIZED:
-        return graph, None
-    quantized = quantize_graph(
-        graph.model,
-        request_of(plan, spec),
-        preprocessing,
-        fused=graph.fusable,
-        ship=shipping(target, graph, plan),
-        plugin=find_plugin("onnxruntime"),
-        step=step,
-    )
-    return replace(graph, model=quantized.model), quantized
+        return traced, None
+    ship = shipping(target, traced, plan)
+    quantized = target.quantize(traced, request_of(plan, spec), preprocessing, ship, step)
+    return replace(traced, model=quantized.model), quantized
 
 
-def shipping(target: Target, graph: Graph, plan: ExportPlan) -> Ship:
-    """ship(candidate) opens a form of the hub graph as the target ships and runs it."""
+def shipping(target: Target, traced: Any, plan: ExportPlan) -> Ship:
+    """ship(candidate) opens a form of what a target traced as the target ships and runs it."""
 
     @contextmanager
     def ship(candidate: Any) -> Iterator[Runtime]:
         with tempfile.TemporaryDirectory() as folder:
-            artifact = target.build(replace(graph, model=candidate), plan, Path(folder))
-            with target.open(artifact.path, RunOptions(plugin=native_library(target, artifact))) as runtime:
+            artifact = target.build(replace(traced, model=candidate), plan, Path(folder))
+            options = RunOptions(plugin=native_library(target, artifact))
+            with open_here(target, artifact.path, options) as runtime:
                 yield runtime
 
     return ship
@@ -68,7 +60,7 @@ def shipping(target: Target, graph: Graph, plan: ExportPlan) -> Ship:
 def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
     """The part of a complete plan that quantisation reads."""
     return Request(
-        precision=plan.precision,
+        precision=str(plan.precision),
         calib=Path(plan.calib) if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,
@@ -92,13 +84,13 @@ class Gain:
 
 
 def gain_over_float32(
-    target: Target, graph: Graph, plan: ExportPlan, artifact: Path, plugin: Path | None, probes: NDArray[Any]
+    target: Target, traced: Any, plan: ExportPlan, artifact: Path, plugin: Path | None, probes: NDArray[Any]
 ) -> Gain:
-    """The artifact against the export of the float `graph`: speed with one thread, median of pairs, and size."""
+    """The artifact against the export of the float `traced`: speed with one thread, median of pairs, and size."""
     feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
-        other = target.build(graph, float32, Path(folder))
+        other = target.build(traced, float32, Path(folder))
         size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
         with target.open(other.path, options) as slow, target.open(artifact, options) as fast:
@@ -113,21 +105,24 @@ def gain_over_float32(
     return Gain(statistics.median(ratios[WARM_UP:]), size)
 
 
-def record(manifest: Manifest, quantized: Quantized, gain: Gain, folder: Path) -> Manifest:
-    """The manifest with what was quantised, how, how accurate, fast and small; a calibration table goes to `folder`."""
+def record(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: Path) -> Manifest:
+    """The manifest with what was quantised, how, how accurate, fast and small; a calibration table goes to `folder`.
+
+    gain: None where the artifact does not run for real.
+    """
     facts: dict[str, Any] = {
         "int8_layers": quantized.layers,
         "in_float": list(quantized.in_float),
         "sensitivity_sqnr_db": quantized.sensitivity,
-        "speed_over_fp32_here": round(gain.speed, 2),
-        "size_of_fp32": round(gain.size, 3),
     }
+    if gain:
+        facts |= {"speed_over_fp32_here": round(gain.speed, 2), "size_of_fp32": round(gain.size, 3)}
     notes = [f"image left out: {text}" for text in quantized.skipped]
     if quantized.table:
         (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
         facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}
         facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
-    if manifest.precision == "int8" and gain.speed < WORTH_IT:  # w8 is for size
+    if manifest.precision == "int8" and gain and gain.speed < WORTH_IT:  # w8 is for size
         notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 here: not worth it on this machine")
     return replace(
         manifest,

@@ -2,7 +2,7 @@
 
 `selftest/probes.safetensors`   <input> and the outputs expected for it
 `selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
-`selftest/scan.onnx` or `.xml`  one scan by itself, to run them with
+`selftest/scan*`                one scan by itself, to run them with, in the target's format
 `selftest/picture.png`          a picture of another size, and `picture.pixels`, what preprocessing makes of it
 """
 
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from evm_deploy.errors import BundleError
 from evm_deploy.export.bundle import Bundle
-from evm_deploy.export.graph import Graph
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Artifact, Target
+from evm_deploy.export.target import Artifact, ScanShape, Target, Traced
 from evm_deploy.export.verify import Scan, large_delta_probe, run_batched, ssm_error
 from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.runtimes.base import RunOptions, Runtime
@@ -66,7 +65,7 @@ def write(
     folder: Path,
     target: Target,
     artifact: Artifact,
-    graph: Graph,
+    traced: Traced,
     plan: ExportPlan,
     preprocessing: Preprocessing,
     probes: NDArray[Any],
@@ -83,11 +82,12 @@ def write(
     Image.fromarray(shot).save(here / "picture.png")
     tensors = {plan.input: probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / "probes.safetensors")
-    target.write_scan_probe(graph, artifact, here / target.scan_probe)
     rng = np.random.default_rng(1)
-    cases = {site.name: _head_of(scan) for site, scan in zip(graph.scans, scans, strict=True)}
+    cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}
     if cases:
         cases["large_delta"] = large_delta_probe(next(iter(cases.values())), rng)
+    for probe, names in by_probe(target, cases).items():
+        target.write_scan_probe(traced, artifact, here / probe, shape_of(cases[names[0]]))
     arrays = {}
     for name, scan in cases.items():
         y = selective_scan(**scan).astype(np.float32)
@@ -110,19 +110,36 @@ def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -
         raise BundleError(f"bundle {bundle.path} has no readable self-test: {error}") from error
     pixels = bundle.manifest.preprocess().pixels(here / "picture.png")
     off = np.abs(pixels.astype(np.int16) - tensors["picture.pixels"]).max()
+    tolerance = target.selftest_tolerances.get(bundle.manifest.precision, plan.tolerance)
     checks = [Check("preprocessing (of 255)", float(off), 1.0)]
     for name, have in run_batched(runtime, plan, tensors[plan.input]).items():
         scale = max(1.0, float(np.abs(tensors[name]).max()))
         difference = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
-        checks.append(Check(name, difference, plan.selftest_tolerance * scale))
-    names = sorted({key.split(":")[0] for key in scans})
-    if names:
-        with target.open(here / target.scan_probe, options) as scan_runtime:
-            for name in names:
-                case = {key.split(":")[1]: value for key, value in scans.items() if key.split(":")[0] == name}
-                case.pop("y")
-                checks.append(Check(f"scan {name}", *ssm_error(scan_runtime.run(case)["y"], case)))
+        checks.append(Check(name, difference, tolerance * scale))
+    cases: dict[str, Scan] = {}
+    for key, value in sorted(scans.items()):
+        name, _, tensor = key.partition(":")
+        if tensor != "y":
+            cases.setdefault(name, {})[tensor] = value
+    for probe, found in by_probe(target, cases).items():
+        with target.open(here / probe, options) as scan_runtime:
+            for name in found:
+                y = scan_runtime.run(cases[name])["y"]
+                checks.append(Check(f"scan {name}", *ssm_error(y, cases[name])))
     return checks
+
+
+def by_probe(target: Target, cases: dict[str, Scan]) -> dict[str, list[str]]:
+    """File name of a scan by itself -> the cases that it runs."""
+    found: dict[str, list[str]] = {}
+    for name, scan in cases.items():
+        found.setdefault(target.scan_probe.format(**shape_of(scan)._asdict()), []).append(name)
+    return found
+
+
+def shape_of(scan: Scan) -> ScanShape:
+    K, L, D = scan["u"].shape[1:]
+    return ScanShape(K, L, D, scan["A"].shape[2])
 
 
 def _head_of(scan: Scan) -> Scan:

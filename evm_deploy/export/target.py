@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
+from evm_deploy.calib.request import Request
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.plan import Choice, ExportPlan
+from evm_deploy.export.graph import Graph, ScanSite, trace
+from evm_deploy.export.plan import SELFTEST_TOLERANCES, Choice, ExportPlan
+from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.platforms import host_platform
+from evm_deploy.plugins import find_plugin
+from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 
 if TYPE_CHECKING:
-    from evm_deploy.export.graph import Graph
+    from torch import nn
+
     from evm_deploy.export.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Can this machine build for a target and run it, with what versions, and what to install if not."""
+    """Can this machine build for a target and run it, with what versions, and what to do if not."""
 
     can_build: bool
     can_run: bool
     versions: Mapping[str, str]
     hint: str = ""
+
+
+class Traced(Protocol):
+    """A network in the form that a target starts from, such as the hub graph: a dataclass that holds a `model`."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def scans(self) -> tuple[ScanSite, ...]: ...
+
+
+class ScanShape(NamedTuple):
+    """Directions, steps, channels, states."""
+
+    K: int
+    L: int
+    D: int
+    N: int
 
 
 class ScanTaps(Protocol):
@@ -36,7 +62,10 @@ class ScanTaps(Protocol):
     names: tuple[str, ...]
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
-        """One inference; per scan what it read (u, delta, B, C) and wrote (y)."""
+        """One inference; per scan what it read (u, delta, B, C) and wrote (y).
+
+        And its constants A, skip and bias, where the artifact holds them less exactly than the float model.
+        """
         ...
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
@@ -67,15 +96,31 @@ class Usage:
     sections: str
 
 
+def quantize_hub(graph: Graph, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+    """The int8 or w8 form of a hub graph, calibrated in ONNX Runtime. Raises CalibrationError."""
+    plugin = find_plugin("onnxruntime")
+    return quantize_graph(graph.model, request, preprocessing, fused=graph.fusable, ship=ship, plugin=plugin, step=step)
+
+
+def nothing_more(plan: ExportPlan) -> None:
+    """Refuses no plan."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """One deployment target. scans: the lowerings of the scan that it can be asked for. devices: platforms whose native
-    library `build_plugin(platform)` makes. scan_probe: file name of the one scan that `write_scan_probe` writes.
+    """One deployment target. precisions (the first is the default), scans (lowerings of the scan), min_targets (oldest
+    systems): what it can be asked for; `check(plan)` refuses what else it does not have. devices: platforms whose
+    native library `build_plugin(platform)` makes.
 
     `open(path, options)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for None.
     `plugin()` is the library for this machine; it raises ToolchainError, which says why, where there is none.
-    `isa(plugin)` is the instruction set that a library chose. `usage(manifest)`, for the bundle's README: how to run
-    the artifact without us.
+    `isa(plugin)` is the instruction set that a library chose. `write_scan_probe(traced, artifact, path, shape)` writes
+    one scan by itself; scan_probe: its file name, with {K}, {L}, {D} and {N} where a file is for one shape alone.
+    `usage(manifest)`, for the bundle's README: how to run the artifact without us.
+
+    `trace(module, plan, metadata)` makes what `build` starts from, and `quantize` its int8 or w8 form, by default of
+    the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
+    selftest_tolerances: by precision, against the artifact's own outputs.
     """
 
     name: str
@@ -84,15 +129,21 @@ class Target:
     scans: tuple[str, ...]
     devices: tuple[str, ...]
     probe: Callable[[], Probe]
-    build: Callable[[Graph, ExportPlan, Path], Artifact]
+    build: Callable[[Any, ExportPlan, Path], Artifact]
     taps: Callable[[Artifact, Path | None], ScanTaps]
     open: Callable[[Path, RunOptions], Runtime]
     plugin: Callable[[], Path]
     isa: Callable[[Path], str]
     build_plugin: Callable[[str], Path]
     scan_probe: str
-    write_scan_probe: Callable[[Graph, Artifact, Path], None]
+    write_scan_probe: Callable[[Any, Artifact, Path, ScanShape], None]
     usage: Callable[[Manifest], Usage]
+    trace: Callable[[nn.Module, ExportPlan, dict[str, str]], Any] = trace
+    quantize: Callable[[Any, Request, Preprocessing, Ship, Step], Quantized] = quantize_hub
+    emulator: Callable[[Path, RunOptions], Runtime] | None = None
+    min_targets: tuple[str, ...] = ()
+    check: Callable[[ExportPlan], None] = nothing_more
+    selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
@@ -110,16 +161,26 @@ def native_library(target: Target, artifact: Artifact) -> Path | None:
         return None
 
 
-def check_plan(target: Target, plan: ExportPlan) -> None:
-    """Refuse combinations that the target does not have."""
+def open_here(target: Target, path: Path, options: RunOptions) -> Runtime:
+    """The runtime in which an export is judged and verified: on this machine, whatever the device."""
+    return (target.emulator or target.open)(path, options)
+
+
+def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
+    """The plan, in the target's default precision if it names none. Refuses combinations that the target lacks."""
+    plan = replace(plan, precision=plan.precision or target.precisions[0])
     for what, value, choices in (
         ("precision", plan.precision, target.precisions),
         ("scan lowering", plan.scan, target.scans),
+        ("minimum system", plan.min_target, (None, *target.min_targets)),
     ):
         if value not in choices:
-            raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {', '.join(choices)}")
+            has = ", ".join(choice for choice in choices if choice) or "none"
+            raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {has}")
     if plan.device and plan.device not in target.devices:
         raise UsageError(
             f"target '{target.name}' has no native library for --device; it has: {', '.join(target.devices) or 'none'}",
             "leave it out",
         )
+    target.check(plan)
+    return plan

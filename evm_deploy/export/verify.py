@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evm_deploy.errors import ParityError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
-from evm_deploy.runtimes.base import Runtime, check_feeds
+from evm_deploy.runtimes.base import Feeds, Runtime, check_feeds
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.reference import selective_scan
 
@@ -82,7 +82,8 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
     agreement = None
     if plan.head != "features":
         agreement = float((actual[plan.head].argmax(-1) == expected[plan.head].argmax(-1)).mean())
-    scans = _verify_scans(taps, float_scans, plan, probes, failures)
+    first = {name: np.concatenate([probes[:1]] * plan.batch.min) for name in runtime.inputs}
+    scans = _verify_scans(taps, first, float_scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(probes), scans, tuple(failures))
 
 
@@ -133,12 +134,13 @@ def run_reference(
 def run_batched(runtime: Runtime, plan: ExportPlan, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut."""
     size = plan.batch.min if plan.batch.static else plan.batch.max or len(inputs)
+    (name,) = runtime.inputs
     parts: list[dict[str, NDArray[Any]]] = []
     for start in range(0, len(inputs), size):
         chunk = inputs[start : start + size]
         least = plan.batch.min
         fill = np.repeat(chunk[-1:], max(0, least - len(chunk)), axis=0)
-        feeds = {plan.input: np.concatenate([chunk, fill])}
+        feeds = {name: np.concatenate([chunk, fill])}
         check_feeds(runtime.inputs, feeds)
         parts.append({name: value[: len(chunk)] for name, value in runtime.run(feeds).items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -153,20 +155,22 @@ def large_delta_probe(scan: Scan, rng: np.random.Generator) -> Scan:
 
 
 def _verify_scans(
-    taps: ScanTaps, float_scans: list[Scan], plan: ExportPlan, probes: NDArray[Any], failures: list[str]
+    taps: ScanTaps, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
 ) -> tuple[ScanParity, ...]:
     if len(taps.names) != len(float_scans):
         failures.append(f"the artifact has {len(taps.names)} scans, the float model {len(float_scans)}")
         return ()
     size = plan.batch.min
-    feeds = {plan.input: np.concatenate([probes[:1]] * size)}
     seen = taps.in_situ(feeds)
     rng = np.random.default_rng(0)
     results = []
     for index, (name, want, have) in enumerate(zip(taps.names, float_scans, seen, strict=True)):
-        constants = {key: want[key] for key in ("A", "skip", "bias")}
+        constants = {key: have.get(key, want[key]) for key in ("A", "skip", "bias")}
         first = {key: want[key][:1] for key in ("u", "delta", "B", "C")}
-        inputs = max(_relative(have[key][:1], first[key]) for key in first)
+        inputs = max(
+            *(_relative(have[key][:1], first[key]) for key in first),
+            *(_relative(constants[key], want[key]) for key in constants),
+        )
         ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
         probe = large_delta_probe({**constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
