@@ -120,7 +120,8 @@ class Target:
 
     `trace(module, plan, metadata)` makes what `build` starts from, and `quantize` its int8 or w8 form, by default of
     the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
-    selftest_tolerances: by precision, against the artifact's own outputs.
+    selftest_tolerances: by precision, against the artifact's own outputs. `finish(folder, library=None)` makes, in a
+    bundle, what only a machine like the device can make, and says so in its manifest.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Target:
     emulator: Callable[[Path, RunOptions], Runtime] | None = None
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
+    finish: Callable[..., None] | None = None
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
 
 

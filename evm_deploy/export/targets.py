@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from evm_deploy.export import onnx, openvino
+from evm_deploy.export import onnx, openvino, tensorrt
 from evm_deploy.export.plan import one_of
 from evm_deploy.export.target import Target
 
 
 def load_targets() -> dict[str, Target]:
     """Every target by name."""
-    return {target.name: target for target in (onnx.TARGET, openvino.TARGET)}
+    return {target.name: target for target in (onnx.TARGET, openvino.TARGET, *tensorrt.TARGETS)}
 
 
 def get_target(name: str) -> Target:
