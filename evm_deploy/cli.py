@@ -30,7 +30,11 @@ def export_parser() -> Parser:
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
-    add("--target", metavar="T[,T2..]", help="onnx (aliases: ort, onnxruntime), openvino (ov), trt (tensorrt), trt-rtx, or all")
+    add(
+        "--target",
+        metavar="T[,T2..]",
+        help="onnx (aliases: ort, onnxruntime), openvino (ov), trt (tensorrt), trt-rtx, or all",
+    )
     precision = parser.add_mutually_exclusive_group().add_argument
     precision("--precision", metavar="P", help="fp32, fp16, int8, w8; default fp32")
     for short in ("fp16", "int8"):

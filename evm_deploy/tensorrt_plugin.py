@@ -1,9 +1,10 @@
 """evm::SelectiveScan for TensorRT from 10.9 on: the kernel is embedded in the engine, which then needs nothing of ours.
 
-No `from __future__ import annotations` here: tensorrt.plugin reads annotations as objects.
+No `from __future__ import annotations` and no newer spelling here: tensorrt.plugin reads annotations as objects.
 """
+# ruff: noqa: UP006, UP007, UP035
 
-from typing import Any, Tuple, Union
+from typing import Any, List, Tuple, Union
 
 from evm_deploy.tensorrt_kernel import CHANNELS, KERNELS, THREADS
 
@@ -20,23 +21,44 @@ def register(code: Union[str, bytes], lazy: bool = False) -> Any:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    T = trtp.TensorDesc
-
-    @trtp.register(OP, lazy_register=lazy)
-    def describe(u: T, delta: T, A: T, B: T, C: T, skip: T, bias: T) -> T:
+    @trtp.register(OP, lazy_register=lazy)  # type: ignore[untyped-decorator]
+    def describe(
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+    ) -> trtp.TensorDesc:
         return u.like()
 
-    @trtp.autotune(OP)
+    @trtp.autotune(OP)  # type: ignore[untyped-decorator]
     def autotune(
-        u: T, delta: T, A: T, B: T, C: T, skip: T, bias: T, outputs: Tuple[T]
-    ) -> list[trtp.AutoTuneCombination]:
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc],
+    ) -> List[trtp.AutoTuneCombination]:
         either = "FP32|FP16"  # tied: all of these are the one, or all the other
         types = f"{either}, {either}, FP32, {either}, {either}, FP32, FP32, {either}"
         return [trtp.AutoTuneCombination(types, "LINEAR", [TACTIC])]
 
-    @trtp.aot_impl(OP)
+    @trtp.aot_impl(OP)  # type: ignore[untyped-decorator]
     def implement(
-        u: T, delta: T, A: T, B: T, C: T, skip: T, bias: T, outputs: Tuple[T], tactic: int
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc],
+        tactic: int,
     ) -> Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]:
         batch, K, L, D = u.shape_expr
         launch = trtp.KernelLaunchParams()

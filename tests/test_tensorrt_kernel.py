@@ -107,7 +107,11 @@ def test_it_compiles_with_no_spills(architecture, tmp_path):
 
 def test_the_cpp_plugin_compiles(tmp_path):
     """Where TensorRT's headers are: $TENSORRT_INCLUDE, or where its packages put them."""
-    folders = [os.environ.get("TENSORRT_INCLUDE", ""), "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu"]
+    folders = [
+        os.environ.get("TENSORRT_INCLUDE", ""),
+        "/usr/include/x86_64-linux-gnu",
+        "/usr/include/aarch64-linux-gnu",
+    ]
     include = next((f for f in folders if f and (Path(f) / "NvInferRuntime.h").is_file()), None)
     if not include or not shutil.which("nvcc"):
         pytest.skip("no NvInferRuntime.h, or no nvcc: set TENSORRT_INCLUDE to the headers of TensorRT (never vendored)")

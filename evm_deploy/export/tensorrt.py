@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evm_deploy import tensorrt_finish
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy import tensorrt_finish
 from evm_deploy.export.graph import Graph, input_shape, scan_alone
 from evm_deploy.export.onnx_taps import OnnxScanTaps
 from evm_deploy.export.plan import Choice, ExportPlan
@@ -32,7 +32,7 @@ from evm_deploy.plugins import find_plugin, kernel_isa, plugin_path
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
-from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, TensorRtRuntime, installed
+from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, TensorRtRuntime, can_build_engine, installed
 
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 SCANS = {
@@ -46,7 +46,7 @@ def probe(target: str) -> Probe:
     """What is here, without importing it. Building the bundle needs no TensorRT."""
     versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
     missing = [name for name in BUILD_PACKAGES if name not in versions]
-    return Probe(not missing, installed(target), versions, INSTALL_HINT if missing else "")
+    return Probe(not missing, can_build_engine(target), versions, INSTALL_HINT if missing else "")
 
 
 def check(target: str, plan: ExportPlan) -> None:
@@ -66,9 +66,10 @@ def check(target: str, plan: ExportPlan) -> None:
         ):
             if given:
                 raise UsageError(f"TensorRT-RTX has no {flag}", "leave it out")
-    if not engine.defer and not installed(target):
+    if not engine.defer and not can_build_engine(target):
+        why = "there is no NVIDIA driver here" if installed(target) else "it is not installed"
         raise ToolchainError(
-            f"{tensorrt_finish.MODULES[target][0]} is not installed, and --no-defer asks for the engine",
+            f"{tensorrt_finish.MODULES[target][0]} cannot build the engine that --no-defer asks for: {why}",
             INSTALL_HINTS[target],
         )
 

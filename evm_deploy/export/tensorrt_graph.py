@@ -1,4 +1,4 @@
-"""The ONNX that TensorRT parses: precision in the graph, scans as standard ops or as nodes of a plugin, no functions."""
+"""The ONNX that TensorRT parses: precision in the graph, scans as standard ops or as nodes of a plugin."""
 
 from __future__ import annotations
 

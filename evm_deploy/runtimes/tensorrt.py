@@ -5,7 +5,10 @@ Nobody has run this file yet: no machine with a GPU was to be had. It is as smal
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import ToolchainError
-from evm_deploy.tensorrt_finish import MODULES, Failure, load_tensorrt, make_logger
-from evm_deploy.runtimes.base import Feeds, TensorSpec
+from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec
+from evm_deploy.tensorrt_finish import MODULES, FinishError, load_tensorrt, make_logger
 
 REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
 
 
+NO_DRIVER = "there is no NVIDIA driver on this machine"
+
+
 def installed(target: str) -> bool:
+    """Whether TensorRT, or TensorRT-RTX, is there to be imported."""
     return any(find_spec(name) for name in MODULES[target])
+
+
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver, which everything but a build with TensorRT-RTX needs."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def can_build_engine(target: str) -> bool:
+    """Whether engines can be built on this machine: TensorRT-RTX needs no GPU for it."""
+    return installed(target) and (target == "trt-rtx" or has_driver())
 
 
 def plan_bytes(content: bytes) -> bytes:
@@ -54,14 +75,16 @@ class TensorRtRuntime:
     def __init__(self, path: Path, target: str) -> None:
         try:
             self.trt = load_tensorrt(target)
-        except Failure as error:
+        except FinishError as error:
             raise ToolchainError(str(error), INSTALL_HINTS[target]) from error
         check_built_for(path, self.trt.__version__)
         self.logger = make_logger(self.trt)
         self.runtime = self.trt.Runtime(self.logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan_bytes(path.read_bytes()))
         if self.engine is None:
-            raise ToolchainError(f"{path} cannot be opened: {self.logger.errors()}", REBUILD)
+            raise ToolchainError(
+                f"{path} cannot be opened: {self.logger.errors()}", REBUILD if has_driver() else NO_DRIVER
+            )
         try:
             from cuda.bindings import runtime as cuda
         except ImportError as error:
@@ -72,8 +95,8 @@ class TensorRtRuntime:
         self.memory: dict[str, tuple[int, int]] = {}  # by tensor: address, bytes
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         read = [name for name in names if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT]
-        self.inputs = {name: self._spec(name) for name in read}
-        self.outputs = {name: self._spec(name) for name in names if name not in read}
+        self.inputs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in read}
+        self.outputs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names if name not in read}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         host_to_device = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -97,7 +120,7 @@ class TensorRtRuntime:
         self._call(self.cuda.cudaStreamSynchronize(self.stream))
         return results
 
-    def __enter__(self) -> TensorRtRuntime:
+    def __enter__(self) -> Runtime:
         return self
 
     def __exit__(

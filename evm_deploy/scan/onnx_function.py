@@ -64,7 +64,9 @@ class Body:
 
         name = f"{self.prefix}{op_type}_{len(self.nodes)}"
         names = [f"{name}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, list(inputs), names, name=name if self.prefix else "", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), names, name=name if self.prefix else "", **attributes)
+        )
         return names[0] if outputs == 1 else names
 
     def write(self, op_type: str, inputs: list[str], output: str) -> None:

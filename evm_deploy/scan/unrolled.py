@@ -25,7 +25,7 @@ MAX_STEPS = 14  # 98 MB instead of 101 for L = 784, D = 96 (docs/targets/tensorr
 
 
 def chunk_length(L: int) -> int:
-    """Steps per chunk: about as many as there are chunks, at most as many as are still little to write and read again."""
+    """Steps per chunk: about as many as there are chunks, but each is written and read again: at most MAX_STEPS."""
     return max(1, min(MAX_STEPS, round(math.sqrt(L))))
 
 
