@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from evm_deploy import cli, load
+from evm_deploy.calib.int8 import candidates
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import tensorrt
@@ -25,6 +28,7 @@ from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
 from evm_deploy.scan import onnx_function, reference, unrolled
+from evm_deploy.tensorrt_finish import FinishError, required
 from evm_deploy.tensorrt_layers import read_kernels, traffic_bytes
 from tests.tensorrt import engine, network, scan_model, traced
 from tests.test_native import magnitudes, random_scan
@@ -173,6 +177,10 @@ def test_no_defer_and_finish_say_what_is_missing(without_rtx, deferred, micro_bu
 REFUSED = {
     "a batch without end": (ExportPlan("trt", batch=Batch(1, 1, None)), "use --batch MIN:OPT:MAX"),
     "architectures for TensorRT": (ExportPlan("trt", engine=EngineSettings(sms=(86,))), "--sm is for trt-rtx"),
+    "another release for RTX": (
+        ExportPlan("trt-rtx", engine=EngineSettings(version_compatible=True)),
+        "TensorRT-RTX has no --version-compatible",
+    ),
     "a timing cache for RTX": (ExportPlan("trt-rtx", engine=EngineSettings(timing_cache="c")), "no --timing-cache"),
     "a plugin for RTX": (ExportPlan("trt-rtx", scan="aot"), "it has: auto, portable"),
 }
@@ -184,7 +192,24 @@ def test_what_there_is_not(plan, message, micro, tmp_path):
         export(micro, plan, tmp_path)
 
 
+def test_a_plugin_bundle_has_the_plugins_sources_and_commands(without_rtx, micro, tmp_path):
+    bundle = export(
+        micro, ExportPlan("trt", scan="plugin", engine=EngineSettings(workspace_mib=512), **MICRO), tmp_path
+    )
+    assert {"plugin/plugin.cu", "plugin/selective_scan.cu", "plugin/selective_scan.h"} <= set(bundle.manifest.files)
+    text = (bundle.path / "README.md").read_text()
+    words = "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --memPoolSize=workspace:512M"
+    assert f"{words} --staticPlugins=libevm_tensorrt.so" in text and "finish.py --library libevm_tensorrt.so" in text
+
+
 # Engines of TensorRT-RTX
+
+
+def in_float(kernels, nodes):
+    """Those of the convolutions and linear layers `nodes` whose kernel reads no int8."""
+    products = [kernel for kernel in kernels if kernel.kind != "kgen"]
+    int8 = {node for kernel in products for node in kernel.nodes if kernel.inputs[0].dtype == "Int8"}
+    return [node for node in nodes if node not in int8]
 
 
 @pytest.mark.parametrize(
@@ -198,13 +223,13 @@ def test_the_network_builds_and_its_kernels_read_what_they_should(rtx, case, pre
     assert done.returncode == 0, done.stderr
     kernels = read_kernels((tmp_path / "bundle" / "layers.txt").read_text())
     assert len(kernels) > 100
-    reads = {node: {tensor.dtype for tensor in kernel.inputs} for kernel in kernels for node in kernel.nodes}
-    assert all("Int8" in reads[name] for name in int8), [name for name in int8 if "Int8" not in reads[name]]
-    scans = {node: dtypes for node, dtypes in reads.items() if "/SelectiveScan/" in node}
-    assert len(scans) > 100 * len(graph.scans) / 2
-    assert not any(dtypes & {"Int8"} for dtypes in scans.values())
-    exps = {name: dtypes for name, dtypes in scans.items() if "/Exp_" in name}
-    assert exps and all("Float" in dtypes for dtypes in exps.values())
+    every = [layer.node for layer in candidates(graph.model, "int8", graph.fusable) if not layer.weight_only]
+    assert in_float(kernels, every) == ([] if int8 else every)  # the second: negative control, a float engine
+    scans = [kernel for kernel in kernels if any("/SelectiveScan/" in node for node in kernel.nodes)]
+    assert len(scans) >= len(graph.scans)
+    exps = [kernel for kernel in scans if any("/SelectiveScan/Exp_" in node for node in kernel.nodes)]
+    assert exps and all("Float" in {tensor.dtype for tensor in kernel.inputs} for kernel in exps)
+    assert not any(tensor.dtype == "Int8" for kernel in scans for tensor in kernel.inputs)
     if "fp16" in precision:
         half = sum("Half" in {tensor.dtype for tensor in kernel.inputs} for kernel in kernels)
         assert half > len(kernels) / 5
@@ -248,9 +273,22 @@ def test_builder_errors_are_raised(rtx, tmp_path):
     broken = scan_model(1, 1, 5, 3, 2)
     broken.graph.node[-1].op_type, broken.graph.node[-1].domain = "Unheard", "evm"
     done = engine(broken, tmp_path / "parser")
-    assert done.returncode == 3 and "the parser refuses the model" in done.stderr and "Unheard" in done.stderr
+    assert done.returncode == 3 and "the parser refuses the model" in done.stderr and "scan/Add" in done.stderr
     done = engine(scan_model(1, 1, 5, 3, 2), tmp_path / "flag", version_compatible=True)
-    assert done.returncode == 3 and "--version-compatible: this release has no VERSION_COMPATIBLE" in done.stderr
+    assert done.returncode == 3 and "the build failed: IBuilder::buildSerializedNetwork: Error" in done.stderr
+
+
+def test_a_flag_that_a_release_no_longer_has_is_named():
+    with pytest.raises(FinishError, match="--version-compatible: this release has no VERSION_COMPATIBLE"):
+        required(SimpleNamespace(), "VERSION_COMPATIBLE", "--version-compatible")
+
+
+def test_weights_beyond_float16_are_refused_by_name(demo_graph):
+    graph, plan = copy.deepcopy(demo_graph)
+    weight = next(t for t in graph.model.graph.initializer if t.name == "head.weight" or len(t.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.full(tuple(weight.dims), 1e6, np.float32), weight.name))
+    with pytest.raises(UsageError, match="reaches 1e\\+06, float16 ends at 65504"):
+        network(graph, replaced(plan, "fp16"))
 
 
 def test_a_builder_that_crashes_is_an_error(monkeypatch, tmp_path):

@@ -115,7 +115,7 @@ def test_the_cpp_plugin_compiles(tmp_path):
     include = next((f for f in folders if f and (Path(f) / "NvInferRuntime.h").is_file()), None)
     if not include or not shutil.which("nvcc"):
         pytest.skip("no NvInferRuntime.h, or no nvcc: set TENSORRT_INCLUDE to the headers of TensorRT (never vendored)")
-    sources = [NATIVE / "tensorrt" / name for name in ("plugin.cpp", "selective_scan.cu")]
+    sources = [NATIVE / "tensorrt" / name for name in ("plugin.cu", "selective_scan.cu")]
     library = tmp_path / "libevm_tensorrt.so"
     flags = ["-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=sm_87", "-I", include]
     subprocess.run(["nvcc", *flags, *sources, "-o", library], check=True)

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evm_deploy import tensorrt_finish
+from evm_deploy import tensorrt_finish, tensorrt_kernel
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import ToolchainError, UsageError
@@ -99,6 +99,8 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.engine)}
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(tensorrt_finish.__file__, folder / "finish.py")
+    if mode == "plugin":
+        shutil.copytree(tensorrt_kernel.source().parent, folder / "plugin")
     details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites, "mode": mode}
     return Artifact(path, Choice("portable" if mode == "portable" else "plugin", SCANS[mode]), details)
 

@@ -6,10 +6,9 @@ from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.target import Usage
 
 PLUGIN = """
-The scans are nodes of a plugin. Compile it on the device, with its own TensorRT headers, from the sources in
-`native/tensorrt` of evm-deploy (sm_87 is Orin):
+The scans are nodes of a plugin. Compile it first, on the device, with its own headers of TensorRT (sm_87 is Orin):
 
-    nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 plugin.cpp selective_scan.cu -o libevm_tensorrt.so
+    nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 plugin/*.cu -o libevm_tensorrt.so
 """
 
 

@@ -1,6 +1,6 @@
 // evm::SelectiveScan as an IPluginV3, for TensorRT before 10.9 (JetPack 6 has 10.3). Compile it where it will run, against
 // that machine's own TensorRT headers; it links with none of TensorRT's libraries:
-//   nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 -I <TensorRT headers> plugin.cpp selective_scan.cu -o libevm_tensorrt.so
+//   nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 -I <TensorRT headers> plugin.cu selective_scan.cu -o libevm_tensorrt.so
 // An adapter: no arithmetic. u, delta, B, C and y are float or half together; A, skip and bias are float; all row-major.
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
