@@ -85,6 +85,8 @@ class LoadedBundle:
         modes = self.manifest.scan["value"].split("+")
         if scan == "portable" and "portable" not in modes:
             raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+        if "aot" in modes:
+            return None, Choice("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
                 raise UsageError("this bundle was exported with portable scans: it has no node for a native kernel")

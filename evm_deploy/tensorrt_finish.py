@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from importlib import import_module
@@ -182,16 +183,33 @@ def write(path: Path, content: bytes) -> None:
     beside.replace(path)
 
 
-def record(folder: Path, facts: dict[str, Any]) -> None:
+def host() -> str:
+    """This platform, as manifests name it."""
+    machine = platform.machine().lower()
+    system = {"win32": "windows"}.get(sys.platform, sys.platform)
+    return f"{system}-{'x86_64' if machine == 'amd64' else machine}"
+
+
+def take_in(folder: Path, library: str) -> str:
+    """Copy the plugin library into the bundle. Returns its path there."""
+    inside = f"plugins/{host()}/{Path(library).name}"
+    (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+    write(folder / inside, Path(library).read_bytes())
+    return inside
+
+
+def record(folder: Path, facts: dict[str, Any], library: str = "") -> None:
     """Say in the manifest that the engine is there, and what it was built with."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name in (ENGINE, "layers.json", "layers.txt"):
+    for name in (ENGINE, "layers.json", "layers.txt", library):
         file = folder / name
-        if file.is_file():
+        if name and file.is_file():
             content = file.read_bytes()
             manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     manifest["artifact"], manifest["built"] = ENGINE, True
+    if library:  # a bundle is whole: `load` takes it from there with scan="bundled"
+        manifest["scan"]["plugins"] = {host(): library}
     manifest["details"]["engine"] = facts
     write(path, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
@@ -207,7 +225,7 @@ def main() -> int:
         settings = json.loads((folder / "build.json").read_text(encoding="utf-8"))
         settings["timing_cache"] = args.timing_cache or settings["timing_cache"]
         facts = build(folder, settings, args.library)
-        record(folder, facts)
+        record(folder, facts, take_in(folder, args.library) if args.library else "")
     except (FinishError, OSError, ValueError) as error:
         print(f"finish: {error}", file=sys.stderr)
         return 3

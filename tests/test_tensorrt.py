@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,14 @@ from evm_deploy.calib.int8 import candidates
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import tensorrt
+from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
+from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
 from evm_deploy.scan import onnx_function, reference, unrolled
-from evm_deploy.tensorrt_finish import FinishError, required
+from evm_deploy.tensorrt_finish import FinishError, record, required, take_in
 from evm_deploy.tensorrt_layers import read_kernels, traffic_bytes
 from tests.tensorrt import engine, network, scan_model, traced
 from tests.test_native import magnitudes, random_scan
@@ -151,17 +154,17 @@ def test_int8_without_tensorrt_is_a_bundle_without_its_engine(deferred):
 
 def test_a_second_process_finishes_it(rtx, deferred, tmp_path):
     """With the bundle and TensorRT-RTX alone: evm_deploy cannot be imported there."""
-    copy = tmp_path / "bundle"
-    subprocess.run(["cp", "-r", deferred.path, copy], check=True)
+    folder = tmp_path / "bundle"
+    shutil.copytree(deferred.path, folder)
     blocked = "import sys, runpy; sys.modules['evm_deploy'] = None; sys.argv = ['finish.py']; "
     code = blocked + "runpy.run_path('finish.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["built"] and manifest["artifact"] == "model.engine" and manifest["details"]["engine"]["sms"] == [86]
-    assert (copy / "model.engine").read_bytes()[:4] == b"vtrt"
+    assert (folder / "model.engine").read_bytes()[:4] == b"vtrt"
     with pytest.raises(ToolchainError, match="cudaError 35"):  # opened: all hashes fit; there is no driver
-        load(copy)
+        load(folder)
 
 
 def test_no_defer_and_finish_say_what_is_missing(without_rtx, deferred, micro_bundle, tmp_path, capsys):
@@ -285,10 +288,22 @@ def test_a_flag_that_a_release_no_longer_has_is_named():
 
 def test_weights_beyond_float16_are_refused_by_name(demo_graph):
     graph, plan = copy.deepcopy(demo_graph)
-    weight = next(t for t in graph.model.graph.initializer if t.name == "head.weight" or len(t.dims) == 4)
+    weight = [tensor for tensor in graph.model.graph.initializer if len(tensor.dims) == 4][-1]  # not the first layer's
     weight.CopyFrom(numpy_helper.from_array(np.full(tuple(weight.dims), 1e6, np.float32), weight.name))
     with pytest.raises(UsageError, match="reaches 1e\\+06, float16 ends at 65504"):
         network(graph, replaced(plan, "fp16"))
+
+
+def test_a_library_is_taken_into_the_bundle(deferred, tmp_path):
+    shutil.copytree(deferred.path, tmp_path / "bundle")
+    (tmp_path / "libevm_tensorrt.so").write_bytes(b"a library")
+    (tmp_path / "bundle" / "model.engine").write_bytes(b"an engine")
+    inside = take_in(tmp_path / "bundle", str(tmp_path / "libevm_tensorrt.so"))
+    record(tmp_path / "bundle", {"tensorrt": "10.3.0"}, inside)
+    manifest = open_bundle(tmp_path / "bundle").manifest  # hashes fit
+    assert manifest.built and manifest.plugins == {
+        host_platform(): "plugins/" + host_platform() + "/libevm_tensorrt.so"
+    }
 
 
 def test_a_builder_that_crashes_is_an_error(monkeypatch, tmp_path):

@@ -77,8 +77,8 @@ class ScanTaps(Protocol):
 class Artifact:
     """What `build` made: the native file, and the facts that the manifest records.
 
-    scan: how its scans can run, plugin, portable, or plugin+portable. plugins: platform -> native library, relative to
-    the bundle.
+    scan: how its scans can run, plugin, portable, plugin+portable, or aot. plugins: platform -> native library, relative
+    to the bundle.
     """
 
     path: Path
@@ -152,8 +152,10 @@ def native_library(target: Target, artifact: Artifact) -> Path | None:
     """What the artifact's scans run on here: the library that is shipped, where it is for this platform, else the
     installed one; None where there is none, or no use for it.
     """
-    if "plugin" not in artifact.scan.value.split("+"):
+    if not {"plugin", "aot"} & set(artifact.scan.value.split("+")):
         return None
+    if target.emulator:  # ONNX Runtime, of those that have kernels
+        return find_plugin("onnxruntime")
     own = artifact.plugins.get(host_platform())
     if own:
         return artifact.path.parent / own

@@ -28,7 +28,7 @@ from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.export.tensorrt_graph import tensorrt_graph
 from evm_deploy.export.tensorrt_usage import usage
 from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.plugins import find_plugin, kernel_isa, plugin_path
+from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
@@ -101,8 +101,8 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     shutil.copyfile(tensorrt_finish.__file__, folder / "finish.py")
     if mode == "plugin":
         shutil.copytree(tensorrt_kernel.source().parent, folder / "plugin")
-    details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites, "mode": mode}
-    return Artifact(path, Choice("portable" if mode == "portable" else "plugin", SCANS[mode]), details)
+    details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites}
+    return Artifact(path, Choice(mode, SCANS[mode]), details)
 
 
 def finish(target: str, folder: Path, library: str | None = None) -> None:
@@ -125,7 +125,7 @@ def open_(target: str, path: Path, options: RunOptions) -> Runtime:
         return emulator(path, options)
     if options.threads or options.device or options.cache:
         raise UsageError("TensorRT takes no threads, device or cache", "leave them out")
-    return TensorRtRuntime(path, target)
+    return TensorRtRuntime(path, target, options.plugin)
 
 
 def emulator(path: Path, options: RunOptions) -> Runtime:
@@ -134,7 +134,7 @@ def emulator(path: Path, options: RunOptions) -> Runtime:
 
 
 def no_library(*_: Any) -> NoReturn:
-    raise ToolchainError("the plugin library of TensorRT is compiled where it will run", "see the bundle's README")
+    raise ToolchainError("TensorRT's plugin library is compiled where it will run", "see the bundle's README.md")
 
 
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
@@ -159,8 +159,8 @@ def _target(name: str, aliases: tuple[str, ...], scans: tuple[str, ...]) -> Targ
         build=bound(build),
         taps=OnnxScanTaps,
         open=bound(open_),
-        plugin=partial(plugin_path, "onnxruntime"),
-        isa=kernel_isa,
+        plugin=no_library,
+        isa=lambda library: "CUDA",
         build_plugin=no_library,
         scan_probe="scan.onnx",
         write_scan_probe=write_scan_probe,

@@ -14,7 +14,7 @@ The scans are nodes of a plugin. Compile it first, on the device, with its own h
 
 def usage(manifest: Manifest) -> Usage:
     """finish.py, trtexec, C++."""
-    mode, read = manifest.details["mode"], manifest.inputs[0]
+    mode, read = manifest.scan["value"], manifest.inputs[0]
     library = " --library libevm_tensorrt.so" if mode == "plugin" else ""
     return Usage(
         artifact="the model; TensorRT builds `model.engine` from it",
@@ -58,7 +58,7 @@ def trtexec(manifest: Manifest) -> str:
         words += ["--hardwareCompatibilityLevel=ampere+"]
     if engine.timing_cache:
         words += [f"--timingCacheFile={engine.timing_cache}"]
-    if manifest.details["mode"] == "plugin":
+    if manifest.scan["value"] == "plugin":
         words += ["--staticPlugins=libevm_tensorrt.so"]
     batch, (read, *_) = manifest.batch, manifest.inputs
     if not batch.static:

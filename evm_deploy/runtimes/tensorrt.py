@@ -70,9 +70,11 @@ def check_built_for(path: Path, version: str) -> None:
 
 
 class TensorRtRuntime:
-    """An engine and its execution context, on one CUDA stream. Inputs and outputs are copied from and to the host."""
+    """An engine and its execution context, on one CUDA stream. plugin: the library that its scans need, if any.
 
-    def __init__(self, path: Path, target: str) -> None:
+    Inputs and outputs are copied from and to the host."""
+
+    def __init__(self, path: Path, target: str, plugin: Path | None = None) -> None:
         try:
             self.trt = load_tensorrt(target)
         except FinishError as error:
@@ -80,6 +82,8 @@ class TensorRtRuntime:
         check_built_for(path, self.trt.__version__)
         self.logger = make_logger(self.trt)
         self.runtime = self.trt.Runtime(self.logger)
+        if plugin:
+            self.runtime.get_plugin_registry().load_library(str(plugin))
         self.engine = self.runtime.deserialize_cuda_engine(plan_bytes(path.read_bytes()))
         if self.engine is None:
             raise ToolchainError(
