@@ -77,7 +77,7 @@ class ScanTaps(Protocol):
 class Artifact:
     """What `build` made: the native file, and the facts that the manifest records.
 
-    scan: how its scans can run, plugin, portable, plugin+portable, or aot. plugins: platform -> native library, relative
+    scan: how its scans run: plugin, portable, plugin+portable, or aot. plugins: platform -> native library, relative
     to the bundle.
     """
 
