@@ -18,7 +18,7 @@ from evm_deploy.platforms import PLATFORMS
 if TYPE_CHECKING:
     from evm_deploy.calib.accuracy import Accuracy
     from evm_deploy.export.bundle import Bundle
-    from evm_deploy.export.plan import ExportPlan
+    from evm_deploy.export.plan import EngineSettings, ExportPlan
 
 
 def export_parser() -> Parser:
@@ -33,10 +33,11 @@ def export_parser() -> Parser:
     add(
         "--target",
         metavar="T[,T2..]",
-        help="onnx (aliases: ort, onnxruntime), openvino (ov), coreml (apple, ios, mlpackage), or all",
+        help="onnx (aliases: ort, onnxruntime), openvino (ov), coreml (apple, ios, mlpackage), trt (tensorrt, engine), "
+        "trt-rtx (rtx), or all",
     )
     precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32, fp16, int8, w8; default fp32, for coreml fp16")
+    precision("--precision", metavar="P", help="fp32, fp16, int8, int8-fp16, w8; default fp32, for coreml fp16")
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
@@ -68,7 +69,7 @@ def export_parser() -> Parser:
         "--scan",
         default="auto",
         metavar="S",
-        help="auto (default), plugin (native kernel) or portable: standard ops only",
+        help="auto (default), plugin (native kernel), aot (in TensorRT's engine) or portable: standard ops only",
     )
     add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
     add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
@@ -80,6 +81,14 @@ def export_parser() -> Parser:
     add("--std", metavar="R,G,B", help="likewise")
     add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
     add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
+    add("--workspace", metavar="MIB", help="TensorRT: most scratch memory of its builder, in MiB")
+    add("--version-compatible", action="store_true", help="TensorRT: an engine for later releases too, slower")
+    add("--hardware-compatible", action="store_true", help="TensorRT: an engine for every GPU since Ampere, slower")
+    add("--timing-cache", metavar="FILE", help="TensorRT: timings of kernels, kept between builds")
+    add("--sm", metavar="N[,N..]", help="TensorRT-RTX: architectures that the engine is for, such as 86,89")
+    add("--no-defer", action="store_true", help="TensorRT: fail where the engine cannot be built here (exit 3)")
+    add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
+    add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
@@ -110,6 +119,10 @@ def _export(args: argparse.Namespace) -> int:
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target, load_targets, resolve_names
 
+    if args.finish:
+        return _finish(args)
+    if args.library:
+        raise UsageError("--library is for --finish", "leave it out")
     if not args.target:
         raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
     plans = [check_plan(get_target(name), _plan(args, name)) for name in resolve_names(args.target)]
@@ -131,6 +144,22 @@ def _export(args: argparse.Namespace) -> int:
             print(export_summary(bundle, seconds))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
+    return 0
+
+
+def _finish(args: argparse.Namespace) -> int:
+    from evm_deploy.export.pipeline import finish
+
+    if args.checkpoint or args.target:
+        raise UsageError("--finish takes a bundle, and neither a checkpoint nor --target", "leave these out")
+    start = time.perf_counter()
+    bundle = finish(args.finish, library=args.library, step=Steps(args.quiet))
+    seconds = time.perf_counter() - start
+    if args.json:
+        facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
+        print(json.dumps(facts, indent=1))
+    else:
+        print(export_summary(bundle, seconds))
     return 0
 
 
@@ -195,14 +224,27 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             if keys
         ),
         ("Saved", str(bundle.path)),
+        *(_engine_lines(bundle)),
         (
-            "Next",
+            "Then" if not m.built else "Next",
             f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
         ),
     ]
     if m.plan["head"] != "features":
         lines.append(("", f"evm-run {bundle.path} --selftest"))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
+
+
+def _engine_lines(bundle: Bundle) -> list[tuple[str, str]]:
+    """Of a target that has one: what the engine was built with, or that it is still to be built."""
+    m = bundle.manifest
+    if not m.built:
+        return [("Engine", "not built here"), ("Next", f"on the device:  evm-export --finish {bundle.path}")]
+    if "engine" not in m.details:
+        return []
+    facts = m.details["engine"]
+    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
+    return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
 
 
 def accuracy_of(facts: dict[str, Any]) -> Accuracy:
@@ -259,6 +301,20 @@ def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
         std=_triple("--std", args.std),
         crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
         interpolation=args.interpolation,
+        engine=_engine(args),
+    )
+
+
+def _engine(args: argparse.Namespace) -> EngineSettings:
+    from evm_deploy.export.plan import EngineSettings
+
+    return EngineSettings(
+        workspace_mib=int(_number("--workspace", args.workspace, whole=True)) if args.workspace is not None else None,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        sms=tuple(int(_number("--sm", sm, whole=True)) for sm in args.sm.split(",")) if args.sm else (),
+        timing_cache=args.timing_cache,
+        defer=not args.no_defer,
     )
 
 

@@ -32,8 +32,8 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def artifact_bytes(path: Path) -> int:
-    """Size of an artifact: a file or a folder, with what differs from it by suffix, such as an IR's weights."""
-    parts = [file for part in path.parent.glob(f"{path.stem}.*") for file in (part, *part.rglob("*"))]
+    """Size of an artifact: a file or a folder, with the weights beside an IR."""
+    parts = (path, *path.rglob("*"), path.with_suffix(".bin"))
     return sum(file.stat().st_size for file in parts if file.is_file())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.manifest import FILE as MANIFEST
@@ -41,6 +41,10 @@ class LoadedBundle:
 
     def __init__(self, bundle: Bundle, options: RunOptions = DEFAULTS, scan: str = "auto") -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
+        if not self.manifest.built:
+            raise BundleError(
+                f"bundle {bundle.path} has no engine yet", f"on the device:  evm-export --finish {bundle.path}"
+            )
         self.target = get_target(self.manifest.target)
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
@@ -81,6 +85,8 @@ class LoadedBundle:
         modes = self.manifest.scan["value"].split("+")
         if scan == "portable" and "portable" not in modes:
             raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+        if "aot" in modes:
+            return None, Choice("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
                 raise UsageError("this bundle was exported with portable scans: it has no node for a native kernel")

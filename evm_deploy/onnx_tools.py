@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from evm_deploy import float16
+from evm_deploy.scan.onnx_function import OP_TYPE
 
 if TYPE_CHECKING:
     import onnx
@@ -42,3 +43,24 @@ def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:
         for tensor in model.graph.initializer
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in scan_constants
     )
+
+
+def to_fp16(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> onnx.ModelProto:
+    """Weights and activations float16, inputs and outputs as before, every scan float32 between casts.
+
+    Raises UsageError naming the weights that float16 cannot hold.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    check_fp16_range(model, sites)
+    functions = list(model.functions)
+    half: onnx.ModelProto = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        disable_shape_infer=True,
+        min_positive_val=5.97e-8,  # float16's smallest; the converter's default would move smaller weights further
+        op_block_list=[OP_TYPE, "Resize"],
+    )
+    if not half.functions:
+        half.functions.extend(functions)
+    return in_order(half)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
 from evm_deploy.calib.images import ImageSet, calibration_images, labelled_images
-from evm_deploy.calib.quantize import Layer, layers
+from evm_deploy.calib.quantize import Layer, layers, quantize
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.source import Source, block_of, feeds, sources
 from evm_deploy.calib.table import CalibrationTable
@@ -69,8 +69,9 @@ def quantize_graph(
     ship: Ship,
     plugin: Path | None,
     step: Step,
+    symmetric: bool = False,
 ) -> Quantized:
-    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op.
+    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op. symmetric: no zero points.
 
     `ship(candidate)` opens a graph as the target will run it: that is what is judged. `plugin`, of ONNX Runtime, makes
     calibration quicker.
@@ -80,6 +81,9 @@ def quantize_graph(
     found = candidates(model, request.precision, fused)
     images = image_sets(request, preprocessing, step)
     choices = sources(model, found, images.used, request, plugin, step)
+    if symmetric:
+        rewrite = partial(quantize, symmetric=True)
+        choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
     return choose(choices, images, request, partial(graph_outputs, model, request, plugin), ship, step)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evm_deploy.errors import BundleError
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
 
 SCHEMA_VERSION = 1
@@ -61,6 +61,8 @@ class Manifest:
         known = {f.name for f in fields(ExportPlan)}
         values: dict[str, Any] = {key: _frozen(v) for key, v in self.plan.items() if key in known}
         values["batch"] = self.batch
+        engine = values.get("engine", {})
+        values["engine"] = EngineSettings(**{key: _frozen(value) for key, value in engine.items()})
         return ExportPlan(**values)
 
     def preprocess(self) -> Preprocessing:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy import __version__, cross
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.bundle import Bundle, check_free, keep, written_aside
+from evm_deploy.export.bundle import Bundle, check_free, keep, open_bundle, written_aside
 from evm_deploy.export.graph import deployable
 from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz, size_text
@@ -91,7 +91,23 @@ def export(
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
-            return keep(folder, path, manifest)
+            bundle = keep(folder, path, replace(manifest, built=target.finish is None))
+    return finish(path, step=step) if target.finish and target.probe().can_run else bundle
+
+
+def finish(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
+    """Make what is missing in the bundle at `path`, such as TensorRT's engine, on this machine.
+
+    library: the plugin that its scans need, if any. Raises UsageError for a bundle that has all, BundleError,
+    ToolchainError.
+    """
+    bundle = open_bundle(path)
+    target = get_target(bundle.manifest.target)
+    if not target.finish:
+        raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")
+    with step("finish", f"{bundle.path.name}, {target.name}"):
+        target.finish(bundle.path, library)
+    return open_bundle(path)
 
 
 def verify_more(

@@ -14,19 +14,41 @@ from evm_deploy.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features")
 INPUTS = ("image", "tensor")
-PRECISIONS = ("fp32", "fp16", "int8", "w8")
-QUANTIZED = ("int8", "w8")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
+CALIBRATED = ("int8", "int8-fp16")  # the second: what is not int8 is float16
+QUANTIZED = (*CALIBRATED, "w8")
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
-SCANS = ("auto", "plugin", "portable")
+SCANS = ("auto", "plugin", "aot", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: gross faults, its gate is the accuracy. w8: right ones differ by 0.003 (trained T) to 0.016 (seeded T, S, B) in
 # their logits, by up to 0.04 in feature maps; an error of 10 % is what accuracy without labels allows too
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "w8": 0.1}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "int8-fp16": 0.5, "w8": 0.1}
 # against the artifact's own outputs. int8: integer kernels differ by roundings. w8: computes in float32, as fp32
-SELFTEST_TOLERANCES = {"int8": 0.05, "w8": TOLERANCES["fp32"]}
+SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
 MAX_DROP = 1.0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How TensorRT builds its engine. None: as it does by itself.
+
+    workspace_mib: most scratch memory, in MiB. sms: architectures of the GPUs it is for, such as 86, with TensorRT-RTX.
+    timing_cache: file that keeps kernel timings between builds. defer: leave the engine to the device where it cannot
+    be built here.
+    """
+
+    workspace_mib: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    sms: tuple[int, ...] = ()
+    timing_cache: str | None = None
+    defer: bool = True
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise UsageError(f"--workspace {self.workspace_mib}: use MiB from 1")
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ class ExportPlan:
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
     read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
     the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
-    that these may lose.
+    that these may lose. engine: of TensorRT.
     """
 
     target: str
@@ -106,6 +128,7 @@ class ExportPlan:
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
+    engine: EngineSettings = EngineSettings()
 
     def __post_init__(self) -> None:
         one_of("--head", self.head, HEADS)
@@ -134,7 +157,7 @@ class ExportPlan:
     def _check_calibration(self) -> None:
         one_of("--calib-method", self.calib_method, CALIB_METHODS)
         one_of("--smooth", self.smooth, SMOOTHINGS)
-        if self.precision == "int8" and self.calib is None:
+        if self.precision in CALIBRATED and self.calib is None:
             raise UsageError(
                 "int8 needs pictures to calibrate with", "add --calib DIR, 512 or so as the network will see"
             )
@@ -144,7 +167,7 @@ class ExportPlan:
                 f"{given[0]} is for int8 and w8, this export is {self.precision or 'float'}",
                 "add --int8 or --precision w8, or leave it out",
             )
-        if self.precision != "int8" and self.smooth == "on":
+        if self.precision not in CALIBRATED and self.smooth == "on":
             raise UsageError(
                 f"--smooth is for int8, this export is {self.precision or 'float'}", "add --int8, or leave it out"
             )

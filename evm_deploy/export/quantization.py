@@ -19,7 +19,7 @@ from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.manifest import Manifest
-from evm_deploy.export.plan import QUANTIZED, Choice, ExportPlan
+from evm_deploy.export.plan import CALIBRATED, QUANTIZED, Choice, ExportPlan
 from evm_deploy.export.target import Target, native_library, open_here
 from evm_deploy.files import artifact_bytes
 from evm_deploy.model.checkpoint import ModelSpec
@@ -60,7 +60,7 @@ def shipping(target: Target, traced: Any, plan: ExportPlan) -> Ship:
 def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
     """The part of a complete plan that quantisation reads."""
     return Request(
-        precision=str(plan.precision),
+        precision="int8" if plan.precision in CALIBRATED else str(plan.precision),
         calib=Path(plan.calib) if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,

@@ -77,8 +77,8 @@ class ScanTaps(Protocol):
 class Artifact:
     """What `build` made: the native file, and the facts that the manifest records.
 
-    scan: how its scans can run, plugin, portable, or plugin+portable. plugins: platform -> native library, relative to
-    the bundle. function: of a file that has several, the one described here; more: by size, the others.
+    scan: how its scans run: plugin, portable, plugin+portable, or aot. plugins: platform -> native library, relative
+    to the bundle. function: of a file that has several, the one described here; more: by size, the others.
     """
 
     path: Path
@@ -129,6 +129,8 @@ class Target:
     the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
     selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
     them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
+    `finish(folder, library=None)` makes, in a bundle, what only a machine like the device can make, and says so in its
+    manifest.
     """
 
     name: str
@@ -154,14 +156,17 @@ class Target:
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     several_sizes: bool = False
     remarks: Callable[[Runtime], list[str]] = no_remarks
+    finish: Callable[..., None] | None = None
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
     """What the artifact's scans run on here: the library that is shipped, where it is for this platform, else the
     installed one; None where there is none, or no use for it.
     """
-    if "plugin" not in artifact.scan.value.split("+"):
+    if not {"plugin", "aot"} & set(artifact.scan.value.split("+")):
         return None
+    if target.emulator:  # ONNX Runtime, of those that have kernels
+        return find_plugin("onnxruntime")
     own = artifact.plugins.get(host_platform())
     if own:
         return artifact.path.parent / own

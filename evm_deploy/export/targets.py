@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from evm_deploy.export import coreml, onnx, openvino
+from evm_deploy.export import coreml, onnx, openvino, tensorrt
 from evm_deploy.export.plan import one_of
 from evm_deploy.export.target import Target
 
 
 def load_targets() -> dict[str, Target]:
     """Every target by name."""
-    return {target.name: target for target in (onnx.TARGET, openvino.TARGET, coreml.TARGET)}
+    every = (onnx.TARGET, openvino.TARGET, coreml.TARGET, *tensorrt.TARGETS)
+    return {target.name: target for target in every}
 
 
 def get_target(name: str) -> Target:

@@ -38,6 +38,11 @@ def register_schema() -> None:
         inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in INPUTS],
         outputs=[onnx.defs.OpSchema.FormalParameter(OUTPUT, "T")],
         type_constraints=[("T", ["tensor(float)"], "State and exp are float32.")],
+        attributes=[  # TensorRT's parser reads them, nobody else
+            onnx.defs.OpSchema.Attribute("plugin_namespace", onnx.defs.OpSchema.AttrType.STRING, required=False),
+            onnx.defs.OpSchema.Attribute("plugin_version", onnx.defs.OpSchema.AttrType.STRING, required=False),
+            onnx.defs.OpSchema.Attribute("aot", onnx.defs.OpSchema.AttrType.INT, required=False),
+        ],
     )
     schema.set_type_and_shape_inference_function(_infer_like_u)
     onnx.defs.register_schema(schema)
@@ -47,18 +52,29 @@ def _infer_like_u(context: Any) -> None:
     context.set_output_type(0, context.get_input_type(0))
 
 
-class _Body:
-    """Appends nodes and hands back the names of their outputs."""
+class Body:
+    """Appends nodes and hands back the names of their outputs. prefix: of all names, where they are part of a graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
 
     def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         from onnx import helper
 
-        names = [f"{op_type}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
+        name = f"{self.prefix}{op_type}_{len(self.nodes)}"
+        names = [f"{name}_{i}" for i in range(outputs)]
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), names, name=name if self.prefix else "", **attributes)
+        )
         return names[0] if outputs == 1 else names
+
+    def write(self, op_type: str, inputs: list[str], output: str) -> None:
+        """The last node, whose output has its name from outside."""
+        from onnx import helper
+
+        name = f"{self.prefix}{op_type}_{len(self.nodes)}" if self.prefix else ""
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=name))
 
     def const(self, value: Any, dtype: Any = np.int64) -> str:
         from onnx import numpy_helper
@@ -79,10 +95,10 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     """
     from onnx import helper
 
-    f = _Body()
+    f = Body()
     zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([block_steps])
     batch, L, K, N, D = f.dim("u", 0), f.dim("u", 2), f.dim("A", 0), f.dim("A", 2), f.dim("A", 1)
-    dt = _softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
+    dt = softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
 
     missing = f.op("Mod", f.op("Sub", steps, f.op("Mod", L, steps)), steps)
     pads = f.op("Concat", zero, missing, axis=0)
@@ -105,11 +121,11 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     y = f.op("Transpose", f.reshape(y, f.const([-1]), batch, K, D), perm=[1, 2, 0, 3])
     y = f.op("Slice", y, zero, L, two)
     skipped = f.op("Mul", "u", f.op("Unsqueeze", "skip", one))
-    f.nodes.append(helper.make_node("Add", [y, skipped], [OUTPUT]))
+    f.write("Add", [y, skipped], OUTPUT)
     return helper.make_function(DOMAIN, OP_TYPE, INPUTS, [OUTPUT], f.nodes, [helper.make_opsetid("", opset)])
 
 
-def _softplus_series(f: _Body, x: str) -> str:
+def softplus_series(f: Body, x: str) -> str:
     """`portable.softplus_series` in ONNX: ORT's Softplus and Log are slow, OpenVINO's lose small deltas."""
     e = f.op("Exp", f.op("Neg", f.op("Abs", x)))
     s = f.op("Div", e, f.op("Add", e, f.const(2, np.float32)))

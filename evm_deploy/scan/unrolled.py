@@ -1,0 +1,81 @@
+"""The selective scan as standard ONNX ops with no loop, function or sequence: for TensorRT, which knows no others.
+
+Two levels: L is cut into chunks of T steps. All chunks run their T steps side by side from a zero state, keeping state
+and decay of every step; then a carry runs over the chunks, and every state is put right by it:
+
+    h_t = a_t h_(t-1) + x_t;   P_t = a_t P_(t-1);   carry_(c+1) = P_T carry_c + h_T;   y_t = <C_t, h_t + P_t carry_c>
+
+States are (b, K, chunks, N, D). Never a division by a cumulated decay. L is static, the batch need not be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evm_deploy.scan.onnx_function import Body, softplus_series
+
+if TYPE_CHECKING:
+    import onnx
+
+CHUNKS = 2  # axis of a state
+MAX_STEPS = 14  # 98 MB instead of 101 for L = 784, D = 96 (docs/targets/tensorrt.md)
+
+
+def chunk_length(L: int) -> int:
+    """Steps per chunk: about as many as there are chunks, but each is written and read again: at most MAX_STEPS."""
+    return max(1, min(MAX_STEPS, round(math.sqrt(L))))
+
+
+def unrolled_scan(
+    reads: dict[str, str], writes: str, L: int, prefix: str, steps: int | None = None
+) -> list[onnx.NodeProto]:
+    """Nodes that compute `writes` from the tensors `reads` (u, delta, A, B, C, skip, bias), for a sequence of length L.
+
+    prefix: of the names of everything new. steps: T, by default `chunk_length(L)`; L need not be a multiple.
+    """
+    f = Body(prefix)
+    T = steps or chunk_length(L)
+    chunks = -(-L // T)
+
+    def split(tensor: str, *dims: int) -> list[str]:  # (b, K, L, X) -> T times (b, K, chunks, *dims)
+        if chunks * T > L:  # after softplus: a padded step has dt = 0 and leaves the state alone
+            tensor = f.op("Pad", tensor, f.const([0, 0, 0, 0, 0, 0, chunks * T - L, 0]))
+        cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, *dims]))
+        parts = f.op("Split", cut, axis=3, num_outputs=T, outputs=T) if T > 1 else [cut]
+        return [f.op("Squeeze", part, three) for part in parts]
+
+    one, three = f.const([1]), f.const([3])
+    dt = softplus_series(f, f.op("Add", reads["delta"], f.op("Unsqueeze", reads["bias"], one)))
+    A = f.op("Unsqueeze", f.op("Transpose", reads["A"], perm=[0, 2, 1]), one)  # (K, 1, N, D)
+    rates, inflows = split(dt, 1, -1), split(f.op("Mul", dt, reads["u"]), 1, -1)
+    Bs, Cs = split(reads["B"], -1, 1), split(reads["C"], -1, 1)
+
+    states: list[str] = []
+    decays: list[str] = []
+    for rate, inflow, B in zip(rates, inflows, Bs, strict=True):
+        decay, x = f.op("Exp", f.op("Mul", rate, A)), f.op("Mul", inflow, B)
+        states.append(f.op("Add", f.op("Mul", decay, states[-1]), x) if states else x)
+        decays.append(f.op("Mul", decay, decays[-1]) if decays else decay)
+    if chunks > 1:
+        carry = _carry(f, states[-1], decays[-1], chunks)
+        states = [f.op("Add", h, f.op("Mul", P, carry)) for h, P in zip(states, decays, strict=True)]
+    sums = [f.op("ReduceSum", f.op("Mul", h, C), three, keepdims=1) for h, C in zip(states, Cs, strict=True)]
+    y = f.op("Reshape", f.op("Concat", *sums, axis=3), f.const([0, 0, chunks * T, -1]))
+    if chunks * T > L:
+        y = f.op("Slice", y, f.const([0]), f.const([L]), f.const([2]))
+    skipped = f.op("Mul", reads["u"], f.op("Unsqueeze", reads["skip"], one))
+    f.write("Add", [y, skipped], writes)
+    return f.nodes
+
+
+def _carry(f: Body, end: str, decay: str, chunks: int) -> str:
+    """The state that enters each chunk, from those that leave them having started from zero: (b, K, chunks, N, D)."""
+    ends = f.op("Split", end, axis=CHUNKS, num_outputs=chunks, outputs=chunks)
+    decays = f.op("Split", decay, axis=CHUNKS, num_outputs=chunks, outputs=chunks)
+    entering = [f.op("Mul", ends[0], f.const(0, np.float32)), ends[0]]
+    for end_of, decay_of in zip(ends[1:-1], decays[1:-1], strict=True):
+        entering.append(f.op("Add", f.op("Mul", decay_of, entering[-1]), end_of))
+    return str(f.op("Concat", *entering, axis=CHUNKS))
