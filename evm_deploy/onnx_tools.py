@@ -53,6 +53,9 @@ def to_fp16(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> onnx.ModelProt
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     check_fp16_range(model, sites)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.value_info if value.name in constants]:
+        model.graph.value_info.remove(value)  # else the converter puts casts between a scan and its constants
     functions = list(model.functions)
     half: onnx.ModelProto = convert_float_to_float16(
         model,

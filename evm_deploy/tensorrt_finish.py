@@ -1,7 +1,7 @@
 """Build the engine of a TensorRT bundle where it will run: python finish.py, in the bundle's folder.
 
-Needs Python 3.8, the machine's own tensorrt (or tensorrt_rtx) and nothing of evm-deploy, but for bundles exported with
---scan aot. Writes model.engine and layers.json or layers.txt, and says in manifest.json what it was built with.
+Needs Python (3.11 was tried), the machine's own tensorrt (or tensorrt_rtx) and nothing of evm-deploy, but for bundles
+exported with --scan aot. Writes model.engine and layers.json or layers.txt, and in manifest.json what it was made with.
 """
 
 from __future__ import annotations

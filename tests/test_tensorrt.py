@@ -85,13 +85,16 @@ def test_portable_graphs_are_standard_and_typed(precision, demo_graph):
     assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-fp16"])
 @pytest.mark.parametrize("scan, aot", [("aot", 1), ("plugin", None)])
-def test_plugin_graphs_name_the_plugin(scan, aot, demo_graph):
+def test_plugin_graphs_name_the_plugin(scan, aot, precision, demo_graph):
     graph, plan = demo_graph
-    model, _ = network(graph, replaced(plan, "fp32", scan))
+    model, _ = network(graph, replaced(plan, precision, scan))
+    floats = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     nodes = [node for node in model.graph.node if node.op_type == "SelectiveScan"]
     assert len(nodes) == len(graph.scans) and not model.functions
     for node in nodes:
+        assert {node.input[2], node.input[5], node.input[6]} <= floats  # A, skip and bias: never rounded to half
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"evm", b"1")
         assert attributes.get("aot") == aot
