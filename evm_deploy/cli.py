@@ -373,6 +373,7 @@ def run_parser() -> Parser:
     )
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     common_flags(parser)
     return parser
 
@@ -392,7 +393,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    with load(args.bundle, threads=args.threads, scan=args.scan, device=args.device, cache=args.cache) as model:
+    options = {name: getattr(args, name) for name in ("threads", "scan", "device", "cache", "cuda_graph")}
+    with load(args.bundle, **options) as model:
         here = model.target.probe()
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)

@@ -28,6 +28,7 @@ def bench_parser() -> Parser:
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
@@ -53,7 +54,9 @@ def _bench(args: argparse.Namespace) -> int:
         for threads in _numbers("--threads", args.threads):
             for batch in _numbers("--batch", args.batch):
                 timed = "end-to-end" if args.end_to_end else "model"
-                settings = Settings(threads, batch, args.scan, args.device, args.cache, timed, args.limit)
+                settings = Settings(
+                    threads, batch, args.scan, args.device, args.cache, args.cuda_graph, timed, args.limit
+                )
                 with steps("measure", f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"):
                     record = bench(bundle, settings)
                 path = Path(args.out) / file_name(record)

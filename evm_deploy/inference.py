@@ -46,6 +46,8 @@ class LoadedBundle:
                 f"bundle {bundle.path} has no engine yet", f"on the device:  evm-export --finish {bundle.path}"
             )
         self.target = get_target(self.manifest.target)
+        if options.cuda_graph and not self.target.cuda_graphs:
+            raise UsageError(f"target '{self.target.name}' has no CUDA graphs", "leave --cuda-graph out")
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
@@ -58,6 +60,11 @@ class LoadedBundle:
         """One inference on arrays named and shaped as `inputs`. Raises UsageError naming what does not fit."""
         check_feeds(self.inputs, feeds)
         return self._runtime.run(feeds)
+
+    @property
+    def milliseconds(self) -> Mapping[str, float]:
+        """What the last run took on the device, by part, where the runtime says so: TensorRT."""
+        return getattr(self._runtime, "milliseconds", {})
 
     def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
@@ -159,6 +166,7 @@ def load(
     scan: str = "auto",
     device: str | None = None,
     cache: str | Path | None = None,
+    cuda_graph: bool = False,
 ) -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
@@ -166,12 +174,12 @@ def load(
     `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
     `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
     OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
-    load sooner the next time.
+    load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph.
     """
     bundle = open_bundle(path)
     # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
     own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
-    return LoadedBundle(bundle, RunOptions(threads, device=device, cache=own), scan)
+    return LoadedBundle(bundle, RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph), scan)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

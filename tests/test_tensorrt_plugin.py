@@ -1,14 +1,13 @@
 """The plugin definition against the `tensorrt.plugin` package of a TensorRT wheel: its own checks, no library, no GPU.
 
 The package is pure Python; what it takes from TensorRT's bindings comes from TensorRT-RTX's, and from stand-ins below.
-`pip download --no-deps tensorrt_cu13_bindings`, unpack it, set TENSORRT_BINDINGS to its folder tensorrt_bindings.
+The wheel of the bindings (tensorrt_cu13_bindings) is installed without its libraries, so that nothing can import it.
 """
 
 from __future__ import annotations
 
 import enum
 import importlib.util
-import os
 import sys
 import types
 from pathlib import Path
@@ -38,9 +37,10 @@ class IntExpr:
 @pytest.fixture
 def trt(monkeypatch):
     rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'evm-deploy[trt-rtx]'")
-    folder = Path(os.environ.get("TENSORRT_BINDINGS", "")) / "plugin"
-    if not (folder / "__init__.py").is_file():
-        pytest.skip("TENSORRT_BINDINGS is not the folder tensorrt_bindings of an unpacked tensorrt_cu13_bindings wheel")
+    bindings = importlib.util.find_spec("tensorrt_bindings")
+    if bindings is None:
+        pytest.skip("tensorrt_cu13_bindings is not installed: pip install 'evm-deploy[dev]' on Linux x86-64")
+    folder = Path(bindings.origin).parent / "plugin"
 
     class IntBuilder:
         def constant(self, value):

@@ -28,6 +28,7 @@ class Settings:
     scan: str = "auto"
     device: str | None = None
     cache: str | None = None
+    cuda_graph: bool = False
     timed: str = "model"
     limit_s: float = 60.0
 
@@ -38,7 +39,8 @@ class Record:
 
     bundle: name, target, precision, imgsz, sha256 of its manifest, artifact_bytes. load_ms: `fresh`, in a new process,
     the runtime's import and the hashes included, and `again`, in the same process. interval_ms: 95 % confidence of the
-    median. memory_mb: `before` loading, and `peak`. before, after: state of the device.
+    median. device_ms: parts of a run, where the runtime counts them: TensorRT's `inputs`, `compute`, `outputs`.
+    memory_mb: `before` loading, and `peak`. before, after: state of the device.
     """
 
     bundle: dict[str, Any]
@@ -53,6 +55,7 @@ class Record:
     samples_ms: list[float]
     summary_ms: dict[str, float]
     interval_ms: tuple[float, float]
+    device_ms: dict[str, float]
     throughput: float
     memory_mb: dict[str, float]
     before: dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from evm_deploy.files import sha256
 from evm_deploy.inference import LoadedBundle, load
 
 TOP = 5
+PARTS_RUNS = 50
 
 
 def work(path: Path, settings: Settings) -> Record:
@@ -34,7 +36,14 @@ def work(path: Path, settings: Settings) -> Record:
     memory = {"before": peak_mb()}
 
     def opened() -> LoadedBundle:
-        return load(path, threads=settings.threads, scan=settings.scan, device=settings.device, cache=settings.cache)
+        return load(
+            path,
+            threads=settings.threads,
+            scan=settings.scan,
+            device=settings.device,
+            cache=settings.cache,
+            cuda_graph=settings.cuda_graph,
+        )
 
     fresh_ms, model = timed(opened)
     with model:
@@ -46,6 +55,7 @@ def work(path: Path, settings: Settings) -> Record:
         latency = measure(run, limit_s=settings.limit_s)
         after = device.state()
         memory["peak"] = peak_mb()
+        parts = on_device(model, run)
     again_ms, model = timed(opened)
     with model:
         warnings = device.warnings(facts, before, after)
@@ -72,6 +82,7 @@ def work(path: Path, settings: Settings) -> Record:
         samples_ms=[round(value, 5) for value in latency.samples],
         summary_ms=latency.summary(),
         interval_ms=latency.interval(),
+        device_ms=parts,
         throughput=round(throughput(latency, batch), 2),
         memory_mb={name: round(value, 1) for name, value in memory.items()},
         before=asdict(before),
@@ -115,6 +126,15 @@ def subject(model: LoadedBundle, batch: int, what: str) -> Callable[[], object]:
     probes = load_file(here / "probes.safetensors")[model.manifest.plan["input"]]
     feeds = {name: np.ascontiguousarray(np.resize(probes, (batch, *probes.shape[1:])))}
     return lambda: model.run(feeds)
+
+
+def on_device(model: LoadedBundle, run: Callable[[], object]) -> dict[str, float]:
+    """Median milliseconds of each part of a run on the device; empty where the runtime does not count them."""
+    seen = []
+    for _ in range(PARTS_RUNS if model.milliseconds else 0):
+        run()
+        seen.append(dict(model.milliseconds))
+    return {part: round(statistics.median(each[part] for each in seen), 5) for part in (seen[0] if seen else ())}
 
 
 def peak_mb() -> float:

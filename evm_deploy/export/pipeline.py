@@ -92,7 +92,7 @@ def export(
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             bundle = keep(folder, path, replace(manifest, built=target.finish is None))
-    return finish(path, step=step) if target.finish and target.probe().can_run else bundle
+    return finish(path, step=step) if target.finish and target.probe().can_finish else bundle
 
 
 def finish(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:

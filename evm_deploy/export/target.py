@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """Can this machine build for a target and run it, with what versions, and what to do if not."""
+    """Can this machine build for a target and run it, with what versions, and what to do if not. can_finish: also what
+    `Target.finish` makes.
+    """
 
     can_build: bool
     can_run: bool
     versions: Mapping[str, str]
     hint: str = ""
+    can_finish: bool = True
 
 
 class Traced(Protocol):
@@ -130,7 +133,7 @@ class Target:
     selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
     them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
     `finish(folder, library=None)` makes, in a bundle, what only a machine like the device can make, and says so in its
-    manifest.
+    manifest. cuda_graphs: whether `open` has use for RunOptions.cuda_graph.
     """
 
     name: str
@@ -157,6 +160,7 @@ class Target:
     several_sizes: bool = False
     remarks: Callable[[Runtime], list[str]] = no_remarks
     finish: Callable[..., None] | None = None
+    cuda_graphs: bool = False
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:

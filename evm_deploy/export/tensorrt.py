@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -32,8 +33,16 @@ from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
-from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, TensorRtRuntime, can_build_engine, installed
+from evm_deploy.runtimes.tensorrt import (
+    INSTALL_HINTS,
+    NO_DRIVER,
+    TensorRtRuntime,
+    can_build_engine,
+    has_driver,
+    installed,
+)
 
+PACKAGES = {"trt": ("tensorrt",), "trt-rtx": ("tensorrt-rtx-cu13-bindings",)}
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 SCANS = {
     "portable": "standard ops only: any TensorRT from 10.0 on, and TensorRT-RTX",
@@ -43,10 +52,16 @@ SCANS = {
 
 
 def probe(target: str) -> Probe:
-    """What is here, without importing it. Building the bundle needs no TensorRT."""
+    """What is here, without importing it. Building the bundle needs no TensorRT, running the engine a driver too."""
     versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
     missing = [name for name in BUILD_PACKAGES if name not in versions]
-    return Probe(not missing, can_build_engine(target), versions, INSTALL_HINT if missing else "")
+    for name in PACKAGES[target]:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hint = "" if has_driver() else NO_DRIVER
+    hint = hint if installed(target) else INSTALL_HINTS[target]
+    runs = installed(target) and has_driver()
+    return Probe(not missing, runs, versions, INSTALL_HINT if missing else hint, can_build_engine(target))
 
 
 def check(target: str, plan: ExportPlan) -> None:
@@ -125,7 +140,7 @@ def open_(target: str, path: Path, options: RunOptions) -> Runtime:
         return emulator(path, options)
     if options.threads or options.device or options.cache:
         raise UsageError("TensorRT takes no threads, device or cache", "leave them out")
-    return TensorRtRuntime(path, target, options.plugin)
+    return TensorRtRuntime(path, target, options.plugin, options.cuda_graph)
 
 
 def emulator(path: Path, options: RunOptions) -> Runtime:
@@ -169,6 +184,7 @@ def _target(name: str, aliases: tuple[str, ...], scans: tuple[str, ...]) -> Targ
         emulator=emulator,
         check=bound(check),
         finish=bound(finish),
+        cuda_graphs=True,
     )
 
 

@@ -33,7 +33,8 @@ class RunOptions:
     """How to run an artifact. None: as the runtime does by itself.
 
     threads: of one inference. plugin: the native library to run scans on; None runs them portably. device: where, as
-    the runtime names it. cache: folder for compiled models. function: of an artifact that has several.
+    the runtime names it. cache: folder for compiled models. function: of an artifact that has several. cuda_graph:
+    launch engines of TensorRT as one CUDA graph.
     """
 
     threads: int | None = None
@@ -41,6 +42,7 @@ class RunOptions:
     device: str | None = None
     cache: Path | None = None
     function: str | None = None
+    cuda_graph: bool = False
 
 
 DEFAULTS = RunOptions()

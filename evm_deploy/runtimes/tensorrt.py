@@ -1,6 +1,6 @@
 """Engines of TensorRT and TensorRT-RTX. Memory and streams come from cuda-python.
 
-Nobody has run this file yet: no machine with a GPU was to be had. It is as small as it can be for that reason.
+Never run on a GPU: there was none to be had. The tests run it against stand-ins for the engine and for CUDA.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +24,9 @@ from evm_deploy.tensorrt_finish import MODULES, FinishError, load_tensorrt, make
 
 REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
-
-
 NO_DRIVER = "there is no NVIDIA driver on this machine"
+PARTS = ("inputs", "compute", "outputs")  # of a run on the device, between events
+Shapes = dict[str, tuple[int, ...]]
 
 
 def installed(target: str) -> bool:
@@ -72,9 +73,12 @@ def check_built_for(path: Path, version: str) -> None:
 class TensorRtRuntime:
     """An engine and its execution context, on one CUDA stream. plugin: the library that its scans need, if any.
 
-    Inputs and outputs are copied from and to the host."""
+    Inputs and outputs are copied from and to the host; `milliseconds` says what the last run took on the device:
+    `inputs`, `compute`, `outputs`, between events in the stream. cuda_graph: from the second run of a shape on, the
+    engine is launched as one CUDA graph.
+    """
 
-    def __init__(self, path: Path, target: str, plugin: Path | None = None) -> None:
+    def __init__(self, path: Path, target: str, plugin: Path | None = None, cuda_graph: bool = False) -> None:
         try:
             self.trt = load_tensorrt(target)
         except FinishError as error:
@@ -95,33 +99,35 @@ class TensorRtRuntime:
             raise ToolchainError("cuda-python is not installed", INSTALL_HINTS[target]) from error
         self.cuda = cuda
         self.stream = self._call(cuda.cudaStreamCreate())
+        self.marks = [self._call(cuda.cudaEventCreate()) for _ in range(len(PARTS) + 1)]
         self.context = self.engine.create_execution_context()
         self.memory: dict[str, tuple[int, int]] = {}  # by tensor: address, bytes
+        self.cuda_graph = cuda_graph
+        self.captured: tuple[Shapes, Any] | None = None  # what it is for, and the graph
+        self.warm: Shapes | None = None
+        self.milliseconds: dict[str, float] = {}
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         read = [name for name in names if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT]
         self.inputs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in read}
         self.outputs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names if name not in read}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        host_to_device = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        device_to_host = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # until the stream is through
+        results = self._bind(held)
+        self._mark(0)
         for name, value in held.items():
-            self.context.set_input_shape(name, value.shape)
-            address = self._address(name, value.nbytes)
-            self._call(self.cuda.cudaMemcpyAsync(address, value.ctypes.data, value.nbytes, host_to_device, self.stream))
-        results = {
-            name: np.empty(tuple(self.context.get_tensor_shape(name)), spec.dtype)
-            for name, spec in self.outputs.items()
-        }
+            self._copy(self.memory[name][0], value.ctypes.data, value.nbytes, "cudaMemcpyHostToDevice")
+        self._mark(1)
+        self._compute({name: value.shape for name, value in held.items()})
+        self._mark(2)
         for name, value in results.items():
-            self._address(name, value.nbytes)
-        if not self.context.execute_async_v3(self.stream):
-            raise ToolchainError(f"the engine failed: {self.logger.errors()}", REBUILD)
-        for name, value in results.items():
-            address, size = self.memory[name][0], value.nbytes
-            self._call(self.cuda.cudaMemcpyAsync(value.ctypes.data, address, size, device_to_host, self.stream))
+            self._copy(value.ctypes.data, self.memory[name][0], value.nbytes, "cudaMemcpyDeviceToHost")
+        self._mark(3)
         self._call(self.cuda.cudaStreamSynchronize(self.stream))
+        self.milliseconds = {
+            part: float(self._call(self.cuda.cudaEventElapsedTime(*ends)))
+            for part, ends in zip(PARTS, pairwise(self.marks), strict=True)
+        }
         return results
 
     def __enter__(self) -> Runtime:
@@ -130,26 +136,77 @@ class TensorRtRuntime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._forget()
         for address, _ in self.memory.values():
             self._call(self.cuda.cudaFree(address))
         self.memory.clear()
+        for mark in self.marks:
+            self._call(self.cuda.cudaEventDestroy(mark))
         self._call(self.cuda.cudaStreamDestroy(self.stream))
+
+    def _bind(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Give every tensor memory on the device. Returns arrays for the outputs."""
+        for name, value in feeds.items():
+            self.context.set_input_shape(name, value.shape)
+            self._reserve(name, value.nbytes)
+        results = {}
+        for name, spec in self.outputs.items():
+            results[name] = np.empty(tuple(self.context.get_tensor_shape(name)), spec.dtype)
+            self._reserve(name, results[name].nbytes)
+        return results
+
+    def _compute(self, shapes: Shapes) -> None:
+        """Put one inference on the stream: as a graph, which is captured in the second run of these shapes, as
+        TensorRT asks, or call by call.
+        """
+        if self.captured and self.captured[0] == shapes:
+            self._call(self.cuda.cudaGraphLaunch(self.captured[1], self.stream))
+        elif self.cuda_graph and self.warm == shapes:
+            self._forget()
+            mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            self._call(self.cuda.cudaStreamBeginCapture(self.stream, mode))
+            self._enqueue()
+            graph = self._call(self.cuda.cudaStreamEndCapture(self.stream))
+            self.captured = shapes, self._call(self.cuda.cudaGraphInstantiate(graph, 0))
+            self._call(self.cuda.cudaGraphDestroy(graph))
+            self._call(self.cuda.cudaGraphLaunch(self.captured[1], self.stream))
+        else:
+            self._enqueue()
+            self.warm = shapes
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self.stream):
+            raise ToolchainError(f"the engine failed: {self.logger.errors()}", REBUILD)
+
+    def _forget(self) -> None:
+        """Drop the captured graph: it holds addresses and shapes."""
+        if self.captured:
+            self._call(self.cuda.cudaGraphExecDestroy(self.captured[1]))
+            self.captured = None
 
     def _spec(self, name: str) -> TensorSpec:
         dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name))).name
         shape = tuple(None if size < 0 else int(size) for size in self.engine.get_tensor_shape(name))
         return TensorSpec(name, dtype, shape)
 
-    def _address(self, name: str, size: int) -> int:
-        """Device memory of a tensor, at least `size` bytes, and bound to it."""
+    def _reserve(self, name: str, size: int) -> None:
+        """Device memory for a tensor, at least `size` bytes, bound to it."""
         address, had = self.memory.get(name, (0, 0))
         if had < size:
+            self._forget()
             if had:
+                del self.memory[name]
                 self._call(self.cuda.cudaFree(address))
             address = self._call(self.cuda.cudaMalloc(size))
             self.memory[name] = (address, size)
         self.context.set_tensor_address(name, address)
-        return address
+
+    def _copy(self, to: int, source: int, size: int, kind: str) -> None:
+        direction = getattr(self.cuda.cudaMemcpyKind, kind)
+        self._call(self.cuda.cudaMemcpyAsync(to, source, size, direction, self.stream))
+
+    def _mark(self, index: int) -> None:
+        self._call(self.cuda.cudaEventRecord(self.marks[index], self.stream))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         """The value of a CUDA call. Raises ToolchainError naming what went wrong."""
