@@ -66,6 +66,10 @@ class LoadedBundle:
         """What the last run took on the device, by part, where the runtime says so: TensorRT."""
         return getattr(self._runtime, "milliseconds", {})
 
+    def plan(self) -> Mapping[str, Any]:
+        """What of the model runs where, if the runtime says so: Core ML."""
+        return getattr(self._runtime, "plan", dict)()
+
     def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
 

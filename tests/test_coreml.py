@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -17,9 +19,11 @@ import pytest
 import torch
 
 from evm_deploy import cli, coreml_tools
+from evm_deploy.bench import device
+from evm_deploy.bench.record import Record, Settings
 from evm_deploy.coreml_tools import converter, coremltools
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export import coreml, mlpackage, mlprogram, verify
+from evm_deploy.export import bench_on_mac, coreml, mlpackage, mlprogram, verify
 from evm_deploy.export.graph import deployable
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch
@@ -258,6 +262,34 @@ def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(coreml_bundle):
     done = subprocess.run([sys.executable, coreml_bundle.path / "bench_on_mac.py"], capture_output=True, text=True)
     assert sys.platform == "darwin" or (done.returncode, done.stdout) == (3, "")
     assert "Core ML runs on Apple systems only" in done.stderr and "bench_on_mac.py" in coreml_bundle.manifest.files
+
+
+def test_the_benchmark_in_the_bundle_gives_a_record(coreml_bundle, tmp_path):
+    """On a stand-in for coremltools on a Mac."""
+
+    class Stub:
+        ComputeUnit = SimpleNamespace(CPU_AND_NE=3)
+        __version__ = "9.0"
+
+        class MLModel:
+            def __init__(self, path, compute_units):
+                assert Path(path).is_dir() and compute_units == 3
+
+            def predict(self, feeds):
+                time.sleep(0.002)
+                assert feeds["image"].size == (64, 64)
+
+    Stub.models = SimpleNamespace(MLModel=Stub.MLModel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_on_mac, "plan", lambda model, units, function: {"operations": {"NeuralEngine": 1}})
+        found = bench_on_mac.record(coreml_bundle.path, Stub, "CPU_AND_NE", 5.0)
+    (tmp_path / "bench.json").write_text(json.dumps(found))
+    record = Record.read(tmp_path / "bench.json")
+    assert record.summary_ms["p50"] >= 2.0 and record.settings["device"] == "CPU_AND_NE"
+    assert record.bundle["artifact_bytes"] == coreml_bundle.size_bytes
+    assert set(record.settings) == {field.name for field in fields(Settings)}
+    assert set(record.device) == set(device.facts())
+    assert "latency.py" in coreml_bundle.manifest.files
 
 
 def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):

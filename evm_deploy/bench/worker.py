@@ -55,7 +55,7 @@ def work(path: Path, settings: Settings) -> Record:
         latency = measure(run, limit_s=settings.limit_s)
         after = device.state()
         memory["peak"] = peak_mb()
-        parts = on_device(model, run)
+        parts, plan = on_device(model, run), model.plan()
     again_ms, model = timed(opened)
     with model:
         warnings = device.warnings(facts, before, after)
@@ -72,7 +72,7 @@ def work(path: Path, settings: Settings) -> Record:
             "artifact_bytes": model.bundle.size_bytes,
         },
         device=facts,
-        runtime={"versions": dict(model.target.probe().versions), "scan": asdict(model.scan)},
+        runtime={"versions": dict(model.target.probe().versions), "scan": asdict(model.scan), "plan": dict(plan)},
         settings={**asdict(settings), "batch": batch},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         load_ms={"fresh": round(fresh_ms, 2), "again": round(again_ms, 2)},

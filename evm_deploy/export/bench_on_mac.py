@@ -1,17 +1,19 @@
-"""How fast the model in this folder is on a Mac, and where its operations run. NEVER RUN BY THIS PROJECT.
+"""How fast the model in this folder is on a Mac, and where its operations run. NEVER RUN BY THIS PROJECT ON A MAC.
 
     pip install coremltools pillow numpy
-    python bench_on_mac.py                     # writes bench.json; --runs, --units to choose
+    python bench_on_mac.py     # a record of evm-deploy for each choice of compute units; --limit, --units to choose
 
-Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow and coremltools only.
+Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow, coremltools, and latency.py beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import hashlib
 import json
+import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -19,73 +21,122 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+try:
+    from latency import Latency, measure, throughput  # type: ignore[import-not-found]  # in a bundle
+except ImportError:
+    from evm_deploy.bench.latency import Latency, measure, throughput
+
 HERE = Path(__file__).parent
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
+MB = 1 << 20
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--runs", type=int, default=200, help="timed predictions for each choice of units")
-    parser.add_argument("--warm-up", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each choice of units that is not stable")
     parser.add_argument("--units", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
-    parser.add_argument("--out", type=Path, default=HERE / "bench.json")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the records")
     args = parser.parse_args()
     if sys.platform != "darwin":
         print(f"bench_on_mac.py: Core ML runs on Apple systems only, this is {sys.platform}", file=sys.stderr)
         return 3
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
-    record = {
-        "bundle": manifest["name"],
-        "artifact_files": {k: v["sha256"] for k, v in manifest["files"].items() if k.startswith(manifest["artifact"])},
-        "device": device(),
-        "timed": "predict() of coremltools in Python, host to host, one input at a time",
-        "warm_up": args.warm_up,
-        "results": [measure(manifest, units, args.runs, args.warm_up) for units in args.units.split(",")],
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for result in record["results"]:
-        print(f"{result['units']:<12} p50 {result['p50_ms']:.2f} ms   load {result['load_s']:.2f} s   {result['plan']}")
-    print(f"written to {args.out}")
+    import coremltools as ct
+
+    for units in args.units.split(","):
+        found = record(HERE, ct, units, args.limit)
+        path = args.out / f"bench-{units.lower()}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"{units:<12} p50 {found['summary_ms']['p50']:.3g} ms   load {found['load_ms']['fresh']:.0f} ms   {path}")
     return 0
 
 
-def device() -> dict[str, str]:
-    """Model, chip and system, as the system names them."""
-    chip = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
-    model = subprocess.run(["sysctl", "-n", "hw.model"], capture_output=True, text=True).stdout.strip()
-    return {"model": model, "chip": chip, "macos": platform.mac_ver()[0], "machine": platform.machine()}
-
-
-def measure(manifest: dict[str, Any], units: str, runs: int, warm_up: int) -> dict[str, Any]:
-    """Latency in milliseconds with these compute units, and how many operations are planned on which device."""
-    import coremltools as ct
-
-    path = HERE / manifest["artifact"]
-    start = time.perf_counter()
-    model = ct.models.MLModel(str(path), compute_units=getattr(ct.ComputeUnit, units))
-    load_s = time.perf_counter() - start
-    functions = manifest["details"].get("functions", [{"name": "main"}])  # of several sizes the first is measured
+def record(folder: Path, ct: Any, units: str, limit_s: float) -> dict[str, Any]:
+    """One record, schema 1 of evm-deploy, of the bundle in `folder` with these compute units. ct: coremltools."""
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
+    path, chosen = folder / manifest["artifact"], getattr(ct.ComputeUnit, units)
+    fresh_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=chosen))
+    again_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=chosen))
     feeds = {manifest["inputs"][0]["name"]: example(manifest["inputs"][0])}
-    start = time.perf_counter()
-    model.predict(feeds)
-    first_ms = 1e3 * (time.perf_counter() - start)
-    times = []
-    for _ in range(warm_up + runs):
-        start = time.perf_counter()
-        model.predict(feeds)
-        times.append(1e3 * (time.perf_counter() - start))
-    samples = sorted(times[warm_up:])
+    first_ms, _ = _timed(lambda: model.predict(feeds))
+    latency: Latency = measure(lambda: model.predict(feeds), limit_s=limit_s)
+    functions = manifest["details"].get("functions", [{"name": "main"}])  # of several sizes the first is measured
+    batch = manifest["inputs"][0]["shape"][0]
+    sizes = [facts["size_bytes"] for name, facts in manifest["files"].items() if name.startswith(manifest["artifact"])]
+    now = {
+        "clocks_mhz": [],
+        "temperatures_c": {},
+        "throttled": None,
+        "load": os.getloadavg()[0] / (os.cpu_count() or 1),
+    }
     return {
-        "units": units,
-        "load_s": load_s,
+        "bundle": {
+            "name": folder.resolve().name,
+            "target": manifest["target"],
+            "precision": manifest["plan"]["precision"],
+            "imgsz": manifest["plan"]["imgsz"],
+            "manifest_sha256": hashlib.sha256(text).hexdigest(),
+            "artifact_bytes": sum(sizes),
+        },
+        "device": device(),
+        "runtime": {
+            "versions": {"coremltools": ct.__version__, "macos": platform.mac_ver()[0]},
+            "scan": {"value": "portable", "reason": "standard MIL operations"},
+            "plan": plan(model, chosen, functions[0]["name"]),
+        },
+        "settings": {
+            "threads": None,
+            "batch": batch,
+            "scan": "auto",
+            "device": units,
+            "cache": None,
+            "cuda_graph": False,
+            "timed": "model",
+            "limit_s": limit_s,
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_ms": {"fresh": fresh_ms, "again": again_ms},
         "first_ms": first_ms,
-        "p50_ms": statistics.median(samples),
-        **{f"p{p}_ms": samples[min(len(samples) - 1, len(samples) * p // 100)] for p in (90, 95, 99)},
-        "mean_ms": statistics.fmean(samples),
-        "min_ms": samples[0],
-        "max_ms": samples[-1],
-        "samples_ms": samples,
-        "plan": plan(model, getattr(ct.ComputeUnit, units), functions[0]["name"]),
+        "warm_up": latency.warm_up,
+        "stable": latency.stable,
+        "samples_ms": list(latency.samples),
+        "summary_ms": latency.summary(),
+        "interval_ms": latency.interval(),
+        "device_ms": {},
+        "throughput": throughput(latency, batch),
+        "memory_mb": {},
+        "before": now,
+        "after": now,
+        "warnings": ["predict() of coremltools in Python: an app has less around it"],
+        "schema_version": 1,
+    }
+
+
+def _timed(call: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def device() -> dict[str, Any]:
+    """Model, chip and system, as the system names them."""
+
+    def ask(what: str) -> str:
+        try:
+            return subprocess.run(["sysctl", "-n", what], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    return {
+        "model": ask("hw.model"),
+        "cpu": ask("machdep.cpu.brand_string"),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": os.cpu_count(),
+        "governor": None,
+        "memory_mb": int(ask("hw.memsize") or 0) // MB,
+        "system": f"macOS {platform.mac_ver()[0]}",
+        "python": platform.python_version(),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evm_deploy import float16
+from evm_deploy.bench import latency
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.mlprogram import quantize_program
 from evm_deploy.calib.request import Request
@@ -99,7 +100,8 @@ def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
     """
     check(plan)  # the labels may be the checkpoint's
     path = folder / ARTIFACT
-    shutil.copyfile(Path(__file__).with_name(BENCHMARK), folder / BENCHMARK)
+    for script in (Path(__file__).with_name(BENCHMARK), Path(latency.__file__)):
+        shutil.copyfile(script, folder / script.name)
     if not program.more:
         mlpackage.save(program.model, path)
         return describe(path, program, plan, None)

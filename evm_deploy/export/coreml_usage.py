@@ -36,7 +36,8 @@ outputs = model.predict({{"{read["name"]}": {given}}})
 Add `{manifest.artifact}` to an Xcode target, which compiles it. In this project nobody has compiled or run these lines.
 
 {swift}
-Speed on the device: `python bench_on_mac.py` in this folder, on a Mac with coremltools, writes `bench.json`.
+Speed on the device: `python bench_on_mac.py` in this folder, on a Mac with coremltools, writes a record of evm-deploy
+for each choice of compute units.
 """
     return Usage(
         artifact="the model, a Core ML package: nothing of ours is needed to run it", library="", sections=sections

@@ -39,6 +39,7 @@ class CoreMlRuntime:
         description = self.model.get_spec().description
         self.labels: list[str] = json.loads(description.metadata.userDefined.get("labels", "[]"))
         name = function or description.defaultFunctionName
+        self.function: str = name or "main"
         description = next((each for each in description.functions if each.name == name), description)
         found = [_tensor_spec(value, len(self.labels)) for value in (*description.input, *description.output)]
         specs = {spec.name: spec for spec in found if spec}
@@ -53,6 +54,12 @@ class CoreMlRuntime:
         }
         found = self.model.predict(given)
         return {name: self._array(found[name]) for name in self.outputs}
+
+    def plan(self) -> dict[str, Any]:
+        """Operations, and share of the estimated cost, by the device that Core ML prefers for them."""
+        from evm_deploy.export.bench_on_mac import plan
+
+        return plan(self.model, self.model.compute_unit, self.function)
 
     def _array(self, value: Any) -> NDArray[Any]:
         """A dictionary of a classifier as the row of its probabilities, in the order of the labels."""
