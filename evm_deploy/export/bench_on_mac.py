@@ -63,12 +63,8 @@ def record(folder: Path, ct: Any, units: str, limit_s: float) -> dict[str, Any]:
     functions = manifest["details"].get("functions", [{"name": "main"}])  # of several sizes the first is measured
     batch = manifest["inputs"][0]["shape"][0]
     sizes = [facts["size_bytes"] for name, facts in manifest["files"].items() if name.startswith(manifest["artifact"])]
-    now = {
-        "clocks_mhz": [],
-        "temperatures_c": {},
-        "throttled": None,
-        "load": os.getloadavg()[0] / (os.cpu_count() or 1),
-    }
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    now: dict[str, Any] = {"clocks_mhz": [], "temperatures_c": {}, "throttled": None, "load": load}
     return {
         "bundle": {
             "name": folder.resolve().name,
