@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import re
 import shutil
@@ -264,32 +266,77 @@ def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(coreml_bundle):
     assert "Core ML runs on Apple systems only" in done.stderr and "bench_on_mac.py" in coreml_bundle.manifest.files
 
 
-def test_the_benchmark_in_the_bundle_gives_a_record(coreml_bundle, tmp_path):
-    """On a stand-in for coremltools on a Mac."""
+class MacStub:
+    """What bench_on_mac.py takes of coremltools."""
 
-    class Stub:
-        ComputeUnit = SimpleNamespace(CPU_AND_NE=3)
-        __version__ = "9.0"
+    __version__ = "9.0"
 
-        class MLModel:
-            def __init__(self, path, compute_units):
-                assert Path(path).is_dir() and compute_units == 3
+    class MLModel:
+        def __init__(self, path, compute_units):
+            assert Path(path).is_dir() and compute_units == 3
 
-            def predict(self, feeds):
-                time.sleep(0.002)
-                assert feeds["image"].size == (64, 64)
+        def predict(self, feeds):
+            time.sleep(0.002)
+            assert feeds["image"].size == (64, 64)
 
-    Stub.models = SimpleNamespace(MLModel=Stub.MLModel)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_on_mac, "plan", lambda model, units, function: {"operations": {"NeuralEngine": 1}})
-        found = bench_on_mac.record(coreml_bundle.path, Stub, "CPU_AND_NE", 5.0)
-    (tmp_path / "bench.json").write_text(json.dumps(found))
-    record = Record.read(tmp_path / "bench.json")
+    models = SimpleNamespace(MLModel=MLModel)
+
+
+def check_record(bundle, found, folder):
+    (folder / "bench.json").write_text(json.dumps(bench_on_mac.record(bundle.path, MacStub, "CPU_AND_NE", found, 5.0)))
+    record = Record.read(folder / "bench.json")
     assert record.summary_ms["p50"] >= 2.0 and record.settings["device"] == "CPU_AND_NE"
-    assert record.bundle["artifact_bytes"] == coreml_bundle.size_bytes
+    assert record.bundle["artifact_bytes"] == bundle.size_bytes
     assert set(record.settings) == {field.name for field in fields(Settings)}
     assert set(record.device) == set(device.facts())
+    return record
+
+
+def test_the_benchmark_in_the_bundle_gives_a_record(coreml_bundle, tmp_path, monkeypatch):
+    """On a stand-in for coremltools on a Mac."""
+    monkeypatch.setattr(bench_on_mac, "plan", lambda model, units, function: {"operations": {function: 1}})
+    manifest = json.loads((coreml_bundle.path / "manifest.json").read_text())
+    found = bench_on_mac.on_mac(MacStub, coreml_bundle.path, manifest, 3, 5.0)
+    assert check_record(coreml_bundle, found, tmp_path).runtime["plan"] == {"operations": {"main": 1}}
     assert "latency.py" in coreml_bundle.manifest.files
+
+
+def test_the_benchmark_on_a_phone_gives_a_record(coreml_bundle, tmp_path, monkeypatch):
+    """On stand-ins for the phone and for coremltools' app on it, whose names and arguments are coremltools' own."""
+    from coremltools.models.ml_program.experimental import perf_utils, remote_device
+
+    real = perf_utils.MLModelBenchmarker
+    kinds = remote_device.DeviceType
+
+    class Phone:
+        name, type, os_version = "My iPhone", kinds.IPHONE, "18.1"
+
+        async def prepare_for_model_debugging(self, credentials):
+            assert credentials.development_team == "TEAM"
+            return self
+
+    class Benchmarker:
+        def __init__(self, *args):
+            inspect.signature(real.__init__).bind(self, *args)
+
+        async def benchmark_load(self, **options):
+            inspect.signature(real.benchmark_load).bind(self, **options)
+            return SimpleNamespace(samples=[30.0, 20.0])
+
+        async def benchmark_predict(self, *args, **options):
+            inspect.signature(real.benchmark_predict).bind(self, *args, **options)
+            return SimpleNamespace(samples=[2.0 + 0.01 * (i % 7) for i in range(options["iterations"])])
+
+    monkeypatch.setattr(perf_utils, "MLModelBenchmarker", Benchmarker)
+    phones = [Phone()]
+    monkeypatch.setattr(remote_device.Device, "get_connected_devices", staticmethod(lambda kind: phones))
+    manifest = json.loads((coreml_bundle.path / "manifest.json").read_text())
+    run = lambda: asyncio.run(bench_on_mac.on_iphone(MacStub, coreml_bundle.path, manifest, 3, "TEAM"))  # noqa: E731
+    record = check_record(coreml_bundle, run(), tmp_path)
+    assert record.stable and record.device["system"] == "iOS 18.1" and record.load_ms == {"fresh": 30.0, "again": 20.0}
+    phones.clear()
+    with pytest.raises(SystemExit, match="no iPhone is connected"):
+        run()
 
 
 def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):

@@ -9,6 +9,7 @@ Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow,
 from __future__ import annotations
 
 import argparse
+import asyncio
 import datetime
 import hashlib
 import json
@@ -18,23 +19,41 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 try:
-    from latency import Latency, measure, throughput  # type: ignore[import-not-found]  # in a bundle
+    from latency import Latency, agree, measure, throughput  # type: ignore[import-not-found]  # in a bundle
 except ImportError:
-    from evm_deploy.bench.latency import Latency, measure, throughput
+    from evm_deploy.bench.latency import Latency, agree, measure, throughput
 
 HERE = Path(__file__).parent
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 MB = 1 << 20
+PHONE_RUNS = 200
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one choice of compute units gave: times in milliseconds, the device's facts, and the compute plan."""
+
+    latency: Latency
+    load_ms: dict[str, float]
+    first_ms: float
+    device: dict[str, Any]
+    plan: dict[str, Any]
+    warning: str
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each choice of units that is not stable")
     parser.add_argument("--units", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
+    parser.add_argument(
+        "--iphone", metavar="TEAM", help="on the iPhone connected, through Xcode; your development team"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the records")
     args = parser.parse_args()
     if sys.platform != "darwin":
@@ -42,29 +61,62 @@ def main() -> int:
         return 3
     import coremltools as ct
 
+    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     for units in args.units.split(","):
-        found = record(HERE, ct, units, args.limit)
-        path = args.out / f"bench-{units.lower()}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"{units:<12} p50 {found['summary_ms']['p50']:.3g} ms   load {found['load_ms']['fresh']:.0f} ms   {path}")
+        chosen = getattr(ct.ComputeUnit, units)
+        if args.iphone:
+            found = asyncio.run(on_iphone(ct, HERE, manifest, chosen, args.iphone))
+        else:
+            found = on_mac(ct, HERE, manifest, chosen, args.limit)
+        path = args.out / f"bench-{units.lower()}{'-iphone' if args.iphone else ''}.json"
+        path.write_text(json.dumps(record(HERE, ct, units, found, args.limit), indent=1) + "\n", encoding="utf-8")
+        print(f"{units:<12} p50 {found.latency.median:.3g} ms   load {found.load_ms['fresh']:.0f} ms   {path}")
     return 0
 
 
-def record(folder: Path, ct: Any, units: str, limit_s: float) -> dict[str, Any]:
-    """One record, schema 1 of evm-deploy, of the bundle in `folder` with these compute units. ct: coremltools."""
-    text = (folder / "manifest.json").read_bytes()
-    manifest = json.loads(text)
-    path, chosen = folder / manifest["artifact"], getattr(ct.ComputeUnit, units)
-    fresh_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=chosen))
-    again_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=chosen))
-    feeds = {manifest["inputs"][0]["name"]: example(manifest["inputs"][0])}
+def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s: float) -> Found:
+    """Measure the package in `folder` on this Mac. ct: coremltools."""
+    path, spec = folder / manifest["artifact"], manifest["inputs"][0]
+    fresh_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=units))
+    again_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=units))
+    feeds = {spec["name"]: example(spec)}
     first_ms, _ = _timed(lambda: model.predict(feeds))
     latency: Latency = measure(lambda: model.predict(feeds), limit_s=limit_s)
-    functions = manifest["details"].get("functions", [{"name": "main"}])  # of several sizes the first is measured
+    where = plan(model, units, function_name(manifest))
+    warning = "predict() of coremltools in Python: an app has less around it"
+    return Found(latency, {"fresh": fresh_ms, "again": again_ms}, first_ms, this_mac(), where, warning)
+
+
+async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, team: str) -> Found:
+    """Measure it on the iPhone that is connected, with coremltools' own app, which Xcode signs for `team`."""
+    from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+    from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
+
+    phones = Device.get_connected_devices(DeviceType.IPHONE)
+    if not phones:
+        raise SystemExit("bench_on_mac.py: no iPhone is connected: plug one in, unlock it, switch developer mode on")
+    phone = await phones[0].prepare_for_model_debugging(credentials=AppSigningCredentials(development_team=team))
+    spec = manifest["inputs"][0]
+    benchmark = MLModelBenchmarker(ct.models.MLModel(str(folder / manifest["artifact"]), compute_units=units), phone)
+    loads = (await benchmark.benchmark_load(iterations=2)).samples
+    feeds = {spec["name"]: example(spec)}
+    first = (await benchmark.benchmark_predict(feeds, iterations=1)).samples[0]
+    samples = (await benchmark.benchmark_predict(feeds, iterations=PHONE_RUNS, warmup=True)).samples
+    thirds = [median(samples[i::3]) for i in range(3)]
+    latency = Latency(tuple(samples), 2, agree(thirds))
+    facts = {"model": phone.name, "cpu": phone.type.value, "machine": "arm64", "system": f"iOS {phone.os_version}"}
+    device = {**dict.fromkeys(this_mac()), **facts}
+    warning = "prediction alone, as coremltools' app on the phone counts it"
+    return Found(latency, {"fresh": loads[0], "again": loads[1]}, first, device, {}, warning)
+
+
+def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> dict[str, Any]:
+    """One record, schema 1 of evm-deploy, of the bundle in `folder`."""
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
     batch = manifest["inputs"][0]["shape"][0]
     sizes = [facts["size_bytes"] for name, facts in manifest["files"].items() if name.startswith(manifest["artifact"])]
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    now: dict[str, Any] = {"clocks_mhz": [], "temperatures_c": {}, "throttled": None, "load": load}
+    state: dict[str, Any] = {"clocks_mhz": [], "temperatures_c": {}, "throttled": None, "load": None}
     return {
         "bundle": {
             "name": folder.resolve().name,
@@ -74,11 +126,11 @@ def record(folder: Path, ct: Any, units: str, limit_s: float) -> dict[str, Any]:
             "manifest_sha256": hashlib.sha256(text).hexdigest(),
             "artifact_bytes": sum(sizes),
         },
-        "device": device(),
+        "device": found.device,
         "runtime": {
             "versions": {"coremltools": ct.__version__, "macos": platform.mac_ver()[0]},
             "scan": {"value": "portable", "reason": "standard MIL operations"},
-            "plan": plan(model, chosen, functions[0]["name"]),
+            "plan": found.plan,
         },
         "settings": {
             "threads": None,
@@ -91,21 +143,26 @@ def record(folder: Path, ct: Any, units: str, limit_s: float) -> dict[str, Any]:
             "limit_s": limit_s,
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "load_ms": {"fresh": fresh_ms, "again": again_ms},
-        "first_ms": first_ms,
-        "warm_up": latency.warm_up,
-        "stable": latency.stable,
-        "samples_ms": list(latency.samples),
-        "summary_ms": latency.summary(),
-        "interval_ms": latency.interval(),
+        "load_ms": found.load_ms,
+        "first_ms": found.first_ms,
+        "warm_up": found.latency.warm_up,
+        "stable": found.latency.stable,
+        "samples_ms": list(found.latency.samples),
+        "summary_ms": found.latency.summary(),
+        "interval_ms": found.latency.interval(),
         "device_ms": {},
-        "throughput": throughput(latency, batch),
+        "throughput": throughput(found.latency, batch),
         "memory_mb": {},
-        "before": now,
-        "after": now,
-        "warnings": ["predict() of coremltools in Python: an app has less around it"],
+        "before": state,
+        "after": state,
+        "warnings": [found.warning],
         "schema_version": 1,
     }
+
+
+def function_name(manifest: dict[str, Any]) -> str:
+    """Of a package for several sizes the first, which is the default."""
+    return str(manifest["details"].get("functions", [{"name": "main"}])[0]["name"])
 
 
 def _timed(call: Any) -> tuple[float, Any]:
@@ -114,7 +171,7 @@ def _timed(call: Any) -> tuple[float, Any]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def device() -> dict[str, Any]:
+def this_mac() -> dict[str, Any]:
     """Model, chip and system, as the system names them."""
 
     def ask(what: str) -> str:
