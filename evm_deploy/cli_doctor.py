@@ -75,7 +75,7 @@ def _doctor(args: argparse.Namespace) -> int:
     for name, each in found["targets"].items():
         versions = ", ".join(f"{package} {version}" for package, version in each["versions"].items())
         table.add_row(name, *("yes" if each[key] else "no" for key in ("build", "run")), versions, each["hint"])
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(table)
     device, kernel, state = found["device"], found["kernel"], found["state"]
     governor = device["governor"] or "not readable"

@@ -39,26 +39,28 @@ class Steps:
                 yield advance
             return
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         label = f"{name:<10} {detail}"
+        padded = escape(f"{label:<56}")
         start = time.perf_counter()
-        live = console.status(label)
+        live = console.status(escape(label))
 
         def show(done: int, total: int) -> None:
             bar = Table.grid(padding=(0, 1))
-            bar.add_row(label, ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
+            bar.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
             live.update(bar)
 
         try:
             with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
                 yield show
         except BaseException:
-            console.print(f"{label:<56} [red]failed[/red] {time.perf_counter() - start:.1f} s")
+            console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")
             raise
-        console.print(f"{label:<56} [green]ok[/green] {time.perf_counter() - start:.1f} s")
+        console.print(f"{padded} [green]ok[/green] {time.perf_counter() - start:.1f} s")
 
 
 class Parser(argparse.ArgumentParser):

@@ -50,3 +50,9 @@ def test_a_failed_step_says_so(monkeypatch):
     with pytest.raises(ValueError), Steps(quiet=False)("build", "onnx"):
         raise ValueError
     assert re.fullmatch(r"build      onnx +failed \d+\.\d s\n", sys.stderr.getvalue())
+
+
+def test_brackets_of_names_are_no_markup(capsys):
+    with Steps(quiet=False)("load", "evm[red]tiny[1].ckpt"):
+        pass
+    assert "evm[red]tiny[1].ckpt" in capsys.readouterr().err
