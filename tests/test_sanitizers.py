@@ -25,6 +25,7 @@ from tests.driver import (
 from tests.test_native import isas, random_scan
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CHECKED = ("-O1", "-g", *SANITIZE)  # -O1: a fraction of the time of -O3 to compile, the same loads and stores to check
 EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
     (1, 1, 1, 1, 1, 1, 1, 1),
     (2, 1, 9, 3, 5, 65, 2, 2),
@@ -49,9 +50,7 @@ def compiler():
 
 @pytest.fixture(scope="module")
 def driver(compiler, tmp_path_factory):
-    # -O1: half the time of -O3 to compile, and the same loads and stores to check
-    flags = ("-O1", "-g", *SANITIZE)
-    path = drivers.build_driver(compiler, tmp_path_factory.mktemp("asan"), flags, SANITIZE)
+    path = drivers.build_driver(compiler, tmp_path_factory.mktemp("asan"), CHECKED, SANITIZE)
     return Driver((str(path),))
 
 
@@ -104,10 +103,10 @@ print(len({session.run(None, {"image": pixels})[0].tobytes() for _ in range(5)})
 
 def test_the_library_is_clean_inside_an_onnxruntime_session(compiler, micro_bundle, tmp_path):
     recipe = read_recipe()
+    recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], *CHECKED)})
     sources = [*recipe.words["scan_sources"], *recipe.words["onnxruntime_sources"]]
-    sanitized = replace(compiler, command=(*compiler.command, "-O1", "-g", *SANITIZE))
     library = tmp_path / "evm_onnxruntime.so"
-    sanitized.run("-shared", *sanitized.objects(recipe, sources, tmp_path), "-o", library)
+    compiler.run("-shared", *SANITIZE, *compiler.objects(recipe, sources, tmp_path), "-o", library)
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
