@@ -46,12 +46,12 @@ def test_the_demo(scan, tmp_path):
 
 
 def test_the_trained_network(trained, tmp_path):
-    """2000 pictures that it was not calibrated with; half a point at most, without any block kept in float."""
+    """1000 pictures that it was not calibrated with; half a point at most, without any block kept in float."""
     sys.path.insert(0, str(trained))
     from glyphs import glyphs
 
     np.savez(tmp_path / "calib.npz", images=glyphs(256, 5000, 64)[0])
-    for i, (image, label) in enumerate(zip(*glyphs(2000, 7, 64), strict=True)):
+    for i, (image, label) in enumerate(zip(*glyphs(1000, 7, 64), strict=True)):
         path = tmp_path / "val" / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
