@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from evm_deploy.cli import common_flags
-from evm_deploy.console import EXIT_CODES, Parser, Steps, run_command
+from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
 
 MAX_LIMIT_S = 3600

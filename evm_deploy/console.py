@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from evm_deploy import __version__
 from evm_deploy.errors import EvmError
 from evm_deploy.progress import Progress, silent
 
@@ -69,6 +70,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}\n  see  {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that works."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
 
 
 @contextlib.contextmanager

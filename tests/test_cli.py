@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_run
 from evm_deploy.errors import UsageError
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.plan import ExportPlan
@@ -132,7 +132,7 @@ def test_json_is_one_object_on_stdout(micro, tmp_path, capsys):
     assert run_export(micro, *flags) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["manifest"]["parity"]["ok"] is True
-    assert cli.run_main([result["bundle"], "--selftest", "--json"]) == 0
+    assert cli_run.run_main([result["bundle"], "--selftest", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
 
 
@@ -160,7 +160,7 @@ def test_the_demo_is_used_and_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--top", "0", "a.png"], ["--threads", "0", "--selftest"]])
 def test_bad_run_flags(flags, micro_bundle, capsys):
-    assert cli.run_main([str(micro_bundle.path), *flags]) == 2
+    assert cli_run.run_main([str(micro_bundle.path), *flags]) == 2
     assert "evm-run: " in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy import cli, coreml_tools
+from evm_deploy import cli, cli_run, coreml_tools
 from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.coreml_tools import converter, coremltools
@@ -254,10 +254,10 @@ def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
 def test_core_ml_itself_needs_a_mac(coreml_bundle, capsys):
     with pytest.raises(ToolchainError, match=r"Core ML runs on Apple systems only(?s:.*)evm_deploy.runtimes.mil"):
         CoreMlRuntime(coreml_bundle.path / "model.mlpackage")
-    assert cli.run_main([str(coreml_bundle.path), "--selftest"]) == 0
+    assert cli_run.run_main([str(coreml_bundle.path), "--selftest"]) == 0
     streams = capsys.readouterr()
     assert "PASSED" in streams.out and "the MIL runtime computes what the program says" in streams.err
-    assert cli.run_main([str(coreml_bundle.path), "--selftest", "--scan", "plugin"]) == 2
+    assert cli_run.run_main([str(coreml_bundle.path), "--selftest", "--scan", "plugin"]) == 2
 
 
 def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(coreml_bundle):

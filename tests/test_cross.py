@@ -11,7 +11,7 @@ import golden
 import numpy as np
 import pytest
 
-from evm_deploy import cli, cross, plugin_path
+from evm_deploy import cli, cli_run, cross, plugin_path
 from evm_deploy.compile import Compiler, read_recipe
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
@@ -161,7 +161,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
         assert "scan 'bundled' trusts" in loaded.scan.reason
     with load(host_bundle.path, scan="bundled") as loaded:
         assert loaded.plugin == host_bundle.path / inside
-    assert cli.run_main([str(host_bundle.path), "--selftest", "--scan", "bundled"]) == 0
+    assert cli_run.run_main([str(host_bundle.path), "--selftest", "--scan", "bundled"]) == 0
     assert re.search(rf"ran as plugin: native kernel, \w+, from the bundle \({HOST}\)", capsys.readouterr().out)
 
 

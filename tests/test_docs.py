@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evm_deploy import cli, cli_bench
+from evm_deploy import cli, cli_bench, cli_run
 from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
+MAINS = {"evm-export": cli.export_main, "evm-run": cli_run.run_main}
 UNSAID = ("-h", "--help", "--version", "--int8", "--out", "--quiet", "--verbose")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

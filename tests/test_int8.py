@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_run
 from evm_deploy.calib import table
 from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
 from evm_deploy.calib.histogram import Range
@@ -89,7 +89,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
     assert (quantization["in_float"], quantization["method"]) == ([], "mse")
     saved = CalibrationTable.from_json((bundle.path / "calibration.json").read_text())
     assert saved.identity == quantization["calibration"]
-    assert cli.run_main([str(bundle.path), "--selftest"]) == 0
+    assert cli_run.run_main([str(bundle.path), "--selftest"]) == 0
     with load(bundle.path, scan="portable") as portable, load(bundle.path, scan="plugin") as native:
         pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
         a, b = (runtime.run({"image": pixels})["logits"] for runtime in (portable, native))

@@ -21,7 +21,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_run
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
 from evm_deploy.export.bundle import open_bundle
@@ -267,7 +267,7 @@ def test_a_program_in_cpp_runs_it(bundles, tmp_path):
 
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_selftest_and_prediction(scan, bundles, capsys):
-    assert cli.run_main([str(bundles[scan].path), "--selftest"]) == 0
+    assert cli_run.run_main([str(bundles[scan].path), "--selftest"]) == 0
     assert f"scans ran as {scan}" in capsys.readouterr().out
     with load(bundles[scan].path) as model:
         assert len(model.predict([pixels()[0]], top=3)[0]) == 3
@@ -334,7 +334,7 @@ def test_a_device_that_is_not_there(device, bundles, capsys):
 
     if device.partition(".")[0] in ov.Core().available_devices:
         pytest.skip(f"this machine has a {device}")
-    assert cli.run_main([str(bundles["portable"].path), "--selftest", "--device", device]) == 2
+    assert cli_run.run_main([str(bundles["portable"].path), "--selftest", "--device", device]) == 2
     message = capsys.readouterr().err
     assert "is not here; OpenVINO finds: CPU" in message and "Traceback" not in message
 
@@ -382,7 +382,7 @@ def test_compiled_models_are_cached_apart_for_each_bundle(bundles, tmp_path):
 def test_the_cache_is_a_flag(bundles, tmp_path):
     for _ in range(2):
         flags = ["--selftest", "--cache", str(tmp_path / "cache")]
-        assert cli.run_main([str(bundles["portable"].path), *flags]) == 0
+        assert cli_run.run_main([str(bundles["portable"].path), *flags]) == 0
     assert list((tmp_path / "cache").rglob("*.blob"))
 
 

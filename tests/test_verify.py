@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_run
 from evm_deploy.errors import BundleError
 from evm_deploy.export import graph as graph_module
 from evm_deploy.export.bundle import open_bundle
@@ -221,4 +221,4 @@ def test_selftest_notices_a_changed_weight(micro, tmp_path):
     with load(folder) as bundle:
         checks = {check.name: check.ok for check in bundle.selftest()}
     assert not checks["logits"] and checks["scan large_delta"]
-    assert cli.run_main([str(folder), "--selftest"]) == 4
+    assert cli_run.run_main([str(folder), "--selftest"]) == 4

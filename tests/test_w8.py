@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from evm_deploy import cli
+from evm_deploy import cli, cli_run
 from evm_deploy.calib import source
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import quantize
@@ -139,7 +139,7 @@ def test_the_command_needs_no_pictures_and_takes_labelled_ones(tmp_path, capsys)
     assert abs(bundle.manifest.accuracy["drop"]) <= 0.3 and bundle.manifest.accuracy["limit"] == 1.0
     assert not {"calibration", "method"} & set(quantization) and not (path / "calibration.json").exists()
     assert bundle.manifest.notes == []  # slower than 1.05x float32, and that is no fault
-    assert cli.run_main([str(path), "--selftest"]) == 0
+    assert cli_run.run_main([str(path), "--selftest"]) == 0
 
 
 @pytest.mark.parametrize(
