@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_a_record_says_what_was_measured(micro_bundle, tmp_path):
             start = time.perf_counter()
             run()
             times.append((time.perf_counter() - start) * 1e3)
-    assert record.summary_ms["p50"] == pytest.approx(np.median(times), rel=1.0)  # benchmarks ask for 5 %
+    assert 0.2 < record.summary_ms["p50"] / np.median(times) < 5  # the unit; benchmarks/bench_agreement.py asks for 5 %
     assert record.summary_ms["min"] <= record.interval_ms[0] <= record.summary_ms["p50"] <= record.interval_ms[1]
     assert record.summary_ms["p50"] <= record.summary_ms["p90"] <= record.summary_ms["p99"] <= record.summary_ms["max"]
     assert record.throughput == pytest.approx(1e3 / record.summary_ms["mean"], rel=0.01)
@@ -130,13 +131,10 @@ def test_a_record_says_what_was_measured(micro_bundle, tmp_path):
     assert Record.read(tmp_path / "record.json").samples_ms == record.samples_ms
 
 
-def test_a_slowed_function_shows(micro_bundle, monkeypatch):
-    """A doubled inference takes about twice as long: the negative control of everything above."""
-    with load(micro_bundle.path, threads=1) as model:
-        feeds = {"image": np.zeros((1, 64, 64, 3), np.uint8)}
-        once = measure(lambda: model.run(feeds), limit_s=5)
-        twice = measure(lambda: (model.run(feeds), model.run(feeds)), limit_s=5)
-    assert differ(once, twice) and twice.median > 1.3 * once.median
+def test_a_slowed_function_shows():
+    """On the real clock: the negative control of everything above."""
+    once, twice = (measure(partial(time.sleep, seconds), limit_s=5) for seconds in (0.005, 0.010))
+    assert differ(once, twice) and twice.median > 1.3 * once.median >= 1.3 * 5.0
 
 
 def test_the_command(micro_bundle, tmp_path, capsys):

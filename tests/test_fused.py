@@ -185,7 +185,7 @@ def test_outlining_keeps_every_bit_of_the_portable_form(micro):
 
 
 def test_blocks_of_all_stages_share_one_function(checkpoint, tmp_path):
-    """ONNX Runtime before 1.25 or so runs the first function of a name, whatever the overload says."""
+    """ONNX Runtime 1.24 runs the first function of a name, whatever the overload says."""
     bundle = export(checkpoint("tiny_224"), ExportPlan("onnx", imgsz=(64, 64)), tmp_path)
     model = onnx.load(str(bundle.path / "model.onnx"))
     assert [function.name for function in model.functions] == ["SelectiveScan", "EVSSBlock"]

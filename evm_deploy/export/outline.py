@@ -176,8 +176,8 @@ def _share(
     before:  EVSSBlock() { .. Conv<group=48>(..) .. }, called for blocks of 48 channels; `function` has group=96
     after:   EVSSBlock<v5_group>() { .. Conv<group=@v5_group>(..) .. }, called with v5_group=48 and v5_group=96
 
-    A body of another structure is a function of the same name, told apart by its `overload`, which ONNX Runtime knows
-    since 1.25 or so; before, it took the first body for all.
+    A body of another structure is a function of the same name, told apart by its `overload`. ONNX Runtime 1.28 knows
+    that; up to 1.24 at least it takes the first body for all.
     """
     others = [other for other in model.functions if other.name == function.name]
     same = next((other for other in others if _structure(other) == _structure(function)), None)
