@@ -52,9 +52,15 @@ def _bench(args: argparse.Namespace) -> int:
     for bundle in args.bundles:
         for threads in _numbers("--threads", args.threads):
             for batch in _numbers("--batch", args.batch):
-                timed = "end-to-end" if args.end_to_end else "model"
                 settings = Settings(
-                    threads, batch, args.scan, args.device, args.cache, args.cuda_graph, timed, args.limit
+                    threads=threads,
+                    batch=batch,
+                    scan=args.scan,
+                    device=args.device,
+                    cache=args.cache,
+                    cuda_graph=args.cuda_graph,
+                    timed="end-to-end" if args.end_to_end else "model",
+                    limit_s=args.limit,
                 )
                 with steps("measure", f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"):
                     record = bench(bundle, settings)

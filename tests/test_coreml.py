@@ -288,7 +288,7 @@ def check_record(bundle, found, folder):
     assert record.summary_ms["p50"] >= 2.0 and record.settings["device"] == "CPU_AND_NE"
     assert record.bundle["artifact_bytes"] == bundle.size_bytes
     assert set(record.settings) == {field.name for field in fields(Settings)}
-    assert set(record.device) == set(device.facts())
+    assert set(record.device) == {"at", "profile", *device.facts()}
     return record
 
 

@@ -19,8 +19,8 @@ MAX_BYTES = 64 << 20
 class Settings:
     """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
 
-    timed: `model`, arrays in and out on the host, or `end-to-end`, a picture file to its five best classes.
-    limit_s: seconds after which an unstable measurement ends.
+    streams: inferences at the same time. timed: `model`, arrays in and out on the host, or `end-to-end`, a picture file
+    to its five best classes. limit_s: seconds after which an unstable measurement ends.
     """
 
     threads: int | None = None
@@ -29,6 +29,7 @@ class Settings:
     device: str | None = None
     cache: str | None = None
     cuda_graph: bool = False
+    streams: int = 1
     timed: str = "model"
     limit_s: float = 60.0
 
@@ -37,10 +38,13 @@ class Settings:
 class Record:
     """One measurement. Times in milliseconds, memory in MB (2**20 bytes), throughput in images a second.
 
-    bundle: name, target, precision, imgsz, sha256 of its manifest, artifact_bytes. load_ms: `fresh`, in a new process,
+    bundle: name, model, target, precision, imgsz, sha256 of its manifest, artifact_bytes, and the accuracy that its
+    manifest states. device: its facts; `profile`, the device profile used, and `at`, user@host, if it is not this
+    machine. load_ms: `fresh`, in a new process,
     the runtime's import and the hashes included, and `again`, in the same process. interval_ms: 95 % confidence of the
     median. device_ms: parts of a run, where the runtime counts them: TensorRT's `inputs`, `compute`, `outputs`.
-    memory_mb: `before` loading, and `peak`. before, after: state of the device.
+    layers: what `bench.layers` found, times by module, empty where the runtime has no profiler. energy_mj: of one
+    inference, by sensor. memory_mb: `before` loading, and `peak`. before, after: state of the device.
     """
 
     bundle: dict[str, Any]
@@ -56,6 +60,8 @@ class Record:
     summary_ms: dict[str, float]
     interval_ms: tuple[float, float]
     device_ms: dict[str, float]
+    layers: dict[str, Any]
+    energy_mj: dict[str, float]
     throughput: float
     memory_mb: dict[str, float]
     before: dict[str, Any]

@@ -120,13 +120,15 @@ def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> d
     return {
         "bundle": {
             "name": folder.resolve().name,
+            "model": manifest["name"],
             "target": manifest["target"],
             "precision": manifest["plan"]["precision"],
             "imgsz": manifest["plan"]["imgsz"],
             "manifest_sha256": hashlib.sha256(text).hexdigest(),
             "artifact_bytes": sum(sizes),
+            "accuracy": manifest["accuracy"],
         },
-        "device": found.device,
+        "device": {"at": None, "profile": None, **found.device},
         "runtime": {
             "versions": {"coremltools": ct.__version__, "macos": platform.mac_ver()[0]},
             "scan": {"value": "portable", "reason": "standard MIL operations"},
@@ -139,6 +141,7 @@ def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> d
             "device": units,
             "cache": None,
             "cuda_graph": False,
+            "streams": 1,
             "timed": "model",
             "limit_s": limit_s,
         },
@@ -151,6 +154,8 @@ def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> d
         "summary_ms": found.latency.summary(),
         "interval_ms": found.latency.interval(),
         "device_ms": {},
+        "layers": {},
+        "energy_mj": {},
         "throughput": throughput(found.latency, batch),
         "memory_mb": {},
         "before": state,
