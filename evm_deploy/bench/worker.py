@@ -65,7 +65,7 @@ def work(path: Path, settings: Settings) -> Record:
     return Record(
         bundle={
             "name": path.resolve().name,
-            "model": manifest.name,
+            "model": manifest.model["name"],
             "target": manifest.target,
             "precision": manifest.precision,
             "imgsz": manifest.plan["imgsz"],

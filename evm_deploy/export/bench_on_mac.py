@@ -120,7 +120,7 @@ def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> d
     return {
         "bundle": {
             "name": folder.resolve().name,
-            "model": manifest["name"],
+            "model": manifest["model"]["name"],
             "target": manifest["target"],
             "precision": manifest["plan"]["precision"],
             "imgsz": manifest["plan"]["imgsz"],
