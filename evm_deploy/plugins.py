@@ -66,8 +66,9 @@ def kernel_isa(library: Path) -> str:
 
 @contextmanager
 def block_trace(library: Path | None, rows: int, stages: int) -> Iterator[NDArray[np.uint64]]:
-    """Ticks of each stage of each image of each fused block that `library` computes meanwhile, in order, (rows, stages);
-    rows that were not needed are zeros. All are where there is no library, or an older one, or no clock.
+    """Ticks of each stage of each image of each block that `library` computes meanwhile, in order: (rows, stages).
+
+    Rows that were not needed are zeros; all are where there is no library, or an older one, or no clock.
     """
     ticks = np.zeros((rows, stages), np.uint64)
     trace = getattr(ctypes.CDLL(str(library)), "evm_block_trace", None) if library else None

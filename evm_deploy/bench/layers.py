@@ -1,6 +1,6 @@
 """Where the time of an inference goes: by module and kind of operation, from the runtime's own profiler.
 
-Blocks that are one node of the native library are divided by the stages that the library counts (native/scan/evm_block.h).
+Blocks that are one node of the native library are divided by the stages that it counts (native/scan/evm_block.h).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.inference import LoadedBundle
 from evm_deploy.plugins import block_trace
-from evm_deploy.runtimes.base import Feeds, NodeTime
+from evm_deploy.runtimes.base import Feeds, NodeTime, Profiled
 
 RUNS = 30  # at most
 SECONDS = 1.0  # and no run begins after
@@ -27,7 +27,8 @@ PROFILERS = {"onnx": "ONNX Runtime's profiler", "openvino": "OpenVINO's performa
 
 # What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
 KINDS = {
-    "projections": "MatMul Gemm FullyConnected MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QGemm QLinearMatMul",
+    "projections": "MatMul Gemm FullyConnected MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QGemm "
+    "QLinearMatMul",
     "convolutions": "Conv FusedConv Convolution GroupConvolution QLinearConv ConvInteger",
     "norms": "LayerNormalization SkipLayerNormalization SimplifiedLayerNormalization BatchNormalization RMS MVN",
     "activations": "Add Mul Sub Div Neg Relu Sigmoid Gelu QuickGelu BiasGelu FastGelu Silu Softmax Exp Clip QLinearAdd "
@@ -53,21 +54,18 @@ class Part:
     calls: int = 1
 
 
-def layers(model: LoadedBundle, feeds: Feeds, median_ms: float) -> dict[str, Any]:
+def layers(model: LoadedBundle, feeds: Feeds, median_ms: float | None = None) -> dict[str, Any]:
     """`Record.layers` of one inference on `feeds`; empty where the runtime has no profiler.
 
-    median_ms: of an inference without the profiler.
+    median_ms: of an inference without the profiler, one at a time; measured where it is not known.
     """
     runtime = model.profiled()
     if runtime is None:
         return {}
+    if median_ms is None:
+        median_ms = statistics.median(_times(model, feeds)[1:])
     with runtime, block_trace(model.plugin, ROWS, len(STAGES)) as ticks:
-        times: list[float] = []
-        end = time.perf_counter() + SECONDS
-        while len(times) < 2 or (len(times) < RUNS and time.perf_counter() < end):
-            start = time.perf_counter()
-            runtime.run(feeds)
-            times.append((time.perf_counter() - start) * 1e3)
+        times = _times(runtime, feeds)
         nodes = runtime.node_times()
     how = PROFILERS[model.target.name]
     if any(node.inside for node in nodes):
@@ -79,6 +77,17 @@ def layers(model: LoadedBundle, feeds: Feeds, median_ms: float) -> dict[str, Any
         how += ", blocks by the native library's own counters"
         parts = divided(parts, shares)
     return summary(how, merged(parts), median_ms)
+
+
+def _times(runtime: LoadedBundle | Profiled, feeds: Feeds) -> list[float]:
+    """Milliseconds of up to RUNS inferences, two at least."""
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 2 or (len(times) < RUNS and time.perf_counter() < end):
+        start = time.perf_counter()
+        runtime.run(feeds)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list[NodeTime], float]:
@@ -142,10 +151,8 @@ def divided(parts: Sequence[Part], shares: NDArray[np.float64]) -> list[Part]:
     """The parts, each block as its stages."""
     rows, found = iter(shares), []
     for part in parts:
-        if part.kind != "block":
-            found.append(part)
-            continue
-        found += [Part(part.module, kind, part.ms * float(share)) for kind, share in zip(STAGES, next(rows), strict=True)]
+        stages = zip(STAGES, next(rows), strict=True) if part.kind == "block" else [(part.kind, 1.0)]
+        found += [Part(part.module, kind, part.ms * float(share)) for kind, share in stages]
     return found
 
 

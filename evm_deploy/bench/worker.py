@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy.bench import device
+from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
+from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.manifest import FILE
 from evm_deploy.export.plan import Batch
 from evm_deploy.files import sha256
 from evm_deploy.inference import LoadedBundle, load
+from evm_deploy.runtimes.base import Feeds
 
 TOP = 5
 PARTS_RUNS = 50
@@ -43,6 +46,7 @@ def work(path: Path, settings: Settings) -> Record:
             device=settings.device,
             cache=settings.cache,
             cuda_graph=settings.cuda_graph,
+            streams=settings.streams,
         )
 
     fresh_ms, model = timed(opened)
@@ -52,13 +56,16 @@ def work(path: Path, settings: Settings) -> Record:
         run = subject(model, batch, settings.timed)
         first_ms, _ = timed(run)
         facts, before = device.facts(), device.state()
-        latency = measure(run, limit_s=settings.limit_s)
+        with Meter() as meter:
+            latency = measure(run, streams=settings.streams, limit_s=settings.limit_s)
         after = device.state()
         memory["peak"] = peak_mb()
         parts, plan = on_device(model, run), model.plan()
     again_ms, model = timed(opened)
     with model:
         warnings = device.warnings(facts, before, after)
+        alone = settings.timed == "model" and settings.streams == 1
+        by_layer = layers(model, examples(model, batch), latency.median if alone else None)
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
     manifest = model.manifest
@@ -85,8 +92,8 @@ def work(path: Path, settings: Settings) -> Record:
         summary_ms=latency.summary(),
         interval_ms=latency.interval(),
         device_ms=parts,
-        layers={},
-        energy_mj={},
+        layers=by_layer,
+        energy_mj=meter.millijoules(latency.warm_up + len(latency.samples)),
         throughput=round(throughput(latency, batch), 2),
         memory_mb={name: round(value, 1) for name, value in memory.items()},
         before=asdict(before),
@@ -119,17 +126,21 @@ def batch_size(batch: Batch, asked: int | None) -> int:
 
 def subject(model: LoadedBundle, batch: int, what: str) -> Callable[[], object]:
     """The function to time, on the self-test's own inputs."""
+    if what == "end-to-end":
+        pictures = [model.bundle.path / "selftest" / "picture.png"] * batch
+        return lambda: model.predict(pictures, top=TOP)
+    feeds = examples(model, batch)
+    return lambda: model.run(feeds)
+
+
+def examples(model: LoadedBundle, batch: int) -> Feeds:
+    """The self-test's inputs, as many images of them."""
     import numpy as np
     from safetensors.numpy import load_file
 
-    here = model.bundle.path / "selftest"
-    if what == "end-to-end":
-        pictures = [here / "picture.png"] * batch
-        return lambda: model.predict(pictures, top=TOP)
     (name,) = model.inputs
-    probes = load_file(here / "probes.safetensors")[model.manifest.plan["input"]]
-    feeds = {name: np.ascontiguousarray(np.resize(probes, (batch, *probes.shape[1:])))}
-    return lambda: model.run(feeds)
+    probes = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
+    return {name: np.ascontiguousarray(np.resize(probes, (batch, *probes.shape[1:])))}
 
 
 def on_device(model: LoadedBundle, run: Callable[[], object]) -> dict[str, float]:

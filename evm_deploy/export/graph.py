@@ -132,9 +132,9 @@ def output_names(plan: ExportPlan) -> list[str]:
 def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
-    Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the portable body as a
-    local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises ToolchainError when a
-    package is missing or a step fails.
+    Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the
+    portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
+    ToolchainError when a package is missing or a step fails.
     """
     try:
         import onnx

@@ -70,8 +70,9 @@ def name_after_neighbours(model: onnx.ModelProto) -> int:
 
 
 def name_values_after_nodes(model: onnx.ModelProto) -> int:
-    """Name what a node writes after it, all but the graph's outputs: a runtime that fuses nodes keeps the name of one of
-    their values, and nothing else of them.
+    """Name what a node writes after it, all but the graph's outputs.
+
+    A runtime that fuses nodes may keep the name of one of their values, and nothing else of them.
 
     before:  %relu_3 = Relu(%conv2d_17)       layers.2.1.conv_pw.2/Relu; in ONNX Runtime's profile relu_3_nchwc
     after:   %layers.2.1.conv_pw.2/Relu = ..  a second output is layers.2.1.conv_pw.2/Relu:1
