@@ -64,8 +64,7 @@ def work(path: Path, settings: Settings) -> Record:
     again_ms, model = timed(opened)
     with model:
         warnings = device.warnings(facts, before, after)
-        alone = settings.timed == "model" and settings.streams == 1
-        by_layer = layers(model, examples(model, batch), latency.median if alone else None)
+        by_layer = layers(model, examples(model, batch))
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
     manifest = model.manifest
