@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from evm_deploy.cli_matrix import matrix, matrix_flags, refuse_matrix_flags
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
 
@@ -21,7 +22,7 @@ def bench_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("bundles", nargs="+", metavar="BUNDLE")
+    add("bundles", nargs="*", metavar="BUNDLE", help="with --matrix: the checkpoint")
     add("--threads", default="", metavar="N[,N..]", help="intra-op threads, each measured; default: the runtime's")
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
@@ -31,6 +32,7 @@ def bench_parser() -> Parser:
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
+    matrix_flags(parser)
     common_flags(parser)
     return parser
 
@@ -44,31 +46,39 @@ def bench_main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from evm_deploy.bench.measuring import bench
     from evm_deploy.bench.record import Settings
-    from evm_deploy.bench.text import file_name, lines
+    from evm_deploy.bench.text import file_name, in_short, lines
 
     if not 0 < args.limit <= MAX_LIMIT_S:
         raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
+    sweep = [
+        Settings(
+            threads=threads,
+            batch=batch,
+            scan=args.scan,
+            device=args.device,
+            cache=args.cache,
+            cuda_graph=args.cuda_graph,
+            timed="end-to-end" if args.end_to_end else "model",
+            limit_s=args.limit,
+        )
+        for threads in _numbers("--threads", args.threads)
+        for batch in _numbers("--batch", args.batch)
+    ]
+    if args.matrix:
+        return matrix(args, sweep)
+    refuse_matrix_flags(args)
+    if not args.bundles:
+        raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
     steps, records = Steps(args.quiet), []
     for bundle in args.bundles:
-        for threads in _numbers("--threads", args.threads):
-            for batch in _numbers("--batch", args.batch):
-                settings = Settings(
-                    threads=threads,
-                    batch=batch,
-                    scan=args.scan,
-                    device=args.device,
-                    cache=args.cache,
-                    cuda_graph=args.cuda_graph,
-                    timed="end-to-end" if args.end_to_end else "model",
-                    limit_s=args.limit,
-                )
-                with steps("measure", f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"):
-                    record = bench(bundle, settings)
-                path = Path(args.out) / file_name(record)
-                record.write(path)
-                records.append({"record": str(path), **record.bundle, **record.summary_ms})
-                if not args.json:
-                    print("\n".join(lines(record, path)))
+        for settings in sweep:
+            with steps("measure", f"{Path(bundle).name}, {in_short(settings)}"):
+                record = bench(bundle, settings)
+            path = Path(args.out) / file_name(record)
+            record.write(path)
+            records.append({"record": str(path), **record.bundle, **record.summary_ms})
+            if not args.json:
+                print("\n".join(lines(record, path)))
     if args.json:
         print(json.dumps(records, indent=1))
     return 0

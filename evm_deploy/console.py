@@ -27,11 +27,16 @@ EXIT_CODES = """exit codes:
 
 class Steps:
     """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`; on terminals a spinner while it runs,
-    and a bar where the step says how far it is.
+    and a bar where the step, or else the whole work (`progress`), says how far it is.
     """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
+        self._whole: tuple[int, int] | None = None
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the whole work is, to which the next steps belong."""
+        self._whole = (done, total)
 
     @contextlib.contextmanager
     def __call__(self, name: str, detail: str) -> Iterator[Progress]:
@@ -48,12 +53,16 @@ class Steps:
         label = f"{name:<10} {detail}"
         padded = escape(f"{label:<56}")
         start = time.perf_counter()
-        live = console.status(escape(label))
+
+        def bar(done: int, total: int) -> Table:
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
+            return grid
 
         def show(done: int, total: int) -> None:
-            bar = Table.grid(padding=(0, 1))
-            bar.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
-            live.update(bar)
+            live.update(bar(done, total))
+
+        live = console.status(bar(*self._whole) if self._whole else escape(label))
 
         try:
             with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():

@@ -17,7 +17,7 @@ from evm_deploy.bench import device
 from evm_deploy.bench.latency import Latency, differ, measure, median_interval
 from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.worker import require_runnable
+from evm_deploy.bench.subject import require_runnable
 from evm_deploy.cli_bench import bench_main
 from evm_deploy.cli_doctor import doctor_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError

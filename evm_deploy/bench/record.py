@@ -20,7 +20,8 @@ class Settings:
     """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
 
     streams: inferences at the same time. timed: `model`, arrays in and out on the host, or `end-to-end`, a picture file
-    to its five best classes. limit_s: seconds after which an unstable measurement ends.
+    to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as saved with
+    it. limit_s: seconds after which an unstable measurement ends.
     """
 
     threads: int | None = None
@@ -31,6 +32,7 @@ class Settings:
     cuda_graph: bool = False
     streams: int = 1
     timed: str = "model"
+    imgsz: str | None = None
     limit_s: float = 60.0
 
 

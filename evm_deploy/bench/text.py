@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evm_deploy.bench.record import Record
+from evm_deploy.bench.record import Record, Settings
 
 
 def file_name(record: Record) -> str:
@@ -13,6 +13,11 @@ def file_name(record: Record) -> str:
     end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
     scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
     return f"{record.bundle['name']}-t{settings['threads'] or 'auto'}-b{settings['batch']}{scan}{end}.json"
+
+
+def in_short(settings: Settings) -> str:
+    """`threads 1, batch auto`."""
+    return f"threads {settings.threads or 'auto'}, batch {settings.batch or 'auto'}"
 
 
 def lines(record: Record, path: Path) -> list[str]:
