@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.bench.record import Settings
 from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export import archive
 from evm_deploy.export.manifest import FILE
 from evm_deploy.export.plan import Batch
 from evm_deploy.files import sha256
@@ -49,8 +50,8 @@ class Subject(Protocol):
 
 
 def open_subject(path: Path, settings: Settings) -> Subject:
-    """A bundle's folder, or the file of a checkpoint. Raises EvmErrors."""
-    if path.is_file():
+    """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
+    if path.is_file() and path.suffix != archive.SUFFIX:
         from evm_deploy.bench.float_model import FloatModel
 
         return FloatModel(path, settings)
@@ -61,7 +62,6 @@ class MeasuredBundle:
     """A bundle. Raises ToolchainError where its own runtime is not on this machine: an emulator has no latency."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
         self.model = load(
             path,
             threads=settings.threads,
@@ -76,12 +76,12 @@ class MeasuredBundle:
     def facts(self) -> dict[str, Any]:
         manifest = self.model.manifest
         return {
-            "name": self.path.resolve().name,
+            "name": self.model.bundle.path.resolve().name,
             "model": manifest.model["name"],
             "target": manifest.target,
             "precision": manifest.precision,
             "imgsz": manifest.plan["imgsz"],
-            "manifest_sha256": sha256(self.path / FILE),
+            "manifest_sha256": sha256(self.model.bundle.path / FILE),
             "artifact_bytes": self.model.bundle.size_bytes,
             "accuracy": manifest.accuracy,
         }
