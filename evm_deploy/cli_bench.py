@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evm_deploy.cli_matrix import matrix, matrix_flags, refuse_matrix_flags
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from evm_deploy.bench.record import Settings
 
 MAX_LIMIT_S = 3600
 
@@ -25,11 +30,13 @@ def bench_parser() -> Parser:
     add("bundles", nargs="*", metavar="BUNDLE", help="with --matrix: the checkpoint")
     add("--threads", default="", metavar="N[,N..]", help="intra-op threads, each measured; default: the runtime's")
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
+    add("--streams", default="", metavar="N[,N..]", help="inferences at the same time, each measured; default: 1")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
     add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
+    add("--layers", action="store_true", help="also print the times by module")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
     matrix_flags(parser)
@@ -45,12 +52,38 @@ def bench_main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from evm_deploy.bench.measuring import bench
+    from evm_deploy.bench.text import file_name, layer_lines, lines
+
+    sweep = _settings(args)
+    if args.matrix:
+        return matrix(args, sweep)
+    refuse_matrix_flags(args)
+    if not args.bundles:
+        raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
+    steps, records = Steps(args.quiet), []
+    for bundle, settings in itertools.product(args.bundles, sweep):
+        with steps("measure", f"{Path(bundle).name}, {settings}"):
+            record = bench(bundle, settings)
+        path = Path(args.out) / file_name(record)
+        record.write(path)
+        records.append({"record": str(path), **record.bundle, **record.summary_ms})
+        if not args.json:
+            print("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])]))
+    if args.json:
+        print(json.dumps(records, indent=1))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> list[Settings]:
+    """Every combination that was asked for. Raises UsageError."""
     from evm_deploy.bench.record import Settings
-    from evm_deploy.bench.text import file_name, in_short, lines
 
     if not 0 < args.limit <= MAX_LIMIT_S:
         raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
-    sweep = [
+    sweep = itertools.product(
+        _numbers("--threads", args.threads), _numbers("--batch", args.batch), _numbers("--streams", args.streams)
+    )
+    return [
         Settings(
             threads=threads,
             batch=batch,
@@ -58,30 +91,12 @@ def _bench(args: argparse.Namespace) -> int:
             device=args.device,
             cache=args.cache,
             cuda_graph=args.cuda_graph,
+            streams=streams or 1,
             timed="end-to-end" if args.end_to_end else "model",
             limit_s=args.limit,
         )
-        for threads in _numbers("--threads", args.threads)
-        for batch in _numbers("--batch", args.batch)
+        for threads, batch, streams in sweep
     ]
-    if args.matrix:
-        return matrix(args, sweep)
-    refuse_matrix_flags(args)
-    if not args.bundles:
-        raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
-    steps, records = Steps(args.quiet), []
-    for bundle in args.bundles:
-        for settings in sweep:
-            with steps("measure", f"{Path(bundle).name}, {in_short(settings)}"):
-                record = bench(bundle, settings)
-            path = Path(args.out) / file_name(record)
-            record.write(path)
-            records.append({"record": str(path), **record.bundle, **record.summary_ms})
-            if not args.json:
-                print("\n".join(lines(record, path)))
-    if args.json:
-        print(json.dumps(records, indent=1))
-    return 0
 
 
 def _numbers(flag: str, text: str) -> list[int | None]:

@@ -34,8 +34,10 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `advice`."""
-    from evm_deploy.bench import device
+    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `energy`: sensors that can be
+    read; `advice`.
+    """
+    from evm_deploy.bench import device, energy
     from evm_deploy.export.targets import load_targets
 
     facts, state = device.facts(), device.state()
@@ -48,7 +50,8 @@ def examine() -> dict[str, Any]:
         "kernel": _kernel(),
         "device": facts,
         "state": asdict(state),
-        "advice": device.warnings(facts, state, state),
+        "energy": [sensor.name for sensor in energy.sensors() if energy.readable(sensor)],
+        "advice": device.warnings(facts, state, state) + energy.advice(),
     }
 
 
@@ -86,6 +89,7 @@ def _doctor(args: argparse.Namespace) -> int:
         ("system", f"{device['system']}, Python {device['python']}"),
         ("clocks", f"governor {governor}"),
         ("sensors", sensors),
+        ("energy", ", ".join(found["energy"]) or "none readable"),
         *(("advice", text) for text in found["advice"]),
     ):
         console.print(f"{key:<8} {text}", soft_wrap=True)

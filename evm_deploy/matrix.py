@@ -17,7 +17,7 @@ from evm_deploy.bench.float_model import FloatModel
 from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.subject import TORCH
-from evm_deploy.bench.text import file_name, in_short
+from evm_deploy.bench.text import file_name
 from evm_deploy.calib.accuracy import Accuracy, compare
 from evm_deploy.calib.images import ImageSet, labelled_images
 from evm_deploy.calib.source import feeds
@@ -164,9 +164,9 @@ class Checkpoint:
         subject = sha256(path if form.target == TORCH else path / MANIFEST)
         found = find_record(self.matrix.out, subject, settings)
         if found:
-            with step("kept", f"{form}, {in_short(settings)}"):
+            with step("kept", f"{form}, {settings}"):
                 return found
-        with step("measure", f"{form}, {in_short(settings)}"):
+        with step("measure", f"{form}, {settings}"):
             record = bench(path, settings)
         if self.matrix.val and not record.bundle["accuracy"]:
             with step("judge", f"{form}, {len(self.images)} images"):

@@ -19,9 +19,9 @@ MAX_BYTES = 64 << 20
 class Settings:
     """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
 
-    streams: inferences at the same time. timed: `model`, arrays in and out on the host, or `end-to-end`, a picture file
-    to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as saved with
-    it. limit_s: seconds after which an unstable measurement ends.
+    streams: inferences at the same time, each in a thread. timed: `model`, arrays in and out on the host, or
+    `end-to-end`, a picture file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
+    saved with it. limit_s: seconds after which an unstable measurement ends.
     """
 
     threads: int | None = None
@@ -35,6 +35,10 @@ class Settings:
     imgsz: str | None = None
     limit_s: float = 60.0
 
+    def __str__(self) -> str:
+        streams = f", streams {self.streams}" if self.streams > 1 else ""
+        return f"threads {self.threads or 'auto'}, batch {self.batch or 'auto'}{streams}"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -42,11 +46,11 @@ class Record:
 
     bundle: name, model, target, precision, imgsz, sha256 of its manifest, artifact_bytes, and the accuracy that its
     manifest states. device: its facts; `profile`, the device profile used, and `at`, user@host, if it is not this
-    machine. load_ms: `fresh`, in a new process,
-    the runtime's import and the hashes included, and `again`, in the same process. interval_ms: 95 % confidence of the
-    median. device_ms: parts of a run, where the runtime counts them: TensorRT's `inputs`, `compute`, `outputs`.
-    layers: what `bench.layers` found, times by module, empty where the runtime has no profiler. energy_mj: of one
-    inference, by sensor. memory_mb: `before` loading, and `peak`. before, after: state of the device.
+    machine. load_ms: `fresh`, in a new process, the runtime's import and the hashes included, and `again`, in the same
+    process. interval_ms: 95 % confidence of the median. device_ms: parts of a run, where the runtime counts them:
+    TensorRT's `inputs`, `compute`, `outputs`. layers: what `bench.layers` found, times by module, empty where the
+    runtime has no profiler. energy_mj: of one inference, by sensor. memory_mb: `before` loading, and `peak`. before,
+    after: state of the device.
     """
 
     bundle: dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Settings
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export import archive
@@ -42,6 +43,10 @@ class Subject(Protocol):
         """The function to time, on seeded pictures: from arrays to arrays, or end to end."""
         ...
 
+    def layers(self, batch: int, median_ms: float | None) -> dict[str, Any]:
+        """As the Record has them. median_ms: of an inference, one at a time, if it is known."""
+        ...
+
     def __enter__(self) -> Subject: ...
 
     def __exit__(
@@ -69,6 +74,7 @@ class MeasuredBundle:
             device=settings.device,
             cache=settings.cache,
             cuda_graph=settings.cuda_graph,
+            streams=settings.streams,
         )
         self.batch = self.model.manifest.batch
         require_runnable(self.model)
@@ -98,15 +104,14 @@ class MeasuredBundle:
         return self.model.milliseconds
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
-        from safetensors.numpy import load_file
-
-        here = self.model.bundle.path / "selftest"
         if timed == "end-to-end":
-            pictures = [here / "picture.png"] * batch
+            pictures = [self.model.bundle.path / "selftest" / "picture.png"] * batch
             return lambda: self.model.predict(pictures, top=TOP)
-        feeds = repeated(load_file(here / "probes.safetensors")[self.model.manifest.plan["input"]], batch)
-        (name,) = self.model.inputs
-        return lambda: self.model.run({name: feeds})
+        feeds = examples(self.model, batch)
+        return lambda: self.model.run(feeds)
+
+    def layers(self, batch: int, median_ms: float | None) -> dict[str, Any]:
+        return layers(self.model, examples(self.model, batch), median_ms)
 
     def __enter__(self) -> MeasuredBundle:
         return self
@@ -122,6 +127,15 @@ def require_runnable(model: LoadedBundle) -> None:
     here = model.target.probe()
     if not here.can_run:
         raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
+
+
+def examples(model: LoadedBundle, batch: int) -> Feeds:
+    """The self-test's inputs, as many images of them."""
+    from safetensors.numpy import load_file
+
+    (name,) = model.inputs
+    probes = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
+    return {name: repeated(probes, batch)}
 
 
 def repeated(probes: NDArray[Any], batch: int) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy.bench import device
+from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.subject import Subject, batch_size, open_subject
@@ -42,13 +43,16 @@ def work(path: Path, settings: Settings) -> Record:
         run = subject.inference(batch, settings.timed)
         first_ms, _ = timed(run)
         facts, before = device.facts(), device.state()
-        latency = measure(run, limit_s=settings.limit_s)
+        with Meter() as meter:
+            latency = measure(run, streams=settings.streams, limit_s=settings.limit_s)
         after = device.state()
         memory["peak"] = peak_mb()
         parts, bundle, runtime = on_device(subject, run), subject.facts(), subject.runtime()
     again_ms, subject = timed(opened)
     with subject:
         warnings = device.warnings(facts, before, after)
+        alone = settings.timed == "model" and settings.streams == 1
+        by_layer = subject.layers(batch, latency.median if alone else None)
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
     return Record(
@@ -65,8 +69,8 @@ def work(path: Path, settings: Settings) -> Record:
         summary_ms=latency.summary(),
         interval_ms=latency.interval(),
         device_ms=parts,
-        layers={},
-        energy_mj={},
+        layers=by_layer,
+        energy_mj=meter.millijoules(latency.warm_up + len(latency.samples)),
         throughput=round(throughput(latency, batch), 2),
         memory_mb={name: round(value, 1) for name, value in memory.items()},
         before=asdict(before),
