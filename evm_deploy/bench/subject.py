@@ -19,6 +19,7 @@ from evm_deploy.export.manifest import FILE
 from evm_deploy.export.plan import Batch
 from evm_deploy.files import sha256
 from evm_deploy.inference import LoadedBundle, load
+from evm_deploy.runtimes.base import Feeds
 
 TOP = 5  # classes, end to end
 TORCH = "torch"
