@@ -93,7 +93,9 @@ def _require(good: bool, where: str, wanted: str, value: Any) -> None:
 
 ACCURACY = keys(
     images=size,
-    **dict.fromkeys(("sqnr_db", "agreement", "top1", "top1_float", "top5", "top5_float", "limit", "drop"), nullable(number)),
+    **dict.fromkeys(
+        ("sqnr_db", "agreement", "top1", "top1_float", "top5", "top5_float", "limit", "drop"), nullable(number)
+    ),
     ok=nullable(yes_or_no),
 )
 LAYERS = keys(
@@ -122,7 +124,9 @@ RECORD = keys(
         **dict.fromkeys(("at", "profile", "model", "cpu", "machine", "governor", "system", "python"), nullable(text)),
         **dict.fromkeys(("cores", "usable_cores", "memory_mb"), nullable(size)),
     ),
-    runtime=keys(versions=mapping(text), scan=keys(value=text, reason=nullable(text)), plan=nullable(mapping(anything))),
+    runtime=keys(
+        versions=mapping(text), scan=keys(value=text, reason=nullable(text)), plan=nullable(mapping(anything))
+    ),
     settings=keys(
         threads=nullable(count),
         batch=count,

@@ -177,6 +177,11 @@ def finite(value: object) -> float | None:
     return float(value) if good else None  # type: ignore[arg-type]
 
 
+def milliseconds(value: float) -> str:
+    """Three digits: 0.252, 1.20, 35.0, 1240."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def plain(text: object) -> str:
     """Printable and short: names come from files, and terminals obey control characters."""
     shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(text))

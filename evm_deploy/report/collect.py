@@ -17,7 +17,7 @@ from evm_deploy.report.candidate import Candidate, Conditions
 
 @dataclass(frozen=True)
 class Found:
-    """records: the newest of each bundle, setting and device. bundles: by the sha256 of their manifest.
+    """records: all that were given. bundles: by the sha256 of their manifest.
 
     ignored: JSON files in folders that are no records.
     """
@@ -48,7 +48,7 @@ def collect(paths: Iterable[str | Path]) -> Found:
             ignored += other
         if len(records) + len(bundles) == before:
             raise UsageError(f"{path} holds neither records nor bundles", "evm-bench makes records, evm-export bundles")
-    return Found(tuple(newest(records)), bundles, tuple(ignored))
+    return Found(tuple(records), bundles, tuple(ignored))
 
 
 def open_light(path: Path) -> Bundle:
@@ -74,8 +74,8 @@ def identity(record: Record) -> tuple[object, ...]:
 
 
 def candidates(found: Found) -> list[Candidate]:
-    """Each record with what its bundle adds, then the bundles that were not measured."""
-    made = [_joined(record, found.bundles) for record in found.records]
+    """The newest records, each with what its bundle adds, then the bundles that were not measured."""
+    made = [_joined(record, found.bundles) for record in newest(found.records)]
     measured = {record.bundle["manifest_sha256"] for record in found.records}
     return made + [Candidate.of_bundle(bundle) for sha, bundle in found.bundles.items() if sha not in measured]
 

@@ -79,7 +79,13 @@ def baseline_of(measured: Sequence[Candidate]) -> Candidate | None:
     def rank(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
         bundle_fp32 = each.is_float and each.target != TORCH
         order = _p50(each) if bundle_fp32 else -_p50(each)
-        return (not (bundle_fp32 and each.target == "onnx"), not bundle_fp32, each.target != TORCH, bool(each.variant), order)
+        return (
+            not (bundle_fp32 and each.target == "onnx"),
+            not bundle_fp32,
+            each.target != TORCH,
+            bool(each.variant),
+            order,
+        )
 
     return min(measured, key=rank, default=None)
 
@@ -100,7 +106,7 @@ def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate], m
     slower_int8 = [each for each in running if each is not ship and each.precision == "int8" and _p50(each) > 0]
     if ship is not baseline and differ(ship, baseline):
         ratio = speed(ship, baseline)
-        return f"{ratio:.2g}x {'faster than' if ratio > 1 else 'the speed of'} {baseline.label}{at_accuracy(ship)}"
+        return f"{ratio:.2f}x {'faster than' if ratio > 1 else 'the speed of'} {baseline.label}{at_accuracy(ship)}"
     if ship is not baseline:
         return f"no slower than {baseline.label}{at_accuracy(ship)}"
     if ship.is_float and slower_int8:
@@ -114,7 +120,7 @@ def at_accuracy(ship: Candidate) -> str:
     """`at -0.2 points`; nothing of the float model, which it is compared with."""
     if ship.drop is None:
         return ", accuracy unknown"
-    return "" if ship.is_float and ship.accuracy is None else f" at {-ship.drop + 0.0:+.2g} points"
+    return "" if ship.is_float and ship.accuracy is None else f" at {round(-ship.drop, 1) + 0.0:+.1f} points"
 
 
 def slow_int8(each: Candidate, measured: Sequence[Candidate]) -> str:
