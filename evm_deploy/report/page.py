@@ -10,10 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from evm_deploy import __version__
-from evm_deploy.report.candidate import Candidate, finite, plain
+from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
-from evm_deploy.report.table import Group, Row, filled, latency, remarks, size
+from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, size
 
 HERE = Path(__file__).parent
 COLOURS = 8  # of kinds of layers; the last is for all that are left
@@ -67,7 +67,6 @@ def section(group: Group) -> Section:
         latency_figure(group),
         accuracy_figure(group),
         layers_figure(group),
-        scan_figure(group),
         size_figure(group),
     ]
     return Section(
@@ -83,8 +82,10 @@ def section(group: Group) -> Section:
 
 
 def mark(each: Candidate, group: Group) -> str:
-    """CSS class: what is shipped stands out."""
-    return "ship" if each is group.verdict.ship else ""
+    """CSS class: what is shipped stands out, what was not stable steps back."""
+    if each is group.verdict.ship:
+        return "ship"
+    return "" if each.stable else "unstable"
 
 
 def latency_figure(group: Group) -> Figure | None:
@@ -113,9 +114,10 @@ def accuracy_figure(group: Group) -> Figure | None:
         Point(each.label, each.p50 or 0.0, heights[id(each)] or 0.0, each.interval or (0.0, 0.0), mark(each, group))
         for each in known
     ]
-    y_name = "top-1, %" if absolute else "top-1 against float, points"
-    caption = "Further up and to the left is better."
-    return Figure("Accuracy against latency", caption, scatter("Accuracy against latency", points, "p50, ms", y_name))
+    title, y_name, most = "Accuracy against latency", "top-1, %", 100.0
+    if not absolute:
+        y_name, most = "top-1 against float, points", max(point.y for point in points) + 0.1
+    return Figure(title, "Further up and to the left is better.", scatter(title, points, "p50, ms", y_name, most))
 
 
 def layers_figure(group: Group) -> Figure | None:
@@ -133,7 +135,7 @@ def layers_figure(group: Group) -> Figure | None:
     rows = [
         Stack(
             each.label,
-            f"{sum(kinds[id(each)].values()):.3g} ms",
+            f"{milliseconds(sum(kinds[id(each)].values()))} ms" + (f", scan {scan(each)}" if scan(each) else ""),
             tuple((colour[kind], kinds[id(each)][kind]) for kind in order if kind in kinds[id(each)]),
         )
         for each in profiled
@@ -142,18 +144,8 @@ def layers_figure(group: Group) -> Figure | None:
     legend += [(f"k{COLOURS - 1}", "other")] if len(order) >= COLOURS else []
     how = ", ".join(dict.fromkeys(plain(each.record.layers["how"]) for each in profiled if each.record))
     return Figure(
-        "Where the time goes", f"By kind of layer; {how}.", stacks("Time by kind of layer", rows), tuple(legend)
+        "Where the time goes", f"By kind of layer, from {how}.", stacks("Time by kind of layer", rows), tuple(legend)
     )
-
-
-def scan_figure(group: Group) -> Figure | None:
-    rows = [
-        Bar(each.label, share, f"{share:.0f} %", mark(each, group))
-        for each in group.measured
-        if (share := each.scan_share) is not None
-    ]
-    caption = "The selective scan's part of the time of all layers."
-    return Figure("Scan share", caption, bars("Scan share", rows)) if rows else None
 
 
 def size_figure(group: Group) -> Figure | None:
