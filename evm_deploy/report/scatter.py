@@ -56,7 +56,7 @@ def scatter(title: str, points: Sequence[Point], x_name: str, y_name: str, y_mos
                 "circle", element("title", point.label), cx=f"{x:.2f}%", cy=f"{y:g}", r=6, class_=f"point {point.mark}"
             )
         )
-    drawn += _labels(points, places)
+    drawn += _labels(points, places, [y_of(tick) for tick in y_ticks])
     said = "; ".join(f"{point.label}: {point.x:.3g} ms, {point.y:.2f}" for point in points)
     return chart(title, said, HEIGHT, drawn)
 
@@ -70,13 +70,16 @@ def ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 
-def _labels(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[Markup]:
+def _labels(
+    points: Sequence[Point], places: Sequence[tuple[float, float]], tick_heights: Sequence[float]
+) -> list[Markup]:
     """Each on the first free spot by its point: right, left, above, below, then further, with a line to it."""
-    taken = [_Box.around(x, y, 16) for x, y in places]
+    taken = [_Box.around(x, y, 16) for x, y in places] + [_Box(0, y - 8, LEFT * NARROW / 100, 16) for y in tick_heights]
     drawn = []
     for point, (x, y) in zip(points, places, strict=True):
         spots = [_Spot("start", GAP, 0), _Spot("end", -GAP, 0)]
-        spots += [_Spot("middle", 0, down * APART) for down in (-1, 1, -2, 2, -3, 3)]
+        spots += [_Spot("end", 0, -APART), _Spot("start", 0, -APART), _Spot("start", 0, APART), _Spot("end", 0, APART)]
+        spots += [_Spot("middle", 0, down * APART) for down in (-2, 2, -3, 3)]
         boxes = [spot.box(x, y, len(point.label) * LETTER) for spot in spots]
         free = [i for i, box in enumerate(boxes) if box.inside() and not any(box.covers(other) for other in taken)]
         spot = spots[free[0] if free else 0]
