@@ -38,7 +38,7 @@ def append(db: Path, records: Iterable[Record]) -> int:
         rows.append((digest, record.date, record.bundle["model"], record.bundle["target"], content))
     with _opened(db, create=True) as connection:
         before = connection.total_changes
-        connection.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING", rows)
         return connection.total_changes - before
 
 
