@@ -32,6 +32,7 @@ def bench_parser() -> Parser:
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
+    add("--db", metavar="FILE", help="add the records to this history too, for evm-report --history")
     matrix_flags(parser)
     common_flags(parser)
     return parser
@@ -47,6 +48,7 @@ def _bench(args: argparse.Namespace) -> int:
     from evm_deploy.bench.measuring import bench
     from evm_deploy.bench.record import Settings
     from evm_deploy.bench.text import file_name, in_short, lines
+    from evm_deploy.report.history import append
 
     if not 0 < args.limit <= MAX_LIMIT_S:
         raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
@@ -64,6 +66,8 @@ def _bench(args: argparse.Namespace) -> int:
         for threads in _numbers("--threads", args.threads)
         for batch in _numbers("--batch", args.batch)
     ]
+    if args.db:
+        append(Path(args.db), [])  # now, not after minutes of measuring, is the time to refuse it
     if args.matrix:
         return matrix(args, sweep)
     refuse_matrix_flags(args)
@@ -76,6 +80,8 @@ def _bench(args: argparse.Namespace) -> int:
                 record = bench(bundle, settings)
             path = Path(args.out) / file_name(record)
             record.write(path)
+            if args.db:
+                append(Path(args.db), [record])
             records.append({"record": str(path), **record.bundle, **record.summary_ms})
             if not args.json:
                 print("\n".join(lines(record, path)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evm_deploy.bench.record import Settings
+from evm_deploy.bench.record import Record, Settings
 from evm_deploy.console import Steps
 from evm_deploy.errors import UsageError
 
@@ -40,6 +40,7 @@ def matrix(args: argparse.Namespace, settings: Sequence[Settings]) -> int:
     """Compare, and print what came out. Returns the exit code: that of the first form that failed."""
     from evm_deploy.demo import CHECKPOINT
     from evm_deploy.matrix import FORMS, Matrix, parse_forms, run_matrix
+    from evm_deploy.report.history import append
 
     if len(args.bundles) > 1:
         raise UsageError("--matrix compares one checkpoint", "give one, or none for the demo's")
@@ -59,5 +60,7 @@ def matrix(args: argparse.Namespace, settings: Sequence[Settings]) -> int:
     outcome = run_matrix(wanted, steps, steps.progress)
     for form, error in outcome.failed.items():
         print(f"{form}: {error}", file=sys.stderr)
+    if args.db:
+        append(Path(args.db), map(Record.read, outcome.records))
     print(*outcome.records, sep="\n")
     return next((error.exit_code for error in outcome.failed.values()), 0)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evm_deploy.bench.record import Record
+from evm_deploy.cli_bench import bench_main
 from evm_deploy.cli_report import milliseconds, percent, report_main
 from evm_deploy.errors import LatencyError, UsageError
 from evm_deploy.export.manifest import FILE
@@ -404,3 +405,14 @@ def test_small_things():
         plain("a\x1b[0m\nb") == "a\N{REPLACEMENT CHARACTER}[0m\N{REPLACEMENT CHARACTER}b"
         and len(plain("x" * 999)) == 200
     )
+
+
+def test_the_bench_adds_to_a_history(micro_bundle, tmp_path, capsys, monkeypatch):
+    db = tmp_path / "history.db"
+    flags = [str(micro_bundle.path), "--limit", "1", "-q", "-o", str(tmp_path / "bench"), "--db"]
+    assert bench_main([*flags, str(db)]) == 0
+    (found,) = history.read(db)
+    assert found.bundle["name"] == micro_bundle.path.name
+    monkeypatch.setattr("evm_deploy.bench.measuring.bench", lambda *_: pytest.fail("measured for nothing"))
+    assert bench_main([*flags, str(micro_bundle.path / FILE)]) == 2
+    assert "cannot be used as a history" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def at_accuracy(ship: Candidate) -> str:
     """`at -0.2 points`; nothing of the float model, which it is compared with."""
     if ship.drop is None:
         return ", accuracy unknown"
-    return "" if ship.is_float and ship.accuracy is None else f" at {round(-ship.drop, 1) + 0.0:+.1f} points"
+    return "" if ship.is_float and ship.drop == 0 else f" at {round(-ship.drop, 1) + 0.0:+.1f} points"
 
 
 def slow_int8(each: Candidate, measured: Sequence[Candidate]) -> str:
