@@ -39,6 +39,7 @@ def bench_parser() -> Parser:
     add("--layers", action="store_true", help="also print the times by module")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
+    add("--db", metavar="FILE", help="add the records to this history too, for evm-report --history")
     matrix_flags(parser)
     common_flags(parser)
     return parser
@@ -53,8 +54,11 @@ def bench_main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from evm_deploy.bench.measuring import bench
     from evm_deploy.bench.text import file_name, layer_lines, lines
+    from evm_deploy.report.history import append
 
     sweep = _settings(args)
+    if args.db:
+        append(Path(args.db), [])  # now, not after minutes of measuring, is the time to refuse it
     if args.matrix:
         return matrix(args, sweep)
     refuse_matrix_flags(args)
@@ -66,6 +70,8 @@ def _bench(args: argparse.Namespace) -> int:
             record = bench(bundle, settings)
         path = Path(args.out) / file_name(record)
         record.write(path)
+        if args.db:
+            append(Path(args.db), [record])
         records.append({"record": str(path), **record.bundle, **record.summary_ms})
         if not args.json:
             print("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])]))

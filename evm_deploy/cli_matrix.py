@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from evm_deploy.bench.record import Settings
-from evm_deploy.console import Steps
+from evm_deploy.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
+from evm_deploy.files import write_aside
 
+PAGE = "report.html"
 ONLY_HERE = ("forms", "imgsz", "calib", "val")
 
 
@@ -59,5 +62,28 @@ def matrix(args: argparse.Namespace, settings: Sequence[Settings]) -> int:
     outcome = run_matrix(wanted, steps, steps.progress)
     for form, error in outcome.failed.items():
         print(f"{form}: {error}", file=sys.stderr)
-    print(*outcome.records, sep="\n")
+    if outcome.records:
+        report(outcome.records, wanted.out, args)
     return next((error.exit_code for error in outcome.failed.values()), 0)
+
+
+def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None:
+    """The table and the verdict on stdout, the page beside the records, the records in the history if there is one."""
+    from evm_deploy.report.collect import candidates, collect
+    from evm_deploy.report.history import append
+    from evm_deploy.report.page import page
+    from evm_deploy.report.table import grouped
+    from evm_deploy.report.terminal import show_groups
+    from evm_deploy.report.verdict import MAX_DROP
+    from evm_deploy.report.write import as_dicts
+
+    found = collect([str(path) for path in records])
+    if args.db:
+        append(Path(args.db), found.records)
+    groups = grouped(candidates(found), MAX_DROP)
+    write_aside(out / PAGE, page(groups))
+    if args.json:
+        print(json.dumps(as_dicts(groups), indent=1))
+        return
+    show_groups(stdout_console(), groups)
+    print(f"Saved    {out / PAGE}, {len(records)} records beside it")

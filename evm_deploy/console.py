@@ -11,14 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
 from evm_deploy.errors import EvmError
 from evm_deploy.progress import Progress, silent
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 INTERRUPTED = 130
 BAR_WIDTH = 30
+PLAIN_WIDTH = 200  # columns where stdout is no terminal
 SHOW_CURSOR = b"\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
@@ -71,6 +75,14 @@ class Steps:
             console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")
             raise
         console.print(f"{padded} [green]ok[/green] {time.perf_counter() - start:.1f} s")
+
+
+def stdout_console() -> Console:
+    """For results, tables among them: markup is text, and where stdout is no terminal lines are not broken."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 class Parser(argparse.ArgumentParser):

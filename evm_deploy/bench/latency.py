@@ -125,8 +125,12 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
 
 def differ(one: Latency, other: Latency) -> bool:
     """Whether the confidence intervals of the medians do not overlap: what is called a difference here."""
-    (low, high), (other_low, other_high) = one.interval(), other.interval()
-    return high < other_low or other_high < low
+    return apart(one.interval(), other.interval())
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two intervals (low, high) do not overlap."""
+    return one[1] < other[0] or other[1] < one[0]
 
 
 def throughput(latency: Latency, batch: int) -> float:
