@@ -34,9 +34,10 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `advice`."""
+    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `advice`; `profiles`."""
     from evm_deploy.bench import device
     from evm_deploy.export.targets import load_targets
+    from evm_deploy.profiles import find_profile, profile_names
 
     facts, state = device.facts(), device.state()
     found = {name: target.probe() for name, target in load_targets().items()}
@@ -49,6 +50,7 @@ def examine() -> dict[str, Any]:
         "device": facts,
         "state": asdict(state),
         "advice": device.warnings(facts, state, state),
+        "profiles": {name: asdict(find_profile(name)) for name in profile_names()},
     }
 
 
@@ -87,6 +89,7 @@ def _doctor(args: argparse.Namespace) -> int:
         ("clocks", f"governor {governor}"),
         ("sensors", sensors),
         *(("advice", text) for text in found["advice"]),
+        ("profiles", ", ".join(found["profiles"]) + "   (--device)"),
     ):
         console.print(f"{key:<8} {text}", soft_wrap=True)
     return 0
