@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from evm_deploy.bench.places import Place
+    from evm_deploy.bench.sweep import Sweep
 
 MAX_LIMIT_S = 3600
 
@@ -16,7 +22,7 @@ MAX_LIMIT_S = 3600
 def bench_parser() -> Parser:
     parser = Parser(
         "evm-bench",
-        description="Measure the latency of bundles on this machine, until it is stable.",
+        description="Measure the latency of bundles, here or on another machine, until it is stable.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -25,7 +31,17 @@ def bench_parser() -> Parser:
     add("--threads", default="", metavar="N[,N..]", help="intra-op threads, each measured; default: the runtime's")
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
-    add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
+    add(
+        "--device",
+        metavar="D",
+        help="a device profile (evm-doctor lists them) or FILE.toml; or OpenVINO's: CPU (default), GPU, HETERO:GPU,CPU",
+    )
+    add("--host", metavar="USER@BOARD", help="measure there, over ssh; user@board:port; needs Python there")
+    add("--python", default="python3", metavar="PATH", help="the board's Python, default python3")
+    add("--ssh", metavar="COMMAND", help="such as 'ssh -F my_config'; default: $EVM_SSH, else ssh")
+    add("--adb", metavar="SERIAL", help="measure on this Android device, with --runner")
+    add("--runner", metavar="FILE", help="onnxruntime_perf_test for Android")
+    add("--devices", metavar="FILE", help="TOML with several boards: measure on all at the same time")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
     add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
@@ -42,36 +58,58 @@ def bench_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from evm_deploy.bench.measuring import bench
+    from evm_deploy.bench.places import Place, opened, profile_of
     from evm_deploy.bench.record import Settings
-    from evm_deploy.bench.text import file_name, lines
+    from evm_deploy.bench.sweep import Sweep
+    from evm_deploy.bench.text import lines
 
     if not 0 < args.limit <= MAX_LIMIT_S:
         raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
+    place = Place(
+        args.host, args.adb, args.device, args.ssh or os.environ.get("EVM_SSH", "ssh"), args.python, args.runner
+    )
+    settings = Settings(
+        scan=args.scan,
+        device=None if profile_of(args.device) else args.device,
+        cache=args.cache,
+        cuda_graph=args.cuda_graph,
+        timed="end-to-end" if args.end_to_end else "model",
+        limit_s=args.limit,
+    )
+    threads, batches = _numbers("--threads", args.threads), _numbers("--batch", args.batch)
+    sweep = Sweep(args.bundles, threads, batches, settings, Path(args.out))
+    if args.devices:
+        return _fleet(args, place, sweep)
     steps, records = Steps(args.quiet), []
-    for bundle in args.bundles:
-        for threads in _numbers("--threads", args.threads):
-            for batch in _numbers("--batch", args.batch):
-                settings = Settings(
-                    threads=threads,
-                    batch=batch,
-                    scan=args.scan,
-                    device=args.device,
-                    cache=args.cache,
-                    cuda_graph=args.cuda_graph,
-                    timed="end-to-end" if args.end_to_end else "model",
-                    limit_s=args.limit,
-                )
-                with steps("measure", f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"):
-                    record = bench(bundle, settings)
-                path = Path(args.out) / file_name(record)
-                record.write(path)
-                records.append({"record": str(path), **record.bundle, **record.summary_ms})
-                if not args.json:
-                    print("\n".join(lines(record, path)))
+    with opened(place, steps) as bench:
+        for record, path in sweep.run(bench, steps):
+            records.append({"record": str(path), **record.bundle, **record.summary_ms})
+            if not args.json:
+                print("\n".join(lines(record, path)))
     if args.json:
         print(json.dumps(records, indent=1))
     return 0
+
+
+def _fleet(args: argparse.Namespace, place: Place, sweep: Sweep) -> int:
+    from evm_deploy.bench.fleet import read_fleet, run_fleet, table
+
+    if place.host or place.adb:
+        raise UsageError("--devices names the boards", "leave --host and --adb out")
+    members = read_fleet(Path(args.devices), place, sweep)
+    outcomes = run_fleet(members, Steps(args.quiet, live=False))
+    failures = [outcome.error for outcome in outcomes if outcome.error]
+    if args.json:
+        rows = [
+            {"board": outcome.name, "record": str(path), **record.bundle, **record.summary_ms}
+            for outcome in outcomes
+            for record, path in outcome.found
+        ]
+        failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
+        print(json.dumps([*rows, *failed], indent=1))
+    else:
+        print("\n".join([*table(outcomes), f"Saved  {sweep.out}"]))
+    return max((error.exit_code for error in failures), default=0)
 
 
 def _numbers(flag: str, text: str) -> list[int | None]:

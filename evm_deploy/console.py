@@ -30,8 +30,9 @@ class Steps:
     and a bar where the step says how far it is.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, live: bool = True) -> None:
+        """live: spinner and bar, which only one step at a time can have."""
+        self.quiet, self.live = quiet, live
 
     @contextlib.contextmanager
     def __call__(self, name: str, detail: str) -> Iterator[Progress]:
@@ -56,7 +57,7 @@ class Steps:
             live.update(bar)
 
         try:
-            with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
+            with live if self.live and console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
                 yield show
         except BaseException:
             console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")
