@@ -39,7 +39,7 @@ class Outcome:
 
 
 def read_fleet(path: Path, place: Place, sweep: Sweep) -> list[Member]:
-    """The boards of a file; what one does not say is as in `place` and `sweep`. Raises UsageError naming board and key."""
+    """The boards of a file; what one does not say is as in `place` and `sweep`. Raises UsageError."""
     content = read_toml(path, "--devices")
     boards = content.get("board")
     if set(content) != {"board"} or not isinstance(boards, list) or not boards:

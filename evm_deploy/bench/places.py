@@ -22,6 +22,10 @@ class Bench(Protocol):
 
     platform: str
 
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Everything before the measurement that says how far it is by itself. Raises EvmErrors."""
+        ...
+
     def __call__(self, path: str | Path, settings: Settings) -> Record: ...
 
 
@@ -56,6 +60,9 @@ class Here:
     def __init__(self) -> None:
         self.platform = host_platform()
 
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Nothing."""
+
     def __call__(self, path: str | Path, settings: Settings) -> Record:
         return bench(path, settings)
 
@@ -70,17 +77,23 @@ class AsProfile:
         self._there, self._profile, self.platform = there, profile, there.platform
         if profile.platform != self.platform:
             raise UsageError(
-                f"device {profile.name!r} is a {profile.platform}, and the measurement would be on a {self.platform}",
+                f"device {profile.name!r} is {profile.platform}, this would be measured on {self.platform}",
                 "measure on the device: --host user@board, or --adb SERIAL" if isinstance(there, Here) else "",
             )
 
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        self._there.prepare(path, self._settings(path, settings))
+
     def __call__(self, path: str | Path, settings: Settings) -> Record:
+        record = self._there(path, self._settings(path, settings))
+        return replace(record, device={**record.device, "profile": self._profile.name})
+
+    def _settings(self, path: str | Path, settings: Settings) -> Settings:
         profile, target = self._profile, Manifest.read(Path(path)).target
         if target not in profile.targets:
             raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
         device = settings.device or (profile.openvino_device if target == "openvino" else None)
-        record = self._there(path, replace(settings, threads=settings.threads or profile.threads, device=device))
-        return replace(record, device={**record.device, "profile": profile.name})
+        return replace(settings, threads=settings.threads or profile.threads, device=device)
 
 
 def profile_of(device: str | None) -> Profile | None:

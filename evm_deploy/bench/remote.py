@@ -59,17 +59,21 @@ class Board:
         self.platform: str = self._check(())["platform"]
         self._sent: dict[Path, str] = {}
 
-    def __call__(self, path: str | Path, settings: Settings) -> Record:
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Check that the board has what the bundle needs, and send it. Raises as a call does."""
         bundle = open_bundle(path)
         if settings.cache:
             raise UsageError("--cache with --host: nothing is to stay on the board", "leave it out")
         self._require(bundle.manifest, settings)
+        self._place(bundle)
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record:
+        bundle = open_bundle(path)
         there = settings
         if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
             there = replace(settings, scan="bundled")  # the user's own library, sent by the user to the user's board
-        folder = self._place(bundle)
         answer = self._connection.run(
-            [NAME, "--tied", "measure", folder, json.dumps(asdict(there))], settings.limit_s + STARTUP_S
+            [NAME, "--tied", "measure", self._place(bundle), json.dumps(asdict(there))], settings.limit_s + STARTUP_S
         )
         if answer.late:
             raise ToolchainError(
@@ -77,7 +81,12 @@ class Board:
             )
         record = record_of(answer.stdout, answer.stderr, answer.code, f"{path} on {self.at}")
         warnings = [*record.warnings, *no_library(bundle.manifest, record, self.platform)]
-        return replace(record, device={**record.device, "at": self.at}, warnings=warnings)
+        return replace(
+            record,
+            device={**record.device, "at": self.at},
+            settings={**record.settings, "scan": settings.scan},  # as asked; runtime.scan says how it ran
+            warnings=warnings,
+        )
 
     def _require(self, manifest: Manifest, settings: Settings) -> None:
         """Raise ToolchainError, saying what to install, unless the board has what the bundle needs."""

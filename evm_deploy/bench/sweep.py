@@ -14,7 +14,7 @@ from evm_deploy.progress import Step
 
 @dataclass(frozen=True)
 class Sweep:
-    """threads, batches: None as the runtime and the bundle choose. settings: all the others. out: folder for records."""
+    """threads, batches: None as the runtime and the bundle choose. settings: the others. out: folder for records."""
 
     bundles: Sequence[str]
     threads: Sequence[int | None]
@@ -28,8 +28,10 @@ class Sweep:
             for threads in self.threads:
                 for batch in self.batches:
                     what = f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"
+                    settings = replace(self.settings, threads=threads, batch=batch)
+                    bench.prepare(bundle, settings)
                     with step("measure", what):
-                        record = bench(bundle, replace(self.settings, threads=threads, batch=batch))
+                        record = bench(bundle, settings)
                     path = self.out / file_name(record)
                     record.write(path)
                     yield record, path
