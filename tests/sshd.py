@@ -43,11 +43,11 @@ class Sshd:
 
     def processes(self) -> list[int]:
         """Of everything that runs with its TMPDIR: on the board."""
-        mine = f"TMPDIR={self.tmp}".encode()
+        mine = f"TMPDIR={self.tmp}".encode()  # or a folder inside
         found = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if mine in environ.read_bytes().split(b"\0"):
+                if any(entry.startswith(mine) for entry in environ.read_bytes().split(b"\0")):
                     found.append(int(environ.parent.name))
             except OSError:
                 continue

@@ -5,6 +5,7 @@ Tested on a fake adb; not run on a device.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import math
@@ -75,6 +76,7 @@ class Phone:
         self._serial, self._runner, self._step = serial, runner, step
         self._folder = f"{WHERE}/evm-bench-{secrets.token_hex(6)}"
         self._adb("get-state")
+        atexit.register(self._clear)  # an interrupted command ends without leaving `with` blocks
         self._device = self._facts()
 
     def __enter__(self) -> Phone:
@@ -84,6 +86,7 @@ class Phone:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clear()
+        atexit.unregister(self._clear)
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Refuse what cannot be measured there; send the rest. Raises UsageError, BundleError, ToolchainError."""

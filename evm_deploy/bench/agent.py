@@ -23,6 +23,15 @@ from pathlib import Path
 from typing import Any
 
 NAME = "agent.pyz"
+# sys.path, with the zipapp at its start, before the hook of an evm_deploy that is installed there for editing
+START = """import sys
+from importlib.machinery import PathFinder
+
+sys.meta_path.insert(0, PathFinder)
+from evm_deploy.bench.agent import main
+
+sys.exit(main())
+"""
 UNUSED = ("demo", "devices", "lib", "__pycache__")
 
 
@@ -34,7 +43,8 @@ def build_agent() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(str(evm_deploy.__file__)).parent
         shutil.copytree(package, Path(folder) / "evm_deploy", ignore=_unused)
-        zipapp.create_archive(folder, archive, main="evm_deploy.bench.agent:main", compressed=True)
+        (Path(folder) / "__main__.py").write_text(START, encoding="utf-8")
+        zipapp.create_archive(folder, archive, compressed=True)
     return archive.getvalue()
 
 

@@ -61,6 +61,7 @@ class Supervisor:
         self.running = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
+            env={**os.environ, "TMPDIR": self.folder},  # ONNX Runtime, for one, leaves a file .ses there
             stdin=tied,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
