@@ -245,8 +245,9 @@ class Phone:
             return printed
         if code < 0:
             raise ToolchainError(f"adb {arguments[0]} on {self._serial} did not end within {seconds:.0f} s")
-        said = (printed.strip().splitlines() or ["it said nothing"])[-1]
-        for state, hint in STATES.items():
-            if said.startswith(("error:", "adb:")) and state in said:
-                raise ToolchainError(f"{self._serial} cannot be reached: {said}", hint)
-        raise AdbError(f"adb {arguments[0]} on {self._serial} failed with code {code}: {said}")
+        lines = printed.strip().splitlines() or ["it said nothing"]
+        for line in lines:
+            for state, hint in STATES.items():
+                if line.startswith(("error: ", "adb: ")) and state in line:
+                    raise ToolchainError(f"{self._serial} cannot be reached: {line}", hint)
+        raise AdbError(f"adb {arguments[0]} on {self._serial} failed with code {code}: {lines[-1]}")
