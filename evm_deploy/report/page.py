@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from evm_deploy import __version__
+from evm_deploy.bench.subject import TORCH
 from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
@@ -96,15 +97,16 @@ def latency_figure(group: Group) -> Figure | None:
         for each in group.measured
     }
     baseline = group.verdict.baseline
-    beside = f" The dashed line is {baseline.label}." if baseline and len(rows) > 1 else ""
+    beside = f" The dashed line is {baseline.label}{cut}." if baseline and len(rows) > 1 else ""
     caption = f"Median of one inference; whiskers are its 95 % confidence interval.{beside}"
     reference = rows[id(baseline)] if baseline and len(rows) > 1 else None
-    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference))
+    bundles = [each.interval[1] for each in group.measured if each.interval and each.target != TORCH]
+    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference, max(bundles, default=None)))
 
 
 def accuracy_figure(group: Group) -> Figure | None:
-    """Top-1 where it is known of all that have any accuracy, else points lost."""
-    known = [each for each in group.measured if each.drop is not None]
+    """Top-1 where it is known of all that have any accuracy, else points lost. Without torch, which is far to the right."""
+    known = [each for each in group.measured if each.drop is not None and each.target != TORCH]
     if len(known) < 2 or all(each.accuracy is None for each in known):
         return None
     top1 = {id(each): group.float_top1 if each.top1 is None else each.top1 for each in known}
@@ -112,7 +114,7 @@ def accuracy_figure(group: Group) -> Figure | None:
     heights = {id(each): top1[id(each)] if absolute else -(each.drop or 0.0) for each in known}
     points = [
         Point(each.label, each.p50 or 0.0, heights[id(each)] or 0.0, each.interval or (0.0, 0.0), mark(each, group))
-        for each in known
+        for each in sorted(known, key=lambda each: each is group.verdict.ship)  # drawn last, so on top
     ]
     title, y_name, most = "Accuracy against latency", "top-1, %", 100.0
     if not absolute:
