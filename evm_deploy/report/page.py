@@ -18,6 +18,7 @@ from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, 
 
 HERE = Path(__file__).parent
 COLOURS = 8  # of kinds of layers; the last is for all that are left
+CUT = 2.0  # times the slowest bundle, from where a bar is cut off
 MODULES = 12  # of each candidate, the slowest
 
 
@@ -90,22 +91,26 @@ def mark(each: Candidate, group: Group) -> str:
 
 
 def latency_figure(group: Group) -> Figure | None:
+    """A torch baseline that is far slower than the bundles does not squeeze them: its bar is cut off."""
     if not group.measured:
         return None
     rows = {
         id(each): Bar(each.label, each.p50 or 0, latency(each), mark(each, group), *(each.interval or (None, None)))
         for each in group.measured
     }
-    baseline = group.verdict.baseline
-    beside = f" The dashed line is {baseline.label}{cut}." if baseline and len(rows) > 1 else ""
-    caption = f"Median of one inference; whiskers are its 95 % confidence interval.{beside}"
+    caption, baseline = "Median of one inference; whiskers are its 95 % confidence interval.", group.verdict.baseline
+    if baseline and len(rows) > 1:
+        caption += f" The dashed line is {baseline.label}."
+    longest = max((each.interval[1] for each in group.measured if each.interval and each.target != TORCH), default=None)
+    cut = longest is not None and any(row.value > CUT * longest for row in rows.values())
+    if cut:
+        caption += " A bar with a gap is cut off."
     reference = rows[id(baseline)] if baseline and len(rows) > 1 else None
-    bundles = [each.interval[1] for each in group.measured if each.interval and each.target != TORCH]
-    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference, max(bundles, default=None)))
+    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference, longest if cut else None))
 
 
 def accuracy_figure(group: Group) -> Figure | None:
-    """Top-1 where it is known of all that have any accuracy, else points lost. Without torch, which is far to the right."""
+    """Top-1 where it is known of all that have any accuracy, else points lost. Bundles alone: torch is far away."""
     known = [each for each in group.measured if each.drop is not None and each.target != TORCH]
     if len(known) < 2 or all(each.accuracy is None for each in known):
         return None

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 ROW = 44  # px for one bar and the line of text above it
 BAR = 14
-CUT = 2.0
 TEXT = 14  # px from the top of a row to its text's baseline
 
 
@@ -85,10 +84,10 @@ def rectangle(x: float, y: float, width: float, height: float, class_: str, hint
 def bars(title: str, rows: Sequence[Bar], reference: Bar | None = None, full: float | None = None) -> Markup:
     """Horizontal bars from zero, with whiskers for intervals, and a line down from the end of the reference.
 
-    full: the value of a whole bar, by default the largest; a bar of more than twice that is cut off, and shows it.
+    full: the value of a whole bar, by default the largest; a longer bar is cut off, and shows it.
     """
     longest = max([row.high or row.value for row in rows if row.value] or [1.0])
-    full = full if full and longest > CUT * full else longest
+    full = full or longest
     drawn: list[Markup] = []
     for i, row in enumerate(rows):
         top, width = i * ROW + TEXT + 7, min(100 * row.value / full, 100.0)
