@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evm_deploy.bench.record import Record
@@ -23,7 +23,7 @@ from evm_deploy.report import history
 from evm_deploy.report.candidate import Candidate, plain
 from evm_deploy.report.collect import candidates, collect
 from evm_deploy.report.compare import compare, require
-from evm_deploy.report.table import grouped
+from evm_deploy.report.table import grouped, remarks
 from evm_deploy.report.terminal import sparkline
 from evm_deploy.report.verdict import verdict
 from tests.records import JUDGED, LAYERS, content, record, written
@@ -243,6 +243,12 @@ def test_the_report_in_every_form(tmp_path, capsys):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("of_median", "said"), [(0.95, False), (1.74, True), (0.5, True)])
+def test_times_by_layer_that_do_not_add_up_are_named(of_median, said):
+    (group,) = grouped([Candidate.of_record(record(layers={**LAYERS, "of_median": of_median}))])
+    assert any(f"{100 * of_median:.0f} % of the median" in text for text in remarks(group)) == said
+
+
 def test_hostile_names_stay_text(tmp_path, capsys):
     named = record(changes={"bundle": {"name": "=1+1", "model": HOSTILE, "target": HOSTILE}}, warnings=[HOSTILE])
     folder = str(written(tmp_path, named))
@@ -271,6 +277,7 @@ WHOLE = content("onnx", "int8", accuracy=JUDGED, layers=LAYERS, energy_mj={"pack
 WRONG = [None, True, -1, 1e400, float("nan"), 10**400, "", "text", [], {}, [[]], {"a": []}, HOSTILE]
 
 
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(places(WHOLE)), st.sampled_from(WRONG))
 def test_a_mutated_record_is_refused_or_reported(tmp_path_factory, place, value):
     """Whatever stands in a record, reading it gives a report or one error that names the file."""

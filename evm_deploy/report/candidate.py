@@ -10,7 +10,6 @@ from evm_deploy.bench.record import Record
 from evm_deploy.export.bundle import Bundle
 
 FLOAT = "fp32"
-TORCH = "torch"  # the float model itself, measured as a baseline; it has no bundle
 MAX_TEXT = 200
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from evm_deploy import __version__
+from evm_deploy.bench.subject import TORCH
 from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
@@ -17,6 +18,7 @@ from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, 
 
 HERE = Path(__file__).parent
 COLOURS = 8  # of kinds of layers; the last is for all that are left
+CUT = 2.0  # times the slowest bundle, from where a bar is cut off
 MODULES = 12  # of each candidate, the slowest
 
 
@@ -89,22 +91,27 @@ def mark(each: Candidate, group: Group) -> str:
 
 
 def latency_figure(group: Group) -> Figure | None:
+    """A torch baseline that is far slower than the bundles does not squeeze them: its bar is cut off."""
     if not group.measured:
         return None
     rows = {
         id(each): Bar(each.label, each.p50 or 0, latency(each), mark(each, group), *(each.interval or (None, None)))
         for each in group.measured
     }
-    baseline = group.verdict.baseline
-    beside = f" The dashed line is {baseline.label}." if baseline and len(rows) > 1 else ""
-    caption = f"Median of one inference; whiskers are its 95 % confidence interval.{beside}"
+    caption, baseline = "Median of one inference; whiskers are its 95 % confidence interval.", group.verdict.baseline
+    if baseline and len(rows) > 1:
+        caption += f" The dashed line is {baseline.label}."
+    longest = max((each.interval[1] for each in group.measured if each.interval and each.target != TORCH), default=None)
+    cut = longest is not None and any(row.value > CUT * longest for row in rows.values())
+    if cut:
+        caption += " A bar with a gap is cut off."
     reference = rows[id(baseline)] if baseline and len(rows) > 1 else None
-    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference))
+    return Figure("Latency", caption, bars("Latency", list(rows.values()), reference, longest if cut else None))
 
 
 def accuracy_figure(group: Group) -> Figure | None:
-    """Top-1 where it is known of all that have any accuracy, else points lost."""
-    known = [each for each in group.measured if each.drop is not None]
+    """Top-1 where it is known of all that have any accuracy, else points lost. Bundles alone: torch is far away."""
+    known = [each for each in group.measured if each.drop is not None and each.target != TORCH]
     if len(known) < 2 or all(each.accuracy is None for each in known):
         return None
     top1 = {id(each): group.float_top1 if each.top1 is None else each.top1 for each in known}
@@ -112,7 +119,7 @@ def accuracy_figure(group: Group) -> Figure | None:
     heights = {id(each): top1[id(each)] if absolute else -(each.drop or 0.0) for each in known}
     points = [
         Point(each.label, each.p50 or 0.0, heights[id(each)] or 0.0, each.interval or (0.0, 0.0), mark(each, group))
-        for each in known
+        for each in sorted(known, key=lambda each: each is group.verdict.ship)  # drawn last, so on top
     ]
     title, y_name, most = "Accuracy against latency", "top-1, %", 100.0
     if not absolute:

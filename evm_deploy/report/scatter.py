@@ -14,6 +14,7 @@ HEIGHT = 300
 TOP, BOTTOM = 48, 256  # px: where the highest and the lowest values are drawn
 AXIS = 15  # px, the height of the name of y
 LEFT, RIGHT = 14.0, 96.0  # percent
+MARGIN = 0.5  # points, or percent: less than this is not worth a look
 APART = 17  # px between labels
 GAP = 11  # px from a point to its label
 NARROW = 340  # px, the width of a phone
@@ -35,7 +36,7 @@ def scatter(title: str, points: Sequence[Point], x_name: str, y_name: str, y_mos
     """Points with whiskers along x; further up and left is better. x begins at zero, and y ends at `y_most`."""
     x_ticks = ticks(0.0, max(point.interval[1] for point in points) * 1.05)
     low, high = min(point.y for point in points), max(point.y for point in points)
-    margin = max((high - low) * 0.1, 0.1)
+    margin = max((high - low) * 0.1, MARGIN)
     y_ticks = ticks(low - margin, min(high + margin, y_most))
 
     def x_of(value: float) -> float:
@@ -66,7 +67,7 @@ def ticks(low: float, high: float) -> list[float]:
     raw = max((high - low) / 4, 1e-9)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 

@@ -81,27 +81,30 @@ def rectangle(x: float, y: float, width: float, height: float, class_: str, hint
     )
 
 
-def bars(title: str, rows: Sequence[Bar], reference: Bar | None = None) -> Markup:
-    """Horizontal bars from zero, with whiskers for intervals, and a line down from the end of the reference."""
+def bars(title: str, rows: Sequence[Bar], reference: Bar | None = None, full: float | None = None) -> Markup:
+    """Horizontal bars from zero, with whiskers for intervals, and a line down from the end of the reference.
+
+    full: the value of a whole bar, by default the largest; a longer bar is cut off, and shows it.
+    """
     longest = max([row.high or row.value for row in rows if row.value] or [1.0])
+    full = full or longest
     drawn: list[Markup] = []
     for i, row in enumerate(rows):
-        top = i * ROW
+        top, width = i * ROW + TEXT + 7, min(100 * row.value / full, 100.0)
         drawn += [
-            text(0, top + TEXT, row.label, f"label {row.mark}"),
-            text(100, top + TEXT, row.shown, f"value {row.mark}", "end"),
-            rectangle(0, top + TEXT + 7, 100, BAR, "track"),
-            rectangle(
-                0, top + TEXT + 7, 100 * row.value / longest, BAR, f"bar {row.mark}", f"{row.label}: {row.shown}"
-            ),
+            text(0, i * ROW + TEXT, row.label, f"label {row.mark}"),
+            text(100, i * ROW + TEXT, row.shown, f"value {row.mark}", "end"),
+            rectangle(0, top, 100, BAR, "track"),
+            rectangle(0, top, width, BAR, f"bar {row.mark}", f"{row.label}: {row.shown}"),
         ]
-        if row.low is not None and row.high is not None:
-            middle = top + TEXT + 7 + BAR / 2
-            ends = [100 * end / longest for end in (row.low, row.high)]
-            drawn += [line(ends[0], middle, ends[1], middle, "whisker")]
-            drawn += [line(end, middle - 4, end, middle + 4, "whisker") for end in ends]
-    if reference and reference.value:
-        at = 100 * reference.value / longest
+        if row.value > full:
+            drawn += [rectangle(at, top - 1, 0.8, BAR + 2, "cut") for at in (93, 95)]
+        elif row.low is not None and row.high is not None:
+            ends = [100 * end / full for end in (row.low, row.high)]
+            drawn += [line(ends[0], top + BAR / 2, ends[1], top + BAR / 2, "whisker")]
+            drawn += [line(end, top + BAR / 2 - 4, end, top + BAR / 2 + 4, "whisker") for end in ends]
+    if reference and 0 < reference.value <= full:
+        at = 100 * reference.value / full
         drawn.append(line(at, TEXT + 4, at, len(rows) * ROW - 4, "reference"))
     said = "; ".join(f"{row.label}: {row.shown}" for row in rows)
     return chart(title, said, len(rows) * ROW, drawn)

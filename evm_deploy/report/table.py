@@ -12,6 +12,7 @@ from evm_deploy.report.collect import groups
 from evm_deploy.report.verdict import MAX_DROP, Verdict, differ, speed, verdict
 
 MB = 1e6
+SUMS = (0.85, 1.05)  # of the median: what times by layer should add up to
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,16 @@ def filled(group: Group) -> tuple[list[str], list[Row]]:
 
 def remarks(group: Group) -> list[str]:
     """The verdict's notes, then the candidates' own."""
-    return [*group.verdict.notes, *(f"{each.label}: {note}" for each in group.candidates for note in each.notes)]
+    own = [f"{each.label}: {note}" for each in group.candidates for note in (*each.notes, *doubts(each))]
+    return [*group.verdict.notes, *own]
+
+
+def doubts(each: Candidate) -> list[str]:
+    """A sentence where the times by layer are not those of the median: profilers cost time, most on small networks."""
+    of_median = finite(each.record.layers.get("of_median")) if each.record else None
+    if of_median is None or SUMS[0] <= of_median <= SUMS[1]:
+        return []
+    return [f"its times by layer add up to {100 * of_median:.0f} % of the median: take them as shares"]
 
 
 def facts(each: Candidate, group: Group) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evm_deploy.bench.latency import apart
-from evm_deploy.report.candidate import TORCH, Candidate
+from evm_deploy.bench.subject import TORCH
+from evm_deploy.report.candidate import Candidate
 
 MAX_DROP = 1.0
 
@@ -120,7 +121,9 @@ def at_accuracy(ship: Candidate) -> str:
     """`at -0.2 points`; nothing of the float model, which it is compared with."""
     if ship.drop is None:
         return ", accuracy unknown"
-    return "" if ship.is_float and ship.drop == 0 else f" at {round(-ship.drop, 1) + 0.0:+.1f} points"
+    if round(ship.drop, 1) == 0:
+        return "" if ship.is_float else " at the accuracy of float"
+    return f" at {-ship.drop:+.1f} points"
 
 
 def slow_int8(each: Candidate, measured: Sequence[Candidate]) -> str:
