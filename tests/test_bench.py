@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evm_deploy.bench import device
-from evm_deploy.bench.latency import Latency, differ, measure, median_interval
+from evm_deploy.bench import device, energy
+from evm_deploy.bench.latency import Latency, differ, measure, median_interval, throughput
 from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.subject import require_runnable
@@ -65,6 +68,28 @@ def test_a_steady_function_is_measured_in_three_windows():
 def test_the_slow_start_is_no_part_of_it():
     clock = Clock(lambda n: 0.2 if n < 3 else 0.010)
     assert max(measure(clock.run, clock=clock).samples) == pytest.approx(10.0)
+
+
+def test_streams_run_at_the_same_time():
+    """Each must meet the others, else it waits for them in vain; four at once give four times the images."""
+    meeting = threading.Barrier(4, timeout=5)
+
+    def run() -> None:
+        meeting.wait()
+        time.sleep(0.002)
+
+    found = measure(run, streams=4, limit_s=2.0)
+    assert len(found.samples) % 4 == 0 and found.warm_up % 4 == 0 and len(found.samples) >= 4
+    alone = throughput(Latency(found.samples, 0, True), 1)
+    assert throughput(found, 1) > 2.5 * alone
+
+
+def test_an_error_in_a_stream_is_not_lost():
+    def fail() -> None:
+        raise UsageError("no")
+
+    with pytest.raises(UsageError, match="no"):
+        measure(fail, streams=2)
 
 
 def test_a_drifting_function_is_measured_until_it_is_steady():
@@ -126,6 +151,8 @@ def test_a_record_says_what_was_measured(micro_bundle, tmp_path):
         record.load_ms["fresh"] > record.load_ms["again"] > 0 and record.memory_mb["peak"] > record.memory_mb["before"]
     )
     assert record.settings["batch"] == 1 and record.settings["threads"] == 1
+    assert record.layers["kinds"]["scan"] > 0
+    assert set(record.energy_mj) == {sensor.name for sensor in energy.sensors() if energy.readable(sensor)}
     assert record.bundle["artifact_bytes"] == micro_bundle.size_bytes
     record.write(tmp_path / "record.json")
     assert Record.read(tmp_path / "record.json").samples_ms == record.samples_ms
@@ -138,19 +165,29 @@ def test_a_slowed_function_shows():
 
 
 def test_the_command(micro_bundle, tmp_path, capsys):
-    flags = ["--threads", "1,2", "--limit", "2", "-o", str(tmp_path), "--json"]
+    flags = ["--threads", "1,2", "--streams", "1,2", "--limit", "1", "-o", str(tmp_path), "--json"]
     assert bench_main([str(micro_bundle.path), *flags]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [Record.read(tmp_path / row["record"]).settings["threads"] for row in rows] == [1, 2]
-    assert bench_main([str(micro_bundle.path), "--end-to-end", "--limit", "2", "-o", str(tmp_path)]) == 0
+    measured = [Record.read(tmp_path / row["record"]).settings for row in rows]
+    assert [(each["threads"], each["streams"]) for each in measured] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [Path(row["record"]).stem.partition("-t")[2] for row in rows] == ["1-b1", "1-b1-s2", "2-b1", "2-b1-s2"]
+    assert bench_main([str(micro_bundle.path), "--end-to-end", "--layers", "--limit", "2", "-o", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "end-to-end" in out and "p50" in out and "peak" in out
+    assert re.search(r"Layers    .*scan \d+ %.* sum \d+ % of an inference", out)
+    assert re.search(r"layers\.0\.blocks\.0 +[\d.]+ ms +[\d.]+ %   \w+ ", out) and "How       ONNX Runtime" in out
+
+
+def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
+    with pytest.raises(UsageError, match="target 'coreml' runs one inference at a time"):
+        load(coreml_bundle.path, streams=2)
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
         (["--threads", "0"], 2, "--threads 0: use numbers from 1"),
+        (["--streams", "0"], 2, "--streams 0: use numbers from 1"),
         (["--batch", "1,x"], 2, "--batch 1,x: use numbers from 1"),
         (["--batch", "3"], 2, "this bundle was exported with --batch 1"),
         (["--limit", "0"], 2, "--limit 0: use seconds"),

@@ -76,7 +76,7 @@ class FloatModel:
             logits: NDArray[np.float32] = self.module(torch.from_numpy(pixels)).numpy()
             return logits
 
-    def layers(self, batch: int, median_ms: float | None) -> dict[str, Any]:
+    def layers(self, batch: int) -> dict[str, Any]:
         """None: torch is the baseline, not what ships."""
         return {}
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Latency:
     """Milliseconds of one run, in the order measured. stable: whether the medians of the last windows agreed.
 
-    warm_up: runs before the first sample. wall_s: seconds that all samples took; by default, as one after the other.
+    warm_up: runs before the first sample. wall_s: seconds that all samples took, where several ran at the same time.
     """
 
     samples: tuple[float, ...]
@@ -82,7 +82,7 @@ def measure(
             samples += window
             medians.append(float(np.median(window)))
             stable = len(medians) >= WINDOWS and agree(medians[-WINDOWS:])
-        return Latency(tuple(samples), warm_up, stable, clock() - start)
+        return Latency(tuple(samples), warm_up, stable, clock() - start if streams > 1 else None)
 
 
 def _warm_up(run: Callable[[], object], clock: Callable[[], float], limit_s: float) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ from numpy.typing import NDArray
 
 from evm_deploy.inference import LoadedBundle
 from evm_deploy.plugins import block_trace
-from evm_deploy.runtimes.base import Feeds, NodeTime, Profiled
+from evm_deploy.runtimes.base import Feeds, NodeTime
 
-RUNS = 30  # at most
-SECONDS = 1.0  # and no run begins after
+RUNS = 30  # with the profiler, at most
+SECONDS = 2.0  # and none begins after
 ROWS = 1 << 16  # of the trace of blocks
 SCAN, BLOCK = "SelectiveScan", "EVSSBlock"
 PROFILERS = {"onnx": "ONNX Runtime's profiler", "openvino": "OpenVINO's performance counters"}
+RECORDS = ("onnx",)  # an event for each node, which takes time that counters do not
 
 # What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
 KINDS = {
@@ -39,6 +42,7 @@ KINDS = {
     "scan": f"{SCAN} Scan TensorIterator Loop",
     "block": f"{BLOCK} {BLOCK}Int8",
 }
+UNSPECIFIC = {"Subgraph": "activations"}  # what OpenVINO compiles together: its name may say more
 KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
 #: Of a block's stages, in the library's order. Norms and activations are in the products and convolutions around them.
 STAGES = ("layout", "projections", "convolutions", "projections", "scan", "projections", "projections", "activations")
@@ -54,56 +58,62 @@ class Part:
     calls: int = 1
 
 
-def layers(model: LoadedBundle, feeds: Feeds, median_ms: float | None = None) -> dict[str, Any]:
+def layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
     """`Record.layers` of one inference on `feeds`; empty where the runtime has no profiler.
 
-    median_ms: of an inference without the profiler, one at a time; measured where it is not known.
+    Inferences with the profiler and without take turns, so that what else the machine does hits both.
     """
     runtime = model.profiled()
     if runtime is None:
         return {}
-    if median_ms is None:
-        median_ms = statistics.median(_times(model, feeds)[1:])
     with runtime, block_trace(model.plugin, ROWS, len(STAGES)) as ticks:
-        times = _times(runtime, feeds)
+        plain, profiled = in_turn(partial(model.run, feeds), partial(runtime.run, feeds))
         nodes = runtime.node_times()
     how = PROFILERS[model.target.name]
-    if any(node.inside for node in nodes):
-        nodes, cost_ms = without_recording(nodes, statistics.median(times[1:]) - median_ms)
-        how += f", less {cost_ms * 1e3:.1f} us for each event within a loop"
+    if model.target.name in RECORDS:
+        slower_ms = statistics.median(b - a for a, b in zip(plain, profiled, strict=True))
+        nodes, node_ms, event_ms = without_recording(nodes, slower_ms)
+        how += f", less what recording takes: {node_ms * 1e3:.1f} us a node"
+        how += f", {event_ms * 1e3:.1f} us an event in a loop" if any(node.inside for node in nodes) else ""
     parts = placed(nodes)
-    shares = stage_shares(ticks, len(times), sum(part.kind == "block" for part in parts))
+    shares = stage_shares(ticks, 2 * (1 + len(plain)), sum(part.kind == "block" for part in parts))
     if len(shares):
         how += ", blocks by the native library's own counters"
         parts = divided(parts, shares)
-    return summary(how, merged(parts), median_ms)
+    return summary(how, merged(parts), statistics.median(plain))
 
 
-def _times(runtime: LoadedBundle | Profiled, feeds: Feeds) -> list[float]:
-    """Milliseconds of up to RUNS inferences, two at least."""
-    times: list[float] = []
+def in_turn(*runs: Callable[[], object]) -> list[list[float]]:
+    """Milliseconds of each of `runs`, up to RUNS times, once at least; the first round does not count."""
+    rounds: list[list[float]] = []
     end = time.perf_counter() + SECONDS
-    while len(times) < 2 or (len(times) < RUNS and time.perf_counter() < end):
-        start = time.perf_counter()
-        runtime.run(feeds)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
+    while len(rounds) < 2 or (len(rounds) < RUNS and time.perf_counter() < end):
+        marks = [time.perf_counter()]
+        for run in runs:
+            run()
+            marks.append(time.perf_counter())
+        rounds.append([(b - a) * 1e3 for a, b in pairwise(marks)])
+    return [list(times) for times in zip(*rounds[1:], strict=True)]
 
 
-def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list[NodeTime], float]:
-    """The nodes less what it cost to record the events within them, and the cost of one event in milliseconds.
+def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list[NodeTime], float, float]:
+    """The nodes less what it took to record them; what is taken off for a node, and for an event within one, in ms.
 
-    slower_ms: by how much an inference is slower with the profiler; every event has the same part in that.
+    Recording falls partly within the time of a node: about what the shortest node takes, which does next to nothing.
+    For events in a loop's body all of it is in the loop: their part in `slower_ms`, by which an inference is slower
+    with the profiler.
     """
-    cost_ms = max(0.0, slower_ms) / sum(1 + node.inside for node in nodes)
-    return [replace(node, ms=max(0.0, node.ms - cost_ms * node.inside)) for node in nodes], cost_ms
+    node_ms = min((node.ms for node in nodes if not node.inside), default=0.0)
+    event_ms = max(0.0, slower_ms) / sum(1 + node.inside for node in nodes)
+    left = [replace(node, ms=max(0.0, node.ms - node_ms - event_ms * node.inside)) for node in nodes]
+    return left, node_ms, event_ms
 
 
 def placed(nodes: Sequence[NodeTime]) -> list[Part]:
     """Module and kind of each node, in order.
 
-    A node that the runtime made has no module: it gets that of the next one, for which it was made, and unless it moves
-    or rounds data its kind, too.
+    A node that the runtime made has no module: it gets that of the next one, for which it was made. Where that is a
+    norm it is a part of it, unless it moves data.
     """
     parts, near, near_op = [], "root", ""
     for node in reversed(nodes):
@@ -113,9 +123,9 @@ def placed(nodes: Sequence[NodeTime]) -> list[Part]:
         kind = KIND_OF.get(node.op, "")
         if SCAN in node.name:
             kind = "scan"
-        elif not module and kind not in ("layout", "quantization", "scan"):
-            kind = KIND_OF.get(near_op, kind)
-        parts.append(Part(near, kind or KIND_OF.get(op, "other"), node.ms))
+        elif not module and kind != "layout" and KIND_OF.get(near_op) == "norms":
+            kind = "norms"
+        parts.append(Part(near, kind or KIND_OF.get(op) or UNSPECIFIC.get(node.op, "other"), node.ms))
     return parts[::-1]
 
 
@@ -126,7 +136,9 @@ def names(node: str) -> tuple[str, str]:
     _inlfunc_EVSSBlock_op.in_proj/MatMul         -> EVSSBlock.op.in_proj, MatMul     a body that the runtime inlined
     Subtract_7_acdb_abcd_patch_embed.2/Reshape   -> patch_embed.2, Reshape           a change of layout on the way
     """
-    node = re.sub(r"^_inlfunc_([A-Za-z0-9]+)_", lambda match: "" if match[1] == SCAN else f"{match[1]}.", node)
+    inlined = re.match(r"_inlfunc_([A-Za-z0-9]+)(_token_\d+)?_", node)
+    if inlined:
+        node = ("" if inlined[1] == SCAN else f"{inlined[1]}.") + node[inlined.end() :]
     node = re.sub(r"^\w+_[a-h]{3,5}_[a-h]{3,5}_", "", node)
     module, slash, rest = node.partition("/")
     if not slash or module == SCAN:

@@ -44,8 +44,8 @@ class Subject(Protocol):
         """The function to time, on seeded pictures: from arrays to arrays, or end to end."""
         ...
 
-    def layers(self, batch: int, median_ms: float | None) -> dict[str, Any]:
-        """As the Record has them. median_ms: of an inference, one at a time, if it is known."""
+    def layers(self, batch: int) -> dict[str, Any]:
+        """As the Record has them."""
         ...
 
     def __enter__(self) -> Subject: ...
@@ -111,8 +111,8 @@ class MeasuredBundle:
         feeds = examples(self.model, batch)
         return lambda: self.model.run(feeds)
 
-    def layers(self, batch: int, median_ms: float | None) -> dict[str, Any]:
-        return layers(self.model, examples(self.model, batch), median_ms)
+    def layers(self, batch: int) -> dict[str, Any]:
+        return layers(self.model, examples(self.model, batch))
 
     def __enter__(self) -> MeasuredBundle:
         return self

@@ -53,12 +53,10 @@ def in_words(parts: dict[str, float], unit: str = "ms") -> str:
 
 
 def shares(record: Record) -> str:
-    """`scan 43 %, projections 21 %, convolutions 18 %   sum 98 % of p50`."""
-    layers, settings = record.layers, record.settings
-    alone = settings["timed"] == "model" and settings["streams"] == 1
+    """`scan 43 %, projections 21 %, convolutions 18 %   sum 98 % of an inference`."""
+    layers = record.layers
     kinds = ", ".join(f"{kind} {ms / layers['sum_ms']:.0%}" for kind, ms in layers["kinds"].items())
-    whole = f"sum {layers['of_median']:.0%} of {'p50' if alone else 'one inference of the model'}"
-    return f"{kinds}   {whole}".replace("%", " %")
+    return f"{kinds}   sum {layers['of_median']:.0%} of an inference".replace("%", " %")
 
 
 def layer_lines(record: Record) -> list[str]:

@@ -51,8 +51,7 @@ def work(path: Path, settings: Settings) -> Record:
     again_ms, subject = timed(opened)
     with subject:
         warnings = device.warnings(facts, before, after)
-        alone = settings.timed == "model" and settings.streams == 1
-        by_layer = subject.layers(batch, latency.median if alone else None)
+        by_layer = subject.layers(batch)
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
     return Record(
