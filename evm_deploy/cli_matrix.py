@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evm_deploy.bench.record import Settings
 from evm_deploy.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
 from evm_deploy.files import write_aside
+
+if TYPE_CHECKING:
+    from evm_deploy.bench.sweep import Sweep
 
 PAGE = "report.html"
 ONLY_HERE = ("forms", "imgsz", "calib", "val")
@@ -39,18 +42,21 @@ def refuse_matrix_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is for --matrix", "leave it out, or give a checkpoint and --matrix")
 
 
-def matrix(args: argparse.Namespace, settings: Sequence[Settings]) -> int:
+def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     """Compare, and print what came out. Returns the exit code: that of the first form that failed."""
+    from evm_deploy.bench.places import profile_of
     from evm_deploy.demo import CHECKPOINT
     from evm_deploy.matrix import FORMS, Matrix, parse_forms, run_matrix
 
     if len(args.bundles) > 1:
         raise UsageError("--matrix compares one checkpoint", "give one, or none for the demo's")
+    if args.host or args.adb or args.devices or profile_of(args.device):
+        raise UsageError("--matrix exports and measures on this machine", "elsewhere: evm-bench BUNDLE.. --host ..")
     demo = not args.bundles
     wanted = Matrix(
         checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
         forms=parse_forms(args.forms or FORMS),
-        settings=tuple(replace(each, batch=each.batch or 1) for each in settings),
+        settings=tuple(replace(each, batch=each.batch or 1) for each in sweep.every()),
         out=Path(args.out),
         imgsz=args.imgsz,
         calib=args.calib or ("demo" if demo else None),

@@ -34,8 +34,9 @@ class Steps:
     and a bar where the step, or else the whole work (`progress`), says how far it is.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, live: bool = True) -> None:
+        """live: spinner and bar, which only one step at a time can have."""
+        self.quiet, self.live = quiet, live
         self._whole: tuple[int, int] | None = None
 
     def progress(self, done: int, total: int) -> None:
@@ -69,7 +70,7 @@ class Steps:
         live = console.status(bar(*self._whole) if self._whole else escape(label))
 
         try:
-            with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
+            with live if self.live and console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
                 yield show
         except BaseException:
             console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evm_deploy.errors import BundleError
-from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
+from evm_deploy.export.plan import Batch, Choice, EngineSettings, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
 
 SCHEMA_VERSION = 1
@@ -63,6 +63,8 @@ class Manifest:
         values["batch"] = self.batch
         engine = values.get("engine", {})
         values["engine"] = EngineSettings(**{key: _frozen(value) for key, value in engine.items()})
+        chosen = values.get("chosen")
+        values["chosen"] = Choice(**chosen) if chosen else None
         return ExportPlan(**values)
 
     def preprocess(self) -> Preprocessing:
