@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT, SHOWN = 1200, 1400, 1180  # px; what is below `SHOWN` is cut off
+WIDTH, HEIGHT, SHOWN = 1200, 1800, 1560  # px; what is below `SHOWN` is cut off
 COLOURS = 128
 
 

@@ -17,6 +17,7 @@ from evm_deploy.bench.record import Record
 from evm_deploy.cli_bench import bench_main
 from evm_deploy.cli_report import milliseconds, percent, report_main
 from evm_deploy.errors import LatencyError, UsageError
+from evm_deploy.export.archive import write_zip
 from evm_deploy.export.manifest import FILE
 from evm_deploy.files import sha256
 from evm_deploy.report import history
@@ -154,6 +155,7 @@ def test_records_and_bundles_belong_together_by_hash(micro_bundle, tmp_path):
     (alone,) = candidates(collect([path.parent]))
     assert alone.record is None and alone.size_bytes == micro_bundle.size_bytes
     assert alone.precision == "fp32" and alone.drop == 0.0
+    assert candidates(collect([write_zip(path)])) == [alone]
     older = record(changes=fresh(path.name, manifest_sha256="of an older export"))
     measured, unmeasured = candidates(collect([written(tmp_path / "old", older), path]))
     assert "another export of this bundle" in measured.notes[-1] and unmeasured.record is None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from evm_deploy.bench.record import MAX_BYTES, Record
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export.bundle import Bundle
+from evm_deploy.export.archive import SUFFIX as ZIP
+from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.manifest import FILE, Manifest
 from evm_deploy.files import sha256
 from evm_deploy.report.candidate import Candidate, Conditions
@@ -33,6 +34,10 @@ def collect(paths: Iterable[str | Path]) -> Found:
     bundles: dict[str, Bundle] = {}
     ignored: list[Path] = []
     for path in map(Path, paths):
+        if path.is_file() and path.suffix == ZIP:
+            bundle = open_bundle(path)
+            bundles[sha256(bundle.path / FILE)] = bundle
+            continue
         if path.is_file():
             records.append(Record.read(path))
             continue
