@@ -47,7 +47,7 @@ STATES = {
 SCRIPT = """cd {folder} || exit 1
 exec 3<&0
 LD_LIBRARY_PATH=. ./{runner} {arguments} </dev/null >printed 2>&1 & run=$!
-(cat <&3; kill -9 $run; rm -rf {folder}) >/dev/null 2>&1 & watch=$!
+(cat <&3; trap '' TERM; kill -9 $run; rm -rf {folder}) >/dev/null 2>&1 & watch=$!
 wait $run; code=$?
 kill $watch 2>/dev/null
 tail -c 4000 printed
