@@ -95,6 +95,7 @@ def export_parser() -> Parser:
     add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
     add("--force", action="store_true", help="replace an existing bundle")
+    add("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
     add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
     common_flags(parser)
     add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
@@ -119,6 +120,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from evm_deploy.export.archive import write_zip
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target
@@ -141,9 +143,11 @@ def _export(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
         seconds = time.perf_counter() - start
-        results.append({"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)})
+        packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
+        results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
         if not args.json:
             print(export_summary(bundle, seconds))
+            print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
     return 0

@@ -34,8 +34,10 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `advice`; `profiles`."""
-    from evm_deploy.bench import device
+    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `energy`: sensors that can be
+    read; `advice`; `profiles`.
+    """
+    from evm_deploy.bench import device, energy
     from evm_deploy.export.targets import load_targets
     from evm_deploy.profiles import find_profile, profile_names
 
@@ -49,7 +51,8 @@ def examine() -> dict[str, Any]:
         "kernel": _kernel(),
         "device": facts,
         "state": asdict(state),
-        "advice": device.warnings(facts, state, state),
+        "energy": [sensor.name for sensor in energy.sensors() if energy.readable(sensor)],
+        "advice": device.warnings(facts, state, state) + energy.advice(),
         "profiles": {name: asdict(find_profile(name)) for name in profile_names()},
     }
 
@@ -88,6 +91,7 @@ def _doctor(args: argparse.Namespace) -> int:
         ("system", f"{device['system']}, Python {device['python']}"),
         ("clocks", f"governor {governor}"),
         ("sensors", sensors),
+        ("energy", ", ".join(found["energy"]) or "none readable"),
         *(("advice", text) for text in found["advice"]),
         ("profiles", ", ".join(found["profiles"]) + "   (--device)"),
     ):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
 from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
-from evm_deploy.runtimes.base import DEFAULTS, Feeds, RunOptions, TensorSpec, check_feeds
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +48,8 @@ class LoadedBundle:
         self.target = get_target(self.manifest.target)
         if options.cuda_graph and not self.target.cuda_graphs:
             raise UsageError(f"target '{self.target.name}' has no CUDA graphs", "leave --cuda-graph out")
+        if options.streams > 1 and not self.target.streams:
+            raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
@@ -69,6 +71,13 @@ class LoadedBundle:
     def plan(self) -> Mapping[str, Any]:
         """What of the model runs where, if the runtime says so: Core ML."""
         return getattr(self._runtime, "plan", dict)()
+
+    def profiled(self) -> Profiled | None:
+        """The artifact once more, in a runtime that counts what its nodes take; None where there is no such."""
+        if not self.target.profiles:
+            return None
+        options = replace(self._options, streams=1, cuda_graph=False, profile=True)
+        return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
 
     def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
@@ -171,6 +180,7 @@ def load(
     device: str | None = None,
     cache: str | Path | None = None,
     cuda_graph: bool = False,
+    streams: int = 1,
 ) -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
@@ -178,12 +188,14 @@ def load(
     `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
     `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
     OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
-    load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph.
+    load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph. `streams`: how many threads
+    will call `run` at the same time, each with `threads` of its own in OpenVINO, all with the same in ONNX Runtime.
     """
     bundle = open_bundle(path)
     # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
     own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
-    return LoadedBundle(bundle, RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph), scan)
+    options = RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph, streams=streams)
+    return LoadedBundle(bundle, options, scan)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evm_deploy.errors import ToolchainError
 
@@ -57,3 +62,22 @@ def kernel_isa(library: Path) -> str:
         raise ToolchainError(f"the native library cannot be loaded: {error}", "--scan portable does without") from error
     name.restype = ctypes.c_char_p
     return str(name().decode())
+
+
+@contextmanager
+def block_trace(library: Path | None, rows: int, stages: int) -> Iterator[NDArray[np.uint64]]:
+    """Ticks of each stage of each image of each block that `library` computes meanwhile, in order: (rows, stages).
+
+    Rows that were not needed are zeros; all are where there is no library, or an older one, or no clock.
+    """
+    ticks = np.zeros((rows, stages), np.uint64)
+    trace = getattr(ctypes.CDLL(str(library)), "evm_block_trace", None) if library else None
+    if trace is None:
+        yield ticks
+        return
+    trace.argtypes, trace.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    trace(ticks.ctypes.data, rows)
+    try:
+        yield ticks
+    finally:
+        trace(None, 0)

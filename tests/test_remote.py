@@ -427,7 +427,7 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fleet, "opened", opened)
     (tmp_path / "f.toml").write_text('[[board]]\nname = "a"\nhost = "x"\n[[board]]\nname = "b"\nhost = "y"\n')
-    members = fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], Settings(), tmp_path))
+    members = fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], [1], Settings(), tmp_path))
     outcomes = fleet.run_fleet(members, silent)
     assert [(each.name, str(each.error)) for each in outcomes] == [("a", "no x"), ("b", "no y")]
 
@@ -452,4 +452,4 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
 def test_fleets_that_are_refused(tmp_path, content, says):
     (tmp_path / "f.toml").write_text(content)
     with pytest.raises(UsageError, match=says):
-        fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], Settings(), tmp_path))
+        fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], [1], Settings(), tmp_path))

@@ -24,7 +24,7 @@ from evm_deploy.bench import perf_test
 from evm_deploy.bench.device import State
 from evm_deploy.bench.latency import throughput
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.worker import batch_size
+from evm_deploy.bench.subject import batch_size
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.manifest import FILE, Manifest

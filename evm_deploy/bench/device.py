@@ -29,18 +29,18 @@ class State:
 def facts() -> dict[str, Any]:
     """Model, processor, cores, governor, memory and system of this device."""
     cpu: dict[str, str] = {}
-    for line in _text(PROC / "cpuinfo").splitlines():
+    for line in text(PROC / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
         cpu.setdefault(key.strip(), value.strip())
-    board = _text(PROC / "device-tree" / "model").strip("\0\n") or _text(SYS / "class/dmi/id/product_name").strip()
-    memory = next((line.split()[1] for line in _text(PROC / "meminfo").splitlines() if line.startswith("MemTotal")), "")
+    board = text(PROC / "device-tree" / "model").strip("\0\n") or text(SYS / "class/dmi/id/product_name").strip()
+    memory = next((line.split()[1] for line in text(PROC / "meminfo").splitlines() if line.startswith("MemTotal")), "")
     return {
         "model": board or platform.node(),
         "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or platform.machine(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "governor": _text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        "governor": text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         "memory_mb": int(memory) // 1024 if memory else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -49,13 +49,13 @@ def facts() -> dict[str, Any]:
 
 def state() -> State:
     """Clocks, temperatures, throttling and load now."""
-    clocks = [_number(path) for path in sorted(SYS.glob("devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
-    zones = {path: _number(path / "temp") for path in sorted(SYS.glob("class/thermal/thermal_zone*"))}
-    throttles = [_number(path) for path in SYS.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
+    clocks = [number(path) for path in sorted(SYS.glob("devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
+    zones = {path: number(path / "temp") for path in sorted(SYS.glob("class/thermal/thermal_zone*"))}
+    throttles = [number(path) for path in SYS.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
     counted = [int(count) for count in throttles if count is not None]
     return State(
         tuple(clock / 1e3 for clock in clocks if clock is not None),
-        {f"{_text(zone / 'type').strip()} {zone.name[12:]}": t / 1e3 for zone, t in zones.items() if t is not None},
+        {f"{text(zone / 'type').strip()} {zone.name[12:]}": t / 1e3 for zone, t in zones.items() if t is not None},
         sum(counted) if counted else None,
         round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else None,
     )
@@ -73,15 +73,15 @@ def warnings(device: dict[str, Any], before: State, after: State) -> list[str]:
     return found
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _number(path: Path) -> float | None:
+def number(path: Path) -> float | None:
     try:
-        return float(_text(path))
+        return float(text(path))
     except ValueError:
         return None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,15 +19,21 @@ LIMIT_S = 60.0
 WARM_UP_S = 0.5
 PERCENTILES = (50, 90, 95, 99)
 RESAMPLES = 2000
+MAX_DRAWN = 1 << 21  # samples in memory at once
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one run, in the order measured. stable: whether the medians of the last windows agreed."""
+    """Milliseconds of one run, in the order measured. stable: whether the medians of the last windows agreed.
+
+    warm_up: runs before the first sample. wall_s: seconds that all samples took; by default, as one after the other.
+    """
 
     samples: tuple[float, ...]
     warm_up: int
     stable: bool
+    wall_s: float | None = None
 
     @property
     def median(self) -> float:
@@ -50,27 +59,39 @@ class Latency:
 def measure(
     run: Callable[[], object],
     *,
+    streams: int = 1,
     limit_s: float = LIMIT_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Latency:
     """Time `run` in windows of at least 25 runs until the medians of three in a row agree within 5 %, or `limit_s`.
 
-    Warmed up before, for half a second and at least three runs, at most a fifth of the limit.
+    Warmed up before, for half a second and at least three runs, at most a fifth of the limit. streams: threads that
+    call `run` at the same time; the samples of a window are those of all of them, thread by thread.
     """
-    warm_up, start = 0, clock()
-    while warm_up < 3 or clock() - start < min(WARM_UP_S, limit_s / 5):
+    with ThreadPoolExecutor(streams) as pool:
+
+        def in_each(part: Callable[[], T]) -> list[T]:
+            return [part()] if streams == 1 else [one.result() for one in [pool.submit(part) for _ in range(streams)]]
+
+        warm_up = sum(in_each(lambda: _warm_up(run, clock, limit_s)))
+        samples: list[float] = []
+        medians: list[float] = []
+        stable, start = False, clock()
+        while not stable and clock() - start < limit_s:
+            window = list(chain(*in_each(lambda: _window(run, clock, start + limit_s))))
+            samples += window
+            medians.append(float(np.median(window)))
+            stable = len(medians) >= WINDOWS and agree(medians[-WINDOWS:])
+        return Latency(tuple(samples), warm_up, stable, clock() - start)
+
+
+def _warm_up(run: Callable[[], object], clock: Callable[[], float], limit_s: float) -> int:
+    """How many runs it took."""
+    runs, start = 0, clock()
+    while runs < 3 or clock() - start < min(WARM_UP_S, limit_s / 5):
         run()
-        warm_up += 1
-    samples: list[float] = []
-    medians: list[float] = []
-    start = clock()
-    while clock() - start < limit_s:
-        window = _window(run, clock, start + limit_s)
-        samples += window
-        medians.append(float(np.median(window)))
-        if len(medians) >= WINDOWS and agree(medians[-WINDOWS:]):
-            return Latency(tuple(samples), warm_up, True)
-    return Latency(tuple(samples), warm_up, False)
+        runs += 1
+    return runs
 
 
 def _window(run: Callable[[], object], clock: Callable[[], float], until: float) -> list[float]:
@@ -98,17 +119,23 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
     values = np.asarray(samples)
     length = round(len(values) ** 0.5)
     starts = np.random.default_rng(0).integers(0, len(values) - length + 1, (RESAMPLES, -(-len(values) // length)))
-    blocks = values[starts[..., None] + np.arange(length)].reshape(RESAMPLES, -1)
-    low, high = np.percentile(np.median(blocks, axis=1), [50 * (1 - confidence), 50 * (1 + confidence)])
+    at_once = max(1, MAX_DRAWN // len(values))  # all at once would be gigabytes after a minute of short runs
+    parts = (starts[i : i + at_once, :, None] + np.arange(length) for i in range(0, RESAMPLES, at_once))
+    medians = np.concatenate([np.median(values[part].reshape(len(part), -1), axis=1) for part in parts])
+    low, high = np.percentile(medians, [50 * (1 - confidence), 50 * (1 + confidence)])
     return float(low), float(high)
 
 
 def differ(one: Latency, other: Latency) -> bool:
     """Whether the confidence intervals of the medians do not overlap: what is called a difference here."""
-    (low, high), (other_low, other_high) = one.interval(), other.interval()
-    return high < other_low or other_high < low
+    return apart(one.interval(), other.interval())
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two intervals (low, high) do not overlap."""
+    return one[1] < other[0] or other[1] < one[0]
 
 
 def throughput(latency: Latency, batch: int) -> float:
     """Images a second."""
-    return batch * len(latency.samples) / (sum(latency.samples) / 1e3)
+    return batch * len(latency.samples) / (latency.wall_s or sum(latency.samples) / 1e3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,24 +15,28 @@ from evm_deploy.progress import Step
 
 @dataclass(frozen=True)
 class Sweep:
-    """threads, batches: None as the runtime and the bundle choose. settings: the others. out: folder for records."""
+    """threads, batches: None as the runtime and the bundle choose. streams: inferences at the same time. settings: the
+    others. out: folder for records.
+    """
 
     bundles: Sequence[str]
     threads: Sequence[int | None]
     batches: Sequence[int | None]
+    streams: Sequence[int]
     settings: Settings
     out: Path
 
+    def every(self) -> list[Settings]:
+        """Every combination."""
+        numbers = itertools.product(self.threads, self.batches, self.streams)
+        return [replace(self.settings, threads=t, batch=b, streams=s) for t, b, s in numbers]
+
     def run(self, bench: Bench, step: Step) -> Iterator[tuple[Record, Path]]:
         """Measure; yields each record and where it was written. Raises EvmErrors."""
-        for bundle in self.bundles:
-            for threads in self.threads:
-                for batch in self.batches:
-                    what = f"{Path(bundle).name}, threads {threads or 'auto'}, batch {batch or 'auto'}"
-                    settings = replace(self.settings, threads=threads, batch=batch)
-                    bench.prepare(bundle, settings)
-                    with step("measure", what):
-                        record = bench(bundle, settings)
-                    path = self.out / file_name(record)
-                    record.write(path)
-                    yield record, path
+        for bundle, settings in itertools.product(self.bundles, self.every()):
+            bench.prepare(bundle, settings)
+            with step("measure", f"{Path(bundle).name}, {settings}"):
+                record = bench(bundle, settings)
+            path = self.out / file_name(record)
+            record.write(path)
+            yield record, path

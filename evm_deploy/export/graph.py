@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export.naming import name_after_modules, name_after_neighbours
+from evm_deploy.export.naming import name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.outline import located
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
@@ -132,9 +132,9 @@ def output_names(plan: ExportPlan) -> list[str]:
 def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
-    Steps: BatchNorm folded, torch.export with the scan as one op, node names from module paths, the portable body as a
-    local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises ToolchainError when a
-    package is missing or a step fails.
+    Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the
+    portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
+    ToolchainError when a package is missing or a step fails.
     """
     try:
         import onnx
@@ -145,6 +145,7 @@ def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph
         proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
         proto = _simplify(proto)
         name_after_neighbours(proto)
+        name_values_after_nodes(proto)
         proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", "pip install 'evm-deploy[onnx]'") from error

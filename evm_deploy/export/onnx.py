@@ -72,7 +72,7 @@ def open_(path: Path, options: RunOptions) -> Runtime:
         raise UsageError(f"device {options.device!r}: ONNX Runtime's CPU provider is the only one that is used")
     if options.cache:
         raise UsageError("ONNX Runtime keeps no compiled models", "leave the cache out")
-    return OnnxRuntime(path, options.threads, options.plugin)
+    return OnnxRuntime(path, options.threads, options.plugin, options.profile)
 
 
 def plugin() -> Path:
@@ -112,4 +112,6 @@ TARGET = Target(
     scan_probe="scan.onnx",
     write_scan_probe=write_scan_probe,
     usage=usage,
+    streams=True,
+    profiles=True,
 )

@@ -149,4 +149,6 @@ TARGET = Target(
     scan_probe="scan.xml",
     write_scan_probe=write_scan_probe,
     usage=usage,
+    streams=True,
+    profiles=True,
 )

@@ -108,6 +108,8 @@ def finish(path: str | Path, *, library: str | None = None, step: Step = silent)
     ToolchainError.
     """
     bundle = open_bundle(path)
+    if bundle.unpacked:
+        raise UsageError(f"{path} is a zip: what is made in it would be lost", f"unzip {path}")
     target = get_target(bundle.manifest.target)
     if not target.finish:
         raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")

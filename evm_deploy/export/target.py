@@ -133,7 +133,8 @@ class Target:
     selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
     them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
     `finish(folder, library=None)` makes, in a bundle, what only a machine like the device can make, and says so in its
-    manifest. cuda_graphs: whether `open` has use for RunOptions.cuda_graph.
+    manifest. Whether `open` has use for fields of RunOptions: cuda_graphs, for cuda_graph; streams; profiles, for
+    profile.
     """
 
     name: str
@@ -161,6 +162,8 @@ class Target:
     remarks: Callable[[Runtime], list[str]] = no_remarks
     finish: Callable[..., None] | None = None
     cuda_graphs: bool = False
+    streams: bool = False
+    profiles: bool = False
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:

@@ -34,7 +34,8 @@ class RunOptions:
 
     threads: of one inference. plugin: the native library to run scans on; None runs them portably. device: where, as
     the runtime names it. cache: folder for compiled models. function: of an artifact that has several. cuda_graph:
-    launch engines of TensorRT as one CUDA graph.
+    launch engines of TensorRT as one CUDA graph. streams: inferences at the same time that it is opened for. profile:
+    count what each node takes.
     """
 
     threads: int | None = None
@@ -43,9 +44,23 @@ class RunOptions:
     cache: Path | None = None
     function: str | None = None
     cuda_graph: bool = False
+    streams: int = 1
+    profile: bool = False
 
 
 DEFAULTS = RunOptions()
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """What one node takes in one inference. name, op: as the runtime calls them. inside: events in it, such as those of
+    a loop's body, whose recording is part of `ms`.
+    """
+
+    name: str
+    op: str
+    ms: float
+    inside: int = 0
 
 
 class Runtime(Protocol):
@@ -62,6 +77,14 @@ class Runtime(Protocol):
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """One inference. Feeds have been checked by `check_feeds`."""
+        ...
+
+
+class Profiled(Runtime, Protocol):
+    """What targets with `profiles` open with RunOptions.profile."""
+
+    def node_times(self) -> list[NodeTime]:
+        """Of the inferences so far, nodes in the order in which they ran. To be asked for once, after the last."""
         ...
 
 

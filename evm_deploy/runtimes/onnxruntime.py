@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import BundleError, ToolchainError
-from evm_deploy.runtimes.base import Feeds, TensorSpec
+from evm_deploy.runtimes.base import Feeds, NodeTime, TensorSpec
 
+LOOPS = ("Scan", "Loop", "If")  # nodes whose bodies are recorded, too
+SUFFIX = "_kernel_time"
 INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
 
 
@@ -20,10 +27,13 @@ class OnnxRuntime:
     """An InferenceSession over a file or serialised model.
 
     `threads`: intra-op threads, None for ORT's default. `plugin`: our custom-op library; without it the scans' portable
-    bodies run. Raises BundleError when the model cannot be opened, ToolchainError when the library cannot.
+    bodies run. `profile`: for `node_times`. Raises BundleError when the model cannot be opened, ToolchainError when the
+    library cannot.
     """
 
-    def __init__(self, model: Path | bytes, threads: int | None = None, plugin: Path | None = None) -> None:
+    def __init__(
+        self, model: Path | bytes, threads: int | None = None, plugin: Path | None = None, profile: bool = False
+    ) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -38,10 +48,15 @@ class OnnxRuntime:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ToolchainError(f"ONNX Runtime {ort.__version__} refuses {plugin}: {reason}") from error
+        self.profile = Path(tempfile.mkdtemp(prefix="evm-profile-")) if profile else None
+        if self.profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile / "profile")
         source = str(model) if isinstance(model, Path) else model
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises its own types, all derived from Exception alone
+            self._forget()
             reason = str(error).strip().splitlines()[0]
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot open the model: {reason}") from error
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_inputs())}
@@ -50,6 +65,12 @@ class OnnxRuntime:
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
 
+    def node_times(self) -> list[NodeTime]:
+        """Medians over the inferences so far, the first apart. Ends the profile."""
+        runs = list(_runs(Path(self.session.end_profiling())))[1:]
+        medians = [statistics.median(node.ms for node in same) for same in zip(*runs, strict=True)]
+        return [replace(node, ms=ms) for node, ms in zip(runs[0], medians, strict=True)]
+
     def __enter__(self) -> OnnxRuntime:
         return self
 
@@ -57,6 +78,28 @@ class OnnxRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self.session
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.profile:
+            shutil.rmtree(self.profile, ignore_errors=True)
+
+
+def _runs(profile: Path) -> Iterator[list[NodeTime]]:
+    """The nodes of each inference in a profile, where an event is a line and follows those that it spans."""
+    nodes: list[tuple[int, NodeTime]] = []  # with their beginnings, in microseconds
+    with profile.open(encoding="utf-8") as lines:
+        for line in lines:
+            event = json.loads(line.strip("[],\n ") or "{}")
+            if event.get("name") == "model_run":
+                yield [node for _, node in nodes]
+                nodes = []
+            elif event.get("cat") == "Node" and event["name"].endswith(SUFFIX):
+                op, inside = event["args"]["op_name"], 0
+                while op in LOOPS and nodes and nodes[-1][0] >= event["ts"]:
+                    inside += 1 + nodes.pop()[1].inside
+                name = event["name"].removesuffix(SUFFIX)
+                nodes.append((event["ts"], NodeTime(name, op, event["dur"] / 1e3, inside)))
 
 
 def _spec(value: Any) -> TensorSpec:

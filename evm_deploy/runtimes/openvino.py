@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.files import sha256
 from evm_deploy.openvino_extension import INSTALL_HINT, check_release
-from evm_deploy.runtimes.base import DEFAULTS, Feeds, RunOptions, TensorSpec
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
 
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata
@@ -39,7 +39,11 @@ class OpenVinoRuntime:
         check_device(device, self.core.available_devices)
         properties = {"PERFORMANCE_HINT": "LATENCY"}
         if options.threads:
-            properties["INFERENCE_NUM_THREADS"] = str(options.threads)
+            properties["INFERENCE_NUM_THREADS"] = str(options.threads * options.streams)
+        if options.streams > 1:
+            properties["NUM_STREAMS"] = str(options.streams)
+        if options.profile:
+            properties["PERF_COUNT"] = "YES"
         if options.cache:
             own = sha256(options.plugin)[:16] if options.plugin else "portable"
             properties["CACHE_DIR"] = str(options.cache / own)
@@ -60,6 +64,14 @@ class OpenVinoRuntime:
         except RuntimeError as error:
             raise UsageError(f"OpenVINO cannot run the model: {reason(error)}") from error
         return {name: results[i] for i, name in enumerate(self.outputs)}
+
+    def node_times(self) -> list[NodeTime]:
+        """Means over the inferences so far, of this thread."""
+        return [
+            NodeTime(info.node_name, info.node_type, info.real_time.total_seconds() * 1e3)
+            for info in self._thread.request.profiling_info
+            if info.status == info.Status.EXECUTED
+        ]
 
     def __enter__(self) -> OpenVinoRuntime:
         return self

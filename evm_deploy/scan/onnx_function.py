@@ -53,9 +53,9 @@ def _infer_like_u(context: Any) -> None:
 
 
 class Body:
-    """Appends nodes and hands back the names of their outputs. prefix: of all names, where they are part of a graph."""
+    """Appends nodes and hands back the names of their outputs. prefix: of all names."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
 
@@ -64,16 +64,14 @@ class Body:
 
         name = f"{self.prefix}{op_type}_{len(self.nodes)}"
         names = [f"{name}_{i}" for i in range(outputs)]
-        self.nodes.append(
-            helper.make_node(op_type, list(inputs), names, name=name if self.prefix else "", **attributes)
-        )
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, name=name, **attributes))
         return names[0] if outputs == 1 else names
 
     def write(self, op_type: str, inputs: list[str], output: str) -> None:
         """The last node, whose output has its name from outside."""
         from onnx import helper
 
-        name = f"{self.prefix}{op_type}_{len(self.nodes)}" if self.prefix else ""
+        name = f"{self.prefix}{op_type}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=name))
 
     def const(self, value: Any, dtype: Any = np.int64) -> str:
@@ -91,11 +89,12 @@ class Body:
 def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.FunctionProto:
     """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split, Pad).
 
-    The checker refuses a function whose opset differs from the model's, so it is built per model.
+    The checker refuses a function whose opset differs from the model's, so it is built per model. Its nodes are named
+    SelectiveScan/..: where a runtime or an exporter inlines it, profiles still tell them from the rest.
     """
     from onnx import helper
 
-    f = Body()
+    f = Body(f"{OP_TYPE}/")
     zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([block_steps])
     batch, L, K, N, D = f.dim("u", 0), f.dim("u", 2), f.dim("A", 0), f.dim("A", 2), f.dim("A", 1)
     dt = softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))

@@ -17,12 +17,15 @@ void run_tile(void *stage, size_t tile) {
 }
 
 Status run(Handle context, const evm_block_args &args) {
-    for (int64_t image = 0; image < args.b; image++)
+    for (int64_t image = 0; image < args.b; image++) {
         for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
+            evm_block_mark(stage);
             Stage s = {&args, image, stage};
             const size_t tiles = (size_t)evm_block_num_tiles(&args, image, stage);
             if (tiles) RETURN_IF(call<Status>(api, KernelContext_ParallelFor, context, &run_tile, tiles, (size_t)0, (void *)&s));
         }
+        evm_block_mark(EVM_BLOCK_STAGES);
+    }
     return nullptr;
 }
 

@@ -70,10 +70,14 @@ void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_bl
     if (evm::empty(args)) return;
     workspaces.with((size_t)evm_block_workspace_bytes(&args), [&](float *workspace) {
         args.workspace = workspace;
-        for (int64_t image = 0; image < args.b; image++)
-            for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++)
+        for (int64_t image = 0; image < args.b; image++) {
+            for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
+                evm_block_mark(stage);
                 ov::parallel_for((size_t)evm_block_num_tiles(&args, image, stage),
                                  [&](size_t tile) { evm_block_run_tile(&args, image, stage, (int64_t)tile); });
+            }
+            evm_block_mark(EVM_BLOCK_STAGES);
+        }
     });
 }
 

@@ -55,6 +55,20 @@ const Kernel *find(const char *name) {
 
 const Kernel *current = find(nullptr);
 
+uint64_t *next_tick, *end_of_trace, last_mark;
+
+uint64_t ticks() {
+#if defined(__x86_64__)
+    return __builtin_ia32_rdtsc();
+#elif defined(__aarch64__)
+    uint64_t count;
+    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(count));
+    return count;
+#else
+    return 0;
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -72,6 +86,15 @@ int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
 void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
     current->block_tile(a, image, stage, tile);
 }
+
+void evm_block_mark(int stage) {
+    if (next_tick == end_of_trace) return;
+    const uint64_t now = ticks();
+    if (stage) *next_tick++ = now - last_mark;
+    last_mark = now;
+}
+
+void evm_block_trace(uint64_t *to, int64_t rows) { next_tick = to, end_of_trace = to + rows * EVM_BLOCK_STAGES; }
 
 const char *evm_scan_isa(void) { return current->name; }
 

@@ -62,6 +62,14 @@ EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);
 EVM_API int64_t evm_block_num_tiles(const evm_block_args *args, int64_t image, int stage);
 EVM_API void evm_block_run_tile(const evm_block_args *args, int64_t image, int stage, int64_t tile);
 
+/* Hosts call it before each stage of an image, and with EVM_BLOCK_STAGES after the last. Without a trace a comparison. */
+EVM_API void evm_block_mark(int stage);
+
+/* Where the time of blocks goes: from now on what each stage takes is written to `ticks`, (rows, EVM_BLOCK_STAGES), a row for
+ * each image of each block, in order, until it is full. In ticks of the CPU's constant counter, 0 where none is known. With
+ * rows = 0 it ends. While it is on, one block at a time. */
+EVM_API void evm_block_trace(uint64_t *ticks, int64_t rows);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,128 @@
+"""Whether the times by layer add up to the model's, and whether the scans' share is what their absence saves.
+
+    python benchmarks/layers.py [CHECKPOINT] [--imgsz 224] [--rounds 40]
+
+ONNX Runtime and OpenVINO, one thread, with portable scans and with blocks on the native kernel. The same model without
+its scans is timed in turn with the real one: portable scans give u + delta + mean(B) + mean(C), for which everything
+before them is still computed; blocks run on a library that is compiled without the call of the recurrence, where y is u.
+Exit 1 where the sum is not 85-105 % of the median, or the shares are more than 5 points apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from common import interleave, where
+
+from evm_deploy.bench.layers import layers
+from evm_deploy.bench.subject import examples
+from evm_deploy.compile import read_recipe
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.pipeline import complete, export
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.targets import get_target
+from evm_deploy.inference import LoadedBundle, load
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import RunOptions
+from evm_deploy.scan import onnx_function
+
+SUM, POINTS = (0.85, 1.05), 0.05
+CALL = "    scan_channels(rows, channels);\n"
+CASES = [(target, scan) for target in ("onnx", "openvino") for scan in ("portable", "plugin")]
+
+
+def no_scan(opset: int, block_steps: int = 0) -> Any:
+    """evm::SelectiveScan as hardly anything, of all its inputs."""
+    from onnx import helper
+
+    f = onnx_function.Body("SelectiveScan/")
+    means = [f.op("ReduceMean", tensor, f.const([-1]), keepdims=1) for tensor in ("B", "C")]
+    f.write("Add", [f.op("Add", f.op("Add", "u", "delta"), means[0]), means[1]], onnx_function.OUTPUT)
+    return helper.make_function(
+        "evm", "SelectiveScan", onnx_function.INPUTS, ["y"], f.nodes, [helper.make_opsetid("", opset)]
+    )
+
+
+@contextmanager
+def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> Iterator[Any]:
+    """A runtime of the same network, its scans replaced."""
+    with patch.object(onnx_function, "selective_scan_function", no_scan):
+        model, spec = load_checkpoint(checkpoint, head=plan.head)
+        plan, preprocessing = complete(plan, spec)
+        target = get_target(plan.target)
+        artifact = target.build(trace(deployable(model, plan, preprocessing), plan, {"model": spec.name}), plan, folder)
+    with target.open(artifact.path, RunOptions(threads=1)) as runtime:
+        yield runtime
+
+
+def library_without_scans(target: str, folder: Path) -> Path:
+    """The native library for `target`, compiled into `folder` without the recurrence in its blocks."""
+    from openvino.utils import get_cmake_path
+
+    sources = shutil.copytree(read_recipe().folder, folder / "native")
+    block = sources / "scan" / "block.cpp"
+    text = block.read_text()
+    if text.count(CALL) != 1:
+        raise SystemExit(f"layers.py: {block} calls the recurrence in another way")
+    block.write_text(text.replace(CALL, ""))
+    name = {"onnx": "evm_onnxruntime", "openvino": "evm_openvino"}[target]
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
+    flags = ["-DEVM_OPENVINO=ON", f"-DOpenVINO_DIR={get_cmake_path()}"]
+    for arguments in (["-S", sources, "-B", folder / "build", *flags], ["--build", folder / "build", "--target", name]):
+        subprocess.run([cmake, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder / "build" / f"{name}.so"
+
+
+def without_scans(stack: ExitStack, model: LoadedBundle, checkpoint: Path, plan: ExportPlan, folder: Path) -> Any:
+    folder.mkdir()
+    if plan.scan == "portable":
+        return stack.enter_context(portable_without_scans(checkpoint, plan, folder))
+    options = RunOptions(threads=1, plugin=library_without_scans(plan.target, folder))
+    return stack.enter_context(model.target.open(model.bundle.path / model.manifest.artifact, options))
+
+
+def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> bool:
+    """Print one line. Returns whether both hold."""
+    target, scan = case
+    asked = "auto" if case == ("onnx", "plugin") else scan
+    plan = ExportPlan(target, scan=asked, imgsz=(imgsz, imgsz), precision="fp32")
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        bundle = export(checkpoint, plan, Path(name))
+        model = stack.enter_context(load(bundle.path, threads=1))
+        bare = without_scans(stack, model, checkpoint, plan, Path(name) / "bare")
+        feeds = examples(model, 1)
+        times = interleave({"real": lambda: model.run(feeds), "bare": lambda: bare.run(feeds)}, rounds)
+        median_ms = statistics.median(times["real"])
+        saved = 1 - statistics.median(b / a for a, b in zip(times["real"], times["bare"], strict=True))
+        found = layers(model, feeds, median_ms)
+    share, whole = found["scan_share"], found["of_median"]
+    right = share is not None and SUM[0] <= whole <= SUM[1] and abs(share - saved) <= POINTS
+    kinds = ", ".join(f"{kind} {ms / found['sum_ms']:.0%}" for kind, ms in found["kinds"].items())
+    print(f"{target:<9}{scan:<9} p50 {median_ms:6.2f} ms   sum {whole:6.1%}   scan {share:6.1%}", end="   ")
+    print(f"by leaving it out {saved:6.1%}   {'ok ' if right else 'OFF'}   {kinds}", flush=True)
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINT)
+    parser.add_argument("--imgsz", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    print(f"{where()}, {args.checkpoint.name}, {args.imgsz}x{args.imgsz}, one thread")
+    return int(not all([judge(case, args.checkpoint, args.imgsz, args.rounds) for case in CASES]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

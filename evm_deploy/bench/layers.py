@@ -1,0 +1,183 @@
+"""Where the time of an inference goes: by module and kind of operation, from the runtime's own profiler.
+
+Blocks that are one node of the native library are divided by the stages that it counts (native/scan/evm_block.h).
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.inference import LoadedBundle
+from evm_deploy.plugins import block_trace
+from evm_deploy.runtimes.base import Feeds, NodeTime, Profiled
+
+RUNS = 30  # at most
+SECONDS = 1.0  # and no run begins after
+ROWS = 1 << 16  # of the trace of blocks
+SCAN, BLOCK = "SelectiveScan", "EVSSBlock"
+PROFILERS = {"onnx": "ONNX Runtime's profiler", "openvino": "OpenVINO's performance counters"}
+
+# What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
+KINDS = {
+    "projections": "MatMul Gemm FullyConnected MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QGemm "
+    "QLinearMatMul",
+    "convolutions": "Conv FusedConv Convolution GroupConvolution QLinearConv ConvInteger",
+    "norms": "LayerNormalization SkipLayerNormalization SimplifiedLayerNormalization BatchNormalization RMS MVN",
+    "activations": "Add Mul Sub Div Neg Relu Sigmoid Gelu QuickGelu BiasGelu FastGelu Silu Softmax Exp Clip QLinearAdd "
+    "QLinearMul QLinearSigmoid Eltwise ReduceMean AveragePool GlobalAveragePool QLinearGlobalAveragePool",
+    "layout": "Transpose Reshape Squeeze Unsqueeze Concat Pad Slice Split VariadicSplit Gather Expand Cast Convert "
+    "Reorder ReorderInput ReorderOutput StridedSlice QLinearConcat",
+    "quantization": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear FakeQuantize",
+    "scan": f"{SCAN} Scan TensorIterator Loop",
+    "block": f"{BLOCK} {BLOCK}Int8",
+}
+KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
+#: Of a block's stages, in the library's order. Norms and activations are in the products and convolutions around them.
+STAGES = ("layout", "projections", "convolutions", "projections", "scan", "projections", "projections", "activations")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Milliseconds of one inference in nodes of one module and kind. calls: how many such nodes."""
+
+    module: str
+    kind: str
+    ms: float
+    calls: int = 1
+
+
+def layers(model: LoadedBundle, feeds: Feeds, median_ms: float | None = None) -> dict[str, Any]:
+    """`Record.layers` of one inference on `feeds`; empty where the runtime has no profiler.
+
+    median_ms: of an inference without the profiler, one at a time; measured where it is not known.
+    """
+    runtime = model.profiled()
+    if runtime is None:
+        return {}
+    if median_ms is None:
+        median_ms = statistics.median(_times(model, feeds)[1:])
+    with runtime, block_trace(model.plugin, ROWS, len(STAGES)) as ticks:
+        times = _times(runtime, feeds)
+        nodes = runtime.node_times()
+    how = PROFILERS[model.target.name]
+    if any(node.inside for node in nodes):
+        nodes, cost_ms = without_recording(nodes, statistics.median(times[1:]) - median_ms)
+        how += f", less {cost_ms * 1e3:.1f} us for each event within a loop"
+    parts = placed(nodes)
+    shares = stage_shares(ticks, len(times), sum(part.kind == "block" for part in parts))
+    if len(shares):
+        how += ", blocks by the native library's own counters"
+        parts = divided(parts, shares)
+    return summary(how, merged(parts), median_ms)
+
+
+def _times(runtime: LoadedBundle | Profiled, feeds: Feeds) -> list[float]:
+    """Milliseconds of up to RUNS inferences, two at least."""
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 2 or (len(times) < RUNS and time.perf_counter() < end):
+        start = time.perf_counter()
+        runtime.run(feeds)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list[NodeTime], float]:
+    """The nodes less what it cost to record the events within them, and the cost of one event in milliseconds.
+
+    slower_ms: by how much an inference is slower with the profiler; every event has the same part in that.
+    """
+    cost_ms = max(0.0, slower_ms) / sum(1 + node.inside for node in nodes)
+    return [replace(node, ms=max(0.0, node.ms - cost_ms * node.inside)) for node in nodes], cost_ms
+
+
+def placed(nodes: Sequence[NodeTime]) -> list[Part]:
+    """Module and kind of each node, in order.
+
+    A node that the runtime made has no module: it gets that of the next one, for which it was made, and unless it moves
+    or rounds data its kind, too.
+    """
+    parts, near, near_op = [], "root", ""
+    for node in reversed(nodes):
+        module, op = names(node.name)
+        if module:
+            near, near_op = module, op
+        kind = KIND_OF.get(node.op, "")
+        if SCAN in node.name:
+            kind = "scan"
+        elif not module and kind not in ("layout", "quantization", "scan"):
+            kind = KIND_OF.get(near_op, kind)
+        parts.append(Part(near, kind or KIND_OF.get(op, "other"), node.ms))
+    return parts[::-1]
+
+
+def names(node: str) -> tuple[str, str]:
+    """Module path and ONNX operation in the name of a node; empty where it says none.
+
+    layers.1.blocks.0.op/Mul_1/QuickGeluFusion/  -> layers.1.blocks.0.op, Mul
+    _inlfunc_EVSSBlock_op.in_proj/MatMul         -> EVSSBlock.op.in_proj, MatMul     a body that the runtime inlined
+    Subtract_7_acdb_abcd_patch_embed.2/Reshape   -> patch_embed.2, Reshape           a change of layout on the way
+    """
+    node = re.sub(r"^_inlfunc_([A-Za-z0-9]+)_", lambda match: "" if match[1] == SCAN else f"{match[1]}.", node)
+    node = re.sub(r"^\w+_[a-h]{3,5}_[a-h]{3,5}_", "", node)
+    module, slash, rest = node.partition("/")
+    if not slash or module == SCAN:
+        return "", ""
+    return module, re.split(r"[_/]", rest)[0]
+
+
+def stage_shares(ticks: NDArray[np.uint64], runs: int, blocks: int) -> NDArray[np.float64]:
+    """Of the time of each block, that of each stage, (blocks, stages); no rows where they were not counted.
+
+    ticks: (rows, stages), a row for each run, block and image, in that order, and zeros after them.
+    """
+    used = ticks[ticks.any(axis=1)]
+    if not blocks or not len(used) or len(used) == len(ticks) or len(used) % (runs * blocks):
+        return np.empty((0, ticks.shape[1]))
+    took = used.reshape(runs, blocks, -1, ticks.shape[1]).sum(axis=(0, 2)).astype(np.float64)
+    shares: NDArray[np.float64] = took / took.sum(axis=1, keepdims=True)
+    return shares
+
+
+def divided(parts: Sequence[Part], shares: NDArray[np.float64]) -> list[Part]:
+    """The parts, each block as its stages."""
+    rows, found = iter(shares), []
+    for part in parts:
+        stages = zip(STAGES, next(rows), strict=True) if part.kind == "block" else [(part.kind, 1.0)]
+        found += [Part(part.module, kind, part.ms * float(share)) for kind, share in stages]
+    return found
+
+
+def merged(parts: Sequence[Part]) -> list[Part]:
+    """One part for each module and kind, in the order in which they first ran."""
+    sums: dict[tuple[str, str], Part] = {}
+    for part in parts:
+        key = part.module, part.kind
+        before = sums.get(key, Part(*key, 0.0, 0))
+        sums[key] = replace(before, ms=before.ms + part.ms, calls=before.calls + part.calls)
+    return list(sums.values())
+
+
+def summary(how: str, parts: Sequence[Part], median_ms: float) -> dict[str, Any]:
+    """`Record.layers` of these parts. The scans' share is None where blocks hold some of them."""
+    kinds: dict[str, float] = {}
+    for part in parts:
+        kinds[part.kind] = kinds.get(part.kind, 0.0) + part.ms
+    total = sum(kinds.values())
+    known = total and "block" not in kinds
+    return {
+        "how": how,
+        "sum_ms": round(total, 4),
+        "of_median": round(total / median_ms, 4),
+        "scan_share": round(kinds.get("scan", 0.0) / total, 4) if known else None,
+        "kinds": {kind: round(ms, 4) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
+        "modules": [{**asdict(part), "ms": round(part.ms, 5)} for part in parts],
+    }
