@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy.cli_matrix import matrix, matrix_flags, refuse_matrix_flags
+from evm_deploy.cli_places import fleet, place_flags, place_of
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from evm_deploy.bench.places import Place
     from evm_deploy.bench.sweep import Sweep
 
 MAX_LIMIT_S = 3600
@@ -33,17 +32,6 @@ def bench_parser() -> Parser:
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
     add("--streams", default="", metavar="N[,N..]", help="inferences at the same time, each measured; default: 1")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
-    add(
-        "--device",
-        metavar="D",
-        help="a device profile (evm-doctor lists them) or FILE.toml; or OpenVINO's: CPU (default), GPU, HETERO:GPU,CPU",
-    )
-    add("--host", metavar="USER@BOARD", help="measure there, over ssh; user@board:port; needs Python there")
-    add("--python", default="python3", metavar="PATH", help="the board's Python, default python3")
-    add("--ssh", metavar="COMMAND", help="such as 'ssh -F my_config'; default: $EVM_SSH, else ssh")
-    add("--adb", metavar="SERIAL", help="measure on this Android device, with --runner")
-    add("--runner", metavar="FILE", help="onnxruntime_perf_test for Android")
-    add("--devices", metavar="FILE", help="TOML with several boards: measure on all at the same time")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
     add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
@@ -51,6 +39,7 @@ def bench_parser() -> Parser:
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
     add("--db", metavar="FILE", help="add the records to this history too, for evm-report --history")
+    place_flags(parser)
     matrix_flags(parser)
     common_flags(parser)
     return parser
@@ -67,7 +56,7 @@ def _bench(args: argparse.Namespace) -> int:
     from evm_deploy.bench.text import layer_lines, lines
     from evm_deploy.report.history import append
 
-    place, sweep = _place(args), _sweep(args)
+    place, sweep = place_of(args), _sweep(args)
     if args.db:
         append(Path(args.db), [])  # now, not after minutes of measuring, is the time to refuse it
     if args.matrix:
@@ -76,7 +65,7 @@ def _bench(args: argparse.Namespace) -> int:
     if not args.bundles:
         raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
     if args.devices:
-        return _fleet(args, place, sweep)
+        return fleet(args, place, sweep)
     steps, records = Steps(args.quiet), []
     with opened(place, steps) as bench:
         for record, path in sweep.run(bench, steps):
@@ -88,13 +77,6 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(records, indent=1))
     return 0
-
-
-def _place(args: argparse.Namespace) -> Place:
-    from evm_deploy.bench.places import Place
-
-    ssh = args.ssh or os.environ.get("EVM_SSH", "ssh")
-    return Place(args.host, args.adb, args.device, ssh, args.python, args.runner)
 
 
 def _sweep(args: argparse.Namespace) -> Sweep:
@@ -121,30 +103,6 @@ def _sweep(args: argparse.Namespace) -> Sweep:
         settings=settings,
         out=Path(args.out),
     )
-
-
-def _fleet(args: argparse.Namespace, place: Place, sweep: Sweep) -> int:
-    from evm_deploy.bench.fleet import read_fleet, run_fleet, table
-    from evm_deploy.report.history import append
-
-    if place.host or place.adb:
-        raise UsageError("--devices names the boards", "leave --host and --adb out")
-    members = read_fleet(Path(args.devices), place, sweep)
-    outcomes = run_fleet(members, Steps(args.quiet, live=False))
-    if args.db:
-        append(Path(args.db), [record for outcome in outcomes for record, _ in outcome.found])
-    failures = [outcome.error for outcome in outcomes if outcome.error]
-    if args.json:
-        rows = [
-            {"board": outcome.name, "record": str(path), **record.bundle, **record.summary_ms}
-            for outcome in outcomes
-            for record, path in outcome.found
-        ]
-        failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
-        print(json.dumps([*rows, *failed], indent=1))
-    else:
-        print("\n".join([*table(outcomes), f"Saved  {sweep.out}"]))
-    return max((error.exit_code for error in failures), default=0)
 
 
 def _numbers(flag: str, text: str) -> list[int | None]:

@@ -148,6 +148,8 @@ def test_a_board_without_the_packages(board, micro_bundle, tmp_path, capsys, bar
         ["--device", "pi5"],
         ["--device", "gpu"],
         ["--cache", "c", "--host", "127.0.0.1:1"],
+        ["--matrix", "--host", "board"],
+        ["--matrix", "--device", "x86-64"],
     ],
     ids=" ".join,
 )

@@ -24,11 +24,10 @@ from evm_deploy.bench import perf_test
 from evm_deploy.bench.device import State
 from evm_deploy.bench.latency import throughput
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.subject import batch_size
+from evm_deploy.bench.subject import batch_size, bundle_facts
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.bundle import Bundle, open_bundle
-from evm_deploy.export.manifest import FILE, Manifest
-from evm_deploy.files import sha256
+from evm_deploy.export.manifest import Manifest
 from evm_deploy.progress import Step
 
 RUN_S = 10  # the program does not know when it is stable; a record says whether it was
@@ -47,7 +46,7 @@ STATES = {
 SCRIPT = """cd {folder} || exit 1
 exec 3<&0
 LD_LIBRARY_PATH=. ./{runner} {arguments} </dev/null >printed 2>&1 & run=$!
-(cat <&3; kill -9 $run; rm -rf {folder}) >/dev/null 2>&1 & watch=$!
+(cat <&3; trap '' TERM; kill -9 $run; rm -rf {folder}) >/dev/null 2>&1 & watch=$!
 wait $run; code=$?
 kill $watch 2>/dev/null
 tail -c 4000 printed
@@ -151,19 +150,10 @@ class Phone:
         return library
 
     def _record(self, bundle: Bundle, settings: Settings, library: str | None, found: perf_test.Measured) -> Record:
-        manifest, latency = bundle.manifest, found.latency
+        latency = found.latency
         unstable = [] if latency.stable else ["not stable: the medians of windows differ by more than 5 %, or are few"]
         return Record(
-            bundle={
-                "name": bundle.path.resolve().name,
-                "model": manifest.model["name"],
-                "target": manifest.target,
-                "precision": manifest.precision,
-                "imgsz": manifest.plan["imgsz"],
-                "manifest_sha256": sha256(bundle.path / FILE),
-                "artifact_bytes": bundle.size_bytes,
-                "accuracy": manifest.accuracy,
-            },
+            bundle=bundle_facts(bundle),
             device={"at": f"adb {self._serial}", "profile": None, **self._device},
             runtime={
                 "versions": {},

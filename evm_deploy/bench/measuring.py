@@ -38,4 +38,4 @@ def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record
     if "error" in content:
         kind: type[EvmError] = getattr(errors, content["error"]["type"], ToolchainError)
         raise kind(content["error"]["text"], content["error"]["hint"])
-    return Record(**content)
+    return Record.parse(content, f"what came of {bundle}")

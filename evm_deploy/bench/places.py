@@ -11,7 +11,7 @@ from typing import Protocol
 from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import UsageError
-from evm_deploy.export.manifest import Manifest
+from evm_deploy.export.bundle import open_bundle
 from evm_deploy.platforms import host_platform
 from evm_deploy.profiles import Profile, find_profile
 from evm_deploy.progress import Step
@@ -89,7 +89,7 @@ class AsProfile:
         return replace(record, device={**record.device, "profile": self._profile.name})
 
     def _settings(self, path: str | Path, settings: Settings) -> Settings:
-        profile, target = self._profile, Manifest.read(Path(path)).target
+        profile, target = self._profile, open_bundle(path).manifest.target
         if target not in profile.targets:
             raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
         device = settings.device or (profile.openvino_device if target == "openvino" else None)

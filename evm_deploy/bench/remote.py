@@ -57,7 +57,7 @@ class Board:
         for _ in connection.send(NAME, build_agent()):
             pass
         self.platform: str = self._check(())["platform"]
-        self._sent: dict[Path, str] = {}
+        self._sent: dict[str, str] = {}
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Check that the board has what the bundle needs, and send it. Raises as a call does."""
@@ -65,16 +65,15 @@ class Board:
         if settings.cache:
             raise UsageError("--cache with --host: nothing is to stay on the board", "leave it out")
         self._require(bundle.manifest, settings)
-        self._place(bundle)
+        self._place(path, bundle)
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
         bundle = open_bundle(path)
         there = settings
         if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
             there = replace(settings, scan="bundled")  # the user's own library, sent by the user to the user's board
-        answer = self._connection.run(
-            [NAME, "--tied", "measure", self._place(bundle), json.dumps(asdict(there))], settings.limit_s + STARTUP_S
-        )
+        arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(asdict(there))]
+        answer = self._connection.run([NAME, *arguments], settings.limit_s + STARTUP_S)
         if answer.late:
             raise ToolchainError(
                 f"measuring {path} on {self.at} did not end within {settings.limit_s + STARTUP_S:.0f} s"
@@ -112,10 +111,10 @@ class Board:
             raise ToolchainError(f"the agent does not run on {self.at}: {said}") from error
         return content
 
-    def _place(self, bundle: Bundle) -> str:
+    def _place(self, path: str | Path, bundle: Bundle) -> str:
         """The bundle's folder on the board, sent when it is first asked for: what the manifest names, nothing else."""
-        if bundle.path in self._sent:
-            return self._sent[bundle.path]
+        if str(path) in self._sent:
+            return self._sent[str(path)]
         folder = f"{len(self._sent)}/{bundle.path.resolve().name}"
         files = [FILE, *bundle.manifest.files]
         total = sum((bundle.path / name).stat().st_size for name in files)
@@ -126,7 +125,7 @@ class Board:
                 for sent in self._connection.send(f"{folder}/{name}", bundle.path / name):
                     advance(before + sent, total)
                 before += sent
-        self._sent[bundle.path] = folder
+        self._sent[str(path)] = folder
         return folder
 
 

@@ -15,6 +15,7 @@ from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Settings
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export import archive
+from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.manifest import FILE
 from evm_deploy.export.plan import Batch
 from evm_deploy.files import sha256
@@ -81,17 +82,7 @@ class MeasuredBundle:
         require_runnable(self.model)
 
     def facts(self) -> dict[str, Any]:
-        manifest = self.model.manifest
-        return {
-            "name": self.model.bundle.path.resolve().name,
-            "model": manifest.model["name"],
-            "target": manifest.target,
-            "precision": manifest.precision,
-            "imgsz": manifest.plan["imgsz"],
-            "manifest_sha256": sha256(self.model.bundle.path / FILE),
-            "artifact_bytes": self.model.bundle.size_bytes,
-            "accuracy": manifest.accuracy,
-        }
+        return bundle_facts(self.model.bundle)
 
     def runtime(self) -> dict[str, Any]:
         return {
@@ -121,6 +112,21 @@ class MeasuredBundle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.model.__exit__(kind, error, trace)
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """As the Record has them."""
+    manifest = bundle.manifest
+    return {
+        "name": bundle.path.resolve().name,
+        "model": manifest.model["name"],
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "imgsz": manifest.plan["imgsz"],
+        "manifest_sha256": sha256(bundle.path / FILE),
+        "artifact_bytes": bundle.size_bytes,
+        "accuracy": manifest.accuracy,
+    }
 
 
 def require_runnable(model: LoadedBundle) -> None:
