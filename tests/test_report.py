@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -249,6 +250,15 @@ def test_the_report_in_every_form(tmp_path, capsys):
 def test_times_by_layer_that_do_not_add_up_are_named(of_median, said):
     (group,) = grouped([Candidate.of_record(record(layers={**LAYERS, "of_median": of_median}))])
     assert any(f"{100 * of_median:.0f} % of the median" in text for text in remarks(group)) == said
+
+
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path):
+    pipe, folder = tmp_path / "pipe", written(tmp_path / "bench", FP32)
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(pipe.read_text)
+        assert report_main([str(folder), "--markdown", str(pipe)]) == 0
+        assert pipe.is_fifo() and reader.result(5).startswith("# Latency report")
 
 
 def test_hostile_names_stay_text(tmp_path, capsys):
