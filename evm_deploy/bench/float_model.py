@@ -35,8 +35,11 @@ class FloatModel:
     def __init__(self, path: Path, settings: Settings) -> None:
         import torch
 
-        if settings.timed != "model" or settings.scan != "auto":
-            raise UsageError(f"{path.name} is a checkpoint: in torch its network alone is timed, scans as they come")
+        if (settings.timed, settings.scan, settings.streams) != ("model", "auto", 1):
+            raise UsageError(
+                f"{path.name} is a checkpoint: in torch its network alone is timed, one inference at a time",
+                "leave --end-to-end, --scan and --streams out, or torch out of --forms",
+            )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         model, self.spec = load_checkpoint(path)
