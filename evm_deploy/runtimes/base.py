@@ -84,7 +84,7 @@ class Profiled(Runtime, Protocol):
     """What targets with `profiles` open with RunOptions.profile."""
 
     def node_times(self) -> list[NodeTime]:
-        """Of the inferences so far, nodes in the order in which they ran. To be asked for once, after the last."""
+        """Of the inferences so far, means or the fastest, nodes in the order in which they ran. To be asked once."""
         ...
 
 
