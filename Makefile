@@ -1,4 +1,4 @@
-# make demo   export the embedded demo checkpoint, self-test the bundle, classify its images
+# make demo   export the embedded demo checkpoint, self-test the bundles, classify its images, compare latencies
 # make test   ruff, mypy, pytest
 # Both set themselves up from nothing: a virtual environment in .venv with everything they need.
 PYTHON ?= python3
@@ -21,6 +21,7 @@ demo: setup
 	$(BIN)/evm-run dist/evm_digits-openvino-fp32-64x64 --selftest
 	$(BIN)/evm-export --target coreml --out dist --force
 	$(BIN)/evm-run dist/evm_digits-coreml-fp16-64x64 --selftest
+	$(BIN)/evm-bench --matrix --threads 1 --limit 20 -o dist/bench
 
 check: setup
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from unittest.mock import patch
 from common import interleave, where
 
 from evm_deploy.bench.layers import layers
-from evm_deploy.bench.worker import examples
+from evm_deploy.bench.subject import examples
 from evm_deploy.compile import read_recipe
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.export.graph import deployable, trace

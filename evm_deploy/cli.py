@@ -70,7 +70,12 @@ def export_parser() -> Parser:
         metavar="S",
         help="auto (default), plugin (native kernel), aot (in TensorRT's engine) or portable: standard ops only",
     )
-    add("--device", metavar="P", help=f"put the native library for it into the bundle: {', '.join(PLATFORMS)}")
+    add(
+        "--device",
+        metavar="P",
+        help="a device profile (evm-doctor lists them) or FILE.toml, for which target, precision and native library "
+        f"are chosen; or a platform, whose native library goes into the bundle: {', '.join(PLATFORMS)}",
+    )
     add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
     add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
@@ -90,6 +95,7 @@ def export_parser() -> Parser:
     add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
     add("--force", action="store_true", help="replace an existing bundle")
+    add("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
     add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
     common_flags(parser)
     add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
@@ -114,17 +120,16 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from evm_deploy.export.archive import write_zip
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.target import check_plan
-    from evm_deploy.export.targets import get_target, load_targets, resolve_names
+    from evm_deploy.export.targets import get_target
 
     if args.finish:
         return _finish(args)
     if args.library:
         raise UsageError("--library is for --finish", "leave it out")
-    if not args.target:
-        raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
-    plans = [check_plan(get_target(name), _plan(args, name)) for name in resolve_names(args.target)]
+    plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     checkpoint = _checkpoint(args)
     steps = Steps(args.quiet)
     results: list[Any] = []
@@ -138,9 +143,11 @@ def _export(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
         seconds = time.perf_counter() - start
-        results.append({"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)})
+        packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
+        results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
         if not args.json:
             print(export_summary(bundle, seconds))
+            print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
     return 0
@@ -187,6 +194,7 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
         "Output": plan.head,
         "Scan": plan.scan,
+        **({"Chosen": f"{plan.chosen.value}, {plan.chosen.reason}"} if plan.chosen else {}),
         **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
         "Bundle": str(path),
     }
@@ -215,6 +223,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
         ),
         *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
         *(("In float", block) for q in quantized for block in q["in_float"]),
+        *((("Chosen", f"{chosen['value']}, {chosen['reason']}"),) if (chosen := m.plan.get("chosen")) else ()),
         ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
         *(("Note", note) for note in m.notes),
         *(
@@ -270,20 +279,37 @@ def _checkpoint(args: argparse.Namespace) -> Path:
     return CHECKPOINT
 
 
-def _plan(args: argparse.Namespace, target: str) -> ExportPlan:
+def _plans(args: argparse.Namespace) -> list[ExportPlan]:
+    """One for each target, those of the device profile where it decides."""
+    from evm_deploy.export.for_device import choose
+    from evm_deploy.export.targets import load_targets, resolve_names
+    from evm_deploy.profiles import find_profile
+
+    if args.device is None or args.device in PLATFORMS:
+        if not args.target:
+            raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
+        return [_plan(args, name) for name in resolve_names(args.target)]
+    profile = find_profile(args.device, also=PLATFORMS)
+    names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
+    pictures = args.calib is not None
+    return [
+        _plan(args, **vars(choose(profile, name, args.precision, scan=args.scan, pictures=pictures))) for name in names
+    ]
+
+
+def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
     from evm_deploy.export.plan import Batch, ExportPlan, parse_imgsz
 
     sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(
         target=target,
-        precision=args.precision,
+        **{"precision": args.precision, "device": args.device, **decided},
         imgsz=next(iter(sizes), None),
         more_imgsz=sizes[1:],
         batch=Batch.parse(args.batch),
         input=args.input,
         head=args.head,
         scan=args.scan,
-        device=args.device,
         min_target=args.min_target,
         calib=args.calib,
         calib_images=int(_number("--calib-images", args.calib_images, whole=True)),

@@ -35,10 +35,11 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 def examine() -> dict[str, Any]:
     """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `energy`: sensors that can be
-    read; `advice`.
+    read; `advice`; `profiles`.
     """
     from evm_deploy.bench import device, energy
     from evm_deploy.export.targets import load_targets
+    from evm_deploy.profiles import find_profile, profile_names
 
     facts, state = device.facts(), device.state()
     found = {name: target.probe() for name, target in load_targets().items()}
@@ -52,6 +53,7 @@ def examine() -> dict[str, Any]:
         "state": asdict(state),
         "energy": [sensor.name for sensor in energy.sensors() if energy.readable(sensor)],
         "advice": device.warnings(facts, state, state) + energy.advice(),
+        "profiles": {name: asdict(find_profile(name)) for name in profile_names()},
     }
 
 
@@ -91,6 +93,7 @@ def _doctor(args: argparse.Namespace) -> int:
         ("sensors", sensors),
         ("energy", ", ".join(found["energy"]) or "none readable"),
         *(("advice", text) for text in found["advice"]),
+        ("profiles", ", ".join(found["profiles"]) + "   (--device)"),
     ):
         console.print(f"{key:<8} {text}", soft_wrap=True)
     return 0

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import one_of
+from evm_deploy.tables import read_toml
 
 
 def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Defaults for `parser` from the TOML file at `path`; keys are flag names, `-` or `_`. Raises UsageError."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not TOML: {error}") from error
+    content = read_toml(path, "--config")
     actions = {
         name.lstrip("-"): action
         for action in parser._actions

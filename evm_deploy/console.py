@@ -11,14 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
 from evm_deploy.errors import EvmError
 from evm_deploy.progress import Progress, silent
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 INTERRUPTED = 130
 BAR_WIDTH = 30
+PLAIN_WIDTH = 200  # columns where stdout is no terminal
 SHOW_CURSOR = b"\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
@@ -27,11 +31,17 @@ EXIT_CODES = """exit codes:
 
 class Steps:
     """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`; on terminals a spinner while it runs,
-    and a bar where the step says how far it is.
+    and a bar where the step, or else the whole work (`progress`), says how far it is.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, live: bool = True) -> None:
+        """live: spinner and bar, which only one step at a time can have."""
+        self.quiet, self.live = quiet, live
+        self._whole: tuple[int, int] | None = None
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the whole work is, to which the next steps belong."""
+        self._whole = (done, total)
 
     @contextlib.contextmanager
     def __call__(self, name: str, detail: str) -> Iterator[Progress]:
@@ -48,20 +58,32 @@ class Steps:
         label = f"{name:<10} {detail}"
         padded = escape(f"{label:<56}")
         start = time.perf_counter()
-        live = console.status(escape(label))
+
+        def bar(done: int, total: int) -> Table:
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
+            return grid
 
         def show(done: int, total: int) -> None:
-            bar = Table.grid(padding=(0, 1))
-            bar.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
-            live.update(bar)
+            live.update(bar(done, total))
+
+        live = console.status(bar(*self._whole) if self._whole else escape(label))
 
         try:
-            with live if console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
+            with live if self.live and console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
                 yield show
         except BaseException:
             console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")
             raise
         console.print(f"{padded} [green]ok[/green] {time.perf_counter() - start:.1f} s")
+
+
+def stdout_console() -> Console:
+    """For results, tables among them: markup is text, and where stdout is no terminal lines are not broken."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 class Parser(argparse.ArgumentParser):

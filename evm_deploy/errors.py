@@ -53,3 +53,9 @@ class AccuracyError(EvmError):
     """The artifact is less accurate than was asked for."""
 
     exit_code = 5
+
+
+class LatencyError(EvmError):
+    """Slower than was asked for, or than before."""
+
+    exit_code = 6

@@ -24,7 +24,13 @@ def aside(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write a text file beside `path` and rename it: there is the old one, or the new one, whole. Raises OSError."""
+    """Write a text file beside `path` and rename it: there is the old one, or the new one, whole. Raises OSError.
+
+    A device or pipe, such as /dev/null, is written into: renaming would replace it by a file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        path.write_text(text, encoding="utf-8")
+        return
     with aside(path) as folder:
         file = Path(folder) / path.name
         file.write_text(text, encoding="utf-8")

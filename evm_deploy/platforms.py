@@ -1,4 +1,4 @@
-"""The platforms that a bundle can carry a native library for."""
+"""The platforms that a bundle can carry a native library for, and those that it cannot yet."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ PLATFORMS = {
         Platform("windows-x86_64", "x86_64", "x86_64-windows-gnu", ".dll"),
     )
 }
+WITHOUT_LIBRARY = ("android-aarch64", "ios-arm64", "browser")
 
 
 def host_platform() -> str:

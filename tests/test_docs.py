@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evm_deploy import cli, cli_bench, cli_run
+from evm_deploy import cli, cli_bench, cli_report, cli_run
 from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +56,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("parser", "page"),
-    [(cli.export_parser, "export.md"), (cli_bench.bench_parser, "latency.md")],
-    ids=["export", "bench"],
+    [(cli.export_parser, "export.md"), (cli_bench.bench_parser, "latency.md"), (cli_report.report_parser, "report.md")],
+    ids=["export", "bench", "report"],
 )
 def test_every_flag_is_documented(parser, page):
     text = (ROOT / "docs" / page).read_text()

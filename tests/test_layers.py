@@ -25,8 +25,8 @@ from evm_deploy.bench.layers import (
     summary,
     without_recording,
 )
+from evm_deploy.bench.subject import examples
 from evm_deploy.bench.text import block_of
-from evm_deploy.bench.worker import examples
 from evm_deploy.export import openvino
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import native_library

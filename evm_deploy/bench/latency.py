@@ -19,6 +19,7 @@ LIMIT_S = 60.0
 WARM_UP_S = 0.5
 PERCENTILES = (50, 90, 95, 99)
 RESAMPLES = 2000
+MAX_DRAWN = 1 << 21  # samples in memory at once
 T = TypeVar("T")
 
 
@@ -118,15 +119,21 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
     values = np.asarray(samples)
     length = round(len(values) ** 0.5)
     starts = np.random.default_rng(0).integers(0, len(values) - length + 1, (RESAMPLES, -(-len(values) // length)))
-    blocks = values[starts[..., None] + np.arange(length)].reshape(RESAMPLES, -1)
-    low, high = np.percentile(np.median(blocks, axis=1), [50 * (1 - confidence), 50 * (1 + confidence)])
+    at_once = max(1, MAX_DRAWN // len(values))  # all at once would be gigabytes after a minute of short runs
+    parts = (starts[i : i + at_once, :, None] + np.arange(length) for i in range(0, RESAMPLES, at_once))
+    medians = np.concatenate([np.median(values[part].reshape(len(part), -1), axis=1) for part in parts])
+    low, high = np.percentile(medians, [50 * (1 - confidence), 50 * (1 + confidence)])
     return float(low), float(high)
 
 
 def differ(one: Latency, other: Latency) -> bool:
     """Whether the confidence intervals of the medians do not overlap: what is called a difference here."""
-    (low, high), (other_low, other_high) = one.interval(), other.interval()
-    return high < other_low or other_high < low
+    return apart(one.interval(), other.interval())
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two intervals (low, high) do not overlap."""
+    return one[1] < other[0] or other[1] < one[0]
 
 
 def throughput(latency: Latency, batch: int) -> float:

@@ -25,12 +25,17 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
         done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(f"measuring {bundle} did not end within {error.timeout:.0f} s") from error
+    return record_of(done.stdout, done.stderr, done.returncode, str(bundle))
+
+
+def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record:
+    """What the process that measured printed. Raises the EvmError that it did, ToolchainError where it died."""
     try:
-        content = json.loads(done.stdout.splitlines()[-1])
+        content = json.loads(stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ToolchainError(f"the process that measured {bundle} died with code {done.returncode}: {said}") from error
+        said = (stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ToolchainError(f"the process that measured {bundle} died with code {code}: {said}") from error
     if "error" in content:
-        kind: type[EvmError] = getattr(errors, content["error"]["type"])
+        kind: type[EvmError] = getattr(errors, content["error"]["type"], ToolchainError)
         raise kind(content["error"]["text"], content["error"]["hint"])
-    return Record(**content)
+    return Record.parse(content, f"what came of {bundle}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from evm_deploy.bench import schema
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
 from evm_deploy.files import write_aside
@@ -20,7 +21,8 @@ class Settings:
     """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
 
     streams: inferences at the same time, each in a thread. timed: `model`, arrays in and out on the host, or
-    `end-to-end`, a picture file to its five best classes. limit_s: seconds after which an unstable measurement ends.
+    `end-to-end`, a picture file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
+    saved with it. limit_s: seconds after which an unstable measurement ends.
     """
 
     threads: int | None = None
@@ -31,6 +33,7 @@ class Settings:
     cuda_graph: bool = False
     streams: int = 1
     timed: str = "model"
+    imgsz: str | None = None
     limit_s: float = 60.0
 
     def __str__(self) -> str:
@@ -86,16 +89,26 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Raises UsageError for a file that is no Record of this schema."""
+        """Raises UsageError, naming the file, for one that is no Record of this schema."""
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise UsageError(f"{path} is no record: larger than {MAX_BYTES >> 20} MB")
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"record {path} cannot be read: {error}") from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: Any, source: str) -> Record:
+        """A Record from what JSON gave; keys, types and numbers are checked. Raises UsageError, naming `source`."""
         if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{path} is no record of schema {SCHEMA_VERSION}", "make one with evm-bench")
+            raise UsageError(f"{source} is no record of schema {SCHEMA_VERSION}", "make one with evm-bench")
         names = {field.name for field in fields(cls)}
         if set(content) != names:
-            raise UsageError(f"{path} is no record: fields differ: {', '.join(sorted(names ^ set(content)))}")
+            differing = ", ".join(sorted(names ^ set(content)))
+            raise UsageError(f"{source} is no record: fields differ: {differing:.200}")
+        try:
+            schema.RECORD(content, "")
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{source} is a damaged record: {error}", "measure again with evm-bench") from error
         return cls(**content)

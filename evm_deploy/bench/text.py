@@ -14,29 +14,34 @@ def file_name(record: Record) -> str:
     end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
     scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
     streams = "" if settings["streams"] == 1 else f"-s{settings['streams']}"
-    return f"{record.bundle['name']}-t{settings['threads'] or 'auto'}-b{settings['batch']}{streams}{scan}{end}.json"
+    name = re.sub(r"[^\w.+-]", "_", record.bundle["name"])  # a name from another machine is no path
+    return f"{name}-t{settings['threads'] or 'auto'}-b{settings['batch']}{streams}{scan}{end}.json"
 
 
 def lines(record: Record, path: Path) -> list[str]:
     """The block that a user reads."""
     settings, times, runs = record.settings, record.summary_ms, len(record.samples_ms)
     low, high = record.interval_ms
+    at = f", at {record.device['at']}" if record.device["at"] else ""
+    loads, memory = record.load_ms, record.memory_mb
     threads, scan = settings["threads"] or "auto", record.runtime["scan"]["value"]
     streams = "" if settings["streams"] == 1 else f"streams {settings['streams']}, "
     unstable = "" if record.stable else ", NOT STABLE"
     tails = "  ".join(f"{key} {times[key]:.3g}" for key in ("p90", "p99"))
     return [
         f"Measured  {record.bundle['name']}   threads {threads}, batch {settings['batch']}, "
-        f"{streams}{settings['timed']}, scan {scan}",
+        f"{streams}{settings['timed']}, scan {scan}{at}",
         f"Latency   p50 {times['p50']:.3g} ms (95 %: {low:.3g}-{high:.3g})  {tails}   "
         f"{record.throughput:.4g} images/s   {runs} runs{unstable}",
         *([f"Device    {parts}"] if (parts := in_words(record.device_ms)) else []),
         *([f"Layers    {shares(record)}"] if record.layers else []),
         *([f"Energy    {energy}"] if (energy := in_words(record.energy_mj, "mJ")) else []),
-        f"Load      {record.load_ms['fresh']:.0f} ms in a new process, {record.load_ms['again']:.0f} ms again, "
-        f"first inference {record.first_ms:.3g} ms",
-        f"Memory    peak {record.memory_mb['peak']:.0f} MB, {record.memory_mb['before']:.0f} MB before loading   "
-        f"artifact {record.bundle['artifact_bytes'] / 1e6:.1f} MB",
+        f"Load      {loads['fresh']:.0f} ms in a new process, "
+        + (f"{loads['again']:.0f} ms again, " if "again" in loads else "")
+        + f"first inference {record.first_ms:.3g} ms",
+        f"Memory    peak {memory['peak']:.0f} MB"
+        + (f", {memory['before']:.0f} MB before loading" if "before" in memory else "")
+        + f"   artifact {record.bundle['artifact_bytes'] / 1e6:.1f} MB",
         *(f"Note      {text}" for text in record.warnings),
         f"Saved     {path}",
     ]

@@ -1,6 +1,8 @@
 """The process that measures: nothing else has run in it, so its load time and peak memory are the bundle's.
 
-    python -m evm_deploy.bench.worker BUNDLE SETTINGS        SETTINGS: bench.record.Settings as JSON
+    python -m evm_deploy.bench.worker SUBJECT SETTINGS
+
+SUBJECT: a bundle, or a checkpoint for torch. SETTINGS: bench.record.Settings as JSON.
 
 Prints one JSON object: the Record, or `error` with the name, text and hint of an EvmError.
 """
@@ -21,16 +23,10 @@ from typing import Any
 from evm_deploy.bench import device
 from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
-from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.errors import EvmError, ToolchainError, UsageError
-from evm_deploy.export.manifest import FILE
-from evm_deploy.export.plan import Batch
-from evm_deploy.files import sha256
-from evm_deploy.inference import LoadedBundle, load
-from evm_deploy.runtimes.base import Feeds
+from evm_deploy.bench.subject import Subject, batch_size, open_subject
+from evm_deploy.errors import EvmError
 
-TOP = 5
 PARTS_RUNS = 50
 
 
@@ -38,49 +34,30 @@ def work(path: Path, settings: Settings) -> Record:
     """Measure a bundle in this process. Raises EvmErrors."""
     memory = {"before": peak_mb()}
 
-    def opened() -> LoadedBundle:
-        return load(
-            path,
-            threads=settings.threads,
-            scan=settings.scan,
-            device=settings.device,
-            cache=settings.cache,
-            cuda_graph=settings.cuda_graph,
-            streams=settings.streams,
-        )
+    def opened() -> Subject:
+        return open_subject(path, settings)
 
-    fresh_ms, model = timed(opened)
-    with model:
-        require_runnable(model)
-        batch = batch_size(model.manifest.batch, settings.batch)
-        run = subject(model, batch, settings.timed)
+    fresh_ms, subject = timed(opened)
+    with subject:
+        batch = batch_size(subject.batch, settings.batch)
+        run = subject.inference(batch, settings.timed)
         first_ms, _ = timed(run)
         facts, before = device.facts(), device.state()
         with Meter() as meter:
             latency = measure(run, streams=settings.streams, limit_s=settings.limit_s)
         after = device.state()
         memory["peak"] = peak_mb()
-        parts, plan = on_device(model, run), model.plan()
-    again_ms, model = timed(opened)
-    with model:
+        parts, bundle, runtime = on_device(subject, run), subject.facts(), subject.runtime()
+    again_ms, subject = timed(opened)
+    with subject:
         warnings = device.warnings(facts, before, after)
-        by_layer = layers(model, examples(model, batch))
+        by_layer = subject.layers(batch)
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
-    manifest = model.manifest
     return Record(
-        bundle={
-            "name": path.resolve().name,
-            "model": manifest.model["name"],
-            "target": manifest.target,
-            "precision": manifest.precision,
-            "imgsz": manifest.plan["imgsz"],
-            "manifest_sha256": sha256(path / FILE),
-            "artifact_bytes": model.bundle.size_bytes,
-            "accuracy": manifest.accuracy,
-        },
+        bundle=bundle,
         device={"at": None, "profile": None, **facts},
-        runtime={"versions": dict(model.target.probe().versions), "scan": asdict(model.scan), "plan": dict(plan)},
+        runtime=runtime,
         settings={**asdict(settings), "batch": batch},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         load_ms={"fresh": round(fresh_ms, 2), "again": round(again_ms, 2)},
@@ -108,46 +85,12 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def require_runnable(model: LoadedBundle) -> None:
-    """Raise ToolchainError where the target's own runtime is not on this machine: an emulator has no latency."""
-    here = model.target.probe()
-    if not here.can_run:
-        raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
-
-
-def batch_size(batch: Batch, asked: int | None) -> int:
-    """Raises UsageError for a batch that the bundle does not take."""
-    size = batch.min if asked is None else asked
-    if size < batch.min or (batch.max is not None and size > batch.max):
-        raise UsageError(f"--batch {size}: this bundle was exported with --batch {batch}", "export it with another")
-    return size
-
-
-def subject(model: LoadedBundle, batch: int, what: str) -> Callable[[], object]:
-    """The function to time, on the self-test's own inputs."""
-    if what == "end-to-end":
-        pictures = [model.bundle.path / "selftest" / "picture.png"] * batch
-        return lambda: model.predict(pictures, top=TOP)
-    feeds = examples(model, batch)
-    return lambda: model.run(feeds)
-
-
-def examples(model: LoadedBundle, batch: int) -> Feeds:
-    """The self-test's inputs, as many images of them."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    (name,) = model.inputs
-    probes = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
-    return {name: np.ascontiguousarray(np.resize(probes, (batch, *probes.shape[1:])))}
-
-
-def on_device(model: LoadedBundle, run: Callable[[], object]) -> dict[str, float]:
+def on_device(subject: Subject, run: Callable[[], object]) -> dict[str, float]:
     """Median milliseconds of each part of a run on the device; empty where the runtime does not count them."""
     seen = []
-    for _ in range(PARTS_RUNS if model.milliseconds else 0):
+    for _ in range(PARTS_RUNS if subject.milliseconds else 0):
         run()
-        seen.append(dict(model.milliseconds))
+        seen.append(dict(subject.milliseconds))
     return {part: round(statistics.median(each[part] for each in seen), 5) for part in (seen[0] if seen else ())}
 
 

@@ -143,6 +143,7 @@ def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> d
             "cuda_graph": False,
             "streams": 1,
             "timed": "model",
+            "imgsz": None,
             "limit_s": limit_s,
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

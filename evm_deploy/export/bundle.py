@@ -8,20 +8,23 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from evm_deploy.errors import BundleError
+from evm_deploy.export import archive
 from evm_deploy.export.manifest import FILE, Manifest
 from evm_deploy.files import artifact_bytes, aside, sha256
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk."""
+    """A bundle on disk. unpacked: the temporary folder that it is in, if it came as a zip; it goes with this object."""
 
     path: Path
     manifest: Manifest
+    unpacked: TemporaryDirectory[str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def size_bytes(self) -> int:
@@ -30,8 +33,13 @@ class Bundle:
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Read the manifest of the bundle at `path` and check the hash of every file. Raises BundleError."""
-    path = Path(path)
+    """Read the manifest of the bundle at `path`, a folder or a zip, and check the hash of every file.
+
+    Raises BundleError.
+    """
+    path, unpacked = Path(path), None
+    if path.suffix == archive.SUFFIX and path.is_file():
+        path, unpacked = archive.unpacked(path)
     if not path.is_dir():
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", "make one with evm-export")
@@ -48,7 +56,7 @@ def open_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"bundle {path}: {name} cannot be read: {error.strerror}") from error
         if damaged:
             raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, unpacked)
 
 
 def check_free(path: Path, force: bool) -> None:

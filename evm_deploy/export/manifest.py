@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evm_deploy.errors import BundleError
-from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
+from evm_deploy.export.plan import Batch, Choice, EngineSettings, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
 
 SCHEMA_VERSION = 1
@@ -63,6 +63,8 @@ class Manifest:
         values["batch"] = self.batch
         engine = values.get("engine", {})
         values["engine"] = EngineSettings(**{key: _frozen(value) for key, value in engine.items()})
+        chosen = values.get("chosen")
+        values["chosen"] = Choice(**chosen) if chosen else None
         return ExportPlan(**values)
 
     def preprocess(self) -> Preprocessing:
@@ -121,9 +123,15 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _check_file_entry(name: str, facts: dict[str, Any]) -> None:
+def inside_bundle(name: str) -> bool:
+    """Whether a file's name, in a manifest or a zip, stays inside the bundle on every system."""
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name or not name:
+    leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
+    return bool(name) and not leaves
+
+
+def _check_file_entry(name: str, facts: dict[str, Any]) -> None:
+    if not inside_bundle(name):
         raise ValueError(f"file name {name!r} leaves the bundle")
     if not re.fullmatch(r"[0-9a-f]{64}", str(facts["sha256"])):
         raise ValueError(f"{name} has no sha256")

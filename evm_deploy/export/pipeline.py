@@ -92,7 +92,13 @@ def export(
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             bundle = keep(folder, path, replace(manifest, built=target.finish is None))
-    return finish(path, step=step) if target.finish and target.probe().can_finish else bundle
+    finishes = target.finish and finished_here(plan) and target.probe().can_finish
+    return finish(path, step=step) if finishes else bundle
+
+
+def finished_here(plan: ExportPlan) -> bool:
+    """Whether this machine may stand for the device: not where that is known to be another."""
+    return plan.platform in (None, host_platform())
 
 
 def finish(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
@@ -102,6 +108,8 @@ def finish(path: str | Path, *, library: str | None = None, step: Step = silent)
     ToolchainError.
     """
     bundle = open_bundle(path)
+    if bundle.unpacked:
+        raise UsageError(f"{path} is a zip: what is made in it would be lost", f"unzip {path}")
     target = get_target(bundle.manifest.target)
     if not target.finish:
         raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")

@@ -96,7 +96,9 @@ class ExportPlan:
     imgsz: (H, W) pixels; more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
-    device: platform whose native library travels in the bundle. min_target: oldest system that must run it (Core ML).
+    device: platform whose native library travels in the bundle. platform: what the artifact is for, None for whatever
+    it fits. chosen: target and precision, where a device profile decided them, and why. min_target: oldest system that
+    must run it (Core ML).
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
     read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
     the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
@@ -112,6 +114,8 @@ class ExportPlan:
     head: str = "logits"
     scan: str = "auto"
     device: str | None = None
+    platform: str | None = None
+    chosen: Choice | None = None
     min_target: str | None = None
     opset: int | None = None
     tol: float | None = None

@@ -1,0 +1,92 @@
+"""The float network of a checkpoint in torch, eager on the CPU: the baseline of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.bench.record import Settings
+from evm_deploy.bench.subject import TORCH, repeated
+from evm_deploy.errors import UsageError
+from evm_deploy.export.graph import deployable
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.plan import Batch, Choice, ExportPlan, parse_imgsz
+from evm_deploy.export.selftest import probe_inputs
+from evm_deploy.files import sha256
+from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.plugins import find_plugin
+
+
+class FloatModel:
+    """The network of the checkpoint `path`, for pictures of settings.imgsz, or of the size saved with it.
+
+    Raises CheckpointError, and UsageError for what torch has no setting for.
+    """
+
+    batch = Batch(1, 1, None)
+    milliseconds: Mapping[str, float] = {}
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        import torch
+
+        if (settings.timed, settings.scan, settings.streams) != ("model", "auto", 1):
+            raise UsageError(
+                f"{path.name} is a checkpoint: in torch its network alone is timed, one inference at a time",
+                "leave --end-to-end, --scan and --streams out, or torch out of --forms",
+            )
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        model, self.spec = load_checkpoint(path)
+        imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
+        self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)
+        self.module = deployable(model, self.plan, self.preprocessing)
+        self.path = path
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "name": f"{self.spec.name}-{TORCH}-fp32-{self.plan.sizes}",
+            "model": self.spec.name,
+            "target": TORCH,
+            "precision": "fp32",
+            "imgsz": self.plan.imgsz,
+            "manifest_sha256": sha256(self.path),
+            "artifact_bytes": self.path.stat().st_size,
+            "accuracy": None,
+        }
+
+    def runtime(self) -> dict[str, Any]:
+        import torch
+
+        native = Choice("native", "eager, scans on the native kernel")
+        scan = native if find_plugin("onnxruntime") else Choice("torch", "eager, scans in torch: no native kernel here")
+        return {"versions": {"torch": torch.__version__}, "scan": asdict(scan), "plan": {}}
+
+    def inference(self, batch: int, timed: str) -> Callable[[], object]:
+        pixels = repeated(probe_inputs(self.plan, self.preprocessing), batch)
+        return lambda: self.run(pixels)
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures (n, H, W, 3) uint8 -> logits (n, classes)."""
+        import torch
+
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self.module(torch.from_numpy(pixels)).numpy()
+            return logits
+
+    def layers(self, batch: int) -> dict[str, Any]:
+        """None: torch is the baseline, not what ships."""
+        return {}
+
+    def __enter__(self) -> FloatModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self.module

@@ -1,0 +1,158 @@
+"""What is measured: a bundle, or the float network of a checkpoint in torch, which comparisons are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.bench.layers import layers
+from evm_deploy.bench.record import Settings
+from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export import archive
+from evm_deploy.export.bundle import Bundle
+from evm_deploy.export.manifest import FILE
+from evm_deploy.export.plan import Batch
+from evm_deploy.files import sha256
+from evm_deploy.inference import LoadedBundle, load
+from evm_deploy.runtimes.base import Feeds
+
+TOP = 5  # classes, end to end
+TORCH = "torch"
+
+
+class Subject(Protocol):
+    """Opened, with its runtime loaded; closed by leaving its `with` block.
+
+    facts, runtime: as the Record has them. batch: what it takes. milliseconds: parts of the last run on the device.
+    """
+
+    batch: Batch
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def runtime(self) -> dict[str, Any]: ...
+
+    @property
+    def milliseconds(self) -> Mapping[str, float]: ...
+
+    def inference(self, batch: int, timed: str) -> Callable[[], object]:
+        """The function to time, on seeded pictures: from arrays to arrays, or end to end."""
+        ...
+
+    def layers(self, batch: int) -> dict[str, Any]:
+        """As the Record has them."""
+        ...
+
+    def __enter__(self) -> Subject: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_subject(path: Path, settings: Settings) -> Subject:
+    """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
+    if path.is_file() and path.suffix != archive.SUFFIX:
+        from evm_deploy.bench.float_model import FloatModel
+
+        return FloatModel(path, settings)
+    return MeasuredBundle(path, settings)
+
+
+class MeasuredBundle:
+    """A bundle. Raises ToolchainError where its own runtime is not on this machine: an emulator has no latency."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.model = load(
+            path,
+            threads=settings.threads,
+            scan=settings.scan,
+            device=settings.device,
+            cache=settings.cache,
+            cuda_graph=settings.cuda_graph,
+            streams=settings.streams,
+        )
+        self.batch = self.model.manifest.batch
+        require_runnable(self.model)
+
+    def facts(self) -> dict[str, Any]:
+        return bundle_facts(self.model.bundle)
+
+    def runtime(self) -> dict[str, Any]:
+        return {
+            "versions": dict(self.model.target.probe().versions),
+            "scan": asdict(self.model.scan),
+            "plan": dict(self.model.plan()),
+        }
+
+    @property
+    def milliseconds(self) -> Mapping[str, float]:
+        return self.model.milliseconds
+
+    def inference(self, batch: int, timed: str) -> Callable[[], object]:
+        if timed == "end-to-end":
+            pictures = [self.model.bundle.path / "selftest" / "picture.png"] * batch
+            return lambda: self.model.predict(pictures, top=TOP)
+        feeds = examples(self.model, batch)
+        return lambda: self.model.run(feeds)
+
+    def layers(self, batch: int) -> dict[str, Any]:
+        return layers(self.model, examples(self.model, batch))
+
+    def __enter__(self) -> MeasuredBundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.model.__exit__(kind, error, trace)
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """As the Record has them."""
+    manifest = bundle.manifest
+    return {
+        "name": bundle.path.resolve().name,
+        "model": manifest.model["name"],
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "imgsz": manifest.plan["imgsz"],
+        "manifest_sha256": sha256(bundle.path / FILE),
+        "artifact_bytes": bundle.size_bytes,
+        "accuracy": manifest.accuracy,
+    }
+
+
+def require_runnable(model: LoadedBundle) -> None:
+    """Raise ToolchainError where the target's own runtime is not on this machine."""
+    here = model.target.probe()
+    if not here.can_run:
+        raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
+
+
+def examples(model: LoadedBundle, batch: int) -> Feeds:
+    """The self-test's inputs, as many images of them."""
+    from safetensors.numpy import load_file
+
+    (name,) = model.inputs
+    probes = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
+    return {name: repeated(probes, batch)}
+
+
+def repeated(probes: NDArray[Any], batch: int) -> NDArray[Any]:
+    """As many of the probes as a batch takes, one after the other."""
+    return np.resize(probes, (batch, *probes.shape[1:])).copy()
+
+
+def batch_size(batch: Batch, asked: int | None) -> int:
+    """Raises UsageError for a batch that the bundle does not take."""
+    size = batch.min if asked is None else asked
+    if size < batch.min or (batch.max is not None and size > batch.max):
+        raise UsageError(f"--batch {size}: this bundle was exported with --batch {batch}", "export it with another")
+    return size

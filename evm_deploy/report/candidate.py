@@ -1,0 +1,187 @@
+"""Candidate: one thing that could ship, in one setting on one device, with all that is known of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from evm_deploy.bench.record import Record
+from evm_deploy.export.bundle import Bundle
+
+FLOAT = "fp32"
+MAX_TEXT = 200
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What two latencies must share before they are compared. device: None where nothing was measured.
+
+    threads: None as the runtime chose.
+    """
+
+    model: str
+    imgsz: tuple[int, int]
+    device: tuple[str, ...] | None = None
+    batch: int = 0
+    threads: int | None = None
+    streams: int = 1
+    timed: str = ""
+
+    def __str__(self) -> str:
+        """`evm_digits, 64x64, batch 1, 1 thread, model`."""
+        if self.device is None:
+            return f"{self.model}, {self.imgsz[0]}x{self.imgsz[1]}, not measured"
+        threads = {None: "threads auto", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
+        streams = f", {self.streams} streams" if self.streams > 1 else ""
+        return f"{self.model}, {self.imgsz[0]}x{self.imgsz[1]}, batch {self.batch}, {threads}{streams}, {self.timed}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """name: of the bundle. accuracy: as calib.accuracy.Accuracy.as_dict, or None. size_bytes: of the artifact.
+
+    rejected: why it must not ship, from its manifest. record: None for a bundle that was not measured. notes: what a
+    reader should know. Texts hold printable characters only.
+    """
+
+    name: str
+    model: str
+    target: str
+    precision: str
+    imgsz: tuple[int, int]
+    size_bytes: int
+    accuracy: dict[str, Any] | None
+    rejected: str = ""
+    record: Record | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_record(cls, record: Record) -> Candidate:
+        bundle, notes = record.bundle, [plain(text) for text in record.warnings]
+        return cls(
+            **{key: plain(bundle[key]) for key in ("name", "model", "target", "precision")},
+            imgsz=(bundle["imgsz"][0], bundle["imgsz"][1]),
+            size_bytes=bundle["artifact_bytes"],
+            accuracy=bundle["accuracy"],
+            record=record,
+            notes=tuple(notes),
+        )
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Candidate:
+        manifest = bundle.manifest
+        height, width = manifest.plan["imgsz"]
+        failures = manifest.parity.get("failures") or ["rejected at export"]
+        return cls(
+            name=plain(bundle.path.resolve().name),
+            model=plain(manifest.model.get("name", manifest.name)),
+            target=plain(manifest.target),
+            precision=plain(manifest.precision),
+            imgsz=(height, width),
+            size_bytes=bundle.size_bytes,
+            accuracy=manifest.accuracy,
+            rejected=plain("; ".join(map(str, failures))) if manifest.rejected else "",
+            notes=tuple(plain(text) for text in manifest.notes),
+        )
+
+    @property
+    def conditions(self) -> Conditions:
+        if self.record is None:
+            return Conditions(self.model, self.imgsz)
+        settings = self.record.settings
+        return Conditions(
+            self.model,
+            self.imgsz,
+            device_key(self.record),
+            settings["batch"],
+            settings["threads"],
+            settings.get("streams") or 1,
+            plain(settings["timed"]),
+        )
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Settings that are a choice, not a condition: rows of one group may differ in them."""
+        if self.record is None:
+            return ()
+        settings = self.record.settings
+        said = (
+            "" if settings.get("scan") in (None, "auto") else f"scan {settings['scan']}",
+            settings.get("device") or "",
+            "CUDA graph" if settings.get("cuda_graph") else "",
+        )
+        return tuple(plain(text) for text in said if text)
+
+    @property
+    def label(self) -> str:
+        """`openvino int8`, with the settings that are a choice."""
+        return ", ".join((f"{self.target} {self.precision}", *self.variant))
+
+    @property
+    def p50(self) -> float | None:
+        """Median latency in ms."""
+        return float(self.record.summary_ms["p50"]) if self.record else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the median, in ms."""
+        return (self.record.interval_ms[0], self.record.interval_ms[1]) if self.record else None
+
+    @property
+    def stable(self) -> bool:
+        return self.record is None or self.record.stable
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is what the others' accuracy is compared with: parity with the float model was proven."""
+        return self.precision == FLOAT
+
+    @property
+    def drop(self) -> float | None:
+        """Points of top-1 lost against the float model: 0 of the float model, None where nobody knows."""
+        if self.accuracy is None:
+            return 0.0 if self.is_float else None
+        return finite(self.accuracy.get("drop"))
+
+    @property
+    def top1(self) -> float | None:
+        """In percent."""
+        share = finite((self.accuracy or {}).get("top1"))
+        return None if share is None else 100 * share
+
+    @property
+    def scan_share(self) -> float | None:
+        """Of the time of all layers, in percent."""
+        share = finite(self.record.layers.get("scan_share")) if self.record else None
+        return None if share is None else 100 * share
+
+
+def device_key(record: Record) -> tuple[str, ...]:
+    """What makes a device another one: where it is, model, processor, architecture, usable cores, memory, system."""
+    names = ("at", "model", "cpu", "machine", "usable_cores", "memory_mb", "system")
+    return tuple(plain(str(record.device.get(name) or "")) for name in names)
+
+
+def device_name(key: tuple[str, ...]) -> str:
+    """`AMD EPYC, 2 cores` with the board in front where it has a name of its own."""
+    at, model, cpu, _, cores, _, _ = key
+    where = f" at {at}" if at else ""
+    return f"{model or 'unnamed device'}{where}: {cpu or 'processor unknown'}, {cores or '?'} cores"
+
+
+def finite(value: object) -> float | None:
+    """A number as float; None for anything else, NaN and infinities included."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None  # type: ignore[arg-type]
+
+
+def milliseconds(value: float) -> str:
+    """Three digits: 0.252, 1.20, 35.0, 1240."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def plain(text: object) -> str:
+    """Printable and short: names come from files, and terminals obey control characters."""
+    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(text))
+    return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -1,0 +1,132 @@
+"""Files and folders to candidates: records, bundles, and which belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evm_deploy.bench.record import MAX_BYTES, Record
+from evm_deploy.errors import BundleError, UsageError
+from evm_deploy.export.archive import SUFFIX as ZIP
+from evm_deploy.export.bundle import Bundle, open_bundle
+from evm_deploy.export.manifest import FILE, Manifest
+from evm_deploy.files import sha256
+from evm_deploy.report.candidate import Candidate, Conditions
+
+
+@dataclass(frozen=True)
+class Found:
+    """records: all that were given. bundles: by the sha256 of their manifest.
+
+    ignored: JSON files in folders that are no records.
+    """
+
+    records: tuple[Record, ...]
+    bundles: dict[str, Bundle]
+    ignored: tuple[Path, ...]
+
+
+def collect(paths: Iterable[str | Path]) -> Found:
+    """Read records, bundles, and folders of both (bundles one level down). Raises UsageError, BundleError."""
+    records: list[Record] = []
+    bundles: dict[str, Bundle] = {}
+    ignored: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_file() and path.suffix == ZIP:
+            bundle = open_bundle(path)
+            bundles[sha256(bundle.path / FILE)] = bundle
+            continue
+        if path.is_file():
+            records.append(Record.read(path))
+            continue
+        if not path.is_dir():
+            raise UsageError(f"{path} does not exist", "give records of evm-bench, bundles, or folders of them")
+        before = len(records) + len(bundles)
+        for folder in (path, *sorted(child for child in path.iterdir() if _is_bundle(child))):
+            if _is_bundle(folder):
+                bundle = open_light(folder)
+                bundles[sha256(folder / FILE)] = bundle
+            found, other = _records_in(folder)
+            records += found
+            ignored += other
+        if len(records) + len(bundles) == before:
+            raise UsageError(f"{path} holds neither records nor bundles", "evm-bench makes records, evm-export bundles")
+    return Found(tuple(records), bundles, tuple(ignored))
+
+
+def open_light(path: Path) -> Bundle:
+    """A bundle by its manifest, its files not hashed: a report runs nothing. Raises BundleError."""
+    bundle = Bundle(path, Manifest.read(path))
+    if bundle.size_bytes == 0:
+        raise BundleError(f"bundle {path}: {bundle.manifest.artifact} is missing", "copy the bundle again, whole")
+    return bundle
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Of records of the same bundle, setting and device, the one measured last."""
+    latest: dict[tuple[object, ...], Record] = {}
+    for record in sorted(records, key=lambda record: record.date):
+        latest[identity(record)] = record
+    return list(latest.values())
+
+
+def identity(record: Record) -> tuple[object, ...]:
+    """The same for two measurements of one bundle's name in one setting on one device."""
+    candidate = Candidate.of_record(record)
+    return (candidate.name, candidate.target, candidate.precision, candidate.variant, candidate.conditions)
+
+
+def candidates(found: Found) -> list[Candidate]:
+    """The newest records, each with what its bundle adds, then the bundles that were not measured."""
+    made = [_joined(record, found.bundles) for record in newest(found.records)]
+    measured = {record.bundle["manifest_sha256"] for record in found.records}
+    return made + [Candidate.of_bundle(bundle) for sha, bundle in found.bundles.items() if sha not in measured]
+
+
+def groups(found: Iterable[Candidate]) -> dict[Conditions, list[Candidate]]:
+    """Candidates that may be compared with each other, fastest first; what was not measured comes last."""
+    grouped: dict[Conditions, list[Candidate]] = {}
+    for each in sorted(found, key=lambda each: (each.p50 is None, each.p50 or each.size_bytes, each.label)):
+        grouped.setdefault(each.conditions, []).append(each)
+    return dict(sorted(grouped.items(), key=lambda item: (item[0].device is None, str(item[0]), item[0].device or ())))
+
+
+def _joined(record: Record, bundles: dict[str, Bundle]) -> Candidate:
+    candidate = Candidate.of_record(record)
+    bundle = bundles.get(record.bundle["manifest_sha256"] or "")
+    if bundle:
+        return replace(candidate, rejected=Candidate.of_bundle(bundle).rejected)
+    if any(other.path.resolve().name == candidate.name for other in bundles.values()):
+        note = "measured on another export of this bundle than the one given: measure again"
+        return replace(candidate, notes=(*candidate.notes, note))
+    return candidate
+
+
+def _is_bundle(path: Path) -> bool:
+    return (path / FILE).is_file()
+
+
+def _records_in(folder: Path) -> tuple[list[Record], list[Path]]:
+    """Records directly in a folder, and JSON files that are something else. A damaged record is an error."""
+    records, ignored = [], []
+    own = {FILE, *Manifest.read(folder).files} if _is_bundle(folder) else set()
+    for path in sorted(folder.glob("*.json")):
+        if path.name in own or not path.is_file():
+            continue
+        if _looks_like_a_record(path):
+            records.append(Record.read(path))
+        else:
+            ignored.append(path)
+    return records, ignored
+
+
+def _looks_like_a_record(path: Path) -> bool:
+    if path.stat().st_size > MAX_BYTES:
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return True  # reading it says what is wrong
+    return isinstance(content, dict) and "samples_ms" in content

@@ -1,0 +1,128 @@
+"""Records over time, in one SQLite file.
+
+The rollback journal is used, not WAL: one file that can be copied, also on network disks, and a report writes rarely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from evm_deploy.bench.record import Record
+from evm_deploy.errors import UsageError
+from evm_deploy.report.candidate import Candidate
+from evm_deploy.report.collect import identity
+from evm_deploy.report.compare import Pair
+
+APPLICATION_ID = 0x45564D44  # "EVMD": the file is ours
+VERSION = 1
+WAIT_S = 30.0
+SCHEMA = """CREATE TABLE records (
+  digest TEXT PRIMARY KEY, date TEXT NOT NULL, model TEXT NOT NULL, target TEXT NOT NULL, content TEXT NOT NULL
+)"""
+
+
+def append(db: Path, records: Iterable[Record]) -> int:
+    """Add records, all or none; one that is there already is left. Returns how many are new. Raises UsageError."""
+    rows = []
+    for record in records:
+        content = json.dumps(asdict(record), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        rows.append((digest, record.date, record.bundle["model"], record.bundle["target"], content))
+    with _opened(db, create=True) as connection:
+        before = connection.total_changes
+        connection.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING", rows)
+        return connection.total_changes - before
+
+
+def read(db: Path, model: str | None = None, target: str | None = None) -> list[Record]:
+    """Records in the order of their dates, of one model and target if given. Raises UsageError."""
+    with _opened(db, create=False) as connection:
+        rows = connection.execute(
+            "SELECT digest, content FROM records WHERE model = coalesce(?, model) AND target = coalesce(?, target) "
+            "ORDER BY date, rowid",
+            (model, target),
+        ).fetchall()
+    return [_parsed(db, digest, content) for digest, content in rows]
+
+
+def courses(records: Iterable[Record], last: int | None = None) -> list[list[Candidate]]:
+    """The measurements of each bundle, setting and device, oldest first: the `last` of each."""
+    found: dict[tuple[object, ...], list[Candidate]] = {}
+    for record in records:
+        found.setdefault(identity(record), []).append(Candidate.of_record(record))
+    return [course[-last if last else 0 :] for course in found.values()]
+
+
+def steps(course: list[Candidate]) -> list[Pair | None]:
+    """For each measurement, what changed since the one before; None for the first."""
+    return [None, *(Pair(old, new) for old, new in pairwise(course))]
+
+
+def as_dicts(course: list[Candidate]) -> list[dict[str, Any]]:
+    """What `--history --json` prints of one course."""
+    return [
+        {
+            "date": each.record.date if each.record else None,
+            "name": each.name,
+            "settings": str(each.conditions),
+            "p50_ms": each.p50,
+            "interval_ms": each.interval,
+            "stable": each.stable,
+            "change": change.as_dict() if change else None,
+        }
+        for each, change in zip(course, steps(course), strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _opened(db: Path, create: bool) -> Iterator[sqlite3.Connection]:
+    """One transaction on the database, written when it ends well. Raises UsageError, naming the file."""
+    if not create and not db.is_file():
+        raise UsageError(f"{db} does not exist", f"make it:  evm-report RECORD.. --db {db}")
+    connection = None
+    try:
+        if create:
+            db.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(db, timeout=WAIT_S, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE" if create else "BEGIN")
+        _require_ours(db, connection, create)
+        yield connection
+        connection.execute("COMMIT")
+    except (sqlite3.Error, OSError) as error:
+        raise UsageError(f"{db} cannot be used as a history: {error}", "choose another --db") from error
+    finally:
+        if connection:
+            connection.close()  # rolls back what was not committed
+
+
+def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> None:
+    """Check whose file it is and of which version; an empty one becomes ours."""
+    (application,), (version,), (tables,) = (
+        connection.execute(query).fetchone()
+        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+    )
+    if create and (application, version, tables) == (0, 0, 0):
+        connection.execute(SCHEMA)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    elif application != APPLICATION_ID:
+        raise UsageError(f"{db} is a database of another program", "choose another --db")
+    elif version != VERSION:
+        raise UsageError(
+            f"{db} is a history of version {version}, this evm-deploy knows {VERSION}", "upgrade evm-deploy"
+        )
+
+
+def _parsed(db: Path, digest: str, content: str) -> Record:
+    try:
+        return Record.parse(json.loads(content), f"{db}, row {digest[:12]}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{db}, row {digest[:12]} is damaged: {error}") from error

@@ -1,0 +1,194 @@
+"""The columns of a group, once, for every form that a table takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evm_deploy.bench.text import in_words
+from evm_deploy.report.candidate import Candidate, device_name, finite, milliseconds
+from evm_deploy.report.collect import groups
+from evm_deploy.report.verdict import MAX_DROP, Verdict, differ, speed, verdict
+
+MB = 1e6
+SUMS = (0.85, 1.05)  # of the median: what times by layer should add up to
+
+
+@dataclass(frozen=True)
+class Group:
+    """title: the conditions in words. device: its name, empty where nothing was measured."""
+
+    title: str
+    device: str
+    candidates: tuple[Candidate, ...]
+    verdict: Verdict
+
+    @property
+    def measured(self) -> tuple[Candidate, ...]:
+        return tuple(each for each in self.candidates if each.record)
+
+    @property
+    def float_top1(self) -> float | None:
+        """Top-1 of the float model in percent, if the candidates that were judged agree on it."""
+        shares = [finite(each.accuracy.get("top1_float")) for each in self.candidates if each.accuracy]
+        found = {share for share in shares if share is not None}
+        return 100 * found.pop() if len(found) == 1 else None
+
+
+def grouped(candidates: Sequence[Candidate], max_drop: float = MAX_DROP) -> list[Group]:
+    """Candidates in groups that may be compared, each with its verdict."""
+    return [
+        Group(
+            str(conditions),
+            device_name(conditions.device) if conditions.device else "",
+            tuple(members),
+            verdict(members, max_drop),
+        )
+        for conditions, members in groups(candidates).items()
+    ]
+
+
+def latency(each: Candidate) -> str:
+    return "" if each.p50 is None else f"{milliseconds(each.p50)} ms" + ("" if each.stable else " NOT STABLE")
+
+
+def interval(each: Candidate) -> str:
+    return "" if each.interval is None else "-".join(map(milliseconds, each.interval))
+
+
+def ratio(each: Candidate, group: Group) -> str:
+    """Speed against the baseline; `~` where the intervals overlap."""
+    baseline = group.verdict.baseline
+    if each.record is None or baseline is None:
+        return ""
+    if each is baseline:
+        return "baseline"
+    return f"{'' if differ(each, baseline) else '~'}{speed(each, baseline):.2f}x"
+
+
+def p99(each: Candidate) -> str:
+    return f"{milliseconds(each.record.summary_ms['p99'])} ms" if each.record else ""
+
+
+def top1(each: Candidate, group: Group) -> str:
+    """Of a float model that was not judged itself, what the others say of it."""
+    if each.top1 is not None:
+        return f"{each.top1:.2f} %"
+    if each.is_float and group.float_top1 is not None:
+        return f"{group.float_top1:.2f} %"
+    return ""
+
+
+def points(each: Candidate) -> str:
+    """Difference to the float model."""
+    if each.accuracy is None:
+        return "float" if each.is_float else "unknown"
+    if each.drop is None:
+        sqnr = each.accuracy.get("sqnr_db")
+        return f"SQNR {sqnr:.1f} dB" if sqnr is not None else "unknown"
+    return f"{-each.drop + 0.0:+.2f}"
+
+
+def size(each: Candidate) -> str:
+    return f"{each.size_bytes / MB:.2f} MB" if each.size_bytes else ""
+
+
+def load(each: Candidate) -> str:
+    return _of(each, "load_ms", "fresh", "{:.0f} ms")
+
+
+def memory(each: Candidate) -> str:
+    return _of(each, "memory_mb", "peak", "{:.0f} MB")
+
+
+def scan(each: Candidate) -> str:
+    return "" if each.scan_share is None else f"{each.scan_share:.0f} %"
+
+
+def energy(each: Candidate) -> str:
+    parts = each.record.energy_mj if each.record else {}
+    return ", ".join(f"{value:.3g} mJ {sensor}" for sensor, value in parts.items())
+
+
+COLUMNS: tuple[tuple[str, Callable[[Candidate, Group], str]], ...] = (
+    ("candidate", lambda each, _: each.label),
+    ("p50", lambda each, _: latency(each)),
+    ("95 % interval", lambda each, _: interval(each)),
+    ("speed", ratio),
+    ("p99", lambda each, _: p99(each)),
+    ("top-1", top1),
+    ("to float", lambda each, _: points(each)),
+    ("size", lambda each, _: size(each)),
+    ("load", lambda each, _: load(each)),
+    ("memory", lambda each, _: memory(each)),
+    ("scan", lambda each, _: scan(each)),
+    ("energy", lambda each, _: energy(each)),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    candidate: Candidate
+    cells: list[str]
+
+
+def filled(group: Group) -> tuple[list[str], list[Row]]:
+    """Headings and rows; a column that would be empty is left out."""
+    rows = [[show(each, group) for _, show in COLUMNS] for each in group.candidates]
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+    made = [Row(each, [row[i] for i in kept]) for each, row in zip(group.candidates, rows, strict=True)]
+    return [COLUMNS[i][0] for i in kept], made
+
+
+def remarks(group: Group) -> list[str]:
+    """The verdict's notes, then the candidates' own."""
+    own = [f"{each.label}: {note}" for each in group.candidates for note in (*each.notes, *doubts(each))]
+    return [*group.verdict.notes, *own]
+
+
+def doubts(each: Candidate) -> list[str]:
+    """A sentence where the times by layer are not those of the median: profilers cost time, most on small networks."""
+    of_median = finite(each.record.layers.get("of_median")) if each.record else None
+    if of_median is None or SUMS[0] <= of_median <= SUMS[1]:
+        return []
+    return [f"its times by layer add up to {100 * of_median:.0f} % of the median: take them as shares"]
+
+
+def facts(each: Candidate, group: Group) -> dict[str, Any]:
+    """One candidate in numbers, for CSV and JSON: None where it is not known."""
+    record, verdict = each.record, group.verdict
+    low, high = each.interval or (None, None)
+    compared = record is not None and verdict.baseline is not None
+    return {
+        "group": group.title,
+        "device": group.device,
+        "name": each.name,
+        "model": each.model,
+        "target": each.target,
+        "precision": each.precision,
+        "settings": ", ".join(each.variant),
+        "shipped": each is verdict.ship,
+        "p50_ms": each.p50,
+        "low_ms": low,
+        "high_ms": high,
+        "p99_ms": record.summary_ms["p99"] if record else None,
+        "speed": round(speed(each, verdict.baseline), 4) if compared and verdict.baseline else None,
+        "stable": each.stable if record else None,
+        "throughput": record.throughput if record else None,
+        "top1_percent": each.top1,
+        "drop_points": each.drop,
+        "sqnr_db": (each.accuracy or {}).get("sqnr_db"),
+        "size_bytes": each.size_bytes,
+        "load_ms": record.load_ms.get("fresh") if record else None,
+        "peak_mb": record.memory_mb.get("peak") if record else None,
+        "scan_share_percent": each.scan_share,
+        "energy": in_words(record.energy_mj).replace(" ms", " mJ") if record else "",
+        "date": record.date if record else None,
+        "notes": "; ".join(each.notes),
+    }
+
+
+def _of(each: Candidate, times: str, key: str, form: str) -> str:
+    value = getattr(each.record, times).get(key) if each.record else None
+    return form.format(value) if value else ""

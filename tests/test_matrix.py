@@ -1,0 +1,88 @@
+"""evm-bench --matrix: every form measured and judged, nothing done twice, one failure stops nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.cli_bench import bench_main
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.errors import UsageError
+from evm_deploy.export.targets import get_target
+from evm_deploy.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
+from evm_deploy.progress import silent
+
+QUICK = ["--threads", "1", "--limit", "20"]
+
+
+class Steps:
+    """Notes the names and details of steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, name, detail):
+        self.seen.append((name, detail.split(",")[0]))
+        return silent(name, detail)
+
+
+def test_forms_are_those_of_targets():
+    assert len(parse_forms(FORMS)) == 5
+    assert parse_forms("ort,onnx:fp32, coreml") == (Form("onnx", "fp32"), Form("coreml", "fp16"))
+    for text, said in (("onnx:int4", "fp32"), ("onyx:fp32", "onnx"), ("torch:int8", "torch:fp32"), ("", "choose")):
+        with pytest.raises(UsageError, match=said):
+            parse_forms(text)
+
+
+def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
+    forms = parse_forms("torch,onnx:fp32,onnx:int8")
+    matrix = Matrix(CHECKPOINT, forms, (Settings(1, 1, limit_s=20.0),), tmp_path, None, "demo", "demo")
+    first, again = Steps(), Steps()
+    outcome = run_matrix(matrix, first)
+    records = {each.bundle["target"] + each.bundle["precision"]: each for each in map(Record.read, outcome.records)}
+    assert list(records) == ["torchfp32", "onnxfp32", "onnxint8"] and not outcome.failed
+    assert first.seen.count(("measure", "onnx int8")) == 1 and ("judge", "onnx fp32") in first.seen
+    for name, record in records.items():
+        accuracy = record.bundle["accuracy"]
+        assert accuracy["images"] == 599 and accuracy["top1"] >= 0.98, name
+        assert accuracy["top1_float"] == records["torchfp32"].bundle["accuracy"]["top1"]
+    assert records["onnxfp32"].bundle["accuracy"]["sqnr_db"] > 80
+    assert records["torchfp32"].runtime["scan"]["value"] in ("native", "torch")
+    assert records["onnxint8"].bundle["artifact_bytes"] < records["onnxfp32"].bundle["artifact_bytes"]
+
+    unstable = outcome.records[1]
+    unstable.write_text(json.dumps({**json.loads(unstable.read_text()), "stable": False}))
+    assert run_matrix(matrix, again).records == outcome.records
+    kept, measured = ("kept", "torch fp32"), ("measure", "onnx fp32")
+    assert again.seen == [kept, measured, ("judge", "onnx fp32"), ("kept", "onnx int8")]
+
+    source, target = Checkpoint(matrix), get_target("onnx")
+    path = tmp_path / "bundles" / "evm_digits-onnx-int8-64x64"
+    assert source.is_current(path, target, source.plan(forms[2]))
+    assert not source.is_current(path, target, source.plan(forms[1]))
+    (path / "model.onnx").write_bytes(b"damaged")
+    assert not source.is_current(path, target, source.plan(forms[2]))
+
+
+def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
+    flags = ["--matrix", str(micro), "--imgsz", "64", "-o", str(tmp_path), *QUICK]
+    assert bench_main([*flags, "--forms", "onnx:int8,torch"]) == 2  # no pictures to calibrate with
+    out, err = capsys.readouterr()
+    assert "onnx int8: int8 needs pictures to calibrate with" in err
+    assert len(list(tmp_path.glob("*-torch-fp32-64x64-t1-b1.json"))) == 1 and "torch" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "no bundle is given"),
+        (["x", "--forms", "onnx"], "--forms is for --matrix"),
+        (["--matrix", "a.ckpt", "b.ckpt"], "one checkpoint"),
+        (["--matrix", "missing.ckpt"], "missing.ckpt"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(flags, said, capsys, tmp_path):
+    assert bench_main([*flags, "-o", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
