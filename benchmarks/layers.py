@@ -107,8 +107,8 @@ def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> b
         times = interleave({"real": lambda: model.run(feeds), "bare": lambda: bare.run(feeds)}, rounds)
         median_ms = statistics.median(times["real"])
         saved = 1 - statistics.median(b / a for a, b in zip(times["real"], times["bare"], strict=True))
-        found = sorted((layers(model, feeds) for _ in range(TIMES)), key=lambda each: each["of_median"])[TIMES // 2]
-    share, whole = found["scan_share"], found["of_median"]
+        found = sorted((layers(model, feeds) for _ in range(TIMES)), key=lambda each: each["of_inference"])[TIMES // 2]
+    share, whole = found["scan_share"], found["of_inference"]
     right = share is not None and SUM[0] <= whole <= SUM[1] and abs(share - saved) <= POINTS
     kinds = ", ".join(f"{kind} {ms / found['sum_ms']:.0%}" for kind, ms in found["kinds"].items())
     print(f"{target:<9}{scan:<9} p50 {median_ms:6.2f} ms   sum {whole:6.1%}   scan {share:6.1%}", end="   ")

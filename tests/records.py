@@ -26,7 +26,7 @@ JUDGED = {
 LAYERS = {
     "how": "ONNX Runtime's profiler",
     "sum_ms": 0.95,
-    "of_median": 0.95,
+    "of_inference": 0.95,
     "scan_share": 0.4,
     "kinds": {"scan": 0.38, "projection": 0.2, "convolution": 0.25, "norm": 0.07, "layout": 0.05},
     "modules": [

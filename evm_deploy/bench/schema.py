@@ -101,7 +101,7 @@ ACCURACY = keys(
 LAYERS = keys(
     how=text,
     sum_ms=size,
-    of_median=size,
+    of_inference=size,
     scan_share=nullable(size),
     kinds=mapping(size),
     modules=listing(keys(module=text, kind=text, ms=size, calls=size)),

@@ -56,7 +56,7 @@ def shares(record: Record) -> str:
     """`scan 43 %, projections 21 %, convolutions 18 %   sum 98 % of an inference`."""
     layers = record.layers
     kinds = ", ".join(f"{kind} {ms / layers['sum_ms']:.0%}" for kind, ms in layers["kinds"].items())
-    return f"{kinds}   sum {layers['of_median']:.0%} of an inference".replace("%", " %")
+    return f"{kinds}   sum {layers['of_inference']:.0%} of an inference".replace("%", " %")
 
 
 def layer_lines(record: Record) -> list[str]:

@@ -149,10 +149,10 @@ def remarks(group: Group) -> list[str]:
 
 def doubts(each: Candidate) -> list[str]:
     """A sentence where the times by layer are not those of the median: profilers cost time, most on small networks."""
-    of_median = finite(each.record.layers.get("of_median")) if each.record else None
-    if of_median is None or SUMS[0] <= of_median <= SUMS[1]:
+    of_inference = finite(each.record.layers.get("of_inference")) if each.record else None
+    if of_inference is None or SUMS[0] <= of_inference <= SUMS[1]:
         return []
-    return [f"its times by layer add up to {100 * of_median:.0f} % of the median: take them as shares"]
+    return [f"its times by layer add up to {100 * of_inference:.0f} % of an inference: take them as shares"]
 
 
 def facts(each: Candidate, group: Group) -> dict[str, Any]:
