@@ -82,7 +82,7 @@ def test_a_broken_scan_body_is_rejected(fault, target, break_function, micro, tm
 
 def cumsum_division(opset, block_steps=None):
     """The form of several public ports: h_t = P_t * cumsum(x / P), P = exp(cumsum(dt A)). One chunk, no epsilon."""
-    f = onnx_function.Body()
+    f = onnx_function.Body("cumsum/")
     one, two, three, last = f.const([1]), f.const(2), f.const([3]), f.const([4])
     dt = f.op("Softplus", f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
     exponent = f.op("Mul", f.op("Unsqueeze", dt, last), f.op("Unsqueeze", "A", one))
