@@ -47,7 +47,7 @@ def bench_parser() -> Parser:
 
 def bench_main(argv: Sequence[str] | None = None) -> int:
     """`evm-bench`. Returns the exit code."""
-    args = bench_parser().parse_args(argv)
+    args = bench_parser().parse_intermixed_args(argv)  # flags between bundles, too
     return run_command("evm-bench", lambda: _bench(args), args.verbose)
 
 

@@ -49,7 +49,7 @@ def report_parser() -> Parser:
 
 def report_main(argv: Sequence[str] | None = None) -> int:
     """`evm-report`. Returns the exit code."""
-    args = report_parser().parse_args(argv)
+    args = report_parser().parse_intermixed_args(argv)  # flags between paths, too
     return run_command("evm-report", lambda: _report(args), args.verbose)
 
 
