@@ -165,9 +165,7 @@ def test_bad_run_flags(flags, micro_bundle, capsys):
 
 
 def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, monkeypatch, capsys):
-    from evm_deploy.export import onnx
-
-    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxsim" else object())
+    monkeypatch.setattr("evm_deploy.packages.find_spec", lambda name: None if name == "onnxsim" else object())
     assert run_export(micro, "--target", "onnx", "-o", tmp_path / "out") == 3
     assert "pip install 'evm-deploy[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.coreml_tools import converter, coremltools
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export import bench_on_mac, coreml, mlpackage, mlprogram, verify
+from evm_deploy.export import bench_on_mac, mlpackage, mlprogram, verify
 from evm_deploy.export.graph import deployable
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch
@@ -245,7 +245,7 @@ def test_other_targets_have_no_minimum_system_and_one_size(micro, tmp_path):
 
 
 def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coreml, "find_spec", lambda name: None if name == "coremltools" else object())
+    monkeypatch.setattr("evm_deploy.packages.find_spec", lambda name: None if name == "coremltools" else object())
     assert cli.export_main([str(micro), "--target", "coreml", "-o", str(tmp_path / "out")]) == 3
     assert "pip install 'evm-deploy[coreml]'" in capsys.readouterr().err
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import replace
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +31,7 @@ from evm_deploy.export.plan import (
 from evm_deploy.export.static_cost import static_cost
 from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.packages import package_versions
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.coreml import CoreMlRuntime
@@ -46,7 +45,7 @@ EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes what th
 
 def probe() -> Probe:
     """Which of the packages are here, without importing them. Only Apple's systems run Core ML."""
-    versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
+    versions = package_versions(BUILD_PACKAGES)
     missing = [name for name in BUILD_PACKAGES if name not in versions]
     mac = sys.platform == "darwin"
     return Probe(not missing, mac and not missing, versions, INSTALL_HINT if missing else "" if mac else EMULATED)

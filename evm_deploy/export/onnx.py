@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from evm_deploy import cross
@@ -16,6 +14,7 @@ from evm_deploy.export.outline import outline
 from evm_deploy.export.plan import DEFAULT_OPSET, Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.onnx_tools import to_fp16
+from evm_deploy.packages import package_versions
 from evm_deploy.platforms import PLATFORMS
 from evm_deploy.plugins import HINT, find_plugin, kernel_isa, not_built
 from evm_deploy.runtimes.base import RunOptions, Runtime
@@ -26,7 +25,7 @@ BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 def probe() -> Probe:
     """Which of the packages are here, without importing them."""
-    versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
+    versions = package_versions(BUILD_PACKAGES)
     missing = [name for name in BUILD_PACKAGES if name not in versions]
     return Probe(not missing, "onnxruntime" in versions, versions, INSTALL_HINT if missing else "")
 

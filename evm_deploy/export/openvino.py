@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.onnx_tools import check_fp16_range
 from evm_deploy.openvino_extension import INSTALL_HINT, extension
+from evm_deploy.packages import package_versions
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.openvino import PRECISION_HINT, OpenVinoRuntime, open_core
@@ -34,7 +33,7 @@ BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "open
 
 def probe() -> Probe:
     """Which of the packages are here, without importing them."""
-    versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
+    versions = package_versions(BUILD_PACKAGES)
     missing = [name for name in BUILD_PACKAGES if name not in versions]
     return Probe(not missing, "openvino" in versions, versions, INSTALL_HINT if missing else "")
 

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +28,7 @@ from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
 from evm_deploy.export.tensorrt_graph import tensorrt_graph
 from evm_deploy.export.tensorrt_usage import usage
 from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.packages import package_versions
 from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
@@ -53,7 +53,7 @@ SCANS = {
 
 def probe(target: str) -> Probe:
     """What is here, without importing it. Building the bundle needs no TensorRT, running the engine a driver too."""
-    versions = {name: metadata.version(name) for name in BUILD_PACKAGES if find_spec(name)}
+    versions = package_versions(BUILD_PACKAGES)
     missing = [name for name in BUILD_PACKAGES if name not in versions]
     for name in PACKAGES[target]:
         with suppress(metadata.PackageNotFoundError):
