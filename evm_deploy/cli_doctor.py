@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from evm_deploy import __version__
-from evm_deploy.console import EXIT_CODES, Parser, run_command
+from evm_deploy.console import EXIT_CODES, Parser, run_command, stdout_console
 from evm_deploy.errors import ToolchainError
 
 
@@ -34,8 +33,8 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `state`; `energy`: sensors that can be
-    read; `advice`; `profiles`.
+    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `cpu_features`; `gpus`; `state`;
+    `energy`: sensors that can be read; `advice`; `profiles`.
     """
     from evm_deploy.bench import device, energy
     from evm_deploy.export.targets import load_targets
@@ -50,6 +49,8 @@ def examine() -> dict[str, Any]:
         },
         "kernel": _kernel(),
         "device": facts,
+        "cpu_features": device.cpu_features(),
+        "gpus": device.gpus(),
         "state": asdict(state),
         "energy": [sensor.name for sensor in energy.sensors() if energy.readable(sensor)],
         "advice": device.warnings(facts, state, state) + energy.advice(),
@@ -73,14 +74,13 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("target", "build", "run", "versions", "what to do", box=None, pad_edge=False)
     for name, each in found["targets"].items():
         versions = ", ".join(f"{package} {version}" for package, version in each["versions"].items())
         table.add_row(name, *("yes" if each[key] else "no" for key in ("build", "run")), versions, each["hint"])
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = stdout_console()
     console.print(table)
     device, kernel, state = found["device"], found["kernel"], found["state"]
     governor = device["governor"] or "not readable"
@@ -88,6 +88,8 @@ def _doctor(args: argparse.Namespace) -> int:
     for key, text in (
         ("kernel", f"{kernel['isa']}, {kernel['library']}" if kernel["isa"] else kernel["hint"]),
         ("device", f"{device['cpu']}, {device['usable_cores']} of {device['cores']} cores, {device['memory_mb']} MB"),
+        ("cpu", ", ".join(found["cpu_features"]) or "features not readable"),
+        ("gpus", ", ".join(found["gpus"]) or "none found"),
         ("system", f"{device['system']}, Python {device['python']}"),
         ("clocks", f"governor {governor}"),
         ("sensors", sensors),

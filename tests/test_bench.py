@@ -238,6 +238,22 @@ def test_what_may_have_spoilt_a_measurement():
     assert device.warnings({"governor": None}, calm, calm) == []
 
 
+def test_features_and_gpus_are_those_that_the_system_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "PROC", tmp_path)
+    monkeypatch.setattr(device, "SYS", tmp_path)
+    assert device.cpu_features() == [] and device.gpus() == []
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm crc32\n")
+    for card, vendor in (("card0", "0x10de"), ("card1", "0x8086"), ("card2", "0x1a03")):
+        (tmp_path / "class/drm" / card / "device").mkdir(parents=True)
+        (tmp_path / "class/drm" / card / "device/vendor").write_text(f"{vendor}\n")
+        (tmp_path / "class/drm" / card / "device/device").write_text("0x46a6\n")
+    assert device.cpu_features() == ["asimd", "asimddp", "i8mm"]
+    assert device.gpus() == ["NVIDIA 0x46a6", "Intel 0x46a6"]
+    (tmp_path / "driver/nvidia/gpus/0000:01").mkdir(parents=True)
+    (tmp_path / "driver/nvidia/gpus/0000:01/information").write_text("Model: \t\t NVIDIA Orin\nIRQ: 7\n")
+    assert device.gpus() == ["NVIDIA Orin", "Intel 0x46a6"]
+
+
 def test_this_device_is_described():
     facts, state = device.facts(), device.state()
     assert facts["cores"] >= 1 and facts["cpu"] and facts["system"]

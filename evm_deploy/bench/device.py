@@ -10,6 +10,11 @@ from typing import Any
 
 SYS = Path("/sys")
 PROC = Path("/proc")
+FEATURES = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+)
+MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 BUSY = 0.5  # load average per core, from which other work is named
 
 
@@ -45,6 +50,26 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def cpu_features() -> list[str]:
+    """Of the processor, those that kernels for networks use; empty where the system does not say."""
+    said = {"flags", "Features"}  # on x86-64, on AArch64
+    lines = (line.partition(":") for line in text(PROC / "cpuinfo").splitlines())
+    has = next((set(value.split()) for key, _, value in lines if key.strip() in said), set())
+    return [feature for feature in FEATURES if feature in has]
+
+
+def gpus() -> list[str]:
+    """Names of GPUs, as NVIDIA's driver says, else maker and PCI device of graphics cards."""
+    found = []
+    for file in sorted(PROC.glob("driver/nvidia/gpus/*/information")):
+        found += [line.partition(":")[2].strip() for line in text(file).splitlines() if line.startswith("Model:")]
+    for card in sorted(SYS.glob("class/drm/card[0-9]*/device")):
+        maker = MAKERS.get(text(card / "vendor").strip())
+        if maker and not (found and maker == "NVIDIA"):
+            found.append(f"{maker} {text(card / 'device').strip()}")
+    return list(dict.fromkeys(found))
 
 
 def state() -> State:
