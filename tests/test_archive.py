@@ -109,6 +109,13 @@ def test_what_a_zip_says_of_its_sizes_is_not_believed(tmp_path, monkeypatch):
         unpack(noise, tmp_path / "c")
 
 
+def test_a_file_without_a_name_is_refused(tmp_path):
+    path = made(tmp_path / "nameless.zip", ("x", b"x"))
+    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))  # where a name ends
+    with pytest.raises(BundleError):
+        unpack(path, tmp_path / "b")
+
+
 def test_an_encrypted_zip_is_refused(tmp_path):
     path = made(tmp_path / "locked.zip", ("b/x", b"x"))
     data = bytearray(path.read_bytes())

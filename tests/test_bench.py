@@ -71,15 +71,20 @@ def test_the_slow_start_is_no_part_of_it():
 
 
 def test_streams_run_at_the_same_time():
-    """Each must meet the others, else it waits for them in vain; four at once give four times the images."""
-    meeting = threading.Barrier(4, timeout=5)
+    """Four at once, as each sees, give four times the images."""
+    lock, inside, most = threading.Lock(), [0], [0]
 
     def run() -> None:
-        meeting.wait()
-        time.sleep(0.002)
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.005)
+        with lock:
+            inside[0] -= 1
 
     found = measure(run, streams=4, limit_s=2.0)
-    assert len(found.samples) % 4 == 0 and found.warm_up % 4 == 0 and len(found.samples) >= 4
+    assert most == [4]
+    assert len(found.samples) >= 4 and found.warm_up >= 12
     alone = throughput(Latency(found.samples, 0, True), 1)
     assert throughput(found, 1) > 2.5 * alone
 

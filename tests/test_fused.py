@@ -272,7 +272,8 @@ def test_normalisation_stays_where_folding_would_be_wrong(change, micro):
         next(a for a in conv.attribute if a.name == "pads").ints[:] = [1, 1, 1, 1]
     if change == "second reader":
         model.graph.output.append(helper.make_empty_tensor_value_info("again"))
-        model.graph.node.append(helper.make_node("Identity", ["mul"], ["again"]))
+        scaled = next(node for node in model.graph.node if node.op_type == "Mul").output[0]
+        model.graph.node.append(helper.make_node("Identity", [scaled], ["again"]))
     before = model.SerializeToString(deterministic=True)
     assert fold_normalisation(model) == 0
     assert model.SerializeToString(deterministic=True) == before

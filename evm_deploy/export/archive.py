@@ -48,7 +48,7 @@ def unpack(path: Path, into: Path) -> Path:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
             _check(path, entries)
             left = MAX_BYTES
             for entry in entries:
