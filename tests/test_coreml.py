@@ -26,9 +26,10 @@ from evm_deploy.bench.record import Record, Settings
 from evm_deploy.coreml_tools import converter, coremltools
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import bench_on_mac, mlpackage, mlprogram, verify
+from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.graph import deployable
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch
+from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.export.target import ScanShape
 from evm_deploy.inference import load
 from evm_deploy.model.checkpoint import load_checkpoint
@@ -337,6 +338,14 @@ def test_the_benchmark_on_a_phone_gives_a_record(coreml_bundle, tmp_path, monkey
     phones.clear()
     with pytest.raises(SystemExit, match="no iPhone is connected"):
         run()
+
+
+def test_a_self_test_leaves_the_bundle_as_it_was(micro, tmp_path, capsys):
+    """coremltools writes the manifest of every package that it opens."""
+    bundle = export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path)
+    for _ in range(2):
+        assert cli_run.run_main([str(bundle.path), "--selftest"]) == 0, capsys.readouterr().err
+    open_bundle(bundle.path)
 
 
 def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):

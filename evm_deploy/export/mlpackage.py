@@ -51,3 +51,6 @@ def _write(fresh: Path, path: Path, metadata: Any) -> None:
     content["itemInfoEntries"] = {names[key]: item for key, item in items.items()}
     content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
     manifest.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
+    coremltools().utils.load_spec(
+        str(path)
+    )  # whatever opens a package writes this file its way: once now, before hashes
