@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,14 +55,10 @@ def unpack(path: Path, into: Path) -> Path:
             left = MAX_BYTES
             for entry in entries:
                 left -= _unpack(path, archive, entry, into, left)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise BundleError(f"{path} is damaged, or no zip file: {error}", "copy it again, whole") from error
     except (OSError, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
         raise BundleError(f"{path} cannot be unpacked: {error}") from error
-    except Exception as error:
-        if type(error).__module__ in ("zlib", "lzma", "_lzma"):
-            raise BundleError(f"{path} is damaged: {error}", "copy it again, whole") from error
-        raise
     return _bundle_in(path, into)
 
 
