@@ -1,0 +1,55 @@
+"""The preprocessing vectors that every SDK is tested with, here in Python, which made them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evm_deploy.errors import ImageError
+from evm_deploy.model.preprocess import Preprocessing, read_rgb
+
+FOLDER = Path(__file__).parents[1] / "sdk" / "vectors"
+CONTENT = json.loads((FOLDER / "cases.json").read_bytes())
+CASES = {case["name"]: case for case in CONTENT["cases"]}
+
+
+def preprocessing(case: dict) -> Preprocessing:
+    return Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in case["preprocessing"].items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_python_gives_the_vectors(name):
+    case = CASES[name]
+    path, spec = FOLDER / case["image"], preprocessing(case)
+    assert read_rgb(path).size == (case["width"], case["height"])
+    if "error" in case:
+        with pytest.raises(ImageError) as raised:
+            spec.pixels(path)
+        assert str(raised.value) == case["error"]
+        return
+    pixels = spec.pixels(path)
+    want = np.asarray(Image.open(FOLDER / case["expected"]))
+    assert pixels.shape == want.shape
+    assert np.abs(pixels.astype(int) - want).max() <= CONTENT["tolerance"]
+    tensor = spec.normalise(want[None])[0]
+    for c, y, x, value in case["normalised"]:
+        assert tensor[c, y, x] == pytest.approx(value, abs=1e-6)
+
+
+ALIKE = ({"square", "alpha", "transparent"}, {"grey", "grey-alpha", "grey-16-bit"}, {"exif-6", "exif-in-png"})
+
+
+def test_the_pictures_are_told_apart():
+    """Orientation, size, interpolation matter: no case passes with the pixels of another, but where Python ignores what
+    differs: alpha, bits, the file's format."""
+    pixels = {
+        n: np.asarray(Image.open(FOLDER / c["expected"])).astype(int) for n, c in CASES.items() if "expected" in c
+    }
+    for one, other in itertools.combinations(pixels, 2):
+        if not any({one, other} <= group for group in ALIKE) and pixels[one].shape == pixels[other].shape:
+            assert np.abs(pixels[one] - pixels[other]).max() > CONTENT["tolerance"], f"{one} and {other}"
