@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,7 @@ class LoadedBundle:
         if options.streams > 1 and not self.target.streams:
             raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
+        self._plan = self.manifest.export_plan()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
         self._options = replace(options, plugin=self.plugin)
@@ -84,16 +86,24 @@ class LoadedBundle:
 
         Raises ImageError for an image that cannot be read, UsageError for a bundle without a classifier.
         """
-        head = self.manifest.plan["head"]
-        if head == "features":
-            raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
-        if top < 1:
-            raise UsageError(f"top is {top}, it must be at least 1")
-        results = []
-        for values in self._batches(images):
-            scores = values[head].astype(np.float64)
-            results += [self._top(row if head == "probs" else _softmax(row), top) for row in scores]
+        self._check_classifier(top)
+        pixels = map(self.preprocessing.pixels, images)
+        results: list[list[Prediction]] = []
+        while chunk := list(itertools.islice(pixels, self._batch_size)):
+            results += self.classify(np.stack(chunk), top)
         return results
+
+    def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
+        """`predict` of pictures that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
+        uint8, n from 1, whatever the bundle's batch. Raises UsageError.
+        """
+        head = self._check_classifier(top)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
+            height, width = self.preprocessing.size
+            raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
+        chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
+        scores = (row for chunk in chunks for row in self._run_pixels(chunk)[head].astype(np.float64))
+        return [self._top(row if head == "probs" else _softmax(row), top) for row in scores]
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
@@ -133,25 +143,23 @@ class LoadedBundle:
             return None, Choice("portable", reason)
         return plugin, Choice("plugin", f"native kernel, {self.target.isa(plugin)}, installed")
 
-    def _batches(self, images: Iterable[Any]) -> Iterator[dict[str, NDArray[Any]]]:
-        plan = self.manifest.export_plan()
-        size = plan.batch.max or DYNAMIC_BATCH
-        chunk: list[NDArray[np.uint8]] = []
-        for image in images:
-            chunk.append(self.preprocessing.pixels(image))
-            if len(chunk) == size:
-                yield self._run_pixels(chunk)
-                chunk = []
-        if chunk:
-            yield self._run_pixels(chunk)
+    @property
+    def _batch_size(self) -> int:
+        return self._plan.batch.max or DYNAMIC_BATCH
 
-    def _run_pixels(self, chunk: list[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
-        plan = self.manifest.export_plan()
-        filled = chunk + chunk[-1:] * max(0, plan.batch.min - len(chunk))
-        pixels = np.stack(filled)
-        value = pixels if plan.input == "image" else self.preprocessing.normalise(pixels)
+    def _check_classifier(self, top: int) -> str:
+        """The output with the classes' scores."""
+        if self._plan.head == "features":
+            raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
+        if top < 1:
+            raise UsageError(f"top is {top}, it must be at least 1")
+        return self._plan.head
+
+    def _run_pixels(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        filled = np.concatenate([pixels, *[pixels[-1:]] * max(0, self._plan.batch.min - len(pixels))])
+        value = filled if self._plan.input == "image" else self.preprocessing.normalise(filled)
         (name,) = self.inputs
-        return {output: array[: len(chunk)] for output, array in self.run({name: value}).items()}
+        return {output: array[: len(pixels)] for output, array in self.run({name: value}).items()}
 
     def _top(self, scores: NDArray[np.float64], top: int) -> list[Prediction]:
         best = np.argsort(-scores, kind="stable")[:top]

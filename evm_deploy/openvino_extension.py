@@ -17,6 +17,7 @@ from evm_deploy.files import cache_folder
 from evm_deploy.platforms import host_platform
 from evm_deploy.plugins import SUFFIX, kernel_isa
 
+RUN_HINT = "pip install 'evm-deploy[run-openvino]'"
 INSTALL_HINT = "pip install 'evm-deploy[openvino]'"
 BUILD_HINT = "install g++ or clang++ and try again; --scan portable does without"
 LIBRARY = f"evm_openvino{SUFFIX}"
@@ -26,7 +27,7 @@ MARK = re.compile(rb"evm extension for OpenVINO (\d+\.\d+\.\d+)\0")
 def installed_release() -> str:
     """Release of the installed OpenVINO, such as 2026.4.1. Raises ToolchainError where there is none."""
     if find_spec("openvino") is None:
-        raise ToolchainError("openvino is not installed", INSTALL_HINT)
+        raise ToolchainError("openvino is not installed", RUN_HINT)
     return metadata.version("openvino")
 
 

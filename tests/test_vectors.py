@@ -29,7 +29,7 @@ def test_python_gives_the_vectors(name):
     assert read_rgb(path).size == (case["width"], case["height"])
     if "error" in case:
         with pytest.raises(ImageError) as raised:
-            spec.pixels(path)
+            spec.pixels(read_rgb(path))
         assert str(raised.value) == case["error"]
         return
     pixels = spec.pixels(path)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCAN_INPUTS = onnx_function.INPUTS
+INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
 ROOT = "model"  # attribute of the deployable module that holds the network
 
 
@@ -148,7 +149,7 @@ def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph
         name_values_after_nodes(proto)
         proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
     except ImportError as error:
-        raise ToolchainError(f"{error.name} is not installed", "pip install 'evm-deploy[onnx]'") from error
+        raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
     for key in sorted(metadata):
         proto.metadata_props.add(key=key, value=metadata[key])
     proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from evm_deploy import cross
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.fold_normalisation import fold_normalisation
-from evm_deploy.export.graph import Graph, check, scan_alone, scan_sites
+from evm_deploy.export.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
 from evm_deploy.export.onnx_taps import OnnxScanTaps
 from evm_deploy.export.onnx_usage import usage
 from evm_deploy.export.outline import outline
@@ -18,7 +18,7 @@ from evm_deploy.packages import package_versions
 from evm_deploy.platforms import PLATFORMS
 from evm_deploy.plugins import HINT, find_plugin, kernel_isa, not_built
 from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 

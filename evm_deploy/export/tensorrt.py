@@ -21,7 +21,7 @@ from evm_deploy import tensorrt_finish, tensorrt_kernel
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.graph import Graph, input_shape, scan_alone
+from evm_deploy.export.graph import INSTALL_HINT, Graph, input_shape, scan_alone
 from evm_deploy.export.onnx_taps import OnnxScanTaps
 from evm_deploy.export.plan import Choice, ExportPlan
 from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
@@ -32,7 +32,7 @@ from evm_deploy.packages import package_versions
 from evm_deploy.plugins import find_plugin
 from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.runtimes.onnxruntime import INSTALL_HINT, OnnxRuntime
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import (
     INSTALL_HINTS,
     NO_DRIVER,

@@ -49,7 +49,8 @@ class Preprocessing:
             new_h, new_w = max(1, int(want_w * height / width)), want_w
         new_h, new_w = max(new_h, self.size[0]), max(new_w, self.size[1])
         if max(new_h, new_w) > 100 * max(self.size):
-            raise ImageError(f"image is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}")
+            name = f"image {image}" if isinstance(image, (str, Path)) else "image"
+            raise ImageError(f"{name} is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}")
         if (new_w, new_h) != picture.size:
             import PIL.Image
 

@@ -18,7 +18,7 @@ from evm_deploy.runtimes.base import Feeds, NodeTime, TensorSpec
 
 LOOPS = ("Scan", "Loop", "If")  # nodes whose bodies are recorded, too
 SUFFIX = "_kernel_time"
-INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
+INSTALL_HINT = "pip install 'evm-deploy[run-onnx]'"
 
 
 class OnnxRuntime:

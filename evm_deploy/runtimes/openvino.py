@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.files import sha256
-from evm_deploy.openvino_extension import INSTALL_HINT, check_release
+from evm_deploy.openvino_extension import RUN_HINT, check_release
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
 
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
@@ -90,7 +90,7 @@ def open_core(plugin: Path | None) -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise ToolchainError("openvino is not installed", INSTALL_HINT) from error
+        raise ToolchainError("openvino is not installed", RUN_HINT) from error
     core = openvino.Core()
     if plugin:
         check_release(plugin)

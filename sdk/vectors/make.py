@@ -98,7 +98,7 @@ def entry(case: Case, folder: Path) -> dict[str, Any]:
     width, height = read_rgb(path).size
     facts = {**asdict(case), "width": width, "height": height}
     try:
-        pixels = case.preprocessing.pixels(path)
+        pixels = case.preprocessing.pixels(read_rgb(path))
     except ImageError as error:
         return {**facts, "error": str(error)}
     expected = f"{case.name}.expected.png"

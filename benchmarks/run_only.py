@@ -1,0 +1,81 @@
+"""What `pip install evm-deploy[run-onnx]` brings, in a new virtual environment: size, import time, modules.
+
+    python benchmarks/run_only.py BUNDLE [--runs 9]
+
+Sizes are of the installed files, without the byte code that pip writes. The import and the first prediction are timed
+in new processes, less what Python alone takes. Exit 1 over 150 MB beside the runtime's own wheel or half a second, and
+when torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+from common import where
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_MB, LIMIT_S = 150.0, 0.5
+SIZES = """
+import json
+from importlib import metadata
+from pathlib import Path
+
+def size(distribution):
+    paths = [Path(str(file.locate())) for file in distribution.files or []]
+    return sum(path.stat().st_size for path in paths if path.is_file() and path.suffix != ".pyc") / 1e6
+
+ours = [each for each in metadata.distributions() if each.name not in ("pip", "setuptools")]
+print(json.dumps({each.name: size(each) for each in ours}))
+"""
+IMPORT = "from evm_deploy import load"
+PREDICT = f"import sys; {IMPORT}; load(sys.argv[1]).predict([sys.argv[2]]); print('torch' in sys.modules)"
+
+
+def seconds(python: Path, code: str, *arguments: object, runs: int) -> list[float]:
+    """Of new processes, the first of which fills the caches and does not count."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        subprocess.run([python, "-c", code, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--runs", type=int, default=9)
+    args = parser.parse_args()
+    picture = args.bundle / "selftest" / "picture.png"
+    print(where())
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[run-onnx]"], check=True)
+        sizes = json.loads(subprocess.run([python, "-c", SIZES], check=True, capture_output=True, text=True).stdout)
+        for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+            print(f"{name:<20} {size:7.1f} MB")
+        beside = sum(sizes.values()) - sizes["onnxruntime"]
+        print(f"beside onnxruntime   {beside:7.1f} MB, limit {LIMIT_MB:.0f}")
+        bare = statistics.median(seconds(python, "pass", runs=args.runs))
+        took = {}
+        for what, code in {"import": IMPORT, "to the first prediction": PREDICT}.items():
+            times = [value - bare for value in seconds(python, code, args.bundle, picture, runs=args.runs)]
+            took[what] = statistics.median(times)
+            print(f"{what:<24} {took[what]:.2f} s ({min(times):.2f} to {max(times):.2f}) over Python's own {bare:.2f}")
+        predict = [python, "-c", PREDICT, str(args.bundle), str(picture)]
+        torch = subprocess.run(predict, check=True, capture_output=True, text=True).stdout.strip() == "True"
+        print(f"torch imported: {torch}")
+    return int(beside > LIMIT_MB or took["import"] > LIMIT_S or torch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

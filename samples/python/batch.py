@@ -1,0 +1,62 @@
+"""A folder of pictures to CSV:  python batch.py BUNDLE FOLDER > classes.csv
+
+Threads read and scale pictures while the bundle classifies those before; an export with `--batch dynamic` or `--batch
+1:4:8` takes several in one inference. A picture that cannot be read is reported and left out, and the exit code is 1.
+"""
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evm_deploy import EvmError, load
+from evm_deploy.errors import ImageError
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+AT_ONCE = 64
+
+
+def main(bundle: str, folder: str) -> int:
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    table = csv.writer(sys.stdout)
+    table.writerow(["file", "label", "score"])
+    unreadable = 0
+    with load(bundle) as model, ThreadPoolExecutor() as pool:
+
+        def read(path: Path) -> tuple[Path, np.ndarray | ImageError]:
+            try:
+                return path, model.preprocessing.pixels(path)
+            except ImageError as error:
+                return path, error
+
+        for pictures in read_ahead(pool, read, paths):
+            good = {path: pixels for path, pixels in pictures.items() if not isinstance(pixels, ImageError)}
+            for path in pictures.keys() - good.keys():
+                print(f"left out: {pictures[path]}", file=sys.stderr)
+            unreadable += len(pictures) - len(good)
+            if good:
+                found = model.classify(np.stack(list(good.values())), top=1)
+                table.writerows(
+                    [path, best.label, f"{best.score:.4f}"] for path, (best,) in zip(good, found, strict=True)
+                )
+    return 1 if unreadable else 0
+
+
+def read_ahead(pool: ThreadPoolExecutor, read: Callable[[Path], Any], paths: list[Path]) -> Iterator[dict[Path, Any]]:
+    """What `read` gives for the paths, AT_ONCE of them at a time, while the next are being read."""
+    ahead: Iterator[Any] = iter(())
+    for start in range(0, len(paths), AT_ONCE):
+        now, ahead = ahead, pool.map(read, paths[start : start + AT_ONCE])
+        yield dict(now)
+    yield dict(ahead)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:3]))
+    except EvmError as error:
+        sys.exit(f"error: {error}")
