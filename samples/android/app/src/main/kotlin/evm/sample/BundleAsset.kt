@@ -1,0 +1,29 @@
+package evm.sample
+
+import android.content.Context
+import evm.BundleException
+import evm.unpack
+import java.io.File
+import java.io.FileNotFoundException
+
+private const val ASSET = "bundle.zip"
+
+/** The folder of the bundle in the asset bundle.zip, unpacked once for each installed version. Throws [BundleException]. */
+fun bundleFolder(context: Context): File {
+    val home = File(context.noBackupFilesDir, "bundle")
+    val installed = context.packageManager.getPackageInfo(context.packageName, 0).lastUpdateTime
+    val folder = File(home, installed.toString())
+    if (folder.isDirectory) return folder
+    home.deleteRecursively()
+    val aside = File(home, "unfinished").apply { mkdirs() }
+    val zip = File(home, ASSET)
+    try {
+        context.assets.open(ASSET).use { from -> zip.outputStream().use { from.copyTo(it) } }
+    } catch (_: FileNotFoundException) {
+        throw BundleException("this app has no asset $ASSET", "evm-export --zip; copy it to app/src/main/assets/$ASSET")
+    }
+    val whole = unpack(zip, aside).renameTo(folder) // not before it is whole
+    zip.delete()
+    if (!whole) throw BundleException("cannot write the bundle to $folder")
+    return folder
+}

@@ -1,0 +1,109 @@
+// NOT RUN BY THIS PROJECT: it has no Android SDK. The evm module is tested; see README.md.
+package evm.sample
+
+import android.content.ActivityNotFoundException
+import android.graphics.Bitmap
+import android.net.Uri
+import android.os.Bundle
+import androidx.activity.ComponentActivity
+import androidx.activity.result.PickVisualMediaRequest
+import androidx.activity.result.contract.ActivityResultContracts.PickVisualMedia
+import androidx.activity.result.contract.ActivityResultContracts.TakePicture
+import androidx.core.content.FileProvider
+import evm.Check
+import evm.EvmException
+import evm.ImageException
+import evm.Model
+import evm.Picture
+import java.io.File
+import java.io.IOException
+import java.util.concurrent.Executors
+
+private const val RUNS = 20
+
+/** Choose or take a picture; its five most probable classes. All work is the worker's. */
+class MainActivity : ComponentActivity() {
+    private val worker = Executors.newSingleThreadExecutor()
+    private lateinit var screen: Screen
+    private var model: Model? = null // the worker's
+
+    private val choose = registerForActivityResult(PickVisualMedia()) { picture -> picture?.let(::classify) }
+    private val camera = registerForActivityResult(TakePicture()) { taken -> if (taken) classify(shot()) }
+
+    override fun onCreate(savedInstanceState: Bundle?) {
+        super.onCreate(savedInstanceState)
+        screen = Screen(this, ::onChoose, ::onCamera, ::onSelfTest)
+        setContentView(screen.view)
+        work("opening the bundle", { opened().bundle.manifest.name }, screen::ready)
+    }
+
+    override fun onDestroy() {
+        worker.execute { model?.close() }
+        worker.shutdown()
+        super.onDestroy()
+    }
+
+    private fun onChoose() = choose.launch(PickVisualMediaRequest.Builder().setMediaType(PickVisualMedia.ImageOnly).build())
+
+    private fun onCamera() = try {
+        camera.launch(shot())
+    } catch (_: ActivityNotFoundException) {
+        screen.ready("this device has no camera app")
+    }
+
+    private fun onSelfTest() = work("testing itself", ::selfTested) { (checks, ms) ->
+        screen.tested(checks, "median of $RUNS inferences  %.1f ms".format(ms))
+    }
+
+    private fun selfTested(): Pair<List<Check>, Double> = opened().run {
+        selfTest { decoded(it.readBytes(), it.name) } to medianMs(RUNS)
+    }
+
+    private fun classify(uri: Uri) = work("classifying", { classified(uri) }, screen::found)
+
+    private fun classified(uri: Uri): Found {
+        val model = opened()
+        val picture = decoded(read(uri), uri.lastPathSegment ?: "picture")
+        val start = System.nanoTime()
+        val pixels = model.pixels(picture)
+        val ready = System.nanoTime()
+        val predictions = model.classify(pixels)
+        return Found(bitmap(pixels), predictions, (ready - start) / 1e6, (System.nanoTime() - ready) / 1e6)
+    }
+
+    /** Runs [task] in the worker; [show]s what it returns, or its failure, on the main thread. */
+    private fun <T> work(doing: String, task: () -> T, show: (T) -> Unit) {
+        screen.busy(doing)
+        worker.execute {
+            try {
+                val result = task()
+                runOnUiThread { show(result) }
+            } catch (error: EvmException) {
+                runOnUiThread { screen.failed(error) }
+            }
+        }
+    }
+
+    /** The model, opened where that did not work before; in the worker alone. */
+    private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes()).also { model = it }
+
+    /** Where camera apps put their picture. */
+    private fun shot(): Uri {
+        val folder = File(cacheDir, "camera").apply { mkdirs() }
+        return FileProvider.getUriForFile(this, "$packageName.pictures", File(folder, "shot.jpg"))
+    }
+
+    private fun read(uri: Uri): ByteArray = try {
+        contentResolver.openInputStream(uri)?.use { it.readBytes() } ?: throw ImageException("image $uri does not exist")
+    } catch (error: IOException) {
+        throw ImageException("image $uri cannot be read: ${error.message}")
+    }
+}
+
+/** What the model saw. */
+private fun bitmap(pixels: Picture): Bitmap {
+    val colours = IntArray(pixels.width * pixels.height) { i ->
+        (0..2).fold(0xFF) { colour, channel -> (colour shl 8) or (pixels.rgb[3 * i + channel].toInt() and 0xFF) }
+    }
+    return Bitmap.createBitmap(colours, pixels.width, pixels.height, Bitmap.Config.ARGB_8888)
+}

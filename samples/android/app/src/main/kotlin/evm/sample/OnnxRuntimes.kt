@@ -1,0 +1,69 @@
+package evm.sample
+
+import ai.onnxruntime.OnnxJavaType
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtException
+import ai.onnxruntime.OrtSession
+import evm.BundleException
+import evm.Runtime
+import evm.Runtimes
+import evm.Tensor
+import evm.ToolchainException
+import java.io.File
+
+private val TYPES = mapOf("uint8" to OnnxJavaType.UINT8, "float32" to OnnxJavaType.FLOAT)
+
+/** ONNX Runtime on the CPU. [threads] of one inference; null for its default. */
+class OnnxRuntimes(private val threads: Int? = null) : Runtimes {
+    override fun open(artifact: File, library: File?): Runtime {
+        val options = OrtSession.SessionOptions()
+        threads?.let(options::setIntraOpNumThreads)
+        try {
+            library?.let { options.registerCustomOpLibrary(it.path) }
+        } catch (error: OrtException) {
+            throw ToolchainException("ONNX Runtime refuses $library: ${error.message}")
+        }
+        try {
+            return Session(OrtEnvironment.getEnvironment(), artifact, options)
+        } catch (error: OrtException) {
+            throw BundleException("ONNX Runtime cannot open the model: ${error.message}")
+        }
+    }
+}
+
+/** Owns [options], which must live as long. */
+private class Session(
+    private val environment: OrtEnvironment,
+    artifact: File,
+    private val options: OrtSession.SessionOptions,
+) : Runtime {
+    private val session = environment.createSession(artifact.path, options)
+
+    override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+        val inputs = mutableMapOf<String, OnnxTensor>()
+        try {
+            for ((name, tensor) in feeds) inputs[name] = native(tensor)
+            session.run(inputs).use { results -> return results.associate { (name, value) -> name to ours(value as OnnxTensor) } }
+        } catch (error: OrtException) {
+            throw ToolchainException("ONNX Runtime failed: ${error.message}")
+        } finally {
+            inputs.values.forEach(OnnxTensor::close)
+        }
+    }
+
+    override fun close() {
+        session.close()
+        options.close()
+    }
+
+    private fun native(tensor: Tensor): OnnxTensor {
+        val shape = LongArray(tensor.shape.size) { tensor.shape[it].toLong() }
+        return OnnxTensor.createTensor(environment, tensor.bytes(), shape, TYPES.getValue(tensor.dtype))
+    }
+
+    private fun ours(tensor: OnnxTensor): Tensor {
+        val values = tensor.floatBuffer
+        return Tensor.of(tensor.info.shape.map { it.toInt() }, FloatArray(values.remaining()).also(values::get))
+    }
+}

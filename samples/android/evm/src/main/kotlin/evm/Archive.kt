@@ -1,0 +1,70 @@
+package evm
+
+import java.io.File
+import java.io.IOException
+import java.util.zip.ZipEntry
+import java.util.zip.ZipFile
+import kotlin.math.max
+import kotlin.math.min
+
+private const val MAX_FILES = 10_000
+private const val MAX_BYTES = 4L shl 30 // unpacked
+private const val MAX_RATIO = 200 // of unpacked to packed, over which a file is a bomb
+private const val SMALL = 1L shl 20 // bytes, up to which any ratio is harmless
+
+/**
+ * Unpacks the zip [path], somebody else's file, below the new folder [into] and returns the bundle's folder.
+ *
+ * Nothing is written outside [into]: names that leave it, doubled entries and bombs are refused, before or while they
+ * are unpacked; what a zip says of its sizes is not believed. Links come out as files. Throws [BundleException].
+ */
+fun unpack(path: File, into: File): File {
+    try {
+        ZipFile(path).use { zip ->
+            val entries = zip.entries().toList().filterNot { it.name.endsWith("/") }
+            check(path, entries)
+            entries.fold(MAX_BYTES) { left, entry -> left - unpack(path, zip, entry, into, left) }
+        }
+    } catch (error: IOException) { // a ZipException, but Android's own checks have others
+        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole")
+    } catch (error: IllegalArgumentException) { // names that are no text
+        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole")
+    }
+    return listOf(into, *into.listFiles().orEmpty().sortedArray().take(1).toTypedArray())
+        .find { File(it, MANIFEST).isFile }
+        ?: throw BundleException("$path holds no bundle: it has no $MANIFEST", "make one with evm-export --zip")
+}
+
+private fun check(path: File, entries: List<ZipEntry>) {
+    if (entries.size > MAX_FILES) throw BundleException("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
+    val seen = HashSet<String>()
+    for (entry in entries) {
+        if (!insideBundle(entry.name)) throw BundleException("$path: the name '${entry.name}' leaves the bundle")
+        if (!seen.add(entry.name.lowercase())) throw BundleException("$path: ${entry.name} is there twice")
+    }
+    if (entries.sumOf { max(0, it.size) } > MAX_BYTES) {
+        throw BundleException("$path unpacks to more than ${MAX_BYTES shr 30} GB")
+    }
+}
+
+/** Writes one file and returns its size. */
+private fun unpack(path: File, zip: ZipFile, entry: ZipEntry, into: File, limit: Long): Long {
+    val target = File(into, entry.name)
+    target.parentFile?.mkdirs()
+    val most = max(SMALL, min(limit, MAX_RATIO * entry.compressedSize))
+    val block = ByteArray(1 shl 16)
+    var size = 0L
+    zip.getInputStream(entry).use { reader ->
+        target.outputStream().use { writer ->
+            while (true) {
+                val count = reader.read(block).takeIf { it >= 0 } ?: break
+                size += count
+                if (size > most) {
+                    throw BundleException("$path: ${entry.name} unpacks to over $MAX_RATIO times its size: a bomb")
+                }
+                writer.write(block, 0, count)
+            }
+        }
+    }
+    return size
+}

@@ -1,0 +1,49 @@
+package evm
+
+import java.io.File
+import java.io.FileNotFoundException
+import java.io.IOException
+import java.security.MessageDigest
+
+/** A bundle on disk, every hash checked. */
+class Bundle private constructor(val folder: File, val manifest: Manifest) {
+    fun file(name: String) = File(folder, name)
+
+    companion object {
+        /** The bundle in [folder]. Throws [BundleException]. */
+        fun open(folder: File): Bundle {
+            if (!folder.isDirectory) {
+                val what = if (folder.exists()) "is a file, not a bundle folder" else "does not exist"
+                throw BundleException("bundle $folder $what", "make one with evm-export")
+            }
+            val manifest = Manifest.read(folder)
+            if (manifest.rejected) {
+                throw BundleException("bundle $folder was rejected at export: ${manifest.failures.joinToString("; ")}")
+            }
+            for ((name, hash) in manifest.files) check(folder, name, hash)
+            return Bundle(folder, manifest)
+        }
+
+        private fun check(folder: File, name: String, hash: String) {
+            val have = try {
+                sha256(File(folder, name))
+            } catch (_: FileNotFoundException) {
+                throw BundleException("bundle $folder: $name is missing", "copy the bundle again, whole")
+            } catch (error: IOException) {
+                throw BundleException("bundle $folder: $name cannot be read: ${error.message}")
+            }
+            if (have != hash) {
+                throw BundleException("bundle $folder: $name is damaged (its sha256 differs)", "copy the bundle again")
+            }
+        }
+    }
+}
+
+private fun sha256(file: File): String {
+    val digest = MessageDigest.getInstance("SHA-256")
+    val block = ByteArray(1 shl 16)
+    file.inputStream().use { stream ->
+        generateSequence { stream.read(block).takeIf { it >= 0 } }.forEach { digest.update(block, 0, it) }
+    }
+    return digest.digest().joinToString("") { "%02x".format(it) }
+}

@@ -1,0 +1,109 @@
+package evm
+
+import java.io.File
+import kotlin.math.exp
+
+private const val TARGET = "onnx"
+
+/** A loaded artifact. Safe to use from several threads. Throws [ToolchainException]. */
+interface Runtime : AutoCloseable {
+    fun run(feeds: Map<String, Tensor>): Map<String, Tensor>
+}
+
+/** What loads artifacts; [Runtime]s run scans on the native [library], or portably for null. */
+fun interface Runtimes {
+    fun open(artifact: File, library: File?): Runtime
+}
+
+/** One class of a picture. [score]: probability, 0..1. */
+data class Prediction(val label: String, val index: Int, val score: Double)
+
+/** An opened bundle: [pixels], then [classify]; [selfTest] on this device. Safe to use from several threads. */
+class Model private constructor(val bundle: Bundle, private val runtimes: Runtimes, private val library: File?) : AutoCloseable {
+    private val manifest = bundle.manifest
+    private val runtime = runtimes.open(bundle.file(manifest.artifact), library)
+    private val labels = if ("labels.txt" in manifest.files) bundle.file("labels.txt").readLines() else null
+
+    /** What the model reads of [picture]: in any thread. Throws [ImageException]. */
+    fun pixels(picture: Picture, name: String = "image"): Picture = manifest.preprocessing.pixels(picture, name)
+
+    /** The [top] most probable classes of [pixels], best first. Throws [UsageException]. */
+    fun classify(pixels: Picture, top: Int = 5): List<Prediction> {
+        if (manifest.head == "features") throw UsageException("this bundle gives feature maps, not classes", "use run(feeds)")
+        if (top < 1) throw UsageException("top is $top, it must be at least 1")
+        val (height, width) = manifest.preprocessing.run { height to width }
+        if (pixels.height != height || pixels.width != width) {
+            throw UsageException("pixels must be uint8 [n, $height, $width, 3], got uint8 [1, ${pixels.height}, ${pixels.width}, 3]")
+        }
+        val outputs = run(mapOf(manifest.inputName to input(pixels).rows(0, 1, least = manifest.batch.min)))
+        val scores = outputs.getValue(manifest.head).rows(0, 1, least = 1).floats().map { it.toDouble() }
+        return best(if (manifest.head == "probs") scores else softmax(scores), top)
+    }
+
+    /** The median of [runs] inferences of a grey picture, in milliseconds, after one that warms up. */
+    fun medianMs(runs: Int): Double {
+        val (height, width) = manifest.preprocessing.run { height to width }
+        val grey = input(Picture(width, height, ByteArray(3 * width * height) { 127 })).rows(0, 1, least = manifest.batch.min)
+        val times = List(runs + 1) {
+            val start = System.nanoTime()
+            run(mapOf(manifest.inputName to grey))
+            (System.nanoTime() - start) / 1e6
+        }
+        return times.drop(1).sorted()[runs / 2]
+    }
+
+    /** One inference on tensors as the manifest names them. */
+    fun run(feeds: Map<String, Tensor>): Map<String, Tensor> = runtime.run(feeds)
+
+    /** Preprocessing, outputs and scans against the expected values in the bundle. [decode]: PNG -> upright picture. */
+    fun selfTest(decode: (File) -> Picture): List<Check> =
+        selfTest(bundle, runtime, decode) { runtimes.open(it, library) }
+
+    override fun close() = runtime.close()
+
+    private fun input(pixels: Picture): Tensor =
+        if (manifest.input == "image") Tensor.of(listOf(1, pixels.height, pixels.width, 3), pixels.rgb)
+        else Tensor.of(listOf(1, 3, pixels.height, pixels.width), manifest.preprocessing.normalised(pixels))
+
+    private fun best(scores: List<Double>, top: Int): List<Prediction> =
+        scores.indices.sortedByDescending { scores[it] }.take(top)
+            .map { Prediction(labels?.get(it) ?: "class $it", it, scores[it]) }
+
+    companion object {
+        /**
+         * The bundle in [folder], every hash checked. Scans run portably, or, for bundles that you trust, on the native
+         * library that the bundle brings for [bundledFor], such as `android-aarch64`: a library is a program.
+         * Throws [BundleException], [UsageException], [ToolchainException].
+         */
+        fun load(folder: File, runtimes: Runtimes, bundledFor: String? = null): Model {
+            val bundle = Bundle.open(folder)
+            val manifest = bundle.manifest
+            if (!manifest.built) {
+                throw BundleException("bundle $folder has no engine yet", "on the device:  evm-export --finish $folder")
+            }
+            if (manifest.target != TARGET) {
+                throw BundleException("bundle $folder is for target '${manifest.target}', this app runs '$TARGET'", "evm-export --target $TARGET")
+            }
+            return Model(bundle, runtimes, library(bundle, bundledFor))
+        }
+
+        private fun library(bundle: Bundle, platform: String?): File? {
+            val manifest = bundle.manifest
+            if (platform == null) {
+                if ("portable" in manifest.scanModes) return null
+                throw UsageException("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+            }
+            val path = manifest.plugins[platform] ?: throw UsageException(
+                "this bundle has no native library for $platform; it has: ${manifest.plugins.keys.joinToString().ifEmpty { "none" }}",
+                "export it with --device",
+            )
+            return bundle.file(path)
+        }
+    }
+}
+
+internal fun softmax(scores: List<Double>): List<Double> {
+    val powers = scores.map { exp(it - scores.max()) }
+    val sum = powers.sum()
+    return powers.map { it / sum }
+}

@@ -1,0 +1,64 @@
+package evm
+
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import kotlinx.serialization.json.Json
+import kotlinx.serialization.json.JsonObject
+
+private val BYTES = mapOf("uint8" to 1, "float32" to 4)
+private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
+
+/** An array: [dtype] `uint8` or `float32`, [shape], and the little-endian values. */
+class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuffer) {
+    init {
+        require(bytes.remaining().toLong() == shape.fold(BYTES.getValue(dtype).toLong()) { size, side -> size * side }) {
+            "${bytes.remaining()} bytes for $dtype$shape"
+        }
+    }
+
+    /** The values as they lie in memory; a view of its own. */
+    fun bytes(): ByteBuffer = bytes.duplicate().order(ByteOrder.LITTLE_ENDIAN)
+
+    fun floats(): FloatArray = bytes().asFloatBuffer().let { FloatArray(it.remaining()).also(it::get) }
+
+    /** Rows [from] until [until] of the first axis, the last one repeated until there are [least]. */
+    fun rows(from: Int, until: Int, least: Int): Tensor {
+        val row = bytes.remaining() / shape[0]
+        val count = maxOf(until - from, least)
+        val out = buffer(count * row)
+        for (i in 0 until count) {
+            val at = bytes.position() + minOf(from + i, until - 1) * row
+            out.put(bytes().apply { position(at).limit(at + row) })
+        }
+        return Tensor(dtype, listOf(count) + shape.drop(1), out.flip())
+    }
+
+    companion object {
+        fun of(shape: List<Int>, values: ByteArray) = Tensor("uint8", shape, buffer(values.size).put(values).flip())
+
+        fun of(shape: List<Int>, values: FloatArray): Tensor {
+            val bytes = buffer(4 * values.size)
+            bytes.asFloatBuffer().put(values)
+            return Tensor("float32", shape, bytes)
+        }
+
+        /** Direct: what runtimes take without a copy. */
+        private fun buffer(size: Int) = ByteBuffer.allocateDirect(size).order(ByteOrder.LITTLE_ENDIAN)
+
+        /** The tensors of a safetensors file: a length, a JSON header, the data. Throws for what is none. */
+        fun read(file: File): Map<String, Tensor> {
+            val content = ByteBuffer.wrap(file.readBytes()).order(ByteOrder.LITTLE_ENDIAN)
+            val length = content.getLong(0)
+            require(length in 0..content.limit() - 8L) { "$file has a header of $length bytes" }
+            val data = 8 + length.toInt()
+            val header = Json.parseToJsonElement(String(content.array(), 8, length.toInt())) as JsonObject
+            return header.filterKeys { it != "__metadata__" }.mapValues { (_, entry) ->
+                val facts = entry as JsonObject
+                val dtype = SAFETENSORS[facts.text("dtype")] ?: throw IllegalArgumentException("dtype ${facts.text("dtype")}")
+                val (from, until) = facts.list("data_offsets").map { Math.addExact(data, it.toInt()) }
+                Tensor(dtype, facts.list("shape").map { it.toInt() }, content.duplicate().apply { limit(until).position(from) }.slice())
+            }
+        }
+    }
+}

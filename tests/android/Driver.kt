@@ -1,0 +1,162 @@
+// What tests/test_android.py runs on the JVM: a JSON request a line on standard input, a JSON answer a line back.
+import evm.EvmException
+import evm.Model
+import evm.Picture
+import evm.Preprocessing
+import evm.Runtime
+import evm.Tensor
+import evm.orientation
+import evm.unpack
+import java.awt.image.IndexColorModel
+import java.io.File
+import java.util.Base64
+import javax.imageio.ImageIO
+import kotlinx.serialization.json.Json
+import kotlinx.serialization.json.JsonArray
+import kotlinx.serialization.json.JsonElement
+import kotlinx.serialization.json.JsonObject
+import kotlinx.serialization.json.JsonPrimitive
+import kotlinx.serialization.json.buildJsonObject
+import kotlinx.serialization.json.put
+
+fun main() {
+    for (line in generateSequence(::readlnOrNull)) {
+        val request = Json.parseToJsonElement(line) as JsonObject
+        println(answer(request))
+        System.out.flush()
+    }
+}
+
+private fun answer(request: JsonObject): JsonElement = try {
+    when (request.string("do")) {
+        "pixels" -> pixels(request)
+        "open" -> opened(File(request.string("bundle")))
+        "unpack" -> opened(unpack(File(request.string("zip")), File(request.string("into"))))
+        "classify" -> classified(request)
+        "selftest" -> selfTested(request)
+        else -> error("no such request")
+    }
+} catch (failure: EvmException) {
+    buildJsonObject {
+        put("error", failure.message)
+        put("hint", failure.hint)
+    }
+}
+
+private fun pixels(request: JsonObject): JsonElement {
+    val preprocessing = Preprocessing.of(request["preprocessing"] as JsonObject)
+    val picture = decoded(File(request.string("image")))
+    val pixels = preprocessing.pixels(picture)
+    return buildJsonObject {
+        put("picture", numbers(listOf(picture.width, picture.height)))
+        put("size", numbers(listOf(pixels.width, pixels.height)))
+        put("rgb", Base64.getEncoder().encodeToString(pixels.rgb))
+        put("normalised", Base64.getEncoder().encodeToString(bytes(Tensor.of(listOf(pixels.rgb.size), preprocessing.normalised(pixels)))))
+    }
+}
+
+private fun opened(folder: File): JsonElement {
+    Model.load(folder, { _, _ -> Recorded(emptyMap()) }).use { return buildJsonObject { put("opened", it.bundle.manifest.artifact) } }
+}
+
+/** Pictures through the model, whose outputs are those of the file `outputs`, row by row. */
+private fun classified(request: JsonObject): JsonElement {
+    val scores = Tensor.read(File(request.string("outputs")))
+    val count = scores.values.first().shape[0]
+    var next = 0
+    val runtime = Computed { scores.mapValues { (_, tensor) -> tensor.rows(next, next + 1, least = 1) } }
+    val bundle = File(request.string("bundle"))
+    Model.load(bundle, { _, _ -> runtime }).use { model ->
+        val pixels = model.pixels(decoded(File(bundle, "selftest/picture.png")))
+        return JsonArray(List(count) {
+            next = it
+            JsonArray(model.classify(pixels, request.string("top").toInt()).map { found ->
+                buildJsonObject {
+                    put("label", found.label)
+                    put("index", found.index)
+                    put("score", found.score)
+                }
+            })
+        })
+    }
+}
+
+/** The self-test with a runtime that answers what the bundle expects, but for what `spoil` names. */
+private fun selfTested(request: JsonObject): JsonElement {
+    val bundle = File(request.string("bundle"))
+    val spoil = request.string("spoil")
+    val probes = Recorded(Tensor.read(File(bundle, "selftest/probes.safetensors")), spoil)
+    fun scans() = Scans(Tensor.read(File(bundle, "selftest/scans.safetensors")), spoil)
+    Model.load(bundle, { artifact, _ -> if (artifact.name.startsWith("scan")) scans() else probes }).use { model ->
+        val turn = if (spoil == "picture") 3 else 1
+        return JsonArray(model.selfTest { decoded(it).upright(turn) }.map { check ->
+            buildJsonObject {
+                put("name", check.name)
+                put("error", check.error.toString())
+                put("limit", check.limit)
+                put("ok", check.ok)
+            }
+        })
+    }
+}
+
+private class Computed(private val compute: () -> Map<String, Tensor>) : Runtime {
+    override fun run(feeds: Map<String, Tensor>) = compute()
+
+    override fun close() = Unit
+}
+
+/** Answers the rows of `tensors` that belong to the rows it is fed. */
+private class Recorded(private val tensors: Map<String, Tensor>, private val spoil: String = "") : Runtime {
+    override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+        val (name, fed) = feeds.entries.single()
+        val all = tensors.getValue(name)
+        val row = (0 until all.shape[0]).first { all.rows(it, it + 1, 1).bytes() == fed.rows(0, 1, 1).bytes() }
+        return tensors.mapValues { (key, tensor) -> spoilt(tensor.rows(row, row + 1, least = fed.shape[0]), key == spoil) }
+    }
+
+    override fun close() = Unit
+}
+
+/** Answers the y of the scan whose u it is fed. */
+private class Scans(private val tensors: Map<String, Tensor>, private val spoil: String) : Runtime {
+    override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+        val name = tensors.keys.filter { it.endsWith(":u") }.first { tensors.getValue(it).bytes() == feeds.getValue("u").bytes() }
+        val y = name.removeSuffix(":u") + ":y"
+        return mapOf("y" to spoilt(tensors.getValue(y), y == spoil))
+    }
+
+    override fun close() = Unit
+}
+
+/** One value of a float tensor off by five per cent of the largest: more than float16 may be. */
+private fun spoilt(tensor: Tensor, really: Boolean): Tensor {
+    if (!really) return tensor
+    val values = tensor.floats()
+    values[values.size / 2] += 0.05f * maxOf(1f, values.max())
+    return Tensor.of(tensor.shape, values)
+}
+
+/** javax.imageio in the place of Android's decoder: alpha dropped, grey repeated, 16 bits cut to 8. */
+private fun decoded(file: File): Picture {
+    val image = ImageIO.read(file)
+    val raster = image.raster
+    val bits = raster.sampleModel.getSampleSize(0)
+    val grey = raster.numBands < 3 && image.colorModel !is IndexColorModel
+    val rgb = ByteArray(3 * image.width * image.height)
+    val row = IntArray(image.width)
+    for (y in 0 until image.height) {
+        if (!grey) image.getRGB(0, y, image.width, 1, row, 0, image.width)
+        for (x in row.indices) {
+            val value = if (grey) 0x010101 * (raster.getSample(x, y, 0) shr (bits - 8)) else row[x]
+            for (channel in 0..2) rgb[3 * (y * image.width + x) + channel] = (value shr (16 - 8 * channel)).toByte()
+        }
+    }
+    return Picture(image.width, image.height, rgb).upright(orientation(file.readBytes()))
+}
+
+private fun bytes(tensor: Tensor) = ByteArray(tensor.bytes().remaining()).also { tensor.bytes().get(it) }
+
+private fun numbers(values: List<Int>) = JsonArray(values.map { JsonPrimitive(it) })
+
+private fun JsonObject.string(key: String) = (getValue(key) as JsonPrimitive).content

@@ -1,0 +1,227 @@
+"""samples/android: its `evm` module, compiled and run on the JVM; the app's code against the declarations it uses."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from evm_deploy.errors import EvmError
+from evm_deploy.export.archive import write_zip
+from evm_deploy.inference import load
+from tests import kotlin
+from tests.broken import BROKEN
+from tests.syntax import faults
+from tests.test_vectors import CASES, FOLDER, preprocessing
+
+ROOT = Path(__file__).parents[1]
+PROJECT = ROOT / "samples" / "android"
+HERE = Path(__file__).parent / "android"
+STANDINS = sorted((HERE / "standins").iterdir())
+UPGRADE = "upgrade: take the evm module of a newer evm-deploy"  # Python's says pip
+
+
+APP = PROJECT / "app" / "src" / "main"
+
+
+@pytest.fixture(scope="module")
+def classpath() -> list[Path]:
+    return kotlin.compiled("evm", [*PROJECT.glob("evm/src/**/*.kt"), HERE / "Driver.kt"])
+
+
+@pytest.fixture(scope="module")
+def ask(classpath):
+    """ask(do, **what) -> the driver's answer; one process for all."""
+    command = [*kotlin.JVM, "-cp", kotlin.joined(classpath), "DriverKt"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+
+        def run(do: str, **what: Any) -> Any:
+            print(json.dumps({"do": do, **what}, default=str), file=driver.stdin, flush=True)
+            return json.loads(driver.stdout.readline())
+
+        yield run
+        driver.stdin.close()
+
+
+def test_preprocessing_vectors(ask):
+    """To the byte: resampling is Pillow's arithmetic, and the decoders agree on these pictures."""
+    for name, case in CASES.items():
+        answer = ask("pixels", image=FOLDER / case["image"], preprocessing=case["preprocessing"])
+        if "error" in case:
+            assert answer["error"] == case["error"]
+            continue
+        want = np.asarray(Image.open(FOLDER / case["expected"]))
+        assert answer["picture"] == [case["width"], case["height"]] and answer["size"] == [*want.shape[1::-1]]
+        have = np.frombuffer(base64.b64decode(answer["rgb"]), np.uint8).reshape(want.shape)
+        assert np.array_equal(have, want), f"{name}: off by {np.abs(have.astype(int) - want).max()}"
+        tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(3, *want.shape[:2])
+        assert np.array_equal(tensor, preprocessing(case).normalise(have[None])[0]), name
+
+
+def test_broken_bundles_are_refused_as_in_python(ask, demo_bundle, tmp_path):
+    for name, damage in BROKEN.items():
+        folder = shutil.copytree(demo_bundle.path, tmp_path / name.replace(" ", "-"))
+        damage(folder)
+        with pytest.raises(EvmError) as raised:
+            load(folder)
+        answer = ask("open", bundle=folder)
+        want, hint = str(raised.value.args[0]), raised.value.hint
+        if name == "manifest cut":  # what follows is the parser's
+            want, answer["error"] = (text.rpartition("is damaged: ")[0] for text in (want, answer["error"]))
+        assert (answer["error"], answer["hint"]) == (want, UPGRADE if "pip install" in hint else hint), name
+    assert ask("open", bundle=demo_bundle.path) == {"opened": "model.onnx"}
+
+
+def _changed(bundle: Path, **changes: Any) -> Path:
+    """A bundle's manifest with other values of its plan and scan, and of itself."""
+    content = json.loads((bundle / "manifest.json").read_bytes())
+    for part in (content["plan"], content["scan"], content):
+        part.update({key: value for key, value in changes.items() if key in part or part is content["scan"]})
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    return bundle
+
+
+REFUSED = {
+    "target": ({"target": "openvino"}, "is for target 'openvino', this app runs 'onnx'"),
+    "native nodes": ({"value": "plugin"}, "has its scans as native nodes only"),
+    "head": ({"head": "all"}, "--head 'all' is unknown; choose from: logits, probs, features"),
+    "batch": ({"batch": "4:2:1"}, "--batch '4:2:1': use a number from 1, 'dynamic', or min:opt:max"),
+    "library": ({"plugins": {"android-aarch64": "x.so"}}, "the native library 'x.so' is not among the files"),
+    "no plan": ({"plan": None}, "is not a valid manifest: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bundles_that_are_not_for_the_app(name, ask, demo_bundle, tmp_path):
+    changes, message = REFUSED[name]
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), **changes)
+    assert message in ask("open", bundle=folder)["error"]
+
+
+def test_zips(ask, demo_bundle, tmp_path):
+    """What Python says of them; the text behind "no zip file" is the library's."""
+    good = write_zip(shutil.copytree(demo_bundle.path, tmp_path / "good"))
+    flat, cut = tmp_path / "flat.zip", tmp_path / "cut.zip"
+    with zipfile.ZipFile(flat, "w") as archive:
+        for file in (file for file in demo_bundle.path.rglob("*") if file.is_file()):
+            archive.write(file, file.relative_to(demo_bundle.path).as_posix())
+    for path in (good, flat):
+        assert ask("unpack", zip=path, into=tmp_path / "of" / path.stem) == {"opened": "model.onnx"}
+    cut.write_bytes(good.read_bytes()[:-100])
+    bomb = zipped(tmp_path / "d.zip", ("b/zeros", bytes(8 << 20)))
+    hostile = {
+        "cut": (cut, "is damaged, or no zip file: "),
+        "leaves": (zipped(tmp_path / "a.zip", ("../outside", b"x")), "the name '../outside' leaves the bundle"),
+        "absolute": (zipped(tmp_path / "b.zip", ("/outside", b"x")), "the name '/outside' leaves the bundle"),
+        "doubled": (zipped(tmp_path / "c.zip", ("b/x", b"x"), ("b/X", b"y")), "b/X is there twice"),
+        "bomb": (bomb, "b/zeros unpacks to over 200 times its size: a bomb"),
+        "other": (zipped(tmp_path / "e.zip", ("b/x", b"x")), "holds no bundle: it has no manifest.json"),
+    }
+    for name, (path, message) in hostile.items():
+        assert message in ask("unpack", zip=path, into=tmp_path / "into" / path.stem)["error"], name
+        with pytest.raises(EvmError, match=message.partition(": ")[0]):
+            load(path)
+    assert not [*tmp_path.rglob("outside")]
+
+
+def zipped(path: Path, *entries: tuple[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("head", ["logits", "probs"])
+def test_classes_are_those_of_python(head, ask, demo_bundle, tmp_path, monkeypatch):
+    """Of 50 pictures' outputs, ties among them."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((50, 10)).astype(np.float32) * rng.choice([0.1, 3, 100], (50, 1)).astype(np.float32)
+    rows[7] = 1.5
+    rows[8, 3] = rows[8, 5] = rows[8].max() + 1
+    if head == "probs":
+        rows = np.abs(rows) / np.abs(rows).sum(1, keepdims=True)
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head)
+    save_file({head: rows}, tmp_path / "outputs.safetensors")
+    answers = ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top="5")
+    with load(folder) as model:
+        monkeypatch.setattr(model, "_run_pixels", lambda pixels: {head: rows[: len(pixels)]})
+        monkeypatch.setattr(type(model), "_batch_size", 50)
+        want = model.classify(np.zeros((50, 64, 64, 3), np.uint8))
+    for have, python in zip(answers, want, strict=True):
+        assert [(p["label"], p["index"]) for p in have] == [(p.label, p.index) for p in python]
+        assert [p["score"] for p in have] == pytest.approx([p.score for p in python], rel=1e-12)
+
+
+def test_the_self_test(ask, demo_bundle):
+    """Passes with a runtime that answers what is expected; one value changed, or the picture turned, fails."""
+    with load(demo_bundle.path, scan="portable") as model:
+        want = model.selftest()
+    checks = ask("selftest", bundle=demo_bundle.path, spoil="")
+    assert [check["name"] for check in checks] == [check.name for check in want]
+    assert [check["limit"] for check in checks] == pytest.approx([check.limit for check in want], rel=1e-6)
+    assert all(check["ok"] for check in checks)
+    for spoil, name in (
+        ("logits", "logits"),
+        ("layers.1.blocks.0.op:y", "scan layers.1.blocks.0.op"),
+        ("picture", "preprocessing (of 255)"),
+    ):
+        failed = [check["name"] for check in ask("selftest", bundle=demo_bundle.path, spoil=spoil) if not check["ok"]]
+        assert failed == [name]
+
+
+def test_a_self_test_that_is_not_there(ask, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    content = json.loads((folder / "manifest.json").read_bytes())
+    del content["files"]["selftest/scans.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    for cut in (100, 4, 0):
+        file = folder / "selftest" / "scans.safetensors"
+        file.write_bytes(file.read_bytes()[:cut])
+        assert f"bundle {folder} has no readable self-test: " in ask("selftest", bundle=folder, spoil="")["error"]
+
+
+CONTROL = """
+fun control(options: ai.onnxruntime.OrtSession.SessionOptions, view: android.widget.TextView) {
+    options.registerCustomOpsLibrary("a name of the C API")
+    view.text = 1
+}
+"""
+
+
+def test_the_app_is_right_for_what_android_and_onnx_runtime_declare(classpath, tmp_path):
+    """Stand-ins for just the declarations that it uses, as published; nothing of it is run. What is wrong in a file
+    beside it is noticed, and nothing else."""
+    (tmp_path / "Control.kt").write_text(CONTROL)
+    found = kotlin.diagnostics([*APP.glob("kotlin/**/*.kt"), *STANDINS, tmp_path / "Control.kt"], classpath, tmp_path)
+    assert [line.partition("Control.kt:")[2].split(":")[0] for line in found] == ["3", "4"], "\n".join(found)
+    assert "unresolved reference 'registerCustomOpsLibrary'" in found[0] and "mismatch" in found[1]
+
+
+def test_the_project_parses_and_names_what_is_there():
+    scripts = [*PROJECT.glob("*.kts"), *PROJECT.glob("*/*.kts")]
+    assert len(scripts) == 4 and not [script for script in scripts if faults("kotlin", script.read_bytes())]
+    assert faults("kotlin", scripts[0].read_bytes() + b"}") and faults("kotlin", b"dependencies { implementation(")
+    android = "{http://schemas.android.com/apk/res/android}"
+    application = ElementTree.parse(APP / "AndroidManifest.xml").getroot().find("application")
+    assert (
+        (APP / "kotlin" / "evm" / "sample" / application.find("activity").get(f"{android}name")[1:])
+        .with_suffix(".kt")
+        .is_file()
+    )
+    assert application.find("provider").get(f"{android}authorities") == "${applicationId}.pictures"
+    main = (APP / "kotlin" / "evm" / "sample" / "MainActivity.kt").read_text()
+    assert '"$packageName.pictures"' in main
+    (shared,) = ElementTree.parse(APP / "res" / "xml" / "pictures.xml").getroot()
+    assert shared.tag == "cache-path" and f'File(cacheDir, "{shared.get("path").strip("/")}")' in main
+    strings = ElementTree.parse(APP / "res" / "values" / "strings.xml").getroot()
+    assert application.get(f"{android}label") == f"@string/{strings[0].get('name')}"
