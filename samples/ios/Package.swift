@@ -3,8 +3,17 @@
 import PackageDescription
 
 let package = Package(
-    name: "EvmRun",
+    name: "Evm",
     platforms: [.macOS(.v14), .iOS(.v17)],
-    products: [.library(name: "EvmBundle", targets: ["EvmBundle"]), .executable(name: "evm-run-coreml", targets: ["EvmRun"])],
-    targets: [.target(name: "EvmBundle"), .executableTarget(name: "EvmRun", dependencies: ["EvmBundle"])]
+    products: [
+        .library(name: "EvmBundle", targets: ["EvmBundle"]),
+        .library(name: "EvmScreen", targets: ["EvmScreen"]),
+        .executable(name: "evm-run-coreml", targets: ["EvmRun"]),
+    ],
+    targets: [
+        .target(name: "EvmBundle"),
+        .target(name: "EvmScreen", dependencies: ["EvmBundle"]),
+        .executableTarget(name: "EvmRun", dependencies: ["EvmBundle"]),
+        .testTarget(name: "EvmBundleTests", dependencies: ["EvmBundle"]),
+    ]
 )

@@ -1,20 +1,29 @@
 // evm-run-coreml BUNDLE [picture]: self-test, then the best classes of a picture.
 // NOT COMPILED BY THIS PROJECT.
-import CoreGraphics
 import EvmBundle
 import Foundation
-import ImageIO
 
 let arguments = CommandLine.arguments
 guard arguments.count > 1 else {
     print("usage: evm-run-coreml BUNDLE [picture]")
     exit(2)
 }
-let bundle = try EvmBundle(folder: URL(fileURLWithPath: arguments[1]))
-print("self-test: off by", try bundle.selfTest())
-if arguments.count > 2,
-    let source = CGImageSourceCreateWithURL(URL(fileURLWithPath: arguments[2]) as CFURL, nil),
-    let picture = CGImageSourceCreateImageAtIndex(source, 0, nil)
-{
-    for prediction in try bundle.classify(picture) { print(prediction.score, prediction.label) }
+do {
+    let model = try Model(folder: URL(fileURLWithPath: arguments[1]))
+    let checks = try model.selfTest()
+    for check in checks {
+        let verdict = check.ok ? "ok" : "FAILED"
+        print(check.name, String(format: "%.1e  limit %.1e  ", check.error, check.limit) + verdict)
+    }
+    print(checks.allSatisfy(\.ok) ? "PASSED" : "FAILED")
+    if arguments.count > 2 {
+        let picture = try Picture(contentsOf: URL(fileURLWithPath: arguments[2]))
+        for found in try model.classify(model.pixels(picture)) {
+            print(String(format: "%.3f ", found.score), found.label)
+        }
+    }
+    exit(checks.allSatisfy(\.ok) ? 0 : 4)
+} catch {
+    FileHandle.standardError.write(Data("evm-run-coreml: \(error)\n".utf8))
+    exit(2)
 }

@@ -23,7 +23,7 @@ internal fun selfTest(bundle: Bundle, runtime: Runtime, decode: (File) -> Pictur
     val picture = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
     val checks = mutableListOf(Check("preprocessing (of 255)", worstByte(picture, tensors.getValue("picture.pixels")), 1.0))
     val tolerance = OWN_TOLERANCES[manifest.precision] ?: manifest.tolerance ?: TOLERANCES.getValue(manifest.precision)
-    for ((name, have) in outputs(manifest, runtime, tensors.getValue(manifest.inputName))) {
+    for ((name, have) in outputs(manifest, runtime, tensors.getValue(manifest.input))) {
         val want = tensors.getValue(name).floats()
         checks += Check(name, worst(have, want), tolerance * max(1.0, largest(want)))
     }

@@ -1,0 +1,174 @@
+// manifest.json: what an app needs of it, read and checked; then every file's hash.
+// NOT COMPILED BY THIS PROJECT.
+import CryptoKit
+import Foundation
+
+private let schemaVersion = 1
+private let maxBytes = 4 << 20
+
+/// Schema 1. The properties are named as the keys are; `tests/test_ios.py` compares them with a bundle's.
+public struct Manifest: Decodable {
+    public struct Plan: Decodable {
+        public let head: String
+        public let input: String
+        public let precision: String
+        public let batch: String
+        public let tol: Double?
+    }
+    public struct Preprocess: Decodable {
+        public let size: [Int]
+        public let crop_pct: Double
+        public let interpolation: String
+        public let mean: [Double]
+        public let std: [Double]
+    }
+    public struct Value: Decodable {
+        public let name: String
+        public let dtype: String
+        public let shape: [Int?]
+    }
+    public struct File: Decodable { public let sha256: String }
+    public struct Function: Decodable {
+        public let name: String
+        public let imgsz: [Int]
+    }
+    public struct Details: Decodable { public let functions: [Function]? }
+    public struct Parity: Decodable { public let failures: [String]? }
+
+    public let schema_version: Int
+    public let name: String
+    public let target: String
+    public let artifact: String
+    public let built: Bool
+    public let rejected: Bool
+    public let plan: Plan
+    public let preprocessing: Preprocess
+    public let inputs: [Value]
+    public let outputs: [Value]
+    public let files: [String: File]
+    public let details: Details
+    public let parity: Parity
+
+    /// Reads and validates the manifest of the bundle in `folder` and checks every hash. Throws EvmError.
+    public static func open(_ folder: URL) throws -> Manifest {
+        var isFolder: ObjCBool = false
+        let exists = FileManager.default.fileExists(atPath: folder.path, isDirectory: &isFolder)
+        guard isFolder.boolValue else {
+            let file = "bundle \(folder.path) is a file, not a bundle folder"
+            let message = exists ? file : "bundle \(folder.path) does not exist"
+            throw EvmError(.bundle, message, hint: "make one with evm-export")
+        }
+        let manifest = try read(folder)
+        if manifest.rejected {
+            let failures = (manifest.parity.failures ?? []).joined(separator: "; ")
+            throw EvmError(.bundle, "bundle \(folder.path) was rejected at export: \(failures)")
+        }
+        for (name, file) in manifest.files.sorted(by: { $0.key < $1.key }) { try check(folder, name, file) }
+        guard manifest.built else {
+            let hint = "on the device:  evm-export --finish \(folder.path)"
+            throw EvmError(.bundle, "bundle \(folder.path) has no engine yet", hint: hint)
+        }
+        guard manifest.target == "coreml" else {
+            let message = "bundle \(folder.path) is for target '\(manifest.target)', this app runs 'coreml'"
+            throw EvmError(.bundle, message, hint: "evm-export --target coreml")
+        }
+        return manifest
+    }
+
+    private static func read(_ folder: URL) throws -> Manifest {
+        let path = folder.appendingPathComponent("manifest.json")
+        guard FileManager.default.fileExists(atPath: path.path) else {
+            let message = "\(folder.path) is not a bundle: it has no manifest.json"
+            throw EvmError(.bundle, message, hint: "make one with evm-export")
+        }
+        guard let data = try? Data(contentsOf: path) else { throw EvmError(.bundle, "\(path.path) cannot be read") }
+        if data.count > maxBytes {
+            throw EvmError(.bundle, "\(path.path) is larger than \(maxBytes) bytes: not a manifest")
+        }
+        try checkVersion(data, path: path, folder: folder)
+        do {
+            let manifest = try JSONDecoder().decode(Manifest.self, from: data)
+            try manifest.validate()
+            return manifest
+        } catch let error as EvmError {
+            throw invalid(path, error.description)
+        } catch {
+            throw invalid(path, "\(error)")
+        }
+    }
+
+    private static func invalid(_ path: URL, _ why: String) -> EvmError {
+        EvmError(.bundle, "\(path.path) is not a valid manifest: \(why)", hint: "export the bundle again")
+    }
+
+    private static func checkVersion(_ data: Data, path: URL, folder: URL) throws {
+        let json: Any
+        do {
+            json = try JSONSerialization.jsonObject(with: data)
+        } catch {
+            let message = "\(path.path) is damaged: \(error.localizedDescription)"
+            throw EvmError(.bundle, message, hint: "export the bundle again")
+        }
+        guard let object = json as? [String: Any] else { throw EvmError(.bundle, "\(path.path) is not a JSON object") }
+        guard let version = object["schema_version"] as? Int, version >= 1 else {
+            throw EvmError(.bundle, "\(path.path) has no schema_version")
+        }
+        if version > schemaVersion {
+            let message = "\(folder.path) has manifest schema \(version), this evm-deploy reads up to \(schemaVersion)"
+            throw EvmError(.bundle, message, hint: "upgrade: take EvmBundle of a newer evm-deploy")
+        }
+    }
+
+    private func validate() throws {
+        try oneOf("--head", plan.head, ["logits", "probs", "features"])
+        try oneOf("--input", plan.input, ["image", "tensor"])
+        try preprocessing.validate()
+        for (name, file) in files {
+            guard insideBundle(name) else { throw EvmError(.bundle, "file name '\(name)' leaves the bundle") }
+            let hash = file.sha256.utf8
+            guard hash.count == 64, hash.allSatisfy({ (48...57).contains($0) || (97...102).contains($0) }) else {
+                throw EvmError(.bundle, "\(name) has no sha256")
+            }
+        }
+        guard files.keys.contains(where: { $0 == artifact || $0.hasPrefix(artifact + "/") }) else {
+            throw EvmError(.bundle, "the artifact '\(artifact)' is not among the files")
+        }
+        guard inputs.count == 1, !outputs.isEmpty else { throw EvmError(.bundle, "it has \(inputs.count) inputs") }
+    }
+}
+
+private func oneOf(_ what: String, _ value: String, _ choices: [String]) throws {
+    if choices.contains(value) { return }
+    throw EvmError(.usage, "\(what) '\(value)' is unknown; choose from: \(choices.joined(separator: ", "))")
+}
+
+/// Whether a file's name stays inside the bundle on every system.
+private func insideBundle(_ name: String) -> Bool {
+    let leaves = name.hasPrefix("/") || name.split(separator: "/").contains("..")
+    return !name.isEmpty && !leaves && !name.contains { "\\:\0".contains($0) }
+}
+
+private func check(_ folder: URL, _ name: String, _ file: Manifest.File) throws {
+    let path = folder.appendingPathComponent(name)
+    guard FileManager.default.fileExists(atPath: path.path) else {
+        throw EvmError(.bundle, "bundle \(folder.path): \(name) is missing", hint: "copy the bundle again, whole")
+    }
+    let have: String
+    do {
+        have = try sha256(path)
+    } catch {
+        throw EvmError(.bundle, "bundle \(folder.path): \(name) cannot be read: \(error.localizedDescription)")
+    }
+    guard have == file.sha256 else {
+        let message = "bundle \(folder.path): \(name) is damaged (its sha256 differs)"
+        throw EvmError(.bundle, message, hint: "copy the bundle again")
+    }
+}
+
+private func sha256(_ path: URL) throws -> String {
+    let file = try FileHandle(forReadingFrom: path)
+    defer { try? file.close() }
+    var digest = SHA256()
+    while let block = try file.read(upToCount: 1 << 20), !block.isEmpty { digest.update(data: block) }
+    return digest.finalize().map { String(format: "%02x", $0) }.joined()
+}

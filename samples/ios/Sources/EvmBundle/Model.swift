@@ -1,0 +1,169 @@
+// A Core ML bundle of evm-deploy in an app: pixels, then classes.
+// NOT COMPILED BY THIS PROJECT.
+import CoreML
+import CoreVideo
+import Foundation
+
+/// One class of a picture. `score`: probability, 0..1.
+public struct Prediction: Sendable {
+    public let label: String
+    public let index: Int
+    public let score: Double
+}
+
+/// An opened bundle. Not for several threads at the same time.
+public final class Model {
+    public let folder: URL
+    public let manifest: Manifest
+    public let preprocessing: Manifest.Preprocess
+    private let labels: [String]?
+    private let model: MLModel
+    private let units: MLComputeUnits
+
+    /// Opens the bundle in `folder`, every hash checked, and compiles its package on this device. `function`: of a bundle
+    /// for several sizes, such as `imgsz_224x224`, by default the first. Throws EvmError.
+    public init(folder: URL, function: String? = nil, units: MLComputeUnits = .all) throws {
+        self.folder = folder
+        self.units = units
+        manifest = try Manifest.open(folder)
+        labels = try manifest.files["labels.txt"] == nil ? nil : lines(folder.appendingPathComponent("labels.txt"))
+        preprocessing = try manifest.preprocessing(of: function)
+        model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
+    }
+
+    /// What the model reads of `picture`. Throws EvmError.
+    public func pixels(_ picture: Picture, name: String = "image") throws -> Picture {
+        try preprocessing.pixels(picture, name: name)
+    }
+
+    /// The `top` most probable classes of `pixels`, best first. Throws EvmError.
+    public func classify(_ pixels: Picture, top: Int = 5) throws -> [Prediction] {
+        guard manifest.plan.head != "features" else {
+            throw EvmError(.usage, "this bundle gives feature maps, not classes", hint: "use run(_:)")
+        }
+        guard top >= 1 else { throw EvmError(.usage, "top is \(top), it must be at least 1") }
+        let values = try run(input(pixels))[manifest.plan.head] ?? []
+        let count = values.count / batch
+        let row = values.prefix(count).map(Double.init)
+        let scores = manifest.plan.head == "probs" ? row : softmax(row)
+        let best = scores.indices.sorted { scores[$0] > scores[$1] || (scores[$0] == scores[$1] && $0 < $1) }
+        return best.prefix(top).map {
+            Prediction(label: labels?[$0] ?? "class \($0)", index: $0, score: scores[$0])
+        }
+    }
+
+    /// One inference -> the values of every output, row by row, a classifier's in the order of labels.txt.
+    func run(_ input: MLFeatureValue) throws -> [String: [Float]] {
+        let feeds = try MLDictionaryFeatureProvider(dictionary: [manifest.inputs[0].name: input])
+        let found: MLFeatureProvider
+        do {
+            found = try model.prediction(from: feeds)
+        } catch {
+            throw EvmError(.toolchain, "Core ML failed: \(error.localizedDescription)")
+        }
+        return Dictionary(uniqueKeysWithValues: manifest.outputs.map { output in
+            (output.name, values(found.featureValue(for: output.name)))
+        })
+    }
+
+    /// How many pictures one inference takes.
+    var batch: Int { Int(manifest.plan.batch) ?? 1 }
+
+    /// The input for one picture.
+    func input(_ pixels: Picture) throws -> MLFeatureValue {
+        if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels)) }
+        let one = preprocessing.normalised(pixels)
+        return try input(tensor: Array(repeating: one, count: batch).flatMap { $0 })
+    }
+
+    /// The input of a package exported with `--input tensor`.
+    func input(tensor: [Float]) throws -> MLFeatureValue {
+        MLFeatureValue(multiArray: try array(tensor, shape: [batch, 3, preprocessing.height, preprocessing.width]))
+    }
+
+    /// One scan by itself, on float32 tensors.
+    func scan(_ file: String, _ feeds: [String: MLMultiArray]) throws -> [Float] {
+        let scan = try compiled(folder.appendingPathComponent(file), function: nil, units: units)
+        let provider = try MLDictionaryFeatureProvider(dictionary: feeds.mapValues { MLFeatureValue(multiArray: $0) })
+        return values(try scan.prediction(from: provider).featureValue(for: "y"))
+    }
+
+    private func values(_ value: MLFeatureValue?) -> [Float] {
+        if let array = value?.multiArrayValue { return (0..<array.count).map { array[$0].floatValue } }
+        guard let scores = value?.dictionaryValue else { return [] }
+        return (labels ?? []).map { scores[AnyHashable($0)]?.floatValue ?? .nan }
+    }
+}
+
+extension Manifest {
+    /// Of a function of a bundle for several sizes, or of its default.
+    func preprocessing(of function: String?) throws -> Preprocess {
+        guard let function else { return preprocessing }
+        let functions = details.functions ?? []
+        guard let found = functions.first(where: { $0.name == function }) else {
+            let has = functions.map(\.name).joined(separator: ", ")
+            throw EvmError(.usage, "this bundle has no function '\(function)'; it has: \(has.isEmpty ? "none" : has)")
+        }
+        return Preprocess(
+            size: found.imgsz, crop_pct: preprocessing.crop_pct, interpolation: preprocessing.interpolation,
+            mean: preprocessing.mean, std: preprocessing.std)
+    }
+}
+
+private func lines(_ file: URL) throws -> [String] {
+    try String(contentsOf: file, encoding: .utf8).split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
+}
+
+private func compiled(_ package: URL, function: String?, units: MLComputeUnits) throws -> MLModel {
+    let configuration = MLModelConfiguration()
+    configuration.computeUnits = units
+    if let function {
+        guard #available(iOS 18, macOS 15, *) else {
+            throw EvmError(.toolchain, "function '\(function)' needs iOS 18 or macOS 15")
+        }
+        configuration.functionName = function
+    }
+    do {
+        return try MLModel(contentsOf: MLModel.compileModel(at: package), configuration: configuration)
+    } catch {
+        throw EvmError(.bundle, "Core ML cannot open \(package.path): \(error.localizedDescription)")
+    }
+}
+
+/// Values in C order as an array for Core ML.
+func array(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
+    let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float32)
+    for (i, value) in values.enumerated() { array[i] = NSNumber(value: value) }
+    return array
+}
+
+/// BGRA in memory: what cameras give and Core ML reads as RGB.
+private func pixelBuffer(_ pixels: Picture) throws -> CVPixelBuffer {
+    var made: CVPixelBuffer?
+    CVPixelBufferCreate(nil, pixels.width, pixels.height, kCVPixelFormatType_32BGRA, nil, &made)
+    guard let made else { throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels") }
+    CVPixelBufferLockBaseAddress(made, [])
+    defer { CVPixelBufferUnlockBaseAddress(made, []) }
+    guard let base = CVPixelBufferGetBaseAddress(made) else {
+        throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels")
+    }
+    let bytes = base.assumingMemoryBound(to: UInt8.self)
+    let row = CVPixelBufferGetBytesPerRow(made)
+    for y in 0..<pixels.height {
+        for x in 0..<pixels.width {
+            let (from, to) = (3 * (y * pixels.width + x), y * row + 4 * x)
+            bytes[to] = pixels.rgb[from + 2]
+            bytes[to + 1] = pixels.rgb[from + 1]
+            bytes[to + 2] = pixels.rgb[from]
+            bytes[to + 3] = 255
+        }
+    }
+    return made
+}
+
+private func softmax(_ scores: [Double]) -> [Double] {
+    let largest = scores.max() ?? 0
+    let powers = scores.map { exp($0 - largest) }
+    let sum = powers.reduce(0, +)
+    return powers.map { $0 / sum }
+}

@@ -1,0 +1,101 @@
+// RGB bytes of a picture, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as the
+// file has them, whatever its colour profile.
+// NOT COMPILED BY THIS PROJECT.
+import Accelerate
+import Foundation
+import ImageIO
+
+/// RGB bytes, row by row, `width` * `height` * 3 of them.
+public struct Picture: Sendable {
+    public let width: Int
+    public let height: Int
+    public let rgb: [UInt8]
+
+    public init(width: Int, height: Int, rgb: [UInt8]) {
+        precondition(width > 0 && height > 0 && rgb.count == 3 * width * height)
+        (self.width, self.height, self.rgb) = (width, height, rgb)
+    }
+
+    /// A picture file. `name` is for errors. Throws EvmError.
+    public init(data: Data, name: String) throws {
+        guard let source = CGImageSourceCreateWithData(data as CFData, nil),
+            let image = CGImageSourceCreateImageAtIndex(source, 0, nil)
+        else { throw EvmError(.image, "image \(name) is not an image that ImageIO can read") }
+        let properties = CGImageSourceCopyPropertiesAtIndex(source, 0, nil) as? [CFString: Any]
+        let orientation = properties?[kCGImagePropertyOrientation] as? Int ?? 1
+        self = try Picture(image, name: name).upright(orientation)
+    }
+
+    public init(contentsOf url: URL) throws {
+        guard let data = try? Data(contentsOf: url) else {
+            throw EvmError(.image, "image \(url.path) does not exist")
+        }
+        try self.init(data: data, name: url.path)
+    }
+
+    /// As it lies in memory, whatever its orientation.
+    public init(_ image: CGImage, name: String = "image") throws {
+        let grey = image.colorSpace?.model == .monochrome
+        let channels = grey ? 2 : 4  // with an alpha channel, to be dropped: without one it would be multiplied in
+        guard let space = grey ? image.colorSpace : rgbSpace(of: image),
+            let format = vImage_CGImageFormat(
+                bitsPerComponent: 8, bitsPerPixel: 8 * channels, colorSpace: space,
+                bitmapInfo: CGBitmapInfo(rawValue: CGImageAlphaInfo.last.rawValue)),
+            let buffer = try? vImage_Buffer(cgImage: image, format: format)
+        else { throw EvmError(.image, "image \(name) cannot be read: its format is not known") }
+        defer { buffer.free() }
+        let bytes = buffer.data.assumingMemoryBound(to: UInt8.self)
+        var rgb = [UInt8]()
+        rgb.reserveCapacity(3 * image.width * image.height)
+        for y in 0..<image.height {
+            for x in 0..<image.width {
+                let at = y * buffer.rowBytes + channels * x
+                for channel in 0..<3 { rgb.append(bytes[at + (grey ? 0 : channel)]) }
+            }
+        }
+        self.init(width: image.width, height: image.height, rgb: rgb)
+    }
+
+    /// Turned and flipped as `orientation`, 1 to 8 as in Exif, says of how the camera was held.
+    public func upright(_ orientation: Int) -> Picture {
+        let (right, bottom) = (width - 1, height - 1)
+        switch orientation {
+        case 2: return turned(width, height) { x, y in (right - x, y) }
+        case 3: return turned(width, height) { x, y in (right - x, bottom - y) }
+        case 4: return turned(width, height) { x, y in (x, bottom - y) }
+        case 5: return turned(height, width) { x, y in (y, x) }
+        case 6: return turned(height, width) { x, y in (y, bottom - x) }
+        case 7: return turned(height, width) { x, y in (right - y, bottom - x) }
+        case 8: return turned(height, width) { x, y in (right - y, x) }
+        default: return self
+        }
+    }
+
+    private func turned(_ newWidth: Int, _ newHeight: Int, _ source: (Int, Int) -> (Int, Int)) -> Picture {
+        var out = [UInt8]()
+        out.reserveCapacity(rgb.count)
+        for y in 0..<newHeight {
+            for x in 0..<newWidth {
+                let (fromX, fromY) = source(x, y)
+                let at = 3 * (fromY * width + fromX)
+                out.append(contentsOf: rgb[at..<(at + 3)])
+            }
+        }
+        return Picture(width: newWidth, height: newHeight, rgb: out)
+    }
+
+    /// To be shown.
+    public var cgImage: CGImage? {
+        guard let provider = CGDataProvider(data: Data(rgb) as CFData) else { return nil }
+        return CGImage(
+            width: width, height: height, bitsPerComponent: 8, bitsPerPixel: 24, bytesPerRow: 3 * width,
+            space: CGColorSpaceCreateDeviceRGB(), bitmapInfo: CGBitmapInfo(rawValue: CGImageAlphaInfo.none.rawValue),
+            provider: provider, decode: nil, shouldInterpolate: true, intent: .defaultIntent)
+    }
+}
+
+/// The picture's own RGB, so that nothing is converted; of what has none, such as CMYK, the usual one.
+private func rgbSpace(of image: CGImage) -> CGColorSpace? {
+    let own = image.colorSpace?.model == .indexed ? image.colorSpace?.baseColorSpace : image.colorSpace
+    return own?.model == .rgb ? own : CGColorSpace(name: CGColorSpace.sRGB)
+}

@@ -1,0 +1,59 @@
+// From a picture to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased; the centre
+// cropped. Pillow's arithmetic, so that an app sees what the export was verified with.
+// NOT COMPILED BY THIS PROJECT.
+
+private let maxSide = 8192
+
+extension Manifest.Preprocess {
+    var height: Int { size[0] }
+    var width: Int { size[1] }
+
+    func validate() throws {
+        guard size.count == 2, size.allSatisfy({ (1...maxSide).contains($0) }) else {
+            throw EvmError(.bundle, "size is \(size), it must be [H, W] of 1 to \(maxSide) pixels")
+        }
+        guard crop_pct > 0, crop_pct <= 1 else {
+            throw EvmError(.bundle, "crop_pct is \(crop_pct), it must be over 0 and at most 1")
+        }
+        guard Filter(rawValue: interpolation) != nil else {
+            throw EvmError(.bundle, "interpolation is '\(interpolation)', choose from: bicubic, bilinear")
+        }
+        for (name, values) in [("mean", mean), ("std", std)] where values.count != 3 {
+            throw EvmError(.bundle, "\(name) is \(values), it must be three finite numbers")
+        }
+        guard std.allSatisfy({ $0 > 0 }) else { throw EvmError(.bundle, "std is \(std), it must be positive") }
+    }
+
+    /// RGB of the model's size. `name` is the picture's in errors. Throws EvmError.
+    public func pixels(_ picture: Picture, name: String = "image") throws -> Picture {
+        let (wantHeight, wantWidth) = (covered(height), covered(width))
+        var (newHeight, newWidth) = (wantHeight, wantWidth)
+        if wantHeight * picture.width >= wantWidth * picture.height {  // the height decides
+            newWidth = wantHeight * picture.width / picture.height
+        } else {
+            newHeight = wantWidth * picture.height / picture.width
+        }
+        (newHeight, newWidth) = (max(newHeight, height), max(newWidth, width))
+        guard max(newHeight, newWidth) <= 100 * max(height, width) else {
+            let shape = "\(picture.width)x\(picture.height)"
+            throw EvmError(.image, "\(name) is \(shape): too narrow to be cropped to \(width)x\(height)")
+        }
+        let crop = Crop(left: centre(newWidth, width), top: centre(newHeight, height), width: width, height: height)
+        let filter = Filter(rawValue: interpolation) ?? .bicubic  // validated
+        return picture.resized(toWidth: newWidth, toHeight: newHeight, crop: crop, filter: filter)
+    }
+
+    /// Channels first, as a model exported with `--input tensor` reads them; others normalise themselves.
+    public func normalised(_ pixels: Picture) -> [Float] {
+        (0..<3).flatMap { channel in
+            let (mean, std) = (255 * Float(self.mean[channel]), 255 * Float(self.std[channel]))
+            return stride(from: channel, to: pixels.rgb.count, by: 3).map { (Float(pixels.rgb[$0]) - mean) / std }
+        }
+    }
+
+    private func covered(_ side: Int) -> Int {
+        Int(min((Double(side) / crop_pct).rounded(.toNearestOrEven), 1e9))  // nobody resizes to more
+    }
+}
+
+private func centre(_ have: Int, _ want: Int) -> Int { Int((Double(have - want) / 2).rounded(.toNearestOrEven)) }

@@ -1,0 +1,59 @@
+// A bundle on this device: EVM_BUNDLE names a Core ML bundle's folder.
+// NOT COMPILED BY THIS PROJECT.
+import XCTest
+
+@testable import EvmBundle
+
+final class BundleTests: XCTestCase {
+    private func bundle() throws -> URL {
+        guard let path = ProcessInfo.processInfo.environment["EVM_BUNDLE"] else {
+            throw XCTSkip("set EVM_BUNDLE to the folder of a Core ML bundle")
+        }
+        return URL(fileURLWithPath: path)
+    }
+
+    /// A copy of the bundle, damaged by `damage`.
+    private func damaged(_ damage: (URL) throws -> Void) throws -> URL {
+        let copy = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
+        try FileManager.default.copyItem(at: bundle(), to: copy)
+        addTeardownBlock { try? FileManager.default.removeItem(at: copy) }
+        try damage(copy)
+        return copy
+    }
+
+    private func message(_ folder: URL) -> String {
+        do {
+            _ = try Manifest.open(folder)
+            return "opened"
+        } catch { return (error as? EvmError)?.message ?? "\(error)" }
+    }
+
+    func testTheSelfTestPasses() throws {
+        let checks = try Model(folder: bundle()).selfTest()
+        XCTAssertGreaterThanOrEqual(checks.count, 2)
+        for check in checks { XCTAssertTrue(check.ok, "\(check.name): \(check.error), limit \(check.limit)") }
+    }
+
+    func testAPictureHasClasses() throws {
+        let model = try Model(folder: bundle())
+        let picture = try Picture(contentsOf: model.folder.appendingPathComponent("selftest/picture.png"))
+        let found = try model.classify(model.pixels(picture), top: 3)
+        XCTAssertEqual(found.count, 3)
+        XCTAssertGreaterThanOrEqual(found[0].score, found[1].score)
+        XCTAssertLessThanOrEqual(found.map(\.score).reduce(0, +), 1.000001)
+    }
+
+    func testDamageIsNamed() throws {
+        XCTAssertEqual(message(try damaged { _ in }), "opened")
+        let gone = try damaged { try FileManager.default.removeItem(at: $0) }
+        XCTAssertEqual(message(gone), "bundle \(gone.path) does not exist")
+        let bare = try damaged { try FileManager.default.removeItem(at: $0.appendingPathComponent("manifest.json")) }
+        XCTAssertEqual(message(bare), "\(bare.path) is not a bundle: it has no manifest.json")
+        let list = try damaged { try Data("[]".utf8).write(to: $0.appendingPathComponent("manifest.json")) }
+        XCTAssertEqual(message(list), "\(list.path)/manifest.json is not a JSON object")
+        let other = try damaged { try Data("other".utf8).write(to: $0.appendingPathComponent("README.md")) }
+        XCTAssertEqual(message(other), "bundle \(other.path): README.md is damaged (its sha256 differs)")
+        let cut = try damaged { try FileManager.default.removeItem(at: $0.appendingPathComponent("README.md")) }
+        XCTAssertEqual(message(cut), "bundle \(cut.path): README.md is missing")
+    }
+}

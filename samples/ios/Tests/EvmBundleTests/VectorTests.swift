@@ -1,0 +1,70 @@
+// The preprocessing vectors of sdk/vectors, which every SDK must reproduce within 1 of 255.
+// NOT COMPILED BY THIS PROJECT.
+import XCTest
+
+@testable import EvmBundle
+
+private struct Vectors: Decodable {
+    struct Case: Decodable {
+        let name: String
+        let image: String
+        let preprocessing: Manifest.Preprocess
+        let width: Int
+        let height: Int
+        let expected: String?
+        let error: String?
+        let normalised: [[Double]]?
+    }
+    let tolerance: Int
+    let cases: [Case]
+}
+
+private let folder = URL(fileURLWithPath: #filePath)
+    .deletingLastPathComponent().appendingPathComponent("../../../../sdk/vectors").standardized
+
+final class VectorTests: XCTestCase {
+    private func vectors() throws -> Vectors {
+        try JSONDecoder().decode(Vectors.self, from: Data(contentsOf: folder.appendingPathComponent("cases.json")))
+    }
+
+    private func picture(_ name: String) throws -> Picture {
+        try Picture(contentsOf: folder.appendingPathComponent(name))
+    }
+
+    private func difference(_ one: Picture, _ other: Picture) -> Int {
+        XCTAssertEqual([one.width, one.height], [other.width, other.height])
+        return zip(one.rgb, other.rgb).map { abs(Int($0) - Int($1)) }.max() ?? 0
+    }
+
+    func testEveryVector() throws {
+        let vectors = try self.vectors()
+        XCTAssertGreaterThan(vectors.cases.count, 20)
+        for vector in vectors.cases {
+            let source = try picture(vector.image)
+            XCTAssertEqual([source.width, source.height], [vector.width, vector.height], vector.name)
+            guard let expected = vector.expected else {
+                XCTAssertThrowsError(try vector.preprocessing.pixels(source)) { error in
+                    XCTAssertEqual((error as? EvmError)?.message, vector.error)
+                }
+                continue
+            }
+            let want = try picture(expected)
+            let have = try vector.preprocessing.pixels(source)
+            XCTAssertLessThanOrEqual(difference(have, want), vectors.tolerance, vector.name)
+            let tensor = vector.preprocessing.normalised(want)
+            for sample in vector.normalised ?? [] {
+                let (c, y, x) = (Int(sample[0]), Int(sample[1]), Int(sample[2]))
+                let value = tensor[(c * want.height + y) * want.width + x]
+                XCTAssertEqual(Double(value), sample[3], accuracy: 1e-5, vector.name)
+            }
+        }
+    }
+
+    /// The other filter, and the picture turned, are noticed.
+    func testTheLimitCanFail() throws {
+        let square = try picture("square.expected.png")
+        XCTAssertGreaterThan(difference(square, try picture("bilinear.expected.png")), 1)
+        XCTAssertGreaterThan(difference(square, square.upright(3)), 1)
+        XCTAssertEqual(difference(square, square.upright(6).upright(8)), 0)
+    }
+}

@@ -1,0 +1,188 @@
+"""samples/ios, which nothing here can compile: its syntax, and what it says of bundles, against real ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from evm_deploy.errors import EvmError
+from evm_deploy.export.coreml import TARGET
+from evm_deploy.export.plan import TOLERANCES
+from evm_deploy.inference import load
+from evm_deploy.runtimes.mil import MilRuntime
+from tests.broken import BROKEN
+from tests.syntax import faults, parsed
+from tests.test_vectors import CASES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "samples" / "ios").rglob("*.swift"))
+CODE = {path.name: path.read_text(encoding="utf-8") for path in SOURCES}
+SCHEMA = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+DOCUMENTED = {word for code in re.findall(r"`([^`\n]+)`", SCHEMA) for word in re.findall(r"\w+", code)}
+PLAIN = {"String": str, "Int": int, "Double": (int, float), "Bool": bool}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_syntax(path):
+    source = path.read_bytes()
+    assert not faults("swift", source)
+    assert b"NOT COMPILED BY THIS PROJECT" in source
+
+
+@pytest.mark.parametrize("damage", ["brace", "name", "string"])
+def test_syntax_that_is_wrong_is_noticed(damage):
+    source = CODE["Model.swift"]
+    wrong = {
+        "brace": source[: source.rindex("}")],
+        "name": source.replace("func classify(", "func (", 1),
+        "string": source.replace('"top is', "top is", 1),
+    }
+    assert wrong[damage] != source and faults("swift", wrong[damage].encode())
+
+
+Struct = dict[str, Any]  # property -> its type as it stands there; nested struct -> Struct
+
+
+def structs(node: Any) -> Struct:
+    """The Decodable structs below a syntax node."""
+    found: Struct = {}
+    for child in node.children:
+        if child.type == "class_declaration" and b": Decodable" in child.text.partition(b"{")[0]:
+            name = child.child_by_field_name("name").text.decode()
+            body = child.child_by_field_name("body")
+            found[name] = structs(body) | {
+                key: kind
+                for each in body.children
+                if each.type == "property_declaration" and "{" not in each.text.decode()
+                for key, kind in re.findall(r"let (\w+): (.+)", each.text.decode())
+            }
+        else:
+            found |= structs(child)
+    return found
+
+
+def mismatches(kind: str, value: Any, known: Struct, path: str) -> list[str]:
+    """Where a JSON value is not of a Swift type."""
+    if kind.endswith("?"):
+        return [] if value is None else mismatches(kind[:-1], value, known, path)
+    if kind in PLAIN:
+        right = isinstance(value, PLAIN[kind]) and (kind == "Bool") == isinstance(value, bool)
+        return [] if right else [f"{path} is no {kind}"]
+    if match := re.fullmatch(r"\[String: (.+)\]", kind):
+        return [m for key, each in value.items() for m in mismatches(match[1], each, known, f"{path}.{key}")]
+    if match := re.fullmatch(r"\[(.+)\]", kind):
+        return [m for each in value for m in mismatches(match[1], each, known, f"{path}[]")]
+    fields = known[kind.rpartition(".")[2]]
+    found = []
+    for key, field in fields.items():
+        if isinstance(field, dict):
+            continue
+        if key not in value and not field.endswith("?"):
+            found.append(f"{path} has no {key}")
+        found += mismatches(field, value.get(key), known | fields, f"{path}.{key}") if key in value else []
+        if key not in DOCUMENTED:
+            found.append(f"{path}.{key} is not documented")
+    return found
+
+
+def manifest_mismatches(source: str, manifest: Any) -> list[str]:
+    known = structs(parsed("swift", source.encode()))
+    assert len(known["Manifest"]) > 15 and known["Manifest"]["Preprocess"]["crop_pct"] == "Double"
+    return mismatches("Manifest", manifest, known, "manifest")
+
+
+def test_the_manifest_has_the_keys_and_types_that_swift_reads(coreml_bundle):
+    manifest = json.loads((coreml_bundle.path / "manifest.json").read_bytes())
+    assert manifest_mismatches(CODE["Manifest.swift"], manifest) == []
+    sized = manifest | {"details": {"functions": [{"name": "imgsz_32x32", "imgsz": [32, 32]}]}}
+    assert manifest_mismatches(CODE["Manifest.swift"], sized) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("let artifact: String", "let artefact: String", "manifest has no artefact"),
+        ("let built: Bool", "let built: String", "manifest.built is no String"),
+        ("let shape: [Int?]", "let shape: [String]", r"manifest.inputs\[\].shape\[\] is no String"),
+        ("let tol: Double?", "let tolerance_of: Double?", "manifest.plan.tolerance_of is not documented"),
+    ],
+)
+def test_a_key_that_is_not_there_is_noticed(old, new, message, coreml_bundle):
+    manifest = json.loads((coreml_bundle.path / "manifest.json").read_bytes())
+    changed = CODE["Manifest.swift"].replace(old, new)
+    assert changed != CODE["Manifest.swift"]
+    assert any(re.fullmatch(message, found) for found in manifest_mismatches(changed, manifest))
+
+
+def test_the_vectors_have_the_keys_and_types_that_swift_reads():
+    known = structs(parsed("swift", CODE["VectorTests.swift"].encode()))
+    known |= structs(parsed("swift", CODE["Manifest.swift"].encode()))["Manifest"]
+    content = json.loads((ROOT / "sdk" / "vectors" / "cases.json").read_bytes())
+    assert [m for m in mismatches("Vectors", content, known, "vectors") if "is not documented" not in m] == []
+    assert len(CASES) == len(content["cases"])
+
+
+def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
+    code = CODE["SelfTest.swift"]
+    files = re.findall(r'"(selftest/[\w./]+)"', code)
+    assert len(files) == 3 and not [file for file in files if not (coreml_bundle.path / file).is_file()]
+    probes = load_file(coreml_bundle.path / "selftest" / "probes.safetensors")
+    manifest = coreml_bundle.manifest
+    assert {"picture.pixels", manifest.plan["input"], *(o["name"] for o in manifest.outputs)} == set(probes)
+    assert 'tensors["picture.pixels"]' in code and "tensors[manifest.plan.input]" in code
+    scans = load_file(coreml_bundle.path / "selftest" / "scans.safetensors")
+    names = set(json.loads(re.search(r"scanInputs = (\[.+\])", code)[1]))
+    (template,) = re.findall(r'"selftest/(scan-.+)"', code)
+    assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.scan_probe
+    for scan in {key.partition(":")[0] for key in scans}:
+        assert {key.partition(":")[2] for key in scans if key.startswith(f"{scan}:")} == names | {"y"}
+        (_, K, L, D), N = scans[f"{scan}:u"].shape, scans[f"{scan}:A"].shape[2]
+        with MilRuntime(coreml_bundle.path / "selftest" / TARGET.scan_probe.format(K=K, L=L, D=D, N=N)) as runtime:
+            assert set(runtime.inputs) == names and set(runtime.outputs) == {"y"}
+
+
+def test_limits_of_the_self_test_are_those_of_python():
+    code = CODE["SelfTest.swift"]
+    tables = {name: json.loads(f"{{{table}}}") for name, table in re.findall(r"let (\w*olerances) = \[(.+)\]", code)}
+    assert tables["ownTolerances"] == TARGET.selftest_tolerances
+    assert tables["tolerances"] == {key: TOLERANCES[key] for key in ("fp32", "fp16")}
+
+
+def literals(node: Any) -> list[str]:
+    """String literals as regular expressions: for what is put in, a path, a name, a list of numbers or of failures."""
+    found = [each for child in node.children for each in literals(child)]
+    if node.type == "line_string_literal":
+        filled = r"(?:\S+|\[[\d., ]+\]|logits: .+)"
+        fixed = [part.text.decode() for part in node.children if part.type == "line_str_text"]
+        if sum(map(len, fixed)) > 8:
+            parts = [part for part in node.children if part.type in ("line_str_text", "interpolated_expression")]
+            texts = (re.escape(p.text.decode()) if p.type == "line_str_text" else filled for p in parts)
+            found.append("".join(texts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return [each for code in CODE.values() for each in literals(parsed("swift", code.encode()))]
+
+
+@pytest.mark.parametrize("name", sorted(set(BROKEN) - {"manifest cut"}))
+def test_errors_are_worded_as_in_python(name, said, demo_bundle, tmp_path):
+    """Python's text is that of a literal; which one Swift takes, nobody has seen."""
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    BROKEN[name](folder)
+    with pytest.raises(EvmError) as raised:
+        load(folder)
+    message, hint = str(raised.value.args[0]), raised.value.hint
+    head, invalid, reason = message.partition(" is not a valid manifest: ")
+    texts = [f"{head}{invalid}why", reason] if invalid else [message]
+    texts += [hint] if hint and "pip install" not in hint else []
+    for text in texts:
+        assert any(re.fullmatch(each, text) for each in said), text
+        assert not any(re.fullmatch(each, f"not {text}") for each in said), text
