@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -18,7 +19,8 @@ from safetensors.numpy import save_file
 
 from evm_deploy.errors import EvmError
 from evm_deploy.export.archive import write_zip
-from evm_deploy.inference import load
+from evm_deploy.export.selftest import picture
+from evm_deploy.inference import Prediction, load
 from tests import kotlin
 from tests.broken import BROKEN
 from tests.syntax import faults
@@ -26,12 +28,11 @@ from tests.test_vectors import CASES, FOLDER, preprocessing
 
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "samples" / "android"
+APP = PROJECT / "app" / "src" / "main"
+PAGE = ROOT / "docs" / "embed" / "android.md"
 HERE = Path(__file__).parent / "android"
 STANDINS = sorted((HERE / "standins").iterdir())
 UPGRADE = "upgrade: take the evm module of a newer evm-deploy"  # Python's says pip
-
-
-APP = PROJECT / "app" / "src" / "main"
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +142,25 @@ def zipped(path: Path, *entries: tuple[str, bytes]) -> Path:
     return path
 
 
+def test_classes_of_50_pictures_are_those_of_python(ask, demo_bundle, tmp_path):
+    """Kotlin's pixels, ONNX Runtime in Python, Kotlin's classes."""
+    paths = [tmp_path / f"{i}.png" for i in range(50)]
+    for i, path in enumerate(paths):
+        Image.fromarray(picture(60 + 5 * i, 90 + 3 * i, seed=i)).save(path)
+    with load(demo_bundle.path) as model:
+        spec = demo_bundle.manifest.preprocessing
+        answers = [ask("pixels", image=path, preprocessing=spec) for path in paths]
+        pixels = [np.frombuffer(base64.b64decode(a["rgb"]), np.uint8).reshape(1, 64, 64, 3) for a in answers]
+        logits = np.concatenate([model.run({"image": each})["logits"] for each in pixels])
+        want = model.predict(paths)
+    save_file({"logits": logits}, tmp_path / "outputs.safetensors")
+    same(ask("classify", bundle=demo_bundle.path, outputs=tmp_path / "outputs.safetensors", top=5), want)
+    assert len({found[0].label for found in want}) > 1
+
+
 @pytest.mark.parametrize("head", ["logits", "probs"])
-def test_classes_are_those_of_python(head, ask, demo_bundle, tmp_path, monkeypatch):
-    """Of 50 pictures' outputs, ties among them."""
+def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, tmp_path, monkeypatch):
+    """Large ones, and ties."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((50, 10)).astype(np.float32) * rng.choice([0.1, 3, 100], (50, 1)).astype(np.float32)
     rows[7] = 1.5
@@ -152,11 +169,14 @@ def test_classes_are_those_of_python(head, ask, demo_bundle, tmp_path, monkeypat
         rows = np.abs(rows) / np.abs(rows).sum(1, keepdims=True)
     folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head)
     save_file({head: rows}, tmp_path / "outputs.safetensors")
-    answers = ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top="5")
     with load(folder) as model:
         monkeypatch.setattr(model, "_run_pixels", lambda pixels: {head: rows[: len(pixels)]})
         monkeypatch.setattr(type(model), "_batch_size", 50)
-        want = model.classify(np.zeros((50, 64, 64, 3), np.uint8))
+        want = model.classify(np.zeros((50, 64, 64, 3), np.uint8), top=3)
+    same(ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top=3), want)
+
+
+def same(answers: list[Any], want: list[list[Prediction]]) -> None:
     for have, python in zip(answers, want, strict=True):
         assert [(p["label"], p["index"]) for p in have] == [(p.label, p.index) for p in python]
         assert [p["score"] for p in have] == pytest.approx([p.score for p in python], rel=1e-12)
@@ -199,10 +219,12 @@ fun control(options: ai.onnxruntime.OrtSession.SessionOptions, view: android.wid
 
 
 def test_the_app_is_right_for_what_android_and_onnx_runtime_declare(classpath, tmp_path):
-    """Stand-ins for just the declarations that it uses, as published; nothing of it is run. What is wrong in a file
-    beside it is noticed, and nothing else."""
+    """With the page's example, against stand-ins for just the declarations that they use, as published; nothing is run.
+    What is wrong in a file beside them is noticed, and nothing else."""
     (tmp_path / "Control.kt").write_text(CONTROL)
-    found = kotlin.diagnostics([*APP.glob("kotlin/**/*.kt"), *STANDINS, tmp_path / "Control.kt"], classpath, tmp_path)
+    (tmp_path / "Page.kt").write_text(re.search(r"```kotlin\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[1])
+    sources = [*APP.glob("kotlin/**/*.kt"), *STANDINS, tmp_path / "Page.kt", tmp_path / "Control.kt"]
+    found = kotlin.diagnostics(sources, classpath, tmp_path / "classes")
     assert [line.partition("Control.kt:")[2].split(":")[0] for line in found] == ["3", "4"], "\n".join(found)
     assert "unresolved reference 'registerCustomOpsLibrary'" in found[0] and "mismatch" in found[1]
 

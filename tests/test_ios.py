@@ -35,6 +35,12 @@ def test_syntax(path):
     assert b"NOT COMPILED BY THIS PROJECT" in source
 
 
+def test_syntax_of_the_examples():
+    for page in (ROOT / "docs" / "embed" / "ios.md", ROOT / "samples" / "ios" / "README.md"):
+        (example,) = re.findall(r"```swift\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+        assert not faults("swift", example.encode())
+
+
 @pytest.mark.parametrize("damage", ["brace", "name", "string"])
 def test_syntax_that_is_wrong_is_noticed(damage):
     source = CODE["Model.swift"]

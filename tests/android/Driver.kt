@@ -51,12 +51,14 @@ private fun pixels(request: JsonObject): JsonElement {
         put("picture", numbers(listOf(picture.width, picture.height)))
         put("size", numbers(listOf(pixels.width, pixels.height)))
         put("rgb", Base64.getEncoder().encodeToString(pixels.rgb))
-        put("normalised", Base64.getEncoder().encodeToString(bytes(Tensor.of(listOf(pixels.rgb.size), preprocessing.normalised(pixels)))))
+        put("normalised", Base64.getEncoder().encodeToString(bytes(preprocessing.normalised(pixels))))
     }
 }
 
 private fun opened(folder: File): JsonElement {
-    Model.load(folder, { _, _ -> Recorded(emptyMap()) }).use { return buildJsonObject { put("opened", it.bundle.manifest.artifact) } }
+    Model.load(folder, { _, _ -> Recorded(emptyMap()) }).use {
+        return buildJsonObject { put("opened", it.bundle.manifest.artifact) }
+    }
 }
 
 /** Pictures through the model, whose outputs are those of the file `outputs`, row by row. */
@@ -112,7 +114,7 @@ private class Recorded(private val tensors: Map<String, Tensor>, private val spo
         val (name, fed) = feeds.entries.single()
         val all = tensors.getValue(name)
         val row = (0 until all.shape[0]).first { all.rows(it, it + 1, 1).bytes() == fed.rows(0, 1, 1).bytes() }
-        return tensors.mapValues { (key, tensor) -> spoilt(tensor.rows(row, row + 1, least = fed.shape[0]), key == spoil) }
+        return tensors.mapValues { (key, all) -> spoilt(all.rows(row, row + 1, least = fed.shape[0]), key == spoil) }
     }
 
     override fun close() = Unit
@@ -121,7 +123,8 @@ private class Recorded(private val tensors: Map<String, Tensor>, private val spo
 /** Answers the y of the scan whose u it is fed. */
 private class Scans(private val tensors: Map<String, Tensor>, private val spoil: String) : Runtime {
     override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
-        val name = tensors.keys.filter { it.endsWith(":u") }.first { tensors.getValue(it).bytes() == feeds.getValue("u").bytes() }
+        val fed = feeds.getValue("u").bytes()
+        val name = tensors.keys.first { it.endsWith(":u") && tensors.getValue(it).bytes() == fed }
         val y = name.removeSuffix(":u") + ":y"
         return mapOf("y" to spoilt(tensors.getValue(y), y == spoil))
     }
@@ -155,7 +158,8 @@ private fun decoded(file: File): Picture {
     return Picture(image.width, image.height, rgb).upright(orientation(file.readBytes()))
 }
 
-private fun bytes(tensor: Tensor) = ByteArray(tensor.bytes().remaining()).also { tensor.bytes().get(it) }
+private fun bytes(values: FloatArray): ByteArray =
+    ByteArray(4 * values.size).also { Tensor.of(listOf(values.size), values).bytes().get(it) }
 
 private fun numbers(values: List<Int>) = JsonArray(values.map { JsonPrimitive(it) })
 

@@ -25,6 +25,10 @@ public abstract class ViewGroup extends View {
     public void removeAllViews() {}
 }
 
+public abstract class Window {
+    public static final int FEATURE_NO_TITLE = 1;
+}
+
 public class Gravity {
     public static final int CENTER_VERTICAL = 0x10;
     public static final int END = 0x800005;

@@ -20,8 +20,8 @@ public final class Model {
     private let model: MLModel
     private let units: MLComputeUnits
 
-    /// Opens the bundle in `folder`, every hash checked, and compiles its package on this device. `function`: of a bundle
-    /// for several sizes, such as `imgsz_224x224`, by default the first. Throws EvmError.
+    /// Opens the bundle in `folder`, every hash checked, and compiles its package on this device. `function`: of a
+    /// bundle for several sizes, such as `imgsz_224x224`, by default the first. Throws EvmError.
     public init(folder: URL, function: String? = nil, units: MLComputeUnits = .all) throws {
         self.folder = folder
         self.units = units
@@ -111,7 +111,9 @@ extension Manifest {
 }
 
 private func lines(_ file: URL) throws -> [String] {
-    try String(contentsOf: file, encoding: .utf8).split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
+    let text = try String(contentsOf: file, encoding: .utf8)
+    let lines = text.components(separatedBy: "\n")
+    return lines.last == "" ? lines.dropLast() : lines
 }
 
 private func compiled(_ package: URL, function: String?, units: MLComputeUnits) throws -> MLModel {

@@ -1,5 +1,5 @@
-// RGB bytes of a picture, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as the
-// file has them, whatever its colour profile.
+// RGB bytes of a picture, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as
+// the file has them, whatever its colour profile.
 // NOT COMPILED BY THIS PROJECT.
 import Accelerate
 import Foundation

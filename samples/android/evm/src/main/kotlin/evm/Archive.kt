@@ -36,7 +36,9 @@ fun unpack(path: File, into: File): File {
 }
 
 private fun check(path: File, entries: List<ZipEntry>) {
-    if (entries.size > MAX_FILES) throw BundleException("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
+    if (entries.size > MAX_FILES) {
+        throw BundleException("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
+    }
     val seen = HashSet<String>()
     for (entry in entries) {
         if (!insideBundle(entry.name)) throw BundleException("$path: the name '${entry.name}' leaves the bundle")

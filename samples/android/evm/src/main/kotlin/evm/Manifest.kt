@@ -33,7 +33,7 @@ class Manifest private constructor(json: JsonObject) {
     val outputNames = json.names("outputs")
     val files = json.child("files").mapValues { (name, facts) -> checkedHash(name, facts as JsonObject) }
     val scanModes = scan.text("value").split("+")
-    val plugins = (scan["plugins"] as JsonObject?).orEmpty().mapValues { (_, path) -> (path as JsonPrimitive).content }
+    val plugins = (scan["plugins"] as JsonObject?).orEmpty().mapValues { (it.value as JsonPrimitive).content }
     val built = json["built"] != JsonPrimitive(false)
     val rejected = json["rejected"] == JsonPrimitive(true)
     val failures = (json.child("parity")["failures"] as JsonArray?).orEmpty().map { (it as JsonPrimitive).content }
@@ -51,8 +51,12 @@ class Manifest private constructor(json: JsonObject) {
         /** Reads and validates [bundle]/manifest.json. Throws [BundleException]. */
         fun read(bundle: File): Manifest {
             val path = File(bundle, MANIFEST)
-            if (!path.exists()) throw BundleException("$bundle is not a bundle: it has no $MANIFEST", "make one with evm-export")
-            if (path.length() > MAX_BYTES) throw BundleException("$path is larger than $MAX_BYTES bytes: not a manifest")
+            if (!path.exists()) {
+                throw BundleException("$bundle is not a bundle: it has no $MANIFEST", "make one with evm-export")
+            }
+            if (path.length() > MAX_BYTES) {
+                throw BundleException("$path is larger than $MAX_BYTES bytes: not a manifest")
+            }
             val json = parsed(path) as? JsonObject ?: throw BundleException("$path is not a JSON object")
             val version = (json["schema_version"] as? JsonPrimitive)?.takeIf { !it.isString }?.intOrNull ?: 0
             if (version < 1) throw BundleException("$path has no schema_version")
@@ -85,7 +89,8 @@ class Batch private constructor(val min: Int, val max: Int?) {
         fun parse(text: String): Batch {
             if (text == "dynamic") return Batch(1, null)
             val parts = text.split(":").map { it.toIntOrNull() ?: 0 }
-            if (parts.size in setOf(1, 3) && parts.first() >= 1 && parts == parts.sorted()) return Batch(parts.first(), parts.last())
+            val ordered = parts.size in setOf(1, 3) && parts.first() >= 1 && parts == parts.sorted()
+            if (ordered) return Batch(parts.first(), parts.last())
             throw UsageException("--batch '$text': use a number from 1, 'dynamic', or min:opt:max such as 1:4:8")
         }
     }
@@ -118,4 +123,5 @@ internal fun JsonObject.number(key: String): Double = text(key).toDouble()
 internal fun JsonObject.list(key: String): List<String> =
     (get(key, "list") as JsonArray).map { (it as JsonPrimitive).content }
 
-private fun JsonObject.names(key: String): List<String> = (get(key, "list") as JsonArray).map { (it as JsonObject).text("name") }
+private fun JsonObject.names(key: String): List<String> =
+    (get(key, "list") as JsonArray).map { (it as JsonObject).text("name") }

@@ -19,7 +19,11 @@ fun interface Runtimes {
 data class Prediction(val label: String, val index: Int, val score: Double)
 
 /** An opened bundle: [pixels], then [classify]; [selfTest] on this device. Safe to use from several threads. */
-class Model private constructor(val bundle: Bundle, private val runtimes: Runtimes, private val library: File?) : AutoCloseable {
+class Model private constructor(
+    val bundle: Bundle,
+    private val runtimes: Runtimes,
+    private val library: File?,
+) : AutoCloseable {
     private val manifest = bundle.manifest
     private val runtime = runtimes.open(bundle.file(manifest.artifact), library)
     private val labels = if ("labels.txt" in manifest.files) bundle.file("labels.txt").readLines() else null
@@ -29,11 +33,14 @@ class Model private constructor(val bundle: Bundle, private val runtimes: Runtim
 
     /** The [top] most probable classes of [pixels], best first. Throws [UsageException]. */
     fun classify(pixels: Picture, top: Int = 5): List<Prediction> {
-        if (manifest.head == "features") throw UsageException("this bundle gives feature maps, not classes", "use run(feeds)")
+        if (manifest.head == "features") {
+            throw UsageException("this bundle gives feature maps, not classes", "use run(feeds)")
+        }
         if (top < 1) throw UsageException("top is $top, it must be at least 1")
         val (height, width) = manifest.preprocessing.run { height to width }
         if (pixels.height != height || pixels.width != width) {
-            throw UsageException("pixels must be uint8 [n, $height, $width, 3], got uint8 [1, ${pixels.height}, ${pixels.width}, 3]")
+            val got = "[1, ${pixels.height}, ${pixels.width}, 3]"
+            throw UsageException("pixels must be uint8 [n, $height, $width, 3], got uint8 $got")
         }
         val outputs = run(mapOf(manifest.inputName to input(pixels).rows(0, 1, least = manifest.batch.min)))
         val scores = outputs.getValue(manifest.head).rows(0, 1, least = 1).floats().map { it.toDouble() }
@@ -43,10 +50,11 @@ class Model private constructor(val bundle: Bundle, private val runtimes: Runtim
     /** The median of [runs] inferences of a grey picture, in milliseconds, after one that warms up. */
     fun medianMs(runs: Int): Double {
         val (height, width) = manifest.preprocessing.run { height to width }
-        val grey = input(Picture(width, height, ByteArray(3 * width * height) { 127 })).rows(0, 1, least = manifest.batch.min)
+        val grey = input(Picture(width, height, ByteArray(3 * width * height) { 127 }))
+        val feeds = mapOf(manifest.inputName to grey.rows(0, 1, least = manifest.batch.min))
         val times = List(runs + 1) {
             val start = System.nanoTime()
-            run(mapOf(manifest.inputName to grey))
+            run(feeds)
             (System.nanoTime() - start) / 1e6
         }
         return times.drop(1).sorted()[runs / 2]
@@ -82,7 +90,8 @@ class Model private constructor(val bundle: Bundle, private val runtimes: Runtim
                 throw BundleException("bundle $folder has no engine yet", "on the device:  evm-export --finish $folder")
             }
             if (manifest.target != TARGET) {
-                throw BundleException("bundle $folder is for target '${manifest.target}', this app runs '$TARGET'", "evm-export --target $TARGET")
+                val message = "bundle $folder is for target '${manifest.target}', this app runs '$TARGET'"
+                throw BundleException(message, "evm-export --target $TARGET")
             }
             return Model(bundle, runtimes, library(bundle, bundledFor))
         }
@@ -91,13 +100,13 @@ class Model private constructor(val bundle: Bundle, private val runtimes: Runtim
             val manifest = bundle.manifest
             if (platform == null) {
                 if ("portable" in manifest.scanModes) return null
-                throw UsageException("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+                val message = "this bundle's model has its scans as native nodes only"
+                throw UsageException(message, "export it with --scan portable")
             }
-            val path = manifest.plugins[platform] ?: throw UsageException(
-                "this bundle has no native library for $platform; it has: ${manifest.plugins.keys.joinToString().ifEmpty { "none" }}",
-                "export it with --device",
-            )
-            return bundle.file(path)
+            manifest.plugins[platform]?.let { return bundle.file(it) }
+            val has = manifest.plugins.keys.joinToString().ifEmpty { "none" }
+            val message = "this bundle has no native library for $platform; it has: $has"
+            throw UsageException(message, "export it with --device")
         }
     }
 }

@@ -29,7 +29,8 @@ class Preprocessing private constructor(
         val newHeight = max(covers.first, height.toLong())
         val newWidth = max(covers.second, width.toLong())
         if (max(newHeight, newWidth) > 100L * max(height, width)) {
-            throw ImageException("$name is ${picture.width}x${picture.height}: too narrow to be cropped to ${width}x$height")
+            val shape = "${picture.width}x${picture.height}"
+            throw ImageException("$name is $shape: too narrow to be cropped to ${width}x$height")
         }
         val crop = Crop(centre(newWidth, width), centre(newHeight, height), width, height)
         return picture.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
@@ -66,15 +67,19 @@ class Preprocessing private constructor(
             val (mean, std) = listOf("mean", "std").map { key ->
                 val values = json.list(key)
                 val numbers = values.mapNotNull { it.toDoubleOrNull()?.takeIf(Double::isFinite) }
-                require(values.size == 3 && numbers.size == 3) { "$key is ${values.shown()}, it must be three finite numbers" }
+                require(values.size == 3 && numbers.size == 3) {
+                    "$key is ${values.shown()}, it must be three finite numbers"
+                }
                 numbers
             }
             require(std.min() > 0) { "std is ${json.list("std").shown()}, it must be positive" }
-            return Preprocessing(sides[0], sides[1], cropPct, filter, mean.map { it.toFloat() }, std.map { it.toFloat() })
+            return Preprocessing(sides[0], sides[1], cropPct, filter, mean.floats(), std.floats())
         }
     }
 }
 
 private fun centre(have: Long, want: Int): Int = round((have - want) / 2.0).toInt()
+
+private fun List<Double>.floats() = map { it.toFloat() }
 
 private fun List<String>.shown() = joinToString(", ", "[", "]")

@@ -11,17 +11,23 @@ data class Check(val name: String, val error: Double, val limit: Double) {
 }
 
 private val TOLERANCES = mapOf("fp32" to 1e-4, "fp16" to 2e-2)
-private val OWN_TOLERANCES = mapOf("int8" to 0.05, "int8-fp16" to 0.05, "w8" to 1e-4) // their artifacts' own outputs are kept
+private val OWN_TOLERANCES = mapOf("int8" to 0.05, "int8-fp16" to 0.05, "w8" to 1e-4) // of the artifact's own outputs
 private const val SCAN_TOLERANCE = 2e-5 // of the part that the states give
 private const val ROUNDING = 4 * 1.1920929e-7 // of y in float32, before skip * u is taken off
 
 /** As `evm-run --selftest`: [open] loads the scan that is there by itself. */
-internal fun selfTest(bundle: Bundle, runtime: Runtime, decode: (File) -> Picture, open: (File) -> Runtime): List<Check> {
+internal fun selfTest(
+    bundle: Bundle,
+    runtime: Runtime,
+    decode: (File) -> Picture,
+    open: (File) -> Runtime,
+): List<Check> {
     val manifest = bundle.manifest
     val tensors = read(bundle, "selftest/probes.safetensors")
     val scans = read(bundle, "selftest/scans.safetensors")
     val picture = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
-    val checks = mutableListOf(Check("preprocessing (of 255)", worstByte(picture, tensors.getValue("picture.pixels")), 1.0))
+    val off = worstByte(picture, tensors.getValue("picture.pixels"))
+    val checks = mutableListOf(Check("preprocessing (of 255)", off, 1.0))
     val tolerance = OWN_TOLERANCES[manifest.precision] ?: manifest.tolerance ?: TOLERANCES.getValue(manifest.precision)
     for ((name, have) in outputs(manifest, runtime, tensors.getValue(manifest.input))) {
         val want = tensors.getValue(name).floats()
@@ -29,7 +35,8 @@ internal fun selfTest(bundle: Bundle, runtime: Runtime, decode: (File) -> Pictur
     }
     if (scans.isEmpty()) return checks
     open(bundle.file("selftest/scan.onnx")).use { scan ->
-        for (name in scans.keys.map { it.substringBefore(":") }.distinct().sorted()) checks += scanCheck(name, scan, scans)
+        val names = scans.keys.map { it.substringBefore(":") }.distinct().sorted()
+        for (name in names) checks += scanCheck(name, scan, scans)
     }
     return checks
 }
@@ -50,7 +57,9 @@ private fun outputs(manifest: Manifest, runtime: Runtime, inputs: Tensor): Map<S
     for (from in 0 until count step size) {
         val until = minOf(from + size, count)
         val outputs = runtime.run(mapOf(manifest.inputName to inputs.rows(from, until, least = manifest.batch.min)))
-        for ((name, values) in found) values += outputs.getValue(name).rows(0, until - from, least = 1).floats().asList()
+        for ((name, values) in found) {
+            values += outputs.getValue(name).rows(0, until - from, least = 1).floats().asList()
+        }
     }
     return found.mapValues { it.value.toFloatArray() }
 }

@@ -12,9 +12,8 @@ private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
 /** An array: [dtype] `uint8` or `float32`, [shape], and the little-endian values. */
 class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuffer) {
     init {
-        require(bytes.remaining().toLong() == shape.fold(BYTES.getValue(dtype).toLong()) { size, side -> size * side }) {
-            "${bytes.remaining()} bytes for $dtype$shape"
-        }
+        val size = shape.fold(BYTES.getValue(dtype).toLong()) { size, side -> size * side }
+        require(bytes.remaining().toLong() == size) { "${bytes.remaining()} bytes for $dtype$shape" }
     }
 
     /** The values as they lie in memory; a view of its own. */
@@ -55,9 +54,10 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
             val header = Json.parseToJsonElement(String(content.array(), 8, length.toInt())) as JsonObject
             return header.filterKeys { it != "__metadata__" }.mapValues { (_, entry) ->
                 val facts = entry as JsonObject
-                val dtype = SAFETENSORS[facts.text("dtype")] ?: throw IllegalArgumentException("dtype ${facts.text("dtype")}")
+                val dtype = requireNotNull(SAFETENSORS[facts.text("dtype")]) { "dtype ${facts.text("dtype")}" }
                 val (from, until) = facts.list("data_offsets").map { Math.addExact(data, it.toInt()) }
-                Tensor(dtype, facts.list("shape").map { it.toInt() }, content.duplicate().apply { limit(until).position(from) }.slice())
+                val bytes = content.duplicate().apply { limit(until).position(from) }.slice()
+                Tensor(dtype, facts.list("shape").map { it.toInt() }, bytes)
             }
         }
     }

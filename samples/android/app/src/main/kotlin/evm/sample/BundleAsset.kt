@@ -8,7 +8,7 @@ import java.io.FileNotFoundException
 
 private const val ASSET = "bundle.zip"
 
-/** The folder of the bundle in the asset bundle.zip, unpacked once for each installed version. Throws [BundleException]. */
+/** The folder of the bundle in the asset bundle.zip, unpacked once for each version. Throws [BundleException]. */
 fun bundleFolder(context: Context): File {
     val home = File(context.noBackupFilesDir, "bundle")
     val installed = context.packageManager.getPackageInfo(context.packageName, 0).lastUpdateTime

@@ -25,10 +25,12 @@ fun decoded(file: ByteArray, name: String): Picture = try {
 }
 
 private fun picture(bitmap: Bitmap, name: String): Picture {
-    if (bitmap.config != Bitmap.Config.ARGB_8888) throw ImageException("image $name cannot be read: it is ${bitmap.config}")
+    if (bitmap.config != Bitmap.Config.ARGB_8888) {
+        throw ImageException("image $name cannot be read: it is ${bitmap.config}")
+    }
     val (width, height, stride) = listOf(bitmap.width, bitmap.height, bitmap.rowBytes)
     val rgba = ByteArray(stride * height)
-    bitmap.copyPixelsToBuffer(ByteBuffer.wrap(rgba)) // getPixels would convert to sRGB
+    bitmap.copyPixelsToBuffer(ByteBuffer.wrap(rgba)) // R, G, B, A in memory; getPixels would convert to sRGB
     bitmap.recycle()
     val rgb = ByteArray(3 * width * height)
     for (y in 0 until height) for (x in 0 until width) {

@@ -5,6 +5,7 @@ import android.content.ActivityNotFoundException
 import android.graphics.Bitmap
 import android.net.Uri
 import android.os.Bundle
+import android.view.Window
 import androidx.activity.ComponentActivity
 import androidx.activity.result.PickVisualMediaRequest
 import androidx.activity.result.contract.ActivityResultContracts.PickVisualMedia
@@ -20,6 +21,7 @@ import java.io.IOException
 import java.util.concurrent.Executors
 
 private const val RUNS = 20
+private const val THREADS = 4 // as the device profile `android`
 
 /** Choose or take a picture; its five most probable classes. All work is the worker's. */
 class MainActivity : ComponentActivity() {
@@ -31,6 +33,7 @@ class MainActivity : ComponentActivity() {
     private val camera = registerForActivityResult(TakePicture()) { taken -> if (taken) classify(shot()) }
 
     override fun onCreate(savedInstanceState: Bundle?) {
+        requestWindowFeature(Window.FEATURE_NO_TITLE)
         super.onCreate(savedInstanceState)
         screen = Screen(this, ::onChoose, ::onCamera, ::onSelfTest)
         setContentView(screen.view)
@@ -43,7 +46,8 @@ class MainActivity : ComponentActivity() {
         super.onDestroy()
     }
 
-    private fun onChoose() = choose.launch(PickVisualMediaRequest.Builder().setMediaType(PickVisualMedia.ImageOnly).build())
+    private fun onChoose() =
+        choose.launch(PickVisualMediaRequest.Builder().setMediaType(PickVisualMedia.ImageOnly).build())
 
     private fun onCamera() = try {
         camera.launch(shot())
@@ -85,7 +89,7 @@ class MainActivity : ComponentActivity() {
     }
 
     /** The model, opened where that did not work before; in the worker alone. */
-    private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes()).also { model = it }
+    private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes(THREADS)).also { model = it }
 
     /** Where camera apps put their picture. */
     private fun shot(): Uri {
@@ -94,7 +98,8 @@ class MainActivity : ComponentActivity() {
     }
 
     private fun read(uri: Uri): ByteArray = try {
-        contentResolver.openInputStream(uri)?.use { it.readBytes() } ?: throw ImageException("image $uri does not exist")
+        contentResolver.openInputStream(uri)?.use { it.readBytes() }
+            ?: throw ImageException("image $uri does not exist")
     } catch (error: IOException) {
         throw ImageException("image $uri cannot be read: ${error.message}")
     }

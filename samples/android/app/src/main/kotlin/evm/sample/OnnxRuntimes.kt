@@ -44,7 +44,9 @@ private class Session(
         val inputs = mutableMapOf<String, OnnxTensor>()
         try {
             for ((name, tensor) in feeds) inputs[name] = native(tensor)
-            session.run(inputs).use { results -> return results.associate { (name, value) -> name to ours(value as OnnxTensor) } }
+            session.run(inputs).use { results ->
+                return results.associate { (name, value) -> name to ours(value as OnnxTensor) }
+            }
         } catch (error: OrtException) {
             throw ToolchainException("ONNX Runtime failed: ${error.message}")
         } finally {

@@ -27,7 +27,8 @@ class Screen(private val activity: Activity, onChoose: () -> Unit, onCamera: () 
         maxHeight = px(320)
         contentDescription = "the picture"
     }
-    private val buttons = listOf(button("Picture", onChoose), button("Camera", onCamera), button("Self-test", onSelfTest))
+    private val buttons =
+        listOf(button("Picture", onChoose), button("Camera", onCamera), button("Self-test", onSelfTest))
     private val status = TextView(activity).apply { setPadding(0, px(12), 0, px(12)) }
     private val results = column()
 
