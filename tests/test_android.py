@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -67,6 +68,19 @@ def test_preprocessing_vectors(ask):
         assert np.array_equal(have, want), f"{name}: off by {np.abs(have.astype(int) - want).max()}"
         tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(3, *want.shape[:2])
         assert np.array_equal(tensor, preprocessing(case).normalise(have[None])[0]), name
+
+
+def test_the_orientation_of_damaged_pictures(ask):
+    """Some number, whatever the bytes; the right one where they are whole."""
+    rng = random.Random(0)
+    for name in ("exif-6.jpg", "exif-6.png"):
+        whole = (FOLDER / name).read_bytes()
+        assert ask("orientation", file=base64.b64encode(whole).decode()) == 6
+        for i in range(200):
+            damaged = bytearray(whole[: rng.randrange(1, len(whole)) if i % 4 == 0 else None])
+            for _ in range(3):
+                damaged[rng.randrange(min(120, len(damaged)))] = rng.choice((0, 0x7F, 0x80, 0xFF))
+            assert isinstance(ask("orientation", file=base64.b64encode(damaged).decode()), int)
 
 
 def test_broken_bundles_are_refused_as_in_python(ask, demo_bundle, tmp_path):
@@ -135,6 +149,24 @@ def test_zips(ask, demo_bundle, tmp_path):
     assert not [*tmp_path.rglob("outside")]
 
 
+def test_what_is_damaged_anywhere_is_an_error_or_the_bundle(ask, demo_bundle, tmp_path):
+    """Zips, most of them in the directory at their end, and manifests: never a crash of the driver."""
+    rng = random.Random(0)
+    good = write_zip(shutil.copytree(demo_bundle.path, tmp_path / "good")).read_bytes()
+    for i in range(40):
+        damaged, at = bytearray(good), rng.randrange(len(good) - 900 if i % 4 else 0, len(good))
+        damaged[at] ^= 1 << rng.randrange(8)
+        (tmp_path / "damaged.zip").write_bytes(damaged[: None if i % 5 else at])
+        answer = ask("unpack", zip=tmp_path / "damaged.zip", into=tmp_path / "into" / str(i))
+        assert answer.get("opened") == "model.onnx" or answer["error"]
+    content = json.loads((demo_bundle.path / "manifest.json").read_bytes())
+    fine = [("parity", {}), ("parity", {"x": None})]
+    for key in ("artifact", "files", "inputs", "outputs", "parity", "plan", "preprocessing", "scan", "target"):
+        for wrong in (None, 3, "x", [], {}, [None], {"x": None}):
+            (tmp_path / "good" / "manifest.json").write_text(json.dumps({**content, key: wrong}))
+            assert ("error" in ask("open", bundle=tmp_path / "good")) != ((key, wrong) in fine), (key, wrong)
+
+
 def zipped(path: Path, *entries: tuple[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries:
@@ -167,7 +199,7 @@ def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, t
     rows[8, 3] = rows[8, 5] = rows[8].max() + 1
     if head == "probs":
         rows = np.abs(rows) / np.abs(rows).sum(1, keepdims=True)
-    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head)
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head, outputs=[{"name": head}])
     save_file({head: rows}, tmp_path / "outputs.safetensors")
     with load(folder) as model:
         monkeypatch.setattr(model, "_run_pixels", lambda pixels: {head: rows[: len(pixels)]})
@@ -176,10 +208,29 @@ def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, t
     same(ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top=3), want)
 
 
+@pytest.mark.parametrize("batch", ["1", "3", "dynamic"])
+@pytest.mark.parametrize("kind", ["image", "tensor"])
+def test_what_the_runtime_is_given(kind, batch, ask, demo_bundle, tmp_path):
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), input=kind, batch=batch)
+    spec = demo_bundle.manifest.preprocess()
+    pixels = spec.pixels(folder / "selftest" / "picture.png")[None]
+    want = np.repeat(pixels if kind == "image" else spec.normalise(pixels), 3 if batch == "3" else 1, axis=0)
+    fed = ask("feed", bundle=folder)
+    assert (fed["name"], fed["dtype"], fed["shape"]) == ("image", str(want.dtype), [*want.shape])
+    assert base64.b64decode(fed["bytes"]) == want.tobytes()
+
+
 def same(answers: list[Any], want: list[list[Prediction]]) -> None:
     for have, python in zip(answers, want, strict=True):
         assert [(p["label"], p["index"]) for p in have] == [(p.label, p.index) for p in python]
         assert [p["score"] for p in have] == pytest.approx([p.score for p in python], rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["2", "dynamic", "1:2:2"])
+def test_the_self_test_fills_batches(batch, ask, demo_bundle, tmp_path):
+    """Three inputs, two at a time."""
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), batch=batch)
+    assert all(check["ok"] for check in ask("selftest", bundle=folder, spoil=""))
 
 
 def test_the_self_test(ask, demo_bundle):

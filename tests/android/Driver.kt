@@ -30,9 +30,11 @@ fun main() {
 private fun answer(request: JsonObject): JsonElement = try {
     when (request.string("do")) {
         "pixels" -> pixels(request)
+        "orientation" -> JsonPrimitive(orientation(Base64.getDecoder().decode(request.string("file"))))
         "open" -> opened(File(request.string("bundle")))
         "unpack" -> opened(unpack(File(request.string("zip")), File(request.string("into"))))
         "classify" -> classified(request)
+        "feed" -> fed(File(request.string("bundle")))
         "selftest" -> selfTested(request)
         else -> error("no such request")
     }
@@ -47,11 +49,12 @@ private fun pixels(request: JsonObject): JsonElement {
     val preprocessing = Preprocessing.of(request["preprocessing"] as JsonObject)
     val picture = decoded(File(request.string("image")))
     val pixels = preprocessing.pixels(picture)
+    val shape = listOf(3, pixels.height, pixels.width)
     return buildJsonObject {
         put("picture", numbers(listOf(picture.width, picture.height)))
         put("size", numbers(listOf(pixels.width, pixels.height)))
         put("rgb", Base64.getEncoder().encodeToString(pixels.rgb))
-        put("normalised", Base64.getEncoder().encodeToString(bytes(preprocessing.normalised(pixels))))
+        put("normalised", Base64.getEncoder().encodeToString(bytes(Tensor.of(shape, preprocessing.normalised(pixels)))))
     }
 }
 
@@ -80,6 +83,27 @@ private fun classified(request: JsonObject): JsonElement {
                 }
             })
         })
+    }
+}
+
+/** What the runtime is given for the self-test's picture. */
+private fun fed(bundle: File): JsonElement {
+    var given: Map.Entry<String, Tensor>? = null
+    val runtime = object : Runtime {
+        override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+            given = feeds.entries.single()
+            return mapOf("logits" to Tensor.of(listOf(1, 2), floatArrayOf(1f, 2f)))
+        }
+
+        override fun close() = Unit
+    }
+    Model.load(bundle, { _, _ -> runtime }).use { it.classify(it.pixels(decoded(File(bundle, "selftest/picture.png")))) }
+    val (name, tensor) = requireNotNull(given)
+    return buildJsonObject {
+        put("name", name)
+        put("dtype", tensor.dtype)
+        put("shape", numbers(tensor.shape))
+        put("bytes", Base64.getEncoder().encodeToString(bytes(tensor)))
     }
 }
 
@@ -114,7 +138,9 @@ private class Recorded(private val tensors: Map<String, Tensor>, private val spo
         val (name, fed) = feeds.entries.single()
         val all = tensors.getValue(name)
         val row = (0 until all.shape[0]).first { all.rows(it, it + 1, 1).bytes() == fed.rows(0, 1, 1).bytes() }
-        return tensors.mapValues { (key, all) -> spoilt(all.rows(row, row + 1, least = fed.shape[0]), key == spoil) }
+        val until = minOf(row + fed.shape[0], all.shape[0])
+        return tensors.filterValues { it.shape[0] == all.shape[0] }
+            .mapValues { (key, tensor) -> spoilt(tensor.rows(row, until, least = fed.shape[0]), key == spoil) }
     }
 
     override fun close() = Unit
@@ -158,8 +184,7 @@ private fun decoded(file: File): Picture {
     return Picture(image.width, image.height, rgb).upright(orientation(file.readBytes()))
 }
 
-private fun bytes(values: FloatArray): ByteArray =
-    ByteArray(4 * values.size).also { Tensor.of(listOf(values.size), values).bytes().get(it) }
+private fun bytes(tensor: Tensor): ByteArray = tensor.bytes().let { ByteArray(it.remaining()).also(it::get) }
 
 private fun numbers(values: List<Int>) = JsonArray(values.map { JsonPrimitive(it) })
 

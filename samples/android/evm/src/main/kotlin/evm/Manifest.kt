@@ -8,6 +8,8 @@ import kotlinx.serialization.json.JsonElement
 import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
 import kotlinx.serialization.json.intOrNull
+import kotlinx.serialization.json.jsonObject
+import kotlinx.serialization.json.jsonPrimitive
 
 const val MANIFEST = "manifest.json"
 private const val SCHEMA_VERSION = 1
@@ -31,17 +33,18 @@ class Manifest private constructor(json: JsonObject) {
     val preprocessing = Preprocessing.of(json.child("preprocessing"))
     val inputName = json.names("inputs").single()
     val outputNames = json.names("outputs")
-    val files = json.child("files").mapValues { (name, facts) -> checkedHash(name, facts as JsonObject) }
+    val files = json.child("files").let { files -> files.keys.associateWith { checkedHash(it, files.child(it)) } }
     val scanModes = scan.text("value").split("+")
-    val plugins = (scan["plugins"] as JsonObject?).orEmpty().mapValues { (it.value as JsonPrimitive).content }
+    val plugins = scan["plugins"]?.jsonObject.orEmpty().mapValues { it.value.jsonPrimitive.content }
     val built = json["built"] != JsonPrimitive(false)
     val rejected = json["rejected"] == JsonPrimitive(true)
-    val failures = (json.child("parity")["failures"] as JsonArray?).orEmpty().map { (it as JsonPrimitive).content }
+    val failures = json.child("parity").let { if ("failures" in it) it.list("failures") else emptyList() }
 
     init {
         require(files.keys.any { it == artifact || it.startsWith("$artifact/") }) {
             "the artifact '$artifact' is not among the files"
         }
+        require(head == "features" || head in outputNames) { "it has no output '$head'" }
         for (library in plugins.values) require(library in files) {
             "the native library '$library' is not among the files"
         }
@@ -110,18 +113,18 @@ private fun oneOf(what: String, value: String, choices: List<String>): String {
     throw UsageException("$what '$value' is unknown; choose from: ${choices.joinToString()}")
 }
 
-private fun JsonObject.get(key: String, what: String): JsonElement =
-    requireNotNull(this[key]) { "it has no $what '$key'" }
+private inline fun <reified T : JsonElement> JsonObject.get(key: String, what: String): T =
+    requireNotNull(this[key] as? T) { "it has no $what '$key'" }
 
-internal fun JsonObject.child(key: String): JsonObject = get(key, "object") as JsonObject
+internal fun JsonObject.child(key: String): JsonObject = get(key, "object")
 
 /** A string, or a number as it stands there. */
-internal fun JsonObject.text(key: String): String = (get(key, "value") as JsonPrimitive).content
+internal fun JsonObject.text(key: String): String = get<JsonPrimitive>(key, "value").content
 
 internal fun JsonObject.number(key: String): Double = text(key).toDouble()
 
 internal fun JsonObject.list(key: String): List<String> =
-    (get(key, "list") as JsonArray).map { (it as JsonPrimitive).content }
+    get<JsonArray>(key, "list").map { it.jsonPrimitive.content }
 
 private fun JsonObject.names(key: String): List<String> =
-    (get(key, "list") as JsonArray).map { (it as JsonObject).text("name") }
+    get<JsonArray>(key, "list").map { it.jsonObject.text("name") }

@@ -69,8 +69,9 @@ private fun exifOfPng(data: ByteBuffer): ByteBuffer? {
     var at = 8
     while (at < data.limit()) {
         val length = data.getInt(at)
+        if (length < 0) return null
         if (data.getInt(at + 4) == 0x65584966) return part(data, at + 8, length) // "eXIf"
-        at = Math.addExact(at, Math.addExact(length and Int.MAX_VALUE, 12).takeIf { length >= 0 } ?: return null)
+        at += 12 + length
     }
     return null
 }
