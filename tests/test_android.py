@@ -160,6 +160,9 @@ def test_what_is_damaged_anywhere_is_an_error_or_the_bundle(ask, demo_bundle, tm
         answer = ask("unpack", zip=tmp_path / "damaged.zip", into=tmp_path / "into" / str(i))
         assert answer.get("opened") == "model.onnx" or answer["error"]
     content = json.loads((demo_bundle.path / "manifest.json").read_bytes())
+    for deep in ("[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"x":' * 100_000):
+        (tmp_path / "good" / "manifest.json").write_text(deep)
+        assert ask("open", bundle=tmp_path / "good")["error"]
     fine = [("parity", {}), ("parity", {"x": None})]
     for key in ("artifact", "files", "inputs", "outputs", "parity", "plan", "preprocessing", "scan", "target"):
         for wrong in (None, 3, "x", [], {}, [None], {"x": None}):

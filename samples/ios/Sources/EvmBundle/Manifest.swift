@@ -39,8 +39,8 @@ public struct Manifest: Decodable {
     public let name: String
     public let target: String
     public let artifact: String
-    public let built: Bool
-    public let rejected: Bool
+    public let built: Bool?
+    public let rejected: Bool?
     public let plan: Plan
     public let preprocessing: Preprocess
     public let inputs: [Value]
@@ -59,12 +59,12 @@ public struct Manifest: Decodable {
             throw EvmError(.bundle, message, hint: "make one with evm-export")
         }
         let manifest = try read(folder)
-        if manifest.rejected {
+        if manifest.rejected == true {
             let failures = (manifest.parity.failures ?? []).joined(separator: "; ")
             throw EvmError(.bundle, "bundle \(folder.path) was rejected at export: \(failures)")
         }
         for (name, file) in manifest.files.sorted(by: { $0.key < $1.key }) { try check(folder, name, file) }
-        guard manifest.built else {
+        guard manifest.built != false else {
             let hint = "on the device:  evm-export --finish \(folder.path)"
             throw EvmError(.bundle, "bundle \(folder.path) has no engine yet", hint: hint)
         }

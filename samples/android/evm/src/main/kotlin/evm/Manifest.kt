@@ -7,6 +7,7 @@ import kotlinx.serialization.json.JsonArray
 import kotlinx.serialization.json.JsonElement
 import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
+import kotlinx.serialization.json.doubleOrNull
 import kotlinx.serialization.json.intOrNull
 import kotlinx.serialization.json.jsonObject
 import kotlinx.serialization.json.jsonPrimitive
@@ -29,7 +30,7 @@ class Manifest private constructor(json: JsonObject) {
     val batch = Batch.parse(plan.text("batch"))
     val precision = plan.text("precision")
     /** The largest accepted difference that the export was asked for, if it was. */
-    val tolerance = plan.text("tol").toDoubleOrNull()
+    val tolerance = (plan["tol"] as? JsonPrimitive)?.doubleOrNull
     val preprocessing = Preprocessing.of(json.child("preprocessing"))
     val inputName = json.names("inputs").single()
     val outputNames = json.names("outputs")
@@ -75,7 +76,7 @@ class Manifest private constructor(json: JsonObject) {
         }
 
         private fun parsed(path: File): JsonElement = try {
-            Json.parseToJsonElement(path.readText())
+            parsedJson(path.readText())
         } catch (error: IOException) {
             throw BundleException("$path cannot be read: ${error.message}")
         } catch (error: IllegalArgumentException) {
@@ -111,6 +112,13 @@ private fun checkedHash(name: String, facts: JsonObject): String {
 private fun oneOf(what: String, value: String, choices: List<String>): String {
     if (value in choices) return value
     throw UsageException("$what '$value' is unknown; choose from: ${choices.joinToString()}")
+}
+
+/** Throws IllegalArgumentException for what is no JSON. */
+internal fun parsedJson(text: String): JsonElement = try {
+    Json.parseToJsonElement(text)
+} catch (_: StackOverflowError) { // the parser's, in a file made for that
+    throw IllegalArgumentException("nested too deeply")
 }
 
 private inline fun <reified T : JsonElement> JsonObject.get(key: String, what: String): T =

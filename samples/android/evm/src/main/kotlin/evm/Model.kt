@@ -112,7 +112,8 @@ class Model private constructor(
 }
 
 internal fun softmax(scores: List<Double>): List<Double> {
-    val powers = scores.map { exp(it - scores.max()) }
+    val largest = scores.max()
+    val powers = scores.map { exp(it - largest) }
     val sum = powers.sum()
     return powers.map { it / sum }
 }

@@ -3,7 +3,6 @@ package evm
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
-import kotlinx.serialization.json.Json
 import kotlinx.serialization.json.JsonObject
 
 private val BYTES = mapOf("uint8" to 1, "float32" to 4)
@@ -51,7 +50,7 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
             val length = content.getLong(0)
             require(length in 0..content.limit() - 8L) { "$file has a header of $length bytes" }
             val data = 8 + length.toInt()
-            val header = Json.parseToJsonElement(String(content.array(), 8, length.toInt())) as JsonObject
+            val header = parsedJson(String(content.array(), 8, length.toInt())) as JsonObject
             return header.filterKeys { it != "__metadata__" }.mapValues { (_, entry) ->
                 val facts = entry as JsonObject
                 val dtype = requireNotNull(SAFETENSORS[facts.text("dtype")]) { "dtype ${facts.text("dtype")}" }
