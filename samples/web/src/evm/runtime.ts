@@ -87,7 +87,8 @@ export async function runBatched(
 
 function spec(metadata: InferenceSession.ValueMetadata): TensorSpec {
   if (!metadata.isTensor) throw new Error(`${metadata.name} is no tensor`);
-  const shape = metadata.shape.map((side) => (typeof side === "number" && side >= 0 ? side : null));
+  // a side without a name comes as -1 in 32 bits without a sign (onnxruntime-web 1.30.0)
+  const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
   return { name: metadata.name, dtype: metadata.type, shape };
 }
 

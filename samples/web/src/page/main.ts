@@ -42,7 +42,7 @@ async function classify(picture: File): Promise<void> {
   await busy(async ({ preprocessing }) => {
     await showPicture(picture, preprocessing);
     showTop(await engine.call("classify", [picture, TOP]));
-  });
+  }, noAnswer);
 }
 
 async function startCamera(): Promise<void> {
@@ -52,7 +52,7 @@ async function startCamera(): Promise<void> {
       showVideo(preprocessing);
     };
     await camera.start(started, async (frame) => showTop(await engine.call("classify", [frame, TOP], [frame])));
-  });
+  }, noAnswer);
   stopCamera();
 }
 
@@ -71,14 +71,18 @@ function pressed(on: boolean): void {
   at("headline").setAttribute("aria-live", on ? "off" : "polite");
 }
 
+function noAnswer(): void {
+  showNoTop("No answer");
+}
+
 /** Do something with the bundle; what goes wrong is said. */
-async function busy(act: (bundle: Opened) => Promise<void>): Promise<void> {
+async function busy(act: (bundle: Opened) => Promise<void>, failed: () => void = () => {}): Promise<void> {
   if (!bundle) return;
   showNoProblem();
   try {
     await act(bundle);
   } catch (error) {
-    showNoTop("No answer");
+    failed();
     showProblem(error);
   }
 }
