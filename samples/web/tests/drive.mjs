@@ -136,14 +136,16 @@ const scenarios = {
 
   /** The library by itself: `code` is the body of an async function of it, `file(path)` (of the folder `files`) and `given`. */
   async library(page, { code, given, files }) {
-    await page.route("**/files/**", (route) => {
+    const fulfill = (route) => {
       const path = decodeURIComponent(new URL(route.request().url()).pathname.split("/files/")[1]);
       return route.fulfill({ path: join(files, path) }).catch(() => route.fulfill({ status: 404 }));
-    });
-    await page.goto(URL_OF_PAGE + "library.html");
+    };
+    await page.route("**/files/**", fulfill);
+    if (page.url() === "about:blank") await page.goto(URL_OF_PAGE + "library.html");
     await page.waitForFunction(() => "evm" in window);
     const file = `(path) => fetch("files/" + path).then((response) => response.blob())`;
     const value = await page.evaluate(`(async (evm, file, given) => { ${code} })(window.evm, ${file}, ${JSON.stringify(given)})`);
+    await page.unroute("**/files/**", fulfill);
     return { value };
   },
 };
@@ -195,21 +197,25 @@ async function changed(page, place) {
 }
 
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
-for await (const line of createInterface({ input: process.stdin })) {
-  const { scenario, ...given } = JSON.parse(line);
-  const serviceWorkers = scenario === "library" ? "block" : "allow";
+let library; // its page stays open
+
+/** A page of its own for a scenario, and what it has said and asked for so far. */
+async function opened(scenario) {
+  const serviceWorkers = scenario === "offline" ? "allow" : "block";
   const context = await browser.newContext({ permissions: ["camera"], serviceWorkers });
   context.setDefaultTimeout(20_000);
-  const [said, addresses] = [[], new Set()];
+  const [said, addresses] = [[], []];
   context.on("console", (message) => said.push(`${message.type()}: ${message.text()}`));
   context.on("weberror", (error) => said.push(`uncaught: ${error.error()}`));
-  context.on("request", (request) => addresses.add(request.url()));
-  try {
-    const answer = await scenarios[scenario](await context.newPage(), given);
-    console.log(JSON.stringify({ ...answer, console: said, addresses: [...addresses] }));
-  } catch (error) {
-    console.log(JSON.stringify({ failed: String(error), console: said }));
-  }
-  await context.close();
+  context.on("request", (request) => addresses.push(request.url()));
+  return { page: await context.newPage(), said, addresses };
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const { scenario, ...given } = JSON.parse(line);
+  const { page, said, addresses } = scenario === "library" ? (library ??= await opened(scenario)) : await opened(scenario);
+  const answer = await scenarios[scenario](page, given).catch((error) => ({ failed: String(error) }));
+  console.log(JSON.stringify({ ...answer, console: said.splice(0), addresses: addresses.splice(0) }));
+  if (scenario !== "library") await page.context().close();
 }
 await browser.close();

@@ -21,7 +21,7 @@ export async function decode(blob: Blob, name = blob instanceof File ? blob.name
   try {
     if (bitmap.width * bitmap.height > MAX_PIXELS)
       throw new ImageError(`image ${name} is too large: ${bitmap.width}x${bitmap.height}`);
-    return await pixelsOf(bitmap);
+    return { ...(await pixelsOf(bitmap)), name };
   } finally {
     bitmap.close();
   }

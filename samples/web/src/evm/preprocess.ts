@@ -6,8 +6,9 @@ import { INTERPOLATIONS, resizedCrop, type Interpolation } from "./resize";
 
 const MAX_SIDE = 8192;
 
-/** 8-bit RGB, row by row, upright. */
+/** 8-bit RGB, row by row, upright. name: of its file, for messages. */
 export interface Picture {
+  readonly name?: string;
   readonly rgb: Uint8Array;
   readonly width: number;
   readonly height: number;
@@ -35,10 +36,12 @@ export class Preprocessing {
 
   /** -> the model's (H, W, 3) uint8. Throws ImageError for a picture too narrow to be cropped. */
   pixels(picture: Picture): Uint8Array {
-    const { width, height } = picture;
+    const { width, height, name } = picture;
     const [newHeight, newWidth] = this.covering(width, height);
     if (Math.max(newHeight, newWidth) > 100 * Math.max(this.height, this.width))
-      throw new ImageError(`image is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`);
+      throw new ImageError(
+        `${name ? `image ${name}` : "image"} is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`,
+      );
     return resizedCrop(picture, this.facts.interpolation, {
       ...{ newWidth, newHeight, width: this.width, height: this.height },
       left: roundHalfEven((newWidth - this.width) / 2),

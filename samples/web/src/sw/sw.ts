@@ -33,7 +33,7 @@ async function takeOver(): Promise<void> {
 async function answer(request: Request): Promise<Response> {
   const cache = await caches.open(CACHE);
   const wanted = request.mode === "navigate" && request.url.split(/[?#]/)[0]!.endsWith("/") ? "index.html" : request;
-  const kept = await cache.match(wanted, { ignoreSearch: true });
+  const kept = await cache.match(wanted, { ignoreSearch: true, ignoreVary: true }); // servers vary by Origin
   if (kept) return kept;
   const response = await fetch(request);
   if (response.ok && request.url.includes("/assets/")) await cache.put(request, response.clone());
