@@ -201,11 +201,13 @@ let library; // its page stays open
 
 /** A page of its own for a scenario, and what it has said and asked for so far. */
 async function opened(scenario) {
-  const serviceWorkers = scenario === "offline" ? "allow" : "block";
+  const serviceWorkers = ["offline", "screenshot"].includes(scenario) ? "allow" : "block"; // each fetches 14 MB
   const context = await browser.newContext({ permissions: ["camera"], serviceWorkers });
   context.setDefaultTimeout(20_000);
   const [said, addresses] = [[], []];
-  context.on("console", (message) => said.push(`${message.type()}: ${message.text()}`));
+  context.on("console", (message) => {
+    if (!message.text().includes("blocked by Playwright")) said.push(`${message.type()}: ${message.text()}`);
+  });
   context.on("weberror", (error) => said.push(`uncaught: ${error.error()}`));
   context.on("request", (request) => addresses.push(request.url()));
   return { page: await context.newPage(), said, addresses };
