@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import base64
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import stat
-import subprocess
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -35,18 +29,15 @@ from evm_deploy.inference import load
 from evm_deploy.model.preprocess import Preprocessing
 from tests.broken import BROKEN
 from tests.test_archive import link, made
-from tests.test_report_page import CHROMIUM
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
+from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
 
 pytestmark = pytest.mark.xdist_group("web")  # one build, one browser
 
-ROOT = Path(__file__).parents[1]
-SAMPLE, DOC = ROOT / "samples" / "web", ROOT / "docs" / "embed" / "web.md"
+DOC = ROOT / "docs" / "embed" / "web.md"
 SHOTS = Path(os.environ.get("EVM_WEB_SHOTS", ""))  # where to leave the page's pictures
 IMAGES = 50
-HEAD = '<!doctype html><meta charset="utf-8" /><link rel="icon" href="/icon.svg" />'
-LIBRARY = HEAD + '<script type="module" src="/library.ts"></script>'
 EXAMPLE = HEAD + '<input type="file" /><output></output><script type="module" src="/example.ts"></script>'
 MAX_KB = 150  # of a picture in the docs
 
@@ -54,107 +45,31 @@ MAX_KB = 150  # of a picture in the docs
 # ------------------------------------------------------------------------------------------------ what everything needs
 
 
-def npm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["npm", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def modules() -> Path:
-    """node_modules as package-lock.json says, installed when they are of another lock."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("NO NODE: the web sample was not built; install nodejs and npm")
-    if not CHROMIUM:
-        pytest.skip("NO BROWSER: the web sample was not opened; install chromium")
-    folder = SAMPLE / "node_modules"
-    wanted = hashlib.sha256((SAMPLE / "package-lock.json").read_bytes()).hexdigest()
-    with (SAMPLE / "package.json").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = folder / ".evm-lock"
-        if not stamp.exists() or stamp.read_text() != wanted:
-            done = npm(SAMPLE, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
-            if done.returncode:
-                pytest.skip(f"NO NPM REGISTRY: the web sample was not built; {done.stderr[-300:]}")
-            stamp.write_text(wanted)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(modules, demo_bundle, tmp_path_factory) -> Path:
-    """A copy of the sample, with the demo's bundle, the docs' example and a page that hands out the library; built."""
-    folder = tmp_path_factory.mktemp("web") / "site"
-    shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("node_modules", "dist", "bundle"))
-    (folder / "node_modules").symlink_to(modules)
+def site(demo_bundle, tmp_path_factory) -> Path:
+    """The sample with the demo's bundle, the docs' example and a page that hands out the library."""
     (example,) = re.findall(r"```ts\n(.*?)```", DOC.read_text(), re.S)
-    (folder / "example.ts").write_text(example)
-    (folder / "example.html").write_text(EXAMPLE)
-    (folder / "library.ts").write_text('import * as evm from "./src/evm";\nObject.assign(window, { evm });\n')
-    (folder / "library.html").write_text(LIBRARY)
-    settings = json.loads((folder / "tsconfig.json").read_text())
-    settings["include"].append("*.ts")
-    (folder / "tsconfig.json").write_text(json.dumps(settings))
-    for command in (["bundle", "--", str(demo_bundle.path)], ["check"], ["build"]):
-        done = npm(folder, "run", *command)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(site) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    vite = ["node", "node_modules/vite/bin/vite.js", "preview", "--strictPort", "--port", str(port)]
-    server = subprocess.Popen(vite, cwd=site, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://localhost:{port}/"
     try:
-        for _ in range(100):
-            try:
-                urlopen(address).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
+        pages = {**LIBRARY, "example.html": EXAMPLE, "example.ts": example}
+        return build(tmp_path_factory.mktemp("web") / "site", demo_bundle.path, pages)
+    except MissingError as error:
+        pytest.skip(f"the web sample was not tested: {error}")
 
 
 @pytest.fixture(scope="module")
-def drive(url) -> Iterator[Callable[..., dict[str, Any]]]:
-    """drive(scenario, ...) -> its answer: nothing unexpected on the console, nothing asked of other hosts."""
-    environment = {**os.environ, "CHROMIUM": CHROMIUM or ""}
-    driver = subprocess.Popen(
-        ["node", "tests/drive.mjs", url],
-        cwd=SAMPLE,
-        env=environment,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert driver.stdin and driver.stdout
-
-    def run(scenario: str, console: str = "", **given: Any) -> dict[str, Any]:
-        print(json.dumps({"scenario": scenario, **given}, default=str), file=driver.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(driver.stdout.readline())
-        assert "failed" not in answer, answer
-        unexpected = [line for line in answer["console"] if not (console and re.search(console, line))]
-        assert unexpected == [], answer
-        assert all(address.startswith((url, "blob:", "data:")) for address in answer["addresses"]), answer["addresses"]
-        return answer
-
-    yield run
-    driver.stdin.close()
-    driver.wait(30)
+def browser(site) -> Iterator[Browser]:
+    with served(site) as address, Browser(address) as opened:
+        yield opened
 
 
-@pytest.fixture(scope="module")
-def library(drive):
-    """library(code, given, files) -> what `code` returns in a page with the library as `evm`."""
+@pytest.fixture
+def drive(browser):
+    return browser.drive
 
-    def run(code: str, given: Any = None, files: Path | None = None, console: str = "") -> Any:
-        return drive("library", console, code=code, given=given, files=files or VECTORS)["value"]
 
-    return run
+@pytest.fixture
+def library(browser):
+    return browser.library
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +98,7 @@ def test_the_vectors_in_a_browser(library):
         }
         return found;""",
         CONTENT["cases"],
+        VECTORS,
     )
     for case, have in zip(CONTENT["cases"], found, strict=True):
         assert (have["width"], have["height"]) == (case["width"], case["height"])
@@ -427,7 +343,7 @@ def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):
         expected = model.predict(digits[:10])
         names = [check.name for check in model.selftest()]
     for have, want in zip(seen["answers"], expected, strict=True):
-        assert have["headline"] == f"{want[0].label}, {100 * want[0].score:.1f} %"
+        assert have["headline"] == f"{want[0].label} {100 * want[0].score:.1f} %"
         assert have["rows"][0] == [want[0].label, f"{100 * want[0].score:.1f} %"] and len(have["rows"]) == 5
         assert float(have["inference"].split()[0]) > 0
     assert seen["checks"]["caption"] == "PASSED" and [row[0] for row in seen["checks"]["rows"]] == names
@@ -514,6 +430,16 @@ def test_providers_are_as_asked_or_said(drive):
     assert re.fullmatch(r"WebAssembly, \d threads?: as asked", seen["conditions"])
     assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as asked"
     assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu")["problem"]
+
+
+def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
+    """On Chromium's adapter in software, asked for: by itself the page would not take it."""
+    seen = drive("gpu", console="powerPreference|No available adapters", pictures=digits[:1])
+    assert seen["conditions"] == "WebGPU: as asked" and seen["checks"]["caption"] == "PASSED"
+    with load(demo_bundle.path, scan="portable") as model:
+        expected = model.predict(digits[:1])
+    assert [have["rows"][0][0] for have in seen["answers"]] == [want[0].label for want in expected]
+    assert re.search("WebAssembly, .*: WebGPU would run in software .*swiftshader", seen["by itself"])
 
 
 def test_the_docs_example_runs(drive, demo_bundle, digits):

@@ -17,6 +17,8 @@ const FLAGS = [
   ...["--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
 ];
 
+const GPU_FLAGS = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+
 const scenarios = {
   /** The page with its built-in bundle: pictures to what it shows of them, then self-test and benchmark. */
   async page(page, { pictures }) {
@@ -40,7 +42,7 @@ const scenarios = {
       const problem = (await page.isVisible("#problem")) ? await page.innerText("#problem") : null;
       const answer = (await page.isEnabled("#choose")) ? await classified(page, picture) : null;
       const checks = await table(page, "Run the self-test", "#checks");
-      seen.push({ problem, answer, checks, facts: await page.innerText("#facts"), headline: await page.textContent("h2") });
+      seen.push({ problem, answer, checks, facts: await page.innerText("#facts"), headline: await page.innerText("h2") });
     }
     return { seen };
   },
@@ -109,6 +111,7 @@ const scenarios = {
     await classified(page, picture);
     await table(page, "Run the self-test", "#checks");
     await table(page, "Run the benchmark", "#latency");
+    await page.evaluate(() => (document.activeElement.blur(), scrollTo(0, 0)));
     await page.mouse.move(0, 0);
     await page.screenshot({ path: file });
     return page.evaluate(() => ({ scroll: document.documentElement.scrollWidth, width: innerWidth }));
@@ -124,6 +127,18 @@ const scenarios = {
       await enabled(page);
     }
     return { problem, conditions: await page.textContent("#conditions") };
+  },
+
+  /** WebGPU on an adapter in software, and what the page does by itself where there is no other. */
+  async gpu(page, { pictures }) {
+    await page.goto(URL_OF_PAGE + "?provider=webgpu");
+    await enabled(page);
+    const conditions = await page.textContent("#conditions");
+    const answers = [];
+    for (const picture of pictures) answers.push(await classified(page, picture));
+    const checks = await table(page, "Run the self-test", "#checks");
+    await ready(page);
+    return { conditions, answers, checks, "by itself": await page.textContent("#conditions") };
   },
 
   /** The example of docs/embed/web.md: what it writes. */
@@ -165,7 +180,7 @@ async function classified(page, picture) {
   await page.setInputFiles("#picture-input", picture);
   await page.waitForSelector("#bars li");
   const rows = await page.locator("#bars li").evaluateAll((items) => items.map((item) => item.innerText.split("\n")));
-  return { headline: await page.textContent("#headline"), rows, inference: await page.textContent("#inference") };
+  return { headline: await page.innerText("#headline"), rows, inference: await page.textContent("#inference") };
 }
 
 /** Press a button that fills a table -> its caption and rows. */
@@ -196,14 +211,17 @@ async function changed(page, place) {
   return page.textContent(place);
 }
 
-const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
+const launch = (flags) => chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: flags });
+const browser = await launch(FLAGS);
 let library; // its page stays open
 
 /** A page of its own for a scenario, and what it has said and asked for so far. */
 async function opened(scenario) {
   const serviceWorkers = ["offline", "screenshot"].includes(scenario) ? "allow" : "block"; // each fetches 14 MB
-  const context = await browser.newContext({ permissions: ["camera"], serviceWorkers });
-  context.setDefaultTimeout(20_000);
+  const own = scenario === "gpu" ? await launch([...GPU_FLAGS, ...FLAGS.filter((flag) => flag !== "--disable-gpu")]) : null;
+  const context = await (own ?? browser).newContext({ permissions: ["camera"], serviceWorkers });
+  context.on("close", () => own?.close());
+  context.setDefaultTimeout(30_000);
   const [said, addresses] = [[], []];
   context.on("console", (message) => {
     if (!message.text().includes("blocked by Playwright")) said.push(`${message.type()}: ${message.text()}`);

@@ -7,7 +7,7 @@ import type { Classified, Opened } from "./worker";
 const NAMES = { wasm: "WebAssembly", webgpu: "WebGPU" } as const;
 
 export function showTop({ top, milliseconds }: Classified): void {
-  headline(`${top[0]!.label}, ${percent(top[0]!.score)}`);
+  headline(top[0]!.label, percent(top[0]!.score));
   at("bars").replaceChildren(
     ...top.map(({ label, score }) => {
       const bar = make("i", {});
@@ -22,7 +22,7 @@ export function showTop({ top, milliseconds }: Classified): void {
 }
 
 export function showNoTop(text: string): void {
-  headline(text, "none");
+  headline("", text);
   at("bars").replaceChildren();
   at("timing").hidden = true;
 }
@@ -35,7 +35,6 @@ export function showBundle(opened: Opened): void {
     ["Name", name],
     ["Model", `${precision}, ${(bytes / 1e6).toFixed(1)} MB, ${classes ? count(classes, "class", "es") : "feature maps"}`],
     ["Reads", `${preprocessing.size.join("x")}, ${input}, ${preprocessing.interpolation}, crop ${preprocessing.crop_pct}`],
-    ["Runs on", `${where} (${provider.reason})`],
     ["Loaded in", ms(loadMs)],
   ];
   at("facts").replaceChildren(...rows.map(([term, fact]) => make("div", {}, make("dt", {}, term), make("dd", {}, fact))));
@@ -52,7 +51,7 @@ export function showChecks(checks: readonly Check[]): void {
 export function showLatency({ runs, p50, p90, p99, min }: Latency): void {
   const rows = [["p50", p50], ["p90", p90], ["p99", p99], ["fastest", min]] as const;
   const cells = rows.map(([name, value]) => ["", name, ms(value)] as const);
-  at("latency").replaceChildren(table(`${ms(p50)} of ${runs}`, "", ["", "latency"], cells));
+  at("latency").replaceChildren(table(`${ms(p50)}, the median of ${runs}`, "", ["", "latency"], cells));
 }
 
 /** Says what went wrong, and what to do; `useWasm`, where that may help. */
@@ -70,10 +69,8 @@ export function showNoProblem(): void {
   at("problem").hidden = true;
 }
 
-function headline(text: string, kind = ""): void {
-  const element = at("headline");
-  element.className = kind;
-  element.textContent = text;
+function headline(text: string, soft: string): void {
+  at("headline").replaceChildren(text, " ", make("small", {}, soft));
 }
 
 function table(

@@ -10,17 +10,22 @@ interface Call {
 }
 type Answer = { readonly id: number } & ({ readonly value: unknown } | { readonly error: { message: string; hint: string } });
 
-/** In the worker: answer calls of `functions`. */
+/** In the worker: answer calls of `functions`, one after the other. */
 export function serve(functions: Functions): void {
-  addEventListener("message", async ({ data: { id, method, args } }: MessageEvent<Call>) => {
-    try {
-      postMessage({ id, value: await functions[method]!(...(args as never[])) });
-    } catch (error) {
-      const { message, hint = "" } = error as Error & { hint?: string };
-      if (!(error instanceof EvmError)) console.error(error); // a bug of ours
-      postMessage({ id, error: { message, hint } });
-    }
+  let last = Promise.resolve();
+  addEventListener("message", ({ data }: MessageEvent<Call>) => {
+    last = last.then(async () => postMessage(await answered(functions, data)));
   });
+}
+
+async function answered(functions: Functions, { id, method, args }: Call): Promise<Answer> {
+  try {
+    return { id, value: await functions[method]!(...(args as never[])) };
+  } catch (error) {
+    const { message, hint = "" } = error as Error & { hint?: string };
+    if (!(error instanceof EvmError)) console.error(error); // a bug of ours
+    return { id, error: { message, hint } };
+  }
 }
 
 /** In the page: a worker whose functions are F. */
