@@ -113,7 +113,7 @@ class Browser:
         """What `code` returns: the body of an async function of `evm`, the library; `file(path)`, which gives files
         below `files`, as "files/.." does where an address is asked for; and `given`.
         """
-        return self.drive("library", console, code=code, given=given, files=files)["value"]
+        return self.drive("library", console, code=code, given=given, files=files).get("value")
 
     def __enter__(self) -> Browser:
         return self
