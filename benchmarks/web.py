@@ -56,9 +56,10 @@ def compare(browser: Browser, bundle: Path, rounds: int, runs: int) -> None:
             times["web"].append(browser.library(code))
             times["portable"].append(median_ms(portable, runs))
             times[best.scan.value].append(median_ms(best, runs))
+    checks = browser.library("return window.model.selftest();", files=bundle)
     browser.library("await window.model.close();")
     middle = "   ".join(f"{name} {statistics.median(each):.2f} ms" for name, each in times.items())
-    print(f"{bundle.name}\n  {middle}")
+    print(f"{bundle.name}   self-test {'passed' if all(check['ok'] for check in checks) else 'FAILED'}\n  {middle}")
     for name in list(times)[1:]:
         print(f"  web over Python, {name}: {ratio(times['web'], times[name])}")
 

@@ -21,6 +21,7 @@ from tests.test_report_page import CHROMIUM
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "web"
+NODE = 20  # Vite's oldest
 HEAD = '<!doctype html><meta charset="utf-8" /><link rel="icon" href="/icon.svg" />'
 LIBRARY = {
     "library.html": HEAD + '<script type="module" src="/library.ts"></script>',
@@ -39,7 +40,10 @@ def npm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def modules() -> Path:
     """node_modules as package-lock.json says, installed when they are of another lock. Raises MissingError."""
     if not (shutil.which("node") and shutil.which("npm")):
-        raise MissingError("NO NODE: install nodejs 20 or newer, and npm")
+        raise MissingError(f"NO NODE: install nodejs {NODE} or newer, and npm")
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").split(".")[0]) < NODE:
+        raise MissingError(f"NO NODE {NODE}: this is {version}; install a newer one")
     if not CHROMIUM:
         raise MissingError("NO BROWSER: install chromium")
     stamp = SAMPLE / "node_modules" / ".evm-lock"
