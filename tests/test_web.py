@@ -316,10 +316,11 @@ def test_usage_errors_are_told_as_in_python(library, demo_bundle, features_bundl
             bytes: async () => demo.classify(zeros(5), 1, 1),
             provider: () => evm.Model.open(demo.bundle, {{ provider: "tpu" }}),
             threads: () => evm.Model.open(demo.bundle, {{ provider: "wasm", threads: demo.threads + 1 }}),
+            fraction: () => evm.Model.open(demo.bundle, {{ provider: "wasm", threads: 1.5 }}),
             file: async () => demo.classifyBlob(new File(["text"], "cat.png")),
         }};
         {TRY.replace("name of given", "act of Object.values(acts)") % "await act();"}"""
-    names = ("top", "features", "shape", "dtype", "name", "bytes", "provider", "threads", "file")
+    names = ("top", "features", "shape", "dtype", "name", "bytes", "provider", "threads", "fraction", "file")
     found = dict(zip(names, library(code, None, tmp_path), strict=True))
     zeros = np.zeros((1, 64, 64, 3), np.uint8)
     with load(demo_bundle.path) as demo, load(features_bundle.path) as features:
@@ -331,6 +332,7 @@ def test_usage_errors_are_told_as_in_python(library, demo_bundle, features_bundl
     assert "got 5 bytes for [1, 1, 3]" in found["bytes"]["message"]
     assert "choose from: auto, wasm, webgpu" in found["provider"]["message"]
     assert "threads already" in found["threads"]["message"]
+    assert found["fraction"]["message"] == "threads is 1.5, it must be a whole number from 1"
     assert found["file"]["message"] == "image cat.png is not an image that this browser can read"
 
 
@@ -429,7 +431,7 @@ def test_providers_are_as_asked_or_said(drive):
     assert "with webgpu" in seen["problem"] and "Use WebAssembly" in seen["problem"]
     assert re.fullmatch(r"WebAssembly, \d threads?: as asked", seen["conditions"])
     assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as asked"
-    assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu")["problem"]
+    assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu&threads=1")["problem"]
 
 
 def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):

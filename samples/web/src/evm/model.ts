@@ -47,7 +47,7 @@ export class Model {
       throw new UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable");
     const choice = await chooseProvider(provider);
     const [labels, file] = [await bundle.labels(), await bundle.read(artifact)];
-    return new Model(bundle, choice, labels, await Runtime.open(file, { provider: choice.value, ...(threads && { threads }) }));
+    return new Model(bundle, choice, labels, await Runtime.open(file, { provider: choice.value, ...(threads !== undefined && { threads }) }));
   }
 
   get inputs(): readonly TensorSpec[] {

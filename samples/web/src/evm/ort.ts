@@ -21,6 +21,8 @@ export function defaultThreads(): number {
 
 /** The runtime for a provider, loaded once. Throws UsageError where it runs already with other threads. */
 export async function loadOrt(provider: Provider, threads: number): Promise<Ort> {
+  if (!Number.isInteger(threads) || threads < 1)
+    throw new UsageError(`threads is ${threads}, it must be a whole number from 1`);
   if (threads > 1 && !globalThis.crossOriginIsolated)
     throw new UsageError(`${threads} threads: the page is not cross-origin isolated`, "send COOP and COEP, docs/embed/web.md");
   if (!loaded.has(provider)) loaded.set(provider, start(provider, threads));

@@ -4,11 +4,12 @@ import type { Place } from "./worker";
 
 export type Given = { picture: File } | { bundle: Place };
 
-/** What was dropped or pasted; null for nothing of use. To be called while the event is handled. */
+/** What was dropped or pasted; null for nothing of use, and for several things. To be called while the event is handled. */
 export async function given(data: DataTransfer): Promise<Given | null> {
   const items = [...data.items].filter((item) => item.kind === "file");
   const folder = items.map((item) => item.webkitGetAsEntry()).find((entry) => entry?.isDirectory);
   const file = data.files[0];
+  if (items.length !== 1) return null;
   if (folder) return { bundle: { folder: folder.name, files: await filesBelow(folder as FileSystemDirectoryEntry) } };
   return file ? ofFile(file) : null;
 }

@@ -100,7 +100,7 @@ function enable(): void {
 }
 
 function take(what: Given | null): void {
-  if (!what) showProblem(new EvmError("that was neither a picture nor a bundle", "a picture, or a bundle's zip or folder"));
+  if (!what) showProblem(new EvmError("that was neither a picture nor a bundle", "one picture, or one bundle: its zip or folder"));
   else if ("bundle" in what) void open(what.bundle);
   else void classify(what.picture);
 }
@@ -108,8 +108,8 @@ function take(what: Given | null): void {
 /** `?provider=wasm&threads=1` */
 function asked(): ModelOptions {
   const query = new URLSearchParams(location.search);
-  const threads = Number(query.get("threads"));
-  return { provider: (query.get("provider") ?? "auto") as "auto", ...(threads && { threads }) };
+  const provider = (query.get("provider") ?? "auto") as NonNullable<ModelOptions["provider"]>; // checked when it is used
+  return { provider, ...(query.has("threads") && { threads: Number(query.get("threads")) }) };
 }
 
 /** A button that opens a file dialogue. */
