@@ -221,7 +221,7 @@ async function opened(scenario) {
   const own = scenario === "gpu" ? await launch([...GPU_FLAGS, ...FLAGS.filter((flag) => flag !== "--disable-gpu")]) : null;
   const context = await (own ?? browser).newContext({ permissions: ["camera"], serviceWorkers });
   context.on("close", () => own?.close());
-  context.setDefaultTimeout(30_000);
+  context.setDefaultTimeout(own ? 120_000 : 60_000); // a machine may be busy, and a GPU in software is slow
   const [said, addresses] = [[], []];
   context.on("console", (message) => {
     if (!message.text().includes("blocked by Playwright")) said.push(`${message.type()}: ${message.text()}`);
