@@ -69,6 +69,8 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("tiny", save(folder, "tiny.png", picture(3, 5, seed=3)))
     yield Case("huge", save(folder, "huge.png", smooth(251, 373).repeat(16, 0).repeat(16, 1)))
     yield Case("panorama", save(folder, "panorama.png", picture(20, 640, seed=4)))
+    noise = np.random.default_rng(7).integers(0, 256, (87, 33, 3), np.uint8)
+    yield Case("width-first", save(folder, "tall-noise.png", noise), Preprocessing((58, 22), crop_pct=1.0))
     yield Case("tower", save(folder, "tower.png", picture(640, 20, seed=5)))
     yield Case("too-narrow", save(folder, "too-narrow.png", picture(2000, 3, seed=6)))
     grey, other = photo[..., 0], photo[::-1, :, 1]

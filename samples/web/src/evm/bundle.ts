@@ -1,0 +1,56 @@
+/** A bundle: its manifest, and its files, each checked against its SHA-256 when it is read. */
+
+import { BundleError, ToolchainError } from "./errors";
+import { MANIFEST, Manifest } from "./manifest";
+import type { Source } from "./source";
+
+export class Bundle {
+  private constructor(
+    readonly name: string,
+    readonly manifest: Manifest,
+    private readonly source: Source,
+  ) {}
+
+  /** Read and validate the manifest. Throws BundleError. */
+  static async open(source: Source): Promise<Bundle> {
+    const bytes = await source.read(MANIFEST);
+    if (!bytes)
+      throw new BundleError(`${source.name} is not a bundle: it has no ${MANIFEST}`, "make one with evm-export");
+    const manifest = Manifest.parse(bytes, source.name);
+    if (manifest.rejected)
+      throw new BundleError(`bundle ${source.name} was rejected at export: ${manifest.failures.join("; ")}`);
+    if (!manifest.built)
+      throw new BundleError(
+        `bundle ${source.name} has no engine yet`,
+        `on the device:  evm-export --finish ${source.name}`,
+      );
+    return new Bundle(source.name, manifest, source);
+  }
+
+  has(path: string): boolean {
+    return this.manifest.files.has(path);
+  }
+
+  /** A file that the manifest lists. Throws BundleError where it is missing or damaged. */
+  async read(path: string): Promise<Uint8Array<ArrayBuffer>> {
+    const facts = this.manifest.files.get(path);
+    const bytes = facts && (await this.source.read(path));
+    if (!bytes) throw new BundleError(`bundle ${this.name}: ${path} is missing`, "copy the bundle again, whole");
+    if ((await sha256(bytes)) !== facts.sha256)
+      throw new BundleError(`bundle ${this.name}: ${path} is damaged (its sha256 differs)`, "copy the bundle again");
+    return bytes;
+  }
+
+  /** Class names, null where the export had none. */
+  async labels(): Promise<string[] | null> {
+    if (!this.has("labels.txt")) return null;
+    return new TextDecoder().decode(await this.read("labels.txt")).replace(/\r?\n$/, "").split(/\r?\n/);
+  }
+}
+
+async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  if (!globalThis.crypto?.subtle)
+    throw new ToolchainError("hashes cannot be checked: the page is no secure context", "serve it over https, or localhost");
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

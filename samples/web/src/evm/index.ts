@@ -1,0 +1,13 @@
+/** Bundles of evm-deploy in a browser: a folder of this name can be lifted into an app. Needs onnxruntime-web alone. */
+
+export type { Latency } from "./bench";
+export { Bundle } from "./bundle";
+export { decode, pixelsOf } from "./decode";
+export { BundleError, EvmError, ImageError, ToolchainError, UsageError } from "./errors";
+export { Manifest } from "./manifest";
+export { Model, type ModelOptions, type Prediction } from "./model";
+export { Preprocessing, type Picture, type PreprocessingFacts } from "./preprocess";
+export { PROVIDERS, type Choice, type Provider } from "./provider";
+export type { Check } from "./selftest";
+export { folderAt, folderOf, zipped, type Source } from "./source";
+export type { Tensor, Tensors, TensorSpec } from "./tensor";

@@ -1,0 +1,93 @@
+/** From a picture to the pixels a model reads, to the last bit as evm-deploy's Python makes them with Pillow. */
+
+import { EvmError, ImageError } from "./errors";
+import { float, repr, roundHalfEven } from "./python";
+import { INTERPOLATIONS, resizedCrop, type Interpolation } from "./resize";
+
+const MAX_SIDE = 8192;
+
+/** 8-bit RGB, row by row, upright. name: of its file, for messages. */
+export interface Picture {
+  readonly name?: string;
+  readonly rgb: Uint8Array;
+  readonly width: number;
+  readonly height: number;
+}
+
+/** As in the manifest. size: [H, W]. mean, std: of channels scaled to 0..1. */
+export interface PreprocessingFacts {
+  readonly size: readonly [number, number];
+  readonly crop_pct: number;
+  readonly interpolation: Interpolation;
+  readonly mean: readonly [number, number, number];
+  readonly std: readonly [number, number, number];
+}
+
+/** Resize so that the picture covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std. */
+export class Preprocessing {
+  readonly height: number;
+  readonly width: number;
+
+  /** Throws EvmError saying which fact is impossible. */
+  constructor(readonly facts: PreprocessingFacts) {
+    check(facts);
+    [this.height, this.width] = facts.size;
+  }
+
+  /** -> the model's (H, W, 3) uint8. Throws ImageError for a picture too narrow to be cropped. */
+  pixels(picture: Picture): Uint8Array {
+    const { width, height, name } = picture;
+    const [newHeight, newWidth] = this.covering(width, height);
+    if (Math.max(newHeight, newWidth) > 100 * Math.max(this.height, this.width))
+      throw new ImageError(
+        `${name ? `image ${name}` : "image"} is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`,
+      );
+    return resizedCrop(picture, this.facts.interpolation, {
+      ...{ newWidth, newHeight, width: this.width, height: this.height },
+      left: roundHalfEven((newWidth - this.width) / 2),
+      top: roundHalfEven((newHeight - this.height) / 2),
+    });
+  }
+
+  /** (H, W, 3) uint8 -> (3, H, W) float32: what a model does itself when its input is `image`. */
+  normalise(pixels: Uint8Array): Float32Array {
+    const plane = this.height * this.width;
+    const tensor = new Float32Array(3 * plane);
+    for (let c = 0; c < 3; c++) {
+      const shift = Math.fround(255 * Math.fround(this.facts.mean[c]!));
+      const scale = Math.fround(255 * Math.fround(this.facts.std[c]!));
+      for (let i = 0; i < plane; i++) tensor[c * plane + i] = Math.fround(pixels[3 * i + c]! - shift) / scale;
+    }
+    return tensor;
+  }
+
+  /** The part of a picture that the model sees, in the picture's pixels. */
+  seen(width: number, height: number): { x: number; y: number; width: number; height: number } {
+    const [newHeight, newWidth] = this.covering(width, height);
+    const [w, h] = [(this.width * width) / newWidth, (this.height * height) / newHeight];
+    return { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h };
+  }
+
+  /** [H, W] that a picture is resized to before the crop. */
+  private covering(width: number, height: number): [number, number] {
+    const wantHeight = roundHalfEven(this.height / this.facts.crop_pct);
+    const wantWidth = roundHalfEven(this.width / this.facts.crop_pct);
+    const [newHeight, newWidth] =
+      wantHeight * width >= wantWidth * height
+        ? [wantHeight, Math.max(1, Math.trunc((wantHeight * width) / height))]
+        : [Math.max(1, Math.trunc((wantWidth * height) / width)), wantWidth];
+    return [Math.max(newHeight, this.height), Math.max(newWidth, this.width)];
+  }
+}
+
+function check({ size, crop_pct, interpolation, mean, std }: PreprocessingFacts): void {
+  if (size.length !== 2 || !size.every((side) => Number.isInteger(side) && side >= 1 && side <= MAX_SIDE))
+    throw new EvmError(`size is [${size.join(", ")}], it must be [H, W] of 1 to ${MAX_SIDE} pixels`);
+  if (!(crop_pct > 0 && crop_pct <= 1)) throw new EvmError(`crop_pct is ${crop_pct}, it must be over 0 and at most 1`);
+  if (!INTERPOLATIONS.includes(interpolation))
+    throw new EvmError(`interpolation is ${repr(interpolation)}, choose from: ${INTERPOLATIONS.join(", ")}`);
+  for (const [name, values] of Object.entries({ mean, std }))
+    if (values.length !== 3 || !values.every(Number.isFinite))
+      throw new EvmError(`${name} is [${values.map(float).join(", ")}], it must be three finite numbers`);
+  if (Math.min(...std) <= 0) throw new EvmError(`std is [${std.map(float).join(", ")}], it must be positive`);
+}

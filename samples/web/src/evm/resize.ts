@@ -1,0 +1,129 @@
+/**
+ * Antialiased resizing in 8-bit fixed point: the horizontal pass, rounded and clipped to bytes, then the vertical one.
+ * Only what the crop shows is computed.
+ */
+
+export const INTERPOLATIONS = ["bicubic", "bilinear"] as const;
+export type Interpolation = (typeof INTERPOLATIONS)[number];
+
+/** Of a coefficient, after the point: with 8 bits of pixel and the sign of an int32, 2 are left for overshoot. */
+const PRECISION_BITS = 22;
+const HALF = 1 << (PRECISION_BITS - 1);
+
+/** What is shown of the resized picture: a rectangle of newWidth x newHeight. All in pixels. */
+export interface Crop {
+  readonly newWidth: number;
+  readonly newHeight: number;
+  readonly left: number;
+  readonly top: number;
+  readonly width: number;
+  readonly height: number;
+}
+
+/** For each place along one side: the first source pixel it reads, and the weights of that one and the next ones. */
+interface Taps {
+  readonly first: Int32Array;
+  readonly weights: readonly Int32Array[];
+}
+
+/** picture: 8-bit RGB -> the crop of it resized, 8-bit RGB. */
+export function resizedCrop(
+  picture: { rgb: Uint8Array; width: number; height: number },
+  interpolation: Interpolation,
+  crop: Crop,
+): Uint8Array {
+  const filter = FILTERS[interpolation];
+  const across = taps(picture.width, crop.newWidth, crop.left, crop.width, filter);
+  const down = taps(picture.height, crop.newHeight, crop.top, crop.height, filter);
+  const top = down.first[0]!;
+  const bottom = down.first.at(-1)! + down.weights.at(-1)!.length;
+  const rows = picture.rgb.subarray(3 * picture.width * top, 3 * picture.width * bottom);
+  const narrow = horizontal(rows, picture.width, across);
+  return vertical(narrow, 3 * crop.width, { ...down, first: down.first.map((row) => row - top) });
+}
+
+/** Rows of `width` RGB pixels -> rows of as many as there are taps. */
+function horizontal(rows: Uint8Array, width: number, { first, weights }: Taps): Uint8Array {
+  const height = rows.length / (3 * width);
+  const out = new Uint8Array(height * first.length * 3);
+  let at = 0;
+  for (let y = 0; y < height; y++)
+    for (let x = 0; x < first.length; x++) {
+      const row = weights[x]!;
+      let from = 3 * (y * width + first[x]!);
+      let [r, g, b] = [HALF, HALF, HALF];
+      for (let k = 0; k < row.length; k++, from += 3) {
+        const weight = row[k]!;
+        r += weight * rows[from]!;
+        g += weight * rows[from + 1]!;
+        b += weight * rows[from + 2]!;
+      }
+      out[at++] = byte(r);
+      out[at++] = byte(g);
+      out[at++] = byte(b);
+    }
+  return out;
+}
+
+/** Rows of `bytes` bytes -> as many rows as there are taps. */
+function vertical(rows: Uint8Array, bytes: number, { first, weights }: Taps): Uint8Array {
+  const out = new Uint8Array(first.length * bytes);
+  const sums = new Int32Array(bytes);
+  for (let y = 0; y < first.length; y++) {
+    sums.fill(HALF);
+    weights[y]!.forEach((weight, k) => {
+      const from = (first[y]! + k) * bytes;
+      for (let i = 0; i < bytes; i++) sums[i]! += weight * rows[from + i]!;
+    });
+    for (let i = 0; i < bytes; i++) out[y * bytes + i] = byte(sums[i]!);
+  }
+  return out;
+}
+
+function byte(sum: number): number {
+  const value = sum >> PRECISION_BITS;
+  return value < 0 ? 0 : value > 255 ? 255 : value;
+}
+
+/** Places from..from + count of a side of `size` pixels made `newSize` long. */
+function taps(size: number, newSize: number, from: number, count: number, filter: Filter): Taps {
+  const scale = size / newSize;
+  const stretch = Math.max(1, scale); // antialiasing: when it shrinks, the filter covers all of the source
+  const support = filter.support * stretch;
+  const first = new Int32Array(count);
+  const weights: Int32Array[] = [];
+  for (let i = 0; i < count; i++) {
+    const centre = (from + i + 0.5) * scale;
+    const begin = Math.max(0, Math.trunc(centre - support + 0.5));
+    const end = Math.min(size, Math.trunc(centre + support + 0.5));
+    const values = Array.from({ length: end - begin }, (_, k) => filter.at((begin + k - centre + 0.5) / stretch));
+    const sum = values.reduce((a, b) => a + b, 0);
+    first[i] = begin;
+    weights.push(Int32Array.from(values, (value) => fixed(value / sum)));
+  }
+  return { first, weights };
+}
+
+/** Halves away from zero. */
+function fixed(value: number): number {
+  return Math.trunc(value * 2 ** PRECISION_BITS + (value < 0 ? -0.5 : 0.5));
+}
+
+/** A window, 0 beyond `support` source pixels. */
+interface Filter {
+  readonly support: number;
+  at(x: number): number;
+}
+
+const FILTERS: Record<Interpolation, Filter> = {
+  bilinear: { support: 1, at: (x) => Math.max(0, 1 - Math.abs(x)) },
+  /** Keys' cubic convolution, a = -0.5. */
+  bicubic: {
+    support: 2,
+    at(x) {
+      const d = Math.abs(x);
+      if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
+      return d < 2 ? ((-0.5 * d + 2.5) * d - 4) * d + 2 : 0;
+    },
+  },
+};

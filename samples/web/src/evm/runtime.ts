@@ -1,0 +1,97 @@
+/** A loaded ONNX file: named tensors in, named tensors out. */
+
+import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-web/wasm";
+
+import { BundleError, reason, ToolchainError } from "./errors";
+import { defaultThreads, loadOrt, type Ort } from "./ort";
+import type { Provider } from "./provider";
+import { checkFeeds, concatenate, rows, type Dtype, type Tensor, type Tensors, type TensorSpec } from "./tensor";
+
+export interface RunOptions {
+  readonly provider: Provider;
+  /** Of WebAssembly; by default half the cores, at most 4, where the page is cross-origin isolated, else 1. */
+  readonly threads?: number;
+}
+
+export class Runtime {
+  readonly inputs: readonly TensorSpec[];
+  readonly outputs: readonly TensorSpec[];
+  private last: Promise<unknown> = Promise.resolve();
+
+  private constructor(
+    private readonly ort: Ort,
+    private readonly session: InferenceSession,
+    readonly threads: number,
+  ) {
+    this.inputs = session.inputMetadata.map(spec);
+    this.outputs = session.outputMetadata.map(spec);
+  }
+
+  /** Throws BundleError for a model that the provider does not take. */
+  static async open(model: Uint8Array, { provider, threads = defaultThreads() }: RunOptions): Promise<Runtime> {
+    const ort = await loadOrt(provider, threads);
+    try {
+      const options = { executionProviders: [provider], logSeverityLevel: 3 } as const;
+      return new Runtime(ort, await ort.InferenceSession.create(model, options), threads);
+    } catch (error) {
+      const what = `ONNX Runtime Web ${ort.env.versions.web} cannot open the model`;
+      const hint = provider === "webgpu" ? "WebAssembly may: provider 'wasm'" : "";
+      throw new BundleError(`${what} with ${provider}: ${reason(error)}`, hint, { cause: error });
+    }
+  }
+
+  /** One inference; calls wait for one another. Throws UsageError for feeds that do not fit. */
+  run(feeds: Tensors): Promise<Record<string, Tensor>> {
+    const next = this.last.then(() => this.runNow(feeds));
+    this.last = next.catch(() => undefined);
+    return next;
+  }
+
+  async close(): Promise<void> {
+    await this.last;
+    await this.session.release();
+  }
+
+  private async runNow(feeds: Tensors): Promise<Record<string, Tensor>> {
+    checkFeeds(this.inputs, feeds);
+    const given: Record<string, OrtTensor> = {};
+    for (const [name, { dtype, data, shape }] of Object.entries(feeds))
+      given[name] = new this.ort.Tensor(dtype, data as Float32Array, shape);
+    try {
+      const found = Object.entries(await this.session.run(given));
+      return Object.fromEntries(found.map(([name, value]) => [name, owned(value)]));
+    } catch (error) {
+      throw new ToolchainError(`ONNX Runtime Web ${this.ort.env.versions.web} failed: ${reason(error)}`, "", { cause: error });
+    }
+  }
+}
+
+/** Run any number of inputs through a model whose batch may be static: the last batch is filled up and cut. */
+export async function runBatched(
+  runtime: Runtime,
+  batch: { min: number; max: number | null },
+  input: Tensor,
+): Promise<Record<string, Tensor>> {
+  const count = input.shape[0]!;
+  const size = batch.max ?? count;
+  const parts: Record<string, Tensor>[] = [];
+  for (let begin = 0; begin < count; begin += size) {
+    const chunk = rows(input, begin, Math.min(begin + size, count));
+    const have = chunk.shape[0]!;
+    const fill = Array.from({ length: Math.max(0, batch.min - have) }, () => rows(chunk, have - 1, have));
+    const outputs = await runtime.run({ [runtime.inputs[0]!.name]: concatenate([chunk, ...fill]) });
+    parts.push(Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, rows(value, 0, have)])));
+  }
+  return Object.fromEntries(Object.keys(parts[0]!).map((name) => [name, concatenate(parts.map((part) => part[name]!))]));
+}
+
+function spec(metadata: InferenceSession.ValueMetadata): TensorSpec {
+  if (!metadata.isTensor) throw new Error(`${metadata.name} is no tensor`);
+  // a side without a name comes as -1 in 32 bits without a sign (onnxruntime-web 1.30.0)
+  const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
+  return { name: metadata.name, dtype: metadata.type, shape };
+}
+
+function owned(value: OrtTensor): Tensor {
+  return { dtype: value.type as Dtype, shape: value.dims, data: (value.data as Float32Array).slice() };
+}

@@ -1,0 +1,69 @@
+/** Arrays with a shape, and what a model reads and writes. */
+
+import { UsageError } from "./errors";
+
+const ARRAYS = { float32: Float32Array, uint8: Uint8Array } as const;
+export type Dtype = keyof typeof ARRAYS;
+
+/** Row-major. */
+export interface Tensor {
+  readonly dtype: Dtype;
+  readonly shape: readonly number[];
+  readonly data: Float32Array | Uint8Array;
+}
+
+export type Tensors = Readonly<Record<string, Tensor>>;
+
+/** An input or output; null in a shape is the batch. */
+export interface TensorSpec {
+  readonly name: string;
+  readonly dtype: string;
+  readonly shape: readonly (number | null)[];
+}
+
+export function float32(data: Float32Array, shape: readonly number[]): Tensor {
+  return { dtype: "float32", shape, data };
+}
+
+export function uint8(data: Uint8Array, shape: readonly number[]): Tensor {
+  return { dtype: "uint8", shape, data };
+}
+
+/** Along the first axis; `parts` are alike in everything else. */
+export function concatenate(parts: readonly Tensor[]): Tensor {
+  const [{ dtype, shape }, length] = [parts[0]!, parts.reduce((sum, part) => sum + part.data.length, 0)];
+  const data = new ARRAYS[dtype](length);
+  let at = 0;
+  for (const part of parts) {
+    data.set(part.data, at);
+    at += part.data.length;
+  }
+  return { dtype, shape: [parts.reduce((sum, part) => sum + part.shape[0]!, 0), ...shape.slice(1)], data };
+}
+
+/** Rows begin..end of the first axis. */
+export function rows(tensor: Tensor, begin: number, end: number): Tensor {
+  const row = tensor.data.length / tensor.shape[0]!;
+  const data = tensor.data.subarray(begin * row, end * row);
+  return { ...tensor, shape: [data.length / row, ...tensor.shape.slice(1)], data };
+}
+
+/** Names, dtypes and shapes of feeds. Throws UsageError naming the input and both sides. */
+export function checkFeeds(inputs: readonly TensorSpec[], feeds: Tensors): void {
+  const names = Object.keys(feeds).sort();
+  if (names.join() !== inputs.map((spec) => spec.name).sort().join())
+    throw new UsageError(`inputs are ${inputs.map(specText).join(", ")}; got ${names.join(", ") || "none"}`);
+  for (const spec of inputs) {
+    const { dtype, shape, data } = feeds[spec.name]!;
+    const fits =
+      shape.length === spec.shape.length &&
+      spec.shape.every((want, i) => (want === null ? shape[i]! >= 1 : shape[i] === want)) &&
+      data.length === shape.reduce((a, b) => a * b, 1);
+    if (dtype !== spec.dtype || !fits)
+      throw new UsageError(`input ${specText(spec)}: got ${dtype}[${shape.join(", ")}]`);
+  }
+}
+
+function specText({ name, dtype, shape }: TensorSpec): string {
+  return `${name} ${dtype}[${shape.map((side) => side ?? "batch").join(", ")}]`;
+}

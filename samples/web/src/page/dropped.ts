@@ -1,0 +1,48 @@
+/** What a person gave the page: a picture, or a bundle as its zip or folder. */
+
+import type { Place } from "./worker";
+
+export type Given = { picture: File } | { bundle: Place };
+
+/** What was dropped or pasted; null for nothing of use, and for several things. To be called while the event is handled. */
+export async function given(data: DataTransfer): Promise<Given | null> {
+  const items = [...data.items].filter((item) => item.kind === "file");
+  const folder = items.map((item) => item.webkitGetAsEntry()).find((entry) => entry?.isDirectory);
+  const file = data.files[0];
+  if (items.length !== 1) return null;
+  if (folder) return { bundle: { folder: folder.name, files: await filesBelow(folder as FileSystemDirectoryEntry) } };
+  return file ? ofFile(file) : null;
+}
+
+export function ofFile(file: File): Given {
+  return file.name.endsWith(".zip") ? { bundle: { zip: file } } : { picture: file };
+}
+
+/** Of an <input webkitdirectory>: paths begin with the folder's name. */
+export function ofFolder(files: FileList): Given {
+  const folder = files[0]!.webkitRelativePath.split("/")[0]!;
+  const inside = [...files].map((file) => [file.webkitRelativePath.slice(folder.length + 1), file] as const);
+  return { bundle: { folder, files: new Map(inside) } };
+}
+
+async function filesBelow(folder: FileSystemDirectoryEntry, prefix = ""): Promise<Map<string, File>> {
+  const files = new Map<string, File>();
+  for (const entry of await entriesOf(folder)) {
+    const path = prefix + entry.name;
+    if (entry.isDirectory)
+      for (const each of await filesBelow(entry as FileSystemDirectoryEntry, `${path}/`)) files.set(...each);
+    else files.set(path, await new Promise((done, failed) => (entry as FileSystemFileEntry).file(done, failed)));
+  }
+  return files;
+}
+
+/** A reader hands them out in portions, and an empty one at the end. */
+async function entriesOf(folder: FileSystemDirectoryEntry): Promise<FileSystemEntry[]> {
+  const reader = folder.createReader();
+  const all: FileSystemEntry[] = [];
+  for (;;) {
+    const some = await new Promise<FileSystemEntry[]>((done, failed) => reader.readEntries(done, failed));
+    if (some.length === 0) return all;
+    all.push(...some);
+  }
+}

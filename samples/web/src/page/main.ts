@@ -1,0 +1,147 @@
+/** The page: what a person does, and which of the worker's answers is shown where. */
+
+import { EvmError, type ModelOptions } from "../evm";
+import * as camera from "./camera";
+import { at } from "./dom";
+import { given, ofFile, ofFolder, type Given } from "./dropped";
+import { keepOffline } from "./offline";
+import { showBundle, showChecks, showLatency, showNoProblem, showNoTop, showProblem, showTop } from "./results";
+import { Remote } from "./rpc";
+import { showNothing, showPicture, showVideo } from "./stage";
+import type { Engine, Opened, Place } from "./worker";
+
+const TOP = 5;
+const BUILT_IN: Place = { url: new URL("bundle", document.baseURI).href };
+const NEEDS_BUNDLE = ["selftest", "bench"];
+const NEEDS_CLASSES = ["choose", "camera"];
+
+const engine = new Remote<Engine>(new Worker(new URL("./worker.ts", import.meta.url), { type: "module" }));
+let bundle: Opened | null = null;
+
+async function open(place: Place, options = asked()): Promise<void> {
+  at("conditions").textContent = "Loading the bundle";
+  stopCamera();
+  try {
+    bundle = await engine.call("open", [place, options]);
+    showNoProblem();
+    showNothing();
+    showNoTop(bundle.head === "features" ? "Feature maps, no classes" : "No picture yet");
+  } catch (error) {
+    const wasm = (): void => void open(place, { ...options, provider: "wasm" });
+    showProblem(error, options.provider === "wasm" ? undefined : wasm);
+    if (!bundle) showNoTop("No bundle");
+  }
+  if (bundle) showBundle(bundle);
+  else at("conditions").textContent = "Nothing runs";
+  enable();
+}
+
+async function classify(picture: File): Promise<void> {
+  if (!bundle) return;
+  stopCamera();
+  await busy(async ({ preprocessing }) => {
+    await showPicture(picture, preprocessing);
+    showTop(await engine.call("classify", [picture, TOP]));
+  }, noAnswer);
+}
+
+async function startCamera(): Promise<void> {
+  await busy(async ({ preprocessing }) => {
+    const started = (): void => {
+      pressed(true);
+      showVideo(preprocessing);
+    };
+    await camera.start(started, async (frame) => showTop(await engine.call("classify", [frame, TOP], [frame])));
+  }, noAnswer);
+  stopCamera();
+}
+
+function stopCamera(): void {
+  if (!camera.running()) return;
+  camera.stop();
+  pressed(false);
+  showNothing();
+}
+
+/** While the camera runs, a screen reader is not told of every frame. */
+function pressed(on: boolean): void {
+  const button = at("camera");
+  button.setAttribute("aria-pressed", String(on));
+  button.textContent = on ? "Stop the camera" : "Start the camera";
+  at("headline").setAttribute("aria-live", on ? "off" : "polite");
+}
+
+function noAnswer(): void {
+  showNoTop("No answer");
+}
+
+/** Do something with the bundle; what goes wrong is said. */
+async function busy(act: (bundle: Opened) => Promise<void>, failed: () => void = () => {}): Promise<void> {
+  if (!bundle) return;
+  showNoProblem();
+  try {
+    await act(bundle);
+  } catch (error) {
+    failed();
+    showProblem(error);
+  }
+}
+
+async function measured(button: string, act: () => Promise<void>): Promise<void> {
+  const element = at<HTMLButtonElement>(button);
+  element.disabled = true;
+  await busy(act);
+  element.disabled = false;
+}
+
+function enable(): void {
+  for (const id of NEEDS_BUNDLE) at<HTMLButtonElement>(id).disabled = !bundle;
+  for (const id of NEEDS_CLASSES) at<HTMLButtonElement>(id).disabled = !bundle || bundle.head === "features";
+}
+
+function take(what: Given | null): void {
+  if (!what) showProblem(new EvmError("that was neither a picture nor a bundle", "one picture, or one bundle: its zip or folder"));
+  else if ("bundle" in what) void open(what.bundle);
+  else void classify(what.picture);
+}
+
+/** `?provider=wasm&threads=1` */
+function asked(): ModelOptions {
+  const query = new URLSearchParams(location.search);
+  const provider = (query.get("provider") ?? "auto") as NonNullable<ModelOptions["provider"]>; // checked when it is used
+  return { provider, ...(query.has("threads") && { threads: Number(query.get("threads")) }) };
+}
+
+/** A button that opens a file dialogue. */
+function dialogue(button: string, input: string, taken: (files: FileList) => Given): void {
+  const element = at<HTMLInputElement>(input);
+  at(button).addEventListener("click", () => element.click());
+  element.addEventListener("change", () => {
+    if (element.files?.length) take(taken(element.files));
+    element.value = ""; // the same file may be chosen again
+  });
+}
+
+function dropped(): void {
+  const over = (on: boolean): unknown => at("stage").classList.toggle("over", on);
+  addEventListener("dragover", (event) => (event.preventDefault(), over(true)));
+  addEventListener("dragleave", (event) => event.relatedTarget ?? over(false));
+  addEventListener("drop", async (event) => {
+    event.preventDefault();
+    over(false);
+    if (event.dataTransfer) take(await given(event.dataTransfer));
+  });
+  addEventListener("paste", async (event) => {
+    if (event.clipboardData?.files.length) take(await given(event.clipboardData));
+  });
+}
+
+dialogue("choose", "picture-input", (files) => ofFile(files[0]!));
+dialogue("choose-zip", "zip-input", (files) => ({ bundle: { zip: files[0]! } }));
+dialogue("choose-folder", "folder-input", ofFolder);
+dropped();
+at("camera").addEventListener("click", () => (camera.running() ? stopCamera() : void startCamera()));
+at("selftest").addEventListener("click", () => measured("selftest", async () => showChecks(await engine.call("selftest", []))));
+at("bench").addEventListener("click", () => measured("bench", async () => showLatency(await engine.call("bench", []))));
+void open(BUILT_IN);
+void keepOffline();

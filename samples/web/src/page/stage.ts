@@ -1,0 +1,49 @@
+/** The picture or the camera, and what of it the model sees. */
+
+import { Preprocessing, type PreprocessingFacts } from "../evm";
+import { at } from "./dom";
+
+/** Pixels a side, under which a picture is shown as squares. */
+const SMALL = 64;
+const MAX_CANVAS = 1024;
+
+const frame = at("frame");
+const canvas = at<HTMLCanvasElement>("canvas");
+const video = at<HTMLVideoElement>("video");
+
+/** Show a picture. Nothing happens for a file that is none: the worker says so. */
+export async function showPicture(file: Blob, facts: PreprocessingFacts): Promise<void> {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return;
+  const { width, height } = bitmap;
+  const scale = Math.min(1, MAX_CANVAS / Math.max(width, height));
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  canvas.getContext("2d")!.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  canvas.classList.toggle("small", Math.max(width, height) <= SMALL);
+  bitmap.close();
+  show(canvas, width, height, facts);
+}
+
+export function showVideo(facts: PreprocessingFacts): void {
+  show(video, video.videoWidth, video.videoHeight, facts);
+}
+
+export function showNothing(): void {
+  frame.hidden = true;
+  at("prompt").hidden = false;
+}
+
+function show(element: HTMLElement, width: number, height: number, facts: PreprocessingFacts): void {
+  [canvas.hidden, video.hidden] = [element !== canvas, element !== video];
+  frame.hidden = false;
+  at("prompt").hidden = true;
+  frame.style.aspectRatio = `${width} / ${height}`;
+  frame.style.width = `min(100%, calc(var(--height) * ${width / height}))`;
+  const seen = new Preprocessing(facts).seen(width, height);
+  const { style } = at("seen");
+  style.left = `${(100 * seen.x) / width}%`;
+  style.top = `${(100 * seen.y) / height}%`;
+  style.width = `${(100 * seen.width) / width}%`;
+  style.height = `${(100 * seen.height) / height}%`;
+}

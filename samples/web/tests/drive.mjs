@@ -1,0 +1,241 @@
+/**
+ * Drives the built page in Chromium for tests/test_web.py: a line of JSON in, {scenario, ...what it needs}, a line out.
+ *
+ *     node tests/drive.mjs URL
+ *
+ * Every scenario has a profile of its own, and its answer says what the console said and which addresses were asked.
+ */
+
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { chromium } from "playwright-core";
+
+const URL_OF_PAGE = process.argv[2];
+const FLAGS = [
+  ...["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"],
+  ...["--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+];
+
+const GPU_FLAGS = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+
+const scenarios = {
+  /** The page with its built-in bundle: pictures to what it shows of them, then self-test and benchmark. */
+  async page(page, { pictures }) {
+    await ready(page);
+    const answers = [];
+    for (const picture of pictures) answers.push(await classified(page, picture));
+    const checks = await table(page, "Run the self-test", "#checks");
+    const latency = await table(page, "Run the benchmark", "#latency");
+    return { answers, checks, latency, conditions: await page.textContent("#conditions") };
+  },
+
+  /** Bundles given to the page one after the other: `folder` chosen, `zip` dropped; each with a self-test. */
+  async replaced(page, { bundles, picture }) {
+    await ready(page);
+    const seen = [];
+    for (const { folder, zip } of bundles) {
+      await page.evaluate(() => document.getElementById("facts").replaceChildren());
+      if (folder) await page.setInputFiles("#folder-input", folder);
+      else await drop(page, zip);
+      await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
+      const problem = (await page.isVisible("#problem")) ? await page.innerText("#problem") : null;
+      const answer = (await page.isEnabled("#choose")) ? await classified(page, picture) : null;
+      const checks = await table(page, "Run the self-test", "#checks");
+      seen.push({ problem, answer, checks, facts: await page.innerText("#facts"), headline: await page.innerText("h2") });
+    }
+    return { seen };
+  },
+
+  /** What the page says of files that are no pictures; then a good one. */
+  async problems(page, { pictures, good }) {
+    await ready(page);
+    const said = [];
+    for (const picture of pictures) {
+      await page.setInputFiles("#picture-input", picture);
+      await page.waitForSelector("#problem:not([hidden])");
+      said.push(await page.innerText("#problem"));
+      await page.evaluate(() => (document.getElementById("problem").hidden = true));
+    }
+    return { said, answer: await classified(page, good), problem: await page.isVisible("#problem") };
+  },
+
+  /** Loaded once, then without a network: reload, classify, self-test. */
+  async offline(page, { picture }) {
+    await ready(page);
+    await page.waitForFunction(() => document.getElementById("offline").textContent === "Kept for offline use");
+    await page.context().setOffline(true);
+    const gone = await page.evaluate(() => fetch("not-kept").then(() => false, () => true));
+    await page.reload();
+    await enabled(page);
+    const answer = await classified(page, picture);
+    const checks = await table(page, "Run the self-test", "#checks");
+    return { gone, answer, checks, caches: await page.evaluate(() => caches.keys()) };
+  },
+
+  /** The camera (Chromium's own test picture): started, seen, stopped. By keyboard alone. */
+  async camera(page) {
+    await ready(page);
+    const asked = await page.evaluate(() => document.getElementById("video").srcObject !== null);
+    await page.focus("#camera");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector("#video:visible");
+    await page.waitForSelector("#bars li");
+    const [first, later] = [await page.textContent("#inference"), await changed(page, "#inference")];
+    const track = await page.evaluateHandle(() => document.getElementById("video").srcObject.getTracks()[0]);
+    await page.keyboard.press("Space");
+    await page.waitForSelector("#prompt:visible");
+    return { asked, first, later, state: await track.evaluate((each) => each.readyState), pressed: await page.getAttribute("#camera", "aria-pressed") };
+  },
+
+  /** Whether the page's policy refuses what it should, and the page is what a screen reader needs. */
+  async policy(page) {
+    await ready(page);
+    return page.evaluate(async () => {
+      const script = document.createElement("script");
+      script.textContent = "window.ran = true";
+      document.body.append(script);
+      const away = await fetch("https://example.invalid/").then(() => "", (error) => String(error));
+      const nameless = [...document.querySelectorAll("button, input:not([hidden]), canvas, video")].filter(
+        (element) => !(element.textContent || element.ariaLabel),
+      );
+      return { ran: "ran" in window, away, nameless: nameless.map((element) => element.outerHTML), isolated: crossOriginIsolated };
+    });
+  },
+
+  /** A picture of the page after a classification and a self-test. */
+  async screenshot(page, { picture, file, scheme, width, height }) {
+    await page.emulateMedia({ colorScheme: scheme });
+    await page.setViewportSize({ width, height });
+    await ready(page);
+    await classified(page, picture);
+    await table(page, "Run the self-test", "#checks");
+    await table(page, "Run the benchmark", "#latency");
+    await page.evaluate(() => (document.activeElement.blur(), scrollTo(0, 0)));
+    await page.mouse.move(0, 0);
+    await page.screenshot({ path: file });
+    return page.evaluate(() => ({ scroll: document.documentElement.scrollWidth, width: innerWidth }));
+  },
+
+  /** The page as asked by its address: what it runs on, or says instead. */
+  async asked(page, { query }) {
+    await page.goto(URL_OF_PAGE + query);
+    await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
+    const problem = await page.innerText("#problem");
+    if (await page.isVisible("#use-wasm")) {
+      await page.click("#use-wasm");
+      await enabled(page);
+    }
+    return { problem, conditions: await page.textContent("#conditions") };
+  },
+
+  /** WebGPU on an adapter in software, and what the page does by itself where there is no other. */
+  async gpu(page, { pictures }) {
+    await page.goto(URL_OF_PAGE + "?provider=webgpu");
+    await enabled(page);
+    const conditions = await page.textContent("#conditions");
+    const answers = [];
+    for (const picture of pictures) answers.push(await classified(page, picture));
+    const checks = await table(page, "Run the self-test", "#checks");
+    await ready(page);
+    return { conditions, answers, checks, "by itself": await page.textContent("#conditions") };
+  },
+
+  /** The example of docs/embed/web.md: what it writes. */
+  async example(page, { picture }) {
+    await page.goto(URL_OF_PAGE + "example.html");
+    await page.setInputFiles("input", picture);
+    await page.waitForFunction(() => document.querySelector("output").textContent);
+    return { output: await page.textContent("output") };
+  },
+
+  /** The library by itself: `code` is the body of an async function of it, `file(path)` (of the folder `files`) and `given`. */
+  async library(page, { code, given, files }) {
+    const fulfill = (route) => {
+      const path = decodeURIComponent(new URL(route.request().url()).pathname.split("/files/")[1]);
+      return route.fulfill({ path: join(files, path) }).catch(() => route.fulfill({ status: 404 }));
+    };
+    await page.route("**/files/**", fulfill);
+    if (page.url() === "about:blank") await page.goto(URL_OF_PAGE + "library.html");
+    await page.waitForFunction(() => "evm" in window);
+    const file = `(path) => fetch("files/" + path).then((response) => response.blob())`;
+    const value = await page.evaluate(`(async (evm, file, given) => { ${code} })(window.evm, ${file}, ${JSON.stringify(given)})`);
+    await page.unroute("**/files/**", fulfill);
+    return { value };
+  },
+};
+
+async function ready(page) {
+  await page.goto(URL_OF_PAGE);
+  await enabled(page);
+}
+
+async function enabled(page) {
+  await page.waitForSelector("#selftest:enabled");
+}
+
+/** A picture by way of the file dialogue -> the headline and the rows below it. */
+async function classified(page, picture) {
+  await page.evaluate(() => document.getElementById("bars").replaceChildren());
+  await page.setInputFiles("#picture-input", picture);
+  await page.waitForSelector("#bars li");
+  const rows = await page.locator("#bars li").evaluateAll((items) => items.map((item) => item.innerText.split("\n")));
+  return { headline: await page.innerText("#headline"), rows, inference: await page.textContent("#inference") };
+}
+
+/** Press a button that fills a table -> its caption and rows. */
+async function table(page, button, place) {
+  await page.getByRole("button", { name: button }).click();
+  await page.waitForSelector(`${place} table`);
+  const rows = await page.locator(`${place} tbody tr`).evaluateAll((rows) => rows.map((row) => row.innerText.split("\t")));
+  return { caption: await page.textContent(`${place} caption`), rows };
+}
+
+async function drop(page, path) {
+  const content = readFileSync(path).toString("base64");
+  const data = await page.evaluateHandle(
+    async ([content, name]) => {
+      const bytes = await (await new Response(Uint8Array.from(atob(content), (c) => c.charCodeAt(0)))).arrayBuffer();
+      const data = new DataTransfer();
+      data.items.add(new File([bytes], name));
+      return data;
+    },
+    [content, path.split("/").at(-1)],
+  );
+  await page.dispatchEvent("#stage", "drop", { dataTransfer: data });
+}
+
+async function changed(page, place) {
+  const before = await page.textContent(place);
+  await page.waitForFunction(([place, before]) => document.querySelector(place).textContent !== before, [place, before]);
+  return page.textContent(place);
+}
+
+const launch = (flags) => chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: flags });
+const browser = await launch(FLAGS);
+let library; // its page stays open
+
+/** A page of its own for a scenario, and what it has said and asked for so far. */
+async function opened(scenario) {
+  const serviceWorkers = ["offline", "screenshot"].includes(scenario) ? "allow" : "block"; // each fetches 14 MB
+  const own = scenario === "gpu" ? await launch([...GPU_FLAGS, ...FLAGS.filter((flag) => flag !== "--disable-gpu")]) : null;
+  const context = await (own ?? browser).newContext({ permissions: ["camera"], serviceWorkers });
+  context.on("close", () => own?.close());
+  context.setDefaultTimeout(own ? 120_000 : 60_000); // a machine may be busy, and a GPU in software is slow
+  const [said, addresses] = [[], []];
+  context.on("console", (message) => {
+    if (!message.text().includes("blocked by Playwright")) said.push(`${message.type()}: ${message.text()}`);
+  });
+  context.on("weberror", (error) => said.push(`uncaught: ${error.error()}`));
+  context.on("request", (request) => addresses.push(request.url()));
+  return { page: await context.newPage(), said, addresses };
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const { scenario, ...given } = JSON.parse(line);
+  const { page, said, addresses } = scenario === "library" ? (library ??= await opened(scenario)) : await opened(scenario);
+  const answer = await scenarios[scenario](page, given).catch((error) => ({ failed: String(error) }));
+  console.log(JSON.stringify({ ...answer, console: said.splice(0), addresses: addresses.splice(0) }));
+  if (scenario !== "library") await page.context().close();
+}
+await browser.close();
