@@ -32,6 +32,7 @@ def run_parser() -> Parser:
     )
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--require-signature", metavar="PUB", help="take only what this ed25519 key has signed, a PEM file")
     add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     common_flags(parser)
     return parser
@@ -52,7 +53,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    options = {name: getattr(args, name) for name in ("threads", "scan", "device", "cache", "cuda_graph")}
+    names = ("threads", "scan", "device", "cache", "cuda_graph", "require_signature")
+    options = {name: getattr(args, name) for name in names}
     with load(args.bundle, **options) as model:
         here = model.target.probe()
         if not here.can_run and not args.quiet:

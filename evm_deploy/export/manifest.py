@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,13 +73,16 @@ class Manifest:
         return Preprocessing(**values)
 
     @classmethod
-    def read(cls, bundle: Path) -> Manifest:
-        """Read and validate `bundle/manifest.json`. Raises BundleError."""
+    def read(cls, bundle: Path, check: Callable[[bytes], None] | None = None) -> Manifest:
+        """Read and validate `bundle/manifest.json`; `check` sees its bytes first. Raises BundleError."""
         path = bundle / FILE
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest")
-            content = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            if check:
+                check(data)
+            content = json.loads(data)
         except FileNotFoundError as error:
             raise BundleError(f"{bundle} is not a bundle: it has no {FILE}", "make one with evm-export") from error
         except OSError as error:
