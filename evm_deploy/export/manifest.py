@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evm_deploy.checks import anything, count, keys, listing, mapping, nullable, number, one_of, size, text, yes_or_no
 from evm_deploy.errors import BundleError
 from evm_deploy.export.plan import Batch, Choice, EngineSettings, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
@@ -16,6 +17,35 @@ from evm_deploy.model.preprocess import Preprocessing
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 MAX_BYTES = 4 << 20
+ACCURACY = keys(
+    images=size,
+    **dict.fromkeys(
+        ("sqnr_db", "agreement", "top1", "top1_float", "top5", "top5_float", "limit", "drop"), nullable(number)
+    ),
+    ok=nullable(yes_or_no),
+)
+TENSOR = keys(name=text, dtype=text, shape=listing(nullable(count), at_least=1))
+SCHEMA = keys(
+    **dict.fromkeys(("name", "target", "artifact"), text),
+    plan=keys(
+        **dict.fromkeys(("precision", "batch", "scan"), text),
+        imgsz=listing(count, length=2),
+        input=one_of("image", "tensor"),
+        head=one_of("logits", "probs", "features"),
+    ),
+    model=keys(**dict.fromkeys(("name", "variant"), text), checkpoint=keys(sha256=text), parameters=count),
+    preprocessing=keys(size=listing(count, length=2)),
+    inputs=listing(TENSOR, at_least=1),
+    outputs=listing(TENSOR, at_least=1),
+    scan=keys(value=text, reason=text, plugins=nullable(mapping(text))),
+    details=mapping(anything),
+    versions=mapping(text),
+    parity=keys(failures=listing(text)),
+    accuracy=nullable(ACCURACY),
+    notes=listing(text),
+    files=mapping(keys(sha256=text, size_bytes=size)),
+    **dict.fromkeys(("built", "rejected"), yes_or_no),
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +145,7 @@ class Manifest:
             for library in manifest.plugins.values():
                 if library not in manifest.files:
                     raise ValueError(f"the native library {library!r} is not among the files")
+            SCHEMA(asdict(manifest), "")
         except BundleError:
             raise
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault

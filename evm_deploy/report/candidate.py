@@ -63,7 +63,7 @@ class Candidate:
             **{key: plain(bundle[key]) for key in ("name", "model", "target", "precision")},
             imgsz=(bundle["imgsz"][0], bundle["imgsz"][1]),
             size_bytes=bundle["artifact_bytes"],
-            accuracy=bundle["accuracy"],
+            accuracy=bundle.get("accuracy"),
             record=record,
             notes=tuple(notes),
         )
@@ -95,7 +95,7 @@ class Candidate:
             self.imgsz,
             device_key(self.record),
             settings["batch"],
-            settings["threads"],
+            settings.get("threads"),
             settings.get("streams") or 1,
             plain(settings["timed"]),
         )
