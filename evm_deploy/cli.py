@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
 from evm_deploy.platforms import PLATFORMS
+from evm_deploy.printable import printable
 from evm_deploy.summary import export_summary
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _export(args: argparse.Namespace) -> int:
             facts = _dry_run(checkpoint, plan, args)
             results.append(facts)
             if not args.json:
-                print("\n".join(f"{key:<10} {value}" for key, value in facts.items()))
+                print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
             continue
         start = time.perf_counter()
         bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
@@ -151,7 +152,7 @@ def _export(args: argparse.Namespace) -> int:
         packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
         results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
         if not args.json:
-            print(export_summary(bundle, seconds))
+            print(printable(export_summary(bundle, seconds)))
             print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
@@ -174,7 +175,7 @@ def _finish(args: argparse.Namespace) -> int:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
         print(json.dumps(facts, indent=1))
     else:
-        print(export_summary(bundle, seconds))
+        print(printable(export_summary(bundle, seconds)))
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from evm_deploy.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.errors import UsageError
+from evm_deploy.printable import printable
 
 
 def run_parser() -> Parser:
@@ -60,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)
         elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
-            print(f"scans run in their portable form: {model.scan.reason}", file=sys.stderr)
+            print(printable(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
-                print("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"]))
+                print(printable("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
                 print("PASSED" if passed else "FAILED")
             if not passed:
                 return 4
@@ -84,5 +85,5 @@ def _run(args: argparse.Namespace) -> int:
             else:
                 for image, predictions in zip(args.images, found, strict=True):
                     print(image)
-                    print("\n".join(f"  {p.score:7.2%}  {p.label}" for p in predictions))
+                    print("\n".join(f"  {p.score:7.2%}  {printable(p.label)}" for p in predictions))
     return 0
