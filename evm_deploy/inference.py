@@ -120,7 +120,10 @@ class LoadedBundle:
             return None, Choice("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
-                raise UsageError("this bundle was exported with portable scans: it has no node for a native kernel")
+                raise UsageError(
+                    "this bundle was exported with portable scans: it has no node for a native kernel",
+                    "export it with --scan auto",
+                )
             return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
         plugins, host = self.manifest.plugins, host_platform()
         if scan == "bundled":

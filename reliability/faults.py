@@ -4,7 +4,7 @@
 
 Each run does its work in a child process: exports of the embedded demo, in float and with a calibration, measurements.
 What it leaves is then looked at: every name that does not begin with a dot must be a whole bundle, or a whole record.
-After a fault's runs the same work, undisturbed, must succeed with what was left, and clear it away. Exit 1 when anything
+After the runs the same work, undisturbed, must succeed with what was left, and clear it away. Exit 1 when anything
 else is seen.
 """
 
