@@ -395,7 +395,7 @@ def test_onnx_has_neither_devices_nor_a_cache(micro_bundle):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow(bundles):
-    """benchmarks/soak.py --target openvino does this 20 000 times."""
+    """reliability/load.py does this a million times."""
 
     def resident_kb():
         status = Path("/proc/self/status").read_text().splitlines()
