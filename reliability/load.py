@@ -2,8 +2,8 @@
 
     python -m reliability.load [JOB..] [--scale 1.0] [-o dist/reliability]
 
-A job runs in a process of its own. Resident memory and descriptors are read after the first tenth and at the end. Exit 1
-when memory grew by over 4 MB, a descriptor or a folder was left open, or any result differed. `--scale 0.01` for a
+A job runs in a process of its own. Resident memory and descriptors are read after the first tenth and at the end. Exit
+1 when memory grew by over 4 MB, a descriptor or a folder was left open, or any result differed. `--scale 0.01` for a
 short look.
 """
 
