@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
 from evm_deploy.platforms import PLATFORMS
+from evm_deploy.printable import printable
+from evm_deploy.summary import export_summary
 
 if TYPE_CHECKING:
-    from evm_deploy.calib.accuracy import Accuracy
     from evm_deploy.export.bundle import Bundle
     from evm_deploy.export.plan import EngineSettings, ExportPlan
 
@@ -95,6 +96,7 @@ def export_parser() -> Parser:
     add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
     add("--force", action="store_true", help="replace an existing bundle")
+    add("--sign", metavar="KEY", help="sign the bundle with an ed25519 key, a PEM file")
     add("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
     add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
     common_flags(parser)
@@ -122,6 +124,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> int:
     from evm_deploy.export.archive import write_zip
     from evm_deploy.export.pipeline import export
+    from evm_deploy.export.signing import private_key, sign
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target
 
@@ -131,6 +134,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UsageError("--library is for --finish", "leave it out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     checkpoint = _checkpoint(args)
+    key = private_key(args.sign) if args.sign else None
     steps = Steps(args.quiet)
     results: list[Any] = []
     for plan in plans:
@@ -138,15 +142,17 @@ def _export(args: argparse.Namespace) -> int:
             facts = _dry_run(checkpoint, plan, args)
             results.append(facts)
             if not args.json:
-                print("\n".join(f"{key:<10} {value}" for key, value in facts.items()))
+                print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
             continue
         start = time.perf_counter()
         bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
         seconds = time.perf_counter() - start
+        if key:
+            sign(bundle.path, key)
         packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
         results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
         if not args.json:
-            print(export_summary(bundle, seconds))
+            print(printable(export_summary(bundle, seconds)))
             print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
@@ -155,17 +161,21 @@ def _export(args: argparse.Namespace) -> int:
 
 def _finish(args: argparse.Namespace) -> int:
     from evm_deploy.export.pipeline import finish
+    from evm_deploy.export.signing import private_key, sign
 
     if args.checkpoint or args.target:
         raise UsageError("--finish takes a bundle, and neither a checkpoint nor --target", "leave these out")
+    key = private_key(args.sign) if args.sign else None
     start = time.perf_counter()
     bundle = finish(args.finish, library=args.library, step=Steps(args.quiet))
     seconds = time.perf_counter() - start
+    if key:
+        sign(bundle.path, key)
     if args.json:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
         print(json.dumps(facts, indent=1))
     else:
-        print(export_summary(bundle, seconds))
+        print(printable(export_summary(bundle, seconds)))
     return 0
 
 
@@ -198,76 +208,6 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
         **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
         "Bundle": str(path),
     }
-
-
-def export_summary(bundle: Bundle, seconds: float) -> str:
-    """The last block: what was made, how exact it is, where it is, what to do next."""
-    m, parity = bundle.manifest, bundle.manifest.parity
-    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.export_plan().sizes}"
-    quantized = [m.details["quantization"]] if "quantization" in m.details else []
-    lines = [
-        ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
-        (
-            "Parity",
-            f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
-        ),
-        *((("Accuracy", str(accuracy_of(m.accuracy))),) if m.accuracy else ()),
-        *(
-            (
-                "Gain",
-                f"{m.precision} is {q['speed_over_fp32_here']:.2f}x as fast as float32 here (1 thread), "
-                f"{q['size_of_fp32']:.2f} of its size",
-            )
-            for q in quantized
-            if "speed_over_fp32_here" in q
-        ),
-        *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
-        *(("In float", block) for q in quantized for block in q["in_float"]),
-        *((("Chosen", f"{chosen['value']}, {chosen['reason']}"),) if (chosen := m.plan.get("chosen")) else ()),
-        ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
-        *(("Note", note) for note in m.notes),
-        *(
-            ("Dropped", f"{len(keys)} keys: {', '.join(keys[:4])}")
-            for keys in [m.model["checkpoint"]["dropped"]]
-            if keys
-        ),
-        ("Saved", str(bundle.path)),
-        *(_engine_lines(bundle)),
-        (
-            "Then" if not m.built else "Next",
-            f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
-        ),
-    ]
-    if m.plan["head"] != "features":
-        lines.append(("", f"evm-run {bundle.path} --selftest"))
-    return "\n".join(f"{key:<9} {text}" for key, text in lines)
-
-
-def _engine_lines(bundle: Bundle) -> list[tuple[str, str]]:
-    """Of a target that has one: what the engine was built with, or that it is still to be built."""
-    m = bundle.manifest
-    if not m.built:
-        return [("Engine", "not built here"), ("Next", f"on the device:  evm-export --finish {bundle.path}")]
-    if "engine" not in m.details:
-        return []
-    facts = m.details["engine"]
-    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
-    return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
-
-
-def accuracy_of(facts: dict[str, Any]) -> Accuracy:
-    """The Accuracy that a manifest holds."""
-    from evm_deploy.calib.accuracy import Accuracy
-
-    return Accuracy(**{key: value for key, value in facts.items() if key not in ("drop", "ok")})
-
-
-def _worst(parity: dict[str, Any]) -> str:
-    scans = parity["scans"]
-    if not scans:
-        return "no scans"
-    worst = max(scans, key=lambda scan: max(scan["ssm"], scan["probe"]))
-    return f"worst scan {max(worst['ssm'], worst['probe']):.0e} ({worst['name']})"
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

@@ -12,6 +12,7 @@ from evm_deploy.cli_matrix import matrix, matrix_flags, refuse_matrix_flags
 from evm_deploy.cli_places import fleet, place_flags, place_of
 from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
+from evm_deploy.printable import printable
 
 if TYPE_CHECKING:
     from evm_deploy.bench.sweep import Sweep
@@ -73,7 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
                 append(Path(args.db), [record])
             records.append({"record": str(path), **record.bundle, **record.summary_ms})
             if not args.json:
-                print("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])]))
+                print(printable("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])])))
     if args.json:
         print(json.dumps(records, indent=1))
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from evm_deploy.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
 from evm_deploy.files import write_aside
+from evm_deploy.printable import printable
 
 if TYPE_CHECKING:
     from evm_deploy.bench.sweep import Sweep
@@ -67,7 +68,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     steps = Steps(args.quiet)
     outcome = run_matrix(wanted, steps, steps.progress)
     for form, error in outcome.failed.items():
-        print(f"{form}: {error}", file=sys.stderr)
+        print(printable(f"{form}: {error}"), file=sys.stderr)
     if outcome.records:
         report(outcome.records, wanted.out, args)
     return next((error.exit_code for error in outcome.failed.values()), 0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from evm_deploy.console import Steps
 from evm_deploy.errors import UsageError
+from evm_deploy.printable import printable
 
 if TYPE_CHECKING:
     from evm_deploy.bench.places import Place
@@ -60,5 +61,5 @@ def fleet(args: argparse.Namespace, place: Place, sweep: Sweep) -> int:
         failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
         print(json.dumps([*rows, *failed], indent=1))
     else:
-        print("\n".join([*table(outcomes), f"Saved  {sweep.out}"]))
+        print(printable("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
     return max((outcome.error.exit_code for outcome in outcomes if outcome.error), default=0)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from evm_deploy.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.errors import UsageError
+from evm_deploy.printable import printable
 
 
 def run_parser() -> Parser:
@@ -32,6 +33,7 @@ def run_parser() -> Parser:
     )
     add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
     add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--require-signature", metavar="PUB", help="take only what this ed25519 key has signed, a PEM file")
     add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
     common_flags(parser)
     return parser
@@ -52,13 +54,14 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    options = {name: getattr(args, name) for name in ("threads", "scan", "device", "cache", "cuda_graph")}
+    names = ("threads", "scan", "device", "cache", "cuda_graph", "require_signature")
+    options = {name: getattr(args, name) for name in names}
     with load(args.bundle, **options) as model:
         here = model.target.probe()
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)
         elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
-            print(f"scans run in their portable form: {model.scan.reason}", file=sys.stderr)
+            print(printable(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)
@@ -67,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
-                print("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"]))
+                print(printable("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
                 print("PASSED" if passed else "FAILED")
             if not passed:
                 return 4
@@ -82,5 +85,5 @@ def _run(args: argparse.Namespace) -> int:
             else:
                 for image, predictions in zip(args.images, found, strict=True):
                     print(image)
-                    print("\n".join(f"  {p.score:7.2%}  {p.label}" for p in predictions))
+                    print("\n".join(f"  {p.score:7.2%}  {printable(p.label)}" for p in predictions))
     return 0

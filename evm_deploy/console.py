@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
 from evm_deploy.errors import EvmError
+from evm_deploy.printable import printable
 from evm_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Steps:
         from rich.table import Table
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        label = f"{name:<10} {detail}"
+        label = printable(f"{name:<10} {detail}", keep="")
         padded = escape(f"{label:<56}")
         start = time.perf_counter()
 
@@ -90,7 +91,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors look like all others of ours."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}\n  see  {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)}\n  see  {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -137,7 +138,7 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         sys.stdout.flush()
         return code
     except EvmError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(printable(f"{prog}: {error}"), file=sys.stderr)
         if verbose:
             raise
         return error.exit_code
@@ -146,14 +147,13 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: {where}{error.strerror or error}", file=sys.stderr)
+        print(printable(f"{prog}: {where}{error.strerror or error}"), file=sys.stderr)
         if verbose:
             raise
         return EvmError.exit_code
     except Exception as error:
         if verbose:
             raise
-        print(
-            f"{prog}: internal error: {type(error).__name__}: {error}\n  run again with -v, report it", file=sys.stderr
-        )
+        said = printable(f"{prog}: internal error: {type(error).__name__}: {error}")
+        print(f"{said}\n  run again with -v, report it", file=sys.stderr)
         return 1

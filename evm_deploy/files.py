@@ -23,17 +23,18 @@ def aside(path: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file beside `path` and rename it: there is the old one, or the new one, whole. Raises OSError.
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, beside `path` and rename it: there is the old one, or the new one, whole. OSError.
 
     A device or pipe, such as /dev/null, is written into: renaming would replace it by a file.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
     if path.exists() and not (path.is_file() or path.is_dir()):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     with aside(path) as folder:
         file = Path(folder) / path.name
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(data)
         file.replace(path)
 
 

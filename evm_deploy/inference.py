@@ -17,6 +17,7 @@ from evm_deploy.export import selftest
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.manifest import FILE as MANIFEST
 from evm_deploy.export.plan import Choice, one_of
+from evm_deploy.export.signing import public_key
 from evm_deploy.export.targets import get_target
 from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
@@ -119,7 +120,10 @@ class LoadedBundle:
             return None, Choice("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
-                raise UsageError("this bundle was exported with portable scans: it has no node for a native kernel")
+                raise UsageError(
+                    "this bundle was exported with portable scans: it has no node for a native kernel",
+                    "export it with --scan auto",
+                )
             return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
         plugins, host = self.manifest.plugins, host_platform()
         if scan == "bundled":
@@ -189,6 +193,7 @@ def load(
     cache: str | Path | None = None,
     cuda_graph: bool = False,
     streams: int = 1,
+    require_signature: str | Path | None = None,
 ) -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
@@ -198,8 +203,9 @@ def load(
     OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
     load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph. `streams`: how many threads
     will call `run` at the same time, each with `threads` of its own in OpenVINO, all with the same in ONNX Runtime.
+    `require_signature`: the PEM file of the ed25519 public key that must have signed the bundle.
     """
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
     # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
     own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
     options = RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph, streams=streams)

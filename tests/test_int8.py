@@ -96,7 +96,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
         assert np.abs(a - b).max() < 0.3  # roundings that tip over
 
 
-@pytest.mark.parametrize(("method", "smooth"), [("percentile", "off"), ("mse", "off"), ("mse", "on")])
+@pytest.mark.parametrize(("method", "smooth"), [("mse", "off"), ("mse", "on")])
 def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs, labelled_glyphs, tmp_path):
     """Images that were not calibrated with. All methods: benchmarks/int8_methods.py."""
     np.savez(tmp_path / "calib.npz", images=glyphs(512, 5000, 64)[0])
@@ -106,11 +106,11 @@ def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs,
     assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 30
 
 
-@pytest.mark.parametrize(
-    ("case", "imgsz"), [("tiny_224", (224, 224)), ("small_224", (128, 128)), ("base_224", (128, 128))]
-)
-def test_seeded_weights_of_every_variant(case, imgsz, checkpoint, pictures, tmp_path):
-    """28 dB on pictures that were kept back, and under a third of the size of the weights."""
+@pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (224, 224)), ("small_224", (128, 128))])
+def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
+    """28 dB on pictures that were kept back, and under a third of the size of the weights. B, and larger sizes:
+    benchmarks/int8_seeded.py.
+    """
     bundle = export(checkpoint(case), plan(pictures, imgsz=imgsz), tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] >= 28
     assert bundle.size_bytes < 0.31 * 4 * bundle.manifest.model["parameters"]
@@ -156,14 +156,13 @@ def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp
     assert bundle.manifest.accuracy["drop"] <= 0.3
 
 
-@pytest.mark.parametrize("scan", ["auto", "portable"])
-def test_a_block_with_a_scan_can_stay_in_float(scan, monkeypatch, tmp_path):
+def test_a_block_with_a_scan_can_stay_in_float(monkeypatch, tmp_path):
     spoil(monkeypatch, "layers.1.blocks.0.op.out_proj:input")
-    bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.1, scan=scan), tmp_path)
+    bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.1), tmp_path)
     assert bundle.manifest.details["quantization"]["in_float"] == ["layers.1.blocks.0"]
     model = onnx.load(str(bundle.path / "model.onnx"))
     fused = [node.op_type for node in model.graph.node if node.domain == "evm"]
-    assert fused == ([] if scan == "portable" else ["EVSSBlockInt8", "EVSSBlock"])
+    assert fused == ["EVSSBlockInt8", "EVSSBlock"]
 
 
 def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_path):
@@ -216,11 +215,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []
-    for count in (64, 512):
+    for count in (32, 256):
         np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(224, 224, seed=i) for i in range(count)]))
         command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 150  # MB, of which 67 are the file of pictures itself
+    assert peaks[1] - peaks[0] < 100  # MB, of which 34 are the file of pictures itself
 
 
 def test_blocks_are_the_units_that_stay_in_float():

@@ -173,7 +173,7 @@ def test_threads_agree_bit_for_bit(micro_bundle):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow(micro_bundle):
-    """benchmarks/soak.py does this 100 000 times."""
+    """reliability/load.py does this a million times."""
 
     def resident_kb():
         status = Path("/proc/self/status").read_text().splitlines()

@@ -55,11 +55,11 @@ def pixels(batch=1, height=64, width=64):
 
 @pytest.mark.parametrize("name", ["tiny_224", "small_224", "base_224"])
 def test_golden_logits(name, checkpoint, tmp_path):
-    """Batch 3 and 1 through one dynamic graph, both lowerings."""
+    """Batch 3 and 1 through one dynamic graph, both lowerings; of B, which is slow to trace, only the first."""
     case = golden.model_case(name)
     batch = Batch.parse("dynamic")
     graph, plan = traced(checkpoint(name), ExportPlan("openvino", imgsz=(224, 224), batch=batch, input="tensor"))
-    for scan in LOWERINGS:
+    for scan in LOWERINGS[:1] if name == "base_224" else LOWERINGS:
         with opened(built(graph, replace(plan, scan=scan), tmp_path / scan)) as runtime:
             assert np.abs(runtime.run({"tensor": case["images"]})["logits"] - case["logits"]).max() < 1e-4
             one = runtime.run({"tensor": case["images"][:1]})["logits"]
@@ -395,7 +395,7 @@ def test_onnx_has_neither_devices_nor_a_cache(micro_bundle):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow(bundles):
-    """benchmarks/soak.py --target openvino does this 20 000 times."""
+    """reliability/load.py does this a million times."""
 
     def resident_kb():
         status = Path("/proc/self/status").read_text().splitlines()

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from evm_deploy import errors
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.errors import EvmError, ToolchainError
+from evm_deploy.checks import keys, text
+from evm_deploy.errors import ToolchainError
 
 STARTUP_S = 600.0  # for loading, beside the measurement's own limit
 DEFAULTS = Settings()
+FAILED = keys(error=keys(type=text, text=text, hint=text))
 
 
 def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
@@ -32,10 +34,14 @@ def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record
     """What the process that measured printed. Raises the EvmError that it did, ToolchainError where it died."""
     try:
         content = json.loads(stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
+        failed = isinstance(content, dict) and "error" in content
+        if failed:
+            FAILED(content, "")
+    except (IndexError, ValueError, RecursionError) as error:
         said = (stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ToolchainError(f"the process that measured {bundle} died with code {code}: {said}") from error
-    if "error" in content:
-        kind: type[EvmError] = getattr(errors, content["error"]["type"], ToolchainError)
+    if failed:
+        kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+        kind = kinds.get(content["error"]["type"], ToolchainError)
         raise kind(content["error"]["text"], content["error"]["hint"])
     return Record.parse(content, f"what came of {bundle}")

@@ -12,6 +12,7 @@ from evm_deploy.bench.agent import NAME, build_agent
 from evm_deploy.bench.measuring import STARTUP_S, record_of
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.ssh import Connection
+from evm_deploy.checks import keys, mapping, nullable, text
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.bundle import Bundle, open_bundle
 from evm_deploy.export.manifest import FILE, Manifest
@@ -19,6 +20,7 @@ from evm_deploy.progress import Step
 
 PYTHON = (3, 10)
 CHECK_S = 60.0
+CHECKED = keys(platform=text, versions=mapping(nullable(text)))
 
 
 class Need(NamedTuple):
@@ -106,7 +108,8 @@ class Board:
         answer = self._connection.run([NAME, "--tied", "check", *modules], CHECK_S)
         try:
             content: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-        except (IndexError, ValueError) as error:
+            CHECKED(content, "")
+        except (IndexError, ValueError, RecursionError) as error:
             said = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise ToolchainError(f"the agent does not run on {self.at}: {said}") from error
         return content

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from evm_deploy.bench import supervisor
+from evm_deploy.checks import keys, listing, nullable, number, size, text, yes_or_no
 from evm_deploy.errors import ToolchainError, UsageError
 
 # What is given by the user comes first and wins: ssh takes the first value of an option.
@@ -27,6 +28,8 @@ CLOSE_S = 10.0
 ALIVE_S = 5.0  # between signs of life: a sixth of the supervisor's patience
 MAX_NOISE = 1 << 16  # bytes that a board's login scripts may print
 MAX_ANSWER = 64 << 20
+VERSION = listing(size, length=2)
+ANSWER = keys(code=nullable(number), stdout=text, stderr=text, late=yes_or_no)
 BLOCK = 1 << 18
 REFUSALS = (  # what ssh says, and what to do
     ("IDENTIFICATION HAS CHANGED", "another key than the known one: find out why before  ssh-keygen -R"),
@@ -117,8 +120,10 @@ class Connection:
         self._write(json.dumps({"run": arguments, "seconds": seconds}).encode() + b"\n")
         line = self._line(seconds + CONNECT_S, MAX_ANSWER)
         try:
-            answer = Answer(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            content = json.loads(line)
+            ANSWER(content, "")
+            answer = Answer(**content)
+        except (ValueError, TypeError, RecursionError) as error:
             raise self._lost() from error
         if answer.code is None:
             raise ToolchainError(f"{self.host}: {answer.stderr}")
@@ -151,8 +156,9 @@ class Connection:
         while seen < MAX_NOISE:
             line = self._line(CONNECT_S, MAX_NOISE)
             if mark in line:
-                major, minor = json.loads(line.partition(mark)[2])
-                return major, minor
+                with contextlib.suppress(ValueError, RecursionError):
+                    VERSION(version := json.loads(line.partition(mark)[2]), "version")
+                    return version[0], version[1]
             seen += len(line)
         raise ToolchainError(f"{self.host} prints, and does not start", "its login scripts must end without a terminal")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,7 +206,7 @@ def _from_npz(source: Path) -> list[Picture]:
             names = list(data)
             key = "images" if "images" in names else names[0] if len(names) == 1 else ""
             images = data[key] if key else np.empty(0)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
         raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise CalibrationError(
@@ -216,8 +217,11 @@ def _from_npz(source: Path) -> list[Picture]:
 
 
 def _from_csv(source: Path) -> list[tuple[Picture, str]]:
-    rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
-    if rows and len(rows[0]) == 2 and not (source.parent / rows[0][0]).exists():
+    try:
+        rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
+    except csv.Error as error:
+        raise CalibrationError(f"{source} cannot be read: {error}", "each line is path,class") from error
+    if rows and len(rows[0]) == 2 and not os.path.exists(source.parent / rows[0][0]):  # noqa: PTH110  takes any name
         rows = rows[1:]  # a heading
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong or not rows:
@@ -238,7 +242,8 @@ def _from_class_folders(source: Path) -> list[tuple[Picture, str]]:
 def _class_index(source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
     if labels and set(names) <= set(labels):
         return {name: list(labels).index(name) for name in names}
-    if all(name.isdigit() and int(name) < num_classes for name in names):
+    indices = set(map(str, range(num_classes)))
+    if set(names) <= indices:
         return {name: int(name) for name in names}
     if len(names) == num_classes:
         return {name: i for i, name in enumerate(names)}

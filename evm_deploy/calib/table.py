@@ -87,7 +87,7 @@ class CalibrationTable:
                 raise ValueError("its maxima by channel are not those of its activations")
             if table.key != data["key"] or not 0 <= table.done <= int(table.identity["images"]["count"]):
                 raise ValueError("its key does not fit its content")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CalibrationError(f"not a calibration table: {error}", "calibrate again") from error
         return table
 

@@ -49,6 +49,7 @@ def unpack(path: Path, into: Path) -> Path:
     are unpacked: what a zip says of its sizes is not believed.
     """
     try:
+        into.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
             _check(path, entries)

@@ -9,13 +9,18 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from evm_deploy.errors import BundleError
-from evm_deploy.export import archive
+from evm_deploy.export import archive, signing
 from evm_deploy.export.manifest import FILE, Manifest
 from evm_deploy.files import artifact_bytes, aside, sha256
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class Bundle:
         return artifact_bytes(self.path / self.manifest.artifact)
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> Bundle:
     """Read the manifest of the bundle at `path`, a folder or a zip, and check the hash of every file.
 
-    Raises BundleError.
+    signed_by: the key that must have signed it; then it may hold nothing else. Raises BundleError.
     """
     path, unpacked = Path(path), None
     if path.suffix == archive.SUFFIX and path.is_file():
@@ -43,7 +48,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if not path.is_dir():
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", "make one with evm-export")
-    manifest = Manifest.read(path)
+    manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
     if manifest.rejected:
         raise BundleError(f"bundle {path} was rejected at export: {'; '.join(manifest.parity.get('failures', []))}")
     for name, facts in manifest.files.items():
@@ -56,6 +61,8 @@ def open_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"bundle {path}: {name} cannot be read: {error.strerror}") from error
         if damaged:
             raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
+    if signed_by:
+        signing.check_nothing_else(path, set(manifest.files))
     return Bundle(path, manifest, unpacked)
 
 

@@ -150,7 +150,7 @@ def remarks(runtime: Runtime) -> list[str]:
 
 
 def no_library(*_: Any) -> NoReturn:
-    raise ToolchainError("Core ML takes no native library")
+    raise ToolchainError("Core ML takes no native library", "leave --device out")
 
 
 def write_scan_probe(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:

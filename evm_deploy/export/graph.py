@@ -204,7 +204,9 @@ def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
             custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
         )
     if program is None:
-        raise ToolchainError("torch.onnx.export returned nothing")
+        raise ToolchainError(
+            "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
+        )
     proto: onnx.ModelProto = program.model_proto
     return proto
 

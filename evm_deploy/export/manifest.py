@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evm_deploy.checks import anything, count, keys, listing, mapping, nullable, number, one_of, size, text, yes_or_no
 from evm_deploy.errors import BundleError
 from evm_deploy.export.plan import Batch, Choice, EngineSettings, ExportPlan
 from evm_deploy.model.preprocess import Preprocessing
@@ -15,6 +17,35 @@ from evm_deploy.model.preprocess import Preprocessing
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 MAX_BYTES = 4 << 20
+ACCURACY = keys(
+    images=size,
+    **dict.fromkeys(
+        ("sqnr_db", "agreement", "top1", "top1_float", "top5", "top5_float", "limit", "drop"), nullable(number)
+    ),
+    ok=nullable(yes_or_no),
+)
+TENSOR = keys(name=text, dtype=text, shape=listing(nullable(count), at_least=1))
+SCHEMA = keys(
+    **dict.fromkeys(("name", "target", "artifact"), text),
+    plan=keys(
+        **dict.fromkeys(("precision", "batch", "scan"), text),
+        imgsz=listing(count, length=2),
+        input=one_of("image", "tensor"),
+        head=one_of("logits", "probs", "features"),
+    ),
+    model=keys(**dict.fromkeys(("name", "variant"), text), checkpoint=keys(sha256=text), parameters=count),
+    preprocessing=keys(size=listing(count, length=2)),
+    inputs=listing(TENSOR, at_least=1),
+    outputs=listing(TENSOR, at_least=1),
+    scan=keys(value=text, reason=text, plugins=nullable(mapping(text))),
+    details=mapping(anything),
+    versions=mapping(text),
+    parity=keys(failures=listing(text)),
+    accuracy=nullable(ACCURACY),
+    notes=listing(text),
+    files=mapping(keys(sha256=text, size_bytes=size)),
+    **dict.fromkeys(("built", "rejected"), yes_or_no),
+)
 
 
 @dataclass(frozen=True)
@@ -72,13 +103,16 @@ class Manifest:
         return Preprocessing(**values)
 
     @classmethod
-    def read(cls, bundle: Path) -> Manifest:
-        """Read and validate `bundle/manifest.json`. Raises BundleError."""
+    def read(cls, bundle: Path, check: Callable[[bytes], None] | None = None) -> Manifest:
+        """Read and validate `bundle/manifest.json`; `check` sees its bytes first. Raises BundleError."""
         path = bundle / FILE
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest")
-            content = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            if check:
+                check(data)
+            content = json.loads(data)
         except FileNotFoundError as error:
             raise BundleError(f"{bundle} is not a bundle: it has no {FILE}", "make one with evm-export") from error
         except OSError as error:
@@ -111,6 +145,7 @@ class Manifest:
             for library in manifest.plugins.values():
                 if library not in manifest.files:
                     raise ValueError(f"the native library {library!r} is not among the files")
+            SCHEMA(asdict(manifest), "")
         except BundleError:
             raise
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault

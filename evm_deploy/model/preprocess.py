@@ -104,7 +104,7 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         raise ImageError(f"image {image} is not an image that Pillow can read") from error
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"image {image} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # an untrusted file: whatever Pillow's plugins raise, it is the file's fault
         raise ImageError(f"image {image} cannot be read: {error}") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from evm_deploy.bench.record import Record
 from evm_deploy.export.bundle import Bundle
+from evm_deploy.printable import printable
 
 FLOAT = "fp32"
 MAX_TEXT = 200
@@ -63,7 +64,7 @@ class Candidate:
             **{key: plain(bundle[key]) for key in ("name", "model", "target", "precision")},
             imgsz=(bundle["imgsz"][0], bundle["imgsz"][1]),
             size_bytes=bundle["artifact_bytes"],
-            accuracy=bundle["accuracy"],
+            accuracy=bundle.get("accuracy"),
             record=record,
             notes=tuple(notes),
         )
@@ -95,7 +96,7 @@ class Candidate:
             self.imgsz,
             device_key(self.record),
             settings["batch"],
-            settings["threads"],
+            settings.get("threads"),
             settings.get("streams") or 1,
             plain(settings["timed"]),
         )
@@ -183,5 +184,5 @@ def milliseconds(value: float) -> str:
 
 def plain(text: object) -> str:
     """Printable and short: names come from files, and terminals obey control characters."""
-    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(text))
+    shown = printable(text, keep="")
     return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -81,7 +81,7 @@ def identity(record: Record) -> tuple[object, ...]:
 def candidates(found: Found) -> list[Candidate]:
     """The newest records, each with what its bundle adds, then the bundles that were not measured."""
     made = [_joined(record, found.bundles) for record in newest(found.records)]
-    measured = {record.bundle["manifest_sha256"] for record in found.records}
+    measured = {record.bundle.get("manifest_sha256") for record in found.records}
     return made + [Candidate.of_bundle(bundle) for sha, bundle in found.bundles.items() if sha not in measured]
 
 
@@ -95,7 +95,7 @@ def groups(found: Iterable[Candidate]) -> dict[Conditions, list[Candidate]]:
 
 def _joined(record: Record, bundles: dict[str, Bundle]) -> Candidate:
     candidate = Candidate.of_record(record)
-    bundle = bundles.get(record.bundle["manifest_sha256"] or "")
+    bundle = bundles.get(record.bundle.get("manifest_sha256") or "")
     if bundle:
         return replace(candidate, rejected=Candidate.of_bundle(bundle).rejected)
     if any(other.path.resolve().name == candidate.name for other in bundles.values()):

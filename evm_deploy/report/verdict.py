@@ -70,7 +70,7 @@ def why_out(each: Candidate, max_drop: float) -> str:
 def choose(running: Sequence[Candidate]) -> Candidate:
     """Of those that do not differ from the fastest, the most accurate, then the smallest."""
     fastest = min(running, key=_p50)
-    level = [each for each in running if not differ(each, fastest)]
+    level = [each for each in running if each is fastest or not differ(each, fastest)]
     return min(level, key=lambda each: (_known(each.drop), each.size_bytes, _p50(each), each.label))
 
 

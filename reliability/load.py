@@ -1,0 +1,175 @@
+"""Load: many inferences, many threads, many openings of the embedded demo; memory flat, results the same to the bit.
+
+    python -m reliability.load [JOB..] [--scale 1.0] [-o dist/reliability]
+
+A job runs in a process of its own. Resident memory and descriptors are read after the first tenth and at the end. Exit
+1 when memory grew by over 4 MB, a descriptor or a folder was left open, or any result differed. `--scale 0.01` for a
+short look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evm_deploy import ExportPlan, export, load
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.export.archive import write_zip
+
+if TYPE_CHECKING:
+    from evm_deploy.inference import LoadedBundle
+
+MAX_GROWTH_MB = 4.0
+PICTURES = 16  # different inputs, in turn
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """count: of what `work` yields after each. plan, options: of the bundle and of `load`."""
+
+    work: Callable[[Path, int, dict[str, Any]], Iterator[int]]
+    count: int
+    plan: ExportPlan
+    options: dict[str, Any]
+
+
+def infer(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
+    """Inferences by one thread -> after each, whether its result differs from the first of its picture."""
+    with load(bundle, threads=1, **options) as model:
+        inputs = pictures(model)
+        first = [result(model, each) for each in inputs]
+        for i in range(count):
+            yield result(model, inputs[i % PICTURES]) != first[i % PICTURES]
+
+
+def infer_together(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
+    """The same by threads that share the bundle, a tenth of the count at a time."""
+    with load(bundle, threads=1, streams=THREADS, **options) as model, ThreadPoolExecutor(THREADS) as pool:
+        inputs = pictures(model)
+        first = [result(model, each) for each in inputs]
+
+        def some(offset: int) -> list[int]:
+            each = range(offset, offset + count // (10 * THREADS))
+            return [result(model, inputs[i % PICTURES]) != first[i % PICTURES] for i in each]
+
+        for _ in range(10):
+            for differ in pool.map(some, range(THREADS)):
+                yield from differ
+
+
+def open_and_close(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
+    """Openings, each with one inference."""
+    with load(bundle, threads=1, **options) as model:
+        picture, *_ = pictures(model)
+        first = result(model, picture)
+    for _ in range(count):
+        with load(bundle, threads=1, **options) as model:
+            yield result(model, picture) != first
+
+
+def open_and_close_zip(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
+    yield from open_and_close(write_zip(bundle), count, options)
+
+
+ONNX, OPENVINO, PORTABLE = ExportPlan("onnx"), ExportPlan("openvino"), ExportPlan("openvino", scan="portable")
+INT8 = ExportPlan("onnx", precision="int8", calib="demo", calib_images=100)
+JOBS = {
+    "onnx native": Job(infer, 1_000_000, ONNX, {"scan": "plugin"}),
+    "onnx portable": Job(infer, 1_000_000, ONNX, {"scan": "portable"}),
+    "onnx int8": Job(infer, 1_000_000, INT8, {}),
+    "openvino extension": Job(infer, 1_000_000, OPENVINO, {}),
+    "openvino portable": Job(infer, 1_000_000, PORTABLE, {}),
+    "coreml emulated": Job(infer, 20_000, ExportPlan("coreml"), {}),
+    "onnx 8 threads": Job(infer_together, 80_000, ONNX, {"scan": "plugin"}),
+    "openvino 8 threads": Job(infer_together, 80_000, OPENVINO, {}),
+    "onnx opened": Job(open_and_close, 10_000, ONNX, {}),
+    "onnx zip opened": Job(open_and_close_zip, 1_000, ONNX, {}),
+    "openvino opened": Job(open_and_close, 2_000, OPENVINO, {}),
+}
+
+
+def pictures(model: LoadedBundle) -> list[dict[str, Any]]:
+    (spec,) = model.inputs.values()
+    shape = [side or 1 for side in spec.shape]
+    rng = np.random.default_rng(0)
+    return [{spec.name: rng.integers(0, 256, shape, np.uint8)} for _ in range(PICTURES)]
+
+
+def result(model: LoadedBundle, feeds: dict[str, Any]) -> bytes:
+    return b"".join(value.tobytes() for value in model.run(feeds).values())
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now. Linux only."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
+def held() -> int:
+    """Descriptors of this process, and folders that zips are unpacked into."""
+    return len(list(Path("/proc/self/fd").iterdir())) + len(list(Path(tempfile.gettempdir()).glob("evm-bundle-*")))
+
+
+def run(job: Job, count: int, bundle: Path) -> dict[str, Any]:
+    work = job.work(bundle, count, job.options)
+    done = differ = early_held = 0
+    early_mb = 0.0
+    start = time.monotonic()
+    for different in work:
+        done, differ = done + 1, differ + different
+        if done == max(1, count // 10):
+            early_mb, early_held = resident_mb(), held()
+        if done == count:
+            late_mb, late_held = resident_mb(), held()  # as the early ones: before the bundle is closed
+    return {
+        "done": done,
+        "differ": differ,
+        "seconds": round(time.monotonic() - start),
+        "resident_mb": [round(early_mb, 1), round(late_mb, 1)],
+        "held": [early_held, late_held],
+        "ok": done == count and not differ and late_mb - early_mb <= MAX_GROWTH_MB and late_held <= early_held,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the counts")
+    parser.add_argument("-o", "--out", type=Path, default=Path("dist/reliability"))
+    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)  # in the process of one job
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.bundle:
+        (name,) = args.jobs
+        print(json.dumps(run(JOBS[name], count_of(JOBS[name], args.scale), args.bundle)))
+        return 0
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.jobs or JOBS:
+            bundle = export(CHECKPOINT, JOBS[name].plan, f"{folder}/{name}").path
+            command = [sys.executable, "-m", "reliability.load", name, "--scale", str(args.scale), "--bundle", bundle]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            results[name] = json.loads(done.stdout) if done.returncode == 0 else {"ok": False, "code": done.returncode}
+            print(f"{name:<20} {results[name]}", flush=True)
+    (args.out / "load.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(not all(each["ok"] for each in results.values()))
+
+
+def count_of(job: Job, scale: float) -> int:
+    return max(100, int(job.count * scale)) // (10 * THREADS) * (10 * THREADS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
