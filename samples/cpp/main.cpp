@@ -1,14 +1,12 @@
 // evm-classify: what evm-run does, in C++. Flags, output and exit codes are the same.
 #include "image.h"
 
-#include <nlohmann/json.hpp>
-
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 
 namespace {
-
-using Json = nlohmann::ordered_json;
 
 constexpr const char *USAGE =
     "usage: evm-classify BUNDLE [IMAGE ..] [--top K] [--selftest] [--bench] [--threads N] [--scan auto|plugin|bundled|portable]\n"
@@ -65,23 +63,55 @@ Arguments parse(const std::vector<std::string> &words) {
     return args;
 }
 
+// Text and numbers as JSON has them.
+std::string quoted(const std::string &text) {
+    std::string result = "\"";
+    for (const char c : text) {
+        char escaped[8];
+        std::snprintf(escaped, sizeof escaped, c == '"' || c == '\\' ? "\\%c" : static_cast<unsigned char>(c) < 0x20 ? "\\u%04x" : "%c", c);
+        result += escaped;
+    }
+    return result + '"';
+}
+
+std::string precise(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.17g", value);
+    return text;
+}
+
+std::string listed(const std::vector<std::string> &rows) {
+    std::string result;
+    for (const std::string &row : rows) result += (result.empty() ? "\n " : ",\n ") + row;
+    return "[" + result + "\n]";
+}
+
 bool selftest(const evm::Model &model, bool json) {
     const std::vector<evm::Check> checks = model.selftest();
-    bool passed = true;
-    Json facts = Json::array();
+    const bool passed = std::all_of(checks.begin(), checks.end(), [](const evm::Check &check) { return check.ok(); });
+    const evm::Choice &scan = model.scan();
+    std::vector<std::string> rows;
     for (const evm::Check &check : checks) {
-        passed = passed && check.ok();
-        facts.push_back({{"name", check.name}, {"error", check.error}, {"limit", check.limit}, {"ok", check.ok()}});
+        rows.push_back("{\"name\": " + quoted(check.name) + ", \"error\": " + precise(check.error) + ", \"limit\": " + precise(check.limit) +
+                       ", \"ok\": " + (check.ok() ? "true}" : "false}"));
         if (!json) std::printf("%-32s %.1e  limit %.1e  %s\n", check.name.c_str(), check.error, check.limit, check.ok() ? "ok" : "FAILED");
     }
-    const evm::Choice &scan = model.scan();
-    if (json) std::cout << Json{{"passed", passed}, {"scan", {{"value", scan.value}, {"reason", scan.reason}}}, {"checks", facts}}.dump(1) << '\n';
+    if (json)
+        std::printf("{\"passed\": %s, \"scan\": {\"value\": %s, \"reason\": %s}, \"checks\": %s}\n", passed ? "true" : "false",
+                    quoted(scan.value).c_str(), quoted(scan.reason).c_str(), listed(rows).c_str());
     else std::printf("scans ran as %s: %s\n%s\n", scan.value.c_str(), scan.reason.c_str(), passed ? "PASSED" : "FAILED");
     return passed;
 }
 
+std::string row_of(const std::string &image, const std::vector<evm::Prediction> &top) {
+    std::vector<std::string> parts;
+    for (const evm::Prediction &p : top)
+        parts.push_back("{\"label\": " + quoted(p.label) + ", \"index\": " + std::to_string(p.index) + ", \"score\": " + precise(p.score) + "}");
+    return "{\"image\": " + quoted(image) + ", \"top\": " + listed(parts) + "}";
+}
+
 void classify(const evm::Model &model, const Arguments &args) {
-    Json rows = Json::array();
+    std::vector<std::string> rows;
     for (size_t start = 0; start < args.images.size(); start += AT_ONCE) {
         std::vector<Picture> pictures;
         std::vector<evm::Image> views;
@@ -89,31 +119,22 @@ void classify(const evm::Model &model, const Arguments &args) {
         for (const Picture &picture : pictures) views.push_back(picture.view());
         const auto found = model.classify(views, args.top);
         for (size_t i = 0; i < found.size(); i++) {
-            Json top = Json::array();
-            for (const evm::Prediction &p : found[i]) top.push_back({{"label", p.label}, {"index", p.index}, {"score", p.score}});
-            rows.push_back({{"image", args.images[start + i]}, {"top", top}});
+            rows.push_back(row_of(args.images[start + i], found[i]));
+            if (args.json) continue;
+            std::printf("%s\n", args.images[start + i].c_str());
+            for (const evm::Prediction &p : found[i]) std::printf("  %6.2f%%  %s\n", 100 * p.score, p.label.c_str());
         }
     }
-    if (args.json) {
-        std::cout << rows.dump(1) << '\n';
-        return;
-    }
-    for (const Json &row : rows) {
-        std::cout << row["image"].get<std::string>() << '\n';
-        for (const Json &p : row["top"]) std::printf("  %6.2f%%  %s\n", 100 * p["score"].get<double>(), p["label"].get<std::string>().c_str());
-        std::fflush(stdout);
-    }
+    if (args.json) std::printf("%s\n", listed(rows).c_str());
 }
 
 void bench(const evm::Model &model, const Arguments &args) {
-    const evm::Latency latency = model.bench(args.timing);
-    const Json facts{{"p50", latency.percentile(50)}, {"p90", latency.percentile(90)}, {"p95", latency.percentile(95)}, {"p99", latency.percentile(99)},
-                     {"mean", latency.mean()},        {"std", latency.std_dev()},       {"min", latency.min()},          {"max", latency.max()},
-                     {"runs", latency.samples.size()}, {"warm_up", latency.warm_up},    {"stable", latency.stable}};
-    if (args.json) std::cout << facts.dump(1) << '\n';
-    else
-        std::printf("p50 %.3f ms  p90 %.3f  p99 %.3f  mean %.3f  min %.3f  %zu runs%s\n", latency.percentile(50), latency.percentile(90),
-                    latency.percentile(99), latency.mean(), latency.min(), latency.samples.size(), latency.stable ? "" : ", not stable");
+    const evm::Latency t = model.bench(args.timing);
+    const char *const text = "p50 %.4f ms  p90 %.4f  p95 %.4f  p99 %.4f  mean %.4f  std %.4f  min %.4f  max %.4f  %zu runs%s\n";
+    const char *const json = "{\"p50\": %.4f, \"p90\": %.4f, \"p95\": %.4f, \"p99\": %.4f, \"mean\": %.4f, \"std\": %.4f, \"min\": %.4f, "
+                             "\"max\": %.4f, \"runs\": %zu, \"stable\": %s}\n";
+    std::printf(args.json ? json : text, t.percentile(50), t.percentile(90), t.percentile(95), t.percentile(99), t.mean(), t.std_dev(), t.min(), t.max(),
+                t.samples.size(), args.json ? t.stable ? "true" : "false" : t.stable ? "" : ", not stable");
 }
 
 int run(const Arguments &args) {
