@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,6 @@ KINDS = {
     "address": (ADDRESS, ("EVM_OPENVINO",)),
     "thread": (THREAD, ()),
 }
-EXIT_CODES = {UsageError: 2, ImageError: 2, BundleError: 2, ToolchainError: 3}
 ERRORS = {2: UsageError, 3: ImageError, 4: BundleError, 5: ToolchainError}  # by evm_status
 
 
@@ -59,7 +60,10 @@ def build(kind: str) -> Path:
     with (folder.parent / f"{kind}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a test run share it
         source = ROOT / "sdk" / "cpp" / "tests"
-        run(["cmake", "-S", source, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())], environment)
+        run(
+            ["cmake", "-S", source, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())],
+            environment,
+        )
         run(["cmake", "--build", folder], environment)
     return folder
 
@@ -87,7 +91,16 @@ def drive(*commands: Sequence[object], kind: str = "address", **environment: str
     return answers
 
 
-class Image(ctypes.Structure):
+def changed(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a bundle whose manifest has been changed."""
+    copy = Path(shutil.copytree(bundle, folder / "changed"))
+    content = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    change(content)
+    (copy / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    return copy
+
+
+class View(ctypes.Structure):
     _fields_ = [  # noqa: RUF012
         ("rgb", ctypes.c_void_p),
         ("width", ctypes.c_int),
@@ -145,7 +158,7 @@ class Model:
             raise kind(*said.split("\n  ", 1))
 
     def classify(self, images: Sequence[np.ndarray], top: int = 5) -> list[list[tuple[int, float]]]:
-        views = (Image * len(images))(*(Image(a.ctypes.data, a.shape[1], a.shape[0], a.strides[0]) for a in images))
+        views = (View * len(images))(*(View(a.ctypes.data, a.shape[1], a.shape[0], a.strides[0]) for a in images))
         best = (Prediction * (len(images) * top))()
         self._call("evm_classify", self.handle, views, ctypes.c_size_t(len(images)), top, best)
         rows = [best[i * top : (i + 1) * top] for i in range(len(images))]
@@ -155,7 +168,7 @@ class Model:
         height, width = ctypes.c_int(), ctypes.c_int()
         self.library.evm_input_size(self.handle, ctypes.byref(height), ctypes.byref(width))
         pixels = np.empty((height.value, width.value, 3), np.uint8)
-        view = Image(image.ctypes.data, image.shape[1], image.shape[0], image.strides[0])
+        view = View(image.ctypes.data, image.shape[1], image.shape[0], image.strides[0])
         self._call("evm_preprocess", self.handle, ctypes.byref(view), ctypes.c_void_p(pixels.ctypes.data))
         return pixels
 

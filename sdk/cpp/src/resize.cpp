@@ -1,6 +1,6 @@
 // A pixel of the result is a weighted mean of the pixels under a kernel, stretched by the scale where a picture gets smaller
-// (that is the antialiasing). Weights are computed in double, normalised, and rounded to fixed point with 22 bits; the
-// horizontal pass comes first and is rounded to 8 bits. What Pillow rounds is rounded here, in the same order.
+// (that is the antialiasing). Weights are computed in double, normalised, and rounded to fixed point with 22 bits; what the
+// first pass gives is rounded to 8 bits. What Pillow rounds is rounded here, in the same order.
 #include "resize.h"
 
 #include <algorithm>
@@ -60,42 +60,70 @@ Weights weights_of(int from, const Axis &axis, bool bicubic) {
 
 std::uint8_t rounded(std::int32_t sum) { return static_cast<std::uint8_t>(std::clamp(sum >> BITS, 0, 255)); }
 
-// One row, all kept columns of it.
-void horizontal(const std::uint8_t *row, const Weights &weights, std::uint8_t *out) {
-    for (std::size_t x = 0; x < weights.begin.size(); x++) {
-        const std::int32_t *const weight = &weights.weight[x * static_cast<std::size_t>(weights.taps)];
-        const std::uint8_t *const pixel = row + 3 * weights.begin[x];
-        std::int32_t red = 1 << (BITS - 1), green = red, blue = red;
-        for (int k = 0; k < weights.count[x]; k++) {
-            red += pixel[3 * k] * weight[k];
-            green += pixel[3 * k + 1] * weight[k];
-            blue += pixel[3 * k + 2] * weight[k];
+using Bytes = std::vector<std::uint8_t>;
+
+// Rows of packed RGB.
+struct Rows {
+    const std::uint8_t *rgb;
+    std::ptrdiff_t stride;
+};
+
+// All kept columns of `count` rows, whose first column is column `left` of the picture.
+Bytes horizontal(const Rows &rows, std::size_t count, int left, const Weights &weights) {
+    const std::size_t width = weights.begin.size();
+    Bytes result(count * width * 3);
+    std::uint8_t *out = result.data();
+    for (std::size_t y = 0; y < count; y++) {
+        const std::uint8_t *const row = rows.rgb + static_cast<std::ptrdiff_t>(y) * rows.stride;
+        for (std::size_t x = 0; x < width; x++, out += 3) {
+            const std::int32_t *const weight = &weights.weight[x * static_cast<std::size_t>(weights.taps)];
+            const std::uint8_t *const pixel = row + 3 * (weights.begin[x] - left);
+            std::int32_t red = 1 << (BITS - 1), green = red, blue = red;
+            for (int k = 0; k < weights.count[x]; k++) {
+                red += pixel[3 * k] * weight[k];
+                green += pixel[3 * k + 1] * weight[k];
+                blue += pixel[3 * k + 2] * weight[k];
+            }
+            out[0] = rounded(red), out[1] = rounded(green), out[2] = rounded(blue);
         }
-        out[3 * x] = rounded(red), out[3 * x + 1] = rounded(green), out[3 * x + 2] = rounded(blue);
     }
+    return result;
+}
+
+// All kept rows of `width` columns, whose first row is row `top` of the picture.
+Bytes vertical(const Rows &rows, std::size_t width, int top, const Weights &weights) {
+    std::vector<std::int32_t> sums(3 * width);
+    Bytes result(weights.begin.size() * sums.size());
+    for (std::size_t y = 0; y < weights.begin.size(); y++) {
+        std::fill(sums.begin(), sums.end(), 1 << (BITS - 1));
+        for (int k = 0; k < weights.count[y]; k++) {
+            const std::int32_t weight = weights.weight[y * static_cast<std::size_t>(weights.taps) + static_cast<std::size_t>(k)];
+            const std::uint8_t *const row = rows.rgb + (weights.begin[y] + k - top) * rows.stride;
+            for (std::size_t x = 0; x < sums.size(); x++) sums[x] += row[x] * weight;
+        }
+        std::transform(sums.begin(), sums.end(), result.begin() + static_cast<std::ptrdiff_t>(y * sums.size()), rounded);
+    }
+    return result;
 }
 
 }  // namespace
 
-std::vector<std::uint8_t> resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic) {
+Bytes resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic) {
     const Weights across = weights_of(image.width, columns, bicubic), down = weights_of(image.height, rows, bicubic);
-    const std::size_t width = 3 * static_cast<std::size_t>(columns.count), height = static_cast<std::size_t>(rows.count);
     const std::ptrdiff_t stride = image.stride ? image.stride : 3 * static_cast<std::ptrdiff_t>(image.width);
-    const int top = down.begin.front(), bottom = down.begin.back() + down.count.back();  // both grow with the row
-    std::vector<std::uint8_t> narrow(static_cast<std::size_t>(bottom - top) * width), result(height * width);
-    for (int y = top; y < bottom; y++)
-        horizontal(image.rgb + y * stride, across, &narrow[static_cast<std::size_t>(y - top) * width]);
-    std::vector<std::int32_t> sums(width);
-    for (std::size_t y = 0; y < height; y++) {
-        std::fill(sums.begin(), sums.end(), 1 << (BITS - 1));
-        for (int k = 0; k < down.count[y]; k++) {
-            const std::int32_t weight = down.weight[y * static_cast<std::size_t>(down.taps) + static_cast<std::size_t>(k)];
-            const std::uint8_t *const row = &narrow[static_cast<std::size_t>(down.begin[y] + k - top) * width];
-            for (std::size_t x = 0; x < width; x++) sums[x] += row[x] * weight;
-        }
-        std::transform(sums.begin(), sums.end(), result.begin() + static_cast<std::ptrdiff_t>(y * width), rounded);
+    // what the kept pixels are made of; both ends grow from pixel to pixel
+    const int top = down.begin.front(), bottom = down.begin.back() + down.count.back();
+    const int left = across.begin.front(), right = across.begin.back() + across.count.back();
+    const std::size_t height = static_cast<std::size_t>(bottom - top), width = static_cast<std::size_t>(right - left);
+    const Rows used{image.rgb + top * stride + 3 * left, stride};
+    // Pillow 13's order; before, the horizontal pass always came first
+    const bool down_first = rows.full < image.height && image.height - rows.full > 2 * (image.width - columns.full);
+    if (down_first) {
+        const Bytes low = vertical(used, width, top, down);
+        return horizontal({low.data(), 3 * static_cast<std::ptrdiff_t>(width)}, down.begin.size(), left, across);
     }
-    return result;
+    const Bytes narrow = horizontal(used, height, left, across);
+    return vertical({narrow.data(), 3 * static_cast<std::ptrdiff_t>(columns.count)}, across.begin.size(), top, down);
 }
 
 }  // namespace evm
