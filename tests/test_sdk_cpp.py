@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.export.selftest import picture
 from evm_deploy.model.preprocess import Preprocessing
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
-from tests.test_vectors import CASES, CONTENT, FOLDER, preprocessing
+from tests.test_vectors import CASES, FOLDER, preprocessing
 
 JPEG = 2  # of 255: stb_image and libjpeg decode JPEGs differently; 0.02 in the mean
 
@@ -52,20 +53,13 @@ def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
     def made(name: str, *args: object, **plan: object) -> Path:
         return export(micro, ExportPlan(*args, **plan), folder / name).path
 
+    onnx = {"input": "tensor", "head": "probs", "imgsz": (64, 96), "batch": Batch(2, 2, 3), "labels": labels}
+    openvino = {"scan": "portable", "head": "features", "imgsz": (96, 64), "batch": Batch(1, 1, None)}
     return {
         "image": demo_bundle.path,
-        "tensor": made("tensor", "onnx", input="tensor", head="probs", imgsz=(64, 96), batch=Batch(3, 3, 3)),
-        "features": made("features", "onnx", head="features", imgsz=(64, 64), batch=Batch(1, 1, None)),
-        "openvino": export(CHECKPOINT, ExportPlan("openvino", batch=Batch(2, 2, 2)), folder / "openvino").path,
-        "openvino portable": made(
-            "portable",
-            "openvino",
-            scan="portable",
-            imgsz=(96, 64),
-            batch=Batch(1, 1, None),
-            head="probs",
-            labels=labels,
-        ),
+        "tensor": made("tensor", "onnx", **onnx),
+        "openvino": export(CHECKPOINT, ExportPlan("openvino", batch=Batch(3, 3, 3)), folder / "openvino").path,
+        "portable": made("portable", "openvino", **openvino),
     }
 
 
@@ -159,12 +153,10 @@ def lowerings(name: str) -> list[tuple[str, dict[str, object]]]:
     """(Python's scan, options of C++) for each way that a bundle's scans run here."""
     if name == "openvino":
         return [("bundled", {"scan": "bundled"})]
-    if name == "openvino portable":
-        return [("portable", {})]
     return [("portable", {"scan": "portable"}), ("plugin", {"scan": "plugin", "plugin": plugin_path("onnxruntime")})]
 
 
-@pytest.mark.parametrize("name", ["image", "tensor", "openvino", "openvino portable"])
+@pytest.mark.parametrize("name", ["image", "tensor", "openvino"])
 def test_the_same_five_best_on_50_pictures(name, bundles, pictures_50):
     for scan, options in lowerings(name):
         with load(bundles[name], scan=scan, threads=1) as model:
@@ -190,7 +182,7 @@ def test_the_c_abi_gives_the_same(bundles, pictures_50):
             assert len(model.classify(rgb[:1], 1000)[0]) == python.manifest.model["num_classes"]
 
 
-@pytest.mark.parametrize("name", ["image", "tensor", "features", "openvino", "openvino portable"])
+@pytest.mark.parametrize("name", ["image", "tensor", "openvino", "portable"])
 def test_outputs_and_self_tests_are_the_same(name, bundles):
     options = {"scan": "bundled" if name == "openvino" else "portable", "threads": 1}
     with Model(bundles[name], **options) as model, load(bundles[name], **options) as python:
@@ -208,7 +200,7 @@ def test_outputs_and_self_tests_are_the_same(name, bundles):
         assert all(error <= limit for error, limit in checks.values())
         misfit = value[:0] if spec.shape[0] is None else np.concatenate([value, value])
         assert said(lambda: model.run(misfit)) == said(lambda: python.run({spec.name: misfit}))
-        if name == "features":
+        if name == "portable":
             shot = picture(9, 9, 0)
             assert said(lambda: model.classify([shot])) == said(lambda: python.predict([shot]))
 
@@ -253,22 +245,40 @@ def test_an_app_in_c99(bundles):
     )
 
 
-def test_an_installed_sdk_is_found_by_an_app(tmp_path, bundles):
-    run([SCRIPTS / "cmake", "--install", build("release") / "sample" / "sdk", "--prefix", tmp_path / "sdk"])
-    settings = [f"-DCMAKE_PREFIX_PATH={tmp_path / 'sdk'}", f"-DOpenVINO_DIR={package('openvino') / 'cmake'}"]
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "main.cpp").write_text(
-        "#include <evm/evm.hpp>\n#include <iostream>\nint main(int, char **argv) { std::cout << evm::Model(argv[1]).manifest().name; }"
-    )
-    (tmp_path / "app" / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\nproject(app CXX)\nfind_package(evm CONFIG REQUIRED)\n"
-        "add_executable(app main.cpp)\ntarget_link_libraries(app PRIVATE evm::evm)\n"
-    )
+def test_the_documented_apps_build_against_an_installed_sdk(tmp_path, bundles):
+    """docs/embed/cpp.md, word for word."""
+    blocks = dict(re.findall(r"```(cpp|cmake|c)\n(.*?)```", (ROOT / "docs" / "embed" / "cpp.md").read_text(), re.S))
+    sdk, app = tmp_path / "sdk", tmp_path / "app"
+    run([SCRIPTS / "cmake", "--install", build("release") / "sample" / "sdk", "--prefix", sdk])
+    app.mkdir()
+    (app / "main.cpp").write_text(blocks["cpp"])
+    (app / "CMakeLists.txt").write_text(blocks["cmake"])
+    (app / "main.c").write_text(blocks["c"])
+    settings = [f"-DCMAKE_PREFIX_PATH={sdk}", f"-DOpenVINO_DIR={package('openvino') / 'cmake'}"]
     environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
-    run(["cmake", "-S", tmp_path / "app", "-B", tmp_path / "out", "-G", "Ninja", *settings], environment)
+    run(["cmake", "-S", app, "-B", tmp_path / "out", "-G", "Ninja", *settings], environment)
     run(["cmake", "--build", tmp_path / "out"], environment)
-    done = subprocess.run([tmp_path / "out" / "app", bundles["image"]], capture_output=True, text=True)
-    assert done.stdout == "evm_digits-onnx-fp32", done.stderr
+    lines = run([tmp_path / "out" / "app", bundles["image"]]).splitlines()
+    assert len(lines) >= 10 and re.fullmatch(r"\d [01]\.\d+", lines[0]) and lines[-1].endswith(" ok")
+    assert subprocess.run([tmp_path / "out" / "app", tmp_path], capture_output=True).returncode == 2
+    libraries = [
+        "-levm",
+        "-lstdc++",
+        f"-L{sdk / 'lib'}",
+        f"-Wl,-rpath,{sdk / 'lib'}",
+        f"-Wl,-rpath-link,{package('openvino') / 'libs'}",
+    ]
+    strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{sdk / 'include'}"]
+    run(["gcc", *strict, app / "main.c", "-o", tmp_path / "c", *libraries])
+    assert re.fullmatch(r"\d 0\.\d{3}\n", run([tmp_path / "c", bundles["image"]]))
+
+
+def test_threads_share_openvino(bundles, pictures_50):
+    """8 threads, each the same as one alone."""
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_50[:8]]
+    with Model(bundles["openvino"], scan="bundled", threads=1) as model, ThreadPoolExecutor(8) as pool:
+        want = [model.classify([one]) for one in rgb]
+        assert [*pool.map(lambda one: model.classify([one]), rgb * 5)] == want * 5
 
 
 def test_tensorrt_against_stand_ins(tmp_path):

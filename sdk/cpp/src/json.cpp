@@ -39,7 +39,8 @@ Json parse_json(const std::string &text) {
     try {
         return Json::parse(strict(text), shallow);
     } catch (const Json::exception &error) {
-        throw std::runtime_error(error.what());
+        const std::string message = error.what();  // [json.exception.parse_error.101] ..
+        throw std::runtime_error(message.substr(message.find("] ") + 2));
     }
 }
 

@@ -43,7 +43,7 @@ class Api {
     }
 
     void release(ort::Function<void(Handle)> function, Handle handle) const {
-        if (handle) at(function)(handle);
+        at(function)(handle);
     }
 };
 
@@ -89,7 +89,9 @@ class Owned {
 
   public:
     explicit Owned(ort::Function<void(Handle)> release) : release_(release) {}
-    ~Owned() { api().release(release_, handle_); }
+    ~Owned() {
+        if (handle_) api().release(release_, handle_);
+    }
     Owned(Owned &&other) noexcept : handle_(std::exchange(other.handle_, nullptr)), release_(other.release_) {}
     Owned(const Owned &) = delete;
     Owned &operator=(const Owned &) = delete;

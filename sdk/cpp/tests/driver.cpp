@@ -6,6 +6,7 @@
 //   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
 //   json FILE, safetensors FILE, png FILE       read what may be damaged. ok
 //   open BUNDLE SCAN                            open a bundle. ok NAME
+//   overflow, race                              do what AddressSanitizer and ThreadSanitizer are for
 //   threads BUNDLE SCAN N FILE..                each of N threads classifies all files, in its own order; ok if all agree
 #include "../../../samples/cpp/image.h"
 #include "../src/json.h"
@@ -93,6 +94,20 @@ std::string threads(const Words &words) {
     return std::to_string(std::count_if(wrong.begin(), wrong.end(), [](int n) { return n > 0; })) + " threads differ";
 }
 
+// What sanitizers are for, so that the tests see that they see it.
+std::string overflow(const Words &words) {
+    const std::vector<char> bytes(words.size());
+    const volatile char *const end = bytes.data();
+    return std::to_string(end[words.size()]);
+}
+
+std::string race(const Words &) {
+    int count = 0;
+    std::thread one([&] { count++; }), other([&] { count++; });
+    one.join(), other.join();
+    return std::to_string(count);
+}
+
 const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"picture", picture},
     {"pixels", pixels},
@@ -102,6 +117,8 @@ const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"png", [](const Words &words) { return std::to_string(evm::read_png(bytes_of(words.at(1))).width); }},
     {"open", open},
     {"threads", threads},
+    {"overflow", overflow},
+    {"race", race},
 };
 
 }  // namespace
