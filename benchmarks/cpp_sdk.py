@@ -2,9 +2,9 @@
 
     python benchmarks/cpp_sdk.py BUNDLE.. [--rounds 7]
 
-One thread, batch 1. In each round evm-bench and evm-classify --bench measure once, in turn, the scans portable or, where the
-bundle has no other, on its own native library. Preprocessing of noise in memory to 224x224, C++ and Pillow in turn. Exit 1
-when a median ratio of latencies is off by more than 5 %. Builds the SDK in build/sdk-cpp.
+One thread, batch 1. In each round evm-bench and evm-classify --bench measure once, in turn; the scans are portable or,
+where the bundle has no such, on its own library. Preprocessing of noise in memory to 224x224, C++ and Pillow in turn.
+Exit 1 when a median ratio of latencies is off by more than 5 %. Builds the SDK in build/sdk-cpp.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def build(kind: str) -> Path:
         "EVM_ONNXRUNTIME": "ON",
         "ONNXRUNTIME_ROOT": package("onnxruntime") / "capi",
         "OpenVINO_DIR": package("openvino") / "cmake",
-        **dict.fromkeys(options, "ON"),
+        **{option: "ON" if option in options else "OFF" for option in ("BUILD_SHARED_LIBS", "EVM_OPENVINO")},
     }
     environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     with (folder.parent / f"{kind}.lock").open("w") as lock:

@@ -46,13 +46,15 @@ evm::Image image_of(const evm_image &image) { return {image.rgb, image.width, im
 evm::Options options_of(const evm_options *given) {
     evm::Options options;
     if (!given) return options;
-    if (given->size < sizeof(evm_options)) throw evm::UsageError("evm_options.size is too small", "set it to sizeof(evm_options)");
-    options.threads = given->threads;
-    if (given->streams) options.streams = given->streams;
-    if (given->scan) options.scan = given->scan;
-    if (given->plugin) options.plugin = given->plugin;
-    if (given->device) options.device = given->device;
-    if (given->cache) options.cache = given->cache;
+    if (given->size == 0) throw evm::UsageError("evm_options.size is 0", "set it to sizeof(evm_options)");
+    evm_options known{};  // a program may have been compiled when there were fewer
+    std::memcpy(&known, given, std::min(given->size, sizeof known));
+    options.threads = known.threads;
+    if (known.streams) options.streams = known.streams;
+    if (known.scan) options.scan = known.scan;
+    if (known.plugin) options.plugin = known.plugin;
+    if (known.device) options.device = known.device;
+    if (known.cache) options.cache = known.cache;
     return options;
 }
 

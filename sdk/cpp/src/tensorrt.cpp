@@ -66,6 +66,12 @@ struct Stream {
     Stream &operator=(const Stream &) = delete;
 };
 
+// Waits for the stream when its block ends: what fails in between must not free what is still copied.
+struct Synchronised {
+    cudaStream_t stream;
+    ~Synchronised() { cudaStreamSynchronize(stream); }
+};
+
 std::string dtype_of(nvinfer1::DataType type) {
     switch (type) {
         case nvinfer1::DataType::kFLOAT: return "float32";
@@ -122,6 +128,8 @@ class TensorRt : public Runtime {
 
     Tensors run(const Feeds &feeds) const override {
         const std::lock_guard<std::mutex> lock(mutex_);
+        Tensors results;
+        const Synchronised end{stream_.handle};
         for (const auto &[name, value] : feeds) {
             nvinfer1::Dims dims{};
             dims.nbDims = static_cast<std::int32_t>(value.shape.size());
@@ -131,7 +139,6 @@ class TensorRt : public Runtime {
             void *const address = bound(name, size);
             check(cudaMemcpyAsync(address, value.data, size, cudaMemcpyHostToDevice, stream_.handle));
         }
-        Tensors results;
         for (const TensorSpec &spec : outputs) {
             const std::vector<std::int64_t> shape = shape_of(context_->getTensorShape(spec.name.c_str()));
             results[spec.name] = {spec.dtype, shape, std::vector<unsigned char>(byte_size(spec.dtype, shape))};
