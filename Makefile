@@ -35,4 +35,4 @@ bench: setup
 	$(BIN)/python benchmarks/whole_model.py
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,9 @@ outputs = session.run(None, {{"{read["name"]}": pixels}})
 
 ## C++
 
-`Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with one input
+With evm-deploy's SDK: `evm::Model model("path/to/this/folder"); auto top = model.classify(rgb, width, height, 5);`.
+
+Without: `Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with one input
 `{read["name"]}` ({read["dtype"]}, {shape_of(read)}) and the output names above.
 """,
     )

@@ -15,6 +15,8 @@ def usage(manifest: Manifest) -> Usage:
     library = next(iter(manifest.plugins.values()), "")
     needs = f"; it needs the extension `{library}`" if library else ": standard operators only"
     add = f'core.add_extension("{library}")\n' if library else ""
+    trust = 'evm::Options options; options.scan = "bundled"; ' if library else ""
+    model = f'{trust}evm::Model model("path/to/this/folder"{", options" if library else ""})'
     cpp_add = f'core.add_extension("{library}");\n' if library else ""
     extensions = f" -extensions {library}" if library else ""
     batch = "" if read["shape"][0] else f" -data_shape [{','.join(map(str, [1, *read['shape'][1:]]))}]"
@@ -43,6 +45,10 @@ Latency on one thread:
     benchmark_app -m {artifact}{extensions}{batch} -d CPU -infer_precision {hint} {one_thread}
 
 ## C++
+
+With evm-deploy's SDK: `{model}; auto top = model.classify(rgb, width, height, 5);`.
+
+With OpenVINO alone:
 
 ```cpp
 ov::Core core;

@@ -1,0 +1,77 @@
+"""The C++ SDK against Python: latency of the same bundle, preprocessing of the same picture.
+
+    python benchmarks/cpp_sdk.py BUNDLE.. [--rounds 7]
+
+One thread, batch 1. In each round evm-bench and evm-classify --bench measure once, in turn; the scans are portable or,
+where the bundle has no such, on its own library. Preprocessing of noise in memory to 224x224, C++ and Pillow in turn.
+Exit 1 when a median ratio of latencies is off by more than 5 %. Builds the SDK in build/sdk-cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import interleave, ratio, where
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from evm_deploy import bench
+from evm_deploy.bench.record import Settings
+from evm_deploy.export.bundle import open_bundle
+from evm_deploy.model.preprocess import Preprocessing
+from tests.sdk_cpp import Model, build, changed, classify
+
+LIMIT = 0.05
+SECONDS = 20
+PICTURES = ((4000, 3000), (3000, 4000), (640, 480), (100, 80))  # width, height
+
+
+def latency(bundle: Path, rounds: int) -> float:
+    """Median over the rounds of C++ over Python; prints all."""
+    scan = "portable" if "portable" in open_bundle(bundle).manifest.scan["value"] else "bundled"
+    ratios, medians = [], []
+    for _ in range(rounds):
+        python = bench(bundle, Settings(threads=1, scan=scan, limit_s=SECONDS)).summary_ms["p50"]
+        done = classify(bundle, "--bench", "--threads", 1, "--scan", scan, "--seconds", SECONDS, "--json")
+        cpp = json.loads(done.stdout)["p50"]
+        ratios.append(cpp / python)
+        medians.append(cpp)
+    median = statistics.median(ratios)
+    every = " ".join(f"{each:.3f}" for each in ratios)
+    print(f"{bundle.name}, {scan}: C++ {statistics.median(medians):.3f} ms, {median:.3f} of evm-bench ({every})")
+    return median
+
+
+def preprocessing(bundle: Path) -> None:
+    spec = Preprocessing((224, 224))
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = {"size": spec.size, "crop_pct": spec.crop_pct, "interpolation": spec.interpolation}
+        with Model(changed(bundle, Path(folder), lambda content: content["preprocessing"].update(wanted))) as model:
+            for width, height in PICTURES:
+                noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+                assert np.array_equal(model.preprocess(noise), spec.pixels(noise))
+                subjects = {"C++": lambda n=noise: model.preprocess(n), "Pillow": lambda n=noise: spec.pixels(n)}
+                times = interleave(subjects, rounds=10)
+                means = ", ".join(f"{name} {statistics.median(values):.2f} ms" for name, values in times.items())
+                print(f"{width}x{height} -> 224x224: {means}, {ratio(times, 'C++', 'Pillow')[1]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    print(where())
+    build("release")
+    preprocessing(args.bundles[0])
+    ratios = [latency(bundle, args.rounds) for bundle in args.bundles]
+    return int(any(abs(each - 1) > LIMIT for each in ratios))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+// Image files as upright 8-bit RGB, as the Python package reads them.
+#pragma once
+#include <evm/evm.hpp>
+
+#include <string>
+#include <vector>
+
+struct Picture {
+    int width = 0, height = 0;
+    std::vector<unsigned char> rgb;
+    evm::Image view() const { return {rgb.data(), width, height}; }
+};
+
+// EXIF rotation applied, 16-bit grey scaled, alpha dropped. Raises evm::ImageError.
+Picture read_image(const std::string &path);

@@ -1,0 +1,175 @@
+#include "archive.h"
+
+#include "evm/evm.hpp"
+#include "inflate.h"
+#include "text.h"
+
+#include <algorithm>
+#include <fstream>
+#include <map>
+#include <set>
+#include <vector>
+
+namespace evm {
+namespace {
+
+constexpr std::size_t MAX_FILES = 10'000;
+constexpr std::uint64_t MAX_BYTES = std::uint64_t{4} << 30;  // unpacked
+constexpr std::uint64_t MAX_RATIO = 200;                     // of unpacked to packed, over which a file is a bomb
+constexpr std::uint64_t SMALL = 1 << 20;                     // bytes, up to which any ratio is harmless
+constexpr std::uint64_t MAX_DIRECTORY = 64 << 20;            // bytes of the list of files
+constexpr const char *MANIFEST = "manifest.json";
+
+// Little-endian fields of a record.
+struct Record {
+    const unsigned char *bytes;
+    std::uint32_t u16(std::size_t at) const { return bytes[at] | bytes[at + 1] << 8; }
+    std::uint32_t u32(std::size_t at) const { return u16(at) | u16(at + 2) << 16; }
+};
+
+struct Entry {
+    std::uint64_t packed, size, offset;  // offset: of its header in the file
+    std::uint32_t method, crc;
+};
+
+class Zip : public Source {
+    std::map<std::string, Entry> entries_;
+    std::string root_;  // the bundle's folder inside, with its slash
+
+  public:
+    explicit Zip(const std::filesystem::path &file) : Source(shown(file)) {
+        std::ifstream stream = opened();
+        list(stream);
+        root_ = root();
+    }
+
+    void read(const std::string &name, const Sink &sink) const override {
+        const Entry &entry = find(name);
+        std::ifstream stream = opened();
+        // The header in front of the content repeats what the directory says, with fields of its own length.
+        const std::string header = block(stream, entry.offset, 30);
+        const Record local{reinterpret_cast<const unsigned char *>(header.data())};
+        if (local.u32(0) != 0x04034b50) throw damaged("Bad magic number for file header");
+        const std::uint64_t start = entry.offset + 30 + local.u16(26) + local.u16(28);
+        if (block(stream, entry.offset + 30, local.u16(26)) != root_ + name)
+            throw damaged("File name in directory and header differ: " + repr(root_ + name));
+        stream.seekg(static_cast<std::streamoff>(start));
+        Inflate inflate(entry.method == 0 ? Inflate::STORED : Inflate::DEFLATED);
+        std::uint64_t size = 0;
+        const std::uint64_t most = std::max(SMALL, std::min(MAX_BYTES, MAX_RATIO * entry.packed));
+        const Sink counted = [&](const char *data, std::size_t count) {
+            size += count;
+            if (size > most) throw bomb(name);
+            sink(data, count);
+        };
+        std::vector<char> packed(1 << 16);
+        for (std::uint64_t left = entry.packed; left > 0;) {
+            const std::size_t take = static_cast<std::size_t>(std::min<std::uint64_t>(left, packed.size()));
+            if (!stream.read(packed.data(), static_cast<std::streamsize>(take))) throw damaged("it ends inside " + name);
+            if (!inflate.add(packed.data(), take, counted)) throw damaged(name + ": " + inflate.reason());
+            left -= take;
+        }
+        if (!inflate.ended()) throw damaged(name + ": incomplete or truncated stream");
+        if (size != entry.size || inflate.crc() != entry.crc) throw damaged("Bad CRC-32 for file " + repr(name));
+    }
+
+    std::uint64_t size(const std::string &name) const override { return find(name).size; }
+    bool on_disk() const override { return false; }
+
+  private:
+    const Entry &find(const std::string &name) const {
+        const auto found = entries_.find(root_ + name);
+        if (found == entries_.end()) throw ReadError("No such file or directory", true);
+        return found->second;
+    }
+
+    std::ifstream opened() const {
+        std::ifstream stream(path, std::ios::binary);
+        if (!stream) throw BundleError(path + " cannot be unpacked: it cannot be opened");
+        return stream;
+    }
+
+    BundleError damaged(const std::string &reason) const {
+        return BundleError(path + " is damaged, or no zip file: " + reason, "copy it again, whole");
+    }
+    BundleError bomb(const std::string &name) const {
+        return BundleError(path + ": " + name + " unpacks to over " + std::to_string(MAX_RATIO) + " times its size: a bomb");
+    }
+
+    std::string block(std::ifstream &stream, std::uint64_t at, std::size_t size) const {
+        std::string bytes(size, '\0');
+        stream.seekg(static_cast<std::streamoff>(at));
+        if (!stream.read(bytes.data(), static_cast<std::streamsize>(size))) throw damaged("it ends too soon");
+        return bytes;
+    }
+
+    // The directory at the end of the file, every entry checked.
+    void list(std::ifstream &stream) {
+        stream.seekg(0, std::ios::end);
+        const std::uint64_t length = static_cast<std::uint64_t>(stream.tellg());
+        const std::uint64_t tail = std::min<std::uint64_t>(length, 22 + 0xffff);  // the end record and the longest comment
+        const std::string end = block(stream, length - tail, static_cast<std::size_t>(tail));
+        std::size_t at = end.size() < 22 ? std::string::npos : end.rfind("PK\x05\x06", end.size() - 22);
+        if (at == std::string::npos) throw damaged("File is not a zip file");
+        const Record record{reinterpret_cast<const unsigned char *>(end.data() + at)};
+        const std::size_t count = record.u16(10);
+        const std::uint64_t size = record.u32(12), offset = record.u32(16);
+        // 64-bit records stand where these fields do not suffice, which is beyond all limits below
+        if (count > MAX_FILES) throw BundleError(path + " holds " + std::to_string(count) + " files, a bundle has at most " + std::to_string(MAX_FILES));
+        if (offset + size > length || size > MAX_DIRECTORY) throw damaged("Bad magic number for central directory");
+        const std::string directory = block(stream, offset, static_cast<std::size_t>(size));
+        std::set<std::string> seen;
+        std::uint64_t sum = 0;
+        std::size_t next = 0;
+        for (std::size_t i = 0; i < count; i++) {
+            next = add(directory, next, seen, sum);
+            if (sum > MAX_BYTES) throw BundleError(path + " unpacks to more than " + std::to_string(MAX_BYTES >> 30) + " GB");
+        }
+    }
+
+    // One entry of the directory -> where the next one starts.
+    std::size_t add(const std::string &directory, std::size_t at, std::set<std::string> &seen, std::uint64_t &sum) {
+        const Record record{reinterpret_cast<const unsigned char *>(directory.data() + at)};
+        if (directory.size() - at < 46 || record.u32(0) != 0x02014b50) throw damaged("Bad magic number for central directory");
+        const std::size_t name_size = record.u16(28), next = at + 46 + name_size + record.u16(30) + record.u16(32);
+        if (next > directory.size()) throw damaged("Truncated central directory");
+        const std::string name = directory.substr(at + 46, name_size);
+        if (!name.empty() && name.back() == '/') return next;  // a folder
+        const Entry entry{record.u32(20), record.u32(24), record.u32(42), record.u16(10), record.u32(16)};
+        const std::uint32_t kind = record.u32(38) >> 16 & 0170000;
+        if (!inside_bundle(name)) throw BundleError(path + ": the name " + repr(name) + " leaves the bundle");
+        if (kind != 0 && kind != 0100000) throw BundleError(path + ": " + name + " is a link or a device, a bundle has files alone");
+        if (record.u16(8) & 1) throw BundleError(path + ": " + name + " is encrypted");
+        if (entry.method != 0 && entry.method != 8)
+            throw BundleError(path + " cannot be unpacked: compression method " + std::to_string(entry.method) + " of " + name);
+        std::string folded = name;
+        for (char &c : folded)
+            if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+        if (!seen.insert(folded).second) throw BundleError(path + ": " + name + " is there twice");
+        if (entry.size > std::max(SMALL, MAX_RATIO * entry.packed)) throw bomb(name);
+        sum += entry.size;
+        entries_[name] = entry;
+        return next;
+    }
+
+    // The folder with the manifest: the zip's root, or its first.
+    std::string root() const {
+        if (entries_.count(MANIFEST)) return "";
+        if (!entries_.empty()) {
+            const std::string &first = entries_.begin()->first;
+            const std::string folder = first.substr(0, first.find('/') + 1);
+            if (!folder.empty() && entries_.count(folder + MANIFEST)) return folder;
+        }
+        throw BundleError(path + " holds no bundle: it has no " + MANIFEST, "make one with evm-export --zip");
+    }
+};
+
+}  // namespace
+
+std::unique_ptr<Source> open_zip(const std::filesystem::path &file) {
+    if (!Inflate::available())
+        throw ToolchainError("the SDK was built without zlib: it opens no zip", "install zlib1g-dev and build it again, or unpack " + shown(file));
+    return std::make_unique<Zip>(file);
+}
+
+}  // namespace evm

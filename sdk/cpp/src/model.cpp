@@ -1,0 +1,246 @@
+#include "bench.h"
+#include "manifest.h"
+#include "platform.h"
+#include "png.h"
+#include "selftest.h"
+#include "text.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+
+namespace evm {
+namespace {
+
+constexpr int DYNAMIC_BATCH = 16;  // images in one inference, where the bundle leaves the batch open
+
+bool has(const std::vector<std::string> &names, const std::string &name) { return std::find(names.begin(), names.end(), name) != names.end(); }
+
+// A library of a bundle as a file. One of a zip becomes a file that lasts as long as the process, as loaded libraries do: one for
+// each content, because loaders take what has the name of a library that they have loaded for that library.
+std::filesystem::path library_file(const Source &source, const std::string &name) {
+    if (source.on_disk()) return std::filesystem::path(source.path) / name;
+    static std::mutex mutex;
+    static std::map<std::string, std::unique_ptr<TemporaryFile>> files;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::unique_ptr<TemporaryFile> &file = files[source.sha256(name)];
+    try {
+        if (!file) file = std::make_unique<TemporaryFile>(source.bytes(name));
+    } catch (const std::runtime_error &error) {
+        throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what());
+    }
+    return file->path();
+}
+
+std::vector<std::string> read_labels(const Source &source, const Manifest &manifest) {
+    const auto is_labels = [](const auto &file) { return file.first == "labels.txt"; };
+    if (std::none_of(manifest.files.begin(), manifest.files.end(), is_labels)) return {};
+    std::vector<std::string> labels;
+    std::string text = source.bytes("labels.txt");
+    text.erase(std::remove(text.begin(), text.end(), '\r'), text.end());
+    for (std::size_t start = 0; start < text.size();) {
+        const std::size_t end = std::min(text.find('\n', start), text.size());
+        labels.push_back(text.substr(start, end - start));
+        start = end + 1;
+    }
+    return labels;
+}
+
+std::vector<double> softmax(const float *scores, std::size_t count) {
+    std::vector<double> result(scores, scores + count);
+    const double largest = *std::max_element(result.begin(), result.end());
+    for (double &x : result) x = std::exp(x - largest);
+    const double sum = std::accumulate(result.begin(), result.end(), 0.0);
+    for (double &x : result) x /= sum;
+    return result;
+}
+
+std::vector<Prediction> best(const std::vector<double> &scores, const std::vector<std::string> &labels, int top) {
+    std::vector<int> order(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    const auto better = [&](int a, int b) {
+        const double left = scores[static_cast<std::size_t>(a)], right = scores[static_cast<std::size_t>(b)];
+        return std::isnan(right) ? !std::isnan(left) : left > right;  // NaN comes last
+    };
+    std::stable_sort(order.begin(), order.end(), better);
+    order.resize(std::min(order.size(), static_cast<std::size_t>(top)));
+    std::vector<Prediction> result;
+    for (const int i : order) {
+        const std::size_t at = static_cast<std::size_t>(i);
+        result.push_back({at < labels.size() ? labels[at] : "class " + std::to_string(i), i, scores[at]});
+    }
+    return result;
+}
+
+// How the scans run here, and why; sets options.plugin to the library that they run on, or empties it.
+Choice lowering(const Source &source, const Manifest &manifest, const Target &target, Options &options) {
+    const std::string asked = options.scan;
+    if (!has({"auto", "plugin", "bundled", "portable"}, asked))
+        throw UsageError("scan " + repr(asked) + " is unknown; choose from: auto, plugin, bundled, portable");
+    const std::filesystem::path given = std::exchange(options.plugin, {});
+    const bool portable = has(manifest.scan_modes, "portable"), plugin = has(manifest.scan_modes, "plugin");
+    if (asked == "portable" && !portable)
+        throw UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable");
+    if (has(manifest.scan_modes, "aot")) return {"aot", "the kernel is inside the engine"};
+    if (asked == "portable" || !plugin) {
+        if (asked == "plugin" || asked == "bundled")
+            throw UsageError("this bundle was exported with portable scans: it has no node for a native kernel");
+        return {"portable", asked == "portable" ? "as asked" : "the bundle was exported so"};
+    }
+    const std::string host = host_platform();
+    std::vector<std::string> platforms;
+    for (const auto &library : manifest.plugins) platforms.push_back(library.first);
+    const auto own = manifest.plugins.find(host);
+    if (asked == "bundled") {
+        if (own == manifest.plugins.end())
+            throw UsageError("this bundle has no native library for " + host + "; it has: " + (platforms.empty() ? "none" : join(platforms)), "export it with --device");
+        options.plugin = library_file(source, own->second);
+        return {"plugin", "native kernel, " + target.isa(options.plugin) + ", from the bundle (" + host + ")"};
+    }
+    if (!given.empty()) {
+        const std::string isa = target.isa(given);
+        options.plugin = given;
+        return {"plugin", "native kernel, " + isa + ", installed"};
+    }
+    std::string reason = "no native library was given";
+    if (own != manifest.plugins.end()) reason += "; the bundle brings one for this platform, which scan 'bundled' trusts";
+    else if (!platforms.empty()) reason += "; the bundle's is for " + join(platforms) + ", this is " + host;
+    if (asked == "plugin" || !portable) throw ToolchainError(reason, "give its path as plugin");
+    return {"portable", reason};
+}
+
+void check_options(const Options &options) {
+    if (options.threads < 0) throw UsageError("threads is " + std::to_string(options.threads) + ": use a number from 1, or 0 for the runtime's choice");
+    if (options.streams < 1) throw UsageError("streams is " + std::to_string(options.streams) + ": use a number from 1");
+}
+
+}  // namespace
+
+struct Model::Impl {
+    std::unique_ptr<Source> source;
+    Manifest manifest;
+    const Target *target = nullptr;
+    Options options;
+    Choice scan;
+    std::vector<std::string> labels;
+    std::unique_ptr<Runtime> runtime;
+
+    Impl(const std::filesystem::path &bundle, const Options &given) : options(given) {
+        check_options(options);
+        source = open_source(bundle);
+        manifest = read_manifest(*source);
+        check_bundle(*source, manifest);
+        if (!manifest.built) throw BundleError("bundle " + source->path + " has no engine yet", "on the device:  evm-export --finish " + source->path);
+        target = &find_target(manifest.target);
+        try {
+            labels = read_labels(*source, manifest);
+            scan = lowering(*source, manifest, *target, options);
+            runtime = target->open(*source, manifest.artifact, options);
+        } catch (const ReadError &error) {  // it was there when its hash was checked
+            throw BundleError("bundle " + source->path + " cannot be read: " + error.what());
+        }
+    }
+
+    // One batch of pixels -> the outputs of as many images as were given.
+    Tensors infer(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
+        const Preprocessing &spec = manifest.preprocessing;
+        Tensor images{"uint8", {count, spec.height, spec.width, 3}, pixels};
+        if (manifest.input == "tensor") {
+            const std::vector<float> values = spec.normalise(pixels);
+            const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(values.data());
+            images = {"float32", {count, 3, spec.height, spec.width}, {bytes, bytes + values.size() * sizeof(float)}};
+        }
+        return run_batched(*runtime, manifest, images, count);
+    }
+
+    int batch() const { return manifest.batch_max ? manifest.batch_max : DYNAMIC_BATCH; }
+
+    // The self-test's inputs, as many images of them.
+    Tensor examples(int count) const {
+        Tensors probes = read_probes(*source);
+        Tensor images = std::move(probes[manifest.input]);
+        if (images.shape.empty() || images.shape[0] < 1) throw BundleError("bundle " + source->path + " has no readable self-test");
+        const std::size_t size = images.bytes.size() / static_cast<std::size_t>(images.shape[0]) * static_cast<std::size_t>(count);
+        const std::vector<unsigned char> once = images.bytes;
+        while (images.bytes.size() < size) images.bytes.insert(images.bytes.end(), once.begin(), once.end());
+        images.bytes.resize(size);
+        images.shape[0] = count;
+        return images;
+    }
+};
+
+Model::Model(const std::filesystem::path &bundle, const Options &options) : impl_(std::make_unique<const Impl>(bundle, options)) {}
+Model::~Model() = default;
+Model::Model(Model &&) noexcept = default;
+Model &Model::operator=(Model &&) noexcept = default;
+
+std::vector<Prediction> Model::classify(const std::uint8_t *rgb, int width, int height, int top) const {
+    return classify({Image{rgb, width, height}}, top).front();
+}
+
+std::vector<std::vector<Prediction>> Model::classify(const std::vector<Image> &images, int top) const {
+    const std::string &head = impl_->manifest.head;
+    if (head == "features") throw UsageError("this bundle gives feature maps, not classes", "use run(feeds)");
+    if (top < 1) throw UsageError("top is " + std::to_string(top) + ", it must be at least 1");
+    std::vector<std::vector<Prediction>> results;
+    const std::size_t most = static_cast<std::size_t>(impl_->batch());
+    for (std::size_t start = 0; start < images.size(); start += most) {
+        const std::size_t count = std::min(most, images.size() - start);
+        std::vector<std::uint8_t> pixels;
+        for (std::size_t i = 0; i < count; i++) {
+            const std::vector<std::uint8_t> one = preprocess(images[start + i]);
+            pixels.insert(pixels.end(), one.begin(), one.end());
+        }
+        const Tensors found = impl_->infer(pixels, static_cast<std::int64_t>(count));
+        const auto output = found.find(head);
+        if (output == found.end() || output->second.dtype != "float32") throw BundleError("bundle " + impl_->source->path + ": the model gives no " + head);
+        const std::size_t classes = output->second.bytes.size() / sizeof(float) / count;
+        for (std::size_t i = 0; i < count; i++) {
+            const float *const row = output->second.data<float>() + i * classes;
+            results.push_back(best(head == "probs" ? std::vector<double>(row, row + classes) : softmax(row, classes), impl_->labels, top));
+        }
+    }
+    return results;
+}
+
+std::vector<std::uint8_t> Model::preprocess(const Image &image) const { return impl_->manifest.preprocessing.pixels(image); }
+
+Tensors Model::run(const Feeds &feeds) const {
+    check_feeds(inputs(), feeds);
+    return impl_->runtime->run(feeds);
+}
+
+std::vector<Check> Model::selftest() const { return evm::selftest(*impl_->source, impl_->manifest, *impl_->target, *impl_->runtime, impl_->options); }
+
+Latency Model::bench(const BenchSettings &settings) const {
+    const Manifest &facts = manifest();
+    const int count = settings.batch ? settings.batch : facts.batch_min;
+    if (count < facts.batch_min || (facts.batch_max && count > facts.batch_max))
+        throw UsageError("batch " + std::to_string(count) + ": this bundle was exported with another", "export it with --batch " + std::to_string(count));
+    if (settings.end_to_end) {
+        const Picture picture = read_picture(*impl_->source);
+        const std::vector<Image> images(static_cast<std::size_t>(count), Image{picture.rgb.data(), picture.width, picture.height});
+        return measure([&] { classify(images); }, settings.limit_s);
+    }
+    const Tensor images = impl_->examples(count);
+    const Feeds feeds{{inputs().at(0).name, images.view()}};
+    return measure([&] { run(feeds); }, settings.limit_s);
+}
+
+const std::vector<TensorSpec> &Model::inputs() const { return impl_->runtime->inputs; }
+const std::vector<TensorSpec> &Model::outputs() const { return impl_->runtime->outputs; }
+const Manifest &Model::manifest() const { return impl_->manifest; }
+const std::vector<std::string> &Model::labels() const { return impl_->labels; }
+const Choice &Model::scan() const { return impl_->scan; }
+
+const char *version() { return EVM_VERSION; }
+
+std::vector<std::string> targets() {
+    std::vector<std::string> names;
+    for (const Target &target : built_targets()) names.push_back(target.name);
+    return names;
+}
+
+}  // namespace evm

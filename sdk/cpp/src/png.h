@@ -1,0 +1,17 @@
+// The picture of the self-test, so that the SDK needs no image library.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace evm {
+
+struct Picture {
+    int width = 0, height = 0;
+    std::vector<std::uint8_t> rgb;
+};
+
+// An 8-bit RGB PNG without interlacing. Raises std::runtime_error with the reason, also where the SDK has no zlib.
+Picture read_png(const std::string &bytes);
+
+}  // namespace evm

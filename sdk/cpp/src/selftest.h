@@ -1,0 +1,18 @@
+// The self-test in every bundle: files and limits as evm_deploy/export/selftest.py.
+#pragma once
+#include "runtime.h"
+
+namespace evm {
+
+// selftest/probes.safetensors. Raises BundleError.
+Tensors read_probes(const Source &source);
+// selftest/picture.png as RGB. Raises BundleError.
+struct Picture read_picture(const Source &source);
+
+// `options` as they were resolved for the model. Raises BundleError where the bundle has no self-test.
+std::vector<Check> selftest(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, Options options);
+
+// The tensors of several images, batch by batch: the last one is filled up and cut, as a static batch asks.
+Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tensor &images, std::int64_t most);
+
+}  // namespace evm

@@ -1,0 +1,79 @@
+#include "source.h"
+
+#include "archive.h"
+#include "evm/evm.hpp"
+#include "sha256.h"
+#include "text.h"
+
+#include <cerrno>
+#include <fstream>
+#include <system_error>
+#include <vector>
+
+namespace evm {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Folder : public Source {
+  public:
+    explicit Folder(const fs::path &bundle) : Source(shown(bundle)) {}
+
+    void read(const std::string &name, const Sink &sink) const override {
+        const fs::path file = fs::path(path) / name;
+        std::error_code ignored;
+        if (fs::is_directory(file, ignored)) throw failure(EISDIR);
+        errno = 0;
+        std::ifstream stream(file, std::ios::binary);
+        if (!stream) throw failure(errno);
+        std::vector<char> block(1 << 20);
+        while (stream.read(block.data(), static_cast<std::streamsize>(block.size())), stream.gcount() > 0)
+            sink(block.data(), static_cast<std::size_t>(stream.gcount()));
+        if (stream.bad()) throw failure(EIO);
+    }
+
+    std::uint64_t size(const std::string &name) const override {
+        std::error_code error;
+        const std::uint64_t bytes = fs::file_size(fs::path(path) / name, error);
+        if (error) throw failure(error.value());
+        return bytes;
+    }
+
+    bool on_disk() const override { return true; }
+
+  private:
+    static ReadError failure(int code) { return {std::generic_category().message(code ? code : EIO), code == ENOENT}; }
+};
+
+}  // namespace
+
+std::string Source::bytes(const std::string &name) const {
+    std::string result;
+    read(name, [&](const char *data, std::size_t size) { result.append(data, size); });
+    return result;
+}
+
+std::string Source::sha256(const std::string &name) const {
+    Sha256 hash;
+    read(name, [&](const char *data, std::size_t size) { hash.add(data, size); });
+    return hash.hex();
+}
+
+std::unique_ptr<Source> open_source(const fs::path &bundle) {
+    std::error_code ignored;
+    if (bundle.extension() == ".zip" && fs::is_regular_file(bundle, ignored)) return open_zip(bundle);
+    if (!fs::is_directory(bundle, ignored)) {
+        const char *const what = fs::exists(bundle, ignored) ? "is a file, not a bundle folder" : "does not exist";
+        throw BundleError("bundle " + shown(bundle) + " " + what, "make one with evm-export");
+    }
+    return std::make_unique<Folder>(bundle);
+}
+
+bool inside_bundle(const std::string &name) {
+    if (name.empty() || name[0] == '/' || name.find_first_of(std::string("\\:\0", 3)) != std::string::npos) return false;
+    for (const std::string &part : split(name, '/'))
+        if (part == "..") return false;
+    return true;
+}
+
+}  // namespace evm

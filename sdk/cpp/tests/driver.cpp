@@ -1,0 +1,142 @@
+// What tests/test_sdk_cpp.py asks for, many cases in one process, so that sanitizers see them all. Commands on stdin, one a line,
+// an answer on stdout for each: `ok ..`, or `error: ` and an evm::Error's text, or `reason: ` and another's, newlines as `|`.
+//
+//   picture FILE OUT                            decode as the sample does; OUT: the RGB bytes. ok W H
+//   pixels H W CROP INTERPOLATION FILE OUT      preprocess a file; OUT: the pixels. ok
+//   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
+//   json FILE, safetensors FILE, png FILE       read what may be damaged. ok
+//   open BUNDLE SCAN                            open a bundle. ok NAME
+//   overflow, race                              do what AddressSanitizer and ThreadSanitizer are for
+//   threads BUNDLE SCAN N FILE..                each of N threads classifies all files, in its own order; ok if all agree
+#include "../../../samples/cpp/image.h"
+#include "../src/json.h"
+#include "../src/png.h"
+#include "../src/safetensors.h"
+
+#include <algorithm>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <iterator>
+#include <sstream>
+#include <thread>
+
+namespace {
+
+using Words = std::vector<std::string>;
+
+std::string bytes_of(const std::string &file) {
+    std::ifstream stream(file, std::ios::binary);
+    return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+void write(const std::string &file, const void *data, size_t size) {
+    std::ofstream(file, std::ios::binary).write(static_cast<const char *>(data), static_cast<std::streamsize>(size));
+}
+
+std::string picture(const Words &words) {
+    const Picture found = read_image(words.at(1));
+    write(words.at(2), found.rgb.data(), found.rgb.size());
+    return std::to_string(found.width) + " " + std::to_string(found.height);
+}
+
+evm::Preprocessing sized(const Words &words) {
+    evm::Preprocessing spec;
+    spec.height = std::stoi(words.at(1)), spec.width = std::stoi(words.at(2));
+    return spec;
+}
+
+std::string pixels(const Words &words) {
+    evm::Preprocessing spec = sized(words);
+    spec.crop_pct = std::stod(words.at(3)), spec.interpolation = words.at(4);
+    const std::vector<std::uint8_t> found = spec.pixels(read_image(words.at(5)).view());
+    write(words.at(6), found.data(), found.size());
+    return "";
+}
+
+std::string normalised(const Words &words) {
+    const evm::Preprocessing spec = sized(words);
+    const std::vector<float> found = spec.normalise(spec.pixels(read_image(words.at(3)).view()));
+    write(words.at(4), found.data(), found.size() * sizeof(float));
+    return "";
+}
+
+std::string open(const Words &words) {
+    evm::Options options;
+    options.scan = words.at(2), options.threads = 1;
+    return evm::Model(words.at(1), options).manifest().name;
+}
+
+std::string threads(const Words &words) {
+    evm::Options options;
+    options.scan = words.at(2), options.threads = 1;
+    const evm::Model model(words.at(1), options);
+    std::vector<Picture> pictures;
+    for (size_t i = 4; i < words.size(); i++) pictures.push_back(read_image(words[i]));
+    const auto scores = [&](const Picture &picture) {
+        std::vector<double> result;
+        for (const evm::Prediction &p : model.classify(picture.rgb.data(), picture.width, picture.height, 5)) result.push_back(p.index + p.score);
+        return result;
+    };
+    std::vector<std::vector<double>> expected;
+    for (const Picture &picture : pictures) expected.push_back(scores(picture));
+    const size_t count = std::stoul(words.at(3));
+    std::vector<int> wrong(count);
+    std::vector<std::thread> running;
+    for (size_t t = 0; t < count; t++)
+        running.emplace_back([&, t] {
+            for (size_t i = 0; i < pictures.size(); i++) {
+                const size_t at = (i + t) % pictures.size();
+                wrong[t] += scores(pictures[at]) != expected[at];
+            }
+        });
+    for (std::thread &thread : running) thread.join();
+    return std::to_string(std::count_if(wrong.begin(), wrong.end(), [](int n) { return n > 0; })) + " threads differ";
+}
+
+// What sanitizers are for, so that the tests see that they see it.
+std::string overflow(const Words &words) {
+    const std::vector<char> bytes(words.size());
+    const volatile char *const end = bytes.data();
+    return std::to_string(end[words.size()]);
+}
+
+std::string race(const Words &) {
+    int count = 0;
+    std::thread one([&] { count++; }), other([&] { count++; });
+    one.join(), other.join();
+    return std::to_string(count);
+}
+
+const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
+    {"picture", picture},
+    {"pixels", pixels},
+    {"normalised", normalised},
+    {"json", [](const Words &words) { return evm::parse_json(bytes_of(words.at(1))).type_name(); }},
+    {"safetensors", [](const Words &words) { return std::to_string(evm::read_safetensors(bytes_of(words.at(1))).size()); }},
+    {"png", [](const Words &words) { return std::to_string(evm::read_png(bytes_of(words.at(1))).width); }},
+    {"open", open},
+    {"threads", threads},
+    {"overflow", overflow},
+    {"race", race},
+};
+
+}  // namespace
+
+int main() {
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream stream(line);
+        Words words;
+        for (std::string word; std::getline(stream, word, '\t');) words.push_back(word);
+        std::string answer;
+        try {
+            answer = "ok " + COMMANDS.at(words.at(0))(words);
+        } catch (const evm::Error &error) {
+            answer = std::string("error: ") + error.what();
+        } catch (const std::runtime_error &error) {  // what the SDK makes an evm::Error of
+            answer = std::string("reason: ") + error.what();
+        }
+        std::replace(answer.begin(), answer.end(), '\n', '|');
+        std::cout << answer << std::endl;
+    }
+}

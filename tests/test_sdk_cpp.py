@@ -1,0 +1,297 @@
+"""The C++ SDK does what Python does: the same pixels, classes, self-tests, outputs, in ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evm_deploy import bench, load, plugin_path
+from evm_deploy.bench.record import Settings
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.errors import UsageError
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.selftest import picture
+from evm_deploy.model.preprocess import Preprocessing
+from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
+from tests.test_vectors import CASES, FOLDER, preprocessing
+
+JPEG = 2  # of 255: stb_image and libjpeg decode JPEGs differently; 0.02 in the mean
+
+
+@pytest.fixture(scope="session")
+def pictures_50(tmp_path_factory) -> list[Path]:
+    """30 digits of the demo, 20 synthetic pictures of odd sizes."""
+    from evm_deploy.demo import digits
+
+    folder = tmp_path_factory.mktemp("fifty")
+    images, _ = digits("heldout")
+    rng = np.random.default_rng(5)
+    others = [picture(int(rng.integers(20, 300)), int(rng.integers(20, 300)), seed) for seed in range(20)]
+    paths = []
+    for i, image in enumerate([*images[-30:], *others]):
+        paths.append(folder / f"{i:02d}.png")
+        Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
+    """One for each way that input, output, batch and size can be."""
+    folder = tmp_path_factory.mktemp("sdk")
+    labels = tuple(f"kind {i}" for i in range(10))
+
+    def made(name: str, *args: object, **plan: object) -> Path:
+        return export(micro, ExportPlan(*args, **plan), folder / name).path
+
+    onnx = {"input": "tensor", "head": "probs", "imgsz": (64, 96), "batch": Batch(2, 2, 3), "labels": labels}
+    openvino = {"scan": "portable", "head": "features", "imgsz": (96, 64), "batch": Batch(1, 1, None)}
+    return {
+        "image": demo_bundle.path,
+        "tensor": made("tensor", "onnx", **onnx),
+        "openvino": export(CHECKPOINT, ExportPlan("openvino", batch=Batch(3, 3, 3)), folder / "openvino").path,
+        "portable": made("portable", "openvino", **openvino),
+    }
+
+
+def decoded(case: dict) -> bool:
+    return not case["image"].endswith(".jpg")
+
+
+def test_the_vectors(tmp_path):
+    """Decoded and preprocessed in C++, under AddressSanitizer: to the bit but for JPEGs."""
+    commands, names = [], []
+    for name, case in CASES.items():
+        spec = preprocessing(case)
+        commands.append(
+            ("pixels", *spec.size, spec.crop_pct, spec.interpolation, FOLDER / case["image"], tmp_path / name)
+        )
+        names.append(name)
+    for name, answer in zip(names, drive(*commands), strict=True):
+        case = CASES[name]
+        if "error" in case:
+            assert answer == f"error: {case['error']}"
+            continue
+        assert answer == "ok ", name
+        want = np.asarray(Image.open(FOLDER / case["expected"])).astype(int)
+        have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
+        assert np.abs(have - want).max() <= (0 if decoded(case) else JPEG), name
+
+
+@pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
+def test_pictures_are_decoded_as_python_does(name, tmp_path):
+    from evm_deploy.model.preprocess import read_rgb
+
+    case = CASES[name]
+    want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
+    assert drive(("picture", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
+    have = np.fromfile(tmp_path / "rgb", np.uint8).reshape(want.shape)
+    assert np.abs(have - want).max() <= (0 if decoded(case) else JPEG)
+
+
+def test_decoded_jpegs_are_preprocessed_to_the_bit(demo_bundle):
+    """And strides are heeded: the tolerance of JPEGs above is their decoder's alone."""
+    from evm_deploy.model.preprocess import read_rgb
+
+    with Model(demo_bundle.path) as model, load(demo_bundle.path) as python:
+        for case in CASES.values():
+            if case["image"] == "too-narrow.png":
+                continue
+            rgb = np.ascontiguousarray(read_rgb(FOLDER / case["image"]))
+            want = python.preprocessing.pixels(rgb)
+            assert np.array_equal(model.preprocess(rgb), want), case["name"]
+            wide = np.zeros((rgb.shape[0], rgb.shape[1] + 3, 3), np.uint8)
+            wide[:, : rgb.shape[1]] = rgb
+            assert np.array_equal(model.preprocess(wide[:, : rgb.shape[1]]), want), case["name"]
+
+
+def test_any_size_is_preprocessed_to_the_bit(demo_bundle, tmp_path):
+    """Noise, which shows the order of the passes."""
+    rng = np.random.default_rng(8)
+    specs = [{"size": [48, 64]}, {"size": [100, 30], "interpolation": "bilinear"}, {"size": [64, 64], "crop_pct": 0.7}]
+    for i, spec in enumerate(specs):
+        bundle = changed(
+            demo_bundle.path, tmp_path / str(i), lambda content, spec=spec: content["preprocessing"].update(spec)
+        )
+        with Model(bundle) as model, load(bundle) as python:
+            for high in (40, 400, 40, 400, 1000):
+                height, width = rng.integers(8, [high, high // rng.integers(1, 5)])
+                noise = rng.integers(0, 256, (height, width, 3), np.uint8)
+                assert np.array_equal(model.preprocess(noise), python.preprocessing.pixels(noise)), (
+                    spec,
+                    height,
+                    width,
+                )
+
+
+def test_normalising(tmp_path):
+    case = CASES["imagenet"]
+    spec: Preprocessing = preprocessing(case)
+    assert drive(("normalised", *spec.size, FOLDER / case["image"], tmp_path / "tensor")) == ["ok "]
+    have = np.fromfile(tmp_path / "tensor", np.float32).reshape(3, *spec.size)
+    np.testing.assert_allclose(have, spec.normalise(spec.pixels(FOLDER / case["image"])[None])[0], rtol=0, atol=1e-6)
+    for c, y, x, value in case["normalised"]:
+        assert have[c, y, x] == pytest.approx(value, abs=1e-6)
+
+
+def said(call: Callable[[], object]) -> str:
+    with pytest.raises(UsageError) as raised:
+        call()
+    return str(raised.value)
+
+
+def lowerings(name: str) -> list[tuple[str, dict[str, object]]]:
+    """(Python's scan, options of C++) for each way that a bundle's scans run here."""
+    if name == "openvino":
+        return [("bundled", {"scan": "bundled"})]
+    return [("portable", {"scan": "portable"}), ("plugin", {"scan": "plugin", "plugin": plugin_path("onnxruntime")})]
+
+
+@pytest.mark.parametrize("name", ["image", "tensor", "openvino"])
+def test_the_same_five_best_on_50_pictures(name, bundles, pictures_50):
+    for scan, options in lowerings(name):
+        with load(bundles[name], scan=scan, threads=1) as model:
+            want = model.predict(pictures_50)
+        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+        done = classify(bundles[name], *pictures_50, "--threads", 1, "--json", *flags)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)
+        assert [row["image"] for row in rows] == [str(path) for path in pictures_50]
+        for row, expected in zip(rows, want, strict=True):
+            assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in expected]
+            assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in expected], abs=1e-5)
+
+
+def test_the_c_abi_gives_the_same(bundles, pictures_50):
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_50[:7]]
+    for name in ("image", "tensor"):
+        with Model(bundles[name], threads=1) as model, load(bundles[name], scan="portable", threads=1) as python:
+            for row, expected in zip(model.classify(rgb, 3), python.predict(rgb, 3), strict=True):
+                assert [index for index, _ in row] == [p.index for p in expected]
+                assert [model.label(index) or f"class {index}" for index, _ in row] == [p.label for p in expected]
+            assert model.label(10**6) is None
+            assert len(model.classify(rgb[:1], 1000)[0]) == python.manifest.model["num_classes"]
+
+
+@pytest.mark.parametrize("name", ["image", "tensor", "openvino", "portable"])
+def test_outputs_and_self_tests_are_the_same(name, bundles):
+    options = {"scan": "bundled" if name == "openvino" else "portable", "threads": 1}
+    with Model(bundles[name], **options) as model, load(bundles[name], **options) as python:
+        (spec,) = python.inputs.values()
+        rng = np.random.default_rng(3)
+        value = rng.integers(0, 255, (spec.shape[0] or 5, *spec.shape[1:])).astype(spec.dtype)
+        have, want = model.run(value), python.run({spec.name: value})
+        assert set(have) == set(want)
+        for output, expected in want.items():
+            np.testing.assert_allclose(have[output], expected, rtol=1e-5, atol=1e-5)
+        checks = model.selftest()
+        assert {c.name: c.limit for c in python.selftest()} == pytest.approx(
+            {n: limit for n, (_, limit) in checks.items()}
+        )
+        assert all(error <= limit for error, limit in checks.values())
+        misfit = value[:0] if spec.shape[0] is None else np.concatenate([value, value])
+        assert said(lambda: model.run(misfit)) == said(lambda: python.run({spec.name: misfit}))
+        if name == "portable":
+            shot = picture(9, 9, 0)
+            assert said(lambda: model.classify([shot])) == said(lambda: python.predict([shot]))
+
+
+def test_a_self_test_can_fail(bundles, tmp_path):
+    """The negative control of the test above: other labels of the same bundle pass, another preprocessing does not."""
+    bundle = changed(
+        bundles["image"], tmp_path, lambda content: content["preprocessing"].update(interpolation="bilinear")
+    )
+    with Model(bundle) as model:
+        error, limit = model.selftest()["preprocessing (of 255)"]
+        assert error > limit
+    done = classify(bundle, "--selftest")
+    assert done.returncode == 4 and "FAILED" in done.stdout
+
+
+def test_the_sample_prints_what_evm_run_prints(bundles, pictures_50, capsys):
+    from evm_deploy import cli_run
+
+    flags = [str(bundles["image"]), "--selftest", "--scan", "portable", "--top", "3", *map(str, pictures_50[:2])]
+    assert cli_run.run_main(flags) == 0
+    python = capsys.readouterr().out
+    done = classify(*flags)
+    blank = re.compile(r"\d\.\de-\d\d  limit")  # errors may differ in their last digit
+    assert blank.sub("limit", done.stdout) == blank.sub("limit", python)
+
+
+def test_the_bench_is_like_evm_bench(bundles):
+    """Here that it measures the same thing; within 5 %: benchmarks/cpp_sdk.py, on a machine with nothing else to do."""
+    done = classify(bundles["image"], "--bench", "--threads", 1, "--scan", "portable", "--seconds", 3, "--json")
+    found = json.loads(done.stdout)
+    python = bench(bundles["image"], Settings(threads=1, scan="portable", limit_s=3)).summary_ms
+    assert found["min"] <= found["p50"] <= found["p90"] <= found["p95"] <= found["p99"] <= found["max"]
+    assert found["runs"] >= 75 or not found["stable"]
+    assert 0.3 < found["p50"] / python["p50"] < 3
+
+
+def test_an_app_in_c99(bundles):
+    found = run([build("release") / "app", bundles["image"], "selftest"]).splitlines()
+    assert (
+        re.fullmatch(r"\d 0\.\d{4}", found[0]) and len(found) >= 5 and all(line.endswith(" ok") for line in found[1:])
+    )
+
+
+def test_the_documented_apps_build_against_an_installed_sdk(tmp_path, bundles):
+    """docs/embed/cpp.md, word for word."""
+    blocks = dict(re.findall(r"```(cpp|cmake|c)\n(.*?)```", (ROOT / "docs" / "embed" / "cpp.md").read_text(), re.S))
+    sdk, app = tmp_path / "sdk", tmp_path / "app"
+    run([SCRIPTS / "cmake", "--install", build("release") / "sample" / "sdk", "--prefix", sdk])
+    app.mkdir()
+    (app / "main.cpp").write_text(blocks["cpp"])
+    (app / "CMakeLists.txt").write_text(blocks["cmake"])
+    (app / "main.c").write_text(blocks["c"])
+    settings = [f"-DCMAKE_PREFIX_PATH={sdk}", f"-DOpenVINO_DIR={package('openvino') / 'cmake'}"]
+    environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    run(["cmake", "-S", app, "-B", tmp_path / "out", "-G", "Ninja", *settings], environment)
+    run(["cmake", "--build", tmp_path / "out"], environment)
+    lines = run([tmp_path / "out" / "app", bundles["image"]]).splitlines()
+    assert len(lines) >= 10 and re.fullmatch(r"\d [01]\.\d+", lines[0]) and lines[-1].endswith(" ok")
+    assert subprocess.run([tmp_path / "out" / "app", tmp_path], capture_output=True).returncode == 2
+    libraries = [
+        "-levm",
+        "-lstdc++",
+        f"-L{sdk / 'lib'}",
+        f"-Wl,-rpath,{sdk / 'lib'}",
+        f"-Wl,-rpath-link,{package('openvino') / 'libs'}",
+    ]
+    strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{sdk / 'include'}"]
+    run(["gcc", *strict, app / "main.c", "-o", tmp_path / "c", *libraries])
+    assert re.fullmatch(r"\d 0\.\d{3}\n", run([tmp_path / "c", bundles["image"]]))
+
+
+def test_threads_share_openvino(bundles, pictures_50):
+    """8 threads, each the same as one alone."""
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_50[:8]]
+    with Model(bundles["openvino"], scan="bundled", threads=1) as model, ThreadPoolExecutor(8) as pool:
+        want = [model.classify([one]) for one in rgb]
+        assert [*pool.map(lambda one: model.classify([one]), rgb * 5)] == want * 5
+
+
+def test_tensorrt_against_stand_ins(tmp_path):
+    """Engine and CUDA are those of sdk/cpp/tests/tensorrt, under AddressSanitizer."""
+    assert run([build("address") / "tensorrt", tmp_path]) == "ok\n"
+
+
+def test_tensorrt_compiles_with_nvidias_headers():
+    include = os.environ.get("TENSORRT_INCLUDE", "")
+    if not Path(include, "NvInferRuntime.h").is_file():
+        pytest.skip("the headers of TensorRT are not in $TENSORRT_INCLUDE")
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    headers = cuda if (cuda / "cuda_runtime_api.h").is_file() else ROOT / "sdk" / "cpp" / "tests" / "tensorrt"
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]
+    source = ROOT / "sdk" / "cpp"
+    run(["g++", *flags, f"-I{source / 'include'}", source / "src" / "tensorrt.cpp"])

@@ -1,0 +1,348 @@
+"""The C++ SDK when something is wrong: the errors of Python, nothing left behind, nothing that a sanitizer sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from evm_deploy import load, plugin_path
+from evm_deploy.errors import EvmError
+from evm_deploy.export.archive import write_zip
+from evm_deploy.export.selftest import picture
+from evm_deploy.files import sha256
+from evm_deploy.platforms import host_platform
+from tests.broken import BROKEN
+from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
+
+QUOTES = {"manifest cut": " is damaged: "}  # a parser's words follow
+HINTS = {"manifest of the future": "upgrade the SDK"}  # pip upgrades no C++
+
+
+@pytest.fixture(scope="module")
+def packed(demo_bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    shutil.copytree(demo_bundle.path, folder / "b")
+    return write_zip(folder / "b")
+
+
+def python_says(bundle: Path, **options: object) -> EvmError:
+    with pytest.raises(EvmError) as raised:
+        load(bundle, **options)
+    return raised.value
+
+
+def cpp_says(bundle: Path, **options: object) -> EvmError:
+    with pytest.raises(EvmError) as raised:
+        Model(bundle, **options)
+    return raised.value
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_bundles(name, demo_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo_bundle.path, bundle)
+    BROKEN[name](bundle)
+    python, cpp = python_says(bundle), cpp_says(bundle)
+    assert type(cpp) is type(python)
+    if name in QUOTES:
+        assert cpp.args[0].partition(QUOTES[name])[:2] == python.args[0].partition(QUOTES[name])[:2]
+    else:
+        assert cpp.args[0] == python.args[0]
+    assert cpp.hint == HINTS.get(name, python.hint)
+    done = classify(bundle, "cat.png")
+    assert (done.returncode, done.stderr) == (2, f"evm-classify: {cpp}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"scan": "bundled"}, lambda content: None),
+        ({"scan": "bundled"}, lambda content: content["scan"].update(plugins={"linux-riscv64": "model.onnx"})),
+        ({"scan": "portable"}, lambda content: content["scan"].update(value="plugin")),
+        ({"scan": "bundled"}, lambda content: content["scan"].update(value="portable")),
+    ],
+    ids=["none", "wrong platform", "plugin only", "portable only"],
+)
+def test_lowerings_that_cannot_be_had(options, change, demo_bundle, tmp_path):
+    bundle = changed(demo_bundle.path, tmp_path, change)
+    python, cpp = python_says(bundle, **options), cpp_says(bundle, **options)
+    assert (type(cpp), str(cpp)) == (type(python), str(python))
+    assert host_platform() in str(cpp) or options["scan"] == "portable" or "no node" in str(cpp)
+
+
+def test_libraries_that_are_none(demo_bundle, tmp_path):
+    """A file of the bundle, or a given one, that is no library; and none where there must be one."""
+    host = {"plugins": {host_platform(): "model.onnx"}}
+    bundle = changed(demo_bundle.path, tmp_path, lambda content: content["scan"].update(host))
+    for flags in (
+        ["--scan", "bundled"],
+        ["--plugin", bundle / "model.onnx"],
+        ["--plugin", "/lib/x86_64-linux-gnu/libm.so.6"],
+    ):
+        done = classify(bundle, "cat.png", *flags)
+        assert done.returncode == 3
+        assert "the native library cannot be loaded: " in done.stderr and "portable does without" in done.stderr
+    done = classify(bundle, "cat.png", "--scan", "plugin")
+    assert done.returncode == 3 and "which scan 'bundled' trusts" in done.stderr
+
+
+def test_a_missing_runtime(demo_bundle, tmp_path):
+    done = classify(demo_bundle.path, "cat.png", EVM_ONNXRUNTIME="/nowhere/libonnxruntime.so")
+    assert done.returncode == 3 and done.stderr.startswith(
+        "evm-classify: onnxruntime is not installed\n  put its library"
+    )
+    done = classify(demo_bundle.path, "cat.png", EVM_ONNXRUNTIME="/lib/x86_64-linux-gnu/libm.so.6")
+    assert done.returncode == 3 and "does not fit: it has no OrtGetApiBase" in done.stderr
+    bundle = changed(demo_bundle.path, tmp_path, lambda content: content.update(target="coreml"))
+    said = "this build of the SDK does not run target 'coreml'; it runs: onnx, openvino"
+    assert cpp_says(bundle).args[0] == said
+
+
+def test_bad_usage(demo_bundle):
+    for flags, said in [
+        ([], "the following arguments are required: BUNDLE"),
+        ([demo_bundle.path], "nothing to do"),
+        ([demo_bundle.path, "x.png", "--top", "0"], "--top 0: use a number from 1"),
+        ([demo_bundle.path, "x.png", "--threads=-1"], "--threads -1: use a number from 1"),
+        (
+            [demo_bundle.path, "x.png", "--scan", "fast"],
+            "scan 'fast' is unknown; choose from: auto, plugin, bundled, portable",
+        ),
+        ([demo_bundle.path, "--bench", "--batch", "7"], "batch 7: this bundle was exported with another"),
+        ([demo_bundle.path, "x.png", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ]:
+        done = classify(*flags)
+        assert done.returncode == 2 and done.stderr.replace("scans run in", "\nscans").splitlines()[-1:] != []
+        assert f"evm-classify: {said}" in done.stderr
+
+
+def test_bad_images(demo_bundle, tmp_path):
+    shot = Image.fromarray(picture(90, 120, 1))
+    shot.save(tmp_path / "whole.png")
+    shot.save(tmp_path / "whole.jpg")
+    for suffix in ("png", "jpg"):
+        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    narrow = ROOT / "sdk" / "vectors" / "too-narrow.png"
+    with load(demo_bundle.path) as model:
+        for path in (
+            tmp_path / "gone.png",
+            narrow,
+            *(tmp_path / n for n in ("cut.png", "cut.jpg", "text.png", "folder.png")),
+        ):
+            done = classify(demo_bundle.path, path)
+            with pytest.raises(EvmError) as raised:
+                model.predict([path])
+            python = f"evm-classify: {raised.value}"
+            if path.name == "text.png":
+                python = python.replace("Pillow", "stb_image")
+            exact = path.name in ("gone.png", "text.png", narrow.name)
+            compare = (lambda text: text) if exact else (lambda text: text.rpartition(": ")[0])
+            said = done.stderr.splitlines()[-1]
+            assert done.returncode == 2 and compare(said).split(": [")[0] == compare(python).split(": [")[0]
+
+
+def made(path: Path, *entries) -> Path:
+    """A zip of (name or ZipInfo, content)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries:
+            file.writestr(name, content)
+    return path
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return entry
+
+
+HOSTILE = {
+    "traversal": [("b/../../evil", b"x")],
+    "absolute": [("/etc/evil", b"x")],
+    "backslash": [("b\\..\\evil", b"x")],
+    "drive": [("C:evil", b"x")],
+    "link": [(link("b/model.onnx"), b"/etc/passwd")],
+    "twice": [("b/manifest.json", b"{}"), ("b/Manifest.json", b"{}")],
+    "bomb": [("b/zeros", bytes(8 << 20))],
+    "no bundle": [("b/readme.txt", b"x")],
+    "empty": [],
+    "many": [(f"b/{i}", b"") for i in range(10_001)],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_zips(name, tmp_path):
+    path = made(tmp_path / "hostile.zip", *HOSTILE[name])
+    python, cpp = python_says(path), cpp_says(path)
+    assert (type(cpp), str(cpp)) == (type(python), str(python))
+    assert [each.name for each in tmp_path.iterdir()] == ["hostile.zip"]
+
+
+def test_a_zip_is_not_believed(packed, tmp_path):
+    """Sizes in its directory that are not what comes out, a cut, an encrypted one, no zip at all."""
+    whole = packed.read_bytes()
+    at = whole.index(b"b/model.onnx", whole.rindex(b"PK\x01\x02", 0, whole.index(b"PK\x05\x06")) - 4000) - 46
+    liar, locked = bytearray(whole), bytearray(whole)
+    liar[at + 24 : at + 28] = struct.pack("<I", 10)
+    locked[at + 8] |= 1
+    for name, content in {"liar": liar, "cut": whole[: len(whole) // 2], "locked": locked, "no zip": b"text"}.items():
+        path = tmp_path / f"{name}.zip"
+        path.write_bytes(content)
+        python, cpp = python_says(path), cpp_says(path)
+        assert type(cpp) is type(python)
+        assert cpp.args[0].split(": ")[0] == python.args[0].split(": ")[0] and cpp.hint == python.hint, name
+
+
+def with_library(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle with the native library for this machine in it."""
+    name = f"plugins/{host_platform()}/evm_onnxruntime.so"
+    library = plugin_path("onnxruntime")
+
+    def add(content: dict[str, Any]) -> None:
+        content["files"][name] = {"sha256": sha256(library), "size_bytes": library.stat().st_size}
+        content["scan"]["plugins"] = {host_platform(): name}
+
+    copy = changed(bundle, folder, add)
+    (copy / name).parent.mkdir(parents=True)
+    shutil.copy(library, copy / name)
+    return copy
+
+
+def test_a_zip_is_its_bundle_and_a_killed_process_leaves_nothing(demo_bundle, tmp_path):
+    """The native library of a zip included, which loaders take from files only."""
+    bundle = with_library(demo_bundle.path, tmp_path)
+    path, temporary = write_zip(bundle), tmp_path / "temporary"
+    temporary.mkdir()
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    with (
+        Model(path, scan="bundled") as zipped,
+        Model(bundle, scan="bundled") as plain,
+        Model(path, scan="bundled") as twice,
+    ):
+        want = plain.run(image)["logits"]
+        assert np.array_equal(zipped.run(image)["logits"], want) and np.array_equal(twice.run(image)["logits"], want)
+        assert all(error <= limit for error, limit in zipped.selftest().values())
+    command = [build("release") / "sample" / "evm-classify", path, "--bench", "--scan", "bundled"]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
+    deadline = time.monotonic() + 60
+    while "evm-library" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_threads_classify_at_the_same_time(kind, demo_bundle, tmp_path):
+    """8 threads, each the same classes as one alone. ThreadSanitizer sees the SDK, and not into ONNX Runtime."""
+    paths = []
+    for i in range(4):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(picture(70 + i, 90 - i, i)).save(paths[-1])
+    command = ("threads", demo_bundle.path, "portable", 8, *paths)
+    assert drive(command, kind=kind, TSAN_OPTIONS="ignore_noninstrumented_modules=1") == ["ok 0 threads differ"]
+
+
+def valgrind(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("valgrind") or pytest.skip("apt-get install valgrind")
+    flags = [
+        "--leak-check=full",
+        "--show-leak-kinds=definite",
+        "--errors-for-leak-kinds=definite",
+        "--error-exitcode=9",
+        "-q",
+    ]
+    known = f"--suppressions={ROOT / 'sdk' / 'cpp' / 'tests' / 'valgrind.supp'}"
+    command = [program, *flags, known, build("release") / "app", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True)
+
+
+def test_valgrind_has_nothing_to_say(micro_bundle):
+    done = valgrind(micro_bundle.path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_valgrind_would_say_it(tmp_path):
+    done = valgrind(tmp_path / "gone", "leak")
+    assert done.returncode == 9 and "evm_open" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "command"), [("address", "overflow"), ("thread", "race")])
+def test_sanitizers_would_say_it(kind, command):
+    done = driven([(command,)], kind, {})
+    assert done.returncode != 0 and "Sanitizer" in done.stderr
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+def mutations(content: bytes, count: int, seed: int, tail: int) -> list[bytes]:
+    """Damaged forms of a file: bytes changed in its first or last `tail`, or cut."""
+    rng, results = np.random.default_rng(seed), []
+    for i in range(count):
+        damaged = bytearray(content)
+        for _ in range(int(rng.integers(1, 5))):
+            at = int(rng.integers(0, min(tail, len(damaged))))
+            damaged[at if i % 2 else -1 - at] = int(rng.integers(256))
+        results.append(bytes(damaged[: int(rng.integers(len(damaged)))] if i % 5 == 0 else damaged))
+    return results
+
+
+def test_damaged_files_are_errors(packed, demo_bundle, tmp_path):
+    """Zips, safetensors, PNGs and JSON, hundreds of each, under AddressSanitizer in one process."""
+    selftest, commands = demo_bundle.path / "selftest", []
+    sources = {
+        ("safetensors", 150): (selftest / "probes.safetensors", 400),
+        ("png", 60): (selftest / "picture.png", 2000),
+        ("json", 100): (demo_bundle.path / "manifest.json", 4000),
+        ("open", 80): (packed, 1500),
+    }
+    for (command, count), (source, tail) in sources.items():
+        for i, content in enumerate(mutations(source.read_bytes(), count, 7, tail)):
+            path = tmp_path / f"{command}{i}.{'zip' if command == 'open' else 'bin'}"
+            path.write_bytes(content)
+            commands.append((command, path, "portable"))
+    deep = tmp_path / "deep.json"
+    deep.write_bytes(b"[" * (1 << 20))
+    answers = drive(*commands, ("json", deep))
+    for (command, path, _), answer in zip(commands, answers, strict=False):
+        assert answer.startswith(("ok ", "error: " if command == "open" else "reason: ")), (path, answer)
+        assert command != "open" or answer.startswith("ok ") or str(path) in answer
+    assert answers[-1] == "reason: nested too deeply"
+    assert sum(answer.startswith("ok ") for answer in answers) < len(answers) / 2
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(JSON, min_size=20, max_size=60))
+def test_json_of_any_kind_is_read(tmp_path_factory, values):
+    """NaN and Infinity too, which Python writes."""
+    folder = tmp_path_factory.mktemp("json")
+    names = {dict: "object", list: "array", str: "string", type(None): "null", bool: "boolean"}
+    commands = []
+    for i, value in enumerate(values):
+        path = folder / f"{i}.json"
+        path.write_text(json.dumps(value), encoding="utf-8")
+        commands.append(("json", path))
+    for value, answer in zip(values, drive(*commands), strict=True):
+        assert answer in (f"ok {names.get(type(value), 'number')}", "ok null" if isinstance(value, float) else "")
