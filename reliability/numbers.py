@@ -85,7 +85,7 @@ CASES: Mapping[str, Case] = {
     "nan weight": Case("0.blocks.0.op.in_proj.weight", _one(float("nan")), refused=FORMS),
     "inf weight": Case("0.blocks.0.op.conv2d.bias", _one(float("inf")), refused=FORMS),
     "denormal weights": Case("op.out_proj.weight", lambda tensor: tensor * 1e-40),
-    "denormal dt": Case("op.dt_projs_weight", lambda tensor: tensor * 1e-42),
+    "denormal dt": Case("op.dt_projs_weight", lambda tensor: tensor * 1e-42, either=HALF, named=False),
     "dt bias 30": Case("op.dt_projs_bias", _all(30.0)),
     "dt bias -30": Case("op.dt_projs_bias", _all(-30.0)),
     "dt bias +-30": Case("op.dt_projs_bias", _alternating(30.0)),
@@ -99,7 +99,7 @@ CASES: Mapping[str, Case] = {
     "dead normalisation": Case("conv_branch.1.running_var", _all(0.0)),
     "negative variance": Case("conv_branch.1.running_var", _one(-1.0), refused=FORMS),
     "weight over fp16": Case("classifier.head.weight", _one(7e4), refused=HALF),
-    "activation over fp16": Case("classifier.norm.weight", lambda tensor: tensor * 1e6, refused=HALF, named=False),
+    "activation over fp16": Case("classifier.norm.weight", lambda tensor: tensor * 6e4, refused=HALF, named=False),
 }
 
 

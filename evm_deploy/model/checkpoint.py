@@ -185,10 +185,23 @@ def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
         _refuse_odd_storage(path, key, tensor)
         counter = key.endswith("num_batches_tracked")
         value = tensor.to(torch.int64 if counter else torch.float32).contiguous()
-        if not counter and not torch.isfinite(value).all():
-            raise CheckpointError(f"checkpoint {path}: {key} holds NaN or Inf", "the training run diverged there")
+        if not counter and (odd := _odd_values(key, value)):
+            raise CheckpointError(f"checkpoint {path}: {key} {odd}", "the training run diverged there")
         state[key] = value
     return state
+
+
+def _odd_values(key: str, value: Tensor) -> str:
+    """What makes every output of the network NaN, or nothing."""
+    import torch
+
+    if not torch.isfinite(value).all():
+        return "holds NaN or Inf"
+    if key.endswith(".running_var") and (value < 0).any():
+        return "holds negative variances"
+    if key.endswith(".A_logs") and not torch.isfinite(value.exp()).all():
+        return f"reaches {value.max():.4g}: its exp is Inf"
+    return ""
 
 
 def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
