@@ -1,0 +1,97 @@
+"""The oldest and the newest releases that are supported: the demo exported, self-tested and classified in each.
+
+    python -m reliability.compatibility [NAME..] [-o dist/reliability]
+
+A new virtual environment for each, from the package index, for this Python. `oldest` has every package at the lower
+bound of pyproject.toml, `newest` whatever the index has; torch is the release of constraints.txt in all. Meant for a
+scheduler, weekly: what breaks with a new release is found before users find it. Exit 1 when one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+BASE = ("numpy==1.26.4", "pillow==10.0.0", "safetensors==0.4.0", "rich==13.0.0", "jinja2==3.1.0")
+# 2026.4: an extension is compiled for one release, and the portable IR has operators of opset 16
+OPENVINO = "openvino==2026.4.0"
+ONNX = ("onnx==1.19.0", "onnxscript==0.7.0", "onnx-ir==0.1.12", "onnxsim==0.8.0", "onnxruntime==1.20.0")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """extra: of evm-deploy. pins: what else pip must take. exports: whether it can; else it runs what this one made."""
+
+    extra: str
+    pins: tuple[str, ...] = ()
+    exports: bool = False
+
+
+ENVIRONMENTS = {
+    "run-onnx oldest": Environment("run-onnx", (*BASE, "onnxruntime==1.17.3")),
+    "run-onnx newest": Environment("run-onnx"),
+    "run-openvino oldest": Environment("run-openvino", (*BASE, OPENVINO)),
+    "run-openvino newest": Environment("run-openvino"),
+    "onnx oldest": Environment("onnx", (*ONNX, TORCH), exports=True),
+    "onnx newest": Environment("onnx", (TORCH,), exports=True),
+}
+
+
+def attempt(environment: Environment, folder: Path) -> list[str]:
+    """Install, export, self-test, classify -> versions that it ran with. Raises CalledProcessError."""
+    venv.create(folder / "venv", with_pip=True)
+    bin_, target = folder / "venv" / "bin", "openvino" if "openvino" in environment.extra else "onnx"
+    call([bin_ / "python", "-m", "pip", "install", "--quiet", f"{ROOT}[{environment.extra}]", *environment.pins])
+    exporter = bin_ if environment.exports else Path(sys.executable).parent
+    scan = ["--scan", "portable"] if target == "openvino" else []
+    call([exporter / "evm-export", "--target", target, "-q", "-o", folder / "out", *scan])
+    (bundle,) = (folder / "out").iterdir()
+    call([bin_ / "evm-run", bundle, "--selftest"])
+    mine = call([bin_ / "evm-run", bundle, bundle / "selftest" / "picture.png", "--json"])
+    ours = call([Path(sys.executable).parent / "evm-run", bundle, bundle / "selftest" / "picture.png", "--json"])
+    classes = [[each["label"] for each in json.loads(said)[0]["top"]] for said in (mine, ours)]
+    if classes[0] != classes[1]:
+        raise subprocess.CalledProcessError(1, "evm-run", stderr=f"classes differ: {classes}")
+    versions = call([bin_ / "python", "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"])
+    shown = ("onnxruntime", "openvino", "onnx", "torch", "numpy", "pillow", "safetensors")
+    return [f"{each['name']} {each['version']}" for each in json.loads(versions) if each["name"].lower() in shown]
+
+
+def call(command: list[object]) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done.check_returncode()
+    return done.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ENVIRONMENTS))
+    parser.add_argument("-o", "--out", type=Path, default=Path("dist/reliability"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in args.names or ENVIRONMENTS:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results[name] = {"ok": True, "versions": attempt(ENVIRONMENTS[name], Path(folder))}
+            except subprocess.CalledProcessError as error:
+                said = (error.stderr or "").strip().splitlines()[-4:]
+                results[name] = {"ok": False, "said": f"{error.cmd}: {' | '.join(said)}"}
+        print(f"{name:<20} {time.monotonic() - start:4.0f} s  {results[name]}", flush=True)
+    (args.out / "compatibility.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(not all(each["ok"] for each in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
