@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent  # where pip put cmake and ninja
 HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "stb/stb_image.h": "libstb-dev", "zlib.h": "zlib1g-dev"}
 STRICT = "-Wall -Wextra -Wpedantic -Werror"
-ADDRESS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O0: a fraction of the time to compile
-THREAD = "-O0 -g1 -fsanitize=thread"
+ADDRESS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O0: a fraction of the time to compile
+THREAD = "-O0 -fsanitize=thread"
 KINDS = {
-    "release": ("-O2", ("BUILD_SHARED_LIBS", "EVM_OPENVINO")),
-    "address": (ADDRESS, ()),  # without OpenVINO, whose threading library refuses sanitizers
-    "thread": (THREAD, ()),
+    "release": ("-O2", ("BUILD_SHARED_LIBS", "EVM_OPENVINO"), ("all",)),
+    "address": (ADDRESS, (), ("driver", "tensorrt")),  # without OpenVINO, whose threading library refuses sanitizers
+    "thread": (THREAD, (), ("driver",)),
 }
 ERRORS = {2: UsageError, 3: ImageError, 4: BundleError, 5: ToolchainError}  # by evm_status
 
@@ -45,7 +45,7 @@ def build(kind: str) -> Path:
     missing = [debian for header, debian in HEADERS.items() if not Path("/usr/include", header).exists()]
     if missing:
         pytest.skip(f"headers are missing: apt-get install {' '.join(missing)}")
-    flags, options = KINDS[kind]
+    flags, options, targets = KINDS[kind]
     folder = ROOT / "build" / "sdk-cpp" / kind
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -64,7 +64,7 @@ def build(kind: str) -> Path:
             ["cmake", "-S", source, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())],
             environment,
         )
-        run(["cmake", "--build", folder], environment)
+        run(["cmake", "--build", folder, "--target", *targets], environment)
     return folder
 
 
