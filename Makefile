@@ -1,11 +1,12 @@
 # make demo   export the embedded demo checkpoint, self-test the bundles, classify its images, compare latencies
 # make test   ruff, mypy, pytest
+# make coverage, make sbom   how much of the package the tests run; what the run-only install consists of
 # Both set themselves up from nothing: a virtual environment in .venv with everything they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
@@ -30,6 +31,18 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+sbom: setup
+	$(PYTHON) -m venv --clear dist/sbom
+	dist/sbom/bin/python -m pip install --quiet '.[run-onnx,sign]'
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	$(BIN)/cyclonedx-py environment dist/sbom/bin/python --pyproject pyproject.toml --output-reproducible -o dist/evm-deploy.cdx.json
 
 bench: setup
 	$(BIN)/python benchmarks/whole_model.py

@@ -25,7 +25,7 @@ TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines(
 BASE = ("numpy==1.26.4", "pillow==10.0.0", "safetensors==0.4.0", "rich==13.0.0", "jinja2==3.1.0")
 # 2026.4: an extension is compiled for one release, and the portable IR has operators of opset 16
 OPENVINO = "openvino==2026.4.0"
-ONNX = ("onnx==1.19.0", "onnxscript==0.7.0", "onnx-ir==0.1.12", "onnxsim==0.8.0", "onnxruntime==1.20.0")
+ONNX = ("onnx==1.19.0", "onnxscript==0.7.0", "onnx-ir==0.1.12", "onnxsim==0.8.1", "onnxruntime==1.20.0")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main() -> int:
             try:
                 results[name] = {"ok": True, "versions": attempt(ENVIRONMENTS[name], Path(folder))}
             except subprocess.CalledProcessError as error:
-                said = (error.stderr or "").strip().splitlines()[-4:]
+                said = [line for line in (error.stderr or "").splitlines() if "WARNING" not in line][-4:]
                 results[name] = {"ok": False, "said": f"{error.cmd}: {' | '.join(said)}"}
         print(f"{name:<20} {time.monotonic() - start:4.0f} s  {results[name]}", flush=True)
     (args.out / "compatibility.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
