@@ -21,7 +21,12 @@ from evm_deploy.errors import BundleError, EvmError, ImageError, ToolchainError,
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent  # where pip put cmake and ninja
-HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "stb/stb_image.h": "libstb-dev", "zlib.h": "zlib1g-dev"}
+HEADERS = {
+    "nlohmann/json.hpp": "nlohmann-json3-dev",
+    "stb/stb_image.h": "libstb-dev",
+    "zlib.h": "zlib1g-dev",
+    "jpeglib.h": "libjpeg62-turbo-dev",
+}
 STRICT = "-Wall -Wextra -Wpedantic -Werror"
 ADDRESS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O0: a fraction of the time to compile
 THREAD = "-O0 -fsanitize=thread"

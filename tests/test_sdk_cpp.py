@@ -26,8 +26,6 @@ from evm_deploy.model.preprocess import Preprocessing
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
-JPEG = 2  # of 255: stb_image and libjpeg decode JPEGs differently; 0.02 in the mean
-
 
 @pytest.fixture(scope="session")
 def pictures_50(tmp_path_factory) -> list[Path]:
@@ -68,12 +66,8 @@ def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def decoded(case: dict) -> bool:
-    return not case["image"].endswith(".jpg")
-
-
 def test_the_vectors(tmp_path):
-    """Decoded and preprocessed in C++, under AddressSanitizer: to the bit but for JPEGs."""
+    """Decoded and preprocessed in C++, under AddressSanitizer: to the bit."""
     commands, names = [], []
     for name, case in CASES.items():
         spec = preprocessing(case)
@@ -84,12 +78,13 @@ def test_the_vectors(tmp_path):
     for name, answer in zip(names, drive(*commands), strict=True):
         case = CASES[name]
         if "error" in case:
-            assert answer == f"error: {case['error']}"
+            named = case["error"].replace("image", f"image {FOLDER / case['image']}", 1)
+            assert answer == f"error: {named}"
             continue
         assert answer == "ok ", name
         want = np.asarray(Image.open(FOLDER / case["expected"])).astype(int)
         have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
-        assert np.abs(have - want).max() <= (0 if decoded(case) else JPEG), name
+        assert np.abs(have - want).max() == 0, name
 
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
@@ -100,11 +95,11 @@ def test_pictures_are_decoded_as_python_does(name, tmp_path):
     want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
     assert drive(("picture", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
     have = np.fromfile(tmp_path / "rgb", np.uint8).reshape(want.shape)
-    assert np.abs(have - want).max() <= (0 if decoded(case) else JPEG)
+    assert np.abs(have - want).max() == 0
 
 
-def test_decoded_jpegs_are_preprocessed_to_the_bit(demo_bundle):
-    """And strides are heeded: the tolerance of JPEGs above is their decoder's alone."""
+def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
+    """And strides are heeded."""
     from evm_deploy.model.preprocess import read_rgb
 
     with Model(demo_bundle.path) as model, load(demo_bundle.path) as python:

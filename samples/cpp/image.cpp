@@ -110,6 +110,9 @@ Picture decoded(const Bytes &bytes, const std::string &path) {
         throw evm::ImageError("image " + path + " is too large: Image size (" + std::to_string(count) + " pixels) exceeds limit of " +
                               std::to_string(MAX_PIXELS) + " pixels, could be decompression bomb DOS attack.");
     Picture picture{width, height, Bytes(3 * static_cast<size_t>(count))};
+#ifdef EVM_JPEG
+    if (text_at(bytes, 0, "\xff\xd8", 2) && decode_jpeg(bytes, picture)) return picture;
+#endif
     const bool deep_grey = channels == 1 && stbi_is_16_bit_from_memory(bytes.data(), size);
     if (deep_grey) {
         const std::unique_ptr<stbi_us, Release> grey(stbi_load_16_from_memory(bytes.data(), size, &width, &height, &channels, 1));
@@ -132,5 +135,7 @@ Picture read_image(const std::string &path) {
     bool truncated = false;
     const unsigned orientation = jpeg ? jpeg_orientation(bytes, truncated) : png ? png_orientation(bytes) : 1;
     if (truncated) throw evm::ImageError("image " + path + " cannot be read: image file is truncated");
-    return upright(picture, orientation);
+    Picture result = upright(picture, orientation);
+    result.name = path;
+    return result;
 }

@@ -8,8 +8,12 @@
 struct Picture {
     int width = 0, height = 0;
     std::vector<unsigned char> rgb;
-    evm::Image view() const { return {rgb.data(), width, height}; }
+    std::string name = {};
+    evm::Image view() const { return {rgb.data(), width, height, 0, name}; }
 };
 
 // EXIF rotation applied, 16-bit grey scaled, alpha dropped. Raises evm::ImageError.
 Picture read_image(const std::string &path);
+
+// The pixels of a JPEG into a picture of its size; whether libjpeg could.
+bool decode_jpeg(const std::vector<unsigned char> &bytes, Picture &picture);

@@ -86,7 +86,7 @@ Choice lowering(const Source &source, const Manifest &manifest, const Target &ta
     if (has(manifest.scan_modes, "aot")) return {"aot", "the kernel is inside the engine"};
     if (asked == "portable" || !plugin) {
         if (asked == "plugin" || asked == "bundled")
-            throw UsageError("this bundle was exported with portable scans: it has no node for a native kernel");
+            throw UsageError("this bundle was exported with portable scans: it has no node for a native kernel", "export it with --scan auto");
         return {"portable", asked == "portable" ? "as asked" : "the bundle was exported so"};
     }
     const std::string host = host_platform();

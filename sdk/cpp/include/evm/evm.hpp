@@ -72,11 +72,12 @@ struct Options {
     int streams = 1;                // threads that will run inferences at the same time
 };
 
-// Packed 8-bit RGB, rows from top to bottom. stride: bytes from row to row, 0 where they follow each other.
+// Packed 8-bit RGB, rows from top to bottom. stride: bytes from row to row, 0 where they follow each other. name: in errors.
 struct Image {
     const std::uint8_t *rgb;
     int width, height;
     std::ptrdiff_t stride = 0;
+    std::string name = {};
 };
 
 // One class of one image. score: probability, 0..1.
