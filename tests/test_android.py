@@ -27,6 +27,8 @@ from tests.broken import BROKEN
 from tests.syntax import faults
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
+pytestmark = pytest.mark.xdist_group("android")  # one compiler, one JVM
+
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "samples" / "android"
 APP = PROJECT / "app" / "src" / "main"
@@ -202,7 +204,8 @@ def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, t
     rows[8, 3] = rows[8, 5] = rows[8].max() + 1
     if head == "probs":
         rows = np.abs(rows) / np.abs(rows).sum(1, keepdims=True)
-    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head, outputs=[{"name": head}])
+    outputs = [{"name": head, "dtype": "float32", "shape": [1, 10]}]
+    folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head, outputs=outputs)
     save_file({head: rows}, tmp_path / "outputs.safetensors")
     with load(folder) as model:
         monkeypatch.setattr(model, "_run_pixels", lambda pixels: {head: rows[: len(pixels)]})

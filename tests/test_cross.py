@@ -23,6 +23,8 @@ from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas
 
+pytestmark = pytest.mark.xdist_group("cross")  # or workers wait for each other's compilers
+
 HOST = host_platform()
 OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
 EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_force_isa", b"evm_block_run_tile")

@@ -96,7 +96,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
         assert np.abs(a - b).max() < 0.3  # roundings that tip over
 
 
-@pytest.mark.parametrize(("method", "smooth"), [("mse", "off"), ("mse", "on")])
+@pytest.mark.parametrize(("method", "smooth"), [("mse", "on")])
 def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs, labelled_glyphs, tmp_path):
     """Images that were not calibrated with. All methods: benchmarks/int8_methods.py."""
     np.savez(tmp_path / "calib.npz", images=glyphs(512, 5000, 64)[0])
@@ -215,11 +215,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []
-    for count in (32, 256):
+    for count in (16, 144):
         np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(224, 224, seed=i) for i in range(count)]))
         command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 100  # MB, of which 34 are the file of pictures itself
+    assert peaks[1] - peaks[0] < 60  # MB, of which 19 are the file of pictures itself
 
 
 def test_blocks_are_the_units_that_stay_in_float():

@@ -136,7 +136,7 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
 def test_without_cmake_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(openvino_extension.shutil, "which", lambda name, path: None)
-    with pytest.raises(ToolchainError, match=r"CMake, which is not here(?s:.*)evm-deploy\[run-openvino\]"):
+    with pytest.raises(ToolchainError, match=r"CMake, which is not here(?s:.*)evm-deploy\[openvino\]"):
         extension()
 
 

@@ -26,6 +26,8 @@ from evm_deploy.model.preprocess import Preprocessing
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
+pytestmark = pytest.mark.xdist_group("sdk")  # its builds take both cores
+
 
 @pytest.fixture(scope="session")
 def pictures_50(tmp_path_factory) -> list[Path]:

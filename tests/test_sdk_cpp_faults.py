@@ -29,6 +29,8 @@ from evm_deploy.platforms import host_platform
 from tests.broken import BROKEN
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
 
+pytestmark = pytest.mark.xdist_group("sdk")
+
 QUOTES = {"manifest cut": " is damaged: "}  # a parser's words follow
 HINTS = {"manifest of the future": "upgrade the SDK"}  # pip upgrades no C++
 

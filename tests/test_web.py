@@ -434,6 +434,7 @@ def test_providers_are_as_asked_or_said(drive):
     assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu&threads=1")["problem"]
 
 
+@pytest.mark.skipif("EVM_WEBGPU" not in os.environ, reason="half a minute in software: EVM_WEBGPU=1 runs it")
 def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
     """On Chromium's adapter in software, asked for: by itself the page would not take it."""
     seen = drive("gpu", console="powerPreference|No available adapters", pictures=digits[:1])

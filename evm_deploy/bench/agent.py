@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import zipapp
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "agent.pyz"
+REMOVALS = 20
 # sys.path, with the zipapp at its start, before the hook of an evm_deploy that is installed there for editing
 START = """import sys
 from importlib.machinery import PathFinder
@@ -83,7 +85,12 @@ def main() -> int:
 def _end_with_stdin() -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
-    shutil.rmtree(Path(sys.argv[0]).resolve().parent, ignore_errors=True)
+    folder = Path(sys.argv[0]).resolve().parent
+    for _ in range(REMOVALS):  # what still runs may write while it is being removed
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.05)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

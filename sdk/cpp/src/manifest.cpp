@@ -10,7 +10,7 @@ namespace evm {
 namespace {
 
 constexpr int SCHEMA_VERSION = 1;
-constexpr std::uint64_t MAX_BYTES = 4 << 20;
+constexpr std::uint64_t MAX_MANIFEST = 4 << 20;
 constexpr int MAX_SIDE = 8192;
 constexpr const char *FILE_NAME = "manifest.json";
 
@@ -175,7 +175,7 @@ Manifest read_manifest(const Source &source) {
     Manifest manifest;
     std::string json;
     try {
-        if (source.size(FILE_NAME) > MAX_BYTES) throw BundleError(path + " is larger than " + std::to_string(MAX_BYTES) + " bytes: not a manifest");
+        if (source.size(FILE_NAME) > MAX_MANIFEST) throw BundleError(path + " is larger than " + std::to_string(MAX_MANIFEST) + " bytes: not a manifest");
         json = source.bytes(FILE_NAME);
     } catch (const ReadError &error) {
         if (error.missing) throw BundleError(source.path + " is not a bundle: it has no " + FILE_NAME, "make one with evm-export");

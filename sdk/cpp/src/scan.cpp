@@ -2,16 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 
 namespace evm {
 namespace {
 
 using Shape = std::vector<std::int64_t>;
-constexpr double TOLERANCE = 2e-5;                // of the SSM part, float32 against the loop
-constexpr double ROUNDING = 4 * 0x1p-23;          // of y, before skip * u is taken off
-constexpr double INFINITE = std::numeric_limits<double>::infinity();
+constexpr double TOLERANCE = 2e-5;        // of the SSM part, float32 against the loop
+constexpr double ROUNDING = 4 * 0x1p-23;  // of y, before skip * u is taken off
 
 struct Scan {
     std::size_t b, K, L, D, N;

@@ -6,12 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace evm {
 namespace {
-
-constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 BundleError unreadable(const Source &source, const std::string &reason) {
     return BundleError("bundle " + source.path + " has no readable self-test: " + reason);
