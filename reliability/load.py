@@ -87,16 +87,16 @@ ONNX, OPENVINO, PORTABLE = ExportPlan("onnx"), ExportPlan("openvino"), ExportPla
 INT8 = ExportPlan("onnx", precision="int8", calib="demo", calib_images=100)
 JOBS = {
     "onnx native": Job(infer, 1_000_000, ONNX, {"scan": "plugin"}),
-    "onnx portable": Job(infer, 1_000_000, ONNX, {"scan": "portable"}),
-    "onnx int8": Job(infer, 1_000_000, INT8, {}),
+    "onnx portable": Job(infer, 200_000, ONNX, {"scan": "portable"}),
+    "onnx int8": Job(infer, 200_000, INT8, {}),
     "openvino extension": Job(infer, 1_000_000, OPENVINO, {}),
-    "openvino portable": Job(infer, 1_000_000, PORTABLE, {}),
-    "coreml emulated": Job(infer, 20_000, ExportPlan("coreml"), {}),
+    "openvino portable": Job(infer, 200_000, PORTABLE, {}),
+    "coreml emulated": Job(infer, 2_000, ExportPlan("coreml"), {}),
     "onnx 8 threads": Job(infer_together, 80_000, ONNX, {"scan": "plugin"}),
     "openvino 8 threads": Job(infer_together, 80_000, OPENVINO, {}),
     "onnx opened": Job(open_and_close, 10_000, ONNX, {}),
     "onnx zip opened": Job(open_and_close_zip, 1_000, ONNX, {}),
-    "openvino opened": Job(open_and_close, 2_000, OPENVINO, {}),
+    "openvino opened": Job(open_and_close, 1_000, OPENVINO, {}),
 }
 
 
