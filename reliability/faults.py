@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evm_deploy.bench import bench
+from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError
@@ -83,11 +83,11 @@ def kill(rng: random.Random, folder: Path, pid: int) -> None:
 
 
 def remove_files(rng: random.Random, folder: Path, pid: int) -> None:
-    """Somebody cleans up, hidden folders too, while the child writes into them."""
+    """Somebody cleans up the hidden folders, while the child writes into them."""
     end = time.monotonic() + rng.uniform(0, DURATION[0])
     while time.monotonic() < end and alive(pid):
         time.sleep(0.02)
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0][0] == "."]
     for path in rng.sample(files, min(len(files), 3)):
         path.unlink(missing_ok=True)
 
@@ -101,6 +101,7 @@ def no_space(rng: random.Random, folder: Path) -> None:
 
 def not_allowed(rng: random.Random, folder: Path) -> None:
     folder.chmod(0o755)
+    folder.parent.chmod(0o755)
     os.setgid(NOBODY)
     os.setuid(NOBODY)
 
@@ -127,15 +128,15 @@ def spoil_caches(rng: random.Random, folder: Path) -> None:
 
 
 FAULTS = {
-    "kill export": Fault((export_float,), 100, disturb=kill),
-    "kill calibration": Fault((export_int8,), 60, disturb=kill),
+    "kill export": Fault((export_float,), 90, disturb=kill),
+    "kill calibration": Fault((export_int8,), 50, disturb=kill),
     "kill bench": Fault((measure,), 60, disturb=kill),
-    "file removed": Fault((export_float, export_int8), 30, disturb=remove_files),
-    "disk full": Fault((export_float, export_int8, measure), 30, hobble=no_space),
-    "read-only folder": Fault((export_float, measure), 4, hobble=not_allowed),
-    "clock jumps": Fault((export_int8, measure), 10, hobble=jumping_clock),
-    "two at once": Fault((export_float,), 10, twice=True),
-    "caches corrupted": Fault((export_int8,), 30, prepare=spoil_caches),
+    "file removed": Fault((export_float, export_int8), 16, disturb=remove_files),
+    "disk full": Fault((export_float, export_int8, measure), 21, hobble=no_space),
+    "read-only folder": Fault((export_float,), 4, hobble=not_allowed),
+    "clock jumps": Fault((export_int8, measure), 6, hobble=jumping_clock),
+    "two at once": Fault((export_float,), 6, twice=True),
+    "caches corrupted": Fault((export_int8,), 12, prepare=spoil_caches),
 }
 DURATION = [0.0]  # seconds that the work takes undisturbed, from the first run
 
@@ -198,8 +199,7 @@ def run(fault: Fault, rng: random.Random, folder: Path, tally: Tally) -> None:
             tally.refused += 2 <= code <= 6
             if code not in (0, -signal.SIGKILL, *range(2, 7)):
                 tally.findings.append(f"run {i}: the process ended with {code}")
-        if fault.disturb is not remove_files:
-            tally.findings += [f"run {i}: {said}" for said in wrong_in(folder)]
+        tally.findings += [f"run {i}: {said}" for said in wrong_in(folder)]
 
 
 def afterwards(fault: Fault, folder: Path) -> Iterator[str]:
@@ -210,9 +210,13 @@ def afterwards(fault: Fault, folder: Path) -> Iterator[str]:
     yield from (f"afterwards {said}" for said in wrong_in(folder))
     yield from (f"left behind: {path.name}" for path in folder.iterdir() if path.name.startswith("."))
     for path in folder.glob("evm_digits-*"):
-        if not path.name.endswith(".rejected"):
+        if path.name.endswith(".rejected"):
+            continue
+        try:
             with load(path) as model:
                 yield from (f"self-test of {path.name}: {check}" for check in model.selftest() if not check.ok)
+        except EvmError as error:
+            yield f"afterwards {path.name} does not open: {error}"
 
 
 def main() -> int:

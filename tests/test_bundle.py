@@ -18,7 +18,7 @@ from evm_deploy import cli, cli_run
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.export import pipeline
-from evm_deploy.export.bundle import open_bundle
+from evm_deploy.export.bundle import check_free, open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.inference import load
@@ -247,3 +247,20 @@ raise SystemExit(export_main())
     assert (done.returncode, "interrupted" in done.stderr) == (130, True)
     assert list(tmp_path.iterdir()) == [old]
     open_bundle(old)
+
+
+def test_folders_that_may_not_be_looked_into(micro, tmp_path, monkeypatch):
+    """As for a user who is not root: stat of what is in them fails."""
+    secret, stat = tmp_path / "secret", os.stat
+
+    def refused(path, *args, **kwargs):
+        if str(path).startswith(f"{secret}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    secret.mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(BundleError, match="bundle .*secret/bundle cannot be read: Permission denied"):
+        open_bundle(secret / "bundle")
+    with pytest.raises(BundleError, match="cannot write to .*secret: Permission denied\n  choose another --out"):
+        check_free(secret / "bundle", force=True)

@@ -45,7 +45,11 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     path, unpacked = Path(path), None
     if path.suffix == archive.SUFFIX and path.is_file():
         path, unpacked = archive.unpacked(path)
-    if not path.is_dir():
+    try:
+        here = path.is_dir()
+    except OSError as error:
+        raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
+    if not here:
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", "make one with evm-export")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
@@ -68,6 +72,10 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
 
 def check_free(path: Path, force: bool) -> None:
     """Refuse before work starts what could not be written at its end."""
+    try:
+        path.exists()
+    except OSError as error:
+        raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     if path.exists() and not force:
         raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
     if path.exists() and not (path / FILE).is_file():
