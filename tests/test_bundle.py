@@ -260,7 +260,7 @@ def test_folders_that_may_not_be_looked_into(micro, tmp_path, monkeypatch):
 
     secret.mkdir()
     monkeypatch.setattr(os, "stat", refused)
-    with pytest.raises(BundleError, match="bundle .*secret/bundle cannot be read: Permission denied"):
+    with pytest.raises(BundleError, match=r"bundle .*secret/bundle cannot be read: Permission denied"):
         open_bundle(secret / "bundle")
-    with pytest.raises(BundleError, match="cannot write to .*secret: Permission denied\n  choose another --out"):
+    with pytest.raises(BundleError, match=r"cannot write to .*secret: Permission denied\n  choose another --out"):
         check_free(secret / "bundle", force=True)
