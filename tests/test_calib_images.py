@@ -144,6 +144,18 @@ def test_classes_come_from_folders_or_a_csv(tmp_path):
         np.testing.assert_array_equal(labelled_images(tmp_path / "val.csv", PRE, 10).labels, want)
 
 
+@pytest.mark.parametrize(
+    ("names", "classes", "labels"),
+    [(("07", "3"), 8, [7, 3]), (("²", "3"), 2, [1, 0]), (("9" * 5000, "3"), 2, [1, 0])],
+    ids=["zeros", "superscript", "long"],
+)
+def test_names_that_are_digits_and_those_that_only_look_so(names, classes, labels, tmp_path):
+    for file in ("a.png", "b.png"):
+        Image.fromarray(picture(20, 20, seed=1)).save(tmp_path / file)
+    (tmp_path / "val.csv").write_text("".join(f"{f},{n}\n" for f, n in zip(("a.png", "b.png"), names, strict=True)))
+    assert labelled_images(tmp_path / "val.csv", PRE, classes).labels.tolist() == labels
+
+
 def test_folders_with_other_names_go_by_the_alphabet(tmp_path):
     for name in ("n02", "n01", "n03"):
         (tmp_path / name).mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,8 +243,7 @@ def _from_class_folders(source: Path) -> list[tuple[Picture, str]]:
 def _class_index(source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
     if labels and set(names) <= set(labels):
         return {name: list(labels).index(name) for name in names}
-    indices = set(map(str, range(num_classes)))
-    if set(names) <= indices:
+    if all(re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes for name in names):
         return {name: int(name) for name in names}
     if len(names) == num_classes:
         return {name: i for i, name in enumerate(names)}
