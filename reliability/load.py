@@ -47,7 +47,7 @@ class Job:
 
 def infer(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
     """Inferences by one thread -> after each, whether its result differs from the first of its picture."""
-    with load(bundle, threads=1, **options) as model:
+    with load(bundle, **{"threads": 1, **options}) as model:
         inputs = pictures(model)
         first = [result(model, each) for each in inputs]
         for i in range(count):
@@ -91,7 +91,7 @@ JOBS = {
     "onnx int8": Job(infer, 200_000, INT8, {}),
     "openvino extension": Job(infer, 1_000_000, OPENVINO, {}),
     "openvino portable": Job(infer, 200_000, PORTABLE, {}),
-    "coreml emulated": Job(infer, 2_000, ExportPlan("coreml"), {}),
+    "coreml emulated": Job(infer, 2_000, ExportPlan("coreml"), {"threads": None}),
     "onnx 8 threads": Job(infer_together, 80_000, ONNX, {"scan": "plugin"}),
     "openvino 8 threads": Job(infer_together, 80_000, OPENVINO, {}),
     "onnx opened": Job(open_and_close, 10_000, ONNX, {}),

@@ -238,3 +238,39 @@ def test_a_damaged_library_is_an_error(tmp_path, micro_bundle):
     model = onnx.load(str(micro_bundle.path / "model.onnx")).SerializeToString()
     with pytest.raises(ToolchainError, match="refuses"):
         OnnxRuntime(model, 1, broken)
+
+
+REGISTER = """
+import ctypes, sys
+
+made, added = [], []
+NOTHING = ctypes.c_void_p
+
+@ctypes.CFUNCTYPE(NOTHING, ctypes.c_char_p, ctypes.POINTER(NOTHING))
+def create(name, domain):
+    made.append(name)
+    domain[0] = 1000 + len(made)
+
+@ctypes.CFUNCTYPE(NOTHING, NOTHING, NOTHING)
+def add(options, domain):
+    added.append(domain)
+
+class Base(ctypes.Structure):
+    _fields_ = [("get", ctypes.CFUNCTYPE(NOTHING, ctypes.c_uint32))]
+
+table = (NOTHING * 300)()
+table[26], table[27], table[28] = (ctypes.cast(each, NOTHING) for each in (create, add, add))
+bases = [Base(Base._fields_[0][1](lambda version: ctypes.addressof(table))) for _ in range(2)]
+register = ctypes.CDLL(sys.argv[1]).RegisterCustomOps
+for base in (0, 0, 0, 1, 1):
+    assert register(NOTHING(7), ctypes.byref(bases[base])) == 0
+print(made, added)
+"""
+
+
+def test_sessions_share_a_domain():
+    """It would be one more for each session, which nobody releases; another ONNX Runtime in the process has its own."""
+    command = [sys.executable, "-c", REGISTER, str(plugin_path("onnxruntime"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    handles = re.findall(r"\d+", said)
+    assert handles.count("1001") == 3 and handles.count("1002") == 2 and said.count("b'evm'") == 2
