@@ -20,6 +20,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from reliability import chosen
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 BASE = ("numpy==1.26.4", "pillow==10.0.0", "safetensors==0.4.0", "rich==13.0.0", "jinja2==3.1.0")
@@ -80,7 +82,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name in args.names or ENVIRONMENTS:
+    for name in chosen(parser, args.names, ENVIRONMENTS):
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -33,6 +33,7 @@ from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.inference import load
+from reliability import chosen
 
 NOBODY = 65534
 CRASH = 70  # exit code of a child that met what it should not
@@ -231,7 +232,7 @@ def main() -> int:
 
     torch.set_num_threads(1)  # children of a fork have no threads of their parent
     results: dict[str, Any] = {}
-    for name in args.faults or FAULTS:
+    for name in chosen(parser, args.faults, FAULTS):
         fault = FAULTS[name]
         if args.runs:
             fault = Fault(**{**vars(fault), "runs": args.runs})

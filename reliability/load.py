@@ -26,6 +26,7 @@ import numpy as np
 from evm_deploy import ExportPlan, export, load
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.export.archive import write_zip
+from reliability import chosen
 
 if TYPE_CHECKING:
     from evm_deploy.inference import LoadedBundle
@@ -157,7 +158,7 @@ def main() -> int:
         return 0
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.jobs or JOBS:
+        for name in chosen(parser, args.jobs, JOBS):
             bundle = export(CHECKPOINT, JOBS[name].plan, f"{folder}/{name}").path
             command = [sys.executable, "-m", "reliability.load", name, "--scale", str(args.scale), "--bundle", bundle]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

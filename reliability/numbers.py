@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy.errors import EvmError
+from reliability import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +155,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
-    for name in args.cases or CASES:
+    for name in chosen(parser, args.cases, CASES):
         for form in args.forms.split(","):
             start = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:

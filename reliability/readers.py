@@ -1,0 +1,154 @@
+"""The readers of other people's files: what fuzz.py gives broken ones to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """`read(path)` opens what is at `path`, a file named `name`. structured: JSON whose values are worth replacing.
+    prepare: puts what else must be there into the folder, and gives a good file.
+    """
+
+    name: str
+    read: Callable[[Path], object]
+    structured: bool = False
+    prepare: Callable[[Path], bytes] | None = None
+
+
+def _manifest(path: Path) -> object:
+    from evm_deploy.export.manifest import Manifest
+
+    return Manifest.read(path.parent)
+
+
+def _bundle(path: Path) -> object:
+    """A manifest in a bundle that is good otherwise: opened, run and self-tested."""
+    from evm_deploy.inference import load
+
+    with load(path.parent, threads=1) as model:
+        found = model.predict([path.parent / "selftest" / "picture.png"])
+        assert all(0 <= each.score <= 1 for row in found for each in row), found
+        return model.selftest()
+
+
+def _demo_bundle(folder: Path) -> bytes:
+    """Export the demo into `folder` -> its manifest."""
+    from evm_deploy.demo import CHECKPOINT
+    from evm_deploy.export.pipeline import export
+    from evm_deploy.export.plan import ExportPlan
+
+    with tempfile.TemporaryDirectory() as out:
+        bundle = export(CHECKPOINT, ExportPlan("onnx"), out).path
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    return (folder / "manifest.json").read_bytes()
+
+
+def _archive(path: Path) -> object:
+    from evm_deploy.export.archive import unpack
+
+    into = path.parent / "unpacked"
+    try:
+        folder = unpack(path, into)
+        outside = [file for file in path.parent.rglob("*") if file != path and into not in (file, *file.parents)]
+        assert not outside, f"written outside: {outside}"
+        return folder
+    finally:
+        shutil.rmtree(into, ignore_errors=True)
+
+
+def _checkpoint(path: Path) -> object:
+    from evm_deploy.model.checkpoint import load_checkpoint
+
+    return load_checkpoint(path)
+
+
+def _image(path: Path) -> object:
+    from evm_deploy.model.preprocess import Preprocessing
+
+    return Preprocessing((64, 64)).pixels(path)
+
+
+def _table(path: Path) -> object:
+    from evm_deploy.calib.table import CalibrationTable
+
+    return CalibrationTable.from_json(path.read_bytes().decode("utf-8", "surrogateescape"))
+
+
+def _record(path: Path) -> object:
+    """Through the whole of evm-report: what is read is also shown."""
+    from evm_deploy.report.collect import candidates, collect
+    from evm_deploy.report.page import page
+    from evm_deploy.report.table import grouped
+    from evm_deploy.report.write import markdown, table_csv
+
+    groups = grouped(candidates(collect([path])))
+    return page(groups), markdown(groups), table_csv(groups)
+
+
+def _fleet(path: Path) -> object:
+    from evm_deploy.bench.fleet import read_fleet
+    from evm_deploy.bench.places import Place
+    from evm_deploy.bench.record import Settings
+    from evm_deploy.bench.sweep import Sweep
+
+    return read_fleet(path, Place(), Sweep((), (None,), (None,), (1,), Settings(), path.parent))
+
+
+def _profile(path: Path) -> object:
+    from evm_deploy.platforms import PLATFORMS
+    from evm_deploy.profiles import find_profile
+
+    return find_profile(str(path), also=PLATFORMS)
+
+
+def _config(path: Path) -> object:
+    from evm_deploy.cli import export_parser
+    from evm_deploy.config import read_config
+
+    return read_config(path, export_parser())
+
+
+def _perf_test(path: Path) -> object:
+    from evm_deploy.bench.perf_test import read
+
+    printed, _, result = path.read_bytes().decode("utf-8", "replace").partition("====\n")
+    return read(printed, result)
+
+
+def _listed(path: Path) -> object:
+    """A list of pictures, or an .npz."""
+    from evm_deploy.calib.images import find_pictures
+
+    return find_pictures(path)
+
+
+def _labelled(path: Path) -> object:
+    from evm_deploy.calib.images import labelled_images
+    from evm_deploy.model.preprocess import Preprocessing
+
+    return labelled_images(path, Preprocessing((64, 64)), 2)
+
+
+TARGETS = {
+    "manifest": Target("manifest.json", _manifest, structured=True),
+    "bundle": Target("manifest.json", _bundle, structured=True, prepare=_demo_bundle),
+    "zip": Target("bundle.zip", _archive),
+    "checkpoint": Target("net.pth", _checkpoint),
+    "safetensors": Target("net.safetensors", _checkpoint),
+    "image": Target("picture", _image),
+    "calibration": Target("table.json", _table, structured=True),
+    "record": Target("record.json", _record, structured=True),
+    "fleet": Target("fleet.toml", _fleet),
+    "profile": Target("profile.toml", _profile),
+    "config": Target("evm.toml", _config),
+    "perf_test": Target("printed.txt", _perf_test),
+    "listed": Target("pictures.txt", _listed),
+    "npz": Target("pictures.npz", _listed),
+    "labelled": Target("val.csv", _labelled),
+}
