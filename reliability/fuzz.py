@@ -2,18 +2,22 @@
 
     python -m reliability.fuzz [TARGET..] [--runs 20000] [--seed 1] [-o dist/reliability]
 
-Inputs come from `corpus/<target>/` by mutation: bytes flipped, cut, repeated; in JSON also values replaced by odd ones,
-of other types. Findings are written to `<out>/findings/<target>/`, and go to `regressions/<target>/` once they are
-mended: tests/test_fuzz.py replays all of both, and some hundred new mutations. A target has a process of its own, so
-that a crash is a finding, too. Exit 1 with findings.
+Needs atheris: `pip install atheris`. Inputs come from `corpus/<target>/` by mutation: libFuzzer's, which builds on what
+reached new Python code, and ours, for JSON above all: values replaced by odd ones, of other types. Findings are written
+to `<out>/findings/<target>/`, and go to `regressions/<target>/` once they are mended: tests/test_fuzz.py replays all of
+both, and some hundred new mutations. A target has a process of its own, so that a crash is a finding, too. Exit 1 with
+findings.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
+import importlib.util
 import json
+import os
 import random
 import resource
 import signal
@@ -24,7 +28,8 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, NoReturn
 
 from evm_deploy.errors import EvmError
 from reliability import chosen
@@ -34,6 +39,7 @@ CORPUS = Path(__file__).parent / "corpus"
 REGRESSIONS = Path(__file__).parent / "regressions"
 SECONDS = 20  # that one input may take
 MEMORY = 8 << 30  # bytes of address space
+GUIDES = ("evm_deploy", "json", "zipfile", "csv", "tomllib", "PIL", "torch.serialization", "torch._weights_only")
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.5, 1e-320, 1e308, float("nan"), float("inf"),
     "", " ", "..", "../../x", "/etc/passwd", "\0", "\ud800", "a" * 5000, "NaN", "1e400", [], [[]], {},
@@ -80,25 +86,30 @@ def mutations(target: Target, corpus: list[bytes], seed: int) -> Iterator[bytes]
     """Without end, the same for the same seed."""
     rng = random.Random(seed)
     while True:
-        data = rng.choice(corpus)
-        for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
-            structured = target.structured and rng.random() < 0.7
-            data = _odd_value(rng, data) if structured else _odd_bytes(rng, data, corpus)
-        yield data
+        yield mutated(rng, target, rng.choice(corpus), corpus)
+
+
+def mutated(rng: random.Random, target: Target, data: bytes, corpus: list[bytes]) -> bytes:
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
+        structured = target.structured and rng.random() < 0.7
+        data = _odd_value(rng, data) if structured else _odd_bytes(rng, data, corpus)
+    return data
 
 
 def _odd_bytes(rng: random.Random, data: bytes, corpus: list[bytes]) -> bytes:
     at, length = rng.randint(0, len(data)), rng.choice((1, 1, 2, 4, 16, 200))
-    match rng.randrange(6):
-        case 0:
-            return data[:at] + bytes(rng.randrange(256) for _ in range(length)) + data[at + length :]
+    match rng.randrange(7):
+        case 0 if at < len(data):
+            return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
         case 1:
-            return data[:at] + data[at + length :]
+            return data[:at] + bytes(rng.randrange(256) for _ in range(length)) + data[at + length :]
         case 2:
-            return data[:at] + rng.choice(BYTES) + data[at:]
+            return data[:at] + data[at + length :]
         case 3:
-            return data[:at] + data[at : at + length] * rng.choice((2, 3, 50)) + data[at + length :]
+            return data[:at] + rng.choice(BYTES) + data[at:]
         case 4:
+            return data[:at] + data[at : at + length] * rng.choice((2, 3, 50)) + data[at + length :]
+        case 5:
             return data[:at]
         case _:
             other = rng.choice(corpus)
@@ -133,30 +144,54 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(value[key])
 
 
-def run(name: str, runs: int, seed: int, out: Path) -> dict[str, Any]:
-    """Mutations of one target in this process -> counts; findings, the first of each kind, are written to `out`."""
-    target, corpus = TARGETS[name], seeds(name)
-    accepted, found = 0, {}
-    with tempfile.TemporaryDirectory() as folder:
-        if target.prepare:
-            corpus.append(target.prepare(Path(folder)))
-        stream = mutations(target, corpus, seed)
-        start = time.monotonic()
-        for i in range(runs):
-            data = corpus[i] if i < len(corpus) else next(stream)
-            (out / f"{name}.last").write_bytes(data)  # what to blame when the process dies
-            try:
-                accepted += attempt(target, data, Path(folder))
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                kind = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
-                if kind not in found:
-                    found[kind] = str(keep(data, name, out))
-                    traceback.print_exc()
-    (out / f"{name}.last").unlink()
-    return {"inputs": runs, "accepted": accepted, "findings": found, "seconds": round(time.monotonic() - start, 1)}
+def run(name: str, runs: int, seed: int, out: Path) -> NoReturn:
+    """Inputs for one target, guided by what they reach in the interpreter's code -> counts in `out`/<name>.json;
+    findings, the first of each kind, beside them. Ends the process, as libFuzzer does.
+    """
+    import atheris
+
+    target, found = TARGETS[name], {}
+    tried = accepted = 0
+    start = time.monotonic()
+    folder, corpus = Path(tempfile.mkdtemp(dir=out)), Path(tempfile.mkdtemp(dir=out))
+    known = [*seeds(name), *(target.prepare(folder) if target.prepare else [])]
+    for i, data in enumerate(known):
+        (corpus / str(i)).write_bytes(data)
+
+    def one_input(data: bytes) -> None:
+        nonlocal tried, accepted
+        (out / f"{name}.last").write_bytes(data)  # what to blame when the process dies
+        try:
+            accepted += attempt(target, data, folder)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            kind = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+            if kind not in found:
+                found[kind] = keep(data, name, out).name
+                traceback.print_exc()
+        tried += 1
+        if tried == runs:
+            seconds = round(time.monotonic() - start, 1)
+            result = {"inputs": tried, "accepted": accepted, "findings": found, "seconds": seconds}
+            (out / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+            os._exit(0)
+
+    def mutator(data: bytes, max_size: int, state: int) -> bytes:
+        rng = random.Random(state)
+        if rng.random() < 0.5:
+            return atheris.Mutate(data, max_size)
+        return mutated(rng, target, rng.choice((data, rng.choice(known))), known)[:max_size]
+
+    attempt(target, known[0], folder)  # imports what it needs
+    for function in [each for each in gc.get_objects() if isinstance(each, FunctionType)]:
+        if (function.__module__ or "").startswith(GUIDES):
+            atheris.instrument_func(function)
+    options = ("-runs=-1", f"-seed={seed}", f"-max_len={1 << 20}", "-mutate_depth=2", "-timeout=0")
+    atheris.Setup(["fuzz", *options, str(corpus)], one_input, custom_mutator=mutator)
+    atheris.Fuzz()
+    raise SystemExit("libFuzzer ended early")
 
 
 def keep(data: bytes, name: str, out: Path) -> Path:
@@ -164,6 +199,14 @@ def keep(data: bytes, name: str, out: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def counts(out: Path, name: str, code: int) -> dict[str, Any]:
+    """What a target's process has written; a crash of it is a finding."""
+    if code == 0:
+        return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    kept = keep((out / f"{name}.last").read_bytes(), name, out)
+    return {"inputs": 0, "accepted": 0, "findings": {f"the process ended with {code}": kept.name}}
 
 
 class Late(BaseException):
@@ -189,23 +232,19 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.inside:
         limit()
-        print(json.dumps(run(*args.targets, args.runs, args.seed, args.out)))
-        return 0
+        run(*args.targets, args.runs, args.seed, args.out)
+    if not importlib.util.find_spec("atheris"):
+        parser.error("it needs atheris: pip install atheris")
     results = {}
     for name in chosen(parser, args.targets, TARGETS):
-        command = [sys.executable, "-m", "reliability.fuzz", name, "--inside", "--runs", str(args.runs)]
-        command += ["--seed", str(args.seed), "-o", str(args.out)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            last = args.out / f"{name}.last"
-            crash = f"the process ended with {done.returncode}"
-            results[name] = {
-                "inputs": 0,
-                "accepted": 0,
-                "findings": {crash: str(keep(last.read_bytes(), name, args.out))},
-            }
-        else:
-            results[name] = json.loads(done.stdout.splitlines()[-1])
+        command = [sys.executable, "-W", "ignore", "-m", "reliability.fuzz", name, "--inside", "--runs", str(args.runs)]
+        with tempfile.TemporaryDirectory() as out:
+            done = subprocess.run([*command, "--seed", str(args.seed), "-o", out], capture_output=True, text=True)
+            results[name] = counts(Path(out), name, done.returncode)
+            if results[name]["findings"]:
+                print(done.stderr[-4000:], file=sys.stderr)
+            for path in Path(out).glob("findings/*/*"):
+                keep(path.read_bytes(), name, args.out)
         print(f"{name:<12} {results[name]}", flush=True)
     (args.out / "fuzz.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(any(result["findings"] for result in results.values()))

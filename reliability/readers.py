@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Target:
     """`read(path)` opens what is at `path`, a file named `name`. structured: JSON whose values are worth replacing.
-    prepare: puts what else must be there into the folder, and gives a good file.
+    prepare: puts what else must be there into the folder, and gives good files, beside those of the corpus.
     """
 
     name: str
     read: Callable[[Path], object]
     structured: bool = False
-    prepare: Callable[[Path], bytes] | None = None
+    prepare: Callable[[Path], list[bytes]] | None = None
 
 
 def _manifest(path: Path) -> object:
@@ -37,7 +40,7 @@ def _bundle(path: Path) -> object:
         return model.selftest()
 
 
-def _demo_bundle(folder: Path) -> bytes:
+def _demo_bundle(folder: Path) -> list[bytes]:
     """Export the demo into `folder` -> its manifest."""
     from evm_deploy.demo import CHECKPOINT
     from evm_deploy.export.pipeline import export
@@ -46,7 +49,7 @@ def _demo_bundle(folder: Path) -> bytes:
     with tempfile.TemporaryDirectory() as out:
         bundle = export(CHECKPOINT, ExportPlan("onnx"), out).path
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
-    return (folder / "manifest.json").read_bytes()
+    return [(folder / "manifest.json").read_bytes()]
 
 
 def _archive(path: Path) -> object:
@@ -66,6 +69,37 @@ def _checkpoint(path: Path) -> object:
     from evm_deploy.model.checkpoint import load_checkpoint
 
     return load_checkpoint(path)
+
+
+def _tiny_network(depth: int) -> dict[str, Any]:
+    """Weights of the smallest network there is, with `depth` scanning blocks."""
+    import torch
+
+    from evm_deploy.model.efficientvmamba import Architecture, EfficientVMamba
+
+    torch.manual_seed(0)
+    architecture = Architecture(dim=8, depths=(depth, 0, 0, 0), num_classes=2, d_state=1, dt_ranks=(1, 1))
+    return EfficientVMamba(architecture).state_dict()
+
+
+def _saved_by_torch(folder: Path) -> list[bytes]:
+    """In both of torch's formats; the older one has no checksums, so that changes of it are read."""
+    import torch
+
+    files = []
+    for depth in (0, 1):
+        for zipped in (True, False):
+            buffer = io.BytesIO()
+            torch.save({"model": _tiny_network(depth)}, buffer, _use_new_zipfile_serialization=zipped)
+            files.append(buffer.getvalue())
+    return files
+
+
+def _saved_by_safetensors(folder: Path) -> list[bytes]:
+    from safetensors.torch import save
+
+    settings = {"labels": ["a", "b"], "imgsz": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    return [save(_tiny_network(depth), {"evm_deploy": json.dumps(settings)}) for depth in (0, 1)]
 
 
 def _image(path: Path) -> object:
@@ -128,6 +162,15 @@ def _listed(path: Path) -> object:
     return find_pictures(path)
 
 
+def _two_pictures(folder: Path) -> list[bytes]:
+    """A list of pictures that are there, in class order, by name, and with what spreadsheets do to such files."""
+    from PIL import Image
+
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 8), "#" + name[0] * 6).save(folder / name)
+    return [b"path,class\na.png,0\nb.png,1\n", b"\xef\xbb\xbfa.png,cat\r\nb.png,dog\r\n", b'"a.png",0\n./b.png,1\n']
+
+
 def _labelled(path: Path) -> object:
     from evm_deploy.calib.images import labelled_images
     from evm_deploy.model.preprocess import Preprocessing
@@ -139,8 +182,8 @@ TARGETS = {
     "manifest": Target("manifest.json", _manifest, structured=True),
     "bundle": Target("manifest.json", _bundle, structured=True, prepare=_demo_bundle),
     "zip": Target("bundle.zip", _archive),
-    "checkpoint": Target("net.pth", _checkpoint),
-    "safetensors": Target("net.safetensors", _checkpoint),
+    "checkpoint": Target("net.pth", _checkpoint, prepare=_saved_by_torch),
+    "safetensors": Target("net.safetensors", _checkpoint, prepare=_saved_by_safetensors),
     "image": Target("picture", _image),
     "calibration": Target("table.json", _table, structured=True),
     "record": Target("record.json", _record, structured=True),
@@ -150,5 +193,5 @@ TARGETS = {
     "perf_test": Target("printed.txt", _perf_test),
     "listed": Target("pictures.txt", _listed),
     "npz": Target("pictures.npz", _listed),
-    "labelled": Target("val.csv", _labelled),
+    "labelled": Target("val.csv", _labelled, prepare=_two_pictures),
 }

@@ -175,6 +175,13 @@ def test_labelled_sources_without_classes_are_refused(pictures, tmp_path):
         labelled_images(tmp_path / "val.csv", PRE, 10)
 
 
+def test_a_first_picture_that_is_missing_is_no_heading(tmp_path):
+    Image.fromarray(picture(20, 20, seed=1)).save(tmp_path / "b.png")
+    (tmp_path / "val.csv").write_text("a.png,0\nb.png,1\n")
+    with pytest.raises(CalibrationError, match=r"1 of 2 images cannot be read: a\.png"):
+        labelled_images(tmp_path / "val.csv", PRE, 2)
+
+
 def test_sampling_keeps_all_when_there_are_no_more(pictures):
     found = find_pictures(pictures)
     assert sample(found, 500) == found

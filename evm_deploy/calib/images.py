@@ -222,12 +222,17 @@ def _from_csv(source: Path) -> list[tuple[Picture, str]]:
         rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
     except csv.Error as error:
         raise CalibrationError(f"{source} cannot be read: {error}", "each line is path,class") from error
-    if rows and len(rows[0]) == 2 and not os.path.exists(source.parent / rows[0][0]):  # noqa: PTH110  takes any name
-        rows = rows[1:]  # a heading
+    if rows and len(rows[0]) == 2 and _is_heading(source.parent / rows[0][0]):
+        rows = rows[1:]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong or not rows:
         raise CalibrationError(f"{source}: {wrong or 'no lines'}", "each line is path,class; paths are relative to it")
     return [(Picture(path, source.parent / path), name.strip()) for path, name in rows]
+
+
+def _is_heading(path: Path) -> bool:
+    """Whether it is no picture, nor meant to be one."""
+    return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  takes any name
 
 
 def _from_class_folders(source: Path) -> list[tuple[Picture, str]]:
