@@ -14,6 +14,7 @@ FEW = [
     ("weight over fp16", "onnx:fp16"),
     ("dt bias +-30", "onnx:fp32"),
     ("A_logs +-20", "openvino:fp32"),
+    ("activation over fp16", "openvino:fp16"),
 ]
 
 

@@ -7,12 +7,16 @@ against the float64 loop, and what it writes alone for large deltas, where wrong
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy import float16
 from evm_deploy.errors import ParityError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
@@ -21,7 +25,7 @@ from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.reference import selective_scan
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 SCAN_TOLERANCE = 2e-5  # of the SSM part, float32 against the float64 loop: ten times what right lowerings measure
 ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of y, before skip * u is taken off
@@ -63,9 +67,12 @@ class Parity:
 
 def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportPlan, probes: NDArray[Any]) -> Parity:
     """Compare on `probes` (n, ...), one artifact input each. Returns a Parity whose `failures` say what is off."""
-    expected, float_scans = run_reference(reference, plan, probes)
-    actual = run_batched(runtime, plan, probes)
     failures: list[str] = []
+    with reaching(reference, float16.LARGEST if plan.precision == "fp16" else math.inf) as reached:
+        expected, float_scans = run_reference(reference, plan, probes)
+    too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
+    failures += (f"{name} {too_large.format(value)}" for name, value in reached.items())
+    actual = run_batched(runtime, plan, probes)
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
@@ -105,6 +112,31 @@ def require(parity: Parity) -> None:
         shown = "; ".join(parity.failures[:4])
         rest = f"; and {len(parity.failures) - 4} more" if len(parity.failures) > 4 else ""
         raise ParityError(f"the artifact is not the float model: {shown}{rest}")
+
+
+@contextmanager
+def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
+    """-> the largest value of each layer whose output goes beyond `limit`, while the model runs inside the `with`.
+
+    Before the runtimes here are asked: those that have no float16 arithmetic compute in float32, and hide it.
+    """
+    found: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            largest = float(output.abs().max())
+            if largest > max(limit, found.get(name, 0)):
+                found[name] = largest
+
+        return look
+
+    layers = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_reference(
