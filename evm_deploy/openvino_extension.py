@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,7 @@ def extension() -> Path:
 
     Cached by sources, OpenVINO release and platform. Raises ToolchainError where it cannot be compiled.
     """
-    return compiled_once(cached_path(), _compile)
+    return compiled_once(cached_path(), compile_in)
 
 
 def cached_path() -> Path:
@@ -74,8 +75,11 @@ def isa(library: Path) -> str:
     return kernel_isa(library)
 
 
-def _compile(work: Path) -> Path:
-    """Compile the extension in the folder `work`, with CMake: only its package of OpenVINO knows what that needs."""
+def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
+    """Compile the extension in the folder `work`, with CMake: only its package of OpenVINO knows what that needs.
+
+    variables: of CMake's environment, such as CXXFLAGS. Raises ToolchainError.
+    """
     from openvino.utils import get_cmake_path
 
     scripts = str(Path(sys.executable).parent)  # where pip put cmake and ninja
@@ -85,7 +89,7 @@ def _compile(work: Path) -> Path:
         raise ToolchainError("the extension for OpenVINO is compiled with CMake, which is not here", INSTALL_HINT)
     generator = ("-G", "Ninja") if shutil.which("ninja", path=path) else ()
     settings = (f"-DOpenVINO_DIR={get_cmake_path()}", "-DEVM_OPENVINO=ON", "-DCMAKE_BUILD_TYPE=Release")
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, **(variables or {}), "PATH": path}
     _run([cmake, "-S", str(read_recipe().folder), "-B", str(work / "build"), *generator, *settings], environment)
     _run([cmake, "--build", str(work / "build"), "--target", "evm_openvino", "--parallel"], environment)
     return work / "build" / LIBRARY

@@ -26,6 +26,14 @@ def fuzzed(results: dict[str, Any]) -> Iterator[str]:
     yield f"| **all** | {inputs} | | | {sum(len(each['findings']) for each in results.values())} | |"
 
 
+def operators(results: dict[str, Any]) -> Iterator[str]:
+    yield "| runtime | inputs | computed | refused | findings |"
+    yield "|---|---|---|---|---|"
+    for name, each in results.items():
+        counts = (each["inputs"], each.get("computed", 0), each.get("refused", 0), len(each["findings"]))
+        yield f"| {name} | {' | '.join(map(str, counts))} |"
+
+
 def faults(results: dict[str, Any]) -> Iterator[str]:
     yield "| fault | runs | killed | refused | succeeded all the same | findings |"
     yield "|---|---|---|---|---|---|"
@@ -67,7 +75,7 @@ def compatibility(results: dict[str, Any]) -> Iterator[str]:
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "dist/reliability")
-    for table in (fuzzed, faults, numbers, load, compatibility):
+    for table in (fuzzed, operators, faults, numbers, load, compatibility):
         name = "fuzz" if table is fuzzed else table.__name__
         path = folder / f"{name}.json"
         print(f"\n## {name}\n")

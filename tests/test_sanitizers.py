@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evm_deploy.compile import Compiler, read_recipe
+from evm_deploy.compile import Compiler
+from evm_deploy.scan.reference import selective_scan
+from reliability import operators
+from reliability.operators import CHECKED, SANITIZE
 from tests import driver as drivers
 from tests.driver import (
     Driver,
@@ -24,8 +26,6 @@ from tests.driver import (
 )
 from tests.test_native import isas, random_scan
 
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-CHECKED = ("-O1", "-g", *SANITIZE)  # -O1: a fraction of the time of -O3 to compile, the same loads and stores to check
 EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
     (1, 1, 1, 1, 1, 1, 1, 1),
     (2, 1, 9, 3, 5, 65, 2, 2),
@@ -90,6 +90,11 @@ def test_a_write_out_of_bounds_is_seen(tmp_path, compiler):
             Driver((str(path),)).run([problem])
 
 
+@pytest.fixture(scope="module")
+def sanitized(compiler, tmp_path_factory):
+    return operators.sanitized("onnxruntime", tmp_path_factory.mktemp("sanitized"))
+
+
 SESSION = """
 import sys, numpy as np, onnxruntime as ort
 options = ort.SessionOptions()
@@ -101,17 +106,33 @@ print(len({session.run(None, {"image": pixels})[0].tobytes() for _ in range(5)})
 """
 
 
-def test_the_library_is_clean_inside_an_onnxruntime_session(compiler, micro_bundle, tmp_path):
-    recipe = read_recipe()
-    recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], *CHECKED)})
-    sources = [*recipe.words["scan_sources"], *recipe.words["onnxruntime_sources"]]
-    library = tmp_path / "evm_onnxruntime.so"
-    compiler.run("-shared", *SANITIZE, *compiler.objects(recipe, sources, tmp_path), "-o", library)
-    runtimes = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    environment = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-c", SESSION, str(library), str(micro_bundle.path / "model.onnx")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_the_library_is_clean_inside_an_onnxruntime_session(sanitized, micro_bundle):
+    command = [sys.executable, "-c", SESSION, str(sanitized), str(micro_bundle.path / "model.onnx")]
+    run = subprocess.run(command, env=operators.environment(), capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr[-3000:]
+
+
+def test_operators_compute_what_fits_and_refuse_the_rest(sanitized, tmp_path):
+    """Briefly; `python -m reliability.operators` goes on for longer, and in OpenVINO."""
+    result = operators.attempt("onnxruntime", sanitized, 600, 3, tmp_path)
+    assert not result["findings"], result["findings"][:3]
+    assert min(result["computed"], result["refused"]) > 200
+
+
+def test_a_report_of_a_sanitizer_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setattr(operators.sys, "executable", "false")
+    (tmp_path / "last").write_text("problem 7")
+    assert operators.attempt("onnxruntime", tmp_path, 1, 1, tmp_path)["findings"] == ["problem 7: exit 1: "]
+
+
+def test_wrong_results_are_told():
+    tame = next(
+        p for p in operators.problems(0) if p.op == "SelectiveScan" and p.fits and p.tame and p.arrays["u"].size
+    )
+    right = selective_scan(*tame.arrays.values()).astype(np.float32)
+    assert operators.wrong(tame, right) == ""
+    assert operators.wrong(tame, right * np.float32(1.01)).startswith("off by")
+    assert operators.wrong(tame, right[..., :1].astype(np.float64)).startswith("the output is float64")
+    for name, said in (("u", "a NaN was lost"), ("bias", "a NaN became a number")):
+        spoilt = np.full_like(tame.arrays[name], np.nan)
+        assert operators.wrong(replace(tame, arrays={**tame.arrays, name: spoilt}), right) == said

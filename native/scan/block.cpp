@@ -43,7 +43,7 @@ struct FloatLayer : Floats {
 };
 
 // Times the inverse of the scale, where ONNX divides: a value within one rounding error of half a step may go the other way,
-// as after any other rounding on the way to it. NaN becomes 0.
+// as after any other rounding on the way to it. NaN becomes 0, the integer.
 struct Int8Layer : Integers {
     const float inverse, low, high;  // of the input's scale; of its integers, less the zero point
     const float *const scales;       // of the input times those of the weights, padded
@@ -51,7 +51,8 @@ struct Int8Layer : Integers {
     Int8Layer(const evm_int8_linear &layer, const float *of_columns)
         : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
     void put(Element *to, vec value) const {
-        store_rounded(to, smallest(largest(value * inverse, broadcast(low)), broadcast(high)), -(int32_t)low);
+        const vec above = largest(broadcast(low), value * inverse);
+        store_rounded(to, smallest(broadcast(high), above), -(int32_t)low);
     }
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };

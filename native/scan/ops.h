@@ -15,6 +15,11 @@ enum Type { FLOAT = 1, UINT8 = 2, INT8 = 3 };  // of elements, numbered as in ON
 
 constexpr size_t MAX_RANK = 4, MAX_INPUTS = 40;
 
+// Sizes beyond these are refused: tensors without elements can have any, and sizes of workspaces would overflow.
+constexpr int64_t LONGEST = INT32_MAX, WIDEST = 65536;  // of images, directions, rows, columns and steps; of all others
+
+inline int64_t limit(char axis) { return strchr("bKLHW", axis) ? LONGEST : strchr("XZ", axis) ? 3 * WIDEST : WIDEST; }
+
 struct Tensor {
     const void *data;
     int64_t dims[MAX_RANK];
@@ -59,6 +64,11 @@ class Sizes {
             const bool literal = axis >= '0' && axis <= '9';
             if (literal) size[(int)axis] = axis - '0';
             else if (!owner[(int)axis]) owner[(int)axis] = input.name, size[(int)axis] = tensor.dims[i];
+            if (tensor.dims[i] > limit(axis)) {
+                snprintf(message, sizeof message, "evm::%s: %s has %lld on axis %zu (%c), more than %lld", op.name, input.name,
+                         (long long)tensor.dims[i], i, axis, (long long)limit(axis));
+                return false;
+            }
             if (tensor.dims[i] == size[(int)axis]) continue;
             snprintf(message, sizeof message, "evm::%s: %s has %lld on axis %zu (%c), %s asks for %lld", op.name, input.name,
                      (long long)tensor.dims[i], i, axis, literal ? "the op" : owner[(int)axis], (long long)size[(int)axis]);

@@ -16,6 +16,7 @@ namespace {
 constexpr int LANES = EVM_LANES;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 
 inline vec broadcast(float x) { return x - vec{}; }
 inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
@@ -23,18 +24,19 @@ inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 inline ivec bits_of(vec v) { ivec bits; memcpy(&bits, &v, sizeof bits); return bits; }
 inline vec of_bits(ivec bits) { vec v; memcpy(&v, &bits, sizeof v); return v; }
 
+// A NaN of `a` stays.
 inline vec largest(vec a, vec b) {
 #if defined(__AVX512F__)
-    return _mm512_maskz_max_ps(0xffff, a, b);  // GCC 12 makes a comparison and a blend of the line below
+    return _mm512_maskz_max_ps(0xffff, b, a);  // GCC 12 makes a comparison and a blend of the line below
 #else
-    return a > b ? a : b;
+    return b > a ? b : a;
 #endif
 }
 inline vec smallest(vec a, vec b) {
 #if defined(__AVX512F__)
-    return _mm512_maskz_min_ps(0xffff, a, b);
+    return _mm512_maskz_min_ps(0xffff, b, a);
 #else
-    return a < b ? a : b;
+    return b < a ? b : a;
 #endif
 }
 inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
@@ -87,7 +89,7 @@ inline vec exp2_above_floor(vec t) {
     p = p * r + broadcast(0.240222424f);
     p = p * r + broadcast(0.693147004f);
     p = p * r + broadcast(1.f);
-    return of_bits(bits_of(p) + (bits_of(shifted) << 23));  // the bits of ROUND itself are shifted out
+    return of_bits((ivec)((uvec)bits_of(p) + ((uvec)bits_of(shifted) << 23)));  // the bits of ROUND itself are shifted out
 }
 
 // max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): full relative accuracy for very negative x too, and no log.
