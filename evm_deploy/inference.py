@@ -60,6 +60,11 @@ class LoadedBundle:
         self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
         self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
         self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
+        try:
+            self._check_interface()
+        except BundleError:
+            self._runtime.__exit__(None, None, None)
+            raise
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """One inference on arrays named and shaped as `inputs`. Raises UsageError naming what does not fit."""
@@ -104,7 +109,7 @@ class LoadedBundle:
             raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
         chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
         scores = (row for chunk in chunks for row in self._run_pixels(chunk)[head].astype(np.float64))
-        return [self._top(row if head == "probs" else _softmax(row), top) for row in scores]
+        return [self._top(row, top) for row in scores]
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
@@ -165,7 +170,13 @@ class LoadedBundle:
         (name,) = self.inputs
         return {output: array[: len(pixels)] for output, array in self.run({name: value}).items()}
 
-    def _top(self, scores: NDArray[np.float64], top: int) -> list[Prediction]:
+    def _top(self, row: NDArray[np.float64], top: int) -> list[Prediction]:
+        if not np.isfinite(row).all():
+            raise BundleError(
+                f"bundle {self.bundle.path}: the network gives NaN or Inf here",
+                f"does it compute right on this device?  evm-run {self.bundle.path} --selftest",
+            )
+        scores = row if self._plan.head == "probs" else _softmax(row)
         best = np.argsort(-scores, kind="stable")[:top]
         return [Prediction(self.labels[i] if self.labels else f"class {i}", int(i), float(scores[i])) for i in best]
 
@@ -173,7 +184,27 @@ class LoadedBundle:
         file = self.bundle.path / "labels.txt"
         if "labels.txt" not in self.manifest.files:
             return None
-        return file.read_text(encoding="utf-8").splitlines()
+        try:
+            return file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"bundle {self.bundle.path}: labels.txt is not UTF-8 text", "export it again") from error
+
+    def _check_interface(self) -> None:
+        """The artifact against its manifest: hashes say that both are whole, not that they belong together."""
+        have, want = (*self.inputs.values(), *self.outputs.values()), (*self.manifest.inputs, *self.manifest.outputs)
+        described = [TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in want]
+        if len(have) != len(described) or not all(map(_alike, have, described)):
+            raise self._unlike(", ".join(map(str, have)), f"the manifest says {', '.join(map(str, described))}")
+        if self._plan.head == "features":
+            return
+        scores = self.outputs.get(self._plan.head)
+        if scores is None or len(scores.shape) != 2 or len(self.inputs) != 1:
+            raise self._unlike(", ".join(map(str, have)), "a classifier has one input and a row of scores")
+        if self.labels and scores.shape[1] not in (None, len(self.labels)):
+            raise self._unlike(f"{scores.shape[1]} classes", f"labels.txt has {len(self.labels)}")
+
+    def _unlike(self, have: str, want: str) -> BundleError:
+        return BundleError(f"bundle {self.bundle.path}: {self.manifest.artifact} has {have}; {want}", "export it again")
 
     def __enter__(self) -> LoadedBundle:
         return self
@@ -182,6 +213,13 @@ class LoadedBundle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._runtime.__exit__(kind, error, trace)
+
+
+def _alike(have: TensorSpec, want: TensorSpec) -> bool:
+    """Whether they are the same, but for sizes that one of them does not tell."""
+    sizes = zip(have.shape, want.shape, strict=False)
+    same = (have.name, have.dtype, len(have.shape)) == (want.name, want.dtype, len(want.shape))
+    return same and all(None in pair or pair[0] == pair[1] for pair in sizes)
 
 
 def load(

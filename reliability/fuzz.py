@@ -242,7 +242,8 @@ def main() -> int:
             done = subprocess.run([*command, "--seed", str(args.seed), "-o", out], capture_output=True, text=True)
             results[name] = counts(Path(out), name, done.returncode)
             if results[name]["findings"]:
-                print(done.stderr[-4000:], file=sys.stderr)
+                said = [line for line in done.stderr.splitlines() if not line.startswith(("#", "INFO", "WARNING"))]
+                print(*said[-40:], sep="\n", file=sys.stderr)
             for path in Path(out).glob("findings/*/*"):
                 keep(path.read_bytes(), name, args.out)
         print(f"{name:<12} {results[name]}", flush=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Target:
@@ -50,6 +52,48 @@ def _demo_bundle(folder: Path) -> list[bytes]:
         bundle = export(CHECKPOINT, ExportPlan("onnx"), out).path
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
     return [(folder / "manifest.json").read_bytes()]
+
+
+def _selftest(path: Path) -> object:
+    """The tensors of a self-test, described in JSON, in a bundle that is good otherwise: hashes too."""
+    from safetensors.numpy import save_file
+
+    from evm_deploy.errors import BundleError
+    from evm_deploy.files import sha256
+    from evm_deploy.inference import load
+
+    manifest = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        described = json.loads(path.read_bytes())
+        files = {f: {n: np.ones(shape, dtype) for n, (dtype, shape) in t.items()} for f, t in described.items()}
+        assert files.keys() == {f"selftest/{name}.safetensors" for name in ("probes", "scans")}
+        assert all(array.nbytes < 1 << 24 for arrays in files.values() for array in arrays.values())
+        for file, arrays in files.items():
+            save_file(arrays, path.parent / file)
+    except Exception as error:
+        raise BundleError(f"describes no tensors: {error}") from error
+    for file in files:
+        manifest["files"][file] = {
+            "sha256": sha256(path.parent / file),
+            "size_bytes": (path.parent / file).stat().st_size,
+        }
+    (path.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with load(path.parent, threads=1) as model:
+        return model.selftest()
+
+
+def _described_selftest(folder: Path) -> list[bytes]:
+    from safetensors.numpy import load_file
+
+    _demo_bundle(folder)
+    files = {
+        f"selftest/{name}.safetensors": folder / "selftest" / f"{name}.safetensors" for name in ("probes", "scans")
+    }
+    described = {
+        name: {key: [str(value.dtype), list(value.shape)] for key, value in load_file(path).items()}
+        for name, path in files.items()
+    }
+    return [json.dumps(described).encode()]
 
 
 def _archive(path: Path) -> object:
@@ -181,6 +225,7 @@ def _labelled(path: Path) -> object:
 TARGETS = {
     "manifest": Target("manifest.json", _manifest, structured=True),
     "bundle": Target("manifest.json", _bundle, structured=True, prepare=_demo_bundle),
+    "selftest": Target("tensors.json", _selftest, structured=True, prepare=_described_selftest),
     "zip": Target("bundle.zip", _archive),
     "checkpoint": Target("net.pth", _checkpoint, prepare=_saved_by_torch),
     "safetensors": Target("net.safetensors", _checkpoint, prepare=_saved_by_safetensors),

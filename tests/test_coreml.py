@@ -34,7 +34,7 @@ from evm_deploy.export.target import ScanShape
 from evm_deploy.inference import load
 from evm_deploy.model.checkpoint import load_checkpoint
 from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.runtimes.coreml import CoreMlRuntime
+from evm_deploy.runtimes.coreml import CoreMlRuntime, tensor_spec
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
 from evm_deploy.scan.reference import selective_scan
@@ -249,6 +249,20 @@ def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evm_deploy.packages.find_spec", lambda name: None if name == "coremltools" else object())
     assert cli.export_main([str(micro), "--target", "coreml", "-o", str(tmp_path / "out")]) == 3
     assert "pip install 'evm-deploy[coreml]'" in capsys.readouterr().err
+
+
+def test_core_ml_is_told_the_inputs_and_outputs_of_the_mil_runtime(coreml_bundle, micro, tmp_path):
+    """Which a bundle's manifest has: on a Mac it would be refused otherwise."""
+    labels = tuple("abcdefghij")
+    classifier = export(micro, plan_for(head="probs", labels=labels), tmp_path)
+    features = export(micro, plan_for(head="features", input="tensor"), tmp_path / "features")
+    for bundle in (coreml_bundle, classifier, features):
+        package = bundle.path / "model.mlpackage"
+        description = coremltools().models.utils.load_spec(str(package)).description
+        with MilRuntime(package) as runtime:
+            told = (*runtime.inputs.values(), *runtime.outputs.values())
+        given = (tensor_spec(value, len(labels)) for value in (*description.input, *description.output))
+        assert [spec for spec in given if spec] == list(told)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is here")

@@ -206,7 +206,7 @@ def _from_npz(source: Path) -> list[Picture]:
         with np.load(source, allow_pickle=False) as data:
             names = list(data)
             key = "images" if "images" in names else names[0] if len(names) == 1 else ""
-            images = data[key] if key else np.empty(0)
+            images = np.asarray(data[key] if key else [])  # an entry that is no array comes as bytes
     except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
         raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):

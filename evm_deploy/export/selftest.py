@@ -25,6 +25,8 @@ from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.scan.reference import selective_scan
 
 FOLDER = "selftest"
+PROBE_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
+AXES = {"u": "bKLD", "delta": "bKLD", "A": "KDN", "B": "bKLN", "C": "bKLN", "skip": "KD", "bias": "KD"}
 STEPS = 17  # of each scan: enough for the recurrence to matter, no multiple of any block
 PROBES = 3
 
@@ -81,7 +83,7 @@ def write(
     shot = picture(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
     Image.fromarray(shot).save(here / "picture.png")
     tensors = {plan.input: probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / "probes.safetensors")
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / PROBE_FILE)
     rng = np.random.default_rng(1)
     cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}
     if cases:
@@ -92,41 +94,77 @@ def write(
     for name, scan in cases.items():
         y = selective_scan(**scan).astype(np.float32)
         arrays.update({f"{name}:{key}": np.ascontiguousarray(value) for key, value in {**scan, "y": y}.items()})
-    save_file(arrays, here / "scans.safetensors")
+    save_file(arrays, here / SCAN_FILE)
 
 
 def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -> list[Check]:
     """Run the bundle's self-test: preprocessing, outputs in `runtime`, scans as `options` say. Raises BundleError if it
     has none.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     plan, here = bundle.manifest.export_plan(), bundle.path / FOLDER
-    try:
-        tensors = load_file(here / "probes.safetensors")
-        scans = load_file(here / "scans.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"bundle {bundle.path} has no readable self-test: {error}") from error
+    tensors, cases = _read(bundle, PROBE_FILE), _read_scans(bundle)
     pixels = bundle.manifest.preprocess().pixels(here / "picture.png")
-    off = np.abs(pixels.astype(np.int16) - tensors["picture.pixels"]).max()
+    off = np.abs(pixels.astype(np.int16) - _like(pixels, bundle, tensors, "picture.pixels")).max()
     tolerance = target.selftest_tolerances.get(bundle.manifest.precision, plan.tolerance)
     checks = [Check("preprocessing (of 255)", float(off), 1.0)]
-    for name, have in run_batched(runtime, plan, tensors[plan.input]).items():
-        scale = max(1.0, float(np.abs(tensors[name]).max()))
-        difference = float(np.abs(have - tensors[name]).max()) if np.isfinite(have).all() else float("inf")
+    images = tensors.get(plan.input, np.empty(0))
+    if not images.size or not images.ndim:
+        raise _damaged(bundle, f"{PROBE_FILE} has no {plan.input}")
+    for name, have in run_batched(runtime, plan, images).items():
+        want = _like(have, bundle, tensors, name)
+        scale = max(1.0, float(np.abs(want).max()))
+        difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
         checks.append(Check(name, difference, tolerance * scale))
-    cases: dict[str, Scan] = {}
-    for key, value in sorted(scans.items()):
-        name, _, tensor = key.partition(":")
-        if tensor != "y":
-            cases.setdefault(name, {})[tensor] = value
     for probe, found in by_probe(target, cases).items():
         with target.open(here / probe, options) as scan_runtime:
             for name in found:
                 y = scan_runtime.run(cases[name])["y"]
                 checks.append(Check(f"scan {name}", *ssm_error(y, cases[name])))
     return checks
+
+
+def _read(bundle: Bundle, file: str) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors: dict[str, NDArray[Any]] = load_file(bundle.path / FOLDER / file)
+        return tensors
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # types that numpy lacks, too
+        raise _damaged(bundle, f"{file} cannot be read: {error}") from error
+
+
+def _like(have: NDArray[Any], bundle: Bundle, tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    """The tensor `name`, if it is shaped as `have`."""
+    want = tensors.get(name)
+    if want is None or want.shape != have.shape or want.dtype.kind not in "fiu":
+        raise _damaged(bundle, f"{PROBE_FILE} has no {name} of {have.dtype}{list(have.shape)}")
+    return want
+
+
+def _read_scans(bundle: Bundle) -> dict[str, Scan]:
+    cases: dict[str, Scan] = {}
+    for key, value in sorted(_read(bundle, SCAN_FILE).items()):
+        name, _, tensor = key.partition(":")
+        if tensor != "y":
+            cases.setdefault(name, {})[tensor] = value
+    for name, scan in cases.items():
+        if not _is_scan(scan):
+            raise _damaged(bundle, f"{SCAN_FILE}: the tensors of {name!r} are not those of a scan")
+    return cases
+
+
+def _is_scan(scan: Scan) -> bool:
+    """Whether its tensors have the names, ranks and sizes that belong together."""
+    if {tensor: value.ndim for tensor, value in scan.items()} != {tensor: len(axes) for tensor, axes in AXES.items()}:
+        return False
+    sizes = {axis: size for tensor, axes in AXES.items() for axis, size in zip(axes, scan[tensor].shape, strict=True)}
+    shapes = {tensor: tuple(sizes[axis] for axis in axes) for tensor, axes in AXES.items()}
+    return all(v.shape == shapes[k] and v.size and v.dtype == np.float32 for k, v in scan.items())
+
+
+def _damaged(bundle: Bundle, reason: str) -> BundleError:
+    return BundleError(f"bundle {bundle.path} has no readable self-test: {FOLDER}/{reason}", "export it again")
 
 
 def by_probe(target: Target, cases: dict[str, Scan]) -> dict[str, list[str]]:

@@ -41,7 +41,7 @@ class CoreMlRuntime:
         name = function or description.defaultFunctionName
         self.function: str = name or "main"
         description = next((each for each in description.functions if each.name == name), description)
-        found = [_tensor_spec(value, len(self.labels)) for value in (*description.input, *description.output)]
+        found = [tensor_spec(value, len(self.labels)) for value in (*description.input, *description.output)]
         specs = {spec.name: spec for spec in found if spec}
         self.inputs: Mapping[str, TensorSpec] = {v.name: specs[v.name] for v in description.input}
         self.outputs: Mapping[str, TensorSpec] = {v.name: specs[v.name] for v in description.output if v.name in specs}
@@ -75,7 +75,7 @@ class CoreMlRuntime:
         del self.model
 
 
-def _tensor_spec(value: Any, classes: int) -> TensorSpec | None:
+def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
     """What an app gives or gets; None for a classifier's label."""
     kind = value.type.WhichOneof("Type")
     if kind == "imageType":

@@ -44,8 +44,7 @@ class OnnxRuntime:
             try:
                 options.register_custom_ops_library(str(plugin))
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ToolchainError(f"ONNX Runtime {ort.__version__} refuses {plugin}: {reason}") from error
+                raise ToolchainError(f"ONNX Runtime {ort.__version__} refuses {plugin}: {_reason(error)}") from error
         self.profile = Path(tempfile.mkdtemp(prefix="evm-profile-")) if profile else None
         if self.profile:
             options.enable_profiling = True
@@ -53,15 +52,18 @@ class OnnxRuntime:
         source = str(model) if isinstance(model, Path) else model
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ORT raises its own types, all derived from Exception alone
+        except Exception as error:
             self._forget()
-            reason = str(error).strip().splitlines()[0]
-            raise BundleError(f"ONNX Runtime {ort.__version__} cannot open the model: {reason}") from error
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot open the model: {_reason(error)}") from error
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_inputs())}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_outputs())}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
+        try:
+            outputs = self.session.run(None, dict(feeds))
+        except Exception as error:
+            raise BundleError(f"ONNX Runtime cannot run the model: {_reason(error)}") from error
+        return dict(zip(self.outputs, outputs, strict=True))
 
     def node_times(self) -> list[NodeTime]:
         """Of the fastest inference so far, which other work has disturbed least. Ends the profile."""
@@ -99,6 +101,15 @@ def _runs(profile: Path) -> Iterator[list[NodeTime]]:
 
 
 def _spec(value: Any) -> TensorSpec:
-    names = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+    """Raises BundleError for what is no tensor of numbers."""
     shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
-    return TensorSpec(value.name, names.get(value.type) or np.dtype(value.type[7:-1]).name, shape)
+    try:
+        dtype = "float32" if value.type == "tensor(float)" else np.dtype(value.type[len("tensor(") : -1]).name
+    except TypeError as error:
+        raise BundleError(f"the model has {value.name!r} of type {value.type}, which is no array of numbers") from error
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says. It raises its own types, all derived from Exception alone."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
