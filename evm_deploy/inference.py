@@ -19,6 +19,7 @@ from evm_deploy.export.manifest import FILE as MANIFEST
 from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.signing import public_key
 from evm_deploy.export.targets import get_target
+from evm_deploy.export.verify import run_batched
 from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds
@@ -108,8 +109,7 @@ class LoadedBundle:
             height, width = self.preprocessing.size
             raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
         chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
-        scores = (row for chunk in chunks for row in self._run_pixels(chunk)[head].astype(np.float64))
-        return [self._top(row, top) for row in scores]
+        return [self._top(row, top) for chunk in chunks for row in self._scores(chunk, head)]
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
@@ -164,11 +164,12 @@ class LoadedBundle:
             raise UsageError(f"top is {top}, it must be at least 1")
         return self._plan.head
 
-    def _run_pixels(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        filled = np.concatenate([pixels, *[pixels[-1:]] * max(0, self._plan.batch.min - len(pixels))])
-        value = filled if self._plan.input == "image" else self.preprocessing.normalise(filled)
-        (name,) = self.inputs
-        return {output: array[: len(pixels)] for output, array in self.run({name: value}).items()}
+    def _scores(self, pixels: NDArray[np.uint8], head: str) -> NDArray[np.float64]:
+        """(n, classes)."""
+        value = pixels if self._plan.input == "image" else self.preprocessing.normalise(pixels)
+        scores = run_batched(self, self._plan, value)[head]
+        self._check_scores(replace(self.outputs[head], shape=scores.shape))
+        return scores.astype(np.float64)
 
     def _top(self, row: NDArray[np.float64], top: int) -> list[Prediction]:
         if not np.isfinite(row).all():
@@ -195,11 +196,17 @@ class LoadedBundle:
         described = [TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in want]
         if len(have) != len(described) or not all(map(_alike, have, described)):
             raise self._unlike(", ".join(map(str, have)), f"the manifest says {', '.join(map(str, described))}")
+        if len(self.inputs) != 1:
+            raise self._unlike(", ".join(map(str, have)), "a bundle's model has one input")
         if self._plan.head == "features":
             return
-        scores = self.outputs.get(self._plan.head)
-        if scores is None or len(scores.shape) != 2 or len(self.inputs) != 1:
-            raise self._unlike(", ".join(map(str, have)), "a classifier has one input and a row of scores")
+        if self._plan.head not in self.outputs:
+            raise self._unlike(", ".join(map(str, have)), f"a classifier has {self._plan.head}")
+        self._check_scores(self.outputs[self._plan.head])
+
+    def _check_scores(self, scores: TensorSpec) -> None:
+        if scores.dtype != "float32" or len(scores.shape) != 2 or 0 in scores.shape:
+            raise self._unlike(str(scores), "a classifier has rows of float32 scores")
         if self.labels and scores.shape[1] not in (None, len(self.labels)):
             raise self._unlike(f"{scores.shape[1]} classes", f"labels.txt has {len(self.labels)}")
 

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from evm_deploy.export.selftest import PROBE_FILE as PROBES
+from evm_deploy.export.selftest import SCAN_FILE as SCANS
 from evm_deploy.files import sha256
 
 
@@ -57,6 +62,28 @@ def _reject(content: dict[str, Any]) -> None:
     content["parity"]["failures"] = ["logits: off by 1", "scan: off by 2"]
 
 
+def _labels(content: bytes) -> Callable[[Path], None]:
+    def replace(bundle: Path) -> None:
+        (bundle / "labels.txt").write_bytes(content)
+        rehash(bundle, "labels.txt")
+
+    return replace
+
+
+def _tensor(file: str, end: str, function: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """The first tensor of a self-test's file whose name ends so, as `function` changes it; None leaves it out."""
+
+    def edit(bundle: Path) -> None:
+        path = bundle / "selftest" / file
+        tensors = load_file(path)
+        name = min(key for key in tensors if key.endswith(end))
+        value = function(tensors.pop(name))
+        save_file(tensors if value is None else {**tensors, name: np.ascontiguousarray(value)}, path)
+        rehash(bundle, f"selftest/{file}")
+
+    return edit
+
+
 # name -> what breaks a copy of a good bundle
 BROKEN: dict[str, Callable[[Path], object]] = {
     "gone": shutil.rmtree,
@@ -78,4 +105,22 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "artifact cut": _truncate,
     "one bit": _flip,
     "labels changed": lambda bundle: (bundle / "labels.txt").write_text("other\n"),
+    "labels are no text": _labels(b"\xff\xfe" * 10),
+    "too few labels": _labels(b"cat\ndog\n"),
+    "another output": _manifest(lambda content: content["outputs"][0].update(name="scores")),
+    "another input size": _manifest(lambda content: content["inputs"][0].update(shape=[1, 32, 32, 3])),
+}
+
+# name -> what leaves no self-test in a copy of a good bundle
+NO_SELF_TEST: dict[str, Callable[[Path], object]] = {
+    "no pixels": _tensor(PROBES, "pixels", lambda pixels: None),
+    "pixels of another size": _tensor(PROBES, "pixels", lambda pixels: pixels[1:]),
+    "no images": _tensor(PROBES, "image", lambda images: None),
+    "images of nothing": _tensor(PROBES, "image", lambda images: images[:0]),
+    "no outputs": _tensor(PROBES, "logits", lambda logits: None),
+    "outputs of other classes": _tensor(PROBES, "logits", lambda logits: logits[:, 1:]),
+    "outputs of other images": _tensor(PROBES, "logits", lambda logits: logits[1:]),
+    "a scan without A": _tensor(SCANS, ":A", lambda A: None),
+    "a scan of other steps": _tensor(SCANS, ":B", lambda B: B[:, :, 1:]),
+    "a scan without axes": _tensor(SCANS, ":u", lambda u: u.reshape(-1)),
 }

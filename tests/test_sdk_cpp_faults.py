@@ -26,13 +26,15 @@ from evm_deploy.export.archive import write_zip
 from evm_deploy.export.selftest import picture
 from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
-from tests.broken import BROKEN
+from tests.broken import BROKEN, NO_SELF_TEST
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
+from tests.test_interface import OTHERS, put_another_model
 
 pytestmark = pytest.mark.xdist_group("sdk")
 
 QUOTES = {"manifest cut": " is damaged: "}  # a parser's words follow
 HINTS = {"manifest of the future": "upgrade the SDK"}  # pip upgrades no C++
+DO = ("classify", "selftest")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,30 @@ def test_broken_bundles(name, demo_bundle, tmp_path):
     assert cpp.hint == HINTS.get(name, python.hint)
     done = classify(bundle, "cat.png")
     assert (done.returncode, done.stderr) == (2, f"evm-classify: {cpp}\n")
+
+
+def test_other_models_are_refused(demo_bundle, tmp_path):
+    """Under AddressSanitizer; but for the runtime's own words, as in Python."""
+    bundles = [Path(shutil.copytree(demo_bundle.path, tmp_path / name)) for name in OTHERS]
+    answers = drive(*((do, bundle) for bundle in bundles if put_another_model(bundle.name, bundle) for do in DO))
+    for bundle, said, tested in zip(bundles, answers[::2], answers[1::2], strict=True):
+        with pytest.raises(EvmError) as raised, load(bundle) as model:
+            model.predict([np.full((1, 1, 3), 255, np.uint8)])
+        python = "error: " + str(raised.value).replace("\n", "|")
+        cut = {"fails": "model: ", "strings": "tensor("}.get(bundle.name, "\n")
+        assert said.partition(cut)[0] == python.partition(cut)[0], bundle.name
+        assert tested == "ok FAILED" or tested.startswith("error: "), bundle.name
+
+
+def test_self_tests_that_are_none(demo_bundle, tmp_path):
+    """Under AddressSanitizer, as in Python."""
+    bundles = [Path(shutil.copytree(demo_bundle.path, tmp_path / name)) for name in NO_SELF_TEST]
+    for bundle in bundles:
+        NO_SELF_TEST[bundle.name](bundle)
+    for bundle, answer in zip(bundles, drive(*(("selftest", bundle) for bundle in bundles)), strict=True):
+        with load(bundle) as model, pytest.raises(EvmError) as raised:
+            model.selftest()
+        assert answer == "error: " + str(raised.value).replace("\n", "|")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -
     for probe, found in by_probe(target, cases).items():
         with target.open(here / probe, options) as scan_runtime:
             for name in found:
-                y = scan_runtime.run(cases[name])["y"]
+                y = scan_runtime.run(cases[name]).get("y")
+                if y is None or y.shape != cases[name]["u"].shape:
+                    raise _damaged(bundle, f"{probe} gives no y")
                 checks.append(Check(f"scan {name}", *ssm_error(y, cases[name])))
     return checks
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy import float16
-from evm_deploy.errors import ParityError
+from evm_deploy.errors import BundleError, ParityError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
-from evm_deploy.runtimes.base import Feeds, Runtime, check_feeds
+from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec, check_feeds
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.reference import selective_scan
 
@@ -164,7 +164,10 @@ def run_reference(
 
 
 def run_batched(runtime: Runtime, plan: ExportPlan, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut."""
+    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut.
+
+    Raises BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+    """
     size = plan.batch.min if plan.batch.static else plan.batch.max or len(inputs)
     (name,) = runtime.inputs
     parts: list[dict[str, NDArray[Any]]] = []
@@ -174,7 +177,13 @@ def run_batched(runtime: Runtime, plan: ExportPlan, inputs: NDArray[Any]) -> dic
         fill = np.repeat(chunk[-1:], max(0, least - len(chunk)), axis=0)
         feeds = {name: np.concatenate([chunk, fill])}
         check_feeds(runtime.inputs, feeds)
-        parts.append({name: value[: len(chunk)] for name, value in runtime.run(feeds).items()})
+        outputs = runtime.run(feeds)
+        for output, value in outputs.items():
+            like = parts[0][output] if parts else value
+            if value.shape != (len(feeds[name]), *like.shape[1:]):
+                gives, fed = (TensorSpec(k, str(v.dtype), v.shape) for k, v in ((output, value), (name, feeds[name])))
+                raise BundleError(f"the model gives {gives} for {fed}", "export it again")
+        parts.append({name: value[: len(chunk)] for name, value in outputs.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -116,6 +116,21 @@ void read_plan(const Json &plan, Manifest &manifest) {
     if (own) manifest.tolerance = plan["tol"].get<double>();
 }
 
+std::vector<TensorSpec> tensors(const Json &content, const char *key) {
+    std::vector<TensorSpec> found;
+    const Json &list = field(content, key);
+    if (!list.is_array() || list.empty()) throw Invalid(std::string(key) + " must be a list of at least 1");
+    for (const Json &each : list) {
+        TensorSpec spec{text(each, "name"), text(each, "dtype"), {}};
+        for (const Json &size : field(each, "shape")) {
+            if (!size.is_null() && !(size.is_number_integer() && size >= 1)) throw Invalid(spec.name + " has a size of " + printed(size));
+            spec.shape.push_back(size.is_null() ? -1 : size.get<std::int64_t>());
+        }
+        found.push_back(spec);
+    }
+    return found;
+}
+
 bool is_hash(const std::string &value) { return value.size() == 64 && value.find_first_not_of("0123456789abcdef") == std::string::npos; }
 
 void read_files(const Json &content, Manifest &manifest) {
@@ -147,6 +162,7 @@ Manifest manifest_of(const Json &content) {
     manifest.name = text(content, "name"), manifest.target = text(content, "target"), manifest.artifact = text(content, "artifact");
     manifest.built = content.value("built", true), manifest.rejected = content.value("rejected", false);
     read_plan(object(content, "plan"), manifest);
+    manifest.inputs = tensors(content, "inputs"), manifest.outputs = tensors(content, "outputs");
     manifest.preprocessing = preprocessing_of(object(content, "preprocessing"));
     read_files(content, manifest);
     const auto of_artifact = [&](const auto &file) {

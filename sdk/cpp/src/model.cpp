@@ -1,4 +1,5 @@
 #include "bench.h"
+#include "interface.h"
 #include "manifest.h"
 #include "platform.h"
 #include "png.h"
@@ -34,20 +35,6 @@ std::filesystem::path library_file(const Source &source, const std::string &name
     return file->path();
 }
 
-std::vector<std::string> read_labels(const Source &source, const Manifest &manifest) {
-    const auto is_labels = [](const auto &file) { return file.first == "labels.txt"; };
-    if (std::none_of(manifest.files.begin(), manifest.files.end(), is_labels)) return {};
-    std::vector<std::string> labels;
-    std::string text = source.bytes("labels.txt");
-    text.erase(std::remove(text.begin(), text.end(), '\r'), text.end());
-    for (std::size_t start = 0; start < text.size();) {
-        const std::size_t end = std::min(text.find('\n', start), text.size());
-        labels.push_back(text.substr(start, end - start));
-        start = end + 1;
-    }
-    return labels;
-}
-
 std::vector<double> softmax(const float *scores, std::size_t count) {
     std::vector<double> result(scores, scores + count);
     const double largest = *std::max_element(result.begin(), result.end());
@@ -60,10 +47,7 @@ std::vector<double> softmax(const float *scores, std::size_t count) {
 std::vector<Prediction> best(const std::vector<double> &scores, const std::vector<std::string> &labels, int top) {
     std::vector<int> order(scores.size());
     std::iota(order.begin(), order.end(), 0);
-    const auto better = [&](int a, int b) {
-        const double left = scores[static_cast<std::size_t>(a)], right = scores[static_cast<std::size_t>(b)];
-        return std::isnan(right) ? !std::isnan(left) : left > right;  // NaN comes last
-    };
+    const auto better = [&](int a, int b) { return scores[static_cast<std::size_t>(a)] > scores[static_cast<std::size_t>(b)]; };
     std::stable_sort(order.begin(), order.end(), better);
     order.resize(std::min(order.size(), static_cast<std::size_t>(top)));
     std::vector<Prediction> result;
@@ -138,13 +122,14 @@ struct Model::Impl {
             labels = read_labels(*source, manifest);
             scan = lowering(*source, manifest, *target, options);
             runtime = target->open(*source, manifest.artifact, options);
+            check_interface(*source, manifest, labels, *runtime);
         } catch (const ReadError &error) {  // it was there when its hash was checked
             throw BundleError("bundle " + source->path + " cannot be read: " + error.what());
         }
     }
 
-    // One batch of pixels -> the outputs of as many images as were given.
-    Tensors infer(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
+    // One batch of pixels -> the scores of as many images.
+    Tensor scores(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
         const Preprocessing &spec = manifest.preprocessing;
         Tensor images{"uint8", {count, spec.height, spec.width, 3}, pixels};
         if (manifest.input == "tensor") {
@@ -152,16 +137,18 @@ struct Model::Impl {
             const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(values.data());
             images = {"float32", {count, 3, spec.height, spec.width}, {bytes, bytes + values.size() * sizeof(float)}};
         }
-        return run_batched(*runtime, manifest, images, count);
+        Tensor found = std::move(run_batched(*runtime, manifest, images, count).at(manifest.head));
+        check_scores(*source, manifest, labels, {manifest.head, found.dtype, found.shape});
+        if (!std::all_of(found.data<float>(), found.data<float>() + found.bytes.size() / sizeof(float), [](float x) { return std::isfinite(x); }))
+            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf here", "does it compute right on this device?  evm-run " + source->path + " --selftest");
+        return found;
     }
 
     int batch() const { return manifest.batch_max ? manifest.batch_max : DYNAMIC_BATCH; }
 
     // The self-test's inputs, as many images of them.
     Tensor examples(int count) const {
-        Tensors probes = read_probes(*source);
-        Tensor images = std::move(probes[manifest.input]);
-        if (images.shape.empty() || images.shape[0] < 1) throw BundleError("bundle " + source->path + " has no readable self-test");
+        Tensor images = images_of(*source, manifest, read_probes(*source));
         const std::size_t size = images.bytes.size() / static_cast<std::size_t>(images.shape[0]) * static_cast<std::size_t>(count);
         const std::vector<unsigned char> once = images.bytes;
         while (images.bytes.size() < size) images.bytes.insert(images.bytes.end(), once.begin(), once.end());
@@ -193,12 +180,10 @@ std::vector<std::vector<Prediction>> Model::classify(const std::vector<Image> &i
             const std::vector<std::uint8_t> one = preprocess(images[start + i]);
             pixels.insert(pixels.end(), one.begin(), one.end());
         }
-        const Tensors found = impl_->infer(pixels, static_cast<std::int64_t>(count));
-        const auto output = found.find(head);
-        if (output == found.end() || output->second.dtype != "float32") throw BundleError("bundle " + impl_->source->path + ": the model gives no " + head);
-        const std::size_t classes = output->second.bytes.size() / sizeof(float) / count;
+        const Tensor found = impl_->scores(pixels, static_cast<std::int64_t>(count));
+        const std::size_t classes = static_cast<std::size_t>(found.shape[1]);
         for (std::size_t i = 0; i < count; i++) {
-            const float *const row = output->second.data<float>() + i * classes;
+            const float *const row = found.data<float>() + i * classes;
             results.push_back(best(head == "probs" ? std::vector<double>(row, row + classes) : softmax(row, classes), impl_->labels, top));
         }
     }

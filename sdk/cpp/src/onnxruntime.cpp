@@ -150,7 +150,7 @@ class OnnxRuntime : public Runtime {
         try {
             api().call(ort::Run, session_.get(), nullptr, input_names_.data(), given.data(), given.size(), output_names_.data(), found.size(), found.data());
         } catch (const std::runtime_error &error) {
-            throw UsageError(std::string("ONNX Runtime cannot run the model: ") + error.what());
+            throw BundleError(std::string("ONNX Runtime cannot run the model: ") + error.what());
         }
         Tensors results;
         for (std::size_t i = 0; i < found.size(); i++) {
@@ -190,6 +190,8 @@ class OnnxRuntime : public Runtime {
             api().call(name_of, session_.get(), i, allocator, &name);
             found.push_back({name, dtype, shape});
             api().call(ort::AllocatorFree, allocator, static_cast<void *>(name));
+            if (dtype == "string" || dtype == "unknown")
+                throw BundleError("the model has " + repr(found.back().name) + " of type tensor(" + dtype + "), which is no array of numbers");
         }
         return found;
     }

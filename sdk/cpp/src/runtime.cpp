@@ -8,8 +8,6 @@
 namespace evm {
 namespace {
 
-std::string spec_text(const TensorSpec &spec) { return spec.name + " " + spec.dtype + shape_text(spec.shape); }
-
 bool fits(const TensorSpec &spec, const TensorView &value) {
     const auto same = [](std::int64_t want, std::int64_t have) { return want < 0 ? have >= 1 : have == want; };
     return value.dtype == spec.dtype && value.data &&
@@ -17,6 +15,8 @@ bool fits(const TensorSpec &spec, const TensorView &value) {
 }
 
 }  // namespace
+
+std::string spec_text(const TensorSpec &spec) { return spec.name + " " + spec.dtype + shape_text(spec.shape); }
 
 const std::vector<Target> &built_targets() {
     static const std::vector<Target> targets = {

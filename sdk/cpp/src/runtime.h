@@ -33,6 +33,8 @@ const Target &find_target(const std::string &name);
 
 // Names, dtypes and shapes of `feeds`. Raises UsageError naming the input and both sides.
 void check_feeds(const std::vector<TensorSpec> &inputs, const Feeds &feeds);
+// image uint8[1, 224, 224, 3]
+std::string spec_text(const TensorSpec &spec);
 std::size_t element_size(const std::string &dtype);
 std::size_t byte_size(const std::string &dtype, const std::vector<std::int64_t> &shape);
 // The first line of a message.

@@ -3,6 +3,7 @@
 #include "png.h"
 #include "safetensors.h"
 #include "scan.h"
+#include "text.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,31 +11,33 @@
 namespace evm {
 namespace {
 
+constexpr const char *PROBES = "probes.safetensors", *SCANS = "scans.safetensors";
+
 BundleError unreadable(const Source &source, const std::string &reason) {
-    return BundleError("bundle " + source.path + " has no readable self-test: " + reason);
+    return BundleError("bundle " + source.path + " has no readable self-test: selftest/" + reason, "export it again");
 }
 
 Tensors tensors_in(const Source &source, const std::string &name) {
     try {
-        return read_safetensors(source.bytes(name));
-    } catch (const ReadError &error) {
-        throw unreadable(source, name + ": " + error.what());
+        return read_safetensors(source.bytes("selftest/" + name));
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, name + ": " + error.what());
+        throw unreadable(source, name + " cannot be read: " + error.what());
     }
 }
 
-const Tensor &tensor(const Source &source, const Tensors &tensors, const std::string &name) {
-    const auto found = tensors.find(name);
-    if (found == tensors.end()) throw unreadable(source, "it has no " + name);
+// The tensor `name`, if it is of this dtype and shape.
+const Tensor &like(const Source &source, const Tensors &probes, const std::string &name, const std::string &dtype, const std::vector<std::int64_t> &shape) {
+    const auto found = probes.find(name);
+    if (found == probes.end() || found->second.dtype != dtype || found->second.shape != shape)
+        throw unreadable(source, PROBES + (" has no " + name) + " of " + dtype + shape_text(shape));
     return found->second;
 }
 
-// Largest difference of two float32 tensors; infinite where they cannot be compared.
+// Largest difference of two tensors of one shape; infinite for others than float32.
 double difference(const Tensor &have, const Tensor &want) {
-    if (have.dtype != "float32" || want.dtype != "float32" || have.shape != want.shape) return INFINITE;
+    if (have.dtype != "float32" || want.dtype != "float32") return INFINITE;
     double most = 0;
     for (std::size_t i = 0; i < want.bytes.size() / sizeof(float); i++) {
         const double off = std::abs(static_cast<double>(have.data<float>()[i]) - want.data<float>()[i]);
@@ -49,40 +52,46 @@ double largest(const Tensor &tensor) {
     return most;
 }
 
-Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensor &want) {
+Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensors &probes) {
     const Picture picture = read_picture(source);
-    const std::vector<std::uint8_t> have = manifest.preprocessing.pixels({picture.rgb.data(), picture.width, picture.height});
-    double most = want.dtype == "uint8" && want.bytes.size() == have.size() ? 0 : INFINITE;
-    for (std::size_t i = 0; i < have.size() && most < INFINITE; i++) most = std::max(most, std::abs(double(have[i]) - double(want.bytes[i])));
+    const Preprocessing &spec = manifest.preprocessing;
+    const std::vector<std::uint8_t> have = spec.pixels({picture.rgb.data(), picture.width, picture.height});
+    const Tensor &want = like(source, probes, "picture.pixels", "uint8", {spec.height, spec.width, 3});
+    double most = 0;
+    for (std::size_t i = 0; i < have.size(); i++) most = std::max(most, std::abs(double(have[i]) - double(want.bytes[i])));
     return {"preprocessing (of 255)", most, 1.0};
 }
 
 // Scans by name, out of tensors named <scan>:<tensor>; y is what the loop gives, which is computed again.
-std::map<std::string, Tensors> scans_in(Tensors tensors) {
+std::map<std::string, Tensors> read_scans(const Source &source) {
     std::map<std::string, Tensors> scans;
-    for (auto &[key, value] : tensors) {
+    for (auto &[key, value] : tensors_in(source, SCANS)) {
         const std::size_t colon = key.find(':');
-        if (colon != std::string::npos && key.substr(colon + 1) != "y") scans[key.substr(0, colon)][key.substr(colon + 1)] = std::move(value);
+        if (key.substr(colon + 1) != "y") scans[key.substr(0, colon)][key.substr(colon + 1)] = std::move(value);
     }
+    for (const auto &[name, scan] : scans)
+        if (!is_scan(scan)) throw unreadable(source, SCANS + (": the tensors of " + repr(name)) + " are not those of a scan");
     return scans;
 }
 
-Check run_scan(const Source &source, const Runtime &runtime, const std::string &name, const Tensors &scan) {
+Check run_scan(const Source &source, const Target &target, const Runtime &runtime, const std::string &name, const Tensors &scan) {
     Feeds feeds;
     for (const auto &[key, value] : scan) feeds[key] = value.view();
     check_feeds(runtime.inputs, feeds);
-    try {
-        return scan_check("scan " + name, scan, runtime.run(feeds)["y"]);
-    } catch (const Error &) {
-        throw;
-    } catch (const std::runtime_error &error) {
-        throw unreadable(source, error.what());
-    }
+    const Tensor y = runtime.run(feeds)["y"];
+    if (y.dtype != "float32" || y.shape != scan.at("u").shape) throw unreadable(source, target.scan_probe + std::string(" gives no y"));
+    return scan_check("scan " + name, scan, y);
 }
 
 }  // namespace
 
-Tensors read_probes(const Source &source) { return tensors_in(source, "selftest/probes.safetensors"); }
+Tensors read_probes(const Source &source) { return tensors_in(source, PROBES); }
+
+Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &probes) {
+    const auto found = probes.find(manifest.input);
+    if (found == probes.end() || found->second.shape.empty() || found->second.bytes.empty()) throw unreadable(source, PROBES + (" has no " + manifest.input));
+    return found->second;
+}
 
 Picture read_picture(const Source &source) {
     try {
@@ -90,7 +99,7 @@ Picture read_picture(const Source &source) {
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, std::string("selftest/picture.png: ") + error.what());
+        throw unreadable(source, std::string("picture.png cannot be read: ") + error.what());
     }
 }
 
@@ -113,9 +122,13 @@ Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tens
         const Feeds feeds{{runtime.inputs.at(0).name, batch}};
         check_feeds(runtime.inputs, feeds);
         for (auto &[name, value] : runtime.run(feeds)) {
-            value.bytes.resize(value.bytes.size() / static_cast<std::size_t>(filled) * static_cast<std::size_t>(here));
-            value.shape.at(0) = start + here;
             Tensor &whole = results[name];
+            std::vector<std::int64_t> wanted = start ? whole.shape : value.shape;
+            if (!wanted.empty()) wanted[0] = filled;
+            if (wanted.empty() || value.shape != wanted)
+                throw BundleError("the model gives " + spec_text({name, value.dtype, value.shape}) + " for " + spec_text({runtime.inputs[0].name, batch.dtype, batch.shape}), "export it again");
+            value.bytes.resize(value.bytes.size() / static_cast<std::size_t>(filled) * static_cast<std::size_t>(here));
+            value.shape[0] = start + here;
             value.bytes.insert(value.bytes.begin(), whole.bytes.begin(), whole.bytes.end());
             whole = std::move(value);
         }
@@ -125,21 +138,19 @@ Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tens
 
 std::vector<Check> selftest(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, Options options) {
     const Tensors probes = read_probes(source);
-    std::vector<Check> checks{preprocessing_check(source, manifest, tensor(source, probes, "picture.pixels"))};
-    const Tensor &images = tensor(source, probes, manifest.input);
-    if (images.shape.empty() || images.shape[0] < 1 || images.bytes.empty()) throw unreadable(source, "it has no images");
+    const std::map<std::string, Tensors> scans = read_scans(source);
+    std::vector<Check> checks{preprocessing_check(source, manifest, probes)};
+    const Tensor images = images_of(source, manifest, probes);
     const std::int64_t most = manifest.batch_max ? manifest.batch_max : images.shape[0];
     const Tensors found = run_batched(runtime, manifest, images, most);
     for (const TensorSpec &output : runtime.outputs) {
-        const Tensor &want = tensor(source, probes, output.name);
-        checks.push_back({output.name, difference(found.at(output.name), want), manifest.tolerance * std::max(1.0, largest(want))});
+        const Tensor &have = found.at(output.name), &want = like(source, probes, output.name, have.dtype, have.shape);
+        checks.push_back({output.name, difference(have, want), manifest.tolerance * std::max(1.0, largest(want))});
     }
-    if (!target.scan_probe) return checks;
-    const std::map<std::string, Tensors> scans = scans_in(tensors_in(source, "selftest/scans.safetensors"));
-    if (scans.empty()) return checks;
+    if (!target.scan_probe || scans.empty()) return checks;
     options.threads = 0;
     const std::unique_ptr<Runtime> alone = target.open(source, target.scan_probe, options);
-    for (const auto &[name, scan] : scans) checks.push_back(run_scan(source, *alone, name, scan));
+    for (const auto &[name, scan] : scans) checks.push_back(run_scan(source, target, *alone, name, scan));
     return checks;
 }
 

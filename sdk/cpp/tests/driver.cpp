@@ -6,6 +6,8 @@
 //   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
 //   json FILE, safetensors FILE, png FILE       read what may be damaged. ok
 //   open BUNDLE SCAN                            open a bundle. ok NAME
+//   classify BUNDLE                             a white picture. ok INDEX
+//   selftest BUNDLE                             ok PASSED or FAILED
 //   overflow, race                              do what AddressSanitizer and ThreadSanitizer are for
 //   threads BUNDLE SCAN N FILE..                each of N threads classifies all files, in its own order; ok if all agree
 #include "../../../samples/cpp/image.h"
@@ -67,6 +69,16 @@ std::string open(const Words &words) {
     return evm::Model(words.at(1), options).manifest().name;
 }
 
+std::string classify(const Words &words) {
+    const std::uint8_t white[3] = {255, 255, 255};
+    return std::to_string(evm::Model(words.at(1)).classify(white, 1, 1, 1).at(0).index);
+}
+
+std::string selftest(const Words &words) {
+    const std::vector<evm::Check> checks = evm::Model(words.at(1)).selftest();
+    return std::all_of(checks.begin(), checks.end(), [](const evm::Check &check) { return check.ok(); }) ? "PASSED" : "FAILED";
+}
+
 std::string threads(const Words &words) {
     evm::Options options;
     options.scan = words.at(2), options.threads = 1;
@@ -116,6 +128,8 @@ const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"safetensors", [](const Words &words) { return std::to_string(evm::read_safetensors(bytes_of(words.at(1))).size()); }},
     {"png", [](const Words &words) { return std::to_string(evm::read_png(bytes_of(words.at(1))).width); }},
     {"open", open},
+    {"classify", classify},
+    {"selftest", selftest},
     {"threads", threads},
     {"overflow", overflow},
     {"race", race},

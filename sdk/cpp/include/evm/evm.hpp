@@ -137,6 +137,7 @@ struct Manifest {
     std::string name, target, artifact, precision;
     std::string input, head;            // image or tensor; logits, probs or features
     int batch_min = 1, batch_max = 1;   // images in one inference; batch_max 0: any number
+    std::vector<TensorSpec> inputs, outputs;
     double tolerance = 0;               // of outputs, relative to max(1, largest)
     Preprocessing preprocessing;
     std::vector<std::string> scan_modes;                        // portable, plugin, aot: how the scans can run
