@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from evm_deploy.errors import EvmError
 from evm_deploy.export.archive import write_zip
 from evm_deploy.export.selftest import picture
-from evm_deploy.inference import Prediction, load
+from evm_deploy.inference import LoadedBundle, Prediction, load
 from tests import kotlin
-from tests.broken import BROKEN
+from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults
+from tests.test_interface import put_another_model
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
 pytestmark = pytest.mark.xdist_group("android")  # one compiler, one JVM
@@ -45,12 +46,14 @@ def classpath() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def ask(classpath):
-    """ask(do, **what) -> the driver's answer; one process for all."""
+    """ask(do, **what) -> the driver's answer; one process for all. `model`: the bundle whose model `bundle` has."""
     command = [*kotlin.JVM, "-cp", kotlin.joined(classpath), "DriverKt"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
 
         def run(do: str, **what: Any) -> Any:
-            print(json.dumps({"do": do, **what}, default=str), file=driver.stdin, flush=True)
+            print(
+                json.dumps({"do": do, "model": what.get("bundle"), **what}, default=str), file=driver.stdin, flush=True
+            )
             return json.loads(driver.stdout.readline())
 
         yield run
@@ -91,7 +94,7 @@ def test_broken_bundles_are_refused_as_in_python(ask, demo_bundle, tmp_path):
         damage(folder)
         with pytest.raises(EvmError) as raised:
             load(folder)
-        answer = ask("open", bundle=folder)
+        answer = ask("open", bundle=folder, model=demo_bundle.path)
         want, hint = str(raised.value.args[0]), raised.value.hint
         if name == "manifest cut":  # what follows is the parser's
             want, answer["error"] = (text.rpartition("is damaged: ")[0] for text in (want, answer["error"]))
@@ -207,11 +210,28 @@ def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, t
     outputs = [{"name": head, "dtype": "float32", "shape": [1, 10]}]
     folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), head=head, outputs=outputs)
     save_file({head: rows}, tmp_path / "outputs.safetensors")
+    monkeypatch.setattr(LoadedBundle, "_check_interface", lambda self: None)
     with load(folder) as model:
-        monkeypatch.setattr(model, "_run_pixels", lambda pixels: {head: rows[: len(pixels)]})
+        monkeypatch.setattr(model, "_scores", lambda pixels, head: rows[: len(pixels)].astype(np.float64))
         monkeypatch.setattr(type(model), "_batch_size", 50)
         want = model.classify(np.zeros((50, 64, 64, 3), np.uint8), top=3)
     same(ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top=3), want)
+
+
+@pytest.mark.parametrize("name", ["NaN", "Inf", "more classes"])
+def test_scores_that_are_none(name, ask, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    put_another_model(name, folder)
+    with load(folder) as model:
+        outputs = model.run({"image": np.zeros((1, 64, 64, 3), np.uint8)})
+        with pytest.raises(EvmError) as raised:
+            model.predict([folder / "selftest" / "picture.png"])
+    save_file(outputs, tmp_path / "outputs.safetensors")
+    answer = ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top=5)
+    assert answer == {"error": raised.value.args[0], "hint": raised.value.hint}
+    answer = ask("classify", bundle=_changed(folder, batch="3"), outputs=tmp_path / "outputs.safetensors", top=5)
+    gives = f"gives logits float32[1, {outputs['logits'].shape[1]}]"
+    assert answer["error"] == f"the model {gives} for image uint8[3, 64, 64, 3]"
 
 
 @pytest.mark.parametrize("batch", ["1", "3", "dynamic"])
@@ -256,6 +276,16 @@ def test_the_self_test(ask, demo_bundle):
         assert failed == [name]
 
 
+def test_self_tests_that_are_none(ask, demo_bundle, tmp_path):
+    for name, damage in NO_SELF_TEST.items():
+        folder = shutil.copytree(demo_bundle.path, tmp_path / name.replace(" ", "-"))
+        damage(folder)
+        with load(folder) as model, pytest.raises(EvmError) as raised:
+            model.selftest()
+        answer = ask("selftest", bundle=folder, model=demo_bundle.path, spoil="")
+        assert answer == {"error": raised.value.args[0], "hint": raised.value.hint}, name
+
+
 def test_a_self_test_that_is_not_there(ask, demo_bundle, tmp_path):
     folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
     content = json.loads((folder / "manifest.json").read_bytes())
@@ -264,7 +294,8 @@ def test_a_self_test_that_is_not_there(ask, demo_bundle, tmp_path):
     for cut in (100, 4, 0):
         file = folder / "selftest" / "scans.safetensors"
         file.write_bytes(file.read_bytes()[:cut])
-        assert f"bundle {folder} has no readable self-test: " in ask("selftest", bundle=folder, spoil="")["error"]
+        answer = ask("selftest", bundle=folder, model=demo_bundle.path, spoil="")
+        assert f"bundle {folder} has no readable self-test: selftest/scans.safetensors cannot" in answer["error"]
 
 
 CONTROL = """

@@ -1,5 +1,6 @@
 // What tests/test_android.py runs on the JVM: a JSON request a line on standard input, a JSON answer a line back.
 import evm.EvmException
+import evm.Manifest
 import evm.Model
 import evm.Picture
 import evm.Preprocessing
@@ -31,8 +32,8 @@ private fun answer(request: JsonObject): JsonElement = try {
     when (request.string("do")) {
         "pixels" -> pixels(request)
         "orientation" -> JsonPrimitive(orientation(Base64.getDecoder().decode(request.string("file"))))
-        "open" -> opened(File(request.string("bundle")))
-        "unpack" -> opened(unpack(File(request.string("zip")), File(request.string("into"))))
+        "open" -> opened(File(request.string("bundle")), File(request.string("model")))
+        "unpack" -> unpack(File(request.string("zip")), File(request.string("into"))).let { opened(it, it) }
         "classify" -> classified(request)
         "feed" -> fed(File(request.string("bundle")))
         "selftest" -> selfTested(request)
@@ -58,8 +59,9 @@ private fun pixels(request: JsonObject): JsonElement {
     }
 }
 
-private fun opened(folder: File): JsonElement {
-    Model.load(folder, { _, _ -> Recorded(emptyMap()) }).use {
+/** `folder` with the model of the bundle `model`. */
+private fun opened(folder: File, model: File): JsonElement {
+    Model.load(folder, { _, _ -> Computed(model) { emptyMap() } }).use {
         return buildJsonObject { put("opened", it.bundle.manifest.artifact) }
     }
 }
@@ -69,8 +71,8 @@ private fun classified(request: JsonObject): JsonElement {
     val scores = Tensor.read(File(request.string("outputs")))
     val count = scores.values.first().shape[0]
     var next = 0
-    val runtime = Computed { scores.mapValues { (_, tensor) -> tensor.rows(next, next + 1, least = 1) } }
     val bundle = File(request.string("bundle"))
+    val runtime = Computed(bundle) { scores.mapValues { (_, tensor) -> tensor.rows(next, next + 1, least = 1) } }
     Model.load(bundle, { _, _ -> runtime }).use { model ->
         val pixels = model.pixels(decoded(File(bundle, "selftest/picture.png")))
         return JsonArray(List(count) {
@@ -89,13 +91,10 @@ private fun classified(request: JsonObject): JsonElement {
 /** What the runtime is given for the self-test's picture. */
 private fun fed(bundle: File): JsonElement {
     var given: Map.Entry<String, Tensor>? = null
-    val runtime = object : Runtime {
-        override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
-            given = feeds.entries.single()
-            return mapOf("logits" to Tensor.of(listOf(1, 2), floatArrayOf(1f, 2f)))
-        }
-
-        override fun close() = Unit
+    val runtime = Computed(bundle) { feeds ->
+        given = feeds.entries.single()
+        val count = feeds.values.single().shape[0]
+        mapOf("logits" to Tensor.of(listOf(count, 10), FloatArray(10 * count)))
     }
     Model.load(bundle, { _, _ -> runtime }).use { it.classify(it.pixels(decoded(File(bundle, "selftest/picture.png")))) }
     val (name, tensor) = requireNotNull(given)
@@ -107,13 +106,13 @@ private fun fed(bundle: File): JsonElement {
     }
 }
 
-/** The self-test with a runtime that answers what the bundle expects, but for what `spoil` names. */
+/** The self-test with a runtime that answers what the bundle `model` expects, but for what `spoil` names. */
 private fun selfTested(request: JsonObject): JsonElement {
     val bundle = File(request.string("bundle"))
+    val good = File(request.string("model"))
     val spoil = request.string("spoil")
-    val probes = Recorded(Tensor.read(File(bundle, "selftest/probes.safetensors")), spoil)
-    fun scans() = Scans(Tensor.read(File(bundle, "selftest/scans.safetensors")), spoil)
-    Model.load(bundle, { artifact, _ -> if (artifact.name.startsWith("scan")) scans() else probes }).use { model ->
+    val probes = recorded(good, spoil)
+    Model.load(bundle, { file, _ -> if (file.name.startsWith("scan")) scans(good, spoil) else probes }).use { model ->
         val turn = if (spoil == "picture") 3 else 1
         return JsonArray(model.selfTest { decoded(it).upright(turn) }.map { check ->
             buildJsonObject {
@@ -126,36 +125,39 @@ private fun selfTested(request: JsonObject): JsonElement {
     }
 }
 
-private class Computed(private val compute: () -> Map<String, Tensor>) : Runtime {
-    override fun run(feeds: Map<String, Tensor>) = compute()
+/** With the inputs and outputs that the manifest of `bundle` tells. */
+private class Computed(bundle: File, private val compute: (Map<String, Tensor>) -> Map<String, Tensor>) : Runtime {
+    private val manifest by lazy { Manifest.read(bundle) }
+    override val inputs get() = manifest.inputs
+    override val outputs get() = manifest.outputs
+
+    override fun run(feeds: Map<String, Tensor>) = compute(feeds)
 
     override fun close() = Unit
 }
 
-/** Answers the rows of `tensors` that belong to the rows it is fed. */
-private class Recorded(private val tensors: Map<String, Tensor>, private val spoil: String = "") : Runtime {
-    override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+/** Answers the rows of the self-test's tensors that belong to the rows it is fed. */
+private fun recorded(bundle: File, spoil: String): Runtime {
+    val tensors = Tensor.read(File(bundle, "selftest/probes.safetensors"))
+    return Computed(bundle) { feeds ->
         val (name, fed) = feeds.entries.single()
         val all = tensors.getValue(name)
         val row = (0 until all.shape[0]).first { all.rows(it, it + 1, 1).bytes() == fed.rows(0, 1, 1).bytes() }
         val until = minOf(row + fed.shape[0], all.shape[0])
-        return tensors.filterValues { it.shape[0] == all.shape[0] }
+        tensors.filterValues { it.shape[0] == all.shape[0] }
             .mapValues { (key, tensor) -> spoilt(tensor.rows(row, until, least = fed.shape[0]), key == spoil) }
     }
-
-    override fun close() = Unit
 }
 
 /** Answers the y of the scan whose u it is fed. */
-private class Scans(private val tensors: Map<String, Tensor>, private val spoil: String) : Runtime {
-    override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
+private fun scans(bundle: File, spoil: String): Runtime {
+    val tensors = Tensor.read(File(bundle, "selftest/scans.safetensors"))
+    return Computed(bundle) { feeds ->
         val fed = feeds.getValue("u").bytes()
         val name = tensors.keys.first { it.endsWith(":u") && tensors.getValue(it).bytes() == fed }
         val y = name.removeSuffix(":u") + ":y"
-        return mapOf("y" to spoilt(tensors.getValue(y), y == spoil))
+        mapOf("y" to spoilt(tensors.getValue(y), y == spoil))
     }
-
-    override fun close() = Unit
 }
 
 /** One value of a float tensor off by five per cent of the largest: more than float16 may be. */

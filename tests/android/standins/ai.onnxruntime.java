@@ -16,7 +16,14 @@ public abstract class OnnxTensorLike implements OnnxValue {
     public TensorInfo getInfo() { return null; }
 }
 
-public class TensorInfo {
+public interface ValueInfo {}
+
+public class NodeInfo {
+    public ValueInfo getInfo() { return null; }
+}
+
+public class TensorInfo implements ValueInfo {
+    public final OnnxJavaType type = null;
     public long[] getShape() { return null; }
 }
 
@@ -33,6 +40,8 @@ public class OrtEnvironment implements AutoCloseable {
 }
 
 public class OrtSession implements AutoCloseable {
+    public Map<String, NodeInfo> getInputInfo() throws OrtException { return null; }
+    public Map<String, NodeInfo> getOutputInfo() throws OrtException { return null; }
     public Result run(Map<String, ? extends OnnxTensorLike> inputs) throws OrtException { return null; }
     @Override public void close() throws OrtException {}
 

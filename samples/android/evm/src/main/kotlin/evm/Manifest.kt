@@ -5,9 +5,11 @@ import java.io.IOException
 import kotlinx.serialization.json.Json
 import kotlinx.serialization.json.JsonArray
 import kotlinx.serialization.json.JsonElement
+import kotlinx.serialization.json.JsonNull
 import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
 import kotlinx.serialization.json.doubleOrNull
+import kotlinx.serialization.json.int
 import kotlinx.serialization.json.intOrNull
 import kotlinx.serialization.json.jsonObject
 import kotlinx.serialization.json.jsonPrimitive
@@ -32,8 +34,8 @@ class Manifest private constructor(json: JsonObject) {
     /** The largest accepted difference that the export was asked for, if it was. */
     val tolerance = (plan["tol"] as? JsonPrimitive)?.doubleOrNull
     val preprocessing = Preprocessing.of(json.child("preprocessing"))
-    val inputName = json.names("inputs").single()
-    val outputNames = json.names("outputs")
+    val inputs = json.specs("inputs")
+    val outputs = json.specs("outputs")
     val files = json.child("files").let { files -> files.keys.associateWith { checkedHash(it, files.child(it)) } }
     val scanModes = scan.text("value").split("+")
     val plugins = scan["plugins"]?.jsonObject.orEmpty().mapValues { it.value.jsonPrimitive.content }
@@ -45,7 +47,6 @@ class Manifest private constructor(json: JsonObject) {
         require(files.keys.any { it == artifact || it.startsWith("$artifact/") }) {
             "the artifact '$artifact' is not among the files"
         }
-        require(head == "features" || head in outputNames) { "it has no output '$head'" }
         for (library in plugins.values) require(library in files) {
             "the native library '$library' is not among the files"
         }
@@ -134,5 +135,8 @@ internal fun JsonObject.number(key: String): Double = text(key).toDouble()
 internal fun JsonObject.list(key: String): List<String> =
     get<JsonArray>(key, "list").map { it.jsonPrimitive.content }
 
-private fun JsonObject.names(key: String): List<String> =
-    get<JsonArray>(key, "list").map { it.jsonObject.text("name") }
+private fun JsonObject.specs(key: String): List<TensorSpec> = get<JsonArray>(key, "list").map { each ->
+    val shape = each.jsonObject.get<JsonArray>("shape", "list").map { if (it is JsonNull) null else it.jsonPrimitive.int }
+    require(shape.all { it == null || it > 0 }) { "$key has a shape $shape" }
+    TensorSpec(each.jsonObject.text("name"), each.jsonObject.text("dtype"), shape)
+}.also { require(it.isNotEmpty()) { "it has no $key" } }

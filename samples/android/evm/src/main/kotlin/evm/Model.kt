@@ -7,6 +7,9 @@ private const val TARGET = "onnx"
 
 /** A loaded artifact. Safe to use from several threads. Throws [ToolchainException]. */
 interface Runtime : AutoCloseable {
+    val inputs: List<TensorSpec>
+    val outputs: List<TensorSpec>
+
     fun run(feeds: Map<String, Tensor>): Map<String, Tensor>
 }
 
@@ -25,13 +28,22 @@ class Model private constructor(
     private val library: File?,
 ) : AutoCloseable {
     private val manifest = bundle.manifest
+    private val labels = labels(bundle)
     private val runtime = runtimes.open(bundle.file(manifest.artifact), library)
-    private val labels = if ("labels.txt" in manifest.files) bundle.file("labels.txt").readLines() else null
+
+    init {
+        try {
+            checkInterface(bundle, labels, runtime)
+        } catch (error: BundleException) {
+            runtime.close()
+            throw error
+        }
+    }
 
     /** What the model reads of [picture]: in any thread. Throws [ImageException]. */
     fun pixels(picture: Picture, name: String = "image"): Picture = manifest.preprocessing.pixels(picture, name)
 
-    /** The [top] most probable classes of [pixels], best first. Throws [UsageException]. */
+    /** The [top] most probable classes of [pixels], best first. Throws [UsageException], [BundleException]. */
     fun classify(pixels: Picture, top: Int = 5): List<Prediction> {
         if (manifest.head == "features") {
             throw UsageException("this bundle gives feature maps, not classes", "use run(feeds)")
@@ -42,8 +54,13 @@ class Model private constructor(
             val got = "[1, ${pixels.height}, ${pixels.width}, 3]"
             throw UsageException("pixels must be uint8 [n, $height, $width, 3], got uint8 $got")
         }
-        val outputs = run(mapOf(manifest.inputName to input(pixels).rows(0, 1, least = manifest.batch.min)))
-        val scores = outputs.getValue(manifest.head).rows(0, 1, least = 1).floats().map { it.toDouble() }
+        val found = runBatched(manifest, runtime, input(pixels)).getValue(manifest.head)
+        checkScores(bundle, labels, found.spec(manifest.head))
+        val scores = found.floats().map { it.toDouble() }
+        if (!scores.all { it.isFinite() }) {
+            val hint = "does it compute right on this device?  evm-run ${bundle.folder} --selftest"
+            throw BundleException("bundle ${bundle.folder}: the network gives NaN or Inf here", hint)
+        }
         return best(if (manifest.head == "probs") scores else softmax(scores), top)
     }
 
@@ -51,7 +68,7 @@ class Model private constructor(
     fun medianMs(runs: Int): Double {
         val (height, width) = manifest.preprocessing.run { height to width }
         val grey = input(Picture(width, height, ByteArray(3 * width * height) { 127 }))
-        val feeds = mapOf(manifest.inputName to grey.rows(0, 1, least = manifest.batch.min))
+        val feeds = mapOf(manifest.inputs[0].name to grey.rows(0, 1, least = manifest.batch.min))
         val times = List(runs + 1) {
             val start = System.nanoTime()
             run(feeds)
@@ -75,7 +92,7 @@ class Model private constructor(
 
     private fun best(scores: List<Double>, top: Int): List<Prediction> =
         scores.indices.sortedByDescending { scores[it] }.take(top)
-            .map { Prediction(labels?.get(it) ?: "class $it", it, scores[it]) }
+            .map { Prediction(labels.getOrNull(it) ?: "class $it", it, scores[it]) }
 
     companion object {
         /**

@@ -8,6 +8,11 @@ import kotlinx.serialization.json.JsonObject
 private val BYTES = mapOf("uint8" to 1, "float32" to 4)
 private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
 
+/** An input or output; null in [shape] is the batch. */
+data class TensorSpec(val name: String, val dtype: String, val shape: List<Int?>) {
+    override fun toString() = "$name $dtype[${shape.joinToString { it?.toString() ?: "batch" }}]"
+}
+
 /** An array: [dtype] `uint8` or `float32`, [shape], and the little-endian values. */
 class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuffer) {
     init {
@@ -19,6 +24,8 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
     fun bytes(): ByteBuffer = bytes.duplicate().order(ByteOrder.LITTLE_ENDIAN)
 
     fun floats(): FloatArray = bytes().asFloatBuffer().let { FloatArray(it.remaining()).also(it::get) }
+
+    fun spec(name: String) = TensorSpec(name, dtype, shape)
 
     /** Rows [from] until [until] of the first axis, the last one repeated until there are [least]. */
     fun rows(from: Int, until: Int, least: Int): Tensor {

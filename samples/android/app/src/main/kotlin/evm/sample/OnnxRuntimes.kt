@@ -5,10 +5,13 @@ import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtSession
+import ai.onnxruntime.TensorInfo
+import ai.onnxruntime.ValueInfo
 import evm.BundleException
 import evm.Runtime
 import evm.Runtimes
 import evm.Tensor
+import evm.TensorSpec
 import evm.ToolchainException
 import java.io.File
 
@@ -39,6 +42,8 @@ private class Session(
     private val options: OrtSession.SessionOptions,
 ) : Runtime {
     private val session = environment.createSession(artifact.path, options)
+    override val inputs = session.inputInfo.map { (name, node) -> spec(name, node.info) }
+    override val outputs = session.outputInfo.map { (name, node) -> spec(name, node.info) }
 
     override fun run(feeds: Map<String, Tensor>): Map<String, Tensor> {
         val inputs = mutableMapOf<String, OnnxTensor>()
@@ -59,13 +64,19 @@ private class Session(
         options.close()
     }
 
+    private fun spec(name: String, info: ValueInfo): TensorSpec {
+        if (info !is TensorInfo) return TensorSpec(name, "no tensor", emptyList())
+        val dtype = TYPES.entries.find { it.value == info.type }?.key ?: info.type.name.lowercase()
+        return TensorSpec(name, dtype, info.shape.map { if (it < 0) null else it.toInt() })
+    }
+
     private fun native(tensor: Tensor): OnnxTensor {
         val shape = LongArray(tensor.shape.size) { tensor.shape[it].toLong() }
         return OnnxTensor.createTensor(environment, tensor.bytes(), shape, TYPES.getValue(tensor.dtype))
     }
 
     private fun ours(tensor: OnnxTensor): Tensor {
-        val values = tensor.floatBuffer
+        val values = tensor.floatBuffer ?: throw BundleException("the model gives ${tensor.info.type}, not float32")
         return Tensor.of(tensor.info.shape.map { it.toInt() }, FloatArray(values.remaining()).also(values::get))
     }
 }

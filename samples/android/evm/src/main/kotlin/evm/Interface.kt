@@ -1,0 +1,45 @@
+package evm
+
+/** The class names, none where the export had none. Throws [BundleException] for what is no text. */
+internal fun labels(bundle: Bundle): List<String> {
+    if ("labels.txt" !in bundle.manifest.files) return emptyList()
+    try {
+        return bundle.file("labels.txt").readBytes().decodeToString(throwOnInvalidSequence = true).reader().readLines()
+    } catch (_: CharacterCodingException) {
+        throw BundleException("bundle ${bundle.folder}: labels.txt is not UTF-8 text", "export it again")
+    }
+}
+
+/** The artifact against its manifest: hashes say that both are whole, not that they belong together. */
+internal fun checkInterface(bundle: Bundle, labels: List<String>, runtime: Runtime) {
+    val manifest = bundle.manifest
+    val have = runtime.inputs + runtime.outputs
+    val want = manifest.inputs + manifest.outputs
+    if (have.size != want.size || !have.zip(want).all { (a, b) -> alike(a, b) }) {
+        throw unlike(bundle, have.joinToString(), "the manifest says ${want.joinToString()}")
+    }
+    if (runtime.inputs.size != 1) throw unlike(bundle, have.joinToString(), "a bundle's model has one input")
+    if (manifest.head == "features") return
+    val scores = runtime.outputs.find { it.name == manifest.head }
+        ?: throw unlike(bundle, have.joinToString(), "a classifier has ${manifest.head}")
+    checkScores(bundle, labels, scores)
+}
+
+/** What a classifier gives against its labels. Throws [BundleException]. */
+internal fun checkScores(bundle: Bundle, labels: List<String>, scores: TensorSpec) {
+    if (scores.dtype != "float32" || scores.shape.size != 2 || 0 in scores.shape) {
+        throw unlike(bundle, scores.toString(), "a classifier has rows of float32 scores")
+    }
+    val classes = scores.shape[1] ?: return
+    if (labels.isNotEmpty() && labels.size != classes) {
+        throw unlike(bundle, "$classes classes", "labels.txt has ${labels.size}")
+    }
+}
+
+/** Whether they are the same, but for sizes that one of them does not tell. */
+private fun alike(have: TensorSpec, want: TensorSpec): Boolean =
+    have.name == want.name && have.dtype == want.dtype && have.shape.size == want.shape.size &&
+        have.shape.zip(want.shape).all { (a, b) -> a == null || b == null || a == b }
+
+private fun unlike(bundle: Bundle, have: String, want: String) =
+    BundleException("bundle ${bundle.folder}: ${bundle.manifest.artifact} has $have; $want", "export it again")
