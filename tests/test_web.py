@@ -27,8 +27,9 @@ from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.files import sha256
 from evm_deploy.inference import load
 from evm_deploy.model.preprocess import Preprocessing
-from tests.broken import BROKEN
+from tests.broken import BROKEN, NO_SELF_TEST
 from tests.test_archive import link, made
+from tests.test_interface import OTHERS, put_another_model
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
@@ -241,6 +242,36 @@ def test_broken_bundles_in_zips_are_told_too(library, broken):
     for name, have in zip(names, found, strict=True):
         assert have, name
         assert_said(name, have, expected[name], f"{name}.zip", folder / name)
+
+
+def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
+    """As in Python, but for what the runtime says, and for strings, whose type is told otherwise."""
+
+    def predicted(bundle: Path) -> object:
+        with load(bundle) as model:
+            return model.predict(digits[:1])
+
+    for name in OTHERS:
+        put_another_model(name, Path(shutil.copytree(demo_bundle.path, tmp_path / name)))
+    shutil.copy(digits[0], tmp_path / "digit.png")
+    classify = f"await ({OPEN % 'evm.folderAt(`files/${name}`)'}).classifyBlob(await file('digit.png'));"
+    for name, have in zip(OTHERS, library(TRY % classify, [*OTHERS], tmp_path, console="Gather node"), strict=True):
+        if name in ("fails", "strings"):
+            assert re.search("has image string|ONNX Runtime Web .* failed: ", have["message"]), have
+        else:
+            want = said(lambda name=name: predicted(tmp_path / name))
+            assert_said(name, have, want, f"files/{name}", tmp_path / name)
+
+
+def test_self_tests_that_are_none(library, demo_bundle, tmp_path):
+    want = {}
+    for name, damage in NO_SELF_TEST.items():
+        damage(Path(shutil.copytree(demo_bundle.path, tmp_path / name)))
+        with load(tmp_path / name) as model:
+            want[name] = said(model.selftest)
+    found = library(TRY % f"await ({OPEN % 'evm.folderAt(`files/${name}`)'}).selftest();", [*want], tmp_path)
+    for name, have in zip(want, found, strict=True):
+        assert_said(name, have, want[name], f"files/{name}", tmp_path / name)
 
 
 def hostile(folder: Path, bundle: Path) -> list[Path]:

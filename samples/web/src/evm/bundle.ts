@@ -41,10 +41,16 @@ export class Bundle {
     return bytes;
   }
 
-  /** Class names, null where the export had none. */
-  async labels(): Promise<string[] | null> {
-    if (!this.has("labels.txt")) return null;
-    return new TextDecoder().decode(await this.read("labels.txt")).replace(/\r?\n$/, "").split(/\r?\n/);
+  /** Class names, none where the export had none. Throws BundleError for what is no text. */
+  async labels(): Promise<string[]> {
+    if (!this.has("labels.txt")) return [];
+    const bytes = await this.read("labels.txt");
+    try {
+      const lines = new TextDecoder("utf-8", { fatal: true }).decode(bytes).split(/\r?\n/);
+      return lines.at(-1) === "" ? lines.slice(0, -1) : lines;
+    } catch (error) {
+      throw new BundleError(`bundle ${this.name}: labels.txt is not UTF-8 text`, "export it again", { cause: error });
+    }
   }
 }
 

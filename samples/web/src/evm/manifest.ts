@@ -3,6 +3,7 @@
 import { BundleError, EvmError, reason } from "./errors";
 import { Preprocessing, type PreprocessingFacts } from "./preprocess";
 import { repr } from "./python";
+import type { TensorSpec } from "./tensor";
 
 export const MANIFEST = "manifest.json";
 export const SCHEMA_VERSION = 1;
@@ -34,6 +35,8 @@ interface Content {
   artifact: string;
   plan: { batch: string | number; head: Head; input: "image" | "tensor"; precision: string; tol?: number | null };
   preprocessing: PreprocessingFacts;
+  inputs: TensorSpec[];
+  outputs: TensorSpec[];
   scan: { value: string; plugins?: Record<string, string> };
   parity: { failures?: string[] };
   files?: Record<string, FileFacts>;
@@ -50,6 +53,8 @@ export class Manifest {
   readonly precision: string;
   readonly batch: Batch;
   readonly preprocessing: Preprocessing;
+  readonly inputs: readonly TensorSpec[];
+  readonly outputs: readonly TensorSpec[];
   /** Ways in which the model's scans can run: plugin, portable, aot. */
   readonly scans: readonly string[];
   readonly files: ReadonlyMap<string, FileFacts>;
@@ -69,6 +74,8 @@ export class Manifest {
     this.precision = oneOf("--precision", plan.precision, Object.keys(TOLERANCES));
     this.batch = parseBatch(plan.batch);
     this.preprocessing = new Preprocessing(content.preprocessing);
+    this.inputs = specs("inputs", content.inputs);
+    this.outputs = specs("outputs", content.outputs);
     this.scans = content.scan.value.split("+");
     this.files = new Map(Object.entries(content.files ?? {}));
     this.built = content.built ?? true;
@@ -125,6 +132,15 @@ function parseBatch(text: string | number): Batch {
     if (min >= 1 && min <= max) return { min, max };
   }
   throw new EvmError(`--batch ${repr(String(text))}: use a number from 1, 'dynamic', or min:opt:max such as 1:4:8`);
+}
+
+function specs(key: string, values: TensorSpec[]): TensorSpec[] {
+  if (!Array.isArray(values) || values.length === 0) throw new EvmError(`${key} must be a list of at least 1`);
+  return values.map(({ name, dtype, shape }) => {
+    if (!Array.isArray(shape) || !shape.every((side) => side === null || (Number.isInteger(side) && side >= 1)))
+      throw new EvmError(`${key} has a shape ${JSON.stringify(shape)}`);
+    return { name, dtype, shape };
+  });
 }
 
 function checkFiles(files: ReadonlyMap<string, FileFacts>, artifact: string, plugins: string[]): void {

@@ -3,7 +3,8 @@
 import { latency, type Latency } from "./bench";
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
-import { UsageError } from "./errors";
+import { BundleError, UsageError } from "./errors";
+import { checkInterface, checkScores } from "./interface";
 import type { Manifest } from "./manifest";
 import type { Picture } from "./preprocess";
 import { chooseProvider, type Choice, type Provider } from "./provider";
@@ -32,7 +33,8 @@ export class Model {
   private constructor(
     readonly bundle: Bundle,
     readonly provider: Choice,
-    readonly labels: readonly string[] | null,
+    /** Class names, none where the export had none. */
+    readonly labels: readonly string[],
     private readonly runtime: Runtime,
   ) {
     this.manifest = bundle.manifest;
@@ -47,7 +49,14 @@ export class Model {
       throw new UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable");
     const choice = await chooseProvider(provider);
     const [labels, file] = [await bundle.labels(), await bundle.read(artifact)];
-    return new Model(bundle, choice, labels, await Runtime.open(file, { provider: choice.value, ...(threads !== undefined && { threads }) }));
+    const runtime = await Runtime.open(file, { provider: choice.value, ...(threads !== undefined && { threads }) });
+    try {
+      checkInterface(bundle, labels, runtime);
+    } catch (error) {
+      await runtime.close();
+      throw error;
+    }
+    return new Model(bundle, choice, labels, runtime);
   }
 
   get inputs(): readonly TensorSpec[] {
@@ -62,7 +71,7 @@ export class Model {
     return this.runtime.threads;
   }
 
-  /** The `top` most probable classes of an image file, best first. Throws ImageError, UsageError. */
+  /** The `top` most probable classes of an image file, best first. Throws ImageError, UsageError, BundleError. */
   async classifyBlob(blob: Blob, top = 5): Promise<Prediction[]> {
     return this.classifyPicture(await decode(blob), top);
   }
@@ -105,7 +114,14 @@ export class Model {
     const ready = performance.now();
     const outputs = await runBatched(this.runtime, batch, input);
     this.milliseconds = { preprocessing: ready - start, inference: performance.now() - ready };
-    const values = Array.from(outputs[head]!.data);
+    const scores = outputs[head]!;
+    checkScores(this.bundle, this.labels, { name: head, ...scores });
+    const values = Array.from(scores.data);
+    if (!values.every(Number.isFinite))
+      throw new BundleError(
+        `bundle ${this.bundle.name}: the network gives NaN or Inf here`,
+        `does it compute right on this device?  evm-run ${this.bundle.name} --selftest`,
+      );
     return this.best(head === "probs" ? values : softmax(values), top);
   }
 
@@ -120,7 +136,7 @@ export class Model {
   private best(scores: readonly number[], top: number): Prediction[] {
     const order = scores.map((_, index) => index).sort((a, b) => scores[b]! - scores[a]! || a - b);
     return order.slice(0, top).map((index) => ({
-      label: this.labels ? this.labels[index]! : `class ${index}`,
+      label: this.labels[index] ?? `class ${index}`,
       index,
       score: scores[index]!,
     }));

@@ -5,7 +5,7 @@ import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-web/wasm
 import { BundleError, reason, ToolchainError } from "./errors";
 import { defaultThreads, loadOrt, type Ort } from "./ort";
 import type { Provider } from "./provider";
-import { checkFeeds, concatenate, rows, type Dtype, type Tensor, type Tensors, type TensorSpec } from "./tensor";
+import { checkFeeds, concatenate, isDtype, rows, specText, type Tensor, type Tensors, type TensorSpec } from "./tensor";
 
 export interface RunOptions {
   readonly provider: Provider;
@@ -66,7 +66,10 @@ export class Runtime {
   }
 }
 
-/** Run any number of inputs through a model whose batch may be static: the last batch is filled up and cut. */
+/**
+ * Run any number of inputs through a model whose batch may be static: the last batch is filled up and cut. Throws
+ * BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+ */
 export async function runBatched(
   runtime: Runtime,
   batch: { min: number; max: number | null },
@@ -79,19 +82,28 @@ export async function runBatched(
     const chunk = rows(input, begin, Math.min(begin + size, count));
     const have = chunk.shape[0]!;
     const fill = Array.from({ length: Math.max(0, batch.min - have) }, () => rows(chunk, have - 1, have));
-    const outputs = await runtime.run({ [runtime.inputs[0]!.name]: concatenate([chunk, ...fill]) });
+    const [into, fed] = [runtime.inputs[0]!.name, concatenate([chunk, ...fill])];
+    const outputs = await runtime.run({ [into]: fed });
+    for (const [name, value] of Object.entries(outputs)) {
+      const like = parts[0]?.[name] ?? value;
+      if (value.shape.join() !== [fed.shape[0], ...like.shape.slice(1)].join()) {
+        const [gives, given] = [specText({ name, ...value }), specText({ name: into, ...fed })];
+        throw new BundleError(`the model gives ${gives} for ${given}`, "export it again");
+      }
+    }
     parts.push(Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, rows(value, 0, have)])));
   }
   return Object.fromEntries(Object.keys(parts[0]!).map((name) => [name, concatenate(parts.map((part) => part[name]!))]));
 }
 
 function spec(metadata: InferenceSession.ValueMetadata): TensorSpec {
-  if (!metadata.isTensor) throw new Error(`${metadata.name} is no tensor`);
+  if (!metadata.isTensor) return { name: metadata.name, dtype: "no tensor", shape: [] };
   // a side without a name comes as -1 in 32 bits without a sign (onnxruntime-web 1.30.0)
   const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
   return { name: metadata.name, dtype: metadata.type, shape };
 }
 
 function owned(value: OrtTensor): Tensor {
-  return { dtype: value.type as Dtype, shape: value.dims, data: (value.data as Float32Array).slice() };
+  if (!isDtype(value.type)) throw new Error(`it gives ${value.type}`);
+  return { dtype: value.type, shape: value.dims, data: (value.data as Float32Array).slice() };
 }

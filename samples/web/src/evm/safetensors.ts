@@ -15,7 +15,7 @@ export function parseSafetensors(file: Uint8Array<ArrayBuffer>): Tensors {
     { dtype: string; shape: number[]; data_offsets: [number, number] }
   >;
   delete header["__metadata__"];
-  const tensors: Record<string, Tensor> = {};
+  const tensors = Object.create(null) as Record<string, Tensor>; // names are anybody's: __proto__, constructor
   for (const [name, { dtype, shape, data_offsets: [begin, end] }] of Object.entries(header)) {
     const read = READERS[dtype];
     if (!read) throw new Error(`${name} is ${dtype}`);

@@ -3,10 +3,14 @@
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
 import { BundleError, reason } from "./errors";
+import { repr } from "./python";
 import { parseSafetensors } from "./safetensors";
 import { ssmError } from "./scan";
 import { Runtime, runBatched, type RunOptions } from "./runtime";
 import type { Tensor, Tensors } from "./tensor";
+
+const [PROBES, SCANS] = ["probes.safetensors", "scans.safetensors"];
+const AXES = { u: "bKLD", delta: "bKLD", A: "KDN", B: "bKLN", C: "bKLN", skip: "KD", bias: "KD" };
 
 /** One line of a self-test: error against limit. */
 export interface Check {
@@ -19,28 +23,32 @@ export interface Check {
 /** Throws BundleError where the bundle has no self-test that can be read. */
 export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOptions): Promise<Check[]> {
   const { manifest } = bundle;
-  const [probes, scans] = [await tensors(bundle, "probes"), await tensors(bundle, "scans")];
+  const [probes, scans] = [await tensors(bundle, PROBES), bySite(bundle, await tensors(bundle, SCANS))];
   const picture = await decode(new Blob([await bundle.read("selftest/picture.png")]), "selftest/picture.png");
   const pixels = manifest.preprocessing.pixels(picture);
-  const checks = [check("preprocessing (of 255)", distance(pixels, expected(probes, "picture.pixels").data), 1)];
-  const outputs = await runBatched(runtime, manifest.batch, expected(probes, manifest.input));
+  const { height, width } = manifest.preprocessing;
+  const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, 3] });
+  const checks = [check("preprocessing (of 255)", distance(pixels, data), 1)];
+  const images = probes[manifest.input];
+  if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, `${PROBES} has no ${manifest.input}`);
+  const outputs = await runBatched(runtime, manifest.batch, images);
   for (const [name, have] of Object.entries(outputs)) {
-    const want = expected(probes, name);
+    const want = like(bundle, probes, name, have);
     const scale = Math.max(1, distance(want.data, new Float32Array(want.data.length)));
     checks.push(check(name, distance(have.data, want.data), manifest.selftestTolerance * scale));
   }
   return [...checks, ...(await scanChecks(bundle, scans, options))];
 }
 
-async function scanChecks(bundle: Bundle, tensors: Tensors, options: RunOptions): Promise<Check[]> {
-  const scans = bySite(tensors);
+async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: RunOptions): Promise<Check[]> {
   if (scans.size === 0) return [];
   const runtime = await Runtime.open(await bundle.read("selftest/scan.onnx"), options);
   const checks: Check[] = [];
   try {
     for (const [name, scan] of scans) {
       const { y } = await runtime.run(scan);
-      const { error, limit } = ssmError(y!, scan);
+      if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx gives no y");
+      const { error, limit } = ssmError(y, scan);
       checks.push(check(`scan ${name}`, error, limit));
     }
   } finally {
@@ -50,37 +58,55 @@ async function scanChecks(bundle: Bundle, tensors: Tensors, options: RunOptions)
 }
 
 /** `<module path>:<tensor>` -> module path -> what its scan reads. y, what it wrote at export, is left out. */
-function bySite(tensors: Tensors): Map<string, Record<string, Tensor>> {
-  const scans = new Map<string, Record<string, Tensor>>();
+function bySite(bundle: Bundle, tensors: Tensors): Map<string, Tensors> {
+  const scans = new Map<string, Tensors>();
   for (const key of Object.keys(tensors).sort()) {
-    const [name, tensor] = key.split(":") as [string, string];
+    const [name = "", tensor = ""] = key.split(":");
     if (tensor !== "y") scans.set(name, { ...scans.get(name), [tensor]: tensors[key]! });
   }
+  for (const [name, scan] of scans)
+    if (!isScan(scan)) throw damaged(bundle, `${SCANS}: the tensors of ${repr(name)} are not those of a scan`);
   return scans;
 }
 
+/** Whether its tensors have the names, ranks and sizes that belong together. */
+function isScan(scan: Tensors): boolean {
+  if (Object.keys(scan).sort().join() !== Object.keys(AXES).sort().join()) return false;
+  const sizes = new Map<string, number>();
+  return Object.entries(AXES).every(([name, axes]) => {
+    const { dtype, shape } = scan[name]!;
+    [...axes].forEach((axis, i) => sizes.has(axis) || sizes.set(axis, shape[i] ?? 0));
+    return dtype === "float32" && shape.join() === [...axes].map((axis) => sizes.get(axis) || "none").join();
+  });
+}
+
 async function tensors(bundle: Bundle, name: string): Promise<Tensors> {
-  const file = await bundle.read(`selftest/${name}.safetensors`);
+  const file = await bundle.read(`selftest/${name}`);
   try {
     return parseSafetensors(file);
   } catch (error) {
-    throw new BundleError(`bundle ${bundle.name} has no readable self-test: ${reason(error)}`, "", { cause: error });
+    throw damaged(bundle, `${name} cannot be read: ${reason(error)}`, error);
   }
 }
 
-function expected(probes: Tensors, name: string): Tensor {
-  const tensor = probes[name];
-  if (!tensor) throw new BundleError("the self-test does not fit the model: it has no " + name, "export the bundle again");
-  return tensor;
+/** The tensor `name`, if it is of this dtype and shape. */
+function like(bundle: Bundle, probes: Tensors, name: string, { dtype, shape }: Pick<Tensor, "dtype" | "shape">): Tensor {
+  const found = probes[name];
+  if (found?.dtype !== dtype || found.shape.join() !== shape.join())
+    throw damaged(bundle, `${PROBES} has no ${name} of ${dtype}[${shape.join(", ")}]`);
+  return found;
+}
+
+function damaged(bundle: Bundle, why: string, cause?: unknown): BundleError {
+  return new BundleError(`bundle ${bundle.name} has no readable self-test: selftest/${why}`, "export it again", { cause });
 }
 
 function check(name: string, error: number, limit: number): Check {
   return { name, error, limit, ok: error <= limit };
 }
 
-/** Largest difference; infinite for NaN, Inf and another size. */
+/** Largest difference; infinite for NaN and Inf. */
 function distance(have: ArrayLike<number>, want: ArrayLike<number>): number {
-  if (have.length !== want.length) return Infinity;
   let most = 0;
   for (let i = 0; i < have.length; i++) most = Math.max(most, Number.isFinite(have[i]) ? Math.abs(have[i]! - want[i]!) : Infinity);
   return most;

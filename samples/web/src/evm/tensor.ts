@@ -5,6 +5,10 @@ import { UsageError } from "./errors";
 const ARRAYS = { float32: Float32Array, uint8: Uint8Array } as const;
 export type Dtype = keyof typeof ARRAYS;
 
+export function isDtype(name: string): name is Dtype {
+  return Object.hasOwn(ARRAYS, name);
+}
+
 /** Row-major. */
 export interface Tensor {
   readonly dtype: Dtype;
@@ -64,6 +68,6 @@ export function checkFeeds(inputs: readonly TensorSpec[], feeds: Tensors): void 
   }
 }
 
-function specText({ name, dtype, shape }: TensorSpec): string {
+export function specText({ name, dtype, shape }: TensorSpec): string {
   return `${name} ${dtype}[${shape.map((side) => side ?? "batch").join(", ")}]`;
 }
