@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 from evm_deploy.errors import EvmError
 from evm_deploy.export.coreml import TARGET
 from evm_deploy.export.plan import TOLERANCES
+from evm_deploy.export.selftest import AXES
 from evm_deploy.inference import load
 from evm_deploy.runtimes.mil import MilRuntime
-from tests.broken import BROKEN
+from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults, parsed
+from tests.test_interface import put_another_model
 from tests.test_vectors import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -141,9 +143,11 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
     probes = load_file(coreml_bundle.path / "selftest" / "probes.safetensors")
     manifest = coreml_bundle.manifest
     assert {"picture.pixels", manifest.plan["input"], *(o["name"] for o in manifest.outputs)} == set(probes)
-    assert 'tensors["picture.pixels"]' in code and "tensors[manifest.plan.input]" in code
+    assert 'tensors, "picture.pixels"' in code and "tensors[manifest.plan.input]" in code
     scans = load_file(coreml_bundle.path / "selftest" / "scans.safetensors")
     names = set(json.loads(re.search(r"scanInputs = (\[.+\])", code)[1]))
+    axes = re.search(r"scanAxes = \[\n(.+),\n\]", code)[1]
+    assert json.loads(f"{{{axes}}}") == AXES | {"y": AXES["u"]} and names == set(AXES)
     (template,) = re.findall(r'"selftest/(scan-.+)"', code)
     assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.scan_probe
     for scan in {key.partition(":")[0] for key in scans}:
@@ -178,16 +182,43 @@ def said() -> list[str]:
     return [each for code in CODE.values() for each in literals(parsed("swift", code.encode()))]
 
 
-@pytest.mark.parametrize("name", sorted(set(BROKEN) - {"manifest cut"}))
+OF_CORE_ML = {"another output", "another input size"}  # told when it runs, in other words
+
+
+@pytest.mark.parametrize("name", sorted(set(BROKEN) - {"manifest cut"} - OF_CORE_ML))
 def test_errors_are_worded_as_in_python(name, said, demo_bundle, tmp_path):
     """Python's text is that of a literal; which one Swift takes, nobody has seen."""
     folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
     BROKEN[name](folder)
     with pytest.raises(EvmError) as raised:
         load(folder)
-    message, hint = str(raised.value.args[0]), raised.value.hint
-    head, invalid, reason = message.partition(" is not a valid manifest: ")
-    texts = [f"{head}{invalid}why", reason] if invalid else [message]
+    check_wording(raised.value, said)
+
+
+@pytest.mark.parametrize("name", NO_SELF_TEST)
+def test_errors_of_self_tests_are_worded_as_in_python(name, said, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    NO_SELF_TEST[name](folder)
+    with load(folder) as model, pytest.raises(EvmError) as raised:
+        model.selftest()
+    check_wording(raised.value, said)
+
+
+def test_errors_of_scores_are_worded_as_in_python(said, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    put_another_model("NaN", folder)
+    with load(folder) as model, pytest.raises(EvmError) as raised:
+        model.predict([folder / "selftest" / "picture.png"])
+    check_wording(raised.value, said)
+
+
+def check_wording(error: EvmError, said: list[str]) -> None:
+    message, hint = str(error.args[0]), error.hint
+    texts = [message]
+    for within in (" is not a valid manifest: ", " has no readable self-test: selftest/"):
+        if within in message:
+            head, _, reason = message.partition(within)
+            texts = [f"{head}{within}why", reason]
     texts += [hint] if hint and "pip install" not in hint else []
     for text in texts:
         assert any(re.fullmatch(each, text) for each in said), text

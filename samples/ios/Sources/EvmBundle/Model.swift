@@ -16,7 +16,7 @@ public final class Model {
     public let folder: URL
     public let manifest: Manifest
     public let preprocessing: Manifest.Preprocess
-    private let labels: [String]?
+    private let labels: [String]
     private let model: MLModel
     private let units: MLComputeUnits
 
@@ -26,7 +26,7 @@ public final class Model {
         self.folder = folder
         self.units = units
         manifest = try Manifest.open(folder)
-        labels = try manifest.files["labels.txt"] == nil ? nil : lines(folder.appendingPathComponent("labels.txt"))
+        labels = try manifest.labels(in: folder)
         preprocessing = try manifest.preprocessing(of: function)
         model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
     }
@@ -45,10 +45,14 @@ public final class Model {
         let values = try run(input(pixels))[manifest.plan.head] ?? []
         let count = values.count / batch
         let row = values.prefix(count).map(Double.init)
+        guard !row.isEmpty, row.allSatisfy(\.isFinite) else {
+            let hint = "does it compute right on this device?  evm-run \(folder.path) --selftest"
+            throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf here", hint: hint)
+        }
         let scores = manifest.plan.head == "probs" ? row : softmax(row)
         let best = scores.indices.sorted { scores[$0] > scores[$1] || (scores[$0] == scores[$1] && $0 < $1) }
         return best.prefix(top).map {
-            Prediction(label: labels?[$0] ?? "class \($0)", index: $0, score: scores[$0])
+            Prediction(label: labels.indices.contains($0) ? labels[$0] : "class \($0)", index: $0, score: scores[$0])
         }
     }
 
@@ -61,13 +65,19 @@ public final class Model {
         } catch {
             throw EvmError(.toolchain, "Core ML failed: \(error.localizedDescription)")
         }
-        return Dictionary(uniqueKeysWithValues: manifest.outputs.map { output in
-            (output.name, values(found.featureValue(for: output.name)))
-        })
+        var outputs: [String: [Float]] = [:]
+        for name in manifest.outputs.map(\.name) {
+            guard let value = found.featureValue(for: name) else {
+                let message = "bundle \(folder.path): \(manifest.artifact) has no output '\(name)'"
+                throw EvmError(.bundle, message, hint: "export it again")
+            }
+            outputs[name] = values(value)
+        }
+        return outputs
     }
 
     /// How many pictures one inference takes.
-    var batch: Int { Int(manifest.plan.batch) ?? 1 }
+    var batch: Int { max(1, Int(manifest.plan.batch) ?? 1) }
 
     /// The input for one picture.
     func input(_ pixels: Picture) throws -> MLFeatureValue {
@@ -91,11 +101,29 @@ public final class Model {
     private func values(_ value: MLFeatureValue?) -> [Float] {
         if let array = value?.multiArrayValue { return (0..<array.count).map { array[$0].floatValue } }
         guard let scores = value?.dictionaryValue else { return [] }
-        return (labels ?? []).map { scores[AnyHashable($0)]?.floatValue ?? .nan }
+        return labels.map { scores[AnyHashable($0)]?.floatValue ?? .nan }
     }
 }
 
 extension Manifest {
+    /// The class names of the bundle in `folder`, none where the export had none. Throws EvmError.
+    func labels(in folder: URL) throws -> [String] {
+        guard files["labels.txt"] != nil else { return [] }
+        guard let text = try? String(contentsOf: folder.appendingPathComponent("labels.txt"), encoding: .utf8) else {
+            let message = "bundle \(folder.path): labels.txt is not UTF-8 text"
+            throw EvmError(.bundle, message, hint: "export it again")
+        }
+        var names = text.components(separatedBy: "\n")
+        if names.last == "" { names.removeLast() }
+        for output in outputs where output.name == plan.head && !names.isEmpty {
+            if let classes = output.shape.last ?? nil, classes != names.count {
+                let message = "bundle \(folder.path): \(artifact) has \(classes) classes; labels.txt has \(names.count)"
+                throw EvmError(.bundle, message, hint: "export it again")
+            }
+        }
+        return names
+    }
+
     /// Of a function of a bundle for several sizes, or of its default.
     func preprocessing(of function: String?) throws -> Preprocess {
         guard let function else { return preprocessing }
@@ -108,12 +136,6 @@ extension Manifest {
             size: found.imgsz, crop_pct: preprocessing.crop_pct, interpolation: preprocessing.interpolation,
             mean: preprocessing.mean, std: preprocessing.std)
     }
-}
-
-private func lines(_ file: URL) throws -> [String] {
-    let text = try String(contentsOf: file, encoding: .utf8)
-    let lines = text.components(separatedBy: "\n")
-    return lines.last == "" ? lines.dropLast() : lines
 }
 
 private func compiled(_ package: URL, function: String?, units: MLComputeUnits) throws -> MLModel {

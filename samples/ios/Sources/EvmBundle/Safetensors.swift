@@ -3,6 +3,7 @@
 import Foundation
 
 struct Tensor {
+    let dtype: String  // U8, F32
     let shape: [Int]
     let bytes: [UInt8]
 
@@ -35,11 +36,13 @@ func safetensors(_ url: URL) throws -> [String: Tensor] {
     let data = 8 + Int(length)
     let header = try JSONDecoder().decode([String: Entry].self, from: file.subdata(in: 8..<data))
     return try header.mapValues { entry in
-        let size = entry.shape.reduce(entry.dtype == "F32" ? 4 : 1, *)
+        let size = entry.shape.reduce(entry.dtype == "F32" ? 4.0 : 1.0) { $0 * Double($1) }  // which does not overflow
         guard ["U8", "F32"].contains(entry.dtype), entry.data_offsets.count == 2,
             let from = entry.data_offsets.first, let end = entry.data_offsets.last,
-            from >= 0, end - from == size, data + end <= file.count
+            0 <= from, from <= end, end <= file.count - data,
+            entry.shape.allSatisfy({ $0 >= 0 }), Double(end - from) == size
         else { throw EvmError(.bundle, "\(url.path) is cut") }
-        return Tensor(shape: entry.shape, bytes: [UInt8](file.subdata(in: (data + from)..<(data + end))))
+        let bytes = [UInt8](file.subdata(in: (data + from)..<(data + end)))
+        return Tensor(dtype: entry.dtype, shape: entry.shape, bytes: bytes)
     }
 }

@@ -17,6 +17,9 @@ private let ownTolerances = ["int8": 0.05, "int8-fp16": 0.05, "w8": 2e-2]  // th
 private let scanTolerance = 2e-5  // of the part that the states give
 private let rounding = 4 * 1.1920929e-7  // of y in float32, before skip * u is taken off
 private let scanInputs = ["u", "delta", "A", "B", "C", "skip", "bias"]
+private let scanAxes = [
+    "u": "bKLD", "delta": "bKLD", "A": "KDN", "B": "bKLN", "C": "bKLN", "skip": "KD", "bias": "KD", "y": "bKLD",
+]
 
 extension Model {
     /// Of the bundle's default size. Throws EvmError.
@@ -30,22 +33,37 @@ extension Model {
         do {
             return try safetensors(folder.appendingPathComponent(name))
         } catch {
-            throw EvmError(.bundle, "bundle \(folder.path) has no readable self-test: \(error)")
+            throw damaged("\(name.dropFirst("selftest/".count)) cannot be read: \(error)")
         }
+    }
+
+    private func damaged(_ reason: String) -> EvmError {
+        let message = "bundle \(folder.path) has no readable self-test: selftest/\(reason)"
+        return EvmError(.bundle, message, hint: "export it again")
+    }
+
+    private func like(_ tensors: [String: Tensor], _ name: String, _ dtype: String, _ shape: [Int]) throws -> Tensor {
+        let key = dtype == "float32" ? "F32" : "U8"
+        guard let tensor = tensors[name], tensor.dtype == key, tensor.shape == shape else {
+            throw damaged("probes.safetensors has no \(name) of \(dtype)\(shape)")
+        }
+        return tensor
     }
 
     private func pictureCheck(_ tensors: [String: Tensor]) throws -> Check {
         let picture = try Picture(contentsOf: folder.appendingPathComponent("selftest/picture.png"))
-        let have = try manifest.preprocessing.pixels(picture).rgb
-        let want = tensors["picture.pixels"]?.bytes ?? []
-        let off = have.count == want.count ? zip(have, want).map { abs(Int($0) - Int($1)) }.max() : nil
-        return Check(name: "preprocessing (of 255)", error: off.map(Double.init) ?? .infinity, limit: 1)
+        let have = try manifest.preprocessing.pixels(picture)
+        let want = try like(tensors, "picture.pixels", "uint8", [have.height, have.width, 3]).bytes
+        let off = zip(have.rgb, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
+        return Check(name: "preprocessing (of 255)", error: Double(off), limit: 1)
     }
 
     private func outputChecks(_ tensors: [String: Tensor]) throws -> [Check] {
-        guard let inputs = tensors[manifest.plan.input] else {
-            throw EvmError(.bundle, "bundle \(folder.path) has no readable self-test: no \(manifest.plan.input)")
-        }
+        let (height, width) = (manifest.preprocessing.height, manifest.preprocessing.width)
+        let (dtype, one) = manifest.plan.input == "image" ? ("U8", [height, width, 3]) : ("F32", [3, height, width])
+        guard let inputs = tensors[manifest.plan.input], inputs.dtype == dtype, !inputs.bytes.isEmpty,
+            inputs.shape.dropFirst().elementsEqual(one)
+        else { throw damaged("probes.safetensors has no \(manifest.plan.input)") }
         var have: [String: [Float]] = [:]
         for start in stride(from: 0, to: inputs.shape[0], by: batch) {
             let rows = (start..<(start + batch)).map { min($0, inputs.shape[0] - 1) }  // the last batch is filled up
@@ -55,8 +73,9 @@ extension Model {
         }
         let precision = manifest.plan.precision
         let tolerance = ownTolerances[precision] ?? manifest.plan.tol ?? tolerances[precision] ?? 0
-        return manifest.outputs.map { output in
-            let want = tensors[output.name]?.floats ?? []
+        return try manifest.outputs.map { output in
+            let shape = [inputs.shape[0]] + output.shape.dropFirst().map { $0 ?? 0 }
+            let want = try like(tensors, output.name, "float32", shape).floats
             let largest = max(1, Double(want.map(abs).max() ?? 0))
             return Check(
                 name: output.name, error: worst(have[output.name] ?? [], want), limit: tolerance * largest)
@@ -67,19 +86,21 @@ extension Model {
         if manifest.plan.input == "image" {
             return try input(Picture(width: shape[2], height: shape[1], rgb: rows[0]))
         }
-        return try input(tensor: rows.flatMap { Tensor(shape: [1], bytes: $0).floats })
+        return try input(tensor: rows.flatMap { Tensor(dtype: "F32", shape: [1], bytes: $0).floats })
     }
 
     private func scanChecks(_ scans: [String: Tensor]) throws -> [Check] {
         let names = Set(scans.keys.compactMap { $0.components(separatedBy: ":").first }).sorted()
         return try names.map { name in
-            guard let u = scans["\(name):u"], let A = scans["\(name):A"], let skip = scans["\(name):skip"],
-                let want = scans["\(name):y"]?.floats
-            else { throw EvmError(.bundle, "bundle \(folder.path) has no readable self-test: \(name)") }
+            var tensors: [String: Tensor] = [:]
+            for key in scanAxes.keys { tensors[key] = scans["\(name):\(key)"] }
+            guard isScan(tensors), let u = tensors["u"], let A = tensors["A"], let skip = tensors["skip"],
+                let want = tensors["y"]?.floats
+            else { throw damaged("scans.safetensors: the tensors of '\(name)' are not those of a scan") }
             let (K, L, D, N) = (u.shape[1], u.shape[2], u.shape[3], A.shape[2])
             var feeds: [String: MLMultiArray] = [:]
             for key in scanInputs {
-                guard let tensor = scans["\(name):\(key)"] else { continue }
+                guard let tensor = tensors[key] else { continue }
                 feeds[key] = try array(tensor.floats, shape: tensor.shape)
             }
             let y = try scan("selftest/scan-\(K)x\(L)x\(D)x\(N).mlpackage", feeds)
@@ -94,6 +115,19 @@ extension Model {
         let limit = scanTolerance + rounding * (skipPart.map(abs).max() ?? 0) / largest
         return Check(name: "scan \(name)", error: worst(y, want) / largest, limit: limit)
     }
+}
+
+/// Whether a scan's tensors are float32, and their ranks and sizes belong together.
+private func isScan(_ tensors: [String: Tensor]) -> Bool {
+    var sizes: [Character: Int] = [:]
+    for (name, axes) in scanAxes {
+        guard let tensor = tensors[name], tensor.dtype == "F32", tensor.shape.count == axes.count else { return false }
+        for (axis, size) in zip(axes, tensor.shape) {
+            guard size > 0, sizes[axis, default: size] == size else { return false }
+            sizes[axis] = size
+        }
+    }
+    return true
 }
 
 /// skip (K, D) times u (1, K, L, D).

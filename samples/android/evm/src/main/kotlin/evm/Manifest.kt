@@ -136,7 +136,8 @@ internal fun JsonObject.list(key: String): List<String> =
     get<JsonArray>(key, "list").map { it.jsonPrimitive.content }
 
 private fun JsonObject.specs(key: String): List<TensorSpec> = get<JsonArray>(key, "list").map { each ->
-    val shape = each.jsonObject.get<JsonArray>("shape", "list").map { if (it is JsonNull) null else it.jsonPrimitive.int }
+    val sizes = each.jsonObject.get<JsonArray>("shape", "list")
+    val shape = sizes.map { if (it is JsonNull) null else it.jsonPrimitive.int }
     require(shape.all { it == null || it > 0 }) { "$key has a shape $shape" }
     TensorSpec(each.jsonObject.text("name"), each.jsonObject.text("dtype"), shape)
 }.also { require(it.isNotEmpty()) { "it has no $key" } }
