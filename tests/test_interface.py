@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli_run
+from evm_deploy.export.selftest import AXES
 from evm_deploy.inference import load
 from tests.broken import BROKEN, rehash
 
@@ -81,11 +82,21 @@ def bundle(demo_bundle, tmp_path) -> Path:
 def put_another_model(name: str, bundle: Path) -> str:
     """One of OTHERS in the place of a bundle's model. Returns what is said of it."""
     inputs, outputs, nodes, said = OTHERS[name]
-    opsets = [helper.make_opsetid("", 20)]
-    graph = helper.make_graph(nodes, "other", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), bundle / "model.onnx")
-    rehash(bundle, "model.onnx")
+    put(helper.make_graph(nodes, "other", inputs, outputs), bundle, "model.onnx")
     return said
+
+
+def put_another_scan(bundle: Path) -> None:
+    """In the place of the self-test's: what it gives is no y of a scan."""
+    inputs = [VALUE(tensor, TensorProto.FLOAT, [*axes]) for tensor, axes in AXES.items()]
+    y = VALUE("y", TensorProto.FLOAT, [1])
+    put(helper.make_graph([constant(np.ones(1, np.float32), "y")], "other", inputs, [y]), bundle, "selftest/scan.onnx")
+
+
+def put(graph: onnx.GraphProto, bundle: Path, file: str) -> None:
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), bundle / file)
+    rehash(bundle, file)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -112,6 +123,12 @@ def test_what_does_not_belong_together_is_refused(name, said, bundle, capsys):
     BROKEN[name](bundle)
     assert cli_run.run_main([str(bundle), str(bundle / "selftest" / "picture.png")]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_scan_that_is_none_is_refused(bundle, capsys):
+    put_another_scan(bundle)
+    assert cli_run.run_main([str(bundle), "--selftest"]) == 2
+    assert "has no readable self-test: selftest/scan.onnx gives no y" in capsys.readouterr().err
 
 
 def test_sizes_that_a_runtime_does_not_tell_are_no_difference(bundle):

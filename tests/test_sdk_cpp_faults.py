@@ -28,7 +28,7 @@ from evm_deploy.files import sha256
 from evm_deploy.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
-from tests.test_interface import OTHERS, put_another_model
+from tests.test_interface import OTHERS, put_another_model, put_another_scan
 
 pytestmark = pytest.mark.xdist_group("sdk")
 
@@ -87,9 +87,10 @@ def test_other_models_are_refused(demo_bundle, tmp_path):
 
 def test_self_tests_that_are_none(demo_bundle, tmp_path):
     """Under AddressSanitizer, as in Python."""
-    bundles = [Path(shutil.copytree(demo_bundle.path, tmp_path / name)) for name in NO_SELF_TEST]
+    damages = {**NO_SELF_TEST, "another scan": put_another_scan}
+    bundles = [Path(shutil.copytree(demo_bundle.path, tmp_path / name)) for name in damages]
     for bundle in bundles:
-        NO_SELF_TEST[bundle.name](bundle)
+        damages[bundle.name](bundle)
     for bundle, answer in zip(bundles, drive(*(("selftest", bundle) for bundle in bundles)), strict=True):
         with load(bundle) as model, pytest.raises(EvmError) as raised:
             model.selftest()

@@ -29,7 +29,7 @@ from evm_deploy.inference import load
 from evm_deploy.model.preprocess import Preprocessing
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.test_archive import link, made
-from tests.test_interface import OTHERS, put_another_model
+from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
@@ -265,7 +265,7 @@ def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
 
 def test_self_tests_that_are_none(library, demo_bundle, tmp_path):
     want = {}
-    for name, damage in NO_SELF_TEST.items():
+    for name, damage in {**NO_SELF_TEST, "another scan": put_another_scan}.items():
         damage(Path(shutil.copytree(demo_bundle.path, tmp_path / name)))
         with load(tmp_path / name) as model:
             want[name] = said(model.selftest)

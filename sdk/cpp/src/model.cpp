@@ -139,8 +139,10 @@ struct Model::Impl {
         }
         Tensor found = std::move(run_batched(*runtime, manifest, images, count).at(manifest.head));
         check_scores(*source, manifest, labels, {manifest.head, found.dtype, found.shape});
-        if (!std::all_of(found.data<float>(), found.data<float>() + found.bytes.size() / sizeof(float), [](float x) { return std::isfinite(x); }))
-            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf here", "does it compute right on this device?  evm-run " + source->path + " --selftest");
+        const float *const end = found.data<float>() + found.bytes.size() / sizeof(float);
+        if (!std::all_of(found.data<float>(), end, [](float x) { return std::isfinite(x); }))
+            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf here",
+                              "does it compute right on this device?  evm-run " + source->path + " --selftest");
         return found;
     }
 

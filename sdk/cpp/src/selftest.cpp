@@ -79,7 +79,8 @@ Check run_scan(const Source &source, const Target &target, const Runtime &runtim
     for (const auto &[key, value] : scan) feeds[key] = value.view();
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
-    if (y.dtype != "float32" || y.shape != scan.at("u").shape) throw unreadable(source, target.scan_probe + std::string(" gives no y"));
+    if (y.dtype != "float32" || y.shape != scan.at("u").shape)
+        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string() + " gives no y");
     return scan_check("scan " + name, scan, y);
 }
 
@@ -126,7 +127,8 @@ Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tens
             std::vector<std::int64_t> wanted = start ? whole.shape : value.shape;
             if (!wanted.empty()) wanted[0] = filled;
             if (wanted.empty() || value.shape != wanted)
-                throw BundleError("the model gives " + spec_text({name, value.dtype, value.shape}) + " for " + spec_text({runtime.inputs[0].name, batch.dtype, batch.shape}), "export it again");
+                throw BundleError("the model gives " + spec_text({name, value.dtype, value.shape}) + " for " +
+                                      spec_text({runtime.inputs[0].name, batch.dtype, batch.shape}), "export it again");
             value.bytes.resize(value.bytes.size() / static_cast<std::size_t>(filled) * static_cast<std::size_t>(here));
             value.shape[0] = start + here;
             value.bytes.insert(value.bytes.begin(), whole.bytes.begin(), whole.bytes.end());
