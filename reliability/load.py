@@ -92,12 +92,12 @@ JOBS = {
     "onnx int8": Job(infer, 200_000, INT8, {}),
     "openvino extension": Job(infer, 1_000_000, OPENVINO, {}),
     "openvino portable": Job(infer, 200_000, PORTABLE, {}),
-    "coreml emulated": Job(infer, 2_000, ExportPlan("coreml"), {"threads": None}),
+    "coreml emulated": Job(infer, 20_000, ExportPlan("coreml"), {"threads": None}),
     "onnx 8 threads": Job(infer_together, 80_000, ONNX, {"scan": "plugin"}),
     "openvino 8 threads": Job(infer_together, 80_000, OPENVINO, {}),
     "onnx opened": Job(open_and_close, 10_000, ONNX, {}),
-    "onnx zip opened": Job(open_and_close_zip, 1_000, ONNX, {}),
-    "openvino opened": Job(open_and_close, 1_000, OPENVINO, {}),
+    "onnx zip opened": Job(open_and_close_zip, 10_000, ONNX, {}),
+    "openvino opened": Job(open_and_close, 10_000, OPENVINO, {}),
 }
 
 

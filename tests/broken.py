@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evm_deploy.files import sha256
-
 
 def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def edit(bundle: Path) -> None:
@@ -19,12 +17,6 @@ def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None
         file.write_text(json.dumps(content), encoding="utf-8")
 
     return edit
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Let the manifest say of a file what it is now."""
-    entry = {"sha256": sha256(bundle / name), "size_bytes": (bundle / name).stat().st_size}
-    _manifest(lambda content: content["files"].update({name: entry}))(bundle)
 
 
 def _artifact(bundle: Path) -> Path:

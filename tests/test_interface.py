@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli_run
 from evm_deploy.inference import load
-from tests.broken import rehash
+from reliability.readers import rehash
 
 VALUE = helper.make_tensor_value_info
 IMAGE = VALUE("image", TensorProto.UINT8, [1, 64, 64, 3])
