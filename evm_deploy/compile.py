@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evm_deploy.errors import ToolchainError
-from evm_deploy.files import sha256
+from evm_deploy.files import intact, seal
 
 RECIPE = "kernels.txt"
 SETTINGS = (RECIPE, "CMakeLists.txt")
@@ -131,7 +131,7 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             done = Path(work) / "done"
             done.mkdir()
             built = built.rename(done / path.name)
-            _checksum(built).write_text(sha256(built), encoding="ascii")
+            seal(built)
             shutil.rmtree(path.parent, ignore_errors=True)
             try:
                 done.rename(path.parent)
@@ -145,15 +145,3 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             "set XDG_CACHE_HOME to a folder that can be written",
         ) from error
     return path
-
-
-def intact(library: Path) -> bool:
-    """Whether a cached library is there, whole."""
-    try:
-        return _checksum(library).read_text(encoding="ascii") == sha256(library)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _checksum(library: Path) -> Path:
-    return library.with_name(library.name + ".sha256")

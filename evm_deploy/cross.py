@@ -48,17 +48,18 @@ def cached_path(runtime: str, platform: str) -> Path:
     return cache_folder() / "plugins" / _key() / platform / f"evm_{runtime}{known.suffix}"
 
 
-def zig_compiler(target: str, architecture: str) -> Compiler:
-    """ziglang for one of its targets, with its own cache inside ours."""
+def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
+    """ziglang for one of its targets, which caches in the folder `cache`. Keep that for no other day: ziglang 0.17.1
+    links what was changed there.
+    """
     zig_version()
-    cache = str(cache_folder() / "zig")
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
     command = (sys.executable, "-m", "ziglang", "c++", "-target", target)
     return Compiler(command, architecture, environment)
 
 
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:
-    compiler = zig_compiler(platform.zig, platform.architecture)
+    compiler = zig_compiler(platform.zig, platform.architecture, work / "zig")
     sources = [*recipe.words["scan_sources"], *recipe.words[f"{runtime}_sources"]]
     link = [*LINK, *(flag.format(name=name) for flag in REPRODUCIBLE[platform.suffix])]
     compiler.run(*link, *compiler.objects(recipe, sources, work), "-o", work / name)

@@ -51,3 +51,20 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Write down, beside a cached file, what it is now: `<name>.sha256`. Raises OSError."""
+    write_aside(_seal_of(path), sha256(path))
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is what it was when it was sealed."""
+    try:
+        return _seal_of(path).read_text(encoding="ascii") == sha256(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")

@@ -2,7 +2,9 @@
 
     python -m reliability.faults [FAULT..] [--runs N] [--seed 1] [-o dist/reliability]
 
-Each run does its work in a child process: exports of the embedded demo, in float and with a calibration, measurements.
+Each run does its work in a child process: exports of the embedded demo, in float, with a calibration, with a library
+for another platform, measurements, inferences from a cache of compiled models. What is cached must give what it gave
+first.
 What it leaves is then looked at: every name that does not begin with a dot must be a whole bundle, or a whole record.
 After the runs the same work, undisturbed, must succeed with what was left, and clear it away. Exit 1 when anything
 else is seen.
@@ -25,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.demo import CHECKPOINT
@@ -32,6 +36,7 @@ from evm_deploy.errors import EvmError
 from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.files import sha256, write_aside
 from evm_deploy.inference import load
 from reliability import chosen
 
@@ -45,6 +50,33 @@ def export_float(folder: Path) -> None:
 
 def export_int8(folder: Path) -> None:
     export(CHECKPOINT, ExportPlan("onnx", precision="int8", calib="demo", calib_images=100), folder, force=True)
+
+
+def export_cross(folder: Path) -> None:
+    bundle = export(CHECKPOINT, ExportPlan("onnx", precision="fp16", device="linux-aarch64"), folder, force=True)
+    unchanged(folder, bundle.path / bundle.manifest.plugins["linux-aarch64"])
+
+
+def export_int8_again(folder: Path) -> None:
+    export_int8(folder)
+    unchanged(folder, folder / "evm_digits-onnx-int8-64x64" / "model.onnx")
+
+
+def infer_openvino(folder: Path) -> None:
+    """Through the extension and the cache of compiled models."""
+    bundle = next(folder.glob("evm_digits-openvino-*"), None) or export(CHECKPOINT, ExportPlan("openvino"), folder).path
+    with load(bundle, cache=cache() / "models", threads=2) as model, tempfile.TemporaryDirectory() as work:
+        logits = model.run({"image": np.full((1, 64, 64, 3), 90, np.uint8)})["logits"]
+        logits.tofile(Path(work) / "logits")
+        unchanged(folder, Path(work) / "logits")
+
+
+def unchanged(folder: Path, result: Path) -> None:
+    """Raise AssertionError unless a file is what it was the first time."""
+    first = folder.parent / f"{result.name}.sha256"
+    if first.exists():
+        assert first.read_text() == sha256(result), f"{result.name} is another than at first"
+    write_aside(first, sha256(result))
 
 
 def measure(folder: Path) -> None:
@@ -130,14 +162,15 @@ def spoil_caches(rng: random.Random, folder: Path) -> None:
 
 FAULTS = {
     "kill export": Fault((export_float,), 90, disturb=kill),
-    "kill calibration": Fault((export_int8,), 50, disturb=kill),
+    "kill calibration": Fault((export_int8,), 60, disturb=kill),
     "kill bench": Fault((measure,), 60, disturb=kill),
+    "kill openvino": Fault((infer_openvino,), 30, disturb=kill),
     "file removed": Fault((export_float, export_int8), 16, disturb=remove_files),
     "disk full": Fault((export_float, export_int8, measure), 21, hobble=no_space),
     "read-only folder": Fault((export_float,), 4, hobble=not_allowed),
     "clock jumps": Fault((export_int8, measure), 6, hobble=jumping_clock),
     "two at once": Fault((export_float,), 6, twice=True),
-    "caches corrupted": Fault((export_int8,), 12, prepare=spoil_caches),
+    "caches corrupted": Fault((export_int8_again, export_cross, infer_openvino), 24, prepare=spoil_caches),
 }
 DURATION = [0.0]  # seconds that the work takes undisturbed
 

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 from evm_deploy.errors import EvmError
 from reliability import chosen
-from reliability.readers import TARGETS, Target
+from reliability.readers import TARGETS, Target, bundle_into
 
 CORPUS = Path(__file__).parent / "corpus"
 REGRESSIONS = Path(__file__).parent / "regressions"
@@ -154,6 +154,8 @@ def run(name: str, runs: int, seed: int, out: Path) -> NoReturn:
     tried = accepted = 0
     start = time.monotonic()
     folder, corpus = Path(tempfile.mkdtemp(dir=out)), Path(tempfile.mkdtemp(dir=out))
+    if target.bundle:
+        bundle_into(folder, target.bundle)
     known = [*seeds(name), *(target.prepare(folder) if target.prepare else [])]
     for i, data in enumerate(known):
         (corpus / str(i)).write_bytes(data)

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
+PROGRAM = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+
 
 @dataclass(frozen=True)
 class Target:
     """`read(path)` opens what is at `path`, a file named `name`. structured: JSON whose values are worth replacing.
-    prepare: puts what else must be there into the folder, and gives good files, beside those of the corpus.
+    bundle: the folder that it lies in is a bundle for this target. prepare: puts what else must be there into it, and
+    gives good files, beside those of the corpus.
     """
 
     name: str
     read: Callable[[Path], object]
     structured: bool = False
+    bundle: str = ""
     prepare: Callable[[Path], list[bytes]] | None = None
 
 
@@ -33,25 +37,36 @@ def _manifest(path: Path) -> object:
 
 
 def _bundle(path: Path) -> object:
-    """A manifest in a bundle that is good otherwise: opened, run and self-tested."""
+    """The bundle that the file is in: opened, run and self-tested."""
     from evm_deploy.inference import load
 
-    with load(path.parent, threads=1) as model:
+    with load(path.parent) as model:
         found = model.predict([path.parent / "selftest" / "picture.png"])
         assert all(0 <= each.score <= 1 for row in found for each in row), found
         return model.selftest()
 
 
-def _demo_bundle(folder: Path) -> list[bytes]:
-    """Export the demo into `folder` -> its manifest."""
+def bundle_into(folder: Path, target: str) -> None:
+    """Export the demo for a target into `folder`."""
     from evm_deploy.demo import CHECKPOINT
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.plan import ExportPlan
 
     with tempfile.TemporaryDirectory() as out:
-        bundle = export(CHECKPOINT, ExportPlan("onnx"), out).path
-        shutil.copytree(bundle, folder, dirs_exist_ok=True)
-    return [(folder / "manifest.json").read_bytes()]
+        shutil.copytree(export(CHECKPOINT, ExportPlan(target), out).path, folder, dirs_exist_ok=True)
+
+
+def rehash(bundle: Path, name: str) -> None:
+    """Let the manifest say of a file what it is now."""
+    from evm_deploy.files import sha256
+
+    file, manifest = bundle / name, json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][name] = {"sha256": sha256(file), "size_bytes": file.stat().st_size}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _read(name: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [(folder / name).read_bytes()]
 
 
 def _selftest(path: Path) -> object:
@@ -59,10 +74,7 @@ def _selftest(path: Path) -> object:
     from safetensors.numpy import save_file
 
     from evm_deploy.errors import BundleError
-    from evm_deploy.files import sha256
-    from evm_deploy.inference import load
 
-    manifest = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))
     try:
         described = json.loads(path.read_bytes())
         files = {f: {n: np.ones(shape, dtype) for n, (dtype, shape) in t.items()} for f, t in described.items()}
@@ -73,19 +85,13 @@ def _selftest(path: Path) -> object:
     except Exception as error:
         raise BundleError(f"describes no tensors: {error}") from error
     for file in files:
-        manifest["files"][file] = {
-            "sha256": sha256(path.parent / file),
-            "size_bytes": (path.parent / file).stat().st_size,
-        }
-    (path.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with load(path.parent, threads=1) as model:
-        return model.selftest()
+        rehash(path.parent, file)
+    return _bundle(path)
 
 
 def _described_selftest(folder: Path) -> list[bytes]:
     from safetensors.numpy import load_file
 
-    _demo_bundle(folder)
     files = {
         f"selftest/{name}.safetensors": folder / "selftest" / f"{name}.safetensors" for name in ("probes", "scans")
     }
@@ -94,6 +100,13 @@ def _described_selftest(folder: Path) -> list[bytes]:
         for name, path in files.items()
     }
     return [json.dumps(described).encode()]
+
+
+def _package(path: Path) -> object:
+    """The program of a Core ML package, in a bundle that is good otherwise, in the MIL runtime."""
+    shutil.copyfile(path, path.parent / PROGRAM)
+    rehash(path.parent, PROGRAM)
+    return _bundle(path)
 
 
 def _archive(path: Path) -> object:
@@ -224,8 +237,11 @@ def _labelled(path: Path) -> object:
 
 TARGETS = {
     "manifest": Target("manifest.json", _manifest, structured=True),
-    "bundle": Target("manifest.json", _bundle, structured=True, prepare=_demo_bundle),
-    "selftest": Target("tensors.json", _selftest, structured=True, prepare=_described_selftest),
+    "bundle": Target("manifest.json", _bundle, structured=True, bundle="onnx", prepare=_read("manifest.json")),
+    "selftest": Target("tensors.json", _selftest, structured=True, bundle="onnx", prepare=_described_selftest),
+    "package": Target(
+        "program", _package, bundle="coreml", prepare=_read("model.mlpackage/Data/com.apple.CoreML/model.mlmodel")
+    ),
     "zip": Target("bundle.zip", _archive),
     "checkpoint": Target("net.pth", _checkpoint, prepare=_saved_by_torch),
     "safetensors": Target("net.safetensors", _checkpoint, prepare=_saved_by_safetensors),

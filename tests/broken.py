@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from evm_deploy.export.selftest import PROBE_FILE as PROBES
 from evm_deploy.export.selftest import SCAN_FILE as SCANS
-from evm_deploy.files import sha256
+from reliability.readers import rehash
 
 
 def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -24,12 +24,6 @@ def _manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None
         file.write_text(json.dumps(content), encoding="utf-8")
 
     return edit
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Let the manifest say of a file what it is now."""
-    entry = {"sha256": sha256(bundle / name), "size_bytes": (bundle / name).stat().st_size}
-    _manifest(lambda content: content["files"].update({name: entry}))(bundle)
 
 
 def _artifact(bundle: Path) -> Path:

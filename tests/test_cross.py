@@ -87,28 +87,39 @@ def load_commands(content, count):
 # --------------------------------------------------------------------------------------------------- what they compute
 
 
-def emulated(folder):
-    """linux-aarch64's kernels in a static program under qemu."""
-    if not shutil.which("qemu-aarch64"):
-        pytest.skip("qemu-aarch64 is missing, the AArch64 kernels are not run: apt-get install qemu-user")
-    compiler = cross.zig_compiler("aarch64-linux-musl", "aarch64")
-    return Driver(("qemu-aarch64", str(drivers.build_driver(compiler, folder, link=["-static", "-nostdlib++"]))))
+AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
 
 
-def native(folder):
-    """The driver with linux-x86_64's library, the one that ships."""
-    if HOST != "linux-x86_64":
-        pytest.skip(f"the linux-x86_64 library does not run on {HOST}")
-    compiler = cross.zig_compiler(PLATFORMS["linux-x86_64"].zig, "x86_64")
-    include, library = f"-I{drivers.NATIVE / 'scan'}", cross.library("onnxruntime", "linux-x86_64")
-    compiler.run("-std=c++17", "-nostdlib++", include, drivers.SOURCE, library, "-o", folder / "driver")
-    return Driver((str(folder / "driver"),))
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """program(platform) -> the command of the driver, linked with the library that ships, here or under qemu."""
+    made = {}
+
+    def link(platform):
+        folder, library = tmp_path_factory.mktemp("driver"), cross.library("onnxruntime", platform)
+        if platform == HOST:
+            compiler, run, flags = Compiler(("g++",), PLATFORMS[platform].architecture), (), ()
+        elif platform == "linux-aarch64" and shutil.which("qemu-aarch64") and AARCH64.is_dir():
+            compiler = cross.zig_compiler(PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig")
+            run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
+        else:
+            pytest.skip(f"{platform} is not run on {HOST}: apt-get install qemu-user libc6-arm64-cross")
+        include = f"-I{drivers.NATIVE / 'scan'}"
+        compiler.run("-std=c++17", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
+        return *run, str(folder / "driver")
+
+    def get(platform):
+        if platform not in made:
+            made[platform] = link(platform)
+        return made[platform]
+
+    return get
 
 
-@pytest.fixture(scope="module", params=["linux-aarch64", *(f"linux-x86_64 {isa}" for isa in isas())])
-def driver(request, tmp_path_factory):
-    folder, (platform, *isa) = tmp_path_factory.mktemp("driver"), request.param.split()
-    made = emulated(folder) if platform == "linux-aarch64" else native(folder)
+@pytest.fixture(params=["linux-aarch64", *(f"linux-x86_64 {isa}" for isa in isas())])
+def driver(request, program):
+    platform, *isa = request.param.split()
+    made = Driver(program(platform))
     return made.forced(isa[0]) if isa else made
 
 
@@ -240,7 +251,7 @@ def test_without_ziglang_the_error_comes_first_and_says_what_to_install(micro, t
 def test_what_the_compiler_says_is_shown(tmp_path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int main() { return nothing; }\n")
-    compiler = cross.zig_compiler(PLATFORMS[OTHER].zig, PLATFORMS[OTHER].architecture)
+    compiler = cross.zig_compiler(PLATFORMS[OTHER].zig, PLATFORMS[OTHER].architecture, tmp_path / "zig")
     with pytest.raises(ToolchainError, match=r"exit code 1(?s:.*)undeclared identifier 'nothing'"):
         compiler.run("-c", source, "-o", tmp_path / "wrong.o")
     with pytest.raises(ToolchainError, match="no-such-compiler cannot be run"):
@@ -263,6 +274,16 @@ def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
     assert cross.library("onnxruntime", OTHER).read_bytes() == b"a library"
     assert no_cache == [OTHER, OTHER]
     assert sorted(path.name for path in first.parents[1].iterdir()) == [OTHER]  # nothing half-made is left
+
+
+def test_nothing_of_zigs_own_cache_is_kept(monkeypatch, tmp_path):
+    """It links objects of its cache that were changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cross.library("onnxruntime", "linux-aarch64")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {
+        library,
+        library.with_name(f"{library.name}.sha256"),
+    }
 
 
 def test_another_ziglang_compiles_again(no_cache, monkeypatch):

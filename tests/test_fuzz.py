@@ -12,6 +12,7 @@ from evm_deploy.errors import UsageError
 from reliability import fuzz
 
 MUTATIONS = 150
+BUNDLES = {"onnx": "demo_bundle", "coreml": "coreml_bundle"}
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of what it reads all the same
@@ -19,11 +20,10 @@ MUTATIONS = 150
 def test_whatever_is_read_is_accepted_or_refused(name, tmp_path, request):
     target, corpus = fuzz.TARGETS[name], fuzz.seeds(name)
     count = MUTATIONS
-    if name == "bundle":
-        shutil.copytree(request.getfixturevalue("demo_bundle").path, tmp_path, dirs_exist_ok=True)
-        corpus.append((tmp_path / target.name).read_bytes())
+    if target.bundle:
+        shutil.copytree(request.getfixturevalue(BUNDLES[target.bundle]).path, tmp_path, dirs_exist_ok=True)
         count = 40
-    elif target.prepare:
+    if target.prepare:
         corpus += target.prepare(tmp_path)
     for data in (*corpus, *itertools.islice(fuzz.mutations(target, corpus, seed=0), count)):
         try:
@@ -33,7 +33,7 @@ def test_whatever_is_read_is_accepted_or_refused(name, tmp_path, request):
             raise AssertionError(f"{type(error).__name__} for the input {kept}") from error
 
 
-@pytest.mark.parametrize("name", sorted(set(fuzz.TARGETS) - {"bundle"}))
+@pytest.mark.parametrize("name", [name for name, target in fuzz.TARGETS.items() if not target.bundle])
 def test_the_corpus_reaches_what_is_behind_the_checks(name, tmp_path):
     """Something in it is accepted, else mutations of it would only ever try the first check."""
     target = fuzz.TARGETS[name]

@@ -99,14 +99,14 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(("method", "smooth"), [("mse", "on")])
 def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs, labelled_glyphs, tmp_path):
     """Images that were not calibrated with. All methods: benchmarks/int8_methods.py."""
-    np.savez(tmp_path / "calib.npz", images=glyphs(512, 5000, 64)[0])
+    np.savez(tmp_path / "calib.npz", images=glyphs(256, 5000, 64)[0])
     choices = {"calib_method": method, "smooth": smooth, "val": str(labelled_glyphs)}
     wanted = plan(tmp_path / "calib.npz", imgsz=(64, 64), crop_pct=1.0, **choices)
     bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)
     assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 30
 
 
-@pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (224, 224)), ("small_224", (128, 128))])
+@pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (160, 160)), ("small_224", (128, 128))])
 def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
     """28 dB on pictures that were kept back, and under a third of the size of the weights. B, and larger sizes:
     benchmarks/int8_seeded.py.
@@ -206,7 +206,7 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictu
 MEMORY = """
 import resource, sys
 from evm_deploy import ExportPlan, export
-plan = ExportPlan("onnx", precision="int8", imgsz=(224, 224), calib=sys.argv[2], force_calib=True)
+plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), calib=sys.argv[2], force_calib=True)
 export(sys.argv[1], plan, sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -216,10 +216,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []
     for count in (16, 144):
-        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(224, 224, seed=i) for i in range(count)]))
+        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(128, 128, seed=i) for i in range(count)]))
         command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 60  # MB, of which 19 are the file of pictures itself
+    assert peaks[1] - peaks[0] < 60  # MB; the activations of 128 pictures are hundreds
 
 
 def test_blocks_are_the_units_that_stay_in_float():

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from evm_deploy import cli_run
 from evm_deploy.export.selftest import AXES
 from evm_deploy.inference import load
-from tests.broken import BROKEN, rehash
+from reliability.readers import rehash
+from tests.broken import BROKEN
 
 VALUE = helper.make_tensor_value_info
 IMAGE = VALUE("image", TensorProto.UINT8, [1, 64, 64, 3])

@@ -379,6 +379,34 @@ def test_compiled_models_are_cached_apart_for_each_bundle(bundles, tmp_path):
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
+@pytest.mark.parametrize("change", ["bit", "cut", "unsealed", "other"])
+def test_a_compiled_model_that_was_changed_is_compiled_again(change, bundles, tmp_path):
+    """OpenVINO itself would load most of these, and compute something else."""
+    options, artifact = RunOptions(cache=tmp_path), bundles["portable"].path / "model.xml"
+    with OpenVinoRuntime(artifact, options) as runtime:
+        want = runtime.run({"image": pixels()})["logits"].copy()
+    (blob,) = tmp_path.rglob("*.blob")
+    content = bytearray(blob.read_bytes())
+    if change == "bit":
+        content[len(content) // 2] ^= 0x40
+    blob.write_bytes(content[: len(content) // 2 if change == "cut" else None])
+    if change == "unsealed":
+        blob.with_name(f"{blob.name}.sha256").unlink()
+    if change == "other":
+        blob.with_name(f"{blob.name}.sha256").write_bytes(b"\xff")
+    for cached in (False, True):
+        with OpenVinoRuntime(artifact, options) as runtime:
+            assert runtime.compiled.get_property("LOADED_FROM_CACHE") is cached
+            np.testing.assert_array_equal(runtime.run({"image": pixels()})["logits"], want)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(bundles, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli_run.run_main([str(bundles["portable"].path), "--selftest", "--cache", str(tmp_path / "file")]) == 2
+    message = capsys.readouterr().err
+    assert "cache" in message and "internal error" not in message
+
+
 def test_the_cache_is_a_flag(bundles, tmp_path):
     for _ in range(2):
         flags = ["--selftest", "--cache", str(tmp_path / "cache")]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from evm_deploy import cli
 from evm_deploy.calib.histogram import Range
@@ -45,19 +43,11 @@ def test_the_demo(scan, tmp_path):
         assert all(check.ok for check in model.selftest())
 
 
-def test_the_trained_network(trained, tmp_path):
-    """1000 pictures that it was not calibrated with; half a point at most, without any block kept in float."""
-    sys.path.insert(0, str(trained))
-    from glyphs import glyphs
-
+def test_the_trained_network(trained, glyphs, labelled_glyphs, tmp_path):
+    """Pictures that it was not calibrated with; half a point at most, without any block kept in float."""
     np.savez(tmp_path / "calib.npz", images=glyphs(256, 5000, 64)[0])
-    for i, (image, label) in enumerate(zip(*glyphs(1000, 7, 64), strict=True)):
-        path = tmp_path / "val" / str(label) / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    wanted = plan(
-        calib=str(tmp_path / "calib.npz"), val=str(tmp_path / "val"), max_drop=0.5, imgsz=(64, 64), crop_pct=1.0
-    )
+    choices = {"calib": str(tmp_path / "calib.npz"), "val": str(labelled_glyphs)}
+    wanted = plan(**choices, max_drop=0.5, imgsz=(64, 64), crop_pct=1.0)
     manifest = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path / "out").manifest
     assert manifest.accuracy["drop"] <= 0.5 and manifest.accuracy["sqnr_db"] > 30
     assert manifest.details["quantization"]["in_float"] == []

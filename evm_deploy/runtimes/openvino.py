@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.files import sha256
+from evm_deploy.files import intact, seal, sha256
 from evm_deploy.openvino_extension import RUN_HINT, check_release
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
 
@@ -44,10 +44,11 @@ class OpenVinoRuntime:
             properties["NUM_STREAMS"] = str(options.streams)
         if options.profile:
             properties["PERF_COUNT"] = "YES"
+        cache = None
         if options.cache:
-            own = sha256(options.plugin)[:16] if options.plugin else "portable"
-            properties["CACHE_DIR"] = str(options.cache / own)
-        with opening(model, f"compile for {device}"):
+            cache = options.cache / (sha256(options.plugin)[:16] if options.plugin else "portable")
+            properties["CACHE_DIR"] = str(cache)
+        with sealed(cache), opening(model, f"compile for {device}"):
             if isinstance(model, Path) and not options.cache:
                 model = read(self.core, model)
             properties["INFERENCE_PRECISION_HINT"] = precision_hint(model)
@@ -80,6 +81,23 @@ class OpenVinoRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._thread, self.compiled, self.core
+
+
+@contextlib.contextmanager
+def sealed(cache: Path | None) -> Iterator[None]:
+    """Inside the `with` a cache of compiled models holds what is as it was written; what is new there is written down.
+
+    OpenVINO 2026.4.1 takes changed weights for good. Raises UsageError where the cache cannot be written.
+    """
+    try:
+        known = {blob for blob in cache.glob("*.blob") if intact(blob)} if cache else set()
+        for blob in set(cache.glob("*.blob")) - known if cache else ():
+            blob.unlink(missing_ok=True)
+        yield
+        for blob in set(cache.glob("*.blob")) - known if cache else ():
+            seal(blob)
+    except OSError as error:
+        raise UsageError(f"the cache {cache} cannot be used: {error.strerror}", "give another folder") from error
 
 
 def open_core(plugin: Path | None) -> Any:
