@@ -25,9 +25,10 @@ from reliability import chosen
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 BASE = ("numpy==1.26.4", "pillow==10.0.0", "safetensors==0.4.0", "rich==13.0.0", "jinja2==3.1.0")
+LONGEST_S = 600  # of one command
 # 2026.4: an extension is compiled for one release, and the portable IR has operators of opset 16
 OPENVINO = "openvino==2026.4.0"
-ONNX = ("onnx==1.19.0", "onnxscript==0.7.0", "onnx-ir==0.1.12", "onnxsim==0.8.1", "onnxruntime==1.20.0")
+ONNX = ("onnx==1.20.0", "onnxscript==0.7.0", "onnx-ir==0.1.16", "onnxsim==0.8.1", "onnxruntime==1.20.0")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def attempt(environment: Environment, folder: Path) -> list[str]:
 
 
 def call(command: list[object]) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=LONGEST_S)
     done.check_returncode()
     return done.stdout
 
@@ -87,6 +89,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 results[name] = {"ok": True, "versions": attempt(ENVIRONMENTS[name], Path(folder))}
+            except subprocess.TimeoutExpired as error:
+                results[name] = {"ok": False, "said": f"{error.cmd}: hangs"}
             except subprocess.CalledProcessError as error:
                 said = [line for line in (error.stderr or "").splitlines() if "WARNING" not in line][-4:]
                 results[name] = {"ok": False, "said": f"{error.cmd}: {' | '.join(said)}"}

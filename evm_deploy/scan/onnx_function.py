@@ -11,6 +11,7 @@ innermost. The body captures nothing from outside (A is passed through as a stat
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,8 @@ def register_schema() -> None:
     )
     schema.set_type_and_shape_inference_function(_infer_like_u)
     onnx.defs.register_schema(schema)
+    # onnx before 1.23 would call into Python once that is gone, and crash
+    atexit.register(onnx.defs.deregister_schema, OP_TYPE, VERSION, DOMAIN)
 
 
 def _infer_like_u(context: Any) -> None:
