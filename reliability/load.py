@@ -97,8 +97,8 @@ JOBS = {
     "onnx 8 threads": Job(infer_together, 80_000, ONNX, {"scan": "plugin"}),
     "openvino 8 threads": Job(infer_together, 80_000, OPENVINO, {}),
     "onnx opened": Job(open_and_close, 10_000, ONNX, {}),
-    "onnx zip opened": Job(open_and_close_zip, 10_000, ONNX, {}),
-    "openvino opened": Job(open_and_close, 10_000, OPENVINO, {}),
+    "onnx zip opened": Job(open_and_close_zip, 1_000, ONNX, {}),
+    "openvino opened": Job(open_and_close, 1_000, OPENVINO, {}),
 }
 
 

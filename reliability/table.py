@@ -58,6 +58,9 @@ def load(results: dict[str, Any]) -> Iterator[str]:
     yield "| job | done | results that differ | resident MB after a tenth, at the end | descriptors and folders | |"
     yield "|---|---|---|---|---|---|"
     for name, each in results.items():
+        if "done" not in each:
+            yield f"| {name} | | | | | FAILED: the process ended with {each['code']} |"
+            continue
         early, late = each["resident_mb"]
         yield (
             f"| {name} | {each['done']} in {each['seconds']} s | {each['differ']} | {early}, {late} "
