@@ -89,13 +89,17 @@ def sealed(cache: Path | None) -> Iterator[None]:
 
     OpenVINO 2026.4.1 takes changed weights for good. Raises UsageError where the cache cannot be written.
     """
+    if not cache:
+        yield
+        return
     try:
-        known = {blob for blob in cache.glob("*.blob") if intact(blob)} if cache else set()
-        for blob in set(cache.glob("*.blob")) - known if cache else ():
+        known = {blob for blob in cache.glob("*.blob") if intact(blob)}
+        for blob in set(cache.glob("*.blob")) - known:
             blob.unlink(missing_ok=True)
         yield
-        for blob in set(cache.glob("*.blob")) - known if cache else ():
-            seal(blob)
+        for blob in set(cache.glob("*.blob")) - known:
+            with contextlib.suppress(FileNotFoundError):  # another process has taken it for damaged
+                seal(blob)
     except OSError as error:
         raise UsageError(f"the cache {cache} cannot be used: {error.strerror}", "give another folder") from error
 
