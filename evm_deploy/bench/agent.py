@@ -85,13 +85,17 @@ def main() -> int:
 def _end_with_stdin() -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
-    folder = Path(sys.argv[0]).resolve().parent
-    for _ in range(REMOVALS):  # what still runs may write while it is being removed
+    folder, group = Path(sys.argv[0]).resolve().parent, os.getpgrp()
+    if os.fork():
+        return
+    os.setsid()  # another process: this one may end by itself meanwhile, for want of its files, and leave half of them
+    os.killpg(group, signal.SIGKILL)
+    for _ in range(REMOVALS):  # what is being killed may write while it is being removed
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             break
         time.sleep(0.05)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":
