@@ -239,9 +239,7 @@ TARGETS = {
     "manifest": Target("manifest.json", _manifest, structured=True),
     "bundle": Target("manifest.json", _bundle, structured=True, bundle="onnx", prepare=_read("manifest.json")),
     "selftest": Target("tensors.json", _selftest, structured=True, bundle="onnx", prepare=_described_selftest),
-    "package": Target(
-        "program", _package, bundle="coreml", prepare=_read("model.mlpackage/Data/com.apple.CoreML/model.mlmodel")
-    ),
+    "package": Target("program", _package, bundle="coreml", prepare=_read(PROGRAM)),
     "zip": Target("bundle.zip", _archive),
     "checkpoint": Target("net.pth", _checkpoint, prepare=_saved_by_torch),
     "safetensors": Target("net.safetensors", _checkpoint, prepare=_saved_by_safetensors),

@@ -8,6 +8,7 @@ With `--tied` before these, the process and its folder go when stdin ends: when 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -89,7 +90,8 @@ def _end_with_stdin() -> None:
     if os.fork():
         return
     os.setsid()  # another process: this one may end by itself meanwhile, for want of its files, and leave half of them
-    os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.killpg(group, signal.SIGKILL)
     for _ in range(REMOVALS):  # what is being killed may write while it is being removed
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
