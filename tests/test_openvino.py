@@ -16,6 +16,7 @@ from pathlib import Path
 
 import golden
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -32,8 +33,9 @@ from evm_deploy.model.checkpoint import load_checkpoint
 from evm_deploy.openvino_extension import extension
 from evm_deploy.platforms import host_platform
 from evm_deploy.runtimes.base import RunOptions
-from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core
+from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core, reason
 from tests.openvino import LOWERINGS, built, opened, traced
+from tests.test_fused import block_model, random_block
 
 APP = Path(__file__).parent / "openvino_app"
 
@@ -304,11 +306,58 @@ def test_what_runs_is_float32_unless_the_export_says_half(bundles, micro, tmp_pa
         assert not [name for name, (_, precision) in nodes.items() if precision in ("bf16", "f16")]
     half = export(micro, ExportPlan("openvino", imgsz=(64, 64), precision="fp16"), tmp_path)
     with OpenVinoRuntime(half.path / "model.xml", RunOptions(plugin=plugin)) as runtime:
-        if "BF16" not in runtime.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            pytest.skip("this CPU has no bfloat16")
         nodes = layers_of(runtime)
         assert nodes["layers.0.blocks.0/EVSSBlock"] == ("Reference", "f32")  # the native kernel stays float32
-        assert [name for name, (_, precision) in nodes.items() if precision == "bf16"]
+        if not {"BF16", "FP16"} & set(runtime.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
+            pytest.skip("this CPU has neither bfloat16 nor float16")
+        assert [name for name, (_, precision) in nodes.items() if precision == runtime.precision != "f32"]
+        noted = [note for note in half.manifest.notes if "computes this model in float16" in note]
+        assert bool(noted) == (runtime.precision == "f16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_our_operators_are_marked_precision_sensitive(precision, micro, tmp_path):
+    """A plugin that computes in float16 hands unmarked operators float16: only CPUs with AVX512-FP16 show that."""
+    bundle = export(micro, ExportPlan("openvino", imgsz=(64, 64), precision=precision), tmp_path)
+    core = open_core(bundle.path / bundle.manifest.plugins[host_platform()])
+    for file, count in (("model.xml", 2), ("selftest/scan.xml", 1)):
+        model = core.read_model(str(bundle.path / file))
+        for read in (model, model.clone()):
+            marked = [n.get_type_name() for n in read.get_ops() if "DisablePrecisionConversion_0" in n.get_rt_info()]
+            ours = [kind for kind in marked if kind != "Constant"]  # float16 exports mark those of the scans themselves
+            assert len(ours) == count and set(ours) <= {"EVSSBlock", "SelectiveScan"}
+
+
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("halved", [False, True], ids=["float32 constants", "float16 constants"])
+def test_any_precision_around_our_operators(hint, halved, bundles, tmp_path):
+    """The model compiles and agrees in every precision that this CPU has, however its constants are stored."""
+    import openvino as ov
+
+    bundle = bundles["plugin"]
+    plugin = bundle.path / bundle.manifest.plugins[host_platform()]
+    core = open_core(plugin)
+    model = core.read_model(str(bundle.path / "model.xml"))
+    if halved:  # as a user does who compresses an IR of ours
+        ov.save_model(model, tmp_path / "half.xml", compress_to_fp16=True)
+        model = core.read_model(str(tmp_path / "half.xml"))
+    feeds = {"image": pixels()}
+    with OpenVinoRuntime(bundle.path / "model.xml", RunOptions(plugin=plugin)) as runtime:
+        want = runtime.run(feeds)["logits"]
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    got = compiled(feeds)[0]
+    assert np.abs(got - want).max() <= (1e-6 if (hint, halved) == ("f32", False) else 3e-2) * np.abs(want).max()
+
+
+def test_a_compilation_that_fails_is_told_in_a_line(tmp_path):
+    """float16 into a float32 operator, as before it was marked: the cause, not the signature of the node."""
+    block = onnx.load_from_string(block_model(random_block(1, 20, 3, 16), 1, 4, 4))
+    block.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    with pytest.raises(RuntimeError) as caught:
+        open_core(extension()).read_model(block.SerializeToString())
+    assert "Parameter" in str(caught.value)
+    told = reason(caught.value)
+    assert "x is f16, expected f32" in told and "Parameter" not in told and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize("scan", LOWERINGS)

@@ -132,6 +132,13 @@ def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanSh
     save(convert(core, proto), path)
 
 
+def remarks(runtime: Runtime) -> list[str]:
+    """A note where this CPU computes the operations in float16: AVX512-FP16 without AMX is slower than float32."""
+    if isinstance(runtime, OpenVinoRuntime) and runtime.precision == "f16":
+        return ["OpenVINO computes this model in float16 on this CPU; float32 may be faster: compare with evm-bench"]
+    return []
+
+
 TARGET = Target(
     name="openvino",
     aliases=("ov",),
@@ -148,6 +155,7 @@ TARGET = Target(
     scan_probe="scan.xml",
     write_scan_probe=write_scan_probe,
     usage=usage,
+    remarks=remarks,
     streams=True,
     profiles=True,
 )

@@ -130,10 +130,25 @@ def describe(model: Any, facts: dict[str, str]) -> None:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write `path` (.xml) and the .bin beside it, every constant in the type that it has."""
+    """Write `path` (.xml) and the .bin beside it, every constant in the type that it has, and mark our operators."""
     import openvino
 
     openvino.save_model(model, str(path), compress_to_fp16=False)
+    path.write_text(marked_precise(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def marked_precise(ir: str) -> str:
+    """Mark the operators of our extension in an IR's XML as precision sensitive.
+
+    A plugin that computes in float16 then keeps them and their inputs in float32, with conversions around them. Without
+    the mark OpenVINO 2026.4.1 hands them float16 on CPUs that have it (AVX512-FP16), and the model does not compile.
+    OpenVINO's Python interface cannot set the mark.
+
+    before:  <layer .. type="SelectiveScan" version="evm">
+    after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
+    """
+    layer = r'(<layer [^>]*\bversion="evm"\s*>)(\s*<data [^>]*/>)?'
+    return re.sub(layer, r'\1\2<rt_info><attribute name="precise" version="0" /></rt_info>', ir)
 
 
 def _scan_constants(outputs: dict[str, Any], site: ScanSite) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,11 @@ class OpenVinoRuntime:
             for info in self._thread.request.profiling_info
             if info.status == info.Status.EXECUTED
         ]
+
+    @property
+    def precision(self) -> str:
+        """Type that the operations are computed in, as OpenVINO calls it: f32, bf16 or f16."""
+        return str(self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
     def __enter__(self) -> OpenVinoRuntime:
         return self
@@ -168,9 +174,16 @@ def check_device(device: str, available: list[str]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The line of OpenVINO's message that says something: the first ones are places in its sources."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and not re.match(r"Exception from |Check '.*' failed at ", line)]
+    """The line of OpenVINO's message that tells the cause, and the node where OpenVINO names one.
+
+    The lines around it are places in OpenVINO's sources and the types and shapes of all inputs of the node.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for place, cause in itertools.pairwise(lines):
+        if place.startswith("While validating node "):
+            named = re.search(r"with friendly_name '(.+)':$", place)
+            return f"{named[1]}: {cause}" if named else cause
+    telling = [line for line in lines if not re.match(r"Exception from |Check '.*' failed at ", line)]
     return telling[0] if telling else str(error).strip()
 
 
