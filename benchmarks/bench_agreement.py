@@ -19,9 +19,10 @@ from pathlib import Path
 
 from common import where
 
-from evm_deploy import bench, plugin_path
+from evm_deploy import plugin_path
+from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
-from evm_deploy.export.bundle import open_bundle
+from evm_deploy.bundle.bundle import open_bundle
 
 LIMIT = 0.05
 SECONDS = 5

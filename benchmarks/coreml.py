@@ -32,12 +32,13 @@ VALIDATION = 1000
 def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float]:
     """(artifact, seconds) of a golden case."""
     from evm_deploy import load_checkpoint
-    from evm_deploy.export import coreml, mlprogram
-    from evm_deploy.export.graph import deployable
+    from evm_deploy._util.progress import silent
+    from evm_deploy.export import coreml
+    from evm_deploy.export.coreml import program as mlprogram
+    from evm_deploy.export.hub.graph import deployable
     from evm_deploy.export.pipeline import complete
     from evm_deploy.export.quantization import quantize
     from evm_deploy.export.target import check_plan
-    from evm_deploy.progress import silent
 
     torch.save({key: torch.from_numpy(value) for key, value in case["state"].items()}, folder / "seeded.pt")
     model, spec = load_checkpoint(folder / "seeded.pt")
@@ -54,8 +55,8 @@ def seeded(variant: str) -> None:
     """Each precision of one variant with the golden weights, on the golden images."""
     import golden
 
-    from evm_deploy import ExportPlan
-    from evm_deploy.files import artifact_bytes
+    from evm_deploy._util.files import artifact_bytes
+    from evm_deploy.export import ExportPlan
     from evm_deploy.runtimes.mil import MilRuntime
 
     case = golden.model_case(CASES[variant])
@@ -83,8 +84,8 @@ def sizes(sides: list[int]) -> None:
     """T in float16 for several sizes in one package, and for each of them alone."""
     import golden
 
-    from evm_deploy import ExportPlan
-    from evm_deploy.files import artifact_bytes
+    from evm_deploy._util.files import artifact_bytes
+    from evm_deploy.export import ExportPlan
 
     first, *more = [(side, side) for side in sides]
     plans = {str(side): ExportPlan("coreml", imgsz=(side, side), min_target="iOS18") for side in sides}
@@ -101,7 +102,7 @@ def sizes(sides: list[int]) -> None:
 
 def trained(checkpoint: Path) -> None:
     """Top-1 of the trained T in each precision."""
-    from evm_deploy import ExportPlan, export
+    from evm_deploy.export import ExportPlan, export
 
     sys.path.insert(0, str(checkpoint))
     from glyphs import glyphs

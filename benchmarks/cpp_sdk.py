@@ -20,10 +20,10 @@ import numpy as np
 from common import interleave, ratio, where
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evm_deploy import bench
+from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
-from evm_deploy.export.bundle import open_bundle
-from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.data.preprocessing import Preprocessing
 from tests.sdk_cpp import Model, build, changed, classify
 
 LIMIT = 0.05

@@ -18,20 +18,21 @@ import numpy as np
 from common import where
 from PIL import Image
 
-from evm_deploy import EvmError, ExportPlan, export
-from evm_deploy.calib.accuracy import Accuracy
+from evm_deploy import EvmError
+from evm_deploy._util.progress import silent
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.calib.histogram import METHODS
 from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
 from evm_deploy.calib.source import sources
-from evm_deploy.cli import accuracy_of
-from evm_deploy.export.graph import deployable, trace
-from evm_deploy.export.manifest import Manifest
+from evm_deploy.commands.summary import accuracy_of
+from evm_deploy.export import ExportPlan, export
+from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.plugins import find_plugin
-from evm_deploy.progress import silent
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.toolchain.plugins import find_plugin
 
 TRAINED = Path(__file__).resolve().parents[2] / "shared" / "trained"
 CHECKPOINT = TRAINED / "evm_tiny_glyphs64.ckpt"

@@ -16,17 +16,17 @@ import numpy as np
 from common import where
 from safetensors.numpy import save_file
 
-from evm_deploy import ExportPlan
+from evm_deploy._util.progress import silent
 from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
 from evm_deploy.calib.source import sources
-from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export import ExportPlan
+from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.selftest import picture
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.plugins import find_plugin
-from evm_deploy.progress import silent
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.toolchain.plugins import find_plugin
 
 PICTURES, SEED = 128, 1000
 

@@ -27,16 +27,16 @@ from common import interleave, where
 
 from evm_deploy.bench.layers import layers
 from evm_deploy.bench.subject import examples
-from evm_deploy.compile import read_recipe
+from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.export.graph import deployable, trace
+from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.targets import get_target
-from evm_deploy.inference import LoadedBundle, load
-from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain.compile import read_recipe
 
 SUM, POINTS = (0.85, 1.05), 0.05
 TIMES = 5

@@ -32,11 +32,12 @@ from int8_methods import CALIBRATION_SEED, TRAINED, VALIDATION_SEED
 from openvino_models import compiled, hub, runner, scan_nodes
 from PIL import Image
 
-from evm_deploy import ExportPlan, export, load
-from evm_deploy.calib.accuracy import compare
-from evm_deploy.export.openvino_ir import convert
+from evm_deploy import load
+from evm_deploy.calib.evaluate import compare
+from evm_deploy.export import ExportPlan, export
+from evm_deploy.export.openvino.ir import convert
 from evm_deploy.export.selftest import picture
-from evm_deploy.openvino_extension import extension
+from evm_deploy.toolchain.openvino_extension import extension
 
 FLOAT_TYPES = ["Add", "Multiply", "Concat", "ReduceSum", "ReduceMean"]
 

@@ -33,18 +33,18 @@ import torch
 from common import PEERS, interleave, ratio, where
 from onnx import helper
 
-from evm_deploy.export.bundle import Bundle
-from evm_deploy.export.graph import Graph, deployable, trace
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.export.hub.graph import Graph, deployable, trace
 from evm_deploy.export.openvino import lowered
-from evm_deploy.export.openvino_ir import convert
+from evm_deploy.export.openvino.ir import convert
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import picture
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.openvino_extension import extension, isa
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime
 from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain.openvino_extension import extension, isa
 
 MAX_PLUGIN, MAX_PORTABLE, MIN_INT8 = 1.2, 2.1, 1.4
 LOADS = 15

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "golden"))
 import golden
 
-from evm_deploy.tensorrt_layers import read_kernels, traffic_bytes
+from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
 from tests.tensorrt import engine, network, scan_model, traced
 
 NETWORKS = [(f"{v}_224", p) for v in ("tiny",) for p in ("fp32", "fp16", "int8", "int8-fp16")] + [("base_224", "fp16")]

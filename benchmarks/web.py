@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from common import where
 
-from evm_deploy.inference import LoadedBundle, load
+from evm_deploy.bundle.loaded import LoadedBundle, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.web import LIBRARY, Browser, build, served

@@ -34,12 +34,12 @@ import torch
 from common import PEERS, interleave, ratio, where
 from onnx import helper
 
-from evm_deploy.export.bundle import Bundle
+from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import QUANTIZED, ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import picture
-from evm_deploy.plugins import find_plugin, kernel_isa
 from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain.plugins import find_plugin, kernel_isa
 
 MAX_PORTABLE, MAX_EXECUTIONS, MAX_LOAD_S = 2.2, 25_000, 1.0
 MAX_NATIVE, MAX_TO_PEER = 1.12, 1.35

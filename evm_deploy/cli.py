@@ -1,310 +1,36 @@
-"""evm-export: parse, call one public function, print, return a code."""
+"""The entry points of the commands: each is a file of `commands/`. Exit codes: `commands.console.EXIT_CODES`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from evm_deploy.console import EXIT_CODES, Parser, Steps, common_flags, run_command
-from evm_deploy.errors import UsageError
-from evm_deploy.platforms import PLATFORMS
-from evm_deploy.printable import printable
-from evm_deploy.summary import export_summary
-
-if TYPE_CHECKING:
-    from evm_deploy.export.bundle import Bundle
-    from evm_deploy.export.plan import EngineSettings, ExportPlan
-
-
-def export_parser() -> Parser:
-    parser = Parser(
-        "evm-export",
-        description="Export a trained EfficientVMamba checkpoint to a verified bundle.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
-    add(
-        "--target",
-        metavar="T[,T2..]",
-        help="onnx (aliases: ort, onnxruntime), openvino (ov), coreml (apple, ios, mlpackage), trt (tensorrt, engine), "
-        "trt-rtx (rtx), or all",
-    )
-    precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32, fp16, int8, int8-fp16, w8; default fp32, for coreml fp16")
-    for short in ("fp16", "int8"):
-        precision(
-            f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
-        )
-    add(
-        "--calib",
-        metavar="DIR",
-        help="pictures to calibrate int8, or judge w8, with: folder, list of paths, .npz, demo",
-    )
-    add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
-    add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
-    add("--smooth", default="auto", metavar="S", help="SmoothQuant for int8: on, off, auto (default, the better one)")
-    add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
-    add(
-        "--val",
-        metavar="DIR",
-        help="labelled pictures to judge int8 or w8 with: class folders, CSV of path,class, demo",
-    )
-    add("--max-drop", metavar="X", help="points of top-1 that these may lose on --val, default 1.0; exit 5 otherwise")
-    add(
-        "--imgsz",
-        metavar="N|HxW",
-        help="input pixels, 224 or 224x288; Core ML: also several, 192,224; default: saved with the weights, else 224",
-    )
-    add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
-    add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
-    add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
-    add(
-        "--scan",
-        default="auto",
-        metavar="S",
-        help="auto (default), plugin (native kernel), aot (in TensorRT's engine) or portable: standard ops only",
-    )
-    add(
-        "--device",
-        metavar="P",
-        help="a device profile (evm-doctor lists them) or FILE.toml, for which target, precision and native library "
-        f"are chosen; or a platform, whose native library goes into the bundle: {', '.join(PLATFORMS)}",
-    )
-    add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
-    add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
-    add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
-    add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")
-    add("--labels", metavar="FILE", help="class names, one per line, in the order of the head")
-    add("--mean", metavar="R,G,B", help="of channels scaled to 0..1; default ImageNet's")
-    add("--std", metavar="R,G,B", help="likewise")
-    add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
-    add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
-    add("--workspace", metavar="MIB", help="TensorRT: most scratch memory of its builder, in MiB")
-    add("--version-compatible", action="store_true", help="TensorRT: an engine for later releases too, slower")
-    add("--hardware-compatible", action="store_true", help="TensorRT: an engine for every GPU since Ampere, slower")
-    add("--timing-cache", metavar="FILE", help="TensorRT: timings of kernels, kept between builds")
-    add("--sm", metavar="N[,N..]", help="TensorRT-RTX: architectures that the engine is for, such as 86,89")
-    add("--no-defer", action="store_true", help="TensorRT: fail where the engine cannot be built here (exit 3)")
-    add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
-    add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
-    add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
-    add("--force", action="store_true", help="replace an existing bundle")
-    add("--sign", metavar="KEY", help="sign the bundle with an ed25519 key, a PEM file")
-    add("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
-    common_flags(parser)
-    add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
-    return parser
+from importlib import import_module
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-export`. Returns the exit code."""
-    parser = export_parser()
-    args = parser.parse_args(argv)
-
-    def body() -> int:
-        settings = args
-        if args.config:
-            from evm_deploy.config import read_config
-
-            parser.set_defaults(**read_config(Path(args.config), parser))
-            settings = parser.parse_args(argv)
-        return _export(settings)
-
-    return run_command("evm-export", body, args.verbose)
+    """`evm-export`: a checkpoint to verified bundles. Returns the exit code, as the others do."""
+    return _main("export", argv)
 
 
-def _export(args: argparse.Namespace) -> int:
-    from evm_deploy.export.archive import write_zip
-    from evm_deploy.export.pipeline import export
-    from evm_deploy.export.signing import private_key, sign
-    from evm_deploy.export.target import check_plan
-    from evm_deploy.export.targets import get_target
-
-    if args.finish:
-        return _finish(args)
-    if args.library:
-        raise UsageError("--library is for --finish", "leave it out")
-    plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
-    checkpoint = _checkpoint(args)
-    key = private_key(args.sign) if args.sign else None
-    steps = Steps(args.quiet)
-    results: list[Any] = []
-    for plan in plans:
-        if args.dry_run:
-            facts = _dry_run(checkpoint, plan, args)
-            results.append(facts)
-            if not args.json:
-                print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
-            continue
-        start = time.perf_counter()
-        bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
-        seconds = time.perf_counter() - start
-        if key:
-            sign(bundle.path, key)
-        packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
-        results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
-        if not args.json:
-            print(printable(export_summary(bundle, seconds)))
-            print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
-    if args.json:
-        print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
-    return 0
+def run_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-run`: a bundle's predictions, or its self-test."""
+    return _main("run", argv)
 
 
-def _finish(args: argparse.Namespace) -> int:
-    from evm_deploy.export.pipeline import finish
-    from evm_deploy.export.signing import private_key, sign
-
-    if args.checkpoint or args.target:
-        raise UsageError("--finish takes a bundle, and neither a checkpoint nor --target", "leave these out")
-    key = private_key(args.sign) if args.sign else None
-    start = time.perf_counter()
-    bundle = finish(args.finish, library=args.library, step=Steps(args.quiet))
-    seconds = time.perf_counter() - start
-    if key:
-        sign(bundle.path, key)
-    if args.json:
-        facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
-        print(json.dumps(facts, indent=1))
-    else:
-        print(printable(export_summary(bundle, seconds)))
-    return 0
+def bench_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-bench`: a bundle's latency, on this machine or another."""
+    return _main("bench", argv)
 
 
-def _facts(bundle: Bundle) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads(bundle.manifest.to_json())
-    return {"artifact_bytes": bundle.size_bytes, "manifest": manifest}
+def report_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-report`: records and bundles side by side."""
+    return _main("report", argv)
 
 
-def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
-    """What an export would do, everything checked that can be without tracing."""
-    from evm_deploy.export.bundle import check_free
-    from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
-    from evm_deploy.export.targets import get_target
-    from evm_deploy.model.checkpoint import load_checkpoint
-
-    target = get_target(plan.target)
-    require_toolchain(target, plan)
-    _, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
-    plan, preprocessing = complete(plan, spec)
-    path = bundle_path(args.out, target, plan, spec)
-    check_free(path, args.force)
-    return {
-        "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
-        "Model": f"{spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
-        "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
-        "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
-        "Output": plan.head,
-        "Scan": plan.scan,
-        **({"Chosen": f"{plan.chosen.value}, {plan.chosen.reason}"} if plan.chosen else {}),
-        **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
-        "Bundle": str(path),
-    }
+def doctor_main(argv: Sequence[str] | None = None) -> int:
+    """`evm-doctor`: the targets that this machine can build for and run."""
+    return _main("doctor", argv)
 
 
-def _checkpoint(args: argparse.Namespace) -> Path:
-    if args.checkpoint:
-        return Path(args.checkpoint)
-    from evm_deploy.demo import CHECKPOINT
-
-    print(f"no checkpoint given: exporting the embedded demo, {CHECKPOINT.name} (handwritten digits)", file=sys.stderr)
-    return CHECKPOINT
-
-
-def _plans(args: argparse.Namespace) -> list[ExportPlan]:
-    """One for each target, those of the device profile where it decides."""
-    from evm_deploy.export.for_device import choose
-    from evm_deploy.export.targets import load_targets, resolve_names
-    from evm_deploy.profiles import find_profile
-
-    if args.device is None or args.device in PLATFORMS:
-        if not args.target:
-            raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
-        return [_plan(args, name) for name in resolve_names(args.target)]
-    profile = find_profile(args.device, also=PLATFORMS)
-    names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
-    pictures = args.calib is not None
-    return [
-        _plan(args, **vars(choose(profile, name, args.precision, scan=args.scan, pictures=pictures))) for name in names
-    ]
-
-
-def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
-    from evm_deploy.export.plan import Batch, ExportPlan, parse_imgsz
-
-    sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
-    return ExportPlan(
-        target=target,
-        **{"precision": args.precision, "device": args.device, **decided},
-        imgsz=next(iter(sizes), None),
-        more_imgsz=sizes[1:],
-        batch=Batch.parse(args.batch),
-        input=args.input,
-        head=args.head,
-        scan=args.scan,
-        min_target=args.min_target,
-        calib=args.calib,
-        calib_images=int(_number("--calib-images", args.calib_images, whole=True)),
-        calib_method=args.calib_method,
-        smooth=args.smooth,
-        force_calib=args.force_calib,
-        val=args.val,
-        max_drop=_number("--max-drop", args.max_drop) if args.max_drop is not None else None,
-        opset=int(_number("--opset", args.opset, whole=True)) if args.opset is not None else None,
-        tol=_number("--tol", args.tol) if args.tol is not None else None,
-        weights=args.weights,
-        labels=_labels(Path(args.labels)) if args.labels else None,
-        mean=_triple("--mean", args.mean),
-        std=_triple("--std", args.std),
-        crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
-        interpolation=args.interpolation,
-        engine=_engine(args),
-    )
-
-
-def _engine(args: argparse.Namespace) -> EngineSettings:
-    from evm_deploy.export.plan import EngineSettings
-
-    return EngineSettings(
-        workspace_mib=int(_number("--workspace", args.workspace, whole=True)) if args.workspace is not None else None,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        sms=tuple(int(_number("--sm", sm, whole=True)) for sm in args.sm.split(",")) if args.sm else (),
-        timing_cache=args.timing_cache,
-        defer=not args.no_defer,
-    )
-
-
-def _number(flag: str, text: str, whole: bool = False) -> float:
-    try:
-        return int(text) if whole else float(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r} is not a {'whole ' if whole else ''}number") from error
-
-
-def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
-    if text is None:
-        return None
-    values = [_number(flag, part) for part in text.split(",")]
-    if len(values) != 3:
-        raise UsageError(f"{flag} {text!r}: three numbers, red, green, blue, such as 0.485,0.456,0.406")
-    return values[0], values[1], values[2]
-
-
-def _labels(path: Path) -> tuple[str, ...]:
-    try:
-        labels = tuple(path.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--labels {path} cannot be read: {reason}") from error
-    if not labels or not all(label.strip() for label in labels):
-        raise UsageError(f"--labels {path} is empty or has empty lines", "one class name per line")
-    return labels
+def _main(command: str, argv: Sequence[str] | None) -> int:
+    code: int = import_module(f"evm_deploy.commands.{command}").main(argv)
+    return code

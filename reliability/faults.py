@@ -29,15 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from evm_deploy.bench.measuring import bench
+from evm_deploy._util.files import sha256, write_aside
 from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.run import bench
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError
-from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.files import sha256, write_aside
-from evm_deploy.inference import load
 from reliability import chosen
 
 NOBODY = 65534

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evm_deploy import ExportPlan, export, load
+from evm_deploy import load
+from evm_deploy.bundle.archive import write_zip
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.export.archive import write_zip
+from evm_deploy.export import ExportPlan, export
 from reliability import chosen
 
 if TYPE_CHECKING:
-    from evm_deploy.inference import LoadedBundle
+    from evm_deploy.bundle.loaded import LoadedBundle
 
 MAX_GROWTH_MB = 4.0
 PICTURES = 16  # different inputs, in turn

@@ -120,9 +120,9 @@ def write(case: Case, path: Path) -> str:
 
 def attempt(case: Case, form: str, folder: Path) -> tuple[str, str]:
     """(exact or refused, what was said)."""
+    from evm_deploy.bundle.loaded import load
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.plan import ExportPlan
-    from evm_deploy.inference import load
 
     tensor = write(case, folder / "net.safetensors")
     target, precision = form.split(":")

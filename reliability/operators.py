@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.compile import Compiler, read_recipe
+from evm_deploy.toolchain.compile import Compiler, read_recipe
 from reliability import chosen
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
@@ -259,7 +259,7 @@ def run(runtime: str, library: Path, runs: int, seed: int, last: Path) -> dict[s
 def sanitized(runtime: str, folder: Path) -> Path:
     """The runtime's library, compiled with the sanitizers into `folder`."""
     if runtime == "openvino":
-        from evm_deploy.openvino_extension import compile_in
+        from evm_deploy.toolchain.openvino_extension import compile_in
 
         return compile_in(folder, {"CXXFLAGS": " ".join(CHECKED), "LDFLAGS": " ".join(SANITIZE)})
     compiler = Compiler(("g++",), "aarch64" if os.uname().machine == "aarch64" else "x86_64")

@@ -31,14 +31,14 @@ class Target:
 
 
 def _manifest(path: Path) -> object:
-    from evm_deploy.export.manifest import Manifest
+    from evm_deploy.bundle.manifest import Manifest
 
     return Manifest.read(path.parent)
 
 
 def _bundle(path: Path) -> object:
     """The bundle that the file is in: opened, run and self-tested."""
-    from evm_deploy.inference import load
+    from evm_deploy.bundle.loaded import load
 
     with load(path.parent) as model:
         found = model.predict([path.parent / "selftest" / "picture.png"])
@@ -58,7 +58,7 @@ def bundle_into(folder: Path, target: str) -> None:
 
 def rehash(bundle: Path, name: str) -> None:
     """Let the manifest say of a file what it is now."""
-    from evm_deploy.files import sha256
+    from evm_deploy._util.files import sha256
 
     file, manifest = bundle / name, json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"][name] = {"sha256": sha256(file), "size_bytes": file.stat().st_size}
@@ -110,7 +110,7 @@ def _package(path: Path) -> object:
 
 
 def _archive(path: Path) -> object:
-    from evm_deploy.export.archive import unpack
+    from evm_deploy.bundle.archive import unpack
 
     into = path.parent / "unpacked"
     try:
@@ -123,7 +123,7 @@ def _archive(path: Path) -> object:
 
 
 def _checkpoint(path: Path) -> object:
-    from evm_deploy.model.checkpoint import load_checkpoint
+    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 
     return load_checkpoint(path)
 
@@ -132,7 +132,7 @@ def _tiny_network(depth: int) -> dict[str, Any]:
     """Weights of the smallest network there is, with `depth` scanning blocks."""
     import torch
 
-    from evm_deploy.model.efficientvmamba import Architecture, EfficientVMamba
+    from evm_deploy.model.efficientvmamba.network import Architecture, EfficientVMamba
 
     torch.manual_seed(0)
     architecture = Architecture(dim=8, depths=(depth, 0, 0, 0), num_classes=2, d_state=1, dt_ranks=(1, 1))
@@ -160,7 +160,7 @@ def _saved_by_safetensors(folder: Path) -> list[bytes]:
 
 
 def _image(path: Path) -> object:
-    from evm_deploy.model.preprocess import Preprocessing
+    from evm_deploy.data.preprocessing import Preprocessing
 
     return Preprocessing((64, 64)).pixels(path)
 
@@ -183,30 +183,30 @@ def _record(path: Path) -> object:
 
 
 def _fleet(path: Path) -> object:
-    from evm_deploy.bench.fleet import read_fleet
-    from evm_deploy.bench.places import Place
     from evm_deploy.bench.record import Settings
+    from evm_deploy.bench.remote.fleet import read_fleet
+    from evm_deploy.bench.remote.places import Place
     from evm_deploy.bench.sweep import Sweep
 
     return read_fleet(path, Place(), Sweep((), (None,), (None,), (1,), Settings(), path.parent))
 
 
 def _profile(path: Path) -> object:
-    from evm_deploy.platforms import PLATFORMS
-    from evm_deploy.profiles import find_profile
+    from evm_deploy.devices.profiles import find_profile
+    from evm_deploy.toolchain.platforms import PLATFORMS
 
     return find_profile(str(path), also=PLATFORMS)
 
 
 def _config(path: Path) -> object:
-    from evm_deploy.cli import export_parser
-    from evm_deploy.config import read_config
+    from evm_deploy.commands.config import read_config
+    from evm_deploy.commands.export import export_parser
 
     return read_config(path, export_parser())
 
 
 def _perf_test(path: Path) -> object:
-    from evm_deploy.bench.perf_test import read
+    from evm_deploy.bench.remote.perf_test import read
 
     printed, _, result = path.read_bytes().decode("utf-8", "replace").partition("====\n")
     return read(printed, result)
@@ -214,7 +214,7 @@ def _perf_test(path: Path) -> object:
 
 def _listed(path: Path) -> object:
     """A list of pictures, or an .npz."""
-    from evm_deploy.calib.images import find_pictures
+    from evm_deploy.data.images import find_pictures
 
     return find_pictures(path)
 
@@ -229,8 +229,8 @@ def _two_pictures(folder: Path) -> list[bytes]:
 
 
 def _labelled(path: Path) -> object:
-    from evm_deploy.calib.images import labelled_images
-    from evm_deploy.model.preprocess import Preprocessing
+    from evm_deploy.data.images import labelled_images
+    from evm_deploy.data.preprocessing import Preprocessing
 
     return labelled_images(path, Preprocessing((64, 64)), 2)
 

@@ -14,8 +14,8 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import golden  # noqa: E402
 
+from evm_deploy.bundle.bundle import Bundle  # noqa: E402
 from evm_deploy.demo import CHECKPOINT  # noqa: E402
-from evm_deploy.export.bundle import Bundle  # noqa: E402
 from evm_deploy.export.pipeline import export  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
 from evm_deploy.export.selftest import picture  # noqa: E402

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from evm_deploy.export import coreml, mlprogram
-from evm_deploy.export.graph import deployable
+from evm_deploy.export import coreml
+from evm_deploy.export.coreml import program
+from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import check_plan
-from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 
 SIZES = {"imgsz": (32, 32), "more_imgsz": ((48, 48),), "min_target": "iOS18"}
 
@@ -21,4 +22,4 @@ def built(checkpoint, folder, plan):
     model, spec = load_checkpoint(checkpoint, head=plan.head)
     plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
     module = deployable(model, plan, preprocessing)
-    return coreml.build(mlprogram.trace(module, plan, {}), plan, folder), module, plan
+    return coreml.build(program.trace(module, plan, {}), plan, folder), module, plan

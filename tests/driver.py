@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evm_deploy.compile import Compiler, parse_recipe
-from evm_deploy.export.graph import fold_batch_norm
+from evm_deploy.export.hub.graph import fold_batch_norm
 from evm_deploy.scan import reference
 from evm_deploy.scan.native import without_native_scan
+from evm_deploy.toolchain.compile import Compiler, parse_recipe
 from tests.test_fused import image, in_float64, random_block
 from tests.test_fused_int8 import exact_block
 from tests.test_native import magnitudes, random_scan

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from evm_deploy.files import cache_folder
+from evm_deploy._util.files import cache_folder
 
 WHEEL = (
     "kotlin-jupyter-kernel==0.19.0.944"  # 80 MB, Kotlin 2.4

@@ -6,11 +6,11 @@ import copy
 from pathlib import Path
 
 from evm_deploy.export import openvino
-from evm_deploy.export.graph import Graph, deployable, trace
+from evm_deploy.export.hub.graph import Graph, deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, native_library
-from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from evm_deploy.bench import perf_test
-from evm_deploy.bench.adb import Phone
+from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.cli_bench import bench_main
+from evm_deploy.bench.remote import perf_test
+from evm_deploy.bench.remote.phone import Phone
+from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.progress import silent
 from tests.sshd import within
 
 FAKE_ADB = f"""#!{sys.executable}
@@ -138,7 +138,7 @@ def test_failures(device, micro_bundle, tmp_path, capsys, monkeypatch, mode, say
 @pytest.mark.parametrize("how", ["terminate", "kill"])
 def test_an_interrupted_measurement_leaves_nothing(device, micro_bundle, tmp_path, monkeypatch, how):
     monkeypatch.setenv("FAKE_MODE", "hang")
-    code = "import sys; from evm_deploy.cli_bench import bench_main; sys.exit(bench_main(sys.argv[1:]))"
+    code = "import sys; from evm_deploy.cli import bench_main; sys.exit(bench_main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(micro_bundle.path), *flags(device, tmp_path / "out"), "-q"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         assert within(20, lambda: runners(device))
@@ -161,7 +161,7 @@ def runners(device: Path) -> list[str]:
 
 def test_a_runner_that_does_not_end_is_stopped(device, micro_bundle, monkeypatch):
     monkeypatch.setenv("FAKE_MODE", "hang")
-    monkeypatch.setattr("evm_deploy.bench.adb.ANSWER_S", 1.0)
+    monkeypatch.setattr("evm_deploy.bench.remote.phone.ANSWER_S", 1.0)
     settings = Settings(limit_s=0.5)
     with Phone("R5CX", device / "bin" / "perf test", silent) as phone:
         phone.prepare(micro_bundle.path, settings)

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evm_deploy import cli_run
-from evm_deploy.bench import remote, ssh
-from evm_deploy.bench.measuring import record_of
-from evm_deploy.bench.remote import Board
-from evm_deploy.bench.ssh import Connection, Host
-from evm_deploy.bench.supervisor import MARK
+from evm_deploy import cli
+from evm_deploy._util.progress import silent
+from evm_deploy._util.text import printable
+from evm_deploy.bench.remote import board, ssh
+from evm_deploy.bench.remote.board import Board
+from evm_deploy.bench.remote.ssh import Connection, Host
+from evm_deploy.bench.remote.supervisor import MARK
+from evm_deploy.bench.run import record_of
+from evm_deploy.bundle.bundle import keep
 from evm_deploy.errors import EvmError, LatencyError, ToolchainError
-from evm_deploy.export.bundle import keep
-from evm_deploy.printable import printable
-from evm_deploy.progress import silent
 
 GREETING = f"{MARK} [3, 11]\n"
 GREETINGS = {
@@ -83,7 +83,7 @@ def test_greetings(name, tmp_path):
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(name, tmp_path, monkeypatch):
     monkeypatch.setattr(ssh, "CONNECT_S", 5.0)  # for an interpreter to start in
-    monkeypatch.setattr(remote, "CHECK_S", 1.0)
+    monkeypatch.setattr(board, "CHECK_S", 1.0)
     said = fake_ssh(tmp_path, GREETING, ANSWERS[name])
     with Connection(Host.parse("board"), said, "python3") as connection:
         assert connection.version == (3, 11)
@@ -134,6 +134,6 @@ def test_labels_do_not_reach_the_terminal_as_they_are(demo_bundle, tmp_path, cap
     (path / "labels.txt").write_text("\n".join(f"\x1b[31mred {i}\x07" for i in range(10)) + "\n")
     (path / "manifest.json").unlink()
     keep(path, path.with_name("new"), replace(demo_bundle.manifest, files={}))
-    assert cli_run.run_main([str(path.with_name("new")), str(path.with_name("new") / "selftest" / "picture.png")]) == 0
+    assert cli.run_main([str(path.with_name("new")), str(path.with_name("new") / "selftest" / "picture.png")]) == 0
     out = capsys.readouterr().out
     assert "[31mred " in out and "\x1b" not in out and "\x07" not in out

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evm_deploy import cli_run
+from evm_deploy import cli
+from evm_deploy.bundle import archive
+from evm_deploy.bundle.archive import unpack, write_zip
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export import archive
-from evm_deploy.export.archive import unpack, write_zip
-from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import finish
-from evm_deploy.inference import load
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_zip_opens_like_its_bundle(micro_bundle, packed, capsys):
         assert all(check.ok for check in model.selftest()) and folder.is_dir()
     del model
     assert not folder.exists()
-    assert cli_run.run_main([str(packed), "--selftest"]) == 0 and "PASSED" in capsys.readouterr().out
+    assert cli.run_main([str(packed), "--selftest"]) == 0 and "PASSED" in capsys.readouterr().out
 
 
 def test_a_zip_without_a_folder_opens_too(micro_bundle, tmp_path):

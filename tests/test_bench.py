@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 
 from evm_deploy.bench import device, energy
 from evm_deploy.bench.latency import Latency, differ, measure, median_interval, throughput
-from evm_deploy.bench.measuring import bench
 from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.run import bench
 from evm_deploy.bench.subject import require_runnable
-from evm_deploy.cli_bench import bench_main
-from evm_deploy.cli_doctor import doctor_main
+from evm_deploy.bundle.loaded import load
+from evm_deploy.cli import bench_main, doctor_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.target import Probe
 from evm_deploy.export.targets import load_targets
-from evm_deploy.inference import load
 
 QUICK = Settings(threads=1, limit_s=3.0)
 
@@ -271,7 +270,7 @@ def test_the_doctor(capsys, monkeypatch):
     assert set(found["targets"]) == set(load_targets())
     assert found["targets"]["onnx"]["build"] and found["targets"]["onnx"]["versions"]["onnxruntime"]
     assert all(each["hint"] for each in found["targets"].values() if not (each["build"] and each["run"]))
-    monkeypatch.setattr("evm_deploy.plugins.find_plugin", lambda runtime: None)
+    monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     assert doctor_main([]) == 0
     out = capsys.readouterr().out
     assert (

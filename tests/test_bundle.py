@@ -14,15 +14,15 @@ import time
 import numpy as np
 import pytest
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import check_free, open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.export import pipeline
-from evm_deploy.export.bundle import check_free, open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.inference import load
-from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_flipped_byte_is_noticed(name, copy, capsys):
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    assert cli_run.run_main([str(copy), "--selftest"]) == 2
+    assert cli.run_main([str(copy), "--selftest"]) == 2
     assert f"{name} is damaged" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_predictions_are_those_of_the_torch_model(demo_bundle, tmp_path):
     assert (found == want).all()
     assert (found == labels).mean() >= 0.98
     assert write_images(tmp_path, count=3) == 3
-    assert cli_run.run_main([str(demo_bundle.path), *map(str, tmp_path.glob("*/*.png")), "--top", "1"]) == 0
+    assert cli.run_main([str(demo_bundle.path), *map(str, tmp_path.glob("*/*.png")), "--top", "1"]) == 0
 
 
 @pytest.mark.parametrize("batch", ["1", "3", "dynamic", "2:2:4"])

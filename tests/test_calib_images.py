@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evm_deploy.calib.images import calibration_images, find_pictures, labelled_images, sample
+from evm_deploy.data.images import calibration_images, find_pictures, labelled_images, sample
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import CalibrationError
 from evm_deploy.export.selftest import picture
-from evm_deploy.model.preprocess import Preprocessing
 
 PRE = Preprocessing((32, 32))
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
 from evm_deploy.errors import UsageError
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.plan import ExportPlan
@@ -25,7 +25,7 @@ def run_export(*flags):
 
 
 @pytest.mark.parametrize(
-    "module", ["evm_deploy", "evm_deploy.cli", "evm_deploy.inference", "evm_deploy.export.targets"]
+    "module", ["evm_deploy", "evm_deploy.commands.export", "evm_deploy.bundle.loaded", "evm_deploy.export.targets"]
 )
 def test_import_loads_no_engine(module):
     code = f"import sys, {module}; print(*sys.modules)"
@@ -132,7 +132,7 @@ def test_json_is_one_object_on_stdout(micro, tmp_path, capsys):
     assert run_export(micro, *flags) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["manifest"]["parity"]["ok"] is True
-    assert cli_run.run_main([result["bundle"], "--selftest", "--json"]) == 0
+    assert cli.run_main([result["bundle"], "--selftest", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
 
 
@@ -160,12 +160,12 @@ def test_the_demo_is_used_and_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--top", "0", "a.png"], ["--threads", "0", "--selftest"]])
 def test_bad_run_flags(flags, micro_bundle, capsys):
-    assert cli_run.run_main([str(micro_bundle.path), *flags]) == 2
+    assert cli.run_main([str(micro_bundle.path), *flags]) == 2
     assert "evm-run: " in capsys.readouterr().err
 
 
 def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("evm_deploy.packages.find_spec", lambda name: None if name == "onnxsim" else object())
+    monkeypatch.setattr("evm_deploy._util.packages.find_spec", lambda name: None if name == "onnxsim" else object())
     assert run_export(micro, "--target", "onnx", "-o", tmp_path / "out") == 3
     assert "pip install 'evm-deploy[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

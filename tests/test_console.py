@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from evm_deploy.console import Steps
+from evm_deploy.commands.console import Steps
 
 
 class Terminal(io.StringIO):

@@ -20,20 +20,23 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy import cli, cli_run, coreml_tools
+from evm_deploy import cli
 from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.coreml_tools import converter, coremltools
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export import bench_on_mac, mlpackage, mlprogram, verify
-from evm_deploy.export.bundle import open_bundle
-from evm_deploy.export.graph import deployable
+from evm_deploy.export import verify
+from evm_deploy.export.coreml import bench_on_mac, coremltools_patch
+from evm_deploy.export.coreml import package as mlpackage
+from evm_deploy.export.coreml import program as mlprogram
+from evm_deploy.export.coreml.coremltools_patch import converter, coremltools
+from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.export.target import ScanShape
-from evm_deploy.inference import load
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.runtimes.coreml import CoreMlRuntime, tensor_spec
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
@@ -246,7 +249,7 @@ def test_other_targets_have_no_minimum_system_and_one_size(micro, tmp_path):
 
 
 def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("evm_deploy.packages.find_spec", lambda name: None if name == "coremltools" else object())
+    monkeypatch.setattr("evm_deploy._util.packages.find_spec", lambda name: None if name == "coremltools" else object())
     assert cli.export_main([str(micro), "--target", "coreml", "-o", str(tmp_path / "out")]) == 3
     assert "pip install 'evm-deploy[coreml]'" in capsys.readouterr().err
 
@@ -269,10 +272,10 @@ def test_core_ml_is_told_the_inputs_and_outputs_of_the_mil_runtime(coreml_bundle
 def test_core_ml_itself_needs_a_mac(coreml_bundle, capsys):
     with pytest.raises(ToolchainError, match=r"Core ML runs on Apple systems only(?s:.*)evm_deploy.runtimes.mil"):
         CoreMlRuntime(coreml_bundle.path / "model.mlpackage")
-    assert cli_run.run_main([str(coreml_bundle.path), "--selftest"]) == 0
+    assert cli.run_main([str(coreml_bundle.path), "--selftest"]) == 0
     streams = capsys.readouterr()
     assert "PASSED" in streams.out and "the MIL runtime computes what the program says" in streams.err
-    assert cli_run.run_main([str(coreml_bundle.path), "--selftest", "--scan", "plugin"]) == 2
+    assert cli.run_main([str(coreml_bundle.path), "--selftest", "--scan", "plugin"]) == 2
 
 
 def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(coreml_bundle):
@@ -358,7 +361,7 @@ def test_a_self_test_leaves_the_bundle_as_it_was(micro, tmp_path, capsys):
     """coremltools writes the manifest of every package that it opens."""
     bundle = export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path)
     for _ in range(2):
-        assert cli_run.run_main([str(bundle.path), "--selftest"]) == 0, capsys.readouterr().err
+        assert cli.run_main([str(bundle.path), "--selftest"]) == 0, capsys.readouterr().err
     open_bundle(bundle.path)
 
 
@@ -383,9 +386,9 @@ def test_the_cast_patch_is_still_needed(monkeypatch, coreml_fp32):
 
 def test_the_patch_is_for_one_version_alone(monkeypatch):
     patched = []
-    monkeypatch.setattr(coreml_tools, "_patch_cast", lambda: patched.append(1))
+    monkeypatch.setattr(coremltools_patch, "_patch_cast", lambda: patched.append(1))
     for version, numpy, expected in (("9.0", "2.4.6", 1), ("9.0", "2.3.9", 1), ("9.1", "2.4.6", 1)):
-        monkeypatch.setattr(coreml_tools.metadata, "version", lambda name, version=version: version)
-        monkeypatch.setattr(coreml_tools.np, "__version__", numpy)
-        coreml_tools.converter.__wrapped__()
+        monkeypatch.setattr(coremltools_patch.metadata, "version", lambda name, version=version: version)
+        monkeypatch.setattr(coremltools_patch.np, "__version__", numpy)
+        coremltools_patch.converter.__wrapped__()
         assert len(patched) == expected, (version, numpy)

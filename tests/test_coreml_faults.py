@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from evm_deploy import cli
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ParityError, UsageError
-from evm_deploy.export import coreml, mlprogram, verify
-from evm_deploy.export.coreml_taps import CoreMlScanTaps
+from evm_deploy.export import coreml, verify
+from evm_deploy.export.coreml import program
+from evm_deploy.export.coreml.scans import CoreMlScanTaps
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.selftest import probe_inputs
 from evm_deploy.export.target import Artifact
-from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.runtimes.mil import MilRuntime
 from evm_deploy.scan import mil
 from tests.conftest import save_as_released
@@ -88,7 +89,7 @@ def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
     artifact, module, _ = coreml_fp32
     package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
     file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    weight = dict(mlprogram.fold_batch_norm(module).named_parameters())[f"model.{name}"].detach().numpy()
+    weight = dict(program.fold_batch_norm(module).named_parameters())[f"model.{name}"].detach().numpy()
     content = file.read_bytes()
     assert content.count(weight.tobytes()) == 1
     file.write_bytes(content.replace(weight.tobytes(), (1.01 * weight).astype(np.float32).tobytes()))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from evm_deploy import cli
-from evm_deploy.calib import mlprogram as quantizer
-from evm_deploy.calib.accuracy import Accuracy
+from evm_deploy.bundle.loaded import load
+from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT, write_images
 from evm_deploy.errors import AccuracyError, ToolchainError, UsageError
+from evm_deploy.export.coreml import quantize as quantizer
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.inference import load
 from evm_deploy.runtimes.mil import Program
 
 pytest.importorskip("coremltools")

@@ -11,14 +11,15 @@ import golden
 import numpy as np
 import pytest
 
-from evm_deploy import cli, cli_run, cross, plugin_path
-from evm_deploy.compile import Compiler, read_recipe
+from evm_deploy import cli, plugin_path
+from evm_deploy._util.files import cache_folder
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.files import cache_folder
-from evm_deploy.inference import load
-from evm_deploy.platforms import PLATFORMS, host_platform
+from evm_deploy.toolchain import cross
+from evm_deploy.toolchain.compile import Compiler, read_recipe
+from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas
@@ -174,7 +175,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
         assert "scan 'bundled' trusts" in loaded.scan.reason
     with load(host_bundle.path, scan="bundled") as loaded:
         assert loaded.plugin == host_bundle.path / inside
-    assert cli_run.run_main([str(host_bundle.path), "--selftest", "--scan", "bundled"]) == 0
+    assert cli.run_main([str(host_bundle.path), "--selftest", "--scan", "bundled"]) == 0
     assert re.search(rf"ran as plugin: native kernel, \w+, from the bundle \({HOST}\)", capsys.readouterr().out)
 
 

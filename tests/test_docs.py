@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evm_deploy import cli, cli_bench, cli_report, cli_run
+from evm_deploy import cli
+from evm_deploy.commands import bench, export, report
 from evm_deploy.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"evm-export": cli.export_main, "evm-run": cli_run.run_main}
+MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
 UNSAID = ("-h", "--help", "--version", "--int8", "--out", "--quiet", "--verbose")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -41,7 +42,7 @@ def test_the_readmes_session_runs_and_prints_that(tmp_path, monkeypatch, capsys)
 
 def test_the_readmes_python_runs(tmp_path):
     """In a process of its own: what is imported before decides which names are there."""
-    code = re.search(r"```python\n(from evm_deploy import .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(from evm_deploy.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     code = code.replace("evm_tiny.ckpt", str(CHECKPOINT))
     Image.new("RGB", (70, 50)).save(tmp_path / "cat.jpg")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -56,7 +57,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("parser", "page"),
-    [(cli.export_parser, "export.md"), (cli_bench.bench_parser, "latency.md"), (cli_report.report_parser, "report.md")],
+    [(export.export_parser, "export.md"), (bench.bench_parser, "latency.md"), (report.report_parser, "report.md")],
     ids=["export", "bench", "report"],
 )
 def test_every_flag_is_documented(parser, page):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evm_deploy import cli, cli_report, cli_run, errors
-from evm_deploy.calib import accuracy
+from evm_deploy import cli, errors
+from evm_deploy.calib import evaluate
 from evm_deploy.errors import EvmError
 from tests.records import record, written
 
@@ -43,7 +43,7 @@ class Tools:
 
 def without_runtime(tools: Tools) -> int:
     tools.monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    return cli_run.run_main([str(tools.bundle), "--selftest"])
+    return cli.run_main([str(tools.bundle), "--selftest"])
 
 
 def too_few_pictures(tools: Tools) -> int:
@@ -52,12 +52,12 @@ def too_few_pictures(tools: Tools) -> int:
 
 
 def inaccurate(tools: Tools) -> int:
-    tools.monkeypatch.setattr(accuracy, "MIN_SQNR_DB", 200.0)
+    tools.monkeypatch.setattr(evaluate, "MIN_SQNR_DB", 200.0)
     return tools.export("--target", "onnx", "--precision", "w8", "--calib", "demo", "--calib-images", 100)
 
 
 def slow(tools: Tools) -> int:
-    return cli_report.report_main([str(written(tools.folder / "records", record())), "--max-latency", "0.01ms"])
+    return cli.report_main([str(written(tools.folder / "records", record())), "--max-latency", "0.01ms"])
 
 
 SCENES = {
@@ -67,12 +67,12 @@ SCENES = {
         ("net.ckpt", "does not exist"),
     ),
     "ImageError": Scene(
-        lambda tools: cli_run.run_main([str(tools.bundle), str(tools.folder / "cat.jpg")]),
+        lambda tools: cli.run_main([str(tools.bundle), str(tools.folder / "cat.jpg")]),
         ("cat.jpg", "does not exist"),
     ),
     "CalibrationError": Scene(too_few_pictures, ("calib", "holds no images", "looked for .")),
     "BundleError": Scene(
-        lambda tools: cli_run.run_main([str(tools.folder / "none"), "--selftest"]),
+        lambda tools: cli.run_main([str(tools.folder / "none"), "--selftest"]),
         ("none", "does not exist", "make one with evm-export"),
     ),
     "ToolchainError": Scene(without_runtime, ("onnxruntime is not installed", "pip install 'evm-deploy[run-onnx]'")),
@@ -102,18 +102,18 @@ def test_what_a_user_sees(name, micro, micro_bundle, tmp_path, capsys, monkeypat
 
 def test_v_shows_where_it_came_from(tmp_path):
     with pytest.raises(EvmError):
-        cli_run.run_main([str(tmp_path / "none"), "--selftest", "-v"])
+        cli.run_main([str(tmp_path / "none"), "--selftest", "-v"])
 
 
 def test_what_nobody_foresaw_has_no_traceback_either(micro_bundle, monkeypatch, capsys, tmp_path):
-    from evm_deploy.inference import LoadedBundle
+    from evm_deploy.bundle.loaded import LoadedBundle
 
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(LoadedBundle, "predict", bug)
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
-    assert cli_run.run_main([str(micro_bundle.path), str(tmp_path / "a.png")]) == 1
+    assert cli.run_main([str(micro_bundle.path), str(tmp_path / "a.png")]) == 1
     said = capsys.readouterr().err
     assert (
         "internal error: ZeroDivisionError: a bug" in said and "run again with -v" in said and "Traceback" not in said

@@ -16,7 +16,7 @@ import torch
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.model.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from tests.conftest import save_as_released
 
 
@@ -131,7 +131,11 @@ def test_other_opsets(opset, micro, tmp_path):
 
 def test_same_inputs_give_the_same_bytes_from_any_folder(micro, micro_bundle, tmp_path):
     """In another process, from another working directory."""
-    command = [sys.executable, "-c", "from evm_deploy.cli import export_main; raise SystemExit(export_main())"]
+    command = [
+        sys.executable,
+        "-c",
+        "from evm_deploy.cli import export_main; raise SystemExit(export_main())",
+    ]
     command += [str(micro), "--target", "onnx", "--imgsz", "64", "-o", str(tmp_path / "out")]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
     again = tmp_path / "out" / micro_bundle.path.name

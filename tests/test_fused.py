@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import plugin_path
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError
-from evm_deploy.export.fold_normalisation import fold_normalisation
-from evm_deploy.export.graph import deployable, fold_batch_norm, trace
-from evm_deploy.export.outline import located, outline
+from evm_deploy.export.hub.fold_normalisation import fold_normalisation
+from evm_deploy.export.hub.fuse import located, outline
+from evm_deploy.export.hub.graph import deployable, fold_batch_norm, trace
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.inference import load
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.model.efficientvmamba import EVSSBlock
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.network import EVSSBlock
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import reference
 from evm_deploy.scan.fused import SCAN_OUTPUTS

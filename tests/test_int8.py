@@ -12,20 +12,20 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import table
-from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
+from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import block_of, candidates
 from evm_deploy.calib.quantize import activations, quantize
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
-from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.export.selftest import picture
-from evm_deploy.inference import load
 from tests.test_fused import hub
 
 
@@ -89,7 +89,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
     assert (quantization["in_float"], quantization["method"]) == ([], "mse")
     saved = CalibrationTable.from_json((bundle.path / "calibration.json").read_text())
     assert saved.identity == quantization["calibration"]
-    assert cli_run.run_main([str(bundle.path), "--selftest"]) == 0
+    assert cli.run_main([str(bundle.path), "--selftest"]) == 0
     with load(bundle.path, scan="portable") as portable, load(bundle.path, scan="plugin") as native:
         pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
         a, b = (runtime.run({"image": pixels})["logits"] for runtime in (portable, native))
@@ -205,7 +205,7 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictu
 
 MEMORY = """
 import resource, sys
-from evm_deploy import ExportPlan, export
+from evm_deploy.export import ExportPlan, export
 plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), calib=sys.argv[2], force_calib=True)
 export(sys.argv[1], plan, sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from evm_deploy import cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.loaded import load
 from evm_deploy.export.selftest import AXES
-from evm_deploy.inference import load
 from reliability.readers import rehash
 from tests.broken import BROKEN
 
@@ -103,11 +103,11 @@ def put(graph: onnx.GraphProto, bundle: Path, file: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_model_is_refused(name, bundle, capsys):
     said = put_another_model(name, bundle)
-    assert cli_run.run_main([str(bundle), str(bundle / "selftest" / "picture.png")]) == 2
+    assert cli.run_main([str(bundle), str(bundle / "selftest" / "picture.png")]) == 2
     shown = capsys.readouterr()
     assert not shown.out
     assert re.search(said, shown.err), shown.err
-    assert cli_run.run_main([str(bundle), "--selftest"]) in (2, 4)
+    assert cli.run_main([str(bundle), "--selftest"]) in (2, 4)
     assert "internal error" not in capsys.readouterr().err
 
 
@@ -122,13 +122,13 @@ def test_another_model_is_refused(name, bundle, capsys):
 )
 def test_what_does_not_belong_together_is_refused(name, said, bundle, capsys):
     BROKEN[name](bundle)
-    assert cli_run.run_main([str(bundle), str(bundle / "selftest" / "picture.png")]) == 2
+    assert cli.run_main([str(bundle), str(bundle / "selftest" / "picture.png")]) == 2
     assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_scan_that_is_none_is_refused(bundle, capsys):
     put_another_scan(bundle)
-    assert cli_run.run_main([str(bundle), "--selftest"]) == 2
+    assert cli.run_main([str(bundle), "--selftest"]) == 2
     assert "has no readable self-test: selftest/scan.onnx gives no y" in capsys.readouterr().err
 
 

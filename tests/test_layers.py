@@ -27,14 +27,14 @@ from evm_deploy.bench.layers import (
 )
 from evm_deploy.bench.subject import examples
 from evm_deploy.bench.text import block_of
+from evm_deploy.bundle.loaded import load
 from evm_deploy.export import openvino
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import native_library
-from evm_deploy.inference import load
-from evm_deploy.plugins import block_trace, plugin_path
 from evm_deploy.runtimes.base import NodeTime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime, _runs
 from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain.plugins import block_trace, plugin_path
 from tests.openvino import LOWERINGS, built, opened, traced
 
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
+from evm_deploy._util.progress import silent
+from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.cli_bench import bench_main
+from evm_deploy.cli import bench_main
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.targets import get_target
-from evm_deploy.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
-from evm_deploy.progress import silent
 
 QUICK = ["--threads", "1", "--limit", "20"]
 

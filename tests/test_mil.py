@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy.coreml_tools import coremltools
+from evm_deploy._util.quiet import quiet
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.quiet import quiet
+from evm_deploy.export.coreml.coremltools_patch import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.runtimes.mil.rules import UnsupportedError, all_rules
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.model.efficientvmamba import merge_directions, split_directions
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.efficientvmamba.network import merge_directions, split_directions
 
 
 @pytest.mark.parametrize("name", golden.model_cases())
@@ -69,7 +69,7 @@ def test_trained_outputs(trained):
     sys.path.insert(0, str(trained))
     from glyphs import glyphs
 
-    from evm_deploy.model.preprocess import Preprocessing
+    from evm_deploy.data.preprocessing import Preprocessing
 
     images, _ = glyphs(64, seed=7, size=64)
     model, _ = load_checkpoint(trained / "evm_tiny_glyphs64.ckpt")

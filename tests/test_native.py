@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
 
-from evm_deploy import cli_run, plugin_path, plugins
+from evm_deploy import cli, plugin_path
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.inference import load
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import onnx_function, reference
+from evm_deploy.toolchain import plugins
 
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
@@ -190,7 +191,7 @@ def test_memory_does_not_grow(micro_bundle):
 
 @pytest.mark.parametrize("scan", ["plugin", "portable"])
 def test_selftest_passes_in_both_modes(scan, micro_bundle, capsys):
-    assert cli_run.run_main([str(micro_bundle.path), "--selftest", "--scan", scan]) == 0
+    assert cli.run_main([str(micro_bundle.path), "--selftest", "--scan", scan]) == 0
     assert f"scans ran as {scan}" in capsys.readouterr().out
 
 
@@ -214,7 +215,7 @@ def test_without_the_library_everything_works_and_says_so(monkeypatch, micro, mi
         assert (bundle.scan.value, "not built" in bundle.scan.reason) == ("portable", True)
         assert all(check.ok for check in bundle.selftest())
     Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
-    assert cli_run.run_main([str(micro_bundle.path), str(tmp_path / "a.png")]) == 0
+    assert cli.run_main([str(micro_bundle.path), str(tmp_path / "a.png")]) == 0
     assert "portable form: the native scan was not built" in capsys.readouterr().err
     bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32)), tmp_path)
     assert {scan["lowering"] for scan in bundle.manifest.parity["scans"]} == {"portable"}

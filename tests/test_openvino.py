@@ -22,18 +22,18 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
-from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.inference import load
-from evm_deploy.model.checkpoint import load_checkpoint
-from evm_deploy.openvino_extension import extension
-from evm_deploy.platforms import host_platform
+from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core, reason
+from evm_deploy.toolchain.openvino_extension import extension
+from evm_deploy.toolchain.platforms import host_platform
 from tests.openvino import LOWERINGS, built, opened, traced
 from tests.test_fused import block_model, random_block
 
@@ -269,7 +269,7 @@ def test_a_program_in_cpp_runs_it(bundles, tmp_path):
 
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_selftest_and_prediction(scan, bundles, capsys):
-    assert cli_run.run_main([str(bundles[scan].path), "--selftest"]) == 0
+    assert cli.run_main([str(bundles[scan].path), "--selftest"]) == 0
     assert f"scans ran as {scan}" in capsys.readouterr().out
     with load(bundles[scan].path) as model:
         assert len(model.predict([pixels()[0]], top=3)[0]) == 3
@@ -383,7 +383,7 @@ def test_a_device_that_is_not_there(device, bundles, capsys):
 
     if device.partition(".")[0] in ov.Core().available_devices:
         pytest.skip(f"this machine has a {device}")
-    assert cli_run.run_main([str(bundles["portable"].path), "--selftest", "--device", device]) == 2
+    assert cli.run_main([str(bundles["portable"].path), "--selftest", "--device", device]) == 2
     message = capsys.readouterr().err
     assert "is not here; OpenVINO finds: CPU" in message and "Traceback" not in message
 
@@ -451,7 +451,7 @@ def test_a_compiled_model_that_was_changed_is_compiled_again(change, bundles, tm
 
 def test_a_cache_that_cannot_be_written_is_an_error(bundles, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert cli_run.run_main([str(bundles["portable"].path), "--selftest", "--cache", str(tmp_path / "file")]) == 2
+    assert cli.run_main([str(bundles["portable"].path), "--selftest", "--cache", str(tmp_path / "file")]) == 2
     message = capsys.readouterr().err
     assert "cache" in message and "internal error" not in message
 
@@ -459,7 +459,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(bundles, tmp_path, capsys):
 def test_the_cache_is_a_flag(bundles, tmp_path):
     for _ in range(2):
         flags = ["--selftest", "--cache", str(tmp_path / "cache")]
-        assert cli_run.run_main([str(bundles["portable"].path), *flags]) == 0
+        assert cli.run_main([str(bundles["portable"].path), *flags]) == 0
     assert list((tmp_path / "cache").rglob("*.blob"))
 
 

@@ -11,11 +11,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from evm_deploy import openvino_extension, plugin_path
+from evm_deploy import plugin_path
 from evm_deploy.errors import ToolchainError
-from evm_deploy.openvino_extension import cached_path, extension, installed_release, isa, release_of
 from evm_deploy.runtimes.openvino import open_core
 from evm_deploy.scan import onnx_function, reference
+from evm_deploy.toolchain import openvino_extension
+from evm_deploy.toolchain.openvino_extension import cached_path, extension, installed_release, isa, release_of
 from tests.test_fused import block_model, image, in_float64, random_block
 from tests.test_native import double, isas, magnitudes, random_scan, scan_model
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from evm_deploy import cli
+from evm_deploy.bundle.loaded import load
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.inference import load
 from tests.openvino import LOWERINGS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
-from evm_deploy.packages import package_versions
+from evm_deploy._util.packages import package_versions
 
 
 def test_versions_are_those_of_what_brings_a_module(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import ImageError
-from evm_deploy.model.preprocess import Preprocessing, read_rgb
 
 RNG = np.random.default_rng(0)
 

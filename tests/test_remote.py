@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from evm_deploy.bench import fleet, supervisor
-from evm_deploy.bench.agent import build_agent
-from evm_deploy.bench.places import Place
+from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.remote import Board, serves
-from evm_deploy.bench.ssh import Connection, Host, explained
+from evm_deploy.bench.remote import fleet, supervisor
+from evm_deploy.bench.remote.agent import build_agent
+from evm_deploy.bench.remote.board import Board, serves
+from evm_deploy.bench.remote.places import Place
+from evm_deploy.bench.remote.ssh import Connection, Host, explained
 from evm_deploy.bench.sweep import Sweep
-from evm_deploy.cli_bench import bench_main
+from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.progress import silent
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
 
@@ -207,7 +207,7 @@ def test_ends_of_ssh_that_are_no_refusals():
 @contextmanager
 def measuring(board: Sshd, bundle, out: Path):
     """evm-bench in a process of its own, while the board measures."""
-    code = "import sys; from evm_deploy.cli_bench import bench_main; sys.exit(bench_main(sys.argv[1:]))"
+    code = "import sys; from evm_deploy.cli import bench_main; sys.exit(bench_main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(bundle.path), *flags(board, out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -272,7 +272,7 @@ def test_a_run_that_takes_too_long_is_killed(board):
 
 
 def test_a_board_that_stops_to_answer(board, monkeypatch):
-    monkeypatch.setattr("evm_deploy.bench.ssh.CONNECT_S", 1.0)
+    monkeypatch.setattr("evm_deploy.bench.remote.ssh.CONNECT_S", 1.0)
     with Connection(Host.parse("board"), board.ssh, sys.executable) as connection:
         (session,) = board.processes()
         os.kill(session, signal.SIGSTOP)

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evm_deploy._util.files import sha256
 from evm_deploy.bench.record import Record
-from evm_deploy.cli_bench import bench_main
-from evm_deploy.cli_report import milliseconds, percent, report_main
+from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.manifest import FILE
+from evm_deploy.cli import bench_main, report_main
+from evm_deploy.commands.report import milliseconds, percent
 from evm_deploy.errors import LatencyError, UsageError
-from evm_deploy.export.archive import write_zip
-from evm_deploy.export.manifest import FILE
-from evm_deploy.files import sha256
 from evm_deploy.report import history
 from evm_deploy.report.candidate import Candidate, plain
 from evm_deploy.report.collect import candidates, collect
@@ -432,6 +432,6 @@ def test_the_bench_adds_to_a_history(micro_bundle, tmp_path, capsys, monkeypatch
     assert bench_main([*flags, str(db)]) == 0
     (found,) = history.read(db)
     assert found.bundle["name"] == micro_bundle.path.name
-    monkeypatch.setattr("evm_deploy.bench.measuring.bench", lambda *_: pytest.fail("measured for nothing"))
+    monkeypatch.setattr("evm_deploy.bench.run.bench", lambda *_: pytest.fail("measured for nothing"))
     assert bench_main([*flags, str(micro_bundle.path / FILE)]) == 2
     assert "cannot be used as a history" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evm_deploy.compile import Compiler
 from evm_deploy.scan.reference import selective_scan
+from evm_deploy.toolchain.compile import Compiler
 from reliability import operators
 from reliability.operators import CHECKED, SANITIZE
 from tests import driver as drivers

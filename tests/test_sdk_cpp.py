@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evm_deploy import bench, load, plugin_path
+from evm_deploy import load, plugin_path
+from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
 from evm_deploy.export.selftest import picture
-from evm_deploy.model.preprocess import Preprocessing
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
@@ -91,7 +92,7 @@ def test_the_vectors(tmp_path):
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
 def test_pictures_are_decoded_as_python_does(name, tmp_path):
-    from evm_deploy.model.preprocess import read_rgb
+    from evm_deploy.data.preprocessing import read_rgb
 
     case = CASES[name]
     want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
@@ -102,7 +103,7 @@ def test_pictures_are_decoded_as_python_does(name, tmp_path):
 
 def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
     """And strides are heeded."""
-    from evm_deploy.model.preprocess import read_rgb
+    from evm_deploy.data.preprocessing import read_rgb
 
     with Model(demo_bundle.path) as model, load(demo_bundle.path) as python:
         for case in CASES.values():
@@ -220,10 +221,10 @@ def test_a_self_test_can_fail(bundles, tmp_path):
 
 
 def test_the_sample_prints_what_evm_run_prints(bundles, pictures_50, capsys):
-    from evm_deploy import cli_run
+    from evm_deploy import cli
 
     flags = [str(bundles["image"]), "--selftest", "--scan", "portable", "--top", "3", *map(str, pictures_50[:2])]
-    assert cli_run.run_main(flags) == 0
+    assert cli.run_main(flags) == 0
     python = capsys.readouterr().out
     done = classify(*flags)
     blank = re.compile(r"\d\.\de-\d\d  limit")  # errors may differ in their last digit

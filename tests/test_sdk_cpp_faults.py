@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evm_deploy import load, plugin_path
+from evm_deploy._util.files import sha256
+from evm_deploy.bundle.archive import write_zip
 from evm_deploy.errors import EvmError
-from evm_deploy.export.archive import write_zip
 from evm_deploy.export.selftest import picture
-from evm_deploy.files import sha256
-from evm_deploy.platforms import host_platform
+from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
 from tests.test_interface import OTHERS, put_another_model, put_another_scan

@@ -13,10 +13,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from evm_deploy import cli, cli_run, load
+from evm_deploy import cli, load
+from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.signing import SIGNATURE, private_key, public_key, sign
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export.archive import write_zip
-from evm_deploy.export.signing import SIGNATURE, private_key, public_key, sign
 
 PEM = serialization.Encoding.PEM
 
@@ -69,7 +69,7 @@ def flip(file: Path) -> None:
 
 def relist(bundle: Path) -> None:
     """An attacker who changes a file and its hash."""
-    from evm_deploy.files import sha256
+    from evm_deploy._util.files import sha256
 
     flip(bundle / "README.md")
     file = bundle / "manifest.json"
@@ -110,7 +110,7 @@ def test_refused_where_a_signature_is_required(name, signed, keys):
 
 def test_another_key_is_refused(signed, tmp_path, capsys):
     _, other = write_keys(tmp_path, "other", ed25519.Ed25519PrivateKey.generate())
-    assert cli_run.run_main([str(signed), "--selftest", "--require-signature", str(other)]) == 2
+    assert cli.run_main([str(signed), "--selftest", "--require-signature", str(other)]) == 2
     err = capsys.readouterr().err
     assert CHANGED in err and "Traceback" not in err
 
@@ -136,7 +136,7 @@ def test_export_signs_and_run_checks(micro, keys, tmp_path, capsys):
     assert cli.export_main([str(micro), *flags, "--sign", str(keys[0])]) == 0
     facts = json.loads(capsys.readouterr().out)
     for path in (facts["bundle"], facts["zip"]):
-        assert cli_run.run_main([path, "--selftest", "--require-signature", str(keys[1])]) == 0
+        assert cli.run_main([path, "--selftest", "--require-signature", str(keys[1])]) == 0
         assert "PASSED" in capsys.readouterr().out
 
 

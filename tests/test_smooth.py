@@ -12,21 +12,21 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli
+from evm_deploy._util.progress import silent
+from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.calib import smooth as smoothing
-from evm_deploy.calib.images import calibration_images
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.smooth import fold, foldings, smooth
 from evm_deploy.calib.source import sources
 from evm_deploy.calib.table import CalibrationTable
+from evm_deploy.data.images import calibration_images
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
-from evm_deploy.export.bundle import open_bundle
-from evm_deploy.export.outline import located
+from evm_deploy.export.hub.fuse import located
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.progress import silent
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
 from tests.test_fused import hub

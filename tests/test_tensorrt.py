@@ -20,19 +20,19 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from evm_deploy import cli, load
+from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import tensorrt
-from evm_deploy.export.bundle import open_bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
-from evm_deploy.platforms import host_platform
+from evm_deploy.export.tensorrt.finish import FinishError, record, required, take_in
+from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
 from evm_deploy.scan import onnx_function, reference, unrolled
-from evm_deploy.tensorrt_finish import FinishError, record, required, take_in
-from evm_deploy.tensorrt_layers import read_kernels, traffic_bytes
+from evm_deploy.toolchain.platforms import host_platform
 from tests.tensorrt import engine, network, scan_model, traced
 from tests.test_native import magnitudes, random_scan
 

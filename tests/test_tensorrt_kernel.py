@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evm_deploy import tensorrt_kernel
 from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export.tensorrt import kernel
 from evm_deploy.scan import reference
 from tests.test_native import magnitudes, random_scan
 
@@ -42,10 +42,10 @@ def run(library, arrays, dtype=np.float32, backwards=False):
     kinds = (dtype, dtype, np.float32, dtype, dtype, np.float32, np.float32)
     held = [np.ascontiguousarray(a, kind) for a, kind in zip(arrays, kinds, strict=True)]
     y = np.full(arrays[0].size + 64, np.nan, dtype)
-    grid = np.array(tensorrt_kernel.grid(batch, K, D), np.int32)
+    grid = np.array(kernel.grid(batch, K, D), np.int32)
     library.evm_emulate(
         *(ctypes.c_void_p(a.ctypes.data) for a in held), L, D, N, ctypes.c_void_p(y.ctypes.data + 32 * y.itemsize),
-        int(dtype == np.float16), ctypes.c_void_p(grid.ctypes.data), tensorrt_kernel.THREADS, int(backwards),
+        int(dtype == np.float16), ctypes.c_void_p(grid.ctypes.data), kernel.THREADS, int(backwards),
     )  # fmt: skip
     assert np.isnan(y[:32]).all() and np.isnan(y[-32:]).all()
     return y[32:-32].reshape(arrays[0].shape)
@@ -89,7 +89,7 @@ def test_a_kernel_without_barriers_is_wrong(tmp_path):
 
 def test_geometry_is_that_of_the_header():
     found = dict(re.findall(r"constexpr int k(\w+) = (\d+);", (NATIVE / "tensorrt" / "selective_scan.h").read_text()))
-    own = (tensorrt_kernel.CHANNELS, tensorrt_kernel.MAX_STATES, tensorrt_kernel.THREADS)
+    own = (kernel.CHANNELS, kernel.MAX_STATES, kernel.THREADS)
     assert tuple(int(found[name]) for name in ("Channels", "States", "Threads")) == own
 
 
@@ -123,13 +123,13 @@ def test_the_cpp_plugin_compiles(tmp_path):
 
 
 def test_limits_and_errors(monkeypatch):
-    tensorrt_kernel.check_scan(1, 4, 96, 16)
+    kernel.check_scan(1, 4, 96, 16)
     with pytest.raises(UsageError, match="up to 16 states, this scan has 17"):
-        tensorrt_kernel.check_scan(1, 4, 96, 17)
+        kernel.check_scan(1, 4, 96, 17)
     with pytest.raises(UsageError, match="batch and K up to 65535"):
-        tensorrt_kernel.check_scan(70000, 4, 96, 16)
+        kernel.check_scan(70000, 4, 96, 16)
     with pytest.raises(UsageError, match="is no GPU architecture"):
-        tensorrt_kernel.compile_kernel("orin")
+        kernel.compile_kernel("orin")
     monkeypatch.setattr(shutil, "which", lambda *_: None)
     with pytest.raises(ToolchainError, match="compiled with nvcc, which is not here"):
-        tensorrt_kernel.compile_kernel("sm_87")
+        kernel.compile_kernel("sm_87")

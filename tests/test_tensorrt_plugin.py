@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from evm_deploy import tensorrt_kernel, tensorrt_plugin
+from evm_deploy.export.tensorrt import kernel
+from evm_deploy.export.tensorrt import plugin as tensorrt_plugin
 from evm_deploy.scan import onnx_function
 
 # b, K, L, D, N: the stages of T, S and B at 224, and odd ones
@@ -116,10 +117,10 @@ def test_the_launch_is_the_emulated_one(plugin, trt, sizes, dtype):
     tensors = describe(trt, batch, K, L, D, N, getattr(trt, dtype))
     name, code, launch, integers = plugin[1](*tensors, (tensors[0],), tensorrt_plugin.TACTIC)
     grid = tuple(getattr(launch, f"grid_{axis}")._expr.value for axis in "xyz")
-    assert grid == tensorrt_kernel.grid(batch, K, D)
-    assert (launch.block_x._expr.value, launch.shared_mem._expr.value) == (tensorrt_kernel.THREADS, 0)
+    assert grid == kernel.grid(batch, K, D)
+    assert (launch.block_x._expr.value, launch.shared_mem._expr.value) == (kernel.THREADS, 0)
     assert [each._expr.value for each in integers] == [L, D, N]
-    assert (name, code) == (tensorrt_kernel.KERNELS[dtype], "the code")
+    assert (name, code) == (kernel.KERNELS[dtype], "the code")
 
 
 def test_the_package_refuses_a_wrong_signature(trt):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import ImageError
-from evm_deploy.model.preprocess import Preprocessing, read_rgb
 
 FOLDER = Path(__file__).parents[1] / "sdk" / "vectors"
 CONTENT = json.loads((FOLDER / "cases.json").read_bytes())

@@ -7,12 +7,12 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError
-from evm_deploy.export import graph as graph_module
-from evm_deploy.export.bundle import open_bundle
-from evm_deploy.inference import load
-from evm_deploy.model import efficientvmamba
+from evm_deploy.export.hub import graph as graph_module
+from evm_deploy.model.efficientvmamba import network
 from evm_deploy.scan import onnx_function
 
 
@@ -140,13 +140,13 @@ def during_trace(monkeypatch, spoil, restore):
 
 @TARGETS
 def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
-    right = efficientvmamba.split_directions
+    right = network.split_directions
 
     def swap(model):
-        efficientvmamba.split_directions = lambda x: right(x)[:, [0, 2, 1, 3]]
+        network.split_directions = lambda x: right(x)[:, [0, 2, 1, 3]]
 
     def restore(model, undo):
-        efficientvmamba.split_directions = right
+        network.split_directions = right
 
     during_trace(monkeypatch, swap, restore)
     assert run(micro, tmp_path, target=target) == 4
@@ -221,4 +221,4 @@ def test_selftest_notices_a_changed_weight(micro, tmp_path):
     with load(folder) as bundle:
         checks = {check.name: check.ok for check in bundle.selftest()}
     assert not checks["logits"] and checks["scan large_delta"]
-    assert cli_run.run_main([str(folder), "--selftest"]) == 4
+    assert cli.run_main([str(folder), "--selftest"]) == 4

@@ -10,19 +10,19 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from evm_deploy import cli, cli_run
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import source
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import quantize
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import ParityError
 from evm_deploy.export import selftest
-from evm_deploy.export.bundle import open_bundle
-from evm_deploy.export.naming import below
+from evm_deploy.export.hub.naming import below
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.inference import load
 from evm_deploy.runtimes.base import RunOptions
 from tests.test_fused import hub
 
@@ -139,7 +139,7 @@ def test_the_command_needs_no_pictures_and_takes_labelled_ones(tmp_path, capsys)
     assert abs(bundle.manifest.accuracy["drop"]) <= 0.3 and bundle.manifest.accuracy["limit"] == 1.0
     assert not {"calibration", "method"} & set(quantization) and not (path / "calibration.json").exists()
     assert bundle.manifest.notes == []  # slower than 1.05x float32, and that is no fault
-    assert cli_run.run_main([str(path), "--selftest"]) == 0
+    assert cli.run_main([str(path), "--selftest"]) == 0
 
 
 @pytest.mark.parametrize(

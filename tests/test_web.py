@@ -18,15 +18,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from evm_deploy._util.files import sha256
+from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.bundle.loaded import load
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import write_images
 from evm_deploy.errors import EvmError
-from evm_deploy.export.archive import write_zip
-from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.files import sha256
-from evm_deploy.inference import load
-from evm_deploy.model.preprocess import Preprocessing
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan

@@ -1,8 +1,17 @@
 """Latency on the device itself: measured until it is stable, with what is needed to compare two numbers.
 
-Calling this package is calling `measuring.bench`.
+>>> from evm_deploy.bench import bench
 """
 
-from evm_deploy.callable_package import make_callable
+from __future__ import annotations
 
-make_callable(__name__, "measuring", "bench")
+from typing import TYPE_CHECKING
+
+from evm_deploy._util.lazy import lazy_names
+
+__all__ = ["bench"]
+
+if TYPE_CHECKING:
+    from evm_deploy.bench.run import bench
+else:
+    __getattr__ = lazy_names(__name__, {"bench": "evm_deploy.bench.run"})

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.inference import LoadedBundle
-from evm_deploy.plugins import block_trace
+from evm_deploy.bundle.loaded import LoadedBundle
 from evm_deploy.runtimes.base import Feeds, NodeTime
+from evm_deploy.toolchain.plugins import block_trace
 
 RUNS = 30  # with the profiler, at most
 SECONDS = 2.0  # and none begins after

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import write_aside
 from evm_deploy.bench import schema
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
-from evm_deploy.files import write_aside
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20

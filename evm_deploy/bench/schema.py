@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evm_deploy.checks import (
+from evm_deploy._util.checks import (
     anything,
     count,
     either,
@@ -16,7 +16,7 @@ from evm_deploy.checks import (
     text,
     yes_or_no,
 )
-from evm_deploy.export.manifest import ACCURACY
+from evm_deploy.bundle.manifest import ACCURACY
 
 LAYERS = keys(
     how=text,

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import sha256
 from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Settings
+from evm_deploy.bundle import archive
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.bundle.loaded import LoadedBundle, load
+from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export import archive
-from evm_deploy.export.bundle import Bundle
-from evm_deploy.export.manifest import FILE
 from evm_deploy.export.plan import Batch
-from evm_deploy.files import sha256
-from evm_deploy.inference import LoadedBundle, load
 from evm_deploy.runtimes.base import Feeds
 
 TOP = 5  # classes, end to end

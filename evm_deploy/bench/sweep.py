@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evm_deploy.bench.places import Bench
+from evm_deploy._util.progress import Step
 from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.remote.places import Bench
 from evm_deploy.bench.text import file_name
-from evm_deploy.progress import Step
 
 
 @dataclass(frozen=True)

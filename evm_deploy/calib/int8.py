@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.calib.accuracy import Accuracy, compare, keep_float_until
-from evm_deploy.calib.images import ImageSet, calibration_images, labelled_images
+from evm_deploy._util.progress import Progress, Step
+from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
 from evm_deploy.calib.quantize import Layer, layers, quantize
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.source import Source, block_of, feeds, sources
 from evm_deploy.calib.table import CalibrationTable
-from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.progress import Progress, Step
+from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp

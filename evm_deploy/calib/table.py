@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import cache_folder, write_aside
+from evm_deploy._util.progress import Progress
 from evm_deploy.calib.histogram import Histogram, Range
 from evm_deploy.errors import CalibrationError
-from evm_deploy.files import cache_folder, write_aside
-from evm_deploy.progress import Progress
 
 SCHEMA = 1
 SAVE_EVERY = 32  # images between two saves of an unfinished table

@@ -12,9 +12,9 @@ import numpy as np
 def main() -> int:
     import torch
 
+    from evm_deploy.bundle.loaded import load
     from evm_deploy.demo import CHECKPOINT, digits, write_images
-    from evm_deploy.inference import load
-    from evm_deploy.model.checkpoint import load_checkpoint
+    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 
     images, labels = digits("heldout")
     with load(sys.argv[1]) as bundle, tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT, DIGITS, digits
-from evm_deploy.model.efficientvmamba import Architecture, EfficientVMamba
-from evm_deploy.model.preprocess import Preprocessing
+from evm_deploy.model.efficientvmamba.network import Architecture, EfficientVMamba
 
 SIZE, SEED, EPOCHS, BATCH, PEAK_LR = 64, 7, 40, 64, 3e-3
 ARCHITECTURE = Architecture(dim=16, depths=(1, 1, 1, 1), num_classes=10, dt_ranks=(1, 2))

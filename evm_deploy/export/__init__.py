@@ -1,5 +1,25 @@
-"""From a checkpoint to a verified bundle. Calling this package is calling `pipeline.export`."""
+"""From a checkpoint to a verified bundle.
 
-from evm_deploy.callable_package import make_callable
+>>> from evm_deploy.export import ExportPlan, export
+"""
 
-make_callable(__name__, "pipeline", "export")
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evm_deploy._util.lazy import lazy_names
+
+__all__ = ["ExportPlan", "export", "finish"]
+
+if TYPE_CHECKING:
+    from evm_deploy.export.pipeline import export, finish
+    from evm_deploy.export.plan import ExportPlan
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "ExportPlan": "evm_deploy.export.plan",
+            "export": "evm_deploy.export.pipeline",
+            "finish": "evm_deploy.export.pipeline",
+        },
+    )

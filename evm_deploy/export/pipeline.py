@@ -9,21 +9,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evm_deploy import __version__, cross
+from evm_deploy import __version__
+from evm_deploy._util.progress import Step, silent
+from evm_deploy.bundle.bundle import Bundle, check_free, keep, open_bundle, written_aside
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.bundle.readme import bundle_readme
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.bundle import Bundle, check_free, keep, open_bundle, written_aside
-from evm_deploy.export.graph import deployable
-from evm_deploy.export.manifest import Manifest
+from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz, size_text
-from evm_deploy.export.readme import bundle_readme
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.checkpoint import ModelSpec, load_checkpoint
-from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.platforms import host_platform
-from evm_deploy.progress import Step, silent
+from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec, load_checkpoint
 from evm_deploy.runtimes.base import RunOptions, Runtime
+from evm_deploy.toolchain import cross
+from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
     from torch import nn

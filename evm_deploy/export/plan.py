@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evm_deploy.data.preprocessing import MAX_SIDE
 from evm_deploy.errors import UsageError
-from evm_deploy.model.preprocess import MAX_SIDE
-from evm_deploy.platforms import PLATFORMS
+from evm_deploy.toolchain.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features")
 INPUTS = ("image", "tensor")

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.calib.accuracy import MIN_SQNR_DB
+from evm_deploy._util.files import artifact_bytes
+from evm_deploy._util.progress import Step
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.calib.evaluate import MIN_SQNR_DB
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError
-from evm_deploy.export.manifest import Manifest
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, Choice, ExportPlan
 from evm_deploy.export.target import Target, native_library, open_here
-from evm_deploy.files import artifact_bytes
-from evm_deploy.model.checkpoint import ModelSpec
-from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.progress import Step
+from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
 
 TABLE = "calibration.json"

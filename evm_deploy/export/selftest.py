@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError
-from evm_deploy.export.bundle import Bundle
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, ScanShape, Target, Traced
 from evm_deploy.export.verify import Scan, large_delta_probe, run_batched, ssm_error
-from evm_deploy.model.preprocess import Preprocessing
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.scan.reference import selective_scan
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.progress import Step
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.graph import Graph, ScanSite, trace
+from evm_deploy.export.hub.graph import Graph, ScanSite, trace
 from evm_deploy.export.plan import SELFTEST_TOLERANCES, Choice, ExportPlan
-from evm_deploy.model.preprocess import Preprocessing
-from evm_deploy.platforms import host_platform
-from evm_deploy.plugins import find_plugin
-from evm_deploy.progress import Step
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
+from evm_deploy.toolchain.platforms import host_platform
+from evm_deploy.toolchain.plugins import find_plugin
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from evm_deploy.export.manifest import Manifest
+    from evm_deploy.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy import float16
 from evm_deploy.errors import BundleError, ParityError
+from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
 from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec, check_feeds

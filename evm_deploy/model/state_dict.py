@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.files import sha256
 from evm_deploy.errors import CheckpointError
-from evm_deploy.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from evm_deploy._util.text import printable
 from evm_deploy.bench.record import Record
-from evm_deploy.export.bundle import Bundle
-from evm_deploy.printable import printable
+from evm_deploy.bundle.bundle import Bundle
 
 FLOAT = "fp32"
 MAX_TEXT = 200

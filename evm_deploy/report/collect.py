@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evm_deploy._util.files import sha256
 from evm_deploy.bench.record import MAX_BYTES, Record
+from evm_deploy.bundle.archive import SUFFIX as ZIP
+from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export.archive import SUFFIX as ZIP
-from evm_deploy.export.bundle import Bundle, open_bundle
-from evm_deploy.export.manifest import FILE, Manifest
-from evm_deploy.files import sha256
 from evm_deploy.report.candidate import Candidate, Conditions
 
 

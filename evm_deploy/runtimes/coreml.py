@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.coreml_tools import coremltools
 from evm_deploy.errors import BundleError, ToolchainError
+from evm_deploy.export.coreml.coremltools_patch import coremltools
 from evm_deploy.runtimes.base import Feeds, TensorSpec
 
 
@@ -57,7 +57,7 @@ class CoreMlRuntime:
 
     def plan(self) -> dict[str, Any]:
         """Operations, and share of the estimated cost, by the device that Core ML prefers for them."""
-        from evm_deploy.export.bench_on_mac import plan
+        from evm_deploy.export.coreml.bench_on_mac import plan
 
         return plan(self.model, self.model.compute_unit, self.function)
 

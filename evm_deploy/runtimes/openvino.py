@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import intact, seal, sha256
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.files import intact, seal, sha256
-from evm_deploy.openvino_extension import RUN_HINT, check_release
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
+from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release
 
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import ToolchainError
+from evm_deploy.export.tensorrt.finish import MODULES, FinishError, load_tensorrt, make_logger
 from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec
-from evm_deploy.tensorrt_finish import MODULES, FinishError, load_tensorrt, make_logger
 
 REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy.plugins import find_plugin
 from evm_deploy.scan.onnx_function import INPUTS, OUTPUT
+from evm_deploy.toolchain.plugins import find_plugin
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import ImageError
 from evm_deploy.export.selftest import picture
-from evm_deploy.model.preprocess import Preprocessing, read_rgb
 
 HERE = Path(__file__).parent
 TOLERANCE = 1  # of 255

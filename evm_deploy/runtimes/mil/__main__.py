@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.console import Parser, run_command
+from evm_deploy.commands.console import Parser, run_command
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import TensorSpec, check_feeds
 from evm_deploy.runtimes.mil.runtime import MilRuntime

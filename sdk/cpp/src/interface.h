@@ -1,4 +1,4 @@
-// Whether the parts of a bundle belong together, which their hashes do not say: as evm_deploy/inference.py.
+// Whether the parts of a bundle belong together, which their hashes do not say: as evm_deploy/bundle/loaded.py.
 #pragma once
 #include "runtime.h"
 

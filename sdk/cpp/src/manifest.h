@@ -1,4 +1,4 @@
-// manifest.json, read and checked as evm_deploy/export/manifest.py does.
+// manifest.json, read and checked as evm_deploy/bundle/manifest.py does.
 #pragma once
 #include "evm/evm.hpp"
 #include "source.h"

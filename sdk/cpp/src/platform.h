@@ -5,7 +5,7 @@
 
 namespace evm {
 
-// This process's platform, named as evm_deploy/platforms.py does; where it is none of those, a name that is not there.
+// This process's platform, named as evm_deploy/toolchain/platforms.py does; where it is none of those, a name that is not there.
 std::string host_platform();
 
 // A library that the process has loaded; it stays loaded.

@@ -1,0 +1,216 @@
+"""One checkpoint in several forms, each exported and measured: `evm-bench --matrix`. What is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy import __version__
+from evm_deploy._util.files import sha256
+from evm_deploy._util.progress import Progress, Step, silent
+from evm_deploy.bench import device
+from evm_deploy.bench.float_model import FloatModel
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.run import bench
+from evm_deploy.bench.subject import TORCH
+from evm_deploy.bench.text import file_name
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.manifest import FILE as MANIFEST
+from evm_deploy.calib.evaluate import Accuracy, compare
+from evm_deploy.calib.source import feeds
+from evm_deploy.data.images import ImageSet, labelled_images
+from evm_deploy.errors import BundleError, EvmError, UsageError
+from evm_deploy.export.pipeline import bundle_path, complete, export
+from evm_deploy.export.plan import CALIBRATED, QUANTIZED, Batch, ExportPlan, parse_imgsz
+from evm_deploy.export.target import Target, check_plan
+from evm_deploy.export.targets import get_target
+
+FORMS = "torch:fp32,onnx:fp32,onnx:int8,openvino:fp32,openvino:int8"
+CHUNK = 16  # images of one inference of the float model
+BUNDLES = "bundles"  # folder below the records'
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a checkpoint is exported to, or torch: the checkpoint itself."""
+
+    target: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A comparison: one record for each form and setting, in `out`, the bundles below it.
+
+    settings: with `batch`. imgsz: None as saved with the weights. calib, val: as for ExportPlan; with `val` the
+    accuracy of every form is measured.
+    """
+
+    checkpoint: Path
+    forms: tuple[Form, ...]
+    settings: tuple[Settings, ...]
+    out: Path
+    imgsz: str | None = None
+    calib: str | None = None
+    val: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """records: where they are, in the order of the forms. failed: forms that could not be made or measured, and why."""
+
+    records: list[Path] = field(default_factory=list)
+    failed: dict[Form, EvmError] = field(default_factory=dict)
+
+
+def parse_forms(text: str) -> tuple[Form, ...]:
+    """`torch:fp32,onnx:int8` -> forms. Raises UsageError for what no target has."""
+    forms = []
+    for part in text.split(","):
+        name, _, precision = part.strip().partition(":")
+        if name == TORCH:
+            if precision not in ("", "fp32"):
+                raise UsageError(f"--forms {part}: in torch the checkpoint is measured as it is", f"use {TORCH}:fp32")
+            forms.append(Form(TORCH, "fp32"))
+            continue
+        target = get_target(name)
+        if precision and precision not in target.precisions:
+            has = ", ".join(target.precisions)
+            raise UsageError(f"--forms {part}: target '{target.name}' has no such precision", f"it has: {has}")
+        forms.append(Form(target.name, precision or target.precisions[0]))
+    return tuple(dict.fromkeys(forms))
+
+
+def no_progress(done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_progress) -> Outcome:
+    """Export and measure every form. One that fails does not stop the others.
+
+    `step(name, detail)` is entered around each step, `progress` told how many forms are done. A bundle is kept that the
+    same plan, checkpoint and packages made; a record, of the same bundle, settings and machine, if it was stable.
+    Raises EvmErrors for the checkpoint.
+    """
+    source = Checkpoint(matrix)
+    outcome = Outcome()
+    for done, form in enumerate(matrix.forms):
+        progress(done, len(matrix.forms))
+        try:
+            path = source.path if form.target == TORCH else source.exported(form, step)
+            for settings in matrix.settings:
+                outcome.records.append(source.measured(form, path, settings, step))
+        except EvmError as error:
+            outcome.failed[form] = error
+    return outcome
+
+
+class Checkpoint:
+    """The checkpoint of a matrix: its bundles and records."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix, self.path = matrix, matrix.checkpoint
+        self.float = FloatModel(self.path, Settings(imgsz=matrix.imgsz))
+
+    def exported(self, form: Form, step: Step) -> Path:
+        """The bundle of a form, made now unless it is there."""
+        target, plan = get_target(form.target), self.plan(form)
+        path = bundle_path(self.matrix.out / BUNDLES, target, plan, self.float.spec)
+        if not self.is_current(path, target, plan):
+            with step("export", f"{form}, {plan.sizes}"):
+                export(self.path, plan, path.parent, force=True)
+        return path
+
+    def plan(self, form: Form) -> ExportPlan:
+        """Complete, as a manifest holds it."""
+        judged = form.precision in QUANTIZED
+        calibrated = form.precision in CALIBRATED or (judged and not self.matrix.val)
+        plan = ExportPlan(
+            form.target,
+            form.precision,
+            imgsz=parse_imgsz(self.matrix.imgsz) if self.matrix.imgsz else None,
+            batch=Batch.parse("1" if all(each.batch == 1 for each in self.matrix.settings) else "dynamic"),
+            calib=self.matrix.calib if calibrated else None,
+            val=self.matrix.val if judged else None,
+        )
+        return complete(check_plan(get_target(form.target), plan), self.float.spec)[0]
+
+    def is_current(self, path: Path, target: Target, plan: ExportPlan) -> bool:
+        """Whether the bundle at `path` is what an export would make now."""
+        try:
+            manifest = open_bundle(path).manifest
+        except BundleError:
+            return False
+        made_with = {**target.probe().versions, "evm_deploy": __version__}
+        return (
+            manifest.plan == json.loads(json.dumps(plan.as_dict()))
+            and manifest.model["checkpoint"]["sha256"] == self.float.spec.checkpoint["sha256"]
+            and made_with.items() <= manifest.versions.items()
+        )
+
+    def measured(self, form: Form, path: Path, settings: Settings, step: Step) -> Path:
+        """Where the record of a form is, made now unless it is there."""
+        settings = replace(settings, imgsz=self.matrix.imgsz) if form.target == TORCH else settings
+        subject = sha256(path if form.target == TORCH else path / MANIFEST)
+        found = find_record(self.matrix.out, subject, settings)
+        if found:
+            with step("kept", f"{form}, {settings}"):
+                return found
+        with step("measure", f"{form}, {settings}"):
+            record = bench(path, settings)
+        if self.matrix.val and not record.bundle["accuracy"]:
+            with step("judge", f"{form}, {len(self.images)} images"):
+                record = replace(record, bundle={**record.bundle, "accuracy": self.accuracy(form, path).as_dict()})
+        file = self.matrix.out / file_name(record)
+        record.write(file)
+        return file
+
+    def accuracy(self, form: Form, path: Path) -> Accuracy:
+        """Of a float form, on `val`."""
+        if form.target == TORCH:
+            outputs = self.expected
+        else:
+            with load(path) as model:
+                (name,), (head,) = model.inputs, model.outputs
+                rows = [model.run({name: feed})[head][:1] for feed in feeds(self.images, name, model)]
+            outputs = np.concatenate(rows)
+        return compare(self.expected, outputs, self.images.labels)
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The labelled pictures. Raises CalibrationError."""
+        spec, plan = self.float.spec, self.float.plan
+        return labelled_images(Path(str(self.matrix.val)), self.float.preprocessing, spec.num_classes, plan.labels)
+
+    @cached_property
+    def expected(self) -> NDArray[np.float32]:
+        """Logits of the float model on them."""
+        pixels = self.images.pixels()
+        chunks = iter(lambda: list(islice(pixels, CHUNK)), [])
+        return np.concatenate([self.float.run(np.stack(chunk)) for chunk in chunks])
+
+
+def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:
+    """The stable record in `folder` of these settings on this machine. subject: sha256 of manifest or checkpoint."""
+    wanted = {key: value for key, value in asdict(settings).items() if key != "limit_s"}
+    here = device.facts()
+    for file in sorted(folder.glob("*.json")):
+        try:
+            record = Record.read(file)
+        except UsageError:
+            continue  # something else, or of another schema
+        same_machine = here.items() <= record.device.items()
+        same_settings = wanted.items() <= record.settings.items()
+        if record.stable and same_machine and same_settings and record.bundle["manifest_sha256"] == subject:
+            return file
+    return None

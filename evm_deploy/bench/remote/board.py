@@ -1,0 +1,156 @@
+"""`--host`: bundles measured on another machine, over ssh."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evm_deploy._util.checks import keys, mapping, nullable, text
+from evm_deploy._util.progress import Step
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.remote.agent import NAME, build_agent
+from evm_deploy.bench.remote.ssh import Connection
+from evm_deploy.bench.run import STARTUP_S, record_of
+from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.manifest import FILE, Manifest
+from evm_deploy.errors import ToolchainError, UsageError
+
+PYTHON = (3, 10)
+CHECK_S = 60.0
+CHECKED = keys(platform=text, versions=mapping(nullable(text)))
+
+
+class Need(NamedTuple):
+    """module: what is imported. package: what is installed. least: its oldest version that is known to do."""
+
+    module: str
+    package: str
+    least: str
+
+
+COMMON = (Need("numpy", "numpy", "1.26"), Need("safetensors", "safetensors", "0.4"))
+PICTURES = Need("PIL", "pillow", "10")
+RUNTIMES: Mapping[str, tuple[Need, ...]] = {
+    "onnx": (Need("onnxruntime", "onnxruntime", "1.17"),),
+    "openvino": (Need("openvino", "openvino", "2026.4"),),
+    "coreml": (Need("coremltools", "coremltools", "9.0"),),
+    "trt": (Need("tensorrt", "tensorrt", "10.0"), Need("cuda", "cuda-python", "")),
+    "trt-rtx": (Need("tensorrt_rtx", "tensorrt-rtx-cu13-bindings", "1.7"), Need("cuda", "cuda-python", "")),
+}
+
+
+class Board:
+    """A board with the agent on it. Called as `bench.run.bench`; raises the same, and ToolchainErrors of the board's.
+
+    platform: as in platforms.py.
+    """
+
+    def __init__(self, connection: Connection, step: Step) -> None:
+        self._connection, self._step = connection, step
+        self.at = connection.host
+        if connection.version < PYTHON:
+            raise ToolchainError(
+                f"{self.at} has Python {'.'.join(map(str, connection.version))}, 3.10 or newer is needed",
+                "install one there, and name it with --python PATH",
+            )
+        for _ in connection.send(NAME, build_agent()):
+            pass
+        self.platform: str = self._check(())["platform"]
+        self._sent: dict[str, str] = {}
+
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Check that the board has what the bundle needs, and send it. Raises as a call does."""
+        bundle = open_bundle(path)
+        if settings.cache:
+            raise UsageError("--cache with --host: nothing is to stay on the board", "leave it out")
+        self._require(bundle.manifest, settings)
+        self._place(path, bundle)
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record:
+        bundle = open_bundle(path)
+        there = settings
+        if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
+            there = replace(settings, scan="bundled")  # the user's own library, sent by the user to the user's board
+        arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(asdict(there))]
+        answer = self._connection.run([NAME, *arguments], settings.limit_s + STARTUP_S)
+        if answer.late:
+            raise ToolchainError(
+                f"measuring {path} on {self.at} did not end within {settings.limit_s + STARTUP_S:.0f} s"
+            )
+        record = record_of(answer.stdout, answer.stderr, answer.code, f"{path} on {self.at}")
+        warnings = [*record.warnings, *no_library(bundle.manifest, record, self.platform)]
+        return replace(
+            record,
+            device={**record.device, "at": self.at},
+            settings={**record.settings, "scan": settings.scan},  # as asked; runtime.scan says how it ran
+            warnings=warnings,
+        )
+
+    def _require(self, manifest: Manifest, settings: Settings) -> None:
+        """Raise ToolchainError, saying what to install, unless the board has what the bundle needs."""
+        pictures = (PICTURES,) if settings.timed == "end-to-end" else ()
+        needs = (*COMMON, *RUNTIMES[manifest.target], *pictures)
+        versions = self._check([need.module for need in needs])["versions"]
+        wrong = [(need, versions[need.module]) for need in needs if not serves(versions[need.module], need.least)]
+        if wrong:
+            lacks = ", ".join(f"{need.package}{f' (has {version})' if version else ''}" for need, version in wrong)
+            install = " ".join(f"'{need.package}>={need.least}'" if need.least else need.package for need, _ in wrong)
+            raise ToolchainError(
+                f"{self.at} lacks for target '{manifest.target}': {lacks}",
+                f"there:  {self._connection.python} -m pip install {install}\n"
+                "  or into a virtual environment, and here --python PATH/bin/python",
+            )
+
+    def _check(self, modules: list[str] | tuple[()]) -> dict[str, Any]:
+        answer = self._connection.run([NAME, "--tied", "check", *modules], CHECK_S)
+        try:
+            content: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+            CHECKED(content, "")
+        except (IndexError, ValueError, RecursionError) as error:
+            said = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ToolchainError(f"the agent does not run on {self.at}: {said}") from error
+        return content
+
+    def _place(self, path: str | Path, bundle: Bundle) -> str:
+        """The bundle's folder on the board, sent when it is first asked for: what the manifest names, nothing else."""
+        if str(path) in self._sent:
+            return self._sent[str(path)]
+        folder = f"{len(self._sent)}/{bundle.path.resolve().name}"
+        files = [FILE, *bundle.manifest.files]
+        total = sum((bundle.path / name).stat().st_size for name in files)
+        with self._step("send", f"{bundle.path.name}, {total / 1e6:.1f} MB, to {self.at}") as advance:
+            before = 0
+            for name in files:
+                sent = 0
+                for sent in self._connection.send(f"{folder}/{name}", bundle.path / name):
+                    advance(before + sent, total)
+                before += sent
+        self._sent[str(path)] = folder
+        return folder
+
+
+def serves(version: str | None, least: str) -> bool:
+    """Whether an installed version is new enough; one that does not say which it is (empty) is believed."""
+    if version is None:
+        return False
+    return not (version and least) or _numbers(version) >= _numbers(least)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def no_library(manifest: Manifest, record: Record, platform: str) -> list[str]:
+    """Says so where scans could run on a native library, had the bundle one for the board."""
+    could = "plugin" in manifest.scan["value"].split("+")
+    if not could or record.runtime["scan"]["value"] != "portable" or platform in manifest.plugins:
+        return []
+    return [f"scans ran in their portable form: the bundle has no native library for {platform} (evm-export --device)"]

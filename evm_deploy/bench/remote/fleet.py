@@ -1,0 +1,127 @@
+"""`--devices fleet.toml`: several boards at the same time, one of which may fail without stopping the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evm_deploy._util.progress import Progress, Step
+from evm_deploy._util.toml import checked, read_toml
+from evm_deploy.bench.record import Record
+from evm_deploy.bench.remote.places import Place, opened
+from evm_deploy.bench.sweep import Sweep
+from evm_deploy.errors import EvmError, UsageError
+
+PLACE = ("host", "adb", "device", "ssh", "python", "runner")
+KEYS: Mapping[str, type] = {"name": str, "threads": int, "batch": int, "scan": str, **dict.fromkeys(PLACE, str)}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One `[[board]]` of the file: where it is, and what is measured there."""
+
+    name: str
+    place: Place
+    sweep: Sweep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a board: its records, and the error that ended them, if one did."""
+
+    name: str
+    found: Sequence[tuple[Record, Path]]
+    error: EvmError | None
+
+
+def read_fleet(path: Path, place: Place, sweep: Sweep) -> list[Member]:
+    """The boards of a file; what one does not say is as in `place` and `sweep`. Raises UsageError."""
+    content = read_toml(path, "--devices")
+    boards = content.get("board")
+    if set(content) != {"board"} or not isinstance(boards, list) or not boards:
+        raise UsageError(f"--devices {path}: it holds [[board]] tables, and nothing else", "docs/latency.md has one")
+    members = [_member(f"--devices {path}: board {i}", board, place, sweep) for i, board in enumerate(boards, 1)]
+    names = [member.name for member in members]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--devices {path}: two boards are named {name!r}")
+    return members
+
+
+def _member(where: str, board: object, place: Place, sweep: Sweep) -> Member:
+    if not isinstance(board, dict):
+        raise UsageError(f"{where} is not a [[board]] table")
+    values = checked(where, board, KEYS, required=("name",))
+    name = values["name"]
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        raise UsageError(f"{where}: name {name!r} becomes a folder", "use letters, digits, - and _")
+    for key in ("threads", "batch"):
+        if values.get(key, 1) < 1:
+            raise UsageError(f"{where}: {key} is {values[key]}, use a number from 1")
+    its_place = replace(place, **{key: values[key] for key in PLACE if key in values})
+    its_sweep = replace(
+        sweep,
+        threads=(values["threads"],) if "threads" in values else sweep.threads,
+        batches=(values["batch"],) if "batch" in values else sweep.batches,
+        settings=replace(sweep.settings, scan=values.get("scan", sweep.settings.scan)),
+        out=sweep.out / name,
+    )
+    return Member(name, its_place, its_sweep)
+
+
+def run_fleet(members: Sequence[Member], step: Step) -> list[Outcome]:
+    """Measure on all of them at the same time."""
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(lambda member: _run(member, named(step, member.name)), members))
+
+
+def _run(member: Member, step: Step) -> Outcome:
+    found: list[tuple[Record, Path]] = []
+    try:
+        with opened(member.place, step) as bench:
+            found.extend(member.sweep.run(bench, step))
+    except EvmError as error:
+        return Outcome(member.name, found, error)
+    except OSError as error:
+        return Outcome(member.name, found, EvmError(f"{error.filename or member.name}: {error.strerror or error}"))
+    return Outcome(member.name, found, None)
+
+
+def named(step: Step, name: str) -> Step:
+    """The same step, with the board's name before what it says."""
+
+    def with_name(what: str, detail: str) -> AbstractContextManager[Progress]:
+        return step(what, f"{name}: {detail}")
+
+    return with_name
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line for each record, and one for each board that failed."""
+    rows = [("board", "bundle", "threads", "batch", "p50 ms", "95 %", "stable")]
+    failed = []
+    for outcome in outcomes:
+        for record, _ in outcome.found:
+            low, high = record.interval_ms
+            settings = record.settings
+            rows.append(
+                (
+                    outcome.name,
+                    record.bundle["name"],
+                    str(settings["threads"] or "auto"),
+                    str(settings["batch"]),
+                    f"{record.summary_ms['p50']:.3g}",
+                    f"{low:.3g}-{high:.3g}",
+                    "yes" if record.stable else "NO",
+                )
+            )
+        if outcome.error:
+            failed.append(f"{outcome.name}: FAILED: {outcome.error}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows] + (
+        failed
+    )

@@ -1,0 +1,243 @@
+"""`--adb SERIAL --runner FILE`: ONNX bundles measured on an Android device, by ONNX Runtime's onnxruntime_perf_test.
+
+Tested on a fake adb; not run on a device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import math
+import re
+import secrets
+import shlex
+import subprocess
+import tempfile
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from evm_deploy._util.progress import Step
+from evm_deploy.bench.device import State
+from evm_deploy.bench.latency import throughput
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.remote import perf_test
+from evm_deploy.bench.subject import batch_size, bundle_facts
+from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.errors import ToolchainError, UsageError
+
+RUN_S = 10  # the program does not know when it is stable; a record says whether it was
+ANSWER_S = 60.0
+PUSH_S = 600.0
+WHERE = "/data/local/tmp"  # where the shell user may write and run
+NOTHING = State((), {}, None, None)
+STATES = {
+    "unauthorized": "allow this computer on the device's screen",
+    "offline": "unplug it and plug it in again, or  adb reconnect",
+    "not found": "adb devices  lists those that are there",
+    "no devices": "connect one, with USB debugging on; adb devices  lists them",
+    "no permissions": "see udev rules:  https://developer.android.com/tools/device.html",
+}
+# Ends with its stdin, which ends with adb: then the runner is killed and the folder removed.
+SCRIPT = """cd {folder} || exit 1
+exec 3<&0
+LD_LIBRARY_PATH=. ./{runner} {arguments} </dev/null >printed 2>&1 & run=$!
+(cat <&3; trap '' TERM; kill -9 $run; rm -rf {folder}) >/dev/null 2>&1 & watch=$!
+wait $run; code=$?
+kill $watch 2>/dev/null
+tail -c 4000 printed
+exit $code
+"""
+FACTS = """getprop ro.product.manufacturer; getprop ro.product.model; getprop ro.soc.model; getprop ro.product.cpu.abi
+getprop ro.build.version.release; nproc; grep MemTotal /proc/meminfo
+cat /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor 2>/dev/null || echo"""
+
+
+class AdbError(ToolchainError):
+    """A command that adb passed on failed."""
+
+
+class Phone:
+    """An Android device with the runner on it, in a folder that is removed on leaving. Called as `bench.run.bench`.
+
+    Raises ToolchainError for a device that adb does not reach, a runner that fails, results that are none.
+    """
+
+    platform = "android-aarch64"
+
+    def __init__(self, serial: str, runner: Path, step: Step) -> None:
+        if not runner.is_file():
+            raise UsageError(f"--runner {runner} is not a file", "onnxruntime_perf_test, compiled for Android")
+        self._serial, self._runner, self._step = serial, runner, step
+        self._folder = f"{WHERE}/evm-bench-{secrets.token_hex(6)}"
+        self._adb("get-state")
+        atexit.register(self._clear)  # an interrupted command ends without leaving `with` blocks
+        self._device = self._facts()
+
+    def __enter__(self) -> Phone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()
+        atexit.unregister(self._clear)
+
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Refuse what cannot be measured there; send the rest. Raises UsageError, BundleError, ToolchainError."""
+        bundle = open_bundle(path)
+        refused = {
+            f"a bundle for {bundle.manifest.target}": bundle.manifest.target != "onnx",
+            "--end-to-end": settings.timed == "end-to-end",
+            "--cache": bool(settings.cache),
+            "--cuda-graph": settings.cuda_graph,
+            "several streams": settings.streams > 1,
+            f"--device {settings.device}": settings.device not in (None, "CPU"),
+        }
+        for what, is_so in refused.items():
+            if is_so:
+                raise UsageError(f"{what} with --adb: onnxruntime_perf_test measures ONNX models, on the CPU")
+        library = self._library(bundle.manifest, settings)
+        files = [bundle.path / bundle.manifest.artifact, self._runner, *self._runner.parent.glob("libonnxruntime*.so")]
+        files += [bundle.path / library] if library else []
+        self._clear()
+        with self._step("send", f"{bundle.path.name} and {self._runner.name}, to {self._serial}"):
+            self._shell(f"mkdir {self._folder}")
+            self._adb("push", *map(str, files), self._folder, seconds=PUSH_S)
+            self._shell(f"chmod 755 {self._folder}/{shlex.quote(self._runner.name)}")
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record:
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
+        batch = batch_size(manifest.batch, settings.batch)
+        library = self._library(manifest, settings)
+        seconds = math.ceil(min(settings.limit_s, RUN_S))
+        arguments = perf_test.arguments(
+            manifest.artifact,
+            seconds,
+            settings.threads,
+            None if manifest.batch.static else batch,
+            f"./{Path(library).name}" if library else None,
+        )
+        script = SCRIPT.format(
+            folder=self._folder, runner=shlex.quote(self._runner.name), arguments=shlex.join(arguments)
+        )
+        try:
+            printed = self._shell(script, seconds=seconds + ANSWER_S)
+        except AdbError as error:
+            raise ToolchainError(
+                f"{self._runner.name} failed: {error}", "is it for this device's processor?"
+            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / perf_test.RESULT
+            self._adb("pull", f"{self._folder}/{perf_test.RESULT}", str(result))
+            written = result.read_text(encoding="utf-8", errors="replace") if result.is_file() else ""
+        self._shell(f"rm -f {self._folder}/{perf_test.RESULT}")
+        return self._record(bundle, replace(settings, batch=batch), library, perf_test.read(printed, written))
+
+    def _library(self, manifest: Manifest, settings: Settings) -> str | None:
+        """The bundle's native library for Android, where it has one and it is not unwanted."""
+        if settings.scan == "portable":
+            return None
+        library = manifest.plugins.get(self.platform)
+        if library is None and settings.scan in ("plugin", "bundled"):
+            has = ", ".join(manifest.plugins) or "none"
+            raise UsageError(f"--scan {settings.scan}: the bundle has no native library for Android; it has: {has}")
+        return library
+
+    def _record(self, bundle: Bundle, settings: Settings, library: str | None, found: perf_test.Measured) -> Record:
+        latency = found.latency
+        unstable = [] if latency.stable else ["not stable: the medians of windows differ by more than 5 %, or are few"]
+        return Record(
+            bundle=bundle_facts(bundle),
+            device={"at": f"adb {self._serial}", "profile": None, **self._device},
+            runtime={
+                "versions": {},
+                "scan": {
+                    "value": "plugin" if library else "portable",
+                    "reason": "the bundle's native library" if library else "no native library for Android in use",
+                },
+                "plan": {},
+            },
+            settings=asdict(settings),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            load_ms={"fresh": round(found.load_ms, 2)},
+            first_ms=found.first_ms,
+            warm_up=latency.warm_up,
+            stable=latency.stable,
+            samples_ms=[round(value, 5) for value in latency.samples],
+            summary_ms=latency.summary(),
+            interval_ms=latency.interval(),
+            device_ms={},
+            layers={},
+            energy_mj={},
+            throughput=round(throughput(latency, settings.batch or 1), 2),
+            memory_mb={"peak": round(found.peak_mb, 1)},
+            before=asdict(NOTHING),
+            after=asdict(NOTHING),
+            warnings=["measured by onnxruntime_perf_test, on inputs that it makes itself", *unstable],
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        lines = [line.strip() for line in self._shell(FACTS).splitlines()] + [""] * 8
+        maker, model, soc, abi, release, cores, memory, governor = lines[:8]
+        megabytes = re.search(r"\d+", memory)
+        return {
+            "model": f"{maker} {model}".strip(),
+            "cpu": soc or abi,
+            "machine": abi,
+            "cores": int(cores) if cores.isdigit() else None,
+            "usable_cores": int(cores) if cores.isdigit() else None,
+            "governor": governor or None,
+            "memory_mb": int(megabytes[0]) // 1024 if megabytes else None,
+            "system": f"Android {release}",
+            "python": None,
+        }
+
+    def _clear(self) -> None:
+        with contextlib.suppress(ToolchainError):
+            self._shell(f"rm -rf {self._folder}")
+
+    def _shell(self, script: str, seconds: float = ANSWER_S) -> str:
+        return self._adb("shell", script, seconds=seconds)
+
+    def _adb(self, *arguments: str, seconds: float = ANSWER_S) -> str:
+        """What an adb command prints. Its stdin is a pipe, held for as long as it runs and ending with this process."""
+        command = ["adb", "-s", self._serial, *arguments]
+        try:
+            with subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as process:
+                return self._printed(process, arguments, seconds)
+        except FileNotFoundError as error:
+            raise ToolchainError("adb is not installed", "it is in Android's platform-tools") from error
+
+    def _printed(self, process: subprocess.Popen[str], arguments: tuple[str, ...], seconds: float) -> str:
+        assert process.stdout
+        late = threading.Timer(seconds, process.kill)
+        late.start()
+        try:
+            printed = process.stdout.read()
+            code = process.wait()
+        finally:
+            late.cancel()
+            process.kill()
+        if code == 0:
+            return printed
+        if code < 0:
+            raise ToolchainError(f"adb {arguments[0]} on {self._serial} did not end within {seconds:.0f} s")
+        lines = printed.strip().splitlines() or ["it said nothing"]
+        for line in lines:
+            for state, hint in STATES.items():
+                if line.startswith(("error: ", "adb: ")) and state in line:
+                    raise ToolchainError(f"{self._serial} cannot be reached: {line}", hint)
+        raise AdbError(f"adb {arguments[0]} on {self._serial} failed with code {code}: {lines[-1]}")

@@ -1,0 +1,128 @@
+"""Where to measure: this machine, a board over ssh, a phone over adb; and as what kind of device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from evm_deploy._util.progress import Step
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.bench.run import bench
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.devices.profiles import Profile, find_profile
+from evm_deploy.errors import UsageError
+from evm_deploy.toolchain.platforms import host_platform
+
+
+class Bench(Protocol):
+    """Measures bundles somewhere, as `bench.run.bench` does here. platform: of that place, as in platforms.py."""
+
+    platform: str
+
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Everything before the measurement that says how far it is by itself. Raises EvmErrors."""
+        ...
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """host: `user@board[:port]`, and adb: serial of a phone; without either, this machine.
+
+    device: profile name, file, or OpenVINO's name. ssh, python: the command here, the interpreter there. runner:
+    onnxruntime_perf_test for the phone.
+    """
+
+    host: str | None = None
+    adb: str | None = None
+    device: str | None = None
+    ssh: str = "ssh"
+    python: str = "python3"
+    runner: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.host and self.adb:
+            raise UsageError("--host and --adb are two places", "leave one out, or list both in --devices FILE.toml")
+        if bool(self.adb) != bool(self.runner):
+            raise UsageError(
+                "--adb and --runner belong together",
+                "--runner FILE: an onnxruntime_perf_test compiled for Android, from ONNX Runtime's own build",
+            )
+
+
+class Here:
+    """This machine."""
+
+    def __init__(self) -> None:
+        self.platform = host_platform()
+
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Nothing."""
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record:
+        return bench(path, settings)
+
+
+class AsProfile:
+    """A place that is a kind of device: its threads and OpenVINO device, where they are not given.
+
+    Raises UsageError for a place or bundle that is not of this kind.
+    """
+
+    def __init__(self, there: Bench, profile: Profile) -> None:
+        self._there, self._profile, self.platform = there, profile, there.platform
+        if profile.platform != self.platform:
+            raise UsageError(
+                f"device {profile.name!r} is {profile.platform}, this would be measured on {self.platform}",
+                "measure on the device: --host user@board, or --adb SERIAL" if isinstance(there, Here) else "",
+            )
+
+    def prepare(self, path: str | Path, settings: Settings) -> None:
+        self._there.prepare(path, self._settings(path, settings))
+
+    def __call__(self, path: str | Path, settings: Settings) -> Record:
+        record = self._there(path, self._settings(path, settings))
+        return replace(record, device={**record.device, "profile": self._profile.name})
+
+    def _settings(self, path: str | Path, settings: Settings) -> Settings:
+        profile, target = self._profile, open_bundle(path).manifest.target
+        if target not in profile.targets:
+            raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
+        device = settings.device or (profile.openvino_device if target == "openvino" else None)
+        return replace(settings, threads=settings.threads or profile.threads, device=device)
+
+
+def profile_of(device: str | None) -> Profile | None:
+    """The profile that `--device` names; None for one of OpenVINO's devices, which are upper case: GPU, HETERO:GPU,CPU.
+
+    Raises UsageError.
+    """
+    if device is None or (device[:1].isupper() and not device.endswith(".toml")):
+        return None
+    return find_profile(device, also=("CPU", "GPU", "AUTO", "HETERO:GPU,CPU"))
+
+
+@contextlib.contextmanager
+def opened(place: Place, step: Step) -> Iterator[Bench]:
+    """Connect to a place. Raises UsageError, ToolchainError."""
+    profile = profile_of(place.device)
+    with contextlib.ExitStack() as stack:
+        there: Bench = Here()
+        if place.host:
+            from evm_deploy.bench.remote.board import Board
+            from evm_deploy.bench.remote.ssh import Connection, Host
+
+            host = Host.parse(place.host)
+            with step("connect", host.text):
+                connection = stack.enter_context(Connection(host, place.ssh, place.python))
+                there = Board(connection, step)
+        elif place.adb and place.runner:
+            from evm_deploy.bench.remote.phone import Phone
+
+            with step("connect", f"{place.adb}, adb"):
+                there = stack.enter_context(Phone(place.adb, Path(place.runner), step))
+        yield AsProfile(there, profile) if profile else there

@@ -1,0 +1,228 @@
+"""One connection to a board: the system's ssh, and the supervisor at its other end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from evm_deploy._util.checks import keys, listing, nullable, number, size, text, yes_or_no
+from evm_deploy.bench.remote import supervisor
+from evm_deploy.errors import ToolchainError, UsageError
+
+# What is given by the user comes first and wins: ssh takes the first value of an option.
+OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
+    *("-o", "RemoteCommand=none", "-T"),
+)
+CONNECT_S = 60.0
+CLOSE_S = 10.0
+ALIVE_S = 5.0  # between signs of life: a sixth of the supervisor's patience
+MAX_NOISE = 1 << 16  # bytes that a board's login scripts may print
+MAX_ANSWER = 64 << 20
+VERSION = listing(size, length=2)
+ANSWER = keys(code=nullable(number), stdout=text, stderr=text, late=yes_or_no)
+BLOCK = 1 << 18
+REFUSALS = (  # what ssh says, and what to do
+    ("IDENTIFICATION HAS CHANGED", "another key than the known one: find out why before  ssh-keygen -R"),
+    ("Host key verification failed", "its key is not known: connect once by hand,  ssh {host},  and compare it"),
+    ("Permission denied", "passwords are not asked for: ssh-copy-id {host}, or load the key with ssh-add"),
+    ("Could not resolve hostname", "check the name, or give an address"),
+    ("Connection refused", "is sshd running there, on this port?"),
+    ("timed out", "is it switched on and in this network?"),
+    ("No route to host", "is it switched on and in this network?"),
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """`[user@]board[:port]`; board: a name, an alias in ssh's configuration, an address, [::1]."""
+
+    text: str
+    destination: str
+    port: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Host:
+        """Raises UsageError."""
+        found = re.fullmatch(
+            r"(?:ssh://)?(?P<user>[\w.+-]+@)?(?P<board>\[[\w:.%]+\]|[\w.-]+)(?::(?P<port>\d+))?/?", text
+        )
+        port = int(found["port"]) if found and found["port"] else None
+        if not found or text.startswith("-") or found["board"].startswith("-") or (port and port > 65535) or port == 0:
+            raise UsageError(f"--host {text!r}: use user@board or user@board:port")
+        return cls(text, (found["user"] or "") + found["board"].strip("[]"), port)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a run on the board ended. late: it was killed at its time limit."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+    late: bool
+
+
+class Connection:
+    """A board that answers: files to a fresh folder there, runs of its Python in it; leaving it removes all.
+
+    ssh: the command, such as `ssh -F my_config`. python: that of the board, taken as its shell takes it. One ssh
+    process, whose end, however it comes, ends everything on the board. Raises ToolchainErrors that say what to do.
+    """
+
+    def __init__(self, host: Host, ssh: str, python: str) -> None:
+        self.host = host.text
+        self.python = python
+        source = Path(supervisor.__file__).read_bytes()
+        remote = f"exec {python} -c 'import sys;exec(sys.stdin.buffer.read({len(source)}))'"
+        port = ("-p", str(host.port)) if host.port else ()
+        command = [*shlex.split(ssh), *OPTIONS, *port, "--", host.destination, f"exec sh -c {shlex.quote(remote)}"]
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the connection
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        try:
+            self._ssh = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
+            )
+        except OSError as error:
+            raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}", "install OpenSSH's client") from error
+        threading.Thread(target=self._stay_alive, daemon=True).start()
+        try:
+            self._write(source)
+            self.version = self._greeting()
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, name: str, content: Path | bytes) -> Iterator[int]:
+        """Put a file into the folder there; yields the bytes sent so far."""
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        with self._lock:
+            self._write_now(json.dumps({"file": name, "size": size}).encode() + b"\n")
+            with contextlib.ExitStack() as stack:
+                file = None if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
+                for start in range(0, size, BLOCK):
+                    block = file.read(BLOCK) if file else content[start : start + BLOCK]  # type: ignore[index]
+                    self._write_now(block)
+                    yield min(start + BLOCK, size)
+
+    def run(self, arguments: list[str], seconds: float) -> Answer:
+        """Run the board's Python on the arguments, in the folder."""
+        self._write(json.dumps({"run": arguments, "seconds": seconds}).encode() + b"\n")
+        line = self._line(seconds + CONNECT_S, MAX_ANSWER)
+        try:
+            content = json.loads(line)
+            ANSWER(content, "")
+            answer = Answer(**content)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._lost() from error
+        if answer.code is None:
+            raise ToolchainError(f"{self.host}: {answer.stderr}")
+        return answer
+
+    def close(self) -> None:
+        """End what is there and remove it; waits for that as long as the board may be expected to answer."""
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self._ssh.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._ssh.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._ssh.kill()
+            self._ssh.wait()
+        self._ssh.stdout.close()  # type: ignore[union-attr]
+        self._stderr.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _greeting(self) -> tuple[int, int]:
+        """Python's version, behind whatever a board's login scripts print."""
+        mark, seen = supervisor.MARK.encode(), 0
+        while seen < MAX_NOISE:
+            line = self._line(CONNECT_S, MAX_NOISE)
+            if mark in line:
+                with contextlib.suppress(ValueError, RecursionError):
+                    VERSION(version := json.loads(line.partition(mark)[2]), "version")
+                    return version[0], version[1]
+            seen += len(line)
+        raise ToolchainError(f"{self.host} prints, and does not start", "its login scripts must end without a terminal")
+
+    def _line(self, seconds: float, limit: int) -> bytes:
+        """The next line from the board. Raises ToolchainError where none comes in time."""
+        late = threading.Timer(seconds, self._ssh.kill)
+        late.start()
+        line = b""
+        try:
+            while not line.endswith(b"\n"):
+                part = self._ssh.stdout.read(BLOCK) if len(line) < limit else b""  # type: ignore[union-attr]
+                if not part:
+                    raise self._lost()
+                line += part
+        finally:
+            late.cancel()
+        return line
+
+    def _write(self, content: bytes) -> None:
+        with self._lock:
+            self._write_now(content)
+
+    def _write_now(self, content: bytes) -> None:
+        view = memoryview(content)
+        try:
+            while view:
+                view = view[self._ssh.stdin.write(view) :]  # type: ignore[union-attr]
+        except OSError as error:
+            raise self._lost() from error
+
+    def _stay_alive(self) -> None:
+        while not self._closed.wait(ALIVE_S):
+            try:
+                self._write(b"\n")
+            except (ToolchainError, ValueError):
+                return
+
+    def _lost(self) -> ToolchainError:
+        """Why ssh, or the board, does not go on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._ssh.wait(1)
+        code = self._ssh.poll()
+        self._stderr.seek(0)
+        said = self._stderr.read().decode("utf-8", "replace").strip()
+        with contextlib.suppress(ValueError, KeyError, IndexError):  # the supervisor's own last word, if it had one
+            last = self._ssh.stdout.read() if code is not None else b""  # type: ignore[union-attr]
+            return ToolchainError(f"{self.host}: {json.loads(last.splitlines()[-1])['stderr']}")
+        return explained(self.host, self.python, code, said)
+
+
+def explained(host: str, python: str, code: int | None, said: str) -> ToolchainError:
+    """The error for an ssh that ended with `code` and `said` something."""
+    last = (said.splitlines() or [""])[-1].strip()
+    if code == 255:
+        for text, hint in REFUSALS:
+            if text in said:
+                return ToolchainError(f"cannot connect to {host}: {last}", hint.format(host=host))
+        return ToolchainError(
+            f"the connection to {host} failed: {last or 'ssh says nothing'}", f"try  ssh {host}  by hand"
+        )
+    if code in (126, 127):
+        return ToolchainError(
+            f"{host} has no {python} that runs: {last}", "install Python 3.10 or newer there, or give --python PATH"
+        )
+    if code is not None and code < 0:
+        return ToolchainError(f"{host} did not answer in time, or ssh was killed", f"try  ssh {host}  by hand")
+    return ToolchainError(f"{host} ended with code {code}: {last or 'it said nothing'}", f"try  ssh {host}  by hand")

@@ -1,0 +1,1 @@
+"""What an app needs of a bundle: no torch, no export."""

@@ -1,0 +1,158 @@
+"""Bundles on disk: written aside and renamed, hashed, checked on opening."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from evm_deploy._util.files import artifact_bytes, aside, sha256
+from evm_deploy.bundle import archive, signing
+from evm_deploy.bundle.manifest import FILE, Manifest
+from evm_deploy.errors import BundleError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. unpacked: the temporary folder that it is in, if it came as a zip; it goes with this object."""
+
+    path: Path
+    manifest: Manifest
+    unpacked: TemporaryDirectory[str] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the artifact, its weights included."""
+        return artifact_bytes(self.path / self.manifest.artifact)
+
+
+def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> Bundle:
+    """Read the manifest of the bundle at `path`, a folder or a zip, and check the hash of every file.
+
+    signed_by: the key that must have signed it; then it may hold nothing else. Raises BundleError.
+    """
+    path, unpacked = Path(path), None
+    if path.suffix == archive.SUFFIX and path.is_file():
+        path, unpacked = archive.unpacked(path)
+    try:
+        here = path.is_dir()
+    except OSError as error:
+        raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
+    if not here:
+        what = "is a file, not a bundle folder" if path.exists() else "does not exist"
+        raise BundleError(f"bundle {path} {what}", "make one with evm-export")
+    manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
+    if manifest.rejected:
+        raise BundleError(f"bundle {path} was rejected at export: {'; '.join(manifest.parity.get('failures', []))}")
+    for name, facts in manifest.files.items():
+        file = path / name
+        try:
+            damaged = sha256(file) != facts["sha256"]
+        except FileNotFoundError as error:
+            raise BundleError(f"bundle {path}: {name} is missing", "copy the bundle again, whole") from error
+        except OSError as error:
+            raise BundleError(f"bundle {path}: {name} cannot be read: {error.strerror}") from error
+        if damaged:
+            raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
+    if signed_by:
+        signing.check_nothing_else(path, set(manifest.files))
+    return Bundle(path, manifest, unpacked)
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Refuse before work starts what could not be written at its end."""
+    try:
+        path.exists()
+    except OSError as error:
+        raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
+    if path.exists() and not force:
+        raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
+    if path.exists() and not (path / FILE).is_file():
+        raise BundleError(f"{path} exists and is not a bundle: not replaced", "choose another --out")
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write a bundle into; removed again unless `keep` renamed it away.
+
+    Left-overs of killed exports to the same path are removed first. Raises BundleError when the disk will not have it.
+    """
+    try:
+        _sweep(path)
+        unfinished = aside(path)
+    except OSError as error:
+        raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
+    with unfinished as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        try:
+            yield folder
+        except OSError as error:
+            raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
+
+
+def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
+    """Finish `folder` with hashes and manifest, and rename it to `path`; a bundle already there is replaced."""
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600: an app of another user must read it
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest = replace(manifest, files=files)
+    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    _replace(folder, path)
+    return Bundle(path, manifest)
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`; what was there stays when that fails or the process ends in between."""
+    old = folder.with_name(folder.name + ".old")
+
+    def restore() -> None:
+        if old.exists() and not path.exists():
+            old.rename(path)
+
+    atexit.register(restore)
+    try:
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+    finally:
+        restore()
+        atexit.unregister(restore)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*"):
+        pid = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            if left.name.endswith(".old") and not path.exists():
+                left.rename(path)  # killed between the two renames: the old bundle is still good
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there: leave what may be somebody's
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,263 @@
+"""load(): a bundle as an app uses it. Needs the bundle's runtime, numpy and Pillow; never torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy._util.files import sha256
+from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.manifest import FILE as MANIFEST
+from evm_deploy.bundle.signing import public_key
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.export import selftest
+from evm_deploy.export.plan import Choice, one_of
+from evm_deploy.export.targets import get_target
+from evm_deploy.export.verify import run_batched
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds
+from evm_deploy.toolchain.platforms import host_platform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves the batch open
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image. `score`: probability, 0..1."""
+
+    label: str
+    index: int
+    score: float
+
+
+class LoadedBundle:
+    """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions = DEFAULTS, scan: str = "auto") -> None:
+        self.bundle, self.manifest = bundle, bundle.manifest
+        if not self.manifest.built:
+            raise BundleError(
+                f"bundle {bundle.path} has no engine yet", f"on the device:  evm-export --finish {bundle.path}"
+            )
+        self.target = get_target(self.manifest.target)
+        if options.cuda_graph and not self.target.cuda_graphs:
+            raise UsageError(f"target '{self.target.name}' has no CUDA graphs", "leave --cuda-graph out")
+        if options.streams > 1 and not self.target.streams:
+            raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
+        self.preprocessing = self.manifest.preprocess()
+        self._plan = self.manifest.export_plan()
+        self.labels = self._read_labels()
+        self.plugin, self.scan = self._lowering(scan)
+        self._options = replace(options, plugin=self.plugin)
+        self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
+        self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
+        self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
+        try:
+            self._check_interface()
+        except BundleError:
+            self._runtime.__exit__(None, None, None)
+            raise
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """One inference on arrays named and shaped as `inputs`. Raises UsageError naming what does not fit."""
+        check_feeds(self.inputs, feeds)
+        return self._runtime.run(feeds)
+
+    @property
+    def milliseconds(self) -> Mapping[str, float]:
+        """What the last run took on the device, by part, where the runtime says so: TensorRT."""
+        return getattr(self._runtime, "milliseconds", {})
+
+    def plan(self) -> Mapping[str, Any]:
+        """What of the model runs where, if the runtime says so: Core ML."""
+        return getattr(self._runtime, "plan", dict)()
+
+    def profiled(self) -> Profiled | None:
+        """The artifact once more, in a runtime that counts what its nodes take; None where there is no such."""
+        if not self.target.profiles:
+            return None
+        options = replace(self._options, streams=1, cuda_graph=False, profile=True)
+        return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
+
+    def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
+        """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
+
+        Raises ImageError for an image that cannot be read, UsageError for a bundle without a classifier.
+        """
+        self._check_classifier(top)
+        pixels = map(self.preprocessing.pixels, images)
+        results: list[list[Prediction]] = []
+        while chunk := list(itertools.islice(pixels, self._batch_size)):
+            results += self.classify(np.stack(chunk), top)
+        return results
+
+    def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
+        """`predict` of pictures that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
+        uint8, n from 1, whatever the bundle's batch. Raises UsageError.
+        """
+        head = self._check_classifier(top)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
+            height, width = self.preprocessing.size
+            raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
+        chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
+        return [self._top(row, top) for chunk in chunks for row in self._scores(chunk, head)]
+
+    def selftest(self) -> list[selftest.Check]:
+        """Preprocessing, outputs and scans against the expected values in the bundle."""
+        return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
+
+    def _lowering(self, scan: str) -> tuple[Path | None, Choice]:
+        """How this bundle's scans run here, and why."""
+        one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
+        modes = self.manifest.scan["value"].split("+")
+        if scan == "portable" and "portable" not in modes:
+            raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+        if "aot" in modes:
+            return None, Choice("aot", "the kernel is inside the engine")
+        if scan == "portable" or "plugin" not in modes:
+            if scan in ("plugin", "bundled"):
+                raise UsageError(
+                    "this bundle was exported with portable scans: it has no node for a native kernel",
+                    "export it with --scan auto",
+                )
+            return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
+        plugins, host = self.manifest.plugins, host_platform()
+        if scan == "bundled":
+            if host not in plugins:
+                raise UsageError(
+                    f"this bundle has no native library for {host}; it has: {', '.join(plugins) or 'none'}",
+                    "export it with --device",
+                )
+            own = self.bundle.path / plugins[host]
+            return own, Choice("plugin", f"native kernel, {self.target.isa(own)}, from the bundle ({host})")
+        try:
+            plugin = self.target.plugin()
+        except ToolchainError as error:
+            reason = error.args[0]
+            if host in plugins:  # a library is a program: it runs only for who says so
+                reason += "; the bundle brings one for this platform, which scan 'bundled' trusts"
+            elif plugins:
+                reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
+            if scan == "plugin" or "portable" not in modes:
+                raise ToolchainError(reason, error.hint) from error
+            return None, Choice("portable", reason)
+        return plugin, Choice("plugin", f"native kernel, {self.target.isa(plugin)}, installed")
+
+    @property
+    def _batch_size(self) -> int:
+        return self._plan.batch.max or DYNAMIC_BATCH
+
+    def _check_classifier(self, top: int) -> str:
+        """The output with the classes' scores."""
+        if self._plan.head == "features":
+            raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
+        if top < 1:
+            raise UsageError(f"top is {top}, it must be at least 1")
+        return self._plan.head
+
+    def _scores(self, pixels: NDArray[np.uint8], head: str) -> NDArray[np.float64]:
+        """(n, classes)."""
+        value = pixels if self._plan.input == "image" else self.preprocessing.normalise(pixels)
+        scores = run_batched(self, self._plan, value)[head]
+        self._check_scores(replace(self.outputs[head], shape=scores.shape))
+        return scores.astype(np.float64)
+
+    def _top(self, row: NDArray[np.float64], top: int) -> list[Prediction]:
+        if not np.isfinite(row).all():
+            raise BundleError(
+                f"bundle {self.bundle.path}: the network gives NaN or Inf here",
+                f"does it compute right on this device?  evm-run {self.bundle.path} --selftest",
+            )
+        scores = row if self._plan.head == "probs" else _softmax(row)
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [Prediction(self.labels[i] if self.labels else f"class {i}", int(i), float(scores[i])) for i in best]
+
+    def _read_labels(self) -> list[str] | None:
+        file = self.bundle.path / "labels.txt"
+        if "labels.txt" not in self.manifest.files:
+            return None
+        try:
+            return file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"bundle {self.bundle.path}: labels.txt is not UTF-8 text", "export it again") from error
+
+    def _check_interface(self) -> None:
+        """The artifact against its manifest: hashes say that both are whole, not that they belong together."""
+        have, want = (*self.inputs.values(), *self.outputs.values()), (*self.manifest.inputs, *self.manifest.outputs)
+        described = [TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in want]
+        if len(have) != len(described) or not all(map(_alike, have, described)):
+            raise self._unlike(", ".join(map(str, have)), f"the manifest says {', '.join(map(str, described))}")
+        if len(self.inputs) != 1:
+            raise self._unlike(", ".join(map(str, have)), "a bundle's model has one input")
+        if self._plan.head == "features":
+            return
+        if self._plan.head not in self.outputs:
+            raise self._unlike(", ".join(map(str, have)), f"a classifier has {self._plan.head}")
+        self._check_scores(self.outputs[self._plan.head])
+
+    def _check_scores(self, scores: TensorSpec) -> None:
+        if scores.dtype != "float32" or len(scores.shape) != 2 or 0 in scores.shape:
+            raise self._unlike(str(scores), "a classifier has rows of float32 scores")
+        if self.labels and scores.shape[1] not in (None, len(self.labels)):
+            raise self._unlike(f"{scores.shape[1]} classes", f"labels.txt has {len(self.labels)}")
+
+    def _unlike(self, have: str, want: str) -> BundleError:
+        return BundleError(f"bundle {self.bundle.path}: {self.manifest.artifact} has {have}; {want}", "export it again")
+
+    def __enter__(self) -> LoadedBundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runtime.__exit__(kind, error, trace)
+
+
+def _alike(have: TensorSpec, want: TensorSpec) -> bool:
+    """Whether they are the same, but for sizes that one of them does not tell."""
+    sizes = zip(have.shape, want.shape, strict=False)
+    same = (have.name, have.dtype, len(have.shape)) == (want.name, want.dtype, len(want.shape))
+    return same and all(None in pair or pair[0] == pair[1] for pair in sizes)
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    scan: str = "auto",
+    device: str | None = None,
+    cache: str | Path | None = None,
+    cuda_graph: bool = False,
+    streams: int = 1,
+    require_signature: str | Path | None = None,
+) -> LoadedBundle:
+    """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
+
+    `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the installed native kernel),
+    `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
+    `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
+    OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
+    load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph. `streams`: how many threads
+    will call `run` at the same time, each with `threads` of its own in OpenVINO, all with the same in ONNX Runtime.
+    `require_signature`: the PEM file of the ed25519 public key that must have signed the bundle.
+    """
+    bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
+    # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
+    own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
+    options = RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph, streams=streams)
+    return LoadedBundle(bundle, options, scan)
+
+
+def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    e = np.exp(x - x.max())
+    result: NDArray[np.float64] = e / e.sum()
+    return result

@@ -1,0 +1,66 @@
+"""The README inside a bundle: how to embed it."""
+
+from __future__ import annotations
+
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.export.target import Usage
+
+
+def bundle_readme(manifest: Manifest, usage: Usage) -> str:
+    """Markdown for a person who has the bundle and nothing else."""
+    spec, pre, plan = manifest.model, manifest.preprocessing, manifest.plan
+    height, width = pre["size"]
+    read, outputs = manifest.inputs[0], ", ".join(o["name"] for o in manifest.outputs)
+    contract = (
+        "RGB pixels 0..255; mean and std are inside the model"
+        if plan["input"] == "image"
+        else f"RGB scaled to 0..1, minus mean {list(pre['mean'])}, divided by std {list(pre['std'])}"
+    )
+    scale = f"covers {round(height / pre['crop_pct'])}x{round(width / pre['crop_pct'])}"
+    labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
+    libraries = "".join(
+        f"| `{file}` | {usage.library.format(platform=platform)} |\n" for platform, file in manifest.plugins.items()
+    )
+    return f"""# {manifest.name}
+
+{spec["variant"]} EfficientVMamba, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
+Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, cosine {manifest.parity["cosine"]:.6f}.
+
+| file | what |
+|---|---|
+| `{manifest.artifact}` | {usage.artifact} |
+| `manifest.json` | input, output, preprocessing, versions, hashes |
+| `selftest/` | inputs with expected outputs |
+{labels}{libraries}
+Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
+Before that: resize with {pre["interpolation"]} and antialiasing so that the picture {scale}, crop the centre.
+Output: {outputs}.
+
+## Python
+
+With evm-deploy:
+
+```python
+from evm_deploy import load
+
+with load("path/to/this/folder") as model:
+    print(model.predict(["cat.jpg"], top=5))
+```
+
+{usage.sections}
+## Check it on the device
+
+    evm-run path/to/this/folder --selftest
+"""
+
+
+def shape_of(value: dict[str, object]) -> str:
+    """1x224x224x3, or batchx224x224x3."""
+    shape = value["shape"]
+    assert isinstance(shape, (list, tuple))
+    return "x".join("batch" if d is None else str(d) for d in shape)
+
+
+def example_pixels(value: dict[str, object]) -> str:
+    """Python that makes an input of zeros."""
+    return f"np.zeros(({shape_of(value).replace('batch', '1').replace('x', ', ')}), np.{value['dtype']})"

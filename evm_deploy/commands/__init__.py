@@ -1,0 +1,1 @@
+"""The commands: arguments in, one public function called, text out."""

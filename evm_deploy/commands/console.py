@@ -1,0 +1,159 @@
+"""What the commands share: streams, steps, errors, exit codes. Progress and human text on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from evm_deploy import __version__
+from evm_deploy._util.progress import Progress, silent
+from evm_deploy._util.text import printable
+from evm_deploy.errors import EvmError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+BAR_WIDTH = 30
+PLAIN_WIDTH = 200  # columns where stdout is no terminal
+SHOW_CURSOR = b"\x1b[?25h"
+EXIT_CODES = """exit codes:
+  0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
+  5 accuracy gate failed   6 latency budget failed   130 interrupted"""
+
+
+class Steps:
+    """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`; on terminals a spinner while it runs,
+    and a bar where the step, or else the whole work (`progress`), says how far it is.
+    """
+
+    def __init__(self, quiet: bool, live: bool = True) -> None:
+        """live: spinner and bar, which only one step at a time can have."""
+        self.quiet, self.live = quiet, live
+        self._whole: tuple[int, int] | None = None
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the whole work is, to which the next steps belong."""
+        self._whole = (done, total)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, detail: str) -> Iterator[Progress]:
+        if self.quiet:
+            with silent(name, detail) as advance:
+                yield advance
+            return
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        label = printable(f"{name:<10} {detail}", keep="")
+        padded = escape(f"{label:<56}")
+        start = time.perf_counter()
+
+        def bar(done: int, total: int) -> Table:
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row(escape(label), ProgressBar(total, done, width=BAR_WIDTH), f"{done}/{total}")
+            return grid
+
+        def show(done: int, total: int) -> None:
+            live.update(bar(done, total))
+
+        live = console.status(bar(*self._whole) if self._whole else escape(label))
+
+        try:
+            with live if self.live and console.is_terminal and not os.environ.get("CI") else contextlib.nullcontext():
+                yield show
+        except BaseException:
+            console.print(f"{padded} [red]failed[/red] {time.perf_counter() - start:.1f} s")
+            raise
+        console.print(f"{padded} [green]ok[/green] {time.perf_counter() - start:.1f} s")
+
+
+def stdout_console() -> Console:
+    """For results, tables among them: markup is text, and where stdout is no terminal lines are not broken."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors look like all others of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {printable(message)}\n  see  {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that works."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
+
+
+@contextlib.contextmanager
+def _interruptible(prog: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once, unfinished files removed, cursor back.
+
+    No exception is raised for them: libraries swallow one that hits inside their imports, abort on one inside their
+    callbacks, or report it as an error of their own. What is unfinished is known to atexit (see _util/files.py, aside).
+    """
+
+    def stop(signum: int, frame: Any) -> NoReturn:
+        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C does not wait for anything
+        atexit._run_exitfuncs()
+        if sys.stderr.isatty():
+            os.write(2, SHOW_CURSOR)
+        os.write(2, f"{prog}: interrupted; nothing was left behind\n".encode())
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
+    """Run a command's body at the process boundary: every failure becomes one message and its exit code."""
+    try:
+        with _interruptible(prog):
+            code = body()
+        sys.stdout.flush()
+        return code
+    except EvmError as error:
+        print(printable(f"{prog}: {error}"), file=sys.stderr)
+        if verbose:
+            raise
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"{prog}: {where}{error.strerror or error}"), file=sys.stderr)
+        if verbose:
+            raise
+        return EvmError.exit_code
+    except Exception as error:
+        if verbose:
+            raise
+        said = printable(f"{prog}: internal error: {type(error).__name__}: {error}")
+        print(f"{said}\n  run again with -v, report it", file=sys.stderr)
+        return 1

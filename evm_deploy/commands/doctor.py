@@ -1,0 +1,101 @@
+"""evm-doctor: what this machine can build, run and measure, and what to do about the rest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from evm_deploy import __version__
+from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
+from evm_deploy.errors import ToolchainError
+
+
+def doctor_parser() -> Parser:
+    parser = Parser(
+        "evm-doctor",
+        description="What this machine can build, run and measure, and what to install for the rest.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`evm-doctor`. Returns the exit code: 0, whatever is missing."""
+    args = doctor_parser().parse_args(argv)
+    return run_command("evm-doctor", lambda: _doctor(args), args.verbose)
+
+
+def examine() -> dict[str, Any]:
+    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `cpu_features`; `gpus`; `state`;
+    `energy`: sensors that can be read; `advice`; `profiles`.
+    """
+    from evm_deploy.bench import device, energy
+    from evm_deploy.devices.profiles import find_profile, profile_names
+    from evm_deploy.export.targets import load_targets
+
+    facts, state = device.facts(), device.state()
+    found = {name: target.probe() for name, target in load_targets().items()}
+    return {
+        "targets": {
+            name: {"build": each.can_build, "run": each.can_run, "versions": dict(each.versions), "hint": each.hint}
+            for name, each in found.items()
+        },
+        "kernel": _kernel(),
+        "device": facts,
+        "cpu_features": device.cpu_features(),
+        "gpus": device.gpus(),
+        "state": asdict(state),
+        "energy": [sensor.name for sensor in energy.sensors() if energy.readable(sensor)],
+        "advice": device.warnings(facts, state, state) + energy.advice(),
+        "profiles": {name: asdict(find_profile(name)) for name in profile_names()},
+    }
+
+
+def _kernel() -> dict[str, str]:
+    """The native library for ONNX Runtime and the instruction set that it chose, or why there is none."""
+    from evm_deploy.toolchain.plugins import kernel_isa, plugin_path
+
+    try:
+        path = plugin_path("onnxruntime")
+        return {"library": str(path), "isa": kernel_isa(path), "hint": ""}
+    except ToolchainError as error:
+        return {"library": "", "isa": "", "hint": str(error)}
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    found = examine()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    from rich.table import Table
+
+    table = Table("target", "build", "run", "versions", "what to do", box=None, pad_edge=False)
+    for name, each in found["targets"].items():
+        versions = ", ".join(f"{package} {version}" for package, version in each["versions"].items())
+        table.add_row(name, *("yes" if each[key] else "no" for key in ("build", "run")), versions, each["hint"])
+    console = stdout_console()
+    console.print(table)
+    device, kernel, state = found["device"], found["kernel"], found["state"]
+    governor = device["governor"] or "not readable"
+    sensors = ", ".join(f"{name} {value:.0f} C" for name, value in state["temperatures_c"].items()) or "none readable"
+    for key, text in (
+        ("kernel", f"{kernel['isa']}, {kernel['library']}" if kernel["isa"] else kernel["hint"]),
+        ("device", f"{device['cpu']}, {device['usable_cores']} of {device['cores']} cores, {device['memory_mb']} MB"),
+        ("cpu", ", ".join(found["cpu_features"]) or "features not readable"),
+        ("gpus", ", ".join(found["gpus"]) or "none found"),
+        ("system", f"{device['system']}, Python {device['python']}"),
+        ("clocks", f"governor {governor}"),
+        ("sensors", sensors),
+        ("energy", ", ".join(found["energy"]) or "none readable"),
+        *(("advice", text) for text in found["advice"]),
+        ("profiles", ", ".join(found["profiles"]) + "   (--device)"),
+    ):
+        console.print(f"{key:<8} {text}", soft_wrap=True)
+    return 0

@@ -1,0 +1,96 @@
+"""evm-bench --matrix: one checkpoint in several forms, compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evm_deploy._util.files import write_aside
+from evm_deploy._util.text import printable
+from evm_deploy.commands.console import Steps, stdout_console
+from evm_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from evm_deploy.bench.sweep import Sweep
+
+PAGE = "report.html"
+ONLY_HERE = ("forms", "imgsz", "calib", "val")
+
+
+def matrix_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of evm-bench that are for --matrix."""
+    add = parser.add_argument_group("comparing the forms of a checkpoint").add_argument
+    add("--matrix", action="store_true", help="export and measure a checkpoint, or the demo's, in each of --forms")
+    add(
+        "--forms",
+        metavar="T:P[,T:P..]",
+        help="targets and precisions, and torch; default onnx and openvino, fp32 and int8",
+    )
+    add("--imgsz", metavar="N|HxW", help="as for evm-export")
+    add("--calib", metavar="DIR", help="pictures to calibrate int8 with, as for evm-export")
+    add("--val", metavar="DIR", help="labelled pictures to measure the accuracy of every form on, as for evm-export")
+
+
+def refuse_matrix_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError for a flag that has no use without --matrix."""
+    for name in ONLY_HERE:
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} is for --matrix", "leave it out, or give a checkpoint and --matrix")
+
+
+def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
+    """Compare, and print what came out. Returns the exit code: that of the first form that failed."""
+    from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
+    from evm_deploy.bench.remote.places import profile_of
+    from evm_deploy.demo import CHECKPOINT
+
+    if len(args.bundles) > 1:
+        raise UsageError("--matrix compares one checkpoint", "give one, or none for the demo's")
+    if args.host or args.adb or args.devices or profile_of(args.device):
+        raise UsageError("--matrix exports and measures on this machine", "elsewhere: evm-bench BUNDLE.. --host ..")
+    demo = not args.bundles
+    wanted = Matrix(
+        checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
+        forms=parse_forms(args.forms or FORMS),
+        settings=tuple(replace(each, batch=each.batch or 1) for each in sweep.every()),
+        out=Path(args.out),
+        imgsz=args.imgsz,
+        calib=args.calib or ("demo" if demo else None),
+        val=args.val or ("demo" if demo else None),
+    )
+    if demo:
+        print(f"no checkpoint given: comparing forms of the embedded demo, {CHECKPOINT.name}", file=sys.stderr)
+    steps = Steps(args.quiet)
+    outcome = run_matrix(wanted, steps, steps.progress)
+    for form, error in outcome.failed.items():
+        print(printable(f"{form}: {error}"), file=sys.stderr)
+    if outcome.records:
+        report(outcome.records, wanted.out, args)
+    return next((error.exit_code for error in outcome.failed.values()), 0)
+
+
+def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None:
+    """The table and the verdict on stdout, the page beside the records, the records in the history if there is one."""
+    from evm_deploy.report.collect import candidates, collect
+    from evm_deploy.report.history import append
+    from evm_deploy.report.page import page
+    from evm_deploy.report.table import grouped
+    from evm_deploy.report.terminal import show_groups
+    from evm_deploy.report.verdict import MAX_DROP
+    from evm_deploy.report.write import as_dicts
+
+    found = collect([str(path) for path in records])
+    if args.db:
+        append(Path(args.db), found.records)
+    groups = grouped(candidates(found), MAX_DROP)
+    write_aside(out / PAGE, page(groups))
+    if args.json:
+        print(json.dumps(as_dicts(groups), indent=1))
+        return
+    show_groups(stdout_console(), groups)
+    print(f"Saved    {out / PAGE}, {len(records)} records beside it")

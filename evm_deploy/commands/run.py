@@ -1,0 +1,89 @@
+"""evm-run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from evm_deploy._util.text import printable
+from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
+from evm_deploy.errors import UsageError
+
+
+def run_parser() -> Parser:
+    parser = Parser(
+        "evm-run",
+        description="Classify images with a bundle, or check the bundle on this device.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE")
+    add("images", nargs="*", metavar="IMAGE")
+    add("--top", type=int, default=5, metavar="K", help="classes per image, default 5")
+    add("--selftest", action="store_true", help="run the bundle's self-test; exit 4 when it fails")
+    add("--threads", type=int, metavar="N", help="intra-op threads; default: the runtime's")
+    add(
+        "--scan",
+        default="auto",
+        metavar="S",
+        help="auto (default), plugin (native kernel), bundled (the bundle's own), portable",
+    )
+    add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
+    add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
+    add("--require-signature", metavar="PUB", help="take only what this ed25519 key has signed, a PEM file")
+    add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
+    common_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`evm-run`. Returns the exit code."""
+    args = run_parser().parse_intermixed_args(argv)  # evm-run BUNDLE --top 3 cat.jpg
+    return run_command("evm-run", lambda: _run(args), args.verbose)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from evm_deploy.bundle.loaded import load
+
+    if not args.images and not args.selftest:
+        raise UsageError("nothing to do", f"give images, or:  evm-run {args.bundle} --selftest")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: use a number from 1")
+    if args.top < 1:
+        raise UsageError(f"--top {args.top}: use a number from 1")
+    names = ("threads", "scan", "device", "cache", "cuda_graph", "require_signature")
+    options = {name: getattr(args, name) for name in names}
+    with load(args.bundle, **options) as model:
+        here = model.target.probe()
+        if not here.can_run and not args.quiet:
+            print(here.hint, file=sys.stderr)
+        elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
+            print(printable(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
+        if args.selftest:
+            checks = model.selftest()
+            passed = all(check.ok for check in checks)
+            facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
+            lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
+            if args.json:
+                print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
+            else:
+                print(printable("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
+                print("PASSED" if passed else "FAILED")
+            if not passed:
+                return 4
+        if args.images:
+            found = model.predict(args.images, top=args.top)
+            if args.json:
+                rows = [
+                    {"image": image, "top": [vars(p) for p in predictions]}
+                    for image, predictions in zip(args.images, found, strict=True)
+                ]
+                print(json.dumps(rows, indent=1))
+            else:
+                for image, predictions in zip(args.images, found, strict=True):
+                    print(image)
+                    print("\n".join(f"  {p.score:7.2%}  {printable(p.label)}" for p in predictions))
+    return 0

@@ -1,0 +1,79 @@
+"""What evm-export says of a bundle when it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evm_deploy.bundle.bundle import Bundle
+    from evm_deploy.calib.evaluate import Accuracy
+
+
+def export_summary(bundle: Bundle, seconds: float) -> str:
+    """The last block: what was made, how exact it is, where it is, what to do next."""
+    m, parity = bundle.manifest, bundle.manifest.parity
+    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.export_plan().sizes}"
+    quantized = [m.details["quantization"]] if "quantization" in m.details else []
+    lines = [
+        ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
+        (
+            "Parity",
+            f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
+        ),
+        *((("Accuracy", str(accuracy_of(m.accuracy))),) if m.accuracy else ()),
+        *(
+            (
+                "Gain",
+                f"{m.precision} is {q['speed_over_fp32_here']:.2f}x as fast as float32 here (1 thread), "
+                f"{q['size_of_fp32']:.2f} of its size",
+            )
+            for q in quantized
+            if "speed_over_fp32_here" in q
+        ),
+        *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
+        *(("In float", block) for q in quantized for block in q["in_float"]),
+        *((("Chosen", f"{chosen['value']}, {chosen['reason']}"),) if (chosen := m.plan.get("chosen")) else ()),
+        ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
+        *(("Note", note) for note in m.notes),
+        *(
+            ("Dropped", f"{len(keys)} keys: {', '.join(keys[:4])}")
+            for keys in [m.model["checkpoint"]["dropped"]]
+            if keys
+        ),
+        ("Saved", str(bundle.path)),
+        *(_engine_lines(bundle)),
+        (
+            "Then" if not m.built else "Next",
+            f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
+        ),
+    ]
+    if m.plan["head"] != "features":
+        lines.append(("", f"evm-run {bundle.path} --selftest"))
+    return "\n".join(f"{key:<9} {text}" for key, text in lines)
+
+
+def _engine_lines(bundle: Bundle) -> list[tuple[str, str]]:
+    """Of a target that has one: what the engine was built with, or that it is still to be built."""
+    m = bundle.manifest
+    if not m.built:
+        return [("Engine", "not built here"), ("Next", f"on the device:  evm-export --finish {bundle.path}")]
+    if "engine" not in m.details:
+        return []
+    facts = m.details["engine"]
+    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
+    return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
+
+
+def accuracy_of(facts: dict[str, Any]) -> Accuracy:
+    """The Accuracy that a manifest holds."""
+    from evm_deploy.calib.evaluate import Accuracy
+
+    return Accuracy(**{key: value for key, value in facts.items() if key not in ("drop", "ok")})
+
+
+def _worst(parity: dict[str, Any]) -> str:
+    scans = parity["scans"]
+    if not scans:
+        return "no scans"
+    worst = max(scans, key=lambda scan: max(scan["ssm"], scan["probe"]))
+    return f"worst scan {max(worst['ssm'], worst['probe']):.0e} ({worst['name']})"

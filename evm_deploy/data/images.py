@@ -1,0 +1,275 @@
+"""Pictures from a folder, a list, a CSV or an .npz: found, sampled, labelled, and fit to calibrate with."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.data.preprocessing import Preprocessing, read_rgb
+from evm_deploy.demo import digits
+from evm_deploy.errors import CalibrationError, ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+DEMO = Path("demo")
+MIN_IMAGES = 100  # fewer leave the ranges of pooled tensors to chance
+MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated pictures
+MIN_CONTRAST = 2.0  # standard deviation of a picture's pixels, of 255
+MIN_CORRELATION = 0.2  # of neighbouring pixels; noise has none, pictures 0.7 to 1
+MIN_PIXELS = 1000  # of a picture, to tell noise
+LISTED = 4  # names in a message
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where one picture is: a file, or an array of an .npz. label: its class in the order of the head, if known."""
+
+    name: str
+    source: Path | Pixels
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures and how they are preprocessed. Nothing is decoded until it is asked for, and nothing is kept."""
+
+    pictures: tuple[Picture, ...]
+    preprocessing: Preprocessing
+    skipped: tuple[str, ...] = ()  # "name: reason" of those that could not be read
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def pixels(self) -> Iterator[Pixels]:
+        """(H, W, 3) uint8 of each picture, in order. Raises ImageError."""
+        for picture in self.pictures:
+            yield self.preprocessing.pixels(picture.source)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each picture; only of labelled sets."""
+        return np.array([picture.label for picture in self.pictures], np.int64)
+
+    def digest(self) -> str:
+        """sha256 over what the pictures hold, in order, and how they are preprocessed."""
+        total = hashlib.sha256(repr(self.preprocessing).encode())
+        for picture in self.pictures:
+            source = picture.source
+            content = (
+                source.read_bytes() if isinstance(source, Path) else repr(source.shape).encode() + source.tobytes()
+            )
+            total.update(hashlib.sha256(content).digest())
+        return total.hexdigest()
+
+
+def find_pictures(source: Path) -> list[Picture]:
+    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8).
+
+    `demo` is the digits that the embedded demo was trained on.
+    """
+    if source == DEMO and not source.exists():
+        pictures = [Picture(f"digit {i}", image) for i, image in enumerate(digits("train")[0])]
+    elif source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        pictures = [Picture(path.relative_to(source).as_posix(), path) for path in files]
+    elif source.suffix == ".npz":
+        pictures = _from_npz(source)
+    elif source.is_file():
+        lines = [line.strip() for line in _read_text(source).splitlines()]
+        pictures = [Picture(line, source.parent / line) for line in lines if line and not line.startswith("#")]
+    else:
+        raise CalibrationError(f"{source} does not exist", "give a folder of images, a list of paths, or an .npz")
+    if not pictures:
+        raise CalibrationError(f"{source} holds no images", f"looked for {', '.join(sorted(SUFFIXES))}")
+    return pictures
+
+
+def sample(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[Picture]:
+    """`count` of them (all, if there are no more), drawn without replacement from `seed`, in their order."""
+    if len(pictures) <= count:
+        return list(pictures)
+    chosen = np.random.default_rng(seed).choice(len(pictures), count, replace=False)
+    return [pictures[i] for i in sorted(chosen)]
+
+
+def calibration_images(
+    source: Path, preprocessing: Preprocessing, count: int = 512, *, seed: int = 0, force: bool = False
+) -> ImageSet:
+    """Up to `count` pictures of `source` that are fit to calibrate with.
+
+    Unreadable ones are left out and named in `skipped`. Raises CalibrationError when over 5 % are unreadable, and,
+    unless `force`, when they are too few, or more than 5 % of them constant, repeated or noise: ranges of such
+    pictures are wrong for real ones.
+    """
+    chosen = sample(find_pictures(source), count, seed)
+    images, facts = _readable(source, chosen, preprocessing)
+    if force:
+        return images
+    total = len(images)
+    if total < MIN_IMAGES:
+        _refuse(source, f"{total} images are too few, at least {MIN_IMAGES} are needed")
+    kinds = {
+        "are of one colour": [fact.name for fact in facts if fact.contrast < MIN_CONTRAST],
+        "look like random noise": [f.name for f in facts if f.contrast >= MIN_CONTRAST and f.alike < MIN_CORRELATION],
+        "are copies of others": _repeated(facts),
+    }
+    for what, names in kinds.items():
+        if len(names) > MAX_BAD_SHARE * total:
+            _refuse(source, f"{len(names)} of {total} images {what} ({_some(names)})")
+    return images
+
+
+def labelled_images(
+    source: Path, preprocessing: Preprocessing, num_classes: int, labels: Sequence[str] | None = None
+) -> ImageSet:
+    """Every picture of class folders, or of a CSV of `path,class` lines, with its class in the order of the head.
+
+    `demo` is the digits that the embedded demo has not seen. A class is named as in `labels`, or by its index. Folders
+    of other names are taken in alphabetical order, if there is one for each class. Raises CalibrationError for classes
+    that do not fit the head, and when over 5 % of the pictures are unreadable.
+    """
+    if source == DEMO and not source.exists():
+        images, classes = digits("heldout")
+        found = [Picture(f"digit {i}", image, int(k)) for i, (image, k) in enumerate(zip(images, classes, strict=True))]
+        return ImageSet(tuple(found), preprocessing)
+    named = _from_csv(source) if source.suffix.lower() == ".csv" else _from_class_folders(source)
+    index = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
+    pictures = [replace(picture, label=index[name]) for picture, name in named]
+    return _readable(source, pictures, preprocessing)[0]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """contrast: standard deviation of the pixels. alike: correlation of neighbours. content: hash of the pixels."""
+
+    name: str
+    contrast: float
+    alike: float
+    content: bytes
+
+
+def _readable(source: Path, pictures: Sequence[Picture], preprocessing: Preprocessing) -> tuple[ImageSet, list[_Facts]]:
+    """Those that can be read, and what is in them."""
+    good, skipped, facts = [], [], []
+    for picture in pictures:
+        try:
+            original = read_rgb(picture.source)
+            pixels = preprocessing.pixels(original)
+        except ImageError as error:
+            skipped.append(f"{picture.name}: {error}")
+            continue
+        good.append(picture)
+        content = hashlib.sha256(pixels.tobytes()).digest()
+        facts.append(_Facts(picture.name, float(pixels.std()), _correlation(original), content))
+    if len(skipped) > MAX_BAD_SHARE * len(pictures):
+        raise CalibrationError(
+            f"{source}: {len(skipped)} of {len(pictures)} images cannot be read: {skipped[0]}", "remove or replace them"
+        )
+    return ImageSet(tuple(good), preprocessing, tuple(skipped)), facts
+
+
+def _repeated(facts: Sequence[_Facts]) -> list[str]:
+    """Names of the pictures whose pixels an earlier one has."""
+    first = {fact.content: i for i, fact in reversed(list(enumerate(facts)))}
+    return [fact.name for i, fact in enumerate(facts) if first[fact.content] != i]
+
+
+def _correlation(picture: Image) -> float:
+    """Of each pixel's brightness with its neighbour's, to the right or below: 0 for noise, near 1 for pictures.
+
+    Before it is resized, because that blurs; in a corner of at most 256 x 256 pixels. 1 for pictures that are too small
+    to tell, and for those of one colour.
+    """
+    grey = np.asarray(picture.crop((0, 0, *np.minimum(picture.size, 256))).convert("F"), np.float64)
+    if grey.size < MIN_PIXELS or min(grey.shape) < 2 or not grey.std():
+        return 1.0
+    grey = grey - grey.mean()
+    pairs = ((grey[:, :-1], grey[:, 1:]), (grey[:-1], grey[1:]))
+    return max(abs(float((a * b).mean())) / float(grey.var()) for a, b in pairs)
+
+
+def _from_npz(source: Path) -> list[Picture]:
+    try:
+        with np.load(source, allow_pickle=False) as data:
+            names = list(data)
+            key = "images" if "images" in names else names[0] if len(names) == 1 else ""
+            images = np.asarray(data[key] if key else [])  # an entry that is no array comes as bytes
+    except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
+        raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise CalibrationError(
+            f"{source} needs an array `images` of uint8 (n, H, W) or (n, H, W, 3)",
+            f"it has: {', '.join(names) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
+        )
+    return [Picture(f"{source.name}[{i}]", image) for i, image in enumerate(images)]
+
+
+def _from_csv(source: Path) -> list[tuple[Picture, str]]:
+    try:
+        rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
+    except csv.Error as error:
+        raise CalibrationError(f"{source} cannot be read: {error}", "each line is path,class") from error
+    if rows and len(rows[0]) == 2 and _is_heading(source.parent / rows[0][0]):
+        rows = rows[1:]
+    wrong = next((row for row in rows if len(row) != 2), None)
+    if wrong or not rows:
+        raise CalibrationError(f"{source}: {wrong or 'no lines'}", "each line is path,class; paths are relative to it")
+    return [(Picture(path, source.parent / path), name.strip()) for path, name in rows]
+
+
+def _is_heading(path: Path) -> bool:
+    """Whether it is no picture, nor meant to be one."""
+    return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  takes any name
+
+
+def _from_class_folders(source: Path) -> list[tuple[Picture, str]]:
+    pictures = find_pictures(source)
+    flat = next((picture.name for picture in pictures if "/" not in picture.name), None)
+    if flat:
+        raise CalibrationError(
+            f"{source}: {flat} is in no class folder", "use source/<class>/<image>, or a CSV of path,class"
+        )
+    return [(picture, picture.name.split("/")[0]) for picture in pictures]
+
+
+def _class_index(source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
+    if labels and set(names) <= set(labels):
+        return {name: list(labels).index(name) for name in names}
+    if all(re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes for name in names):
+        return {name: int(name) for name in names}
+    if len(names) == num_classes:
+        return {name: i for i, name in enumerate(names)}
+    unknown = [name for name in names if not labels or name not in labels]
+    raise CalibrationError(
+        f"{source} has {len(names)} classes ({_some(unknown or names)}), the head has {num_classes}",
+        "name the folders as in --labels, or by index from 0",
+    )
+
+
+def _read_text(source: Path) -> str:
+    try:
+        return source.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CalibrationError(f"{source} cannot be read: {reason}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", .." if len(names) > LISTED else "")
+
+
+def _refuse(source: Path, reason: str) -> None:
+    raise CalibrationError(f"{source}: {reason}", "calibrate with varied real pictures, or insist with --force-calib")

@@ -1,0 +1,186 @@
+"""Target `coreml`: an mlprogram package for iOS and macOS, verified anywhere in the MIL runtime."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evm_deploy._util.packages import package_versions
+from evm_deploy._util.progress import Step
+from evm_deploy.bench import latency
+from evm_deploy.calib.int8 import Quantized, Ship
+from evm_deploy.calib.request import Request
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export.coreml import package
+from evm_deploy.export.coreml import program as mlprogram
+from evm_deploy.export.coreml.coremltools_patch import INSTALL_HINT
+from evm_deploy.export.coreml.program import DEFAULT_MIN_TARGET, MlProgram
+from evm_deploy.export.coreml.quantize import quantize_program
+from evm_deploy.export.coreml.readme import usage
+from evm_deploy.export.coreml.scans import CoreMlScanTaps, scan_site
+from evm_deploy.export.coreml.static_cost import static_cost
+from evm_deploy.export.hub import float16
+from evm_deploy.export.plan import (
+    MIN_TARGETS,
+    QUANTIZED,
+    SELFTEST_TOLERANCES,
+    TOLERANCES,
+    Choice,
+    ExportPlan,
+    size_text,
+)
+from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.runtimes.base import RunOptions, Runtime
+from evm_deploy.runtimes.coreml import CoreMlRuntime
+from evm_deploy.scan.fused import fusable_modules
+
+BUILD_PACKAGES = ("torch", "coremltools")
+ARTIFACT = "model.mlpackage"
+BENCHMARK = "bench_on_mac.py"
+EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes what the program says, not how fast Core ML is"
+
+
+def probe() -> Probe:
+    """Which of the packages are here, without importing them. Only Apple's systems run Core ML."""
+    versions = package_versions(BUILD_PACKAGES)
+    missing = [name for name in BUILD_PACKAGES if name not in versions]
+    mac = sys.platform == "darwin"
+    return Probe(not missing, mac and not missing, versions, INSTALL_HINT if missing else "" if mac else EMULATED)
+
+
+def check(plan: ExportPlan) -> None:
+    """Refuse what Core ML does not have."""
+    if not plan.batch.static:
+        raise UsageError(f"--batch {plan.batch}: a Core ML program has one batch size", "use a number")
+    if plan.input == "image" and plan.batch.min > 1:
+        raise UsageError(
+            f"--batch {plan.batch}: an image input of Core ML takes one picture",
+            "use --input tensor, or MLBatchProvider in the app",
+        )
+    if plan.smooth == "on":
+        raise UsageError("--smooth on: Core ML programs are quantised as they are", "leave it out")
+    if plan.opset:
+        raise UsageError(f"--opset {plan.opset}: Core ML programs have no ONNX opset", "leave it out")
+    if plan.precision == "int8" and plan.min_target == "iOS16":
+        raise UsageError("int8 activations need iOS17 or iOS18", "use --precision w8, or another --min-target")
+    if plan.more_imgsz and plan.min_target != "iOS18":
+        raise UsageError("a package takes several --imgsz from iOS18 on", "add --min-target iOS18, or export each size")
+    if plan.more_imgsz and plan.precision in QUANTIZED:
+        raise UsageError(f"a package in {plan.precision} takes one --imgsz", "export once for each size")
+    if plan.head == "probs" and plan.labels and len(set(plan.labels)) < len(plan.labels):
+        twice = next(label for label in plan.labels if plan.labels.count(label) > 1)
+        raise UsageError(
+            f"label {twice!r} is there twice: a Core ML classifier keeps probabilities by label",
+            "make the labels unique, or use --head logits",
+        )
+
+
+def quantize(program: MlProgram, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+    """In modules that other targets have as one op: the layers that it takes as int8. One choice for all targets."""
+    inside = {mlprogram.network_path(path): op for path, op in fusable_modules(program.float_module)}
+    return quantize_program(
+        program.model,
+        program.float_module,
+        request,
+        preprocessing,
+        modules=program.modules,
+        int8_inside={path: {f"{path}.{layer}" for layer in op.int8_layers.values()} for path, op in inside.items()},
+        ship=ship,
+        step=step,
+    )
+
+
+def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
+    """Write `folder/model.mlpackage`, of several sizes with a function for each, and the script that measures it on a
+    Mac.
+    """
+    check(plan)  # the labels may be the checkpoint's
+    path = folder / ARTIFACT
+    for script in (Path(__file__).with_name(BENCHMARK), Path(latency.__file__)):
+        shutil.copyfile(script, folder / script.name)
+    if not program.more:
+        package.save(program.model, path)
+        return describe(path, program, plan, None)
+    programs = {plan.imgsz or (0, 0): program, **program.more}
+    names = {size: f"imgsz_{size_text(size)}" for size in programs}
+    package.save_functions({names[size]: each.model for size, each in programs.items()}, path)
+    first, *_ = found = [describe(path, each, plan, names[size]) for size, each in programs.items()]
+    details = {**first.details, "functions": [{"name": name, "imgsz": list(size)} for size, name in names.items()]}
+    return replace(first, details=details, more=dict(zip(program.more, found[1:], strict=True)))
+
+
+def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | None) -> Artifact:
+    """The saved package as an artifact, seen from one of its functions."""
+    from evm_deploy.runtimes.mil import Program
+
+    saved = Program(path, function)
+    details = {
+        "min_target": plan.min_target or DEFAULT_MIN_TARGET,
+        "specification_version": saved.spec.specificationVersion,
+        "static_cost": static_cost(saved),
+        "scans": tuple(scan_site(saved, site.name) for site in program.scans),
+    }
+    scan = Choice("portable", "standard MIL operations: Core ML takes no kernels of others")
+    return Artifact(path, scan, details, function=function)
+
+
+def open_(path: Path, options: RunOptions) -> Runtime:
+    """Core ML on a Mac, the MIL runtime anywhere else; `probe().hint` says so. Raises UsageError."""
+    if options.threads or options.device or options.cache:
+        raise UsageError("Core ML chooses threads, device and cache by itself", "leave them out")
+    return CoreMlRuntime(path, options.function) if sys.platform == "darwin" else emulator(path, options)
+
+
+def emulator(path: Path, options: RunOptions) -> Runtime:
+    """The MIL runtime, which of the options has use for the function alone."""
+    from evm_deploy.runtimes.mil import MilRuntime
+
+    return MilRuntime(path, options.function)
+
+
+def remarks(runtime: Runtime) -> list[str]:
+    """Whether activations came near the end of float16: other pictures may go beyond it, and give Inf."""
+    largest = getattr(runtime, "largest", 0.0)
+    if largest <= float16.LARGEST / 2:
+        return []
+    return [f"activations reach {largest:.0f} on the test pictures, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
+
+
+def no_library(*_: Any) -> NoReturn:
+    raise ToolchainError("Core ML takes no native library", "leave --device out")
+
+
+def write_scan_probe(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+    """Write a scan of this shape in float32, with all seven tensors as inputs."""
+    package.save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
+
+
+TARGET = Target(
+    name="coreml",
+    aliases=("apple", "ios", "mlpackage"),
+    precisions=("fp16", "fp32", "int8", "w8"),
+    scans=("auto", "portable"),
+    devices=(),
+    probe=probe,
+    build=build,
+    taps=CoreMlScanTaps,
+    open=open_,
+    plugin=no_library,
+    isa=no_library,
+    build_plugin=no_library,
+    scan_probe="scan-{K}x{L}x{D}x{N}.mlpackage",
+    write_scan_probe=write_scan_probe,
+    usage=usage,
+    trace=mlprogram.trace,
+    quantize=quantize,
+    emulator=emulator,
+    min_targets=MIN_TARGETS,
+    check=check,
+    selftest_tolerances={**SELFTEST_TOLERANCES, "w8": TOLERANCES["fp16"]},  # computed in float16
+    several_sizes=True,
+    remarks=remarks,
+)

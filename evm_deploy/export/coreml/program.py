@@ -1,0 +1,174 @@
+"""From a torch module to an mlprogram: traced, converted with our scan, inputs and outputs as apps want them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evm_deploy._util.quiet import quiet
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
+from evm_deploy.export.hub import float16
+from evm_deploy.export.hub.graph import ROOT, ScanSite, fold_batch_norm, output_names
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import ScanShape
+from evm_deploy.scan import mil
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OP = "evm::selective_scan"
+DEFAULT_MIN_TARGET = "iOS17"
+TENSOR_INPUT = "input_tensor"  # `tensor` is a word of MIL
+PROBABILITIES = "classLabel_probs"  # what converters name a classifier's second output
+
+
+@dataclass(frozen=True)
+class MlProgram:
+    """A network as coremltools holds it before it is saved: what Core ML's targets have for a hub graph.
+
+    model: coremltools' MLModel. float_module: the torch module that it is. scans: in execution order, named by module.
+    modules: module path by name of a weight in the program. more: the same network for further sizes (H, W).
+    """
+
+    model: Any
+    float_module: nn.Module
+    scans: tuple[ScanSite, ...]
+    modules: Mapping[str, str]
+    more: Mapping[tuple[int, int], MlProgram] = field(default_factory=dict)
+
+
+def trace(module: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
+    """`deployable` module -> program, float32 for the precision fp32, else float16; for each size of the plan.
+
+    Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
+    """
+    folded = fold_batch_norm(module)
+    if plan.precision != "fp32":
+        float16.check_range((name, value.detach().numpy()) for name, value in folded.named_parameters())
+    sizes = (plan.imgsz, *plan.more_imgsz)
+    first, *others = (_trace(module, folded, replace(plan, imgsz=size, more_imgsz=()), metadata) for size in sizes)
+    return replace(first, more=dict(zip(plan.more_imgsz, others, strict=True)))
+
+
+def _trace(module: nn.Module, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
+    import torch
+
+    ct = converter()
+    as_core_ml = channels_first(folded, plan)
+    height, width = plan.imgsz or (0, 0)
+    shape = (plan.batch.min, 3, height, width)
+    with quiet(), torch.no_grad():
+        traced = torch.jit.trace(as_core_ml, torch.zeros(shape), check_trace=False)  # type: ignore[no-untyped-call]
+        graph = traced.inlined_graph  # kept: its nodes are gone with it
+        paths = [_module_path(node.scopeName()) for node in graph.findAllNodes(OP)]
+        _register_scan(iter(paths))
+        labels = plan.labels if plan.head == "probs" else None
+        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in output_names(plan)]
+        model = _convert(
+            traced,
+            inputs=[_input_type(plan, shape)],
+            **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
+            minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
+            compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
+        )
+        if labels:
+            model = _rename_output(model, PROBABILITIES, plan.head)
+    model.short_description = f"{metadata['variant']} EfficientVMamba" if "variant" in metadata else ""
+    model.user_defined_metadata.update(metadata)
+    model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)  # the same bytes every day
+    if labels:
+        model.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageClassifier"
+    modules = {f"{path.replace('.', '_')}_weight": network_path(path) for path, _ in as_core_ml.named_modules()}
+    return MlProgram(model, module, tuple(ScanSite(path, {}, "") for path in paths), modules)
+
+
+def scan_program(shape: ScanShape, min_target: str) -> Any:
+    """One scan by itself on seven float32 inputs of this shape, batch 1, lowered as in the artifact, output `y`."""
+    ct = converter()
+    from coremltools.converters.mil import Builder as mb
+
+    K, L, D, N = shape
+    shapes = {"u": (1, K, L, D), "delta": (1, K, L, D), "A": (K, D, N), "B": (1, K, L, N), "C": (1, K, L, N)}
+    shapes |= {"skip": (K, D), "bias": (K, D)}
+
+    def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any) -> Any:
+        return mb.identity(x=mil.selective_scan(u, delta, A, B, C, skip, bias), name="y")
+
+    target = getattr(ct.target, min_target)
+    with quiet():
+        program = mb.program(input_specs=[mb.TensorSpec(shape) for shape in shapes.values()], opset_version=target)(
+            scan
+        )
+        return _convert(program, minimum_deployment_target=target, compute_precision=ct.precision.FLOAT32)
+
+
+def scan_prefix(path: str) -> str:
+    """What the operations of the scan in module `path` are named after."""
+    return f"{mil.PREFIX}_{path.replace('.', '_')}"
+
+
+def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
+    """The module for what Core ML reads: an image comes as float (1, 3, H, W), its pixels 0..255."""
+    from torch import nn
+
+    class ChannelsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deployable = module
+
+        def forward(self, x: Tensor) -> Any:
+            return self.deployable(x.permute(0, 2, 3, 1))
+
+    return ChannelsFirst().eval() if plan.input == "image" else module
+
+
+def _convert(source: Any, **options: Any) -> Any:
+    ct = converter()
+    try:
+        return ct.convert(
+            source, convert_to="mlprogram", pass_pipeline=exact_pipeline(), skip_model_load=True, **options
+        )
+    except Exception as error:  # coremltools raises whatever it stumbles over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ToolchainError(
+            f"coremltools {ct.__version__} cannot convert the network: {reason}", "report this, with the versions"
+        ) from error
+
+
+def _register_scan(paths: Iterator[str]) -> None:
+    """Convert evm::selective_scan, met in execution order, with our composite."""
+    from coremltools.converters.mil import register_torch_op
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    @register_torch_op(torch_alias=[OP], override=True)  # type: ignore[untyped-decorator]
+    def selective_scan(context: Any, node: Any) -> None:
+        y = mil.selective_scan(*_get_inputs(context, node, expected=7), prefix=scan_prefix(next(paths)))
+        context.add(y, torch_name=node.name)
+
+
+def _module_path(scope: str) -> str:
+    """`__module.a/__module.a.model/__module.a.model.layers.0` -> `layers.0`."""
+    return network_path(scope.rpartition("/")[2].removeprefix("__module."))
+
+
+def network_path(path: str) -> str:
+    """`deployable.model.layers.0` -> `layers.0`."""
+    return path.removeprefix("deployable.").removeprefix(f"{ROOT}.")
+
+
+def _input_type(plan: ExportPlan, shape: tuple[int, ...]) -> Any:
+    ct = converter()
+    if plan.input == "image":
+        return ct.ImageType(name=plan.input, shape=shape, color_layout=ct.colorlayout.RGB)
+    return ct.TensorType(name=TENSOR_INPUT, shape=shape, dtype=np.float32)
+
+
+def _rename_output(model: Any, old: str, new: str) -> Any:
+    ct = converter()
+    spec = model.get_spec()
+    ct.utils.rename_feature(spec, old, new)
+    return ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)

@@ -1,0 +1,185 @@
+"""int8 and w8 for Core ML programs, on any system: our ranges and blocks, coremltools' own passes, judged by computing.
+
+coremltools' calibration calls Core ML, which only a Mac has, and keeps the last sample's ranges alone
+(apple/coremltools#2704). So activations are measured in the MIL runtime, and the passes that coremltools would run
+after its calibration get these ranges.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy._util.progress import Step
+from evm_deploy._util.quiet import quiet
+from evm_deploy.calib.histogram import Range
+from evm_deploy.calib.int8 import Quantized, Ship, choose, image_sets
+from evm_deploy.calib.quantize import Layer, activations
+from evm_deploy.calib.request import Request
+from evm_deploy.calib.source import Source, feeds
+from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
+from evm_deploy.data.images import ImageSet
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from evm_deploy.runtimes.mil import MilRuntime, Program
+
+TYPES = ("conv", "linear")  # matmul is not for these passes; add would quantise the scan
+ACTIVATIONS = ("relu", "sigmoid", "tanh")  # what the passes take together with the layer before
+PAIRS = ("insert_prefix_quantize_dequantize_pair", "insert_suffix_quantize_dequantize_pair")
+
+
+def quantize_program(
+    model: Any,
+    module: nn.Module,
+    request: Request,
+    preprocessing: Preprocessing,
+    *,
+    modules: Mapping[str, str],
+    int8_inside: Mapping[str, Collection[str]],
+    ship: Ship,
+    step: Step,
+) -> Quantized:
+    """The int8 or w8 form of a float16 `model` (coremltools' MLModel), judged against the float `module`.
+
+    modules: module path by name of a weight. int8_inside: of these modules, only the layers named get int8 activations.
+    `ship(candidate)` opens a model as it is verified. Raises CalibrationError; an accuracy out of its limit does not
+    raise, it is in the result.
+    """
+    from evm_deploy.runtimes.mil import MilRuntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float16.mlpackage"
+        with quiet():
+            model.save(str(path))
+            saved = converter().models.MLModel(str(path), skip_model_load=True)
+        with MilRuntime(path) as runtime:
+            found = layers(runtime.program, modules, int8_inside)
+            images = image_sets(request, preprocessing, step)
+            table = _calibrate(runtime, found, images.used, request, step) if images.used else None
+            if request.precision == "w8":
+                found = [replace(layer, weight_only=True) for layer in found]
+            source = Source(saved, found, table, table.ranges(request.method) if table else {}, rewrite=quantize)
+
+            def float_outputs(judged: ImageSet) -> NDArray[np.float32]:
+                return np.stack([_outputs(module, feed) for feed in feeds(judged, request.input, runtime)])
+
+            return choose({"": source}, images, request, float_outputs, ship, step)
+
+
+def layers(program: Program, modules: Mapping[str, str], int8_inside: Mapping[str, Collection[str]]) -> list[Layer]:
+    """The layers that can be quantised, as for the other targets: all but the first; of the last its weights alone."""
+    every = [op for op in program.operations if op.type in TYPES and _plain(op.weight) in modules]
+    readers = {name: op for op in reversed(program.operations) for name in op.reads}
+    found = []
+    for op in every[1:]:
+        module, writes = modules[_plain(op.weight)], op.results[0].name
+        if writes in readers and readers[writes].type in ACTIVATIONS:
+            writes = readers[writes].results[0].name
+        inside = next((names for path, names in int8_inside.items() if module.startswith(path + ".")), None)
+        alone = op is every[-1] or (inside is not None and module not in inside)
+        found.append(Layer(op.name, module, str(op.variables["x"]), writes, op.weight, weight_only=alone))
+    return found
+
+
+def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -> Any:
+    """`model` (saved and opened again) with these layers' weights int8, one scale per output channel, and their
+    activations between quantize and dequantize over `ranges`, which are keyed as in a calibration table.
+
+    Raises ToolchainError for another coremltools than the one whose passes are known.
+    """
+    if metadata.version("coremltools") != PATCHED_VERSION:
+        raise ToolchainError(
+            f"int8 for Core ML uses passes of coremltools {PATCHED_VERSION} that have no public name",
+            f"pip install coremltools=={PATCHED_VERSION}",
+        )
+    ct = converter()
+    import coremltools.optimize.coreml as cto
+    from coremltools.converters.mil.converter import mil_convert
+    from coremltools.converters.mil.frontend.milproto.load import load
+    from coremltools.converters.mil.mil.passes.graph_pass import PassOption
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+    from coremltools.models.utils import _apply_graph_pass
+
+    def prepared(name: str, **options: Any) -> Any:
+        found = PASS_REGISTRY[name]
+        found.set_options([PassOption(key, value) for key, value in options.items()])
+        return found
+
+    weight = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=0)
+    activation = cto.OpLinearQuantizerConfig(mode="linear")
+    rounded = [layer for layer in chosen if not layer.weight_only]
+    pairs = cto.OptimizationConfig(op_name_configs={layer.node: activation for layer in rounded})
+    covered = {name: ranges[key] for name, key in activations(rounded).items()}
+    stats = {name: {"rmin": each.low, "rmax": each.high} for name, each in covered.items()}
+    weights = cto.OptimizationConfig(op_name_configs={layer.weight: weight for layer in chosen})
+    spec = model.get_spec()
+    version = max(spec.specificationVersion, ct._SPECIFICATION_VERSION_IOS_17 if rounded else 0)
+    with quiet():
+        passes = [
+            *(prepared(f"compression::{name}", config=pairs, activation_stats=stats) for name in PAIRS if rounded),
+            PASS_REGISTRY["common::dequantize_quantize_pair_elimination"],
+            prepared("compression::linear_quantize_weights", config=weights, joint_compression=False),
+        ]
+        program = _apply_graph_pass(model, passes, spec_version=version, pymil_load_func=load, return_pymil_prog=True)
+        return mil_convert(
+            program,
+            convert_to="mlprogram",
+            convert_from="milinternal",
+            specification_version=version,
+            compute_units=model.compute_unit,
+            model_description=spec.description,
+            pass_pipeline=ct.PassPipeline.CLEANUP,  # the float program is as the others made it
+            skip_model_load=True,
+        )
+
+
+def _outputs(module: nn.Module, feed: NDArray[Any]) -> NDArray[np.float32]:
+    """What a torch module gives for the first image of a batch, flattened."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = module(torch.from_numpy(feed))
+    parts = outputs if isinstance(outputs, tuple) else (outputs,)
+    return np.concatenate([part[0].numpy().ravel() for part in parts])
+
+
+def _calibrate(
+    runtime: MilRuntime, found: Sequence[Layer], images: ImageSet, request: Request, step: Step
+) -> CalibrationTable:
+    keys = activations(found)
+    identity = {
+        "checkpoint_sha256": request.checkpoint_sha256,
+        "graph": "mlprogram float16",
+        "input": request.input,
+        "images": {"count": len(images), "sha256": images.digest()},
+        "activations": sorted(set(keys.values())),
+    }
+    (name,) = runtime.inputs
+
+    def measured(start: int) -> Iterator[Activations]:
+        for feed in islice(feeds(images, request.input, runtime), start, None):
+            values = runtime.run({name: feed}, list(keys))
+            merged: dict[str, list[NDArray[np.float32]]] = {}
+            for tensor, key in keys.items():  # a module that runs twice has one key
+                merged.setdefault(key, []).append(values[tensor][0].ravel())
+            yield {key: np.concatenate(parts) for key, parts in merged.items()}
+
+    with step("calibrate", f"{len(images)} images, {request.method}, in the MIL runtime") as progress:
+        return calibrate(identity, measured, progress=progress)
+
+
+def _plain(weight: str) -> str:
+    return weight.removesuffix("_to_fp16")

@@ -1,0 +1,82 @@
+"""The scans of a Core ML package, for verification: where they are in the program, what they read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.coreml.program import scan_prefix
+from evm_deploy.export.hub.graph import ScanSite
+from evm_deploy.export.target import Artifact
+from evm_deploy.runtimes.base import Feeds
+
+if TYPE_CHECKING:
+    from evm_deploy.runtimes.mil import Program
+
+
+def scan_site(program: Program, path: str) -> ScanSite:
+    """Where the scan of module `path` is in a saved program. Raises ToolchainError where it is not found."""
+    prefix = scan_prefix(path)
+    ops = {}
+    for op in program.operations:
+        name = op.results[0].name
+        if name.startswith(prefix):
+            ops[name.removeprefix(prefix + "_").removesuffix("_cast_fp16")] = op
+    try:
+        delta = ops.get("delta") or ops["softplus_0"]  # a bias of zeros adds nothing, and is gone
+        reads = {"delta": str(delta.variables["x"]), "u": str(ops["u"].variables["y"])}
+        reads |= {key: str(ops[key].variables["x"]) for key in ("B", "C")}
+        writes = ops["y"].results[0].name
+    except KeyError as error:
+        raise ToolchainError(f"the operation {error} of scan {path} is not in the program", "report this") from error
+    for key in ("A", "skip", "bias"):
+        if constant := _constant_name(program, f"{prefix}_{key}"):
+            reads[key] = constant
+    return ScanSite(path, reads, writes)
+
+
+def _constant_name(program: Program, name: str) -> str:
+    """The constant as the file names it, or "" where it did nothing and is gone: skip of ones, bias of zeros."""
+    return next((found for found in (name, f"{name}_to_fp16") if found in program.constants), "")
+
+
+class CoreMlScanTaps:
+    """Per-scan access to a package in the MIL runtime, without float16 roundings: what the program says, exactly."""
+
+    def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
+        from evm_deploy.runtimes.mil import MilRuntime
+
+        self.runtime = MilRuntime(artifact.path, artifact.function, exact=True)
+        self.sites: tuple[ScanSite, ...] = artifact.details["scans"]
+        self.names = tuple(site.name for site in self.sites)
+
+    def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
+        variable = ("u", "delta", "B", "C")
+        wanted = {name for site in self.sites for name in (*(site.reads[key] for key in variable), site.writes)}
+        values = self.runtime.run(feeds, sorted(wanted))
+        return [
+            {key: values[site.reads[key]] for key in variable}
+            | self._constants(site, values)
+            | {"y": values[site.writes]}
+            for site in self.sites
+        ]
+
+    def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        site = self.sites[index]
+        return self.runtime.run({site.reads[key]: value for key, value in feeds.items()}, [site.writes])[site.writes]
+
+    def _constants(self, site: ScanSite, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """A (K, D, N), skip and bias (K, D) as the program has them; no A in a scan of one step, which needs none."""
+        _, K, _, D = values[site.reads["u"]].shape
+        program = self.runtime.program
+        found = {key: program.constants[site.reads[key]].numpy() for key in ("A", "skip", "bias") if key in site.reads}
+        return {
+            **({"A": found["A"][:K].reshape(K, D, -1)} if "A" in found else {}),  # tiled over the batch
+            "skip": found["skip"].reshape(K, D) if "skip" in found else np.ones((K, D), np.float32),
+            "bias": found["bias"].reshape(K, D) if "bias" in found else np.zeros((K, D), np.float32),
+        }

@@ -1,0 +1,1 @@
+"""The hub ONNX graph and its passes."""

@@ -1,0 +1,234 @@
+"""The hub: a torch module traced once to an ONNX graph that every ONNX-based target starts from."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from evm_deploy._util.quiet import quiet
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.hub.fuse import located
+from evm_deploy.export.hub.naming import name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
+from evm_deploy.scan import onnx_function
+from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp, fusable_modules
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+
+SCAN_INPUTS = onnx_function.INPUTS
+INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
+ROOT = "model"  # attribute of the deployable module that holds the network
+
+
+@dataclass(frozen=True)
+class ScanSite:
+    """Where one scan sits in a graph: its module path and the names of the tensors that it reads and writes.
+
+    inside: the fused node that holds it, if any. Its u, delta, B, C and y exist only once the node is given these names
+    for its optional outputs.
+    """
+
+    name: str
+    reads: dict[str, str]
+    writes: str
+    inside: str = ""
+
+
+@dataclass
+class Graph:
+    """The hub graph: float32, one evm::SelectiveScan node per scan, and the function with its portable body.
+
+    fusable: the modules, by path, that a target may replace by one op.
+    """
+
+    model: onnx.ModelProto
+    fusable: dict[str, FusedOp] = field(default_factory=dict)
+
+    @property
+    def scans(self) -> tuple[ScanSite, ...]:
+        return scan_sites(self.model)
+
+
+def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = None) -> tuple[ScanSite, ...]:
+    """The scans of `model` in execution order. `fused`: the modules, by path, that are one node."""
+    sites = []
+    for node in model.graph.node:
+        path, _, op_type = node.name.rpartition("/")
+        if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE):
+            reads = dict(zip(SCAN_INPUTS, node.input, strict=True))
+            sites.append(ScanSite(path, reads, node.output[0]))
+        elif fused and path in fused and op_type.removesuffix("Int8") == fused[path].op_type:
+            op, name = fused[path], f"{path}.{fused[path].scan}"
+            function = next(f for f in model.functions if (f.name, f.overload) == (op_type, node.overload))
+            operands = dict(zip(function.input, node.input, strict=True))
+            reads = {key: operands[operand] for key, operand in op.scan_constants.items()}
+            taps = {key: f"{name}/{key}" for key in SCAN_OUTPUTS}
+            sites.append(ScanSite(name, {**reads, **taps}, taps["y"], node.name))
+    return tuple(sites)
+
+
+def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One evm::SelectiveScan node on seven graph inputs of any shape, with the portable body that `model` has."""
+    from onnx import TensorProto, helper
+
+    ranks = {"u": 4, "delta": 4, "A": 3, "B": 4, "C": 4, "skip": 2, "bias": 2}
+    inputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * ranks[k]) for k in onnx_function.INPUTS]
+    output = helper.make_tensor_value_info(onnx_function.OUTPUT, TensorProto.FLOAT, [None] * 4)
+    node = helper.make_node(
+        onnx_function.OP_TYPE, onnx_function.INPUTS, [onnx_function.OUTPUT], domain=onnx_function.DOMAIN
+    )
+    result: onnx.ModelProto = helper.make_model(
+        helper.make_graph([node], "scan", inputs, [output]),
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        functions=[function for function in model.functions if function.name == onnx_function.OP_TYPE],
+        producer_name="evm-deploy",
+    )
+    return result
+
+
+def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing) -> nn.Module:
+    """The float model as it ships: pixels in (for `--input image`), the chosen head out. In eval mode.
+
+    It is both what gets traced and the reference of every parity check.
+    """
+    import torch
+    from torch import nn
+
+    class Deployable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+            self.scale = nn.Buffer(1 / (255 * std), persistent=False)
+            self.shift = nn.Buffer(-mean / std, persistent=False)
+
+        def forward(self, x: Tensor) -> Any:
+            if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW
+                x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+            y = self.model(x)
+            return torch.softmax(y, dim=-1) if plan.head == "probs" else y
+
+    return Deployable().eval()
+
+
+def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
+    """Shape of the artifact's one input for `batch` images."""
+    if plan.imgsz is None:
+        raise ValueError("the plan has not been completed")
+    return (batch, *plan.imgsz, 3) if plan.input == "image" else (batch, 3, *plan.imgsz)
+
+
+def output_names(plan: ExportPlan) -> list[str]:
+    """`logits`, `probs`, or `feature0` .. `feature3`."""
+    return [f"feature{i}" for i in range(4)] if plan.head == "features" else [plan.head]
+
+
+def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
+    """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
+
+    Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the
+    portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
+    ToolchainError when a package is missing or a step fails.
+    """
+    try:
+        import onnx
+
+        model = fold_batch_norm(model)
+        proto = _export(model, plan)
+        name_after_modules(proto, root=ROOT)
+        proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
+        proto = _simplify(proto)
+        name_after_neighbours(proto)
+        name_values_after_nodes(proto)
+        proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
+    except ImportError as error:
+        raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
+    for key in sorted(metadata):
+        proto.metadata_props.add(key=key, value=metadata[key])
+    proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
+    check(proto)
+    names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
+    modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
+    return Graph(proto, {path: located(proto, path, op, names) for path, op in modules})
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` in which every BatchNorm2d after a convolution, in one Sequential, is part of it."""
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    folded = copy.deepcopy(model).eval()
+    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(itertools.pairwise(sequence)):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return folded
+
+
+def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
+    import onnxscript
+    import torch
+
+    from evm_deploy.scan import op  # noqa: F401  registers evm::selective_scan
+
+    onnx_function.register_schema()
+    evm = onnxscript.values.Opset(onnx_function.DOMAIN, onnx_function.VERSION)
+
+    def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any) -> Any:
+        return evm.SelectiveScan(u, delta, A, B, C, skip, bias)
+
+    dtype = torch.uint8 if plan.input == "image" else torch.float32
+    example = torch.zeros(
+        input_shape(plan, plan.batch.min if plan.batch.static else max(2, plan.batch.min)), dtype=dtype
+    )
+    dynamic = None
+    if not plan.batch.static:
+        dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
+    with quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=plan.opset or DEFAULT_OPSET,
+            input_names=[plan.input],
+            output_names=output_names(plan),
+            dynamic_shapes=dynamic,
+            custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
+        )
+    if program is None:
+        raise ToolchainError(
+            "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
+        )
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """onnxsim: constants folded, shapes known; it must keep every scan node and the function."""
+    import onnxsim
+
+    before = len(scan_sites(proto))
+    with quiet():
+        simplified, _ = onnxsim.simplify(proto)
+    if len(scan_sites(simplified)) != before or not simplified.functions:
+        raise ToolchainError(f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions")
+    result: onnx.ModelProto = simplified
+    return result
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """The full ONNX check, shape inference included. Raises ToolchainError."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ToolchainError(f"the exported graph is not valid ONNX: {error}") from error

@@ -1,0 +1,69 @@
+"""What several parts do with ONNX models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from evm_deploy.export.hub import float16
+from evm_deploy.scan.onnx_function import OP_TYPE
+
+if TYPE_CHECKING:
+    import onnx
+
+    from evm_deploy.export.hub.graph import ScanSite
+
+
+def constants_sha256(model: onnx.ModelProto) -> str:
+    """Hex digest of a graph's constants, names and values."""
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(tensor.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, its nodes in topological order: converters append theirs at the end."""
+    import onnx_ir
+
+    ordered = onnx_ir.from_proto(model)
+    ordered.graph.sort()
+    result: onnx.ModelProto = onnx_ir.to_proto(ordered)
+    return result
+
+
+def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:
+    """Raise UsageError naming a weight that float16 cannot hold. Scans stay float32."""
+    from onnx import TensorProto, numpy_helper
+
+    scan_constants = {name for site in sites for name in site.reads.values()}
+    float16.check_range(
+        (tensor.name, numpy_helper.to_array(tensor))
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scan_constants
+    )
+
+
+def to_fp16(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> onnx.ModelProto:
+    """Weights and activations float16, inputs and outputs as before, every scan float32 between casts.
+
+    Raises UsageError naming the weights that float16 cannot hold.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    check_fp16_range(model, sites)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.value_info if value.name in constants]:
+        model.graph.value_info.remove(value)  # else the converter puts casts between a scan and its constants
+    functions = list(model.functions)
+    half: onnx.ModelProto = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        disable_shape_infer=True,
+        min_positive_val=5.97e-8,  # float16's smallest; the converter's default would move smaller weights further
+        op_block_list=[OP_TYPE, "Resize"],
+    )
+    if not half.functions:
+        half.functions.extend(functions)
+    return in_order(half)

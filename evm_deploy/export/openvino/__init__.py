@@ -1,0 +1,161 @@
+"""Target `openvino`: an IR, with the blocks as operators of our extension, or with standard operators only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evm_deploy._util.packages import package_versions
+from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export.hub.fold_normalisation import fold_normalisation
+from evm_deploy.export.hub.fuse import outline
+from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
+from evm_deploy.export.hub.tools import check_fp16_range
+from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
+from evm_deploy.export.openvino.readme import usage
+from evm_deploy.export.openvino.scans import OpenVinoScanTaps
+from evm_deploy.export.plan import Choice, ExportPlan
+from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.runtimes.base import RunOptions, Runtime
+from evm_deploy.runtimes.openvino import PRECISION_HINT, OpenVinoRuntime, open_core
+from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain import openvino_extension
+from evm_deploy.toolchain.openvino_extension import INSTALL_HINT, extension
+from evm_deploy.toolchain.platforms import host_platform
+
+if TYPE_CHECKING:
+    import onnx
+
+BLOCK_STEPS = 28  # of an iteration of a portable scan: the whole model 6 % faster than with 7
+BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino")
+
+
+def probe() -> Probe:
+    """Which of the packages are here, without importing them."""
+    versions = package_versions(BUILD_PACKAGES)
+    missing = [name for name in BUILD_PACKAGES if name not in versions]
+    return Probe(not missing, "openvino" in versions, versions, INSTALL_HINT if missing else "")
+
+
+def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
+    """Write `folder/model.xml` and `model.bin`: the hub graph in the plan's precision and scan lowering.
+
+    With the extension it goes into the bundle, under `plugins`: the model does not load without it.
+    """
+    scan, library = choose_lowering(plan)
+    proto, sites = lowered(graph, scan.value)
+    if plan.precision == "fp16":
+        check_fp16_range(proto, sites)
+    core = open_core(library)
+    model = convert(core, proto)
+    if plan.precision == "fp16":
+        halve_weights(model, sites)
+    hint = precision_hint(plan, scan)
+    facts = {entry.key: entry.value for entry in graph.model.metadata_props if not entry.key.startswith("onnxsim.")}
+    describe(model, {**facts, PRECISION_HINT: hint, "scan": scan.value})
+    save(model, folder / "model.xml")
+    plugins = {}
+    if library:
+        inside = f"plugins/{host_platform()}/{library.name}"
+        (folder / inside).parent.mkdir(parents=True)
+        shutil.copyfile(library, folder / inside)
+        plugins[host_platform()] = inside
+    details = {PRECISION_HINT: hint, "operations": len(model.get_ops()), "scans": sites}
+    return Artifact(folder / "model.xml", scan, details, plugins)
+
+
+def choose_lowering(plan: ExportPlan) -> tuple[Choice, Path | None]:
+    """How the scans run, and the extension for it. Raises ToolchainError where it was asked for and cannot be had."""
+    if plan.scan == "portable":
+        return Choice("portable", "as asked, standard operators only"), None
+    try:
+        library = extension()
+    except ToolchainError as error:
+        if plan.scan == "plugin":
+            raise
+        return Choice("portable", f"standard operators only: {error.args[0]}"), None
+    release = openvino_extension.release_of(library)
+    return Choice("plugin", f"blocks as operators of the extension in plugins/, for OpenVINO {release}"), library
+
+
+def precision_hint(plan: ExportPlan, scan: Choice) -> str:
+    """What the operations are computed in. float16 exports: whatever half a device has, f16 or bf16.
+
+    Not with portable scans: OpenVINO would round their states too.
+    """
+    return "f16" if plan.precision == "fp16" and scan.value == "plugin" else "f32"
+
+
+def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
+    """The hub graph with blocks as nodes (`plugin`), or with every function inlined, and where its scans are."""
+    import onnx
+
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.model)
+    fold_normalisation(proto)
+    if scan == "portable":
+        return inlined(proto), scan_sites(proto)
+    for module, op in graph.fusable.items():
+        outline(proto, module, op)
+    return proto, scan_sites(proto, graph.fusable)
+
+
+def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph with its functions inlined, and scans unrolled over as many steps as suit OpenVINO. Changes `proto`."""
+    from onnx import inliner
+
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    for function in proto.functions:
+        if function.name == onnx_function.OP_TYPE:
+            function.CopyFrom(onnx_function.selective_scan_function(opset, BLOCK_STEPS))
+    result: onnx.ModelProto = inliner.inline_local_functions(proto)
+    return result
+
+
+def open_(path: Path, options: RunOptions) -> Runtime:
+    return OpenVinoRuntime(path, options)
+
+
+def build_plugin(platform: str) -> Path:
+    raise UsageError(f"the extension is compiled where its OpenVINO is installed: export on {platform}")
+
+
+def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+    """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
+    proto, library = scan_alone(graph.model), None
+    if artifact.scan.value == "portable":
+        proto = inlined(proto)
+    else:
+        library = artifact.path.parent / artifact.plugins[host_platform()]
+    core = open_core(library)
+    save(convert(core, proto), path)
+
+
+def remarks(runtime: Runtime) -> list[str]:
+    """A note where this CPU computes the operations in float16: AVX512-FP16 without AMX is slower than float32."""
+    if isinstance(runtime, OpenVinoRuntime) and runtime.precision == "f16":
+        return ["OpenVINO computes this model in float16 on this CPU; float32 may be faster: compare with evm-bench"]
+    return []
+
+
+TARGET = Target(
+    name="openvino",
+    aliases=("ov",),
+    precisions=("fp32", "fp16", "int8"),
+    scans=("auto", "plugin", "portable"),
+    devices=(),
+    probe=probe,
+    build=build,
+    taps=OpenVinoScanTaps,
+    open=open_,
+    plugin=extension,
+    isa=openvino_extension.isa,
+    build_plugin=build_plugin,
+    scan_probe="scan.xml",
+    write_scan_probe=write_scan_probe,
+    usage=usage,
+    remarks=remarks,
+    streams=True,
+    profiles=True,
+)

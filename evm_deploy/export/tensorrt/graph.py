@@ -1,0 +1,104 @@
+"""The ONNX that TensorRT parses: precision in the graph, scans as standard ops or as nodes of a plugin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evm_deploy.errors import ToolchainError
+from evm_deploy.export.hub.fold_normalisation import fold_normalisation
+from evm_deploy.export.hub.graph import ScanSite, check, scan_sites
+from evm_deploy.export.hub.tools import to_fp16
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.tensorrt import kernel
+from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE
+from evm_deploy.scan.unrolled import unrolled_scan
+
+if TYPE_CHECKING:
+    import onnx
+
+HALF = ("fp16", "int8-fp16")
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+
+
+def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
+    """The hub graph as TensorRT takes it, strongly typed, and where its scans are.
+
+    Raises UsageError for a scan that the kernel does not do, and for weights that float16 cannot hold.
+    """
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(hub)
+    fold_normalisation(model)
+    if plan.precision in HALF:
+        model = to_fp16(model, scan_sites(model))
+        del model.graph.value_info[:]  # the converter leaves some as they were
+        model = onnx.shape_inference.infer_shapes(model)
+    sites = scan_sites(model)
+    if plan.scan in ("aot", "plugin"):
+        mark_for_plugin(model, plan)
+    else:
+        unroll(model)
+    del model.functions[:]  # the parser would prefer them, or ignore their overloads
+    check(model)
+    return model, sites
+
+
+def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
+    """Say at every scan which plugin it is: "aot" embeds the kernel, else a library brings it. Returns how many."""
+    from onnx import helper
+
+    shapes = constant_shapes(model)
+    nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+    attributes = {**PLUGIN_ATTRIBUTES, **({"aot": 1} if plan.scan == "aot" else {})}
+    for node in nodes:
+        K, D, N = shapes[node.input[2]]
+        kernel.check_scan(plan.batch.max or 1, K, D, N)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    return len(nodes)
+
+
+def unroll(model: onnx.ModelProto) -> int:
+    """Replace every scan by standard ops, in place. Returns how many.
+
+    before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
+    after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        names start with the node's
+    """
+    lengths = sequence_lengths(model)
+    kept: list[onnx.NodeProto] = []
+    count = 0
+    for node in model.graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+            kept.append(node)
+            continue
+        names = ("u", "delta", "A", "B", "C", "skip", "bias")
+        reads = dict(zip(names, node.input, strict=True))
+        kept += unrolled_scan(reads, node.output[0], lengths[node.output[0]], f"{node.name}/")
+        count += 1
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    for opset in [opset for opset in model.opset_import if opset.domain == DOMAIN]:
+        model.opset_import.remove(opset)
+    return count
+
+
+def constant_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of the constants of a graph, by name."""
+    return {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+
+
+def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
+    """L of every scan, by what it writes. Raises ToolchainError where the graph does not say."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model)
+    known = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
+    found = {}
+    for site in scan_sites(model):
+        lengths = [known[name][2].dim_value for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
+        if not any(lengths):
+            raise ToolchainError(f"the length of scan {site.name} is not known", "report this, with the versions")
+        found[site.writes] = int(np.max(lengths))
+    return found

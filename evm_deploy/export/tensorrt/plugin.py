@@ -1,0 +1,72 @@
+"""evm::SelectiveScan for TensorRT from 10.9 on: the kernel is embedded in the engine, which then needs nothing of ours.
+
+No `from __future__ import annotations` and no newer spelling here: tensorrt.plugin reads annotations as objects.
+"""
+# ruff: noqa: UP006, UP007, UP035
+
+from typing import Any, List, Tuple, Union
+
+from evm_deploy.export.tensorrt.kernel import CHANNELS, KERNELS, THREADS
+
+OP = "evm::SelectiveScan"
+TACTIC = 1  # there is one kernel
+
+
+def register(code: Union[str, bytes], lazy: bool = False) -> Any:
+    """Make the op known to TensorRT. code: PTX or CUBIN of the kernels for the GPU that the engine is built for.
+
+    Before parsing nodes with plugin_namespace "evm", plugin_version "1" and aot 1. lazy: not yet, at the first use from
+    Python. Returns autotune and implementation. Raises ImportError where TensorRT has no `tensorrt.plugin`.
+    """
+    import tensorrt as trt
+    import tensorrt.plugin as trtp
+
+    @trtp.register(OP, lazy_register=lazy)  # type: ignore[untyped-decorator]
+    def describe(
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+    ) -> trtp.TensorDesc:
+        return u.like()
+
+    @trtp.autotune(OP)  # type: ignore[untyped-decorator]
+    def autotune(
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc],
+    ) -> List[trtp.AutoTuneCombination]:
+        either = "FP32|FP16"  # tied: all of these are the one, or all the other
+        types = f"{either}, {either}, FP32, {either}, {either}, FP32, FP32, {either}"
+        return [trtp.AutoTuneCombination(types, "LINEAR", [TACTIC])]
+
+    @trtp.aot_impl(OP)  # type: ignore[untyped-decorator]
+    def implement(
+        u: trtp.TensorDesc,
+        delta: trtp.TensorDesc,
+        A: trtp.TensorDesc,
+        B: trtp.TensorDesc,
+        C: trtp.TensorDesc,
+        skip: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]:
+        batch, K, L, D = u.shape_expr
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x, launch.grid_y, launch.grid_z = trtp.cdiv(D, CHANNELS), K, batch
+        launch.block_x, launch.shared_mem = THREADS, 0
+        integers = trtp.SymIntExprs(3)
+        for i, value in enumerate((L, D, A.shape_expr[2])):
+            integers[i] = trtp.SymInt32(value)
+        return KERNELS["float16" if u.dtype == trt.float16 else "float32"], code, launch, integers
+
+    return autotune, implement

@@ -1,0 +1,1 @@
+"""EfficientVMamba: the network and its checkpoints."""

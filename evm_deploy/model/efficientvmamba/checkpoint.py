@@ -1,0 +1,227 @@
+"""From a checkpoint to a float model: the architecture is inferred from shapes, the state dict loaded strictly."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evm_deploy.errors import CheckpointError
+from evm_deploy.model.state_dict import RawCheckpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from evm_deploy.model.efficientvmamba.network import Architecture
+
+MIN_PIXELS = 4  # one patch of the embedding
+LISTED = 6  # keys shown of each kind in an error
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Plain facts about a loaded network: all that export, manifests and reports need to know of it."""
+
+    name: str
+    variant: str
+    architecture: dict[str, Any]
+    num_classes: int
+    parameters: int
+    checkpoint: dict[str, Any]
+    min_pixels: int = MIN_PIXELS
+    notes: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)  # imgsz, crop_pct, mean, std, labels saved with the weights
+
+
+def load_checkpoint(path: str | Path, *, head: str = "logits", weights: str = "ema") -> tuple[nn.Module, ModelSpec]:
+    """Load a trained EfficientVMamba of any width and depth -> (float32 module in eval mode, its ModelSpec).
+
+    `head`: `logits` or `probs` build the classifier, `features` the backbone; a classification checkpoint has no
+    `outnorm*`, so asking for its features means unit norms, as in the authors' backbone, and is noted in the spec.
+    `weights`: `ema` prefers averaged weights, `raw` the others, where a file has both.
+    Raises CheckpointError with every missing, unexpected and misshapen key. Source: spec, sections 7 to 9.
+    """
+    import torch
+
+    from evm_deploy.model.efficientvmamba.network import EfficientVMamba, EfficientVMambaBackbone
+
+    path = Path(path)
+    raw = read_checkpoint(path, weights)
+    arch = infer_architecture(path, raw.tensors)
+    features = head == "features"
+    if not features and not arch.num_classes:
+        raise CheckpointError(f"checkpoint {path} has no classifier head", "export its maps with --head features")
+    with torch.device("meta"):
+        model: nn.Module = EfficientVMambaBackbone(arch) if features else EfficientVMamba(arch)
+    expected = model.state_dict()
+    _fit_to_head(raw, expected, features)
+    _check_strictly(path, raw.tensors, expected)
+    model.load_state_dict(_to_float32(path, raw), strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    spec = ModelSpec(
+        name=_stem(path),
+        variant=arch.variant,
+        architecture={"family": "efficientvmamba", **asdict(arch)},
+        num_classes=0 if features else arch.num_classes,
+        parameters=sum(p.numel() for p in model.parameters()),
+        checkpoint={
+            "file": path.name,
+            "sha256": raw.sha256,
+            "container": raw.container,
+            "weights": weights,
+            "dropped": sorted(raw.dropped),
+        },
+        notes=tuple(raw.notes),
+        defaults=raw.metadata,
+    )
+    return model, spec
+
+
+def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
+    """Widths, depths, classes, d_state and dt_rank from keys and shapes. Raises CheckpointError with the reason."""
+    from evm_deploy.model.efficientvmamba.network import Architecture
+
+    _refuse_relatives(path, tensors)
+    stem = tuple(tensors["patch_embed.0.weight"].shape)
+    if len(stem) != 4 or stem[1:] != (3, 4, 4) or stem[0] < 8:
+        raise CheckpointError(
+            f"checkpoint {path}: patch_embed.0.weight is {list(stem)}, supported is [dim >= 8, 3, 4, 4]"
+        )
+    dim = stem[0]
+    depths = (
+        _count(path, tensors, r"layers\.0\.blocks\.(\d+)\.", 0),
+        _count(path, tensors, r"layers\.1\.blocks\.(\d+)\.", 0),
+        _count(path, tensors, r"layers\.2\.(\d+)\.conv_pw\.0\.weight$", 1),
+        _count(path, tensors, r"layers\.3\.(\d+)\.conv_pw\.0\.weight$", 1),
+    )
+
+    def last_dim(key: str, default: int) -> int:
+        return int(tensors[key].shape[-1]) if key in tensors and tensors[key].dim() else default
+
+    head = tensors.get("classifier.head.weight")
+    first = "layers.0.blocks.0.op." if depths[0] else "layers.1.blocks.0.op."
+    return Architecture(
+        dim=dim,
+        depths=depths,
+        num_classes=int(head.shape[0]) if head is not None and head.dim() else 0,
+        d_state=last_dim(first + "A_logs", 16),
+        dt_ranks=(
+            last_dim("layers.0.blocks.0.op.dt_projs_weight", math.ceil(dim / 16)),
+            last_dim("layers.1.blocks.0.op.dt_projs_weight", math.ceil(2 * dim / 16)),
+        ),
+    )
+
+
+def _refuse_relatives(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Name what the file is, when it is a relative of EfficientVMamba or something else altogether."""
+    signs = (
+        (r"layers\.2\.blocks\.", "plain VMamba (scan blocks in stage 2)"),
+        (r"layers\.\d\.blocks\.\d+\.(norm2|mlp)\.", "a variant with an MLP in its blocks"),
+        (r"\.op\.(in_rank|x_proj_bias)$", "a VMamba variant with other projections"),
+        (r"layers\.0\.downsample\.1\.weight$", "the unreleased variant with convolutional downsampling"),
+    )
+    for pattern, what in signs:
+        if any(re.search(pattern, key) for key in tensors):
+            raise CheckpointError(f"checkpoint {path} is {what}, not EfficientVMamba")
+    if "patch_embed.0.weight" not in tensors:
+        raise CheckpointError(
+            f"checkpoint {path} is not an EfficientVMamba: no patch_embed.0.weight among its {len(tensors)} tensors "
+            f"({_some(sorted(tensors))})"
+        )
+
+
+def _count(path: Path, tensors: Iterable[str], pattern: str, first: int) -> int:
+    found = {int(match[1]) for key in tensors if (match := re.match(pattern, key))}
+    if found != set(range(first, first + len(found))):
+        raise CheckpointError(f"checkpoint {path}: blocks {sorted(found)[:LISTED]} of {pattern[:10]!r} have gaps")
+    return len(found)
+
+
+def _fit_to_head(raw: RawCheckpoint, expected: dict[str, Tensor], features: bool) -> None:
+    """Drop what the other head needs; give a classification checkpoint the unit norms that `features` asks for."""
+    import torch
+
+    other = "classifier." if features else "outnorm"
+    for key in [key for key in raw.tensors if key.startswith(other)]:
+        raw.dropped.append(key)
+        del raw.tensors[key]
+    norms = [key for key in expected if key.startswith("outnorm")]
+    if norms and not any(key in raw.tensors for key in norms):
+        raw.notes.append("no outnorm0..3 in the checkpoint: features are normalised with weight 1, bias 0")
+        for key in norms:
+            fill = torch.ones if key.endswith("weight") else torch.zeros
+            raw.tensors[key] = fill(expected[key].shape)
+
+
+def _check_strictly(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    misshapen = [
+        f"{key} is {list(tensors[key].shape)}, expected {list(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(keys)} {kind}: {_some(keys)}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"checkpoint {path} does not fit the network its shapes describe; " + "; ".join(problems))
+
+
+def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    import torch
+
+    state = {}
+    converted = {str(t.dtype).removeprefix("torch.") for t in raw.tensors.values() if t.is_floating_point()}
+    converted -= {"float32"}
+    if converted:
+        raw.notes.append(f"weights stored as {', '.join(sorted(converted))}, converted to float32")
+    for key, tensor in raw.tensors.items():
+        _refuse_odd_storage(path, key, tensor)
+        counter = key.endswith("num_batches_tracked")
+        value = tensor.to(torch.int64 if counter else torch.float32).contiguous()
+        if not counter and (odd := _odd_values(key, value)):
+            raise CheckpointError(f"checkpoint {path}: {key} {odd}", "the training run diverged there")
+        state[key] = value
+    return state
+
+
+def _odd_values(key: str, value: Tensor) -> str:
+    """What makes every output of the network NaN, or nothing."""
+    import torch
+
+    if not torch.isfinite(value).all():
+        return "holds NaN or Inf"
+    if key.endswith(".running_var") and (value < 0).any():
+        return "holds negative variances"
+    if key.endswith(".A_logs") and not torch.isfinite(value.exp()).all():
+        return f"reaches {value.max():.4g}: its exp is Inf"
+    return ""
+
+
+def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
+    """Sparse, quantised and complex tensors, and views that would unfold into more memory than the file holds."""
+    import torch
+
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
+    if not plain:
+        raise CheckpointError(f"checkpoint {path}: {key} is {tensor.dtype}, {tensor.layout}; expected plain floats")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise CheckpointError(f"checkpoint {path}: {key} claims more values than the file holds")
+
+
+def _stem(path: Path) -> str:
+    for suffix in (".pth.tar", ".safetensors", ".ckpt", ".pth", ".pt"):
+        if path.name.endswith(suffix) and path.name != suffix:
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def _some(keys: list[str]) -> str:
+    rest = f", and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + rest

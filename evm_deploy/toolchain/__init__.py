@@ -1,0 +1,1 @@
+"""The native libraries: their sources, compilers, platforms and places."""
