@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from evm_deploy.export.selftest import PROBE_FILE as PROBES
-from evm_deploy.export.selftest import SCAN_FILE as SCANS
+from evm_deploy.bundle.selftest import PROBE_FILE as PROBES
+from evm_deploy.bundle.selftest import SCAN_FILE as SCANS
 from reliability.readers import rehash
 
 

@@ -21,8 +21,9 @@ from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.export import pipeline
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import Batch
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import verify
@@ -34,9 +35,9 @@ from evm_deploy.export.coreml import program as mlprogram
 from evm_deploy.export.coreml.coremltools_patch import converter, coremltools
 from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.export.target import ScanShape
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.coreml import CoreMlRuntime, tensor_spec
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil

@@ -15,8 +15,9 @@ import torch
 
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import Batch
 from tests.conftest import save_as_released
 
 

@@ -18,9 +18,10 @@ from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import located, outline
 from evm_deploy.export.hub.graph import deployable, fold_batch_norm, trace
 from evm_deploy.export.pipeline import complete, export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.model.efficientvmamba.network import EVSSBlock
+from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import reference
 from evm_deploy.scan.fused import SCAN_OUTPUTS

@@ -24,8 +24,9 @@ from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
+from evm_deploy.runtimes.base import Batch
 from tests.test_fused import hub
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli
 from evm_deploy.bundle.loaded import load
-from evm_deploy.export.selftest import AXES
+from evm_deploy.bundle.selftest import AXES
 from reliability.readers import rehash
 from tests.broken import BROKEN
 

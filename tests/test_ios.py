@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.selftest import AXES
 from evm_deploy.errors import EvmError
 from evm_deploy.export.coreml import TARGET
 from evm_deploy.export.plan import TOLERANCES
-from evm_deploy.export.selftest import AXES
 from evm_deploy.runtimes.mil import MilRuntime
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults, parsed

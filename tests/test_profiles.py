@@ -7,13 +7,13 @@ import json
 import pytest
 
 from evm_deploy import cli
-from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.bundle.manifest import Choice, Manifest
 from evm_deploy.cli import doctor_main
 from evm_deploy.devices.profiles import Profile, find_profile, profile_names
 from evm_deploy.errors import UsageError
 from evm_deploy.export import pipeline
 from evm_deploy.export.device_choice import choose
-from evm_deploy.export.plan import Choice, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain.platforms import PLATFORMS
 from tests.test_cross import HOST
 

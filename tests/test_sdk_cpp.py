@@ -22,8 +22,9 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
+from evm_deploy.runtimes.base import Batch
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
 

@@ -26,9 +26,10 @@ from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import tensorrt
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, EngineSettings, ExportPlan
+from evm_deploy.export.plan import EngineSettings, ExportPlan
 from evm_deploy.export.tensorrt.finish import FinishError, record, required, take_in
 from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
+from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
 from evm_deploy.scan import onnx_function, reference, unrolled

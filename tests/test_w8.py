@@ -22,8 +22,8 @@ from evm_deploy.export import selftest
 from evm_deploy.export.hub.naming import below
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
-from evm_deploy.runtimes.base import RunOptions
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.runtimes.base import Batch, RunOptions
 from tests.test_fused import hub
 
 

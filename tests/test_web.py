@@ -26,7 +26,8 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import write_images
 from evm_deploy.errors import EvmError
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import Batch, ExportPlan
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.runtimes.base import Batch
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan

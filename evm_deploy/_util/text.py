@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+from evm_deploy.errors import UsageError
+
 
 def printable(text: object, keep: str = "\n") -> str:
     """Characters that terminals obey, such as escape sequences, replaced; those in `keep` stay."""
     return "".join(each if each.isprintable() or each in keep else "\N{REPLACEMENT CHARACTER}" for each in str(text))
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is a choice, else UsageError listing them and the nearest."""
+    choices = tuple(choices)
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, choices, 1)
+    hint = f"did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{what} {value!r} is unknown; choose from: {', '.join(choices)}", hint)
+
+
+def size_text(imgsz: tuple[int, int]) -> str:
+    """(H, W) -> `HxW`."""
+    return f"{imgsz[0]}x{imgsz[1]}"

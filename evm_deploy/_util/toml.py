@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from evm_deploy._util.text import one_of
 from evm_deploy.errors import UsageError
 
 IN_WORDS = {str: "text", int: "a whole number", list: "a list of texts"}
@@ -36,8 +37,6 @@ def checked(
     where: str, content: Mapping[str, Any], keys: Mapping[str, type], required: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The values of a table, if all of its keys are known and of their type. Raises UsageError naming the key."""
-    from evm_deploy.export.plan import one_of
-
     for key in required:
         if key not in content:
             raise UsageError(f"{where} has no {key!r}", f"it needs: {', '.join(required)}")

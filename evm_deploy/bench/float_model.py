@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from evm_deploy._util.files import sha256
 from evm_deploy.bench.record import Settings
 from evm_deploy.bench.subject import TORCH, repeated
+from evm_deploy.bundle.manifest import Choice
 from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import complete
-from evm_deploy.export.plan import Batch, Choice, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import probe_inputs
 from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.plugins import find_plugin
 
 

@@ -28,9 +28,10 @@ from evm_deploy.calib.source import feeds
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.export.pipeline import bundle_path, complete, export
-from evm_deploy.export.plan import CALIBRATED, QUANTIZED, Batch, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, parse_imgsz
 from evm_deploy.export.target import Target, check_plan
 from evm_deploy.export.targets import get_target
+from evm_deploy.runtimes.base import Batch
 
 FORMS = "torch:fp32,onnx:fp32,onnx:int8,openvino:fp32,openvino:int8"
 CHUNK = 16  # images of one inference of the float model

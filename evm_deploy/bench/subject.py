@@ -19,8 +19,7 @@ from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.plan import Batch
-from evm_deploy.runtimes.base import Feeds
+from evm_deploy.runtimes.base import Batch, Feeds
 
 TOP = 5  # classes, end to end
 TORCH = "torch"

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
+from evm_deploy._util.text import one_of
+from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
+from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.signing import public_key
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export import selftest
-from evm_deploy.export.plan import Choice, one_of
 from evm_deploy.export.targets import get_target
-from evm_deploy.export.verify import run_batched
-from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds
+from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class LoadedBundle:
         if options.streams > 1 and not self.target.streams:
             raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
-        self._plan = self.manifest.export_plan()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
         self._options = replace(options, plugin=self.plugin)
@@ -154,20 +153,20 @@ class LoadedBundle:
 
     @property
     def _batch_size(self) -> int:
-        return self._plan.batch.max or DYNAMIC_BATCH
+        return self.manifest.batch.max or DYNAMIC_BATCH
 
     def _check_classifier(self, top: int) -> str:
         """The output with the classes' scores."""
-        if self._plan.head == "features":
+        if self.manifest.head == "features":
             raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
         if top < 1:
             raise UsageError(f"top is {top}, it must be at least 1")
-        return self._plan.head
+        return self.manifest.head
 
     def _scores(self, pixels: NDArray[np.uint8], head: str) -> NDArray[np.float64]:
         """(n, classes)."""
-        value = pixels if self._plan.input == "image" else self.preprocessing.normalise(pixels)
-        scores = run_batched(self, self._plan, value)[head]
+        value = pixels if self.manifest.input == "image" else self.preprocessing.normalise(pixels)
+        scores = run_batched(self, self.manifest.batch, value)[head]
         self._check_scores(replace(self.outputs[head], shape=scores.shape))
         return scores.astype(np.float64)
 
@@ -177,7 +176,7 @@ class LoadedBundle:
                 f"bundle {self.bundle.path}: the network gives NaN or Inf here",
                 f"does it compute right on this device?  evm-run {self.bundle.path} --selftest",
             )
-        scores = row if self._plan.head == "probs" else _softmax(row)
+        scores = row if self.manifest.head == "probs" else _softmax(row)
         best = np.argsort(-scores, kind="stable")[:top]
         return [Prediction(self.labels[i] if self.labels else f"class {i}", int(i), float(scores[i])) for i in best]
 
@@ -198,11 +197,11 @@ class LoadedBundle:
             raise self._unlike(", ".join(map(str, have)), f"the manifest says {', '.join(map(str, described))}")
         if len(self.inputs) != 1:
             raise self._unlike(", ".join(map(str, have)), "a bundle's model has one input")
-        if self._plan.head == "features":
+        if self.manifest.head == "features":
             return
-        if self._plan.head not in self.outputs:
-            raise self._unlike(", ".join(map(str, have)), f"a classifier has {self._plan.head}")
-        self._check_scores(self.outputs[self._plan.head])
+        if self.manifest.head not in self.outputs:
+            raise self._unlike(", ".join(map(str, have)), f"a classifier has {self.manifest.head}")
+        self._check_scores(self.outputs[self.manifest.head])
 
     def _check_scores(self, scores: TensorSpec) -> None:
         if scores.dtype != "float32" or len(scores.shape) != 2 or 0 in scores.shape:

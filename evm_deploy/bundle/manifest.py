@@ -12,6 +12,7 @@ from typing import Any
 from evm_deploy._util.checks import (
     anything,
     count,
+    either,
     keys,
     listing,
     mapping,
@@ -22,9 +23,10 @@ from evm_deploy._util.checks import (
     text,
     yes_or_no,
 )
+from evm_deploy._util.text import size_text
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError
-from evm_deploy.export.plan import Batch, Choice, EngineSettings, ExportPlan
+from evm_deploy.runtimes.base import Batch
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -42,6 +44,11 @@ SCHEMA = keys(
     plan=keys(
         **dict.fromkeys(("precision", "batch", "scan"), text),
         imgsz=listing(count, length=2),
+        more_imgsz=nullable(listing(listing(count, length=2))),
+        tol=nullable(number),
+        labels=nullable(listing(text)),
+        chosen=nullable(keys(value=text, reason=text)),
+        engine=nullable(mapping(anything)),
         input=one_of("image", "tensor"),
         head=one_of("logits", "probs", "features"),
     ),
@@ -52,12 +59,21 @@ SCHEMA = keys(
     scan=keys(value=text, reason=text, plugins=nullable(mapping(text))),
     details=mapping(anything),
     versions=mapping(text),
-    parity=keys(failures=listing(text)),
+    parity=keys(failures=listing(text), limit=size),
     accuracy=nullable(ACCURACY),
+    selftest=either({}, keys(preprocessing=size, outputs=mapping(size), scans=mapping(size))),
     notes=listing(text),
     files=mapping(keys(sha256=text, size_bytes=size)),
     **dict.fromkeys(("built", "rejected"), yes_or_no),
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` decided, and why."""
+
+    value: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any]
     accuracy: dict[str, Any] | None = None
+    selftest: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: bool = True
@@ -99,16 +116,31 @@ class Manifest:
     def precision(self) -> str:
         return str(self.plan["precision"])
 
-    def export_plan(self) -> ExportPlan:
-        """The plan that the bundle was exported with."""
-        known = {f.name for f in fields(ExportPlan)}
-        values: dict[str, Any] = {key: _frozen(v) for key, v in self.plan.items() if key in known}
-        values["batch"] = self.batch
-        engine = values.get("engine", {})
-        values["engine"] = EngineSettings(**{key: _frozen(value) for key, value in engine.items()})
-        chosen = values.get("chosen")
-        values["chosen"] = Choice(**chosen) if chosen else None
-        return ExportPlan(**values)
+    @property
+    def head(self) -> str:
+        """What the outputs are: logits, probs or features."""
+        return str(self.plan["head"])
+
+    @property
+    def input(self) -> str:
+        """What goes in: `image`, uint8 NHWC, or `tensor`, float32 NCHW."""
+        return str(self.plan["input"])
+
+    @property
+    def sizes(self) -> str:
+        """`224x224`, or `192x192+224x224` of an artifact for several sizes."""
+        return "+".join(size_text(size) for size in (self.plan["imgsz"], *self.plan.get("more_imgsz", ())))
+
+    def limit(self, what: str, name: str = "", otherwise: float | None = None) -> float:
+        """The limit of one check of the self-test: `preprocessing`, or of `outputs` or `scans` that of `name`.
+
+        Bundles from before limits were data: 1 of 255 for pixels, the limit of the parity for outputs.
+        """
+        found = self.selftest.get(what)
+        value = found.get(name) if isinstance(found, dict) else found
+        if value is None:
+            value = otherwise if otherwise is not None else 1.0 if what == "preprocessing" else self.parity["limit"]
+        return float(value)
 
     def preprocess(self) -> Preprocessing:
         values: dict[str, Any] = {key: _frozen(v) for key, v in self.preprocessing.items()}
@@ -148,7 +180,6 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         try:
             manifest = cls(**{key: value for key, value in content.items() if key in known})
-            manifest.export_plan()
             manifest.preprocess()
             for name, facts in manifest.files.items():
                 _check_file_entry(name, facts)
@@ -158,6 +189,7 @@ class Manifest:
                 if library not in manifest.files:
                     raise ValueError(f"the native library {library!r} is not among the files")
             SCHEMA(asdict(manifest), "")
+            Batch.parse(manifest.plan["batch"])
         except BundleError:
             raise
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.export.target import Usage
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a bundle's README says of its target. artifact, library: what these files are. sections: Markdown."""
+
+    artifact: str
+    library: str
+    sections: str
 
 
 def bundle_readme(manifest: Manifest, usage: Usage) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evm_deploy._util.onnx import in_order
 from evm_deploy.calib.histogram import Range
-from evm_deploy.export.hub.tools import in_order
 
 if TYPE_CHECKING:
     import onnx

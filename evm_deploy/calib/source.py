@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.onnx import constants_sha256
 from evm_deploy._util.progress import Step
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.quantize import Layer, activations, quantize
@@ -19,7 +20,6 @@ from evm_deploy.calib.request import Request
 from evm_deploy.calib.smooth import foldings, smooth
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
-from evm_deploy.export.hub.tools import constants_sha256
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.text import one_of
 from evm_deploy._util.toml import read_toml
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import one_of
 
 
 def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -238,7 +238,8 @@ def _plans(args: argparse.Namespace) -> list[ExportPlan]:
 
 
 def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
-    from evm_deploy.export.plan import Batch, ExportPlan, parse_imgsz
+    from evm_deploy.export.plan import ExportPlan, parse_imgsz
+    from evm_deploy.runtimes.base import Batch
 
     sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def export_summary(bundle: Bundle, seconds: float) -> str:
     """The last block: what was made, how exact it is, where it is, what to do next."""
     m, parity = bundle.manifest, bundle.manifest.parity
-    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.export_plan().sizes}"
+    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),

@@ -64,7 +64,7 @@ def find_profile(text: str, also: Iterable[str] = ()) -> Profile:
     """The profile of a name or of a file `*.toml`. Raises UsageError, naming file and key, or listing the names (and
     what `--device` takes besides).
     """
-    from evm_deploy.export.plan import one_of
+    from evm_deploy._util.text import one_of
 
     if text.endswith(SUFFIX):
         return _profile(Path(text).name.removesuffix(SUFFIX), text, read_toml(Path(text), "--device"))
@@ -101,6 +101,6 @@ def _preference(where: str, text: str) -> tuple[str, str]:
 
 
 def _member(what: str, value: str, choices: Any) -> None:
-    from evm_deploy.export.plan import one_of
+    from evm_deploy._util.text import one_of
 
     one_of(what, value, choices)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from evm_deploy.bundle.manifest import Choice
 from evm_deploy.devices.profiles import Profile
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import CALIBRATED, Choice
+from evm_deploy.export.plan import CALIBRATED
 from evm_deploy.export.targets import get_target
 
 

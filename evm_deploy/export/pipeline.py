@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
+from evm_deploy._util.text import size_text
 from evm_deploy.bundle.bundle import Bundle, check_free, keep, open_bundle, written_aside
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import bundle_readme
@@ -18,11 +19,11 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.hub.graph import deployable
-from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz, size_text
+from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec, load_checkpoint
-from evm_deploy.runtimes.base import RunOptions, Runtime
+from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
 from evm_deploy.toolchain import cross
 from evm_deploy.toolchain.platforms import host_platform
 
@@ -66,7 +67,7 @@ def export(
                 with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
                     taps = target.taps(artifact, plugin)
                     parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
-                    outputs = verify.run_batched(runtime, plan, probes)
+                    outputs = run_batched(runtime, plan.batch, probes)
                     remarks = target.remarks(runtime)
             parities |= verify_more(target, artifact, reference, plan, preprocessing)
         parity = verify.worst(parities)
@@ -88,11 +89,11 @@ def export(
             expected, scans = verify.run_reference(reference, plan, probes)
             # quantised: what was verified here; the float model is further away than a device may be
             expected = outputs if quantized else expected
-            selftest.write(folder, target, artifact, traced, plan, preprocessing, probes, expected, scans)
+            limits = selftest.write(folder, target, artifact, traced, plan, preprocessing, probes, expected, scans)
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
-            bundle = keep(folder, path, replace(manifest, built=target.finish is None))
+            bundle = keep(folder, path, replace(manifest, selftest=limits, built=target.finish is None))
     finishes = target.finish and finished_here(plan) and target.probe().can_finish
     return finish(path, step=step) if finishes else bundle
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evm_deploy._util.text import one_of, size_text
+from evm_deploy.bundle.manifest import Choice
 from evm_deploy.data.preprocessing import MAX_SIDE
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features")
@@ -49,44 +50,6 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"--workspace {self.workspace_mib}: use MiB from 1")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images per inference: static when min == max, else any number between; `max` None is unbounded."""
-
-    min: int
-    opt: int
-    max: int | None
-
-    @property
-    def static(self) -> bool:
-        return self.min == self.max
-
-    @classmethod
-    def parse(cls, text: str | int) -> Batch:
-        """`4`, `dynamic`, or `min:opt:max`."""
-        if str(text) == "dynamic":
-            return cls(1, 1, None)
-        parts = str(text).split(":")
-        if len(parts) in (1, 3) and all(re.fullmatch(r"[0-9]{1,5}", part) for part in parts):
-            low, opt, high = (int(part) for part in (parts * 3)[:3])
-            if 1 <= low <= opt <= high:
-                return cls(low, opt, high)
-        raise UsageError(f"--batch {text!r}: use a number from 1, 'dynamic', or min:opt:max such as 1:4:8")
-
-    def __str__(self) -> str:
-        if self.static:
-            return str(self.min)
-        return f"{self.min}:{self.opt}:{self.max}" if self.max else "dynamic"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `auto` decided, and why."""
-
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -209,18 +172,3 @@ def parse_imgsz(text: str | int) -> tuple[int, int]:
     if max(height, width) > MAX_SIDE:
         raise UsageError(f"--imgsz {text}: at most {MAX_SIDE} pixels a side")
     return height, width
-
-
-def size_text(imgsz: tuple[int, int]) -> str:
-    """(H, W) -> `HxW`."""
-    return f"{imgsz[0]}x{imgsz[1]}"
-
-
-def one_of(what: str, value: str, choices: Iterable[str]) -> str:
-    """`value` if it is a choice, else UsageError listing them and the nearest."""
-    choices = tuple(choices)
-    if value in choices:
-        return value
-    near = difflib.get_close_matches(value, choices, 1)
-    hint = f"did you mean {near[0]}?" if near else ""
-    raise UsageError(f"{what} {value!r} is unknown; choose from: {', '.join(choices)}", hint)

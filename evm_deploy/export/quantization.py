@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.files import artifact_bytes
 from evm_deploy._util.progress import Step
-from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.bundle.manifest import Choice, Manifest
 from evm_deploy.calib.evaluate import MIN_SQNR_DB
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError
-from evm_deploy.export.plan import CALIBRATED, QUANTIZED, Choice, ExportPlan
+from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, native_library, open_here
 from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime

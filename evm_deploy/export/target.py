@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Step
+from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.readme import Usage
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace
-from evm_deploy.export.plan import SELFTEST_TOLERANCES, Choice, ExportPlan
+from evm_deploy.export.plan import SELFTEST_TOLERANCES, ExportPlan
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 from evm_deploy.toolchain.platforms import host_platform
 from evm_deploy.toolchain.plugins import find_plugin
@@ -50,15 +53,6 @@ class Traced(Protocol):
     def scans(self) -> tuple[ScanSite, ...]: ...
 
 
-class ScanShape(NamedTuple):
-    """Directions, steps, channels, states."""
-
-    K: int
-    L: int
-    D: int
-    N: int
-
-
 class ScanTaps(Protocol):
     """The artifact's scans, opened for inspection: the seam of per-scan parity."""
 
@@ -90,15 +84,6 @@ class Artifact:
     plugins: Mapping[str, str] = field(default_factory=dict)
     function: str | None = None
     more: Mapping[tuple[int, int], Artifact] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a bundle's README says of its target. artifact, library: what these files are. sections: Markdown."""
-
-    artifact: str
-    library: str
-    sections: str
 
 
 def quantize_hub(graph: Graph, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:

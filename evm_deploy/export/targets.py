@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from evm_deploy._util.text import one_of
 from evm_deploy.export import coreml, onnx, openvino, tensorrt
-from evm_deploy.export.plan import one_of
 from evm_deploy.export.target import Target
 
 

@@ -16,22 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import BundleError, ParityError
+from evm_deploy.errors import ParityError
 from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanTaps
-from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec, check_feeds
+from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
-from evm_deploy.scan.reference import selective_scan
+from evm_deploy.scan.reference import Scan, large_delta_probe, ssm_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-SCAN_TOLERANCE = 2e-5  # of the SSM part, float32 against the float64 loop: ten times what right lowerings measure
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of y, before skip * u is taken off
-LARGEST_DT = 20.0
-
-Scan = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
         expected, float_scans = run_reference(reference, plan, probes)
     too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
     failures += (f"{name} {too_large.format(value)}" for name, value in reached.items())
-    actual = run_batched(runtime, plan, probes)
+    actual = run_batched(runtime, plan.batch, probes)
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
@@ -163,38 +157,6 @@ def run_reference(
     return {plan.head: y.numpy()}, scans
 
 
-def run_batched(runtime: Runtime, plan: ExportPlan, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut.
-
-    Raises BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
-    """
-    size = plan.batch.min if plan.batch.static else plan.batch.max or len(inputs)
-    (name,) = runtime.inputs
-    parts: list[dict[str, NDArray[Any]]] = []
-    for start in range(0, len(inputs), size):
-        chunk = inputs[start : start + size]
-        least = plan.batch.min
-        fill = np.repeat(chunk[-1:], max(0, least - len(chunk)), axis=0)
-        feeds = {name: np.concatenate([chunk, fill])}
-        check_feeds(runtime.inputs, feeds)
-        outputs = runtime.run(feeds)
-        for output, value in outputs.items():
-            like = parts[0][output] if parts else value
-            if value.shape != (len(feeds[name]), *like.shape[1:]):
-                gives, fed = (TensorSpec(k, str(v.dtype), v.shape) for k, v in ((output, value), (name, feeds[name])))
-                raise BundleError(f"the model gives {gives} for {fed}", "export it again")
-        parts.append({name: value[: len(chunk)] for name, value in outputs.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def large_delta_probe(scan: Scan, rng: np.random.Generator) -> Scan:
-    """Random u, B, C and deltas for which softplus(delta + bias) is log-uniform in 0.1..20, shaped as `scan`."""
-    dt = np.exp(rng.uniform(np.log(0.1), np.log(LARGEST_DT), scan["delta"].shape))
-    delta = dt + np.log(-np.expm1(-dt)) - scan["bias"][:, None]
-    random = {key: rng.standard_normal(scan[key].shape).astype(np.float32) for key in ("u", "B", "C")}
-    return {**scan, **random, "delta": delta.astype(np.float32)}
-
-
 def _verify_scans(
     taps: ScanTaps, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
 ) -> tuple[ScanParity, ...]:
@@ -225,20 +187,6 @@ def _verify_scans(
             if not error <= limit:
                 failures.append(f"scan {name} {what} off by {error:.2g} (relative), limit {limit:.2g}")
     return tuple(results)
-
-
-def ssm_error(y: NDArray[Any], inputs: Scan) -> tuple[float, float]:
-    """(error, limit): y's SSM part, y - skip * u, against the float64 loop, relative to its largest value.
-
-    The error is inf for NaN or Inf. The limit grows by the rounding of y in float32 where skip * u dwarfs the SSM part.
-    """
-    want = selective_scan(**inputs)
-    skip_part = inputs["skip"].astype(np.float64)[:, None] * inputs["u"]
-    largest = max(float(np.abs(want - skip_part).max()), float(np.finfo(np.float32).tiny))
-    limit = SCAN_TOLERANCE + ROUNDING * float(np.abs(skip_part).max()) / largest
-    if y.shape != want.shape or not np.isfinite(y).all():
-        return float("inf"), limit
-    return float(np.abs(y - want).max()) / largest, limit
 
 
 def _relative(have: NDArray[Any], want: NDArray[Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,39 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import BundleError, UsageError
 
 Feeds = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images per inference: static when min == max, else any number between; `max` None is unbounded."""
+
+    min: int
+    opt: int
+    max: int | None
+
+    @property
+    def static(self) -> bool:
+        return self.min == self.max
+
+    @classmethod
+    def parse(cls, text: str | int) -> Batch:
+        """`4`, `dynamic`, or `min:opt:max`."""
+        if str(text) == "dynamic":
+            return cls(1, 1, None)
+        parts = str(text).split(":")
+        if len(parts) in (1, 3) and all(re.fullmatch(r"[0-9]{1,5}", part) for part in parts):
+            low, opt, high = (int(part) for part in (parts * 3)[:3])
+            if 1 <= low <= opt <= high:
+                return cls(low, opt, high)
+        raise UsageError(f"--batch {text!r}: use a number from 1, 'dynamic', or min:opt:max such as 1:4:8")
+
+    def __str__(self) -> str:
+        if self.static:
+            return str(self.min)
+        return f"{self.min}:{self.opt}:{self.max}" if self.max else "dynamic"
 
 
 @dataclass(frozen=True)
@@ -101,3 +132,27 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
         )
         if str(value.dtype) != spec.dtype or not fits:
             raise UsageError(f"input {spec}: got {value.dtype}{list(value.shape)}")
+
+
+def run_batched(runtime: Runtime, batch: Batch, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut.
+
+    Raises BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+    """
+    size = batch.min if batch.static else batch.max or len(inputs)
+    (name,) = runtime.inputs
+    parts: list[dict[str, NDArray[Any]]] = []
+    for start in range(0, len(inputs), size):
+        chunk = inputs[start : start + size]
+        least = batch.min
+        fill = np.repeat(chunk[-1:], max(0, least - len(chunk)), axis=0)
+        feeds = {name: np.concatenate([chunk, fill])}
+        check_feeds(runtime.inputs, feeds)
+        outputs = runtime.run(feeds)
+        for output, value in outputs.items():
+            like = parts[0][output] if parts else value
+            if value.shape != (len(feeds[name]), *like.shape[1:]):
+                gives, fed = (TensorSpec(k, str(v.dtype), v.shape) for k, v in ((output, value), (name, feeds[name])))
+                raise BundleError(f"the model gives {gives} for {fed}", "export it again")
+        parts.append({name: value[: len(chunk)] for name, value in outputs.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

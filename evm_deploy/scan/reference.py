@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
+SCAN_TOLERANCE = 2e-5  # of the SSM part, float32 against the float64 loop: ten times what right lowerings measure
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of y, before skip * u is taken off
+LARGEST_DT = 20.0
+Scan = dict[str, NDArray[Any]]
 
 
 def softplus(x: Array) -> Array:
@@ -36,3 +40,25 @@ def selective_scan(
         h = np.exp(dt[:, :, t, :, None] * A) * h + inflow[:, :, t, :, None] * B[:, :, t, None, :]
         y[:, :, t] = (h @ C[:, :, t, :, None])[..., 0]
     return y + skip[:, None] * u
+
+
+def large_delta_probe(scan: Scan, rng: np.random.Generator) -> Scan:
+    """Random u, B, C and deltas for which softplus(delta + bias) is log-uniform in 0.1..20, shaped as `scan`."""
+    dt = np.exp(rng.uniform(np.log(0.1), np.log(LARGEST_DT), scan["delta"].shape))
+    delta = dt + np.log(-np.expm1(-dt)) - scan["bias"][:, None]
+    random = {key: rng.standard_normal(scan[key].shape).astype(np.float32) for key in ("u", "B", "C")}
+    return {**scan, **random, "delta": delta.astype(np.float32)}
+
+
+def ssm_error(y: NDArray[Any], inputs: Scan) -> tuple[float, float]:
+    """(error, limit): y's SSM part, y - skip * u, against the float64 loop, relative to its largest value.
+
+    The error is inf for NaN or Inf. The limit grows by the rounding of y in float32 where skip * u dwarfs the SSM part.
+    """
+    want = selective_scan(**inputs)
+    skip_part = inputs["skip"].astype(np.float64)[:, None] * inputs["u"]
+    largest = max(float(np.abs(want - skip_part).max()), float(np.finfo(np.float32).tiny))
+    limit = SCAN_TOLERANCE + ROUNDING * float(np.abs(skip_part).max()) / largest
+    if y.shape != want.shape or not np.isfinite(y).all():
+        return float("inf"), limit
+    return float(np.abs(y - want).max()) / largest, limit

@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 
 from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
+from evm_deploy._util.text import size_text
 from evm_deploy.bench import latency
+from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
@@ -24,16 +27,8 @@ from evm_deploy.export.coreml.readme import usage
 from evm_deploy.export.coreml.scans import CoreMlScanTaps, scan_site
 from evm_deploy.export.coreml.static_cost import static_cost
 from evm_deploy.export.hub import float16
-from evm_deploy.export.plan import (
-    MIN_TARGETS,
-    QUANTIZED,
-    SELFTEST_TOLERANCES,
-    TOLERANCES,
-    Choice,
-    ExportPlan,
-    size_text,
-)
-from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.export.plan import MIN_TARGETS, QUANTIZED, SELFTEST_TOLERANCES, TOLERANCES, ExportPlan
+from evm_deploy.export.target import Artifact, Probe, Target
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.coreml import CoreMlRuntime
 from evm_deploy.scan.fused import fusable_modules

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evm_deploy._util.quiet import quiet
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
 from evm_deploy.export.hub import float16
 from evm_deploy.export.hub.graph import ROOT, ScanSite, fold_batch_norm, output_names
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import ScanShape
 from evm_deploy.scan import mil
 
 if TYPE_CHECKING:

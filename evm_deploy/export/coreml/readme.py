@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.export.target import Usage
+from evm_deploy.bundle.readme import Usage
 
 
 def usage(manifest: Manifest) -> Usage:

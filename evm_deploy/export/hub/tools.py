@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.onnx import in_order
 from evm_deploy.export.hub import float16
 from evm_deploy.scan.onnx_function import OP_TYPE
 
@@ -13,24 +13,6 @@ if TYPE_CHECKING:
     import onnx
 
     from evm_deploy.export.hub.graph import ScanSite
-
-
-def constants_sha256(model: onnx.ModelProto) -> str:
-    """Hex digest of a graph's constants, names and values."""
-    digest = hashlib.sha256()
-    for tensor in model.graph.initializer:
-        digest.update(tensor.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model, its nodes in topological order: converters append theirs at the end."""
-    import onnx_ir
-
-    ordered = onnx_ir.from_proto(model)
-    ordered.graph.sort()
-    result: onnx.ModelProto = onnx_ir.to_proto(ordered)
-    return result
 
 
 def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evm_deploy._util.packages import package_versions
+from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import outline
@@ -12,8 +14,8 @@ from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, 
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.onnx.readme import usage
 from evm_deploy.export.onnx.scans import OnnxScanTaps
-from evm_deploy.export.plan import DEFAULT_OPSET, Choice, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
+from evm_deploy.export.target import Artifact, Probe, Target
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.toolchain import cross

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.packages import package_versions
+from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import outline
@@ -15,8 +17,8 @@ from evm_deploy.export.hub.tools import check_fp16_range
 from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
 from evm_deploy.export.openvino.readme import usage
 from evm_deploy.export.openvino.scans import OpenVinoScanTaps
-from evm_deploy.export.plan import Choice, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Artifact, Probe, Target
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.openvino import PRECISION_HINT, OpenVinoRuntime, open_core
 from evm_deploy.scan import onnx_function

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.bundle.readme import example_pixels
-from evm_deploy.export.target import Usage
+from evm_deploy.bundle.readme import Usage, example_pixels
 from evm_deploy.runtimes.openvino import PRECISION_HINT
 
 

@@ -19,14 +19,16 @@ from typing import Any, NoReturn
 
 from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
+from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
 from evm_deploy.export.onnx.scans import OnnxScanTaps
-from evm_deploy.export.plan import Choice, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, ScanShape, Target
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Artifact, Probe, Target
 from evm_deploy.export.tensorrt import finish as tensorrt_finish
 from evm_deploy.export.tensorrt import kernel
 from evm_deploy.export.tensorrt.graph import tensorrt_graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.export.target import Usage
+from evm_deploy.bundle.readme import Usage
 
 PLUGIN = """
 The scans are nodes of a plugin. Compile it first, on the device, with its own headers of TensorRT (sm_87 is Orin):
@@ -45,19 +45,19 @@ or without Python, which leaves `manifest.json` as it is:
 
 def trtexec(manifest: Manifest) -> str:
     """The equivalent command of NVIDIA's tool. Precision is in the graph: no --fp16, no --int8."""
-    engine = manifest.export_plan().engine
+    engine = manifest.plan["engine"]
     words = ["tensorrt_rtx" if manifest.target == "trt-rtx" else "trtexec", "--onnx=model.onnx"]
     words += ["--saveEngine=model.engine"]
     if manifest.target == "trt":
         words += ["--stronglyTyped"]
-    if engine.workspace_mib:
-        words += [f"--memPoolSize=workspace:{engine.workspace_mib}M"]
-    if engine.version_compatible:
+    if engine["workspace_mib"]:
+        words += [f"--memPoolSize=workspace:{engine['workspace_mib']}M"]
+    if engine["version_compatible"]:
         words += ["--versionCompatible"]
-    if engine.hardware_compatible:
+    if engine["hardware_compatible"]:
         words += ["--hardwareCompatibilityLevel=ampere+"]
-    if engine.timing_cache:
-        words += [f"--timingCacheFile={engine.timing_cache}"]
+    if engine["timing_cache"]:
+        words += [f"--timingCacheFile={engine['timing_cache']}"]
     if manifest.scan["value"] == "plugin":
         words += ["--staticPlugins=libevm_tensorrt.so"]
     batch, (read, *_) = manifest.batch, manifest.inputs

@@ -1,0 +1,136 @@
+"""The self-test in every bundle: inputs with the float model's outputs, scans with the float64 loop's, one picture.
+
+`selftest/probes.safetensors`   <input> and the outputs expected for it
+`selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
+`selftest/scan*`                one scan by itself, to run them with, in the target's format
+`selftest/picture.png`          a picture of another size, and `picture.pixels`, what preprocessing makes of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.errors import BundleError
+from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
+from evm_deploy.scan.reference import Scan, ssm_error
+
+if TYPE_CHECKING:
+    from evm_deploy.export.target import Target
+
+FOLDER = "selftest"
+PROBE_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
+
+
+class ScanShape(NamedTuple):
+    """Directions, steps, channels, states."""
+
+    K: int
+    L: int
+    D: int
+    N: int
+
+
+AXES = {"u": "bKLD", "delta": "bKLD", "A": "KDN", "B": "bKLN", "C": "bKLN", "skip": "KD", "bias": "KD"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a self-test: error against limit."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit
+
+
+def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -> list[Check]:
+    """Run the bundle's self-test: preprocessing, outputs in `runtime`, scans as `options` say.
+
+    The limits come from the manifest (`selftest`). Raises BundleError if the bundle has no readable self-test.
+    """
+    manifest, here = bundle.manifest, bundle.path / FOLDER
+    tensors, cases = _read(bundle, PROBE_FILE), _read_scans(bundle)
+    pixels = manifest.preprocess().pixels(here / "picture.png")
+    off = np.abs(pixels.astype(np.int16) - _like(pixels, bundle, tensors, "picture.pixels")).max()
+    checks = [Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing"))]
+    images = tensors.get(manifest.input, np.empty(0))
+    if not images.size or not images.ndim:
+        raise _damaged(bundle, f"{PROBE_FILE} has no {manifest.input}")
+    for name, have in run_batched(runtime, manifest.batch, images).items():
+        want = _like(have, bundle, tensors, name)
+        difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+        checks.append(Check(name, difference, manifest.limit("outputs", name)))
+    for probe, found in by_probe(target.scan_probe, cases).items():
+        with target.open(here / probe, options) as scan_runtime:
+            for name in found:
+                y = scan_runtime.run(cases[name]).get("y")
+                if y is None or y.shape != cases[name]["u"].shape:
+                    raise _damaged(bundle, f"{probe} gives no y")
+                error, limit = ssm_error(y, cases[name])
+                checks.append(Check(f"scan {name}", error, manifest.limit("scans", name, limit)))
+    return checks
+
+
+def _read(bundle: Bundle, file: str) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors: dict[str, NDArray[Any]] = load_file(bundle.path / FOLDER / file)
+        return tensors
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # types that numpy lacks, too
+        raise _damaged(bundle, f"{file} cannot be read: {error}") from error
+
+
+def _like(have: NDArray[Any], bundle: Bundle, tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    """The tensor `name`, if it is shaped as `have`."""
+    want = tensors.get(name)
+    if want is None or want.shape != have.shape or want.dtype.kind not in "fiu":
+        raise _damaged(bundle, f"{PROBE_FILE} has no {name} of {have.dtype}{list(have.shape)}")
+    return want
+
+
+def _read_scans(bundle: Bundle) -> dict[str, Scan]:
+    cases: dict[str, Scan] = {}
+    for key, value in sorted(_read(bundle, SCAN_FILE).items()):
+        name, _, tensor = key.partition(":")
+        if tensor != "y":
+            cases.setdefault(name, {})[tensor] = value
+    for name, scan in cases.items():
+        if not _is_scan(scan):
+            raise _damaged(bundle, f"{SCAN_FILE}: the tensors of {name!r} are not those of a scan")
+    return cases
+
+
+def _is_scan(scan: Scan) -> bool:
+    """Whether its tensors have the names, ranks and sizes that belong together."""
+    if {tensor: value.ndim for tensor, value in scan.items()} != {tensor: len(axes) for tensor, axes in AXES.items()}:
+        return False
+    sizes = {axis: size for tensor, axes in AXES.items() for axis, size in zip(axes, scan[tensor].shape, strict=True)}
+    shapes = {tensor: tuple(sizes[axis] for axis in axes) for tensor, axes in AXES.items()}
+    return all(v.shape == shapes[k] and v.size and v.dtype == np.float32 for k, v in scan.items())
+
+
+def _damaged(bundle: Bundle, reason: str) -> BundleError:
+    return BundleError(f"bundle {bundle.path} has no readable self-test: {FOLDER}/{reason}", "export it again")
+
+
+def by_probe(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:
+    """File name of a scan by itself, from the pattern `file` -> the cases that it runs."""
+    found: dict[str, list[str]] = {}
+    for name, scan in cases.items():
+        found.setdefault(file.format(**shape_of(scan)._asdict()), []).append(name)
+    return found
+
+
+def shape_of(scan: Scan) -> ScanShape:
+    K, L, D = scan["u"].shape[1:]
+    return ScanShape(K, L, D, scan["A"].shape[2])
