@@ -14,7 +14,7 @@ from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT, write_images
 from evm_deploy.errors import AccuracyError, ToolchainError, UsageError
-from evm_deploy.export.coreml import quantize as quantizer
+from evm_deploy.export.coreml import int8 as quantizer
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.mil import Program

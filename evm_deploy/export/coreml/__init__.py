@@ -21,8 +21,8 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.coreml import package
 from evm_deploy.export.coreml import program as mlprogram
 from evm_deploy.export.coreml.coremltools_patch import INSTALL_HINT
+from evm_deploy.export.coreml.int8 import quantize_program
 from evm_deploy.export.coreml.program import DEFAULT_MIN_TARGET, MlProgram
-from evm_deploy.export.coreml.quantize import quantize_program
 from evm_deploy.export.coreml.readme import usage
 from evm_deploy.export.coreml.scans import CoreMlScanTaps, scan_site
 from evm_deploy.export.coreml.static_cost import static_cost
