@@ -41,13 +41,13 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     from evm_deploy.export.target import check_plan
 
     torch.save({key: torch.from_numpy(value) for key, value in case["state"].items()}, folder / "seeded.pt")
-    model, spec = load_checkpoint(folder / "seeded.pt")
-    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
-    module = deployable(model, plan, preprocessing)
+    network = load_checkpoint(folder / "seeded.pt")
+    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), network.spec)
+    module = deployable(network, plan, preprocessing)
     mlprogram.converter()  # imported before the clock starts
     start = time.process_time()
     program = mlprogram.trace(module, plan, {})
-    program, _ = quantize(program, plan, spec, preprocessing, coreml.TARGET, silent)
+    program, _ = quantize(program, plan, network.spec, preprocessing, coreml.TARGET, silent)
     return coreml.build(program, plan, folder), time.process_time() - start
 
 

@@ -25,13 +25,12 @@ from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.calib.histogram import METHODS
 from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
 from evm_deploy.calib.source import sources
-from evm_deploy.commands.summary import accuracy_of
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.toolchain.plugins import find_plugin
 
 TRAINED = Path(__file__).resolve().parents[2] / "shared" / "trained"
@@ -48,10 +47,10 @@ def figures(a: Accuracy) -> str:
 
 def print_blocks(plan: ExportPlan) -> None:
     """Each block alone, as it is and smoothed."""
-    model, spec = load_checkpoint(CHECKPOINT)
-    plan, preprocessing = complete(plan, spec)
-    graph = trace(deployable(model, plan, preprocessing), plan, {})
-    request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
+    network = load_checkpoint(CHECKPOINT)
+    plan, preprocessing = complete(plan, network.spec)
+    graph = trace(deployable(network, plan, preprocessing), plan, {})
+    request, plugin = request_of(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(request, preprocessing, silent)
     expected = graph_outputs(graph.model, request, plugin, judged)
     evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
@@ -99,7 +98,7 @@ def main() -> int:
                 manifest = Manifest.read(next((folder / "out").glob("*.rejected")))
                 note = f"   rejected: {str(error).splitlines()[0]}"
             size = manifest.details["quantization"]["size_of_fp32"]
-            print(f"{method:<20} {figures(accuracy_of(manifest.accuracy))}   size {size:.3f}{note}")
+            print(f"{method:<20} {figures(Accuracy.from_dict(manifest.accuracy))}   size {size:.3f}{note}")
     return 0
 
 

@@ -25,7 +25,7 @@ from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.selftest import picture
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.toolchain.plugins import find_plugin
 
 PICTURES, SEED = 128, 1000
@@ -37,10 +37,10 @@ def print_variant(variant: str, folder: Path) -> None:
     checkpoint = folder / f"{variant}.safetensors"
     save_file(golden.model_case(f"{variant}_224")["state"], checkpoint)
     wanted = ExportPlan("onnx", precision="int8", imgsz=(224, 224), calib=str(folder / "calib.npz"))
-    model, spec = load_checkpoint(checkpoint)
-    plan, preprocessing = complete(wanted, spec)
-    graph = trace(deployable(model, plan, preprocessing), plan, {})
-    request, plugin = request_of(plan, spec), find_plugin("onnxruntime")
+    network = load_checkpoint(checkpoint)
+    plan, preprocessing = complete(wanted, network.spec)
+    graph = trace(deployable(network, plan, preprocessing), plan, {})
+    request, plugin = request_of(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(request, preprocessing, silent)
     assert judged is not None
     expected = graph_outputs(graph.model, request, plugin, judged)

@@ -33,7 +33,7 @@ from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain.compile import read_recipe
@@ -60,10 +60,12 @@ def no_scan(opset: int, block_steps: int = 0) -> Any:
 def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> Iterator[Any]:
     """A runtime of the same network, its scans replaced."""
     with patch.object(onnx_function, "selective_scan_function", no_scan):
-        model, spec = load_checkpoint(checkpoint, head=plan.head)
-        plan, preprocessing = complete(plan, spec)
+        network = load_checkpoint(checkpoint, head=plan.head)
+        plan, preprocessing = complete(plan, network.spec)
         target = get_target(plan.target)
-        artifact = target.build(trace(deployable(model, plan, preprocessing), plan, {"model": spec.name}), plan, folder)
+        artifact = target.build(
+            trace(deployable(network, plan, preprocessing), plan, {"model": network.spec.name}), plan, folder
+        )
     with target.open(artifact.path, RunOptions(threads=1)) as runtime:
         yield runtime
 

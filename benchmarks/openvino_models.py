@@ -40,7 +40,7 @@ from evm_deploy.export.openvino.ir import convert
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import picture
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime
 from evm_deploy.scan import onnx_function
@@ -52,9 +52,9 @@ LOADS = 15
 
 def hub(checkpoint: Path, plan: ExportPlan) -> Graph:
     """The float graph that every form starts from."""
-    model, spec = load_checkpoint(checkpoint)
-    plan, preprocessing = complete(plan, spec)
-    return trace(deployable(model, plan, preprocessing), plan, {})
+    network = load_checkpoint(checkpoint)
+    plan, preprocessing = complete(plan, network.spec)
+    return trace(deployable(network, plan, preprocessing), plan, {})
 
 
 def scan_nodes(graph: Graph) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ __all__ = ["EvmError", "__version__", "load", "load_checkpoint", "plugin_path"]
 if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import load
     from evm_deploy.errors import EvmError
-    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+    from evm_deploy.model.families import load_checkpoint
     from evm_deploy.toolchain.plugins import plugin_path
 else:
     __getattr__ = lazy_names(
@@ -26,7 +26,7 @@ else:
         {
             "EvmError": "evm_deploy.errors",
             "load": "evm_deploy.bundle.loaded",
-            "load_checkpoint": "evm_deploy.model.efficientvmamba.checkpoint",
+            "load_checkpoint": "evm_deploy.model.families",
             "plugin_path": "evm_deploy.toolchain.plugins",
         },
     )

@@ -123,7 +123,7 @@ def _archive(path: Path) -> object:
 
 
 def _checkpoint(path: Path) -> object:
-    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+    from evm_deploy.model.families import load_checkpoint
 
     return load_checkpoint(path)
 

@@ -8,7 +8,7 @@ from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import check_plan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 
 SIZES = {"imgsz": (32, 32), "more_imgsz": ((48, 48),), "min_target": "iOS18"}
 
@@ -19,7 +19,7 @@ def plan_for(**changes):
 
 def built(checkpoint, folder, plan):
     """(artifact, float module, completed plan) of a checkpoint, without the pipeline around."""
-    model, spec = load_checkpoint(checkpoint, head=plan.head)
-    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), spec)
-    module = deployable(model, plan, preprocessing)
+    network = load_checkpoint(checkpoint, head=plan.head)
+    plan, preprocessing = complete(check_plan(coreml.TARGET, plan), network.spec)
+    module = deployable(network, plan, preprocessing)
     return coreml.build(program.trace(module, plan, {}), plan, folder), module, plan

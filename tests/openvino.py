@@ -10,7 +10,7 @@ from evm_deploy.export.hub.graph import Graph, deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, native_library
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime
 
@@ -19,9 +19,9 @@ LOWERINGS = ("plugin", "portable")
 
 def traced(checkpoint: Path, plan: ExportPlan) -> tuple[Graph, ExportPlan]:
     """The hub graph of a checkpoint, and the complete plan."""
-    model, spec = load_checkpoint(checkpoint, head=plan.head)
-    plan, preprocessing = complete(plan, spec)
-    return trace(deployable(model, plan, preprocessing), plan, {"model": spec.name}), plan
+    network = load_checkpoint(checkpoint, head=plan.head)
+    plan, preprocessing = complete(plan, network.spec)
+    return trace(deployable(network, plan, preprocessing), plan, {"model": network.spec.name}), plan
 
 
 def built(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:

@@ -22,7 +22,7 @@ from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.export import pipeline
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from evm_deploy.errors import CheckpointError
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 
 STATE = {k: torch.from_numpy(v) for k, v in golden.model_case("micro_64")["state"].items()}
 OTHER = {k: v + 1 if v.is_floating_point() else v for k, v in STATE.items()}

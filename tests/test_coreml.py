@@ -36,7 +36,7 @@ from evm_deploy.export.coreml.coremltools_patch import converter, coremltools
 from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.coreml import CoreMlRuntime, tensor_spec
 from evm_deploy.runtimes.mil import MilRuntime, Program

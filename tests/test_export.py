@@ -16,7 +16,7 @@ import torch
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from tests.conftest import save_as_released
 

@@ -19,8 +19,8 @@ from evm_deploy.export.hub.fuse import located, outline
 from evm_deploy.export.hub.graph import deployable, fold_batch_norm, trace
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.model.efficientvmamba.network import EVSSBlock
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import reference
@@ -167,9 +167,9 @@ def test_wrong_operands_are_errors_not_crashes(operand, change, message):
 
 def hub(micro, **changes):
     plan = ExportPlan("onnx", imgsz=(64, 64), **changes)
-    model, spec = load_checkpoint(micro)
-    plan, preprocessing = complete(plan, spec)
-    return trace(deployable(model, plan, preprocessing), plan, {}), plan
+    network = load_checkpoint(micro)
+    plan, preprocessing = complete(plan, network.spec)
+    return trace(deployable(network, plan, preprocessing), plan, {}), plan
 
 
 def test_outlining_keeps_every_bit_of_the_portable_form(micro):

@@ -17,7 +17,7 @@ from evm_deploy import plugin_path
 from evm_deploy.errors import BundleError
 from evm_deploy.export.hub.fuse import outline
 from evm_deploy.export.hub.graph import fold_batch_norm
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import SCAN_OUTPUTS
 from evm_deploy.scan.native import without_native_scan

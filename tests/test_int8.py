@@ -247,11 +247,13 @@ def test_figures_of_accuracy():
 
 def test_blocks_are_kept_in_float_only_as_long_as_needed():
     def evaluate(kept):
-        return Accuracy(10, 30.0, 1.0, top1=0.9 + 0.03 * len(kept), top1_float=1.0, limit=5.0)
+        return Accuracy(10, 30.0, 1.0, {"top1": 0.9 + 0.03 * len(kept)}, {"top1": 1.0}, "top1", limit=5.0)
 
     kept, accuracy = keep_float_until(evaluate, ["c", "a", "b", "d"])
     assert kept == {"c", "a"} and accuracy.ok
-    kept, accuracy = keep_float_until(lambda kept: Accuracy(1, 0.0, 0.0, top1=0.0, top1_float=1.0, limit=1.0), ["a"])
+    kept, accuracy = keep_float_until(
+        lambda kept: Accuracy(1, 0.0, 0.0, {"top1": 0.0}, {"top1": 1.0}, "top1", limit=1.0), ["a"]
+    )
     assert kept == {"a"} and not accuracy.ok
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 from evm_deploy.model.efficientvmamba.network import merge_directions, split_directions
+from evm_deploy.model.families import load_checkpoint
 
 
 @pytest.mark.parametrize("name", golden.model_cases())

@@ -29,7 +29,7 @@ from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch, RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core, reason
 from evm_deploy.toolchain.openvino_extension import extension

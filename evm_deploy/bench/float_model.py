@@ -20,7 +20,7 @@ from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import probe_inputs
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.plugins import find_plugin
 
@@ -44,10 +44,11 @@ class FloatModel:
             )
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        model, self.spec = load_checkpoint(path)
+        network = load_checkpoint(path)
+        self.spec = network.spec
         imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
         self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)
-        self.module = deployable(model, self.plan, self.preprocessing)
+        self.module = deployable(network, self.plan, self.preprocessing)
         self.path = path
 
     def facts(self) -> dict[str, Any]:
@@ -73,13 +74,13 @@ class FloatModel:
         pixels = repeated(probe_inputs(self.plan, self.preprocessing), batch)
         return lambda: self.run(pixels)
 
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pictures (n, H, W, 3) uint8 -> logits (n, classes)."""
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Images (n, H, W, 3) uint8 -> the outputs by name."""
         import torch
 
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self.module(torch.from_numpy(pixels)).numpy()
-            return logits
+            values = self.module(torch.from_numpy(pixels))
+        return {name: value.numpy() for name, value in zip(self.module.outputs, values, strict=True)}
 
     def layers(self, batch: int) -> dict[str, Any]:
         """None: torch is the baseline, not what ships."""

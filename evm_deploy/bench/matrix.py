@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evm_deploy import __version__
 from evm_deploy._util.files import sha256
@@ -24,14 +23,18 @@ from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.calib.evaluate import Accuracy, compare
+from evm_deploy.calib.int8 import stacked
 from evm_deploy.calib.source import feeds
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.export.pipeline import bundle_path, complete, export
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, parse_imgsz
+from evm_deploy.export.source import Source
 from evm_deploy.export.target import Target, check_plan
 from evm_deploy.export.targets import get_target
 from evm_deploy.runtimes.base import Batch
+from evm_deploy.tasks import get_task
+from evm_deploy.tasks.task import Outputs
 
 FORMS = "torch:fp32,onnx:fp32,onnx:int8,openvino:fp32,openvino:int8"
 CHUNK = 16  # images of one inference of the float model
@@ -121,6 +124,7 @@ class Checkpoint:
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix, self.path = matrix, matrix.checkpoint
+        self.source = Source(matrix.checkpoint)
         self.float = FloatModel(self.path, Settings(imgsz=matrix.imgsz))
 
     def exported(self, form: Form, step: Step) -> Path:
@@ -129,7 +133,7 @@ class Checkpoint:
         path = bundle_path(self.matrix.out / BUNDLES, target, plan, self.float.spec)
         if not self.is_current(path, target, plan):
             with step("export", f"{form}, {plan.sizes}"):
-                export(self.path, plan, path.parent, force=True)
+                export(self.source, plan, path.parent, force=True)
         return path
 
     def plan(self, form: Form) -> ExportPlan:
@@ -177,15 +181,14 @@ class Checkpoint:
         return file
 
     def accuracy(self, form: Form, path: Path) -> Accuracy:
-        """Of a float form, on `val`."""
+        """Accuracy of a float form on `val`."""
         if form.target == TORCH:
             outputs = self.expected
         else:
             with load(path) as model:
-                (name,), (head,) = model.inputs, model.outputs
-                rows = [model.run({name: feed})[head][:1] for feed in feeds(self.images, name, model)]
-            outputs = np.concatenate(rows)
-        return compare(self.expected, outputs, self.images.labels)
+                (name,) = model.inputs
+                outputs = stacked(model.run({name: feed}) for feed in feeds(self.images, name, model))
+        return compare(self.expected, outputs, get_task(self.float.spec.task), self.images.labels)
 
     @cached_property
     def images(self) -> ImageSet:
@@ -194,11 +197,12 @@ class Checkpoint:
         return labelled_images(Path(str(self.matrix.val)), self.float.preprocessing, spec.num_classes, plan.labels)
 
     @cached_property
-    def expected(self) -> NDArray[np.float32]:
-        """Logits of the float model on them."""
+    def expected(self) -> Outputs:
+        """Outputs of the float model on the labelled images."""
         pixels = self.images.pixels()
         chunks = iter(lambda: list(islice(pixels, CHUNK)), [])
-        return np.concatenate([self.float.run(np.stack(chunk)) for chunk in chunks])
+        parts = [self.float.run(np.stack(chunk)) for chunk in chunks]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:

@@ -27,13 +27,14 @@ def bundle_readme(manifest: Manifest, usage: Usage) -> str:
         else f"RGB scaled to 0..1, minus mean {list(pre['mean'])}, divided by std {list(pre['std'])}"
     )
     scale = f"covers {round(height / pre['crop_pct'])}x{round(width / pre['crop_pct'])}"
+    kind = " ".join(filter(None, (spec["variant"], spec["family"])))
     labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
     libraries = "".join(
         f"| `{file}` | {usage.library.format(platform=platform)} |\n" for platform, file in manifest.plugins.items()
     )
     return f"""# {manifest.name}
 
-{spec["variant"]} EfficientVMamba, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
+{kind}, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
 Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, cosine {manifest.parity["cosine"]:.6f}.
 
 | file | what |

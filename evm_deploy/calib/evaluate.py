@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Outputs = NDArray[np.float32]
+from evm_deploy.tasks.task import Labels, Outputs, Task
 
 MIN_SQNR_DB = 20.0  # without labels: an error of 10 % of the outputs
 
@@ -19,25 +19,30 @@ class Accuracy:
     """Quantised against float on the same images.
 
     sqnr_db: signal to quantisation noise of the outputs, mean over images, in dB. agreement: share of images with the
-    same top class. top1, top5 (and of float): shares of images whose label is the first, among the first five; None
-    without labels. limit: points of top-1 that may be lost, or None: then the SQNR must be MIN_SQNR_DB.
+    same answer, None for tasks that give none. scores, float_scores: the task's figures, from 0 to 1, empty without
+    labels; metric: the one that gates. limit: points of it that may be lost, or None: then the SQNR must be
+    MIN_SQNR_DB.
     """
 
     images: int
     sqnr_db: float
     agreement: float | None
-    top1: float | None = None
-    top1_float: float | None = None
-    top5: float | None = None
-    top5_float: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    float_scores: Mapping[str, float] = field(default_factory=dict)
+    metric: str = ""
     limit: float | None = None
 
     @property
+    def gated(self) -> list[float]:
+        """The figure that gates, from 0 to 1; empty without labels."""
+        return [self.scores[self.metric]] if self.metric in self.scores else []
+
+    @property
     def drop(self) -> float | None:
-        """Points of top-1 lost, or None without labels."""
-        if self.top1 is None or self.top1_float is None:
+        """Points of the metric lost, or None without labels."""
+        if not self.gated:
             return None
-        return round(100 * (self.top1_float - self.top1), 6)
+        return round(100 * (self.float_scores[self.metric] - self.scores[self.metric]), 6)
 
     @property
     def ok(self) -> bool:
@@ -47,18 +52,37 @@ class Accuracy:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Larger is better: points of top-1 kept where there are labels, then SQNR."""
+        """Larger is better: points of the metric kept where there are labels, then SQNR."""
         return -(self.drop or 0.0), self.sqnr_db
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "drop": self.drop, "ok": self.ok}
+        """Plain data for manifests and records: the figures as `top1` and `top1_float`, for example."""
+        facts = {key: getattr(self, key) for key in ("images", "sqnr_db", "agreement", "metric", "limit", "drop", "ok")}
+        of_float = {f"{name}_float": value for name, value in self.float_scores.items()}
+        return {**facts, **self.scores, **of_float}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Accuracy:
+        """What `as_dict` made."""
+        metric = facts.get("metric") or "top1"
+        names = [name.removesuffix("_float") for name in facts if name.endswith("_float")]
+        known = [name for name in names if facts.get(name) is not None]
+        return cls(
+            facts["images"],
+            facts["sqnr_db"],
+            facts["agreement"],
+            {name: facts[name] for name in known},
+            {name: facts[f"{name}_float"] for name in known},
+            metric,
+            facts["limit"],
+        )
 
     def __str__(self) -> str:
-        if self.top1 is not None and self.top1_float is not None and self.drop is not None:
+        for share in self.gated:
             limit = f", limit {self.limit:g}" if self.limit is not None else ""
             return (
-                f"{100 * self.top1:.2f} % vs {100 * self.top1_float:.2f} % float "
-                f"({-self.drop:+.2f}{limit}, {self.images} images)   SQNR {self.sqnr_db:.1f} dB"
+                f"{100 * share:.2f} % vs {100 * self.float_scores[self.metric]:.2f} % float "
+                f"({-(self.drop or 0):+.2f}{limit}, {self.images} images)   SQNR {self.sqnr_db:.1f} dB"
             )
         same = f"same class {100 * self.agreement:.1f} %   " if self.agreement is not None else ""
         return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
@@ -67,37 +91,27 @@ class Accuracy:
 def compare(
     reference: Outputs,
     outputs: Outputs,
-    labels: NDArray[np.int64] | None = None,
+    task: Task,
+    labels: Labels | None = None,
     *,
-    classes: bool = True,
     limit: float | None = None,
 ) -> Accuracy:
-    """`outputs` against `reference`, both (images, values). classes: the values are scores of classes."""
-    noise = ((outputs.astype(np.float64) - reference) ** 2).sum(1)
-    signal = (reference.astype(np.float64) ** 2).sum(1)
+    """`outputs` of a quantised network against those of the float one, by name (images, ...)."""
+    want, have = (flattened({name: values[name] for name in reference}) for values in (reference, outputs))
+    noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
     sqnr = float(np.mean(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))))
-    if not np.isfinite(outputs).all():
+    if not np.isfinite(have).all():
         sqnr = -np.inf
-    if not classes:
-        return Accuracy(len(outputs), sqnr, None, limit=limit)
-    agreement = float((outputs.argmax(1) == reference.argmax(1)).mean())
-    if labels is None:
-        return Accuracy(len(outputs), sqnr, agreement, limit=limit)
-    return Accuracy(
-        len(outputs),
-        sqnr,
-        agreement,
-        top1=_top(outputs, labels, 1),
-        top1_float=_top(reference, labels, 1),
-        top5=_top(outputs, labels, 5),
-        top5_float=_top(reference, labels, 5),
-        limit=limit,
-    )
+    agreement = task.agree(reference, outputs) if task.agree else None
+    if not task.score or labels is None:
+        return Accuracy(len(want), sqnr, agreement, limit=limit)
+    scores, float_scores = task.score(outputs, labels), task.score(reference, labels)
+    return Accuracy(len(want), sqnr, agreement, scores, float_scores, task.metric, limit)
 
 
-def _top(scores: Outputs, labels: NDArray[np.int64], k: int) -> float:
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(1).mean())
+def flattened(outputs: Outputs) -> NDArray[np.float64]:
+    """(images, values): all outputs of an image in one row."""
+    return np.concatenate([value.reshape(len(value), -1).astype(np.float64) for value in outputs.values()], axis=1)
 
 
 def keep_float_until(

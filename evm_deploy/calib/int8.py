@@ -14,20 +14,21 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Progress, Step
 from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
-from evm_deploy.calib.quantize import Layer, layers, quantize
+from evm_deploy.calib.quantize import Layer, below_any, layers, quantize
 from evm_deploy.calib.request import Request
-from evm_deploy.calib.source import Source, block_of, feeds, sources
+from evm_deploy.calib.source import Source, feeds, sources
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
+from evm_deploy.tasks.task import Outputs
 
 if TYPE_CHECKING:
     import onnx
 
-FloatOutputs = Callable[[ImageSet], NDArray[np.float32]]
+FloatOutputs = Callable[[ImageSet], Outputs]
 Evaluate = Callable[[Any], Accuracy]
 Ship = Callable[[Any], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
@@ -78,7 +79,7 @@ def quantize_graph(
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
-    found = candidates(model, request.precision, fused)
+    found = candidates(model, request, fused)
     images = image_sets(request, preprocessing, step)
     choices = sources(model, found, images.used, request, plugin, step)
     if symmetric:
@@ -122,7 +123,7 @@ def choose(
         accuracy=accuracy,
         smooth=smooth,
         tried=tried,
-        layers=len({layer.weight for layer in source.layers if block_of(layer.module) not in kept}),
+        layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
@@ -136,38 +137,45 @@ def each_block(source: Source, evaluate: Evaluate, progress: Progress) -> Iterat
         yield block, evaluate(source.quantized([block]))
 
 
-def candidates(model: onnx.ModelProto, precision: str, fused: Mapping[str, FusedOp]) -> list[Layer]:
+def candidates(model: onnx.ModelProto, request: Request, fused: Mapping[str, FusedOp]) -> list[Layer]:
     """The layers that become int8.
 
-    int8: of the last its weights alone (its pooled input has too few values to calibrate a range), and of modules that
-    may become one op, what that op takes as int8; its results stay float.
+    int8: of modules that may become one op, the layers that this op takes as int8; their results stay float. Of the
+    modules `request.weight_only` the weights alone.
     w8: weights alone, all but those of modules that may become one op: that op takes them as float.
     """
-    every = layers(model)
-    if precision == "w8":
-        return [replace(layer, weight_only=True) for layer in every if not _below_any(layer.module, fused)]
+    every = layers(model, request.keep_float)
+    if request.precision == "w8":
+        return [replace(layer, weight_only=True) for layer in every if not below_any(layer.module, fused)]
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
     return [
-        replace(layer, float_output=layer.float_output or layer.module in inside, weight_only=layer is every[-1])
+        replace(
+            layer,
+            float_output=layer.float_output or layer.module in inside,
+            weight_only=below_any(layer.module, request.weight_only),
+        )
         for layer in every
-        if layer.module in inside or not _below_any(layer.module, fused)
+        if layer.module in inside or not below_any(layer.module, fused)
     ]
 
 
-def run_all(runtime: Runtime, images: ImageSet, request: Request) -> NDArray[np.float32]:
-    """The outputs of a model on every image, flattened: (images, values)."""
+def run_all(runtime: Runtime, images: ImageSet, request: Request) -> Outputs:
+    """The outputs of a model on every image, by name: (images, ...)."""
     (name,) = runtime.inputs
-    rows = [
-        np.concatenate([value[0].ravel() for value in runtime.run({name: feed}).values()])
-        for feed in feeds(images, request.input, runtime)
-    ]
-    return np.stack(rows)
+    return stacked(runtime.run({name: feed}) for feed in feeds(images, request.input, runtime))
 
 
-def graph_outputs(
-    model: onnx.ModelProto, request: Request, plugin: Path | None, images: ImageSet
-) -> NDArray[np.float32]:
-    """The outputs of a hub graph on every image, flattened: (images, values)."""
+def stacked(runs: Iterable[Outputs]) -> Outputs:
+    """The first image of each run, one after the other."""
+    rows: dict[str, list[NDArray[Any]]] = {}
+    for outputs in runs:
+        for name, value in outputs.items():
+            rows.setdefault(name, []).append(value[0])
+    return {name: np.stack(values) for name, values in rows.items()}
+
+
+def graph_outputs(model: onnx.ModelProto, request: Request, plugin: Path | None, images: ImageSet) -> Outputs:
+    """The outputs of a hub graph on every image, by name."""
     with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
         return run_all(runtime, images, request)
 
@@ -185,14 +193,14 @@ def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> Im
     return ImageSets(used, judged)
 
 
-def evaluator(expected: NDArray[np.float32], images: ImageSet, request: Request, ship: Ship) -> Evaluate:
+def evaluator(expected: Outputs, images: ImageSet, request: Request, ship: Ship) -> Evaluate:
     """Candidate -> its Accuracy, as shipped, against `expected`, what the float network gives on `images`."""
     labels = images.labels if request.val else None
 
     def evaluate(candidate: Any) -> Accuracy:
         with ship(candidate) as runtime:
             outputs = run_all(runtime, images, request)
-        return compare(expected, outputs, labels, classes=request.num_classes > 0, limit=request.max_drop)
+        return compare(expected, outputs, request.task, labels, limit=request.max_drop)
 
     return evaluate
 
@@ -202,7 +210,3 @@ def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     held = set(range(HELD_OUT_EVERY - 1, len(images), HELD_OUT_EVERY)[:MAX_HELD_OUT]) or {len(images) - 1}
     used = tuple(picture for i, picture in enumerate(images.pictures) if i not in held) or images.pictures
     return replace(images, pictures=used), replace(images, pictures=tuple(images.pictures[i] for i in sorted(held)))
-
-
-def _below_any(module: str, paths: Iterable[str]) -> bool:
-    return any(module == path or module.startswith(path + ".") for path in paths)

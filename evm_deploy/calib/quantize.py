@@ -1,14 +1,13 @@
 """int8 layers: explicit Q/DQ with our ranges, or the weights alone.
 
-Which layers can be: convolutions and linear layers with constant weights, but for the first (pixels in, 0.7 % of the
-work, hardly any bytes, and mean and std are folded into its weights later) and the projections around the scan (they
-feed exp).
+Which layers can be: convolutions and linear layers with constant weights, but for those that a network keeps in float
+and those that write a scan's delta, B and C (they feed exp and the state).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,13 @@ import numpy as np
 
 from evm_deploy._util.onnx import in_order
 from evm_deploy.calib.histogram import Range
+from evm_deploy.scan import onnx_function
 
 if TYPE_CHECKING:
     import onnx
 
 LAYERS = ("Conv", "MatMul", "Gemm")
-WEIGHT_RANKS = (2, 4)  # the scan's projections have three axes, one of them the direction
+SCAN_FEEDS = ("delta", "B", "C")  # inputs of a scan that int8 layers must not write
 SMALLEST_SCALE = 1e-12
 
 
@@ -41,24 +41,59 @@ class Layer:
     weight_only: bool = False
 
 
-def layers(model: onnx.ModelProto) -> list[Layer]:
-    """The layers of a hub graph that can be quantised, in execution order: all but the first."""
+def layers(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> list[Layer]:
+    """The layers of a hub graph that can be quantised, in execution order.
+
+    keep_float: paths of modules whose layers are left out, beside those that feed a scan.
+    """
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    feeding = scan_feeding_layers(model)
     found = []
     for node in model.graph.node:
-        if node.op_type in LAYERS and ranks.get(node.input[1]) in WEIGHT_RANKS:
-            after = readers.get(node.output[0], [])
-            relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
-            writes = relu.output[0] if relu else node.output[0]
-            module = node.name.rpartition("/")[0]
-            # a matrix product may give float for nothing, a convolution may not (ONNX Runtime fuses whole pairs alone)
-            as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
-            found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
-    return found[1:]
+        module = node.name.rpartition("/")[0]
+        if not _is_layer(node, ranks) or node.name in feeding or below_any(module, keep_float):
+            continue
+        after = readers.get(node.output[0], [])
+        relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
+        writes = relu.output[0] if relu else node.output[0]
+        # a matrix product may give float for nothing, a convolution may not (ONNX Runtime fuses whole pairs alone)
+        as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
+        found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
+    return found
+
+
+def scan_feeding_layers(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes of LAYERS from which delta, B and C of a scan come with no other such node in between."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    places = [onnx_function.INPUTS.index(name) for name in SCAN_FEEDS]
+    scans = [node for node in model.graph.node if node.op_type == onnx_function.OP_TYPE]
+    waiting = [node.input[i] for node in scans for i in places]
+    found, seen = set(), set(waiting)
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is None or node.op_type == onnx_function.OP_TYPE:
+            continue
+        if node.op_type in LAYERS:
+            found.add(node.name)
+            continue
+        waiting += (new := set(node.input) - seen)
+        seen |= new
+    return found
+
+
+def below_any(module: str, paths: Iterable[str]) -> bool:
+    """Whether `module` is one of `paths`, or inside one."""
+    return any(module == path or module.startswith(path + ".") for path in paths)
+
+
+def _is_layer(node: onnx.NodeProto, ranks: Mapping[str, int]) -> bool:
+    """Whether a node is a convolution of any rank, or the product with a constant matrix."""
+    rank = ranks.get(node.input[1]) if node.op_type in LAYERS else None
+    return rank is not None and (node.op_type == "Conv" or rank == 2)
 
 
 def activations(found: Collection[Layer]) -> dict[str, str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from evm_deploy.tasks.task import Task
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to quantise and what to calibrate and judge with; see ExportPlan. num_classes 0: outputs are no classes."""
+    """What to quantise and what to calibrate and judge with; see ExportPlan, and ModelSpec for the last four."""
 
     precision: str
     calib: Path | None
@@ -22,3 +24,7 @@ class Request:
     labels: tuple[str, ...] | None
     checkpoint_sha256: str
     input: str
+    task: Task
+    blocks: tuple[str, ...]
+    keep_float: tuple[str, ...]
+    weight_only: tuple[str, ...]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from evm_deploy._util.onnx import constants_sha256
 from evm_deploy._util.progress import Step
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.quantize import Layer, activations, quantize
+from evm_deploy.calib.quantize import Layer, activations, below_any, quantize
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.smooth import foldings, smooth
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
@@ -33,31 +33,30 @@ GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the conv
 class Source:
     """A float network, its layers that can be quantised, and the ranges of their activations, where these are too.
 
+    paths: modules that fall back to float as a whole (ModelSpec.blocks).
     rewrite: (model, layers, ranges) -> a copy of the model with these layers quantised, by default of a hub graph.
     """
 
     model: Any
     layers: Sequence[Layer]
+    paths: Sequence[str]
     table: CalibrationTable | None = None
     ranges: Mapping[str, Range] = field(default_factory=dict)
     rewrite: Callable[[Any, Sequence[Layer], Mapping[str, Range]], Any] | None = None
 
     @property
     def blocks(self) -> list[str]:
-        return list(dict.fromkeys(block_of(layer.module) for layer in self.layers))
+        return list(dict.fromkeys(map(self.block_of, self.layers)))
 
     def quantized(self, blocks: Collection[str]) -> Any:
         """The network with these blocks quantised."""
-        chosen = [layer for layer in self.layers if block_of(layer.module) in blocks]
+        chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
         return (self.rewrite or quantize)(self.model, chosen, self.ranges)
 
-
-def block_of(module: str) -> str:
-    """What a layer is kept in float with: layers.2.1 of layers.2.1.conv_pw.0, layers.0.downsample of its reduction."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts[:4]) if part.isdigit()]
-    end = numbers[-1] + 1 if numbers else 1
-    return ".".join(parts[: max(end, 3 if end == 2 else 0)])
+    def block_of(self, layer: Layer) -> str:
+        """The module that a layer is kept in float with: one of `paths`, else the first part of its own path."""
+        around = [path for path in self.paths if below_any(layer.module, [path])]
+        return max(around, key=len, default=layer.module.split(".")[0])
 
 
 def sources(
@@ -73,7 +72,7 @@ def sources(
     Only `off` where there is nothing to smooth, and without images: weights alone gain nothing by it.
     """
     if images is None:
-        return {"off": Source(model, layers)}
+        return {"off": Source(model, layers, request.blocks)}
     keys = activations(layers)
     identity = {
         "checkpoint_sha256": request.checkpoint_sha256,
@@ -91,15 +90,15 @@ def sources(
     axes = {} if request.smooth == "off" else _channel_axes(model, keys)
     if not axes:
         table = calibrated(model, request.method, axes)
-        return {"off": Source(model, layers, table, table.ranges(request.method))}
+        return {"off": Source(model, layers, request.blocks, table, table.ranges(request.method))}
     found = {}
     table = calibrated(model, f"{request.method}, by channel", axes, channels=sorted({keys[name] for name in axes}))
     if request.smooth == "auto":
-        found["off"] = Source(model, layers, table, table.ranges(request.method))
+        found["off"] = Source(model, layers, request.blocks, table, table.ranges(request.method))
     smoothed = copy.deepcopy(model)
     smooth(smoothed, {name: table.channel_maxima[keys[name]] for name in axes})
     table = calibrated(smoothed, f"{request.method}, smoothed", {}, smoothed=constants_sha256(smoothed))
-    return {**found, "on": Source(smoothed, layers, table, table.ranges(request.method))}
+    return {**found, "on": Source(smoothed, layers, request.blocks, table, table.ranges(request.method))}
 
 
 def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from evm_deploy.bundle.bundle import Bundle
     from evm_deploy.export.plan import EngineSettings, ExportPlan
+    from evm_deploy.export.source import Source
 
 
 def export_parser() -> Parser:
@@ -64,7 +67,7 @@ def export_parser() -> Parser:
     )
     add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
     add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
-    add("--head", default="logits", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
+    add("--head", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
     add(
         "--scan",
         default="auto",
@@ -122,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from evm_deploy.bundle.archive import write_zip
-    from evm_deploy.bundle.signing import private_key, sign
-    from evm_deploy.export.pipeline import export
+    """Export to every target; one that fails does not stop the others. Returns the largest exit code."""
+    from evm_deploy.bundle.signing import private_key
+    from evm_deploy.export.source import Source
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target
 
@@ -133,30 +136,40 @@ def _export(args: argparse.Namespace) -> int:
     if args.library:
         raise UsageError("--library is for --finish", "leave it out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
-    checkpoint = _checkpoint(args)
+    source = Source(_checkpoint(args))
     key = private_key(args.sign) if args.sign else None
-    steps = Steps(args.quiet)
-    results: list[Any] = []
+    results: list[dict[str, Any]] = []
+    codes = [0]
     for plan in plans:
-        if args.dry_run:
-            facts = _dry_run(checkpoint, plan, args)
-            results.append(facts)
-            if not args.json:
-                print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
-            continue
-        start = time.perf_counter()
-        bundle = export(checkpoint, plan, args.out, force=args.force, step=steps)
-        seconds = time.perf_counter() - start
-        if key:
-            sign(bundle.path, key)
-        packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
-        results.append({"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)})
-        if not args.json:
-            print(printable(export_summary(bundle, seconds)))
-            print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
+        try:
+            results.append(_dry_run(source, plan, args) if args.dry_run else _one_export(source, plan, args, key))
+        except EvmError as error:
+            if len(plans) == 1:
+                raise
+            print(printable(f"evm-export: {plan.target}: {error}"), file=sys.stderr)
+            results.append({"target": plan.target, "error": str(error), "exit_code": error.exit_code})
+            codes.append(error.exit_code)
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
-    return 0
+    return max(codes)
+
+
+def _one_export(source: Source, plan: ExportPlan, args: argparse.Namespace, key: Ed25519PrivateKey | None) -> Any:
+    """Export to one target and print its summary. Returns the facts for --json."""
+    from evm_deploy.bundle.archive import write_zip
+    from evm_deploy.bundle.signing import sign
+    from evm_deploy.export.pipeline import export
+
+    start = time.perf_counter()
+    bundle = export(source, plan, args.out, force=args.force, step=Steps(args.quiet))
+    seconds = time.perf_counter() - start
+    if key:
+        sign(bundle.path, key)
+    packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
+    if not args.json:
+        print(printable(export_summary(bundle, seconds)))
+        print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
+    return {"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)}
 
 
 def _finish(args: argparse.Namespace) -> int:
@@ -184,22 +197,21 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {"artifact_bytes": bundle.size_bytes, "manifest": manifest}
 
 
-def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
-    """What an export would do, everything checked that can be without tracing."""
+def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
+    """Check everything of an export that can be checked without tracing, and print what it would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
     from evm_deploy.export.targets import get_target
-    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
 
     target = get_target(plan.target)
     require_toolchain(target, plan)
-    _, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
+    spec = source.network(plan).spec
     plan, preprocessing = complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
     check_free(path, args.force)
-    return {
+    facts = {
         "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
-        "Model": f"{spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
+        "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
         "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
         "Output": plan.head,
@@ -208,6 +220,9 @@ def _dry_run(checkpoint: Path, plan: ExportPlan, args: argparse.Namespace) -> di
         **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
         "Bundle": str(path),
     }
+    if not args.json:
+        print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
+    return facts
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evm_deploy.bundle.bundle import Bundle
-    from evm_deploy.calib.evaluate import Accuracy
 
 
 def export_summary(bundle: Bundle, seconds: float) -> str:
     """The last block: what was made, how exact it is, where it is, what to do next."""
+    from evm_deploy.calib.evaluate import Accuracy
+
     m, parity = bundle.manifest, bundle.manifest.parity
     title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
@@ -20,7 +21,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             "Parity",
             f"{m.plan['head']} max|d| {parity['max_abs']:.1e}  cosine {parity['cosine']:.6f}   {_worst(parity)}",
         ),
-        *((("Accuracy", str(accuracy_of(m.accuracy))),) if m.accuracy else ()),
+        *((("Accuracy", str(Accuracy.from_dict(m.accuracy))),) if m.accuracy else ()),
         *(
             (
                 "Gain",
@@ -62,13 +63,6 @@ def _engine_lines(bundle: Bundle) -> list[tuple[str, str]]:
     facts = m.details["engine"]
     where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
     return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
-
-
-def accuracy_of(facts: dict[str, Any]) -> Accuracy:
-    """The Accuracy that a manifest holds."""
-    from evm_deploy.calib.evaluate import Accuracy
-
-    return Accuracy(**{key: value for key, value in facts.items() if key not in ("drop", "ok")})
 
 
 def _worst(parity: dict[str, Any]) -> str:

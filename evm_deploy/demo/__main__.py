@@ -14,7 +14,7 @@ def main() -> int:
 
     from evm_deploy.bundle.loaded import load
     from evm_deploy.demo import CHECKPOINT, digits, write_images
-    from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+    from evm_deploy.model.families import load_checkpoint
 
     images, labels = digits("heldout")
     with load(sys.argv[1]) as bundle, tempfile.TemporaryDirectory() as folder:

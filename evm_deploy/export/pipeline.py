@@ -1,13 +1,15 @@
-"""export(): the whole flow, from a checkpoint to a verified bundle."""
+"""export(): the whole flow, from a network to a verified bundle."""
 
 from __future__ import annotations
 
 import json
 import platform
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from numpy.typing import NDArray
 
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
@@ -18,84 +20,118 @@ from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
+from evm_deploy.export.selftest import PROBES
+from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
-from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec, load_checkpoint
-from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
+from evm_deploy.model.network import ModelSpec, Network
+from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
+from evm_deploy.tasks import get_task
 from evm_deploy.toolchain import cross
 from evm_deploy.toolchain.platforms import host_platform
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DEFAULT_IMGSZ = (224, 224)
 
 
 def export(
-    checkpoint: str | Path, plan: ExportPlan, out: str | Path = "dist", *, force: bool = False, step: Step = silent
+    source: str | Path | Network | Source,
+    plan: ExportPlan,
+    out: str | Path = "dist",
+    *,
+    force: bool = False,
+    step: Step = silent,
 ) -> Bundle:
-    """Checkpoint -> verified bundle `out`/<stem>-<target>-<precision>-<HxW>.
+    """A network -> verified bundle `out`/<stem>-<target>-<precision>-<HxW>.
 
+    source: a checkpoint's path, a Network, or a Source that several exports share, which loads and traces once.
     `step(name, detail)` is entered around each step, for progress. Raises EvmErrors; nothing half-written stays, and
     an artifact that fails parity is left as `*.rejected` (ParityError).
     """
+    source = Source.of(source)
     target = get_target(plan.target)
     plan = check_plan(target, plan)
     require_toolchain(target, plan)
-    with step("load", Path(checkpoint).name):
-        model, spec = load_checkpoint(checkpoint, head=plan.head, weights=plan.weights)
+    with step("load", source.name):
+        spec = source.network(plan).spec
         plan, preprocessing = complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
     check_free(path, force)
-    reference = deployable(model, plan, preprocessing)
     with written_aside(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
-            in_float = target.trace(reference, plan, native_metadata(plan, spec, preprocessing))
+            in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
         if plan.device:
             with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.device, folder)
-        probes = selftest.probe_inputs(plan, preprocessing)
-        modes = lowerings(target, artifact)
-        with step("verify", f"{len(probes)} images, {len(traced.scans)} scans, {' and '.join(modes)}"):
-            parities = {}
-            for mode, plugin in modes.items():
-                with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
-                    taps = target.taps(artifact, plugin)
-                    parities[mode] = verify.verify(reference, runtime, taps, plan, probes)
-                    outputs = run_batched(runtime, plan.batch, probes)
-                    remarks = target.remarks(runtime)
-            parities |= verify_more(target, artifact, reference, plan, preprocessing)
-        parity = verify.worst(parities)
-        manifest = describe(target, plan, spec, preprocessing, artifact, runtime, parity, remarks)
+        seen = verified(source, target, artifact, plan, preprocessing, step)
+        manifest = describe(target, plan, spec, preprocessing, artifact, seen)
         if quantized:
             gain = None
             if not target.emulator:
                 with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
-                    gain = quantization.gain_over_float32(target, in_float, plan, artifact.path, plugin, probes)
+                    probes = seen.reference.probes
+                    gain = quantization.gain_over_float32(target, in_float, plan, artifact.path, seen.plugin, probes)
             manifest = quantization.record(manifest, quantized, gain, folder)
         try:
-            verify.require(parity)
+            verify.require(seen.parity)
             quantization.require(manifest, quantized)
         except (ParityError, AccuracyError) as error:
             rejected = path.with_name(path.name + ".rejected")
             keep(folder, rejected, replace(manifest, rejected=True))
             raise type(error)(str(error), f"the artifact is kept for inspection: {rejected}") from error
         with step("bundle", path.name):
-            expected, scans = verify.run_reference(reference, plan, probes)
             # quantised: what was verified here; the float model is further away than a device may be
-            expected = outputs if quantized else expected
-            limits = selftest.write(folder, target, artifact, traced, plan, preprocessing, probes, expected, scans)
+            expected = seen.outputs if quantized else seen.reference.outputs
+            reference = replace(seen.reference, outputs=expected)
+            limits = selftest.write(folder, target, artifact, traced, plan, preprocessing, reference)
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             bundle = keep(folder, path, replace(manifest, selftest=limits, built=target.finish is None))
     finishes = target.finish and finished_here(plan) and target.probe().can_finish
     return finish(path, step=step) if finishes else bundle
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What verification met: the float model's run, the artifact's own outputs and specs, and how exact it is.
+
+    plugin: the native library of the last lowering that ran.
+    """
+
+    reference: verify.FloatRun
+    outputs: dict[str, NDArray[Any]]
+    interface: tuple[list[TensorSpec], list[TensorSpec]]
+    parity: verify.Parity
+    plugin: Path | None
+    remarks: list[str]
+
+
+def verified(
+    source: Source, target: Target, artifact: Artifact, plan: ExportPlan, preprocessing: Preprocessing, step: Step
+) -> Seen:
+    """Compare the artifact with the float model in every lowering that can run here, and for each of its sizes."""
+    task = get_task(source.network(plan).spec.task)
+    modes = lowerings(target, artifact)
+    with step("verify", f"{PROBES} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
+        reference = source.float_run(plan, preprocessing)
+        parities: dict[str, verify.Parity] = {}
+        for mode, plugin in modes.items():
+            with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
+                parities[mode] = verify.verify(reference, runtime, target.taps(artifact, plugin), plan, task)
+                outputs = run_batched(runtime, plan.batch, reference.probes)
+                interface = list(runtime.inputs.values()), list(runtime.outputs.values())
+                remarks = target.remarks(runtime)
+        for size, each in artifact.more.items():
+            there, smaller = replace(plan, imgsz=size, more_imgsz=()), replace(preprocessing, size=size)
+            run = source.float_run(there, smaller)
+            with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
+                found = verify.verify(run, runtime, target.taps(each, None), there, task)
+            parities[f"portable {size_text(size)}"] = found
+    return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 
 
 def finished_here(plan: ExportPlan) -> bool:
@@ -118,20 +154,6 @@ def finish(path: str | Path, *, library: str | None = None, step: Step = silent)
     with step("finish", f"{bundle.path.name}, {target.name}"):
         target.finish(bundle.path, library)
     return open_bundle(path)
-
-
-def verify_more(
-    target: Target, artifact: Artifact, reference: nn.Module, plan: ExportPlan, preprocessing: Preprocessing
-) -> dict[str, verify.Parity]:
-    """Of an artifact for several sizes: the parity of each function but the first, portable."""
-    parities = {}
-    for size, each in artifact.more.items():
-        there = replace(plan, imgsz=size, more_imgsz=())
-        probes = selftest.probe_inputs(there, replace(preprocessing, size=size))
-        with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
-            found = verify.verify(reference, runtime, target.taps(each, None), there, probes)
-        parities[f"portable {size_text(size)}"] = found
-    return parities
 
 
 def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
@@ -166,8 +188,14 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         preprocessing = Preprocessing(imgsz, **given)
     except (TypeError, ValueError) as error:
         raise UsageError(f"preprocessing: {error}") from error
+    task = get_task(spec.task)
+    head = plan.head or task.heads[0]
+    if head not in task.heads:
+        raise UsageError(f"--head {head}: {spec.name} gives {' or '.join(task.heads)}", "leave --head out")
+    if plan.val and not task.score:
+        raise UsageError(f"--val with --head {head}: its outputs have no labels to compare with", "leave --val out")
     labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)
-    if plan.head == "features":
+    if not task.decode:
         labels = None
     if labels and len(labels) != spec.num_classes:
         raise UsageError(
@@ -177,7 +205,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     if labels and any(not label.strip() or len(label.splitlines()) > 1 for label in labels):
         raise UsageError("a label is empty or spans lines", "labels.txt holds one name per line")
     max_drop = MAX_DROP if plan.val and plan.max_drop is None else plan.max_drop
-    return replace(plan, imgsz=imgsz, labels=labels, max_drop=max_drop), preprocessing
+    return replace(plan, imgsz=imgsz, head=head, labels=labels, max_drop=max_drop), preprocessing
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
@@ -199,11 +227,12 @@ def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocess
     facts = {
         "evm_deploy": __version__,
         "model": spec.name,
+        "family": spec.family,
         "variant": spec.variant,
         "checkpoint_sha256": spec.checkpoint["sha256"],
         "preprocessing": json.dumps(asdict(preprocessing), sort_keys=True),
         "input": plan.input,
-        "head": plan.head,
+        "head": str(plan.head),
     }
     return {**facts, **({"labels": json.dumps(plan.labels)} if plan.labels else {})}
 
@@ -215,17 +244,11 @@ def untested(artifact: Artifact) -> list[str]:
 
 
 def describe(
-    target: Target,
-    plan: ExportPlan,
-    spec: ModelSpec,
-    preprocessing: Preprocessing,
-    artifact: Artifact,
-    runtime: Runtime,
-    parity: verify.Parity,
-    remarks: list[str],
+    target: Target, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, artifact: Artifact, seen: Seen
 ) -> Manifest:
     """The manifest of an export, files still to be hashed."""
     sites = artifact.details.get("scans", ())
+    inputs, outputs = seen.interface
     return Manifest(
         name=f"{spec.name}-{target.name}-{plan.precision}",
         target=target.name,
@@ -233,8 +256,8 @@ def describe(
         plan=plan.as_dict(),
         model=asdict(spec),
         preprocessing=asdict(preprocessing),
-        inputs=[asdict(value) for value in runtime.inputs.values()],
-        outputs=[asdict(value) for value in runtime.outputs.values()],
+        inputs=[asdict(value) for value in inputs],
+        outputs=[asdict(value) for value in outputs],
         scan={
             **asdict(artifact.scan),
             "nodes": [site.name for site in sites],
@@ -242,6 +265,6 @@ def describe(
         },
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
-        parity=parity.as_dict(),
-        notes=[*spec.notes, *untested(artifact), *remarks],
+        parity=seen.parity.as_dict(),
+        notes=[*spec.notes, *untested(artifact), *seen.remarks],
     )

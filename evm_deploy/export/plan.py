@@ -13,7 +13,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
 
-HEADS = ("logits", "probs", "features")
+HEADS = ("logits", "probs", "features", "raw")
 INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
 CALIBRATED = ("int8", "int8-fp16")  # the second: what is not int8 is float16
@@ -74,7 +74,7 @@ class ExportPlan:
     more_imgsz: tuple[tuple[int, int], ...] = ()
     batch: Batch = Batch(1, 1, 1)
     input: str = "image"
-    head: str = "logits"
+    head: str | None = None
     scan: str = "auto"
     device: str | None = None
     platform: str | None = None
@@ -98,7 +98,8 @@ class ExportPlan:
     engine: EngineSettings = EngineSettings()
 
     def __post_init__(self) -> None:
-        one_of("--head", self.head, HEADS)
+        if self.head is not None:
+            one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
         if self.precision is not None:
             one_of("--precision", self.precision, PRECISIONS)
@@ -146,8 +147,6 @@ class ExportPlan:
             raise UsageError("--max-drop needs labelled pictures to measure the drop with", "add --val DIR")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
-        if self.val is not None and self.head == "features":
-            raise UsageError("--val with --head features: feature maps have no classes", "leave --val out")
 
     @property
     def tolerance(self) -> float:

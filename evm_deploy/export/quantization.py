@@ -24,8 +24,9 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, native_library, open_here
-from evm_deploy.model.efficientvmamba.checkpoint import ModelSpec
+from evm_deploy.model.network import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
+from evm_deploy.tasks import get_task
 
 TABLE = "calibration.json"
 WARM_UP, TIMED = 3, 15  # runs of each precision, to tell whether int8 pays off
@@ -72,6 +73,10 @@ def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
         labels=plan.labels,
         checkpoint_sha256=spec.checkpoint["sha256"],
         input=plan.input,
+        task=get_task(spec.task),
+        blocks=spec.blocks,
+        keep_float=spec.keep_float,
+        weight_only=spec.weight_only,
     )
 
 
@@ -140,7 +145,7 @@ def smoothing(quantized: Quantized, asked: str) -> Choice:
     if len(quantized.tried) < 2:
         return Choice("off", "no activation of this network can be smoothed")
     figures = {
-        name: (f"top-1 {100 * each.top1:.2f} %, " if each.top1 is not None else "") + f"SQNR {each.sqnr_db:.1f} dB"
+        name: "".join(f"{each.metric} {100 * share:.2f} %, " for share in each.gated) + f"SQNR {each.sqnr_db:.1f} dB"
         for name, each in quantized.tried.items()
     }
     other = next(name for name in figures if name != quantized.smooth)

@@ -12,6 +12,7 @@ from evm_deploy.bundle.selftest import FOLDER, PROBE_FILE, SCAN_FILE, by_probe, 
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target, Traced
+from evm_deploy.export.verify import FloatRun
 from evm_deploy.scan.reference import Scan, large_delta_probe, selective_scan, ssm_error
 
 PROBES = 3
@@ -43,9 +44,7 @@ def write(
     traced: Traced,
     plan: ExportPlan,
     preprocessing: Preprocessing,
-    probes: NDArray[Any],
-    expected: dict[str, NDArray[Any]],
-    scans: list[Scan],
+    reference: FloatRun,
 ) -> dict[str, Any]:
     """Write the self-test of an export into `folder`/selftest. Returns its limits, for the manifest.
 
@@ -59,7 +58,8 @@ def write(
     here.mkdir()
     shot = picture(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
     Image.fromarray(shot).save(here / "picture.png")
-    tensors = {plan.input: probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
+    expected, scans = reference.outputs, reference.scans
+    tensors = {plan.input: reference.probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / PROBE_FILE)
     rng = np.random.default_rng(1)
     cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}

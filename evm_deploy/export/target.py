@@ -18,15 +18,13 @@ from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.hub.graph import Graph, ScanSite, trace
+from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
 from evm_deploy.export.plan import SELFTEST_TOLERANCES, ExportPlan
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 from evm_deploy.toolchain.platforms import host_platform
 from evm_deploy.toolchain.plugins import find_plugin
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from evm_deploy.bundle.manifest import Manifest
 
 
@@ -113,7 +111,8 @@ class Target:
     one scan by itself; scan_probe: its file name, with {K}, {L}, {D} and {N} where a file is for one shape alone.
     `usage(manifest)`, for the bundle's README: how to run the artifact without us.
 
-    `trace(module, plan, metadata)` makes what `build` starts from, and `quantize` its int8 or w8 form, by default of
+    `trace(module, plan, metadata)` makes what `build` starts from; plans with the same `trace_key(plan)` share it, so
+    `build` must not change it. `quantize` makes its int8 or w8 form, by default of
     the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
     selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
     them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
@@ -137,7 +136,8 @@ class Target:
     scan_probe: str
     write_scan_probe: Callable[[Any, Artifact, Path, ScanShape], None]
     usage: Callable[[Manifest], Usage]
-    trace: Callable[[nn.Module, ExportPlan, dict[str, str]], Any] = trace
+    trace: Callable[[Any, ExportPlan, dict[str, str]], Any] = trace
+    trace_key: Callable[[ExportPlan], tuple[Any, ...]] = trace_key
     quantize: Callable[[Any, Request, Preprocessing, Ship, Step], Quantized] = quantize_hub
     emulator: Callable[[Path, RunOptions], Runtime] | None = None
     min_targets: tuple[str, ...] = ()

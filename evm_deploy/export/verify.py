@@ -7,7 +7,6 @@ against the float64 loop, and what it writes alone for large deltas, where wrong
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +22,10 @@ from evm_deploy.export.target import ScanTaps
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.reference import Scan, large_delta_probe, ssm_error
+from evm_deploy.tasks.task import Task
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,27 @@ class Parity:
         return {**asdict(self), "ok": self.ok}
 
 
-def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportPlan, probes: NDArray[Any]) -> Parity:
-    """Compare on `probes` (n, ...), one artifact input each. Returns a Parity whose `failures` say what is off."""
+@dataclass(frozen=True)
+class FloatRun:
+    """What the float model makes of the probes, in torch alone.
+
+    probes: (n, ...), one artifact input each. outputs: by name. scans: the seven inputs of each scan, in execution
+    order. beyond_float16: the largest output of each layer that float16 could not hold.
+    """
+
+    probes: NDArray[Any]
+    outputs: dict[str, NDArray[Any]]
+    scans: list[Scan]
+    beyond_float16: dict[str, float]
+
+
+def verify(reference: FloatRun, runtime: Runtime, taps: ScanTaps, plan: ExportPlan, task: Task) -> Parity:
+    """Compare the artifact in `runtime` with the float model. Returns a Parity whose `failures` say what is off."""
     failures: list[str] = []
-    with reaching(reference, float16.LARGEST if plan.precision == "fp16" else math.inf) as reached:
-        expected, float_scans = run_reference(reference, plan, probes)
-    too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
-    failures += (f"{name} {too_large.format(value)}" for name, value in reached.items())
+    probes, expected = reference.probes, reference.outputs
+    if plan.precision == "fp16":
+        too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
+        failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
     actual = run_batched(runtime, plan.batch, probes)
     max_abs = limit = 0.0
     cosine = 1.0
@@ -80,11 +94,9 @@ def verify(reference: nn.Module, runtime: Runtime, taps: ScanTaps, plan: ExportP
         if not limit or error / allowed > max_abs / limit:
             max_abs, limit = error, allowed
         cosine = min(cosine, _cosine(have, want))
-    agreement = None
-    if plan.head != "features":
-        agreement = float((actual[plan.head].argmax(-1) == expected[plan.head].argmax(-1)).mean())
+    agreement = task.agree(expected, actual) if task.agree else None
     first = {name: np.concatenate([probes[:1]] * plan.batch.min) for name in runtime.inputs}
-    scans = _verify_scans(taps, first, float_scans, plan, failures)
+    scans = _verify_scans(taps, first, reference.scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(probes), scans, tuple(failures))
 
 
@@ -114,13 +126,16 @@ def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
 
     Before the runtimes here are asked: those that have no float16 arithmetic compute in float32, and hide it.
     """
+    import torch
+
     found: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            largest = float(output.abs().max())
-            if largest > max(limit, found.get(name, 0)):
-                found[name] = largest
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for value in output if isinstance(output, (tuple, list)) else (output,):
+                largest = float(value.abs().max()) if isinstance(value, torch.Tensor) and value.numel() else 0.0
+                if largest > max(limit, found.get(name, 0)):
+                    found[name] = largest
 
         return look
 
@@ -133,10 +148,8 @@ def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
             hook.remove()
 
 
-def run_reference(
-    reference: nn.Module, plan: ExportPlan, probes: NDArray[Any]
-) -> tuple[dict[str, NDArray[Any]], list[Scan]]:
-    """Outputs of the float model on `probes`, in torch alone, and the seven inputs of each scan, in execution order."""
+def run_reference(reference: Any, probes: NDArray[Any]) -> FloatRun:
+    """Run the float model (`hub.graph.deployable`) on `probes`, in torch alone, and record its scans."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,11 +163,11 @@ def run_reference(
                 )
             return func(*args, **(kwargs or {}))
 
-    with torch.inference_mode(), without_native_scan(), Recorder():  # type: ignore[no-untyped-call]
-        y = reference(torch.from_numpy(probes))
-    if isinstance(y, tuple):
-        return {f"feature{i}": value.numpy() for i, value in enumerate(y)}, scans
-    return {plan.head: y.numpy()}, scans
+    watched = reaching(reference, float16.LARGEST)
+    with torch.inference_mode(), without_native_scan(), watched as reached, Recorder():  # type: ignore[no-untyped-call]
+        values = reference(torch.from_numpy(probes))
+    outputs = {name: value.numpy() for name, value in zip(reference.outputs, values, strict=True)}
+    return FloatRun(probes, outputs, scans, reached)
 
 
 def _verify_scans(

@@ -1,11 +1,12 @@
-"""From a checkpoint file to a plain state dict: container, prefixes, old names, stray keys. Nothing is executed."""
+"""From a checkpoint file to a plain state dict: container, prefixes, stray keys. Nothing is executed."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,7 @@ CONTAINERS = {
 }
 PREFIXES = ("module.", "_orig_mod.")
 STRAY = ("total_ops", "total_params")  # left behind by the profiler thop
-RENAMES = (
-    (re.compile(r"^patch_embed\.proj\."), "patch_embed.0."),
-    (re.compile(r"^patch_embed\.norm\."), "patch_embed.2."),
-    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.ln_1\."), r"\1.norm."),
-    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.self_attention\."), r"\1.op."),
-    (re.compile(r"^norm\."), "classifier.norm."),
-    (re.compile(r"^head\."), "classifier.head."),
-)
+LISTED = 6  # keys shown of each kind in an error
 CONVERT_HINT = (
     "if you trust the file, convert it once:  python -c \"import torch; c = torch.load('{name}', weights_only=False); "
     "torch.save({{'state_dict': c.get('model_ema') or c.get('model') or c['state_dict']}}, 'clean.pth')\""
@@ -38,8 +32,9 @@ CONVERT_HINT = (
 
 @dataclass
 class RawCheckpoint:
-    """A state dict under the network's own names, and how it was found in the file."""
+    """A state dict without the prefixes of training tools, and how it was found in the file."""
 
+    path: Path
     tensors: dict[str, Tensor]
     sha256: str
     container: str
@@ -70,7 +65,7 @@ def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
     else:
         container, tensors = _container(path, _read_pickle(path), weights)
         metadata = {}
-    raw = RawCheckpoint({}, digest, container, metadata=metadata)
+    raw = RawCheckpoint(path, {}, digest, container, metadata=metadata)
     _normalise_names(path, tensors, raw)
     return raw
 
@@ -167,12 +162,26 @@ def _normalise_names(path: Path, tensors: dict[str, Tensor], raw: RawCheckpoint)
         kept = {key: name for key, name in names.items() if name.startswith("backbone.")}
         raw.dropped += [key for key in names if key not in kept]
         names = _strip_prefixes({key: name.removeprefix("backbone.") for key, name in kept.items()})
-    for key, name in names.items():
-        for pattern, replacement in RENAMES:
+    raw.tensors = {name: tensors[key] for key, name in names.items()}
+
+
+def rename(raw: RawCheckpoint, patterns: Sequence[tuple[re.Pattern[str], str]]) -> RawCheckpoint:
+    """The checkpoint under a network's own names: every pattern replaced, in order. CheckpointError for a clash."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in raw.tensors.items():
+        name = key
+        for pattern, replacement in patterns:
             name = pattern.sub(replacement, name)
-        if name in raw.tensors:
-            raise CheckpointError(f"checkpoint {path}: two keys mean '{name}', one of them '{key}'")
-        raw.tensors[name] = tensors[key]
+        if name in renamed:
+            raise CheckpointError(f"checkpoint {raw.path}: two keys mean '{name}', one of them '{key}'")
+        renamed[name] = tensor
+    return replace(raw, tensors=renamed)
+
+
+def some(keys: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    rest = f", and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + rest
 
 
 def _strip_prefixes(names: dict[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 PREFIX = "evm_scan"
+FEEDS = ("delta", "B", "C")  # of the operations that read a scan's inputs: those whose writers stay in float
 LANES = 32  # float16 values in 64 bytes
 OVERHEAD = 128  # what an operation costs beside its lanes, in lanes: weighs few operations against few bytes
 MAX_STEPS = 32

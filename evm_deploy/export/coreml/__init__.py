@@ -171,6 +171,7 @@ TARGET = Target(
     write_scan_probe=write_scan_probe,
     usage=usage,
     trace=mlprogram.trace,
+    trace_key=mlprogram.trace_key,
     quantize=quantize,
     emulator=emulator,
     min_targets=MIN_TARGETS,

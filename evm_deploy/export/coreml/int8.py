@@ -7,6 +7,7 @@ after its calibration get these ranges.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from evm_deploy._util.progress import Step
 from evm_deploy._util.quiet import quiet
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.int8 import Quantized, Ship, choose, image_sets
-from evm_deploy.calib.quantize import Layer, activations
+from evm_deploy.calib.int8 import Quantized, Ship, choose, image_sets, stacked
+from evm_deploy.calib.quantize import Layer, activations, below_any
 from evm_deploy.calib.request import Request
 from evm_deploy.calib.source import Source, feeds
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
@@ -30,10 +31,10 @@ from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter
+from evm_deploy.scan import mil
+from evm_deploy.tasks.task import Outputs
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from evm_deploy.runtimes.mil import MilRuntime, Program
 
 TYPES = ("conv", "linear")  # matmul is not for these passes; add would quantise the scan
@@ -43,7 +44,7 @@ PAIRS = ("insert_prefix_quantize_dequantize_pair", "insert_suffix_quantize_dequa
 
 def quantize_program(
     model: Any,
-    module: nn.Module,
+    module: Any,
     request: Request,
     preprocessing: Preprocessing,
     *,
@@ -66,31 +67,55 @@ def quantize_program(
             model.save(str(path))
             saved = converter().models.MLModel(str(path), skip_model_load=True)
         with MilRuntime(path) as runtime:
-            found = layers(runtime.program, modules, int8_inside)
+            found = layers(runtime.program, modules, request, int8_inside)
             images = image_sets(request, preprocessing, step)
             table = _calibrate(runtime, found, images.used, request, step) if images.used else None
             if request.precision == "w8":
                 found = [replace(layer, weight_only=True) for layer in found]
-            source = Source(saved, found, table, table.ranges(request.method) if table else {}, rewrite=quantize)
+            ranges = table.ranges(request.method) if table else {}
+            source = Source(saved, found, request.blocks, table, ranges, rewrite=quantize)
 
-            def float_outputs(judged: ImageSet) -> NDArray[np.float32]:
-                return np.stack([_outputs(module, feed) for feed in feeds(judged, request.input, runtime)])
+            def float_outputs(judged: ImageSet) -> Outputs:
+                return stacked(_outputs(module, feed) for feed in feeds(judged, request.input, runtime))
 
             return choose({"": source}, images, request, float_outputs, ship, step)
 
 
-def layers(program: Program, modules: Mapping[str, str], int8_inside: Mapping[str, Collection[str]]) -> list[Layer]:
-    """The layers that can be quantised, as for the other targets: all but the first; of the last its weights alone."""
+def layers(
+    program: Program, modules: Mapping[str, str], request: Request, int8_inside: Mapping[str, Collection[str]]
+) -> list[Layer]:
+    """The layers that can be quantised, as for the other targets: `calib.int8.candidates` of a program."""
     every = [op for op in program.operations if op.type in TYPES and _plain(op.weight) in modules]
     readers = {name: op for op in reversed(program.operations) for name in op.reads}
+    feeding = scan_feeding_layers(program)
     found = []
-    for op in every[1:]:
+    for op in every:
         module, writes = modules[_plain(op.weight)], op.results[0].name
+        if writes in feeding or below_any(module, request.keep_float):
+            continue
         if writes in readers and readers[writes].type in ACTIVATIONS:
             writes = readers[writes].results[0].name
         inside = next((names for path, names in int8_inside.items() if module.startswith(path + ".")), None)
-        alone = op is every[-1] or (inside is not None and module not in inside)
+        alone = below_any(module, request.weight_only) or (inside is not None and module not in inside)
         found.append(Layer(op.name, module, str(op.variables["x"]), writes, op.weight, weight_only=alone))
+    return found
+
+
+def scan_feeding_layers(program: Program) -> set[str]:
+    """Results of the TYPES from which delta, B and C of a scan come with no other of these in between."""
+    producers = {result.name: op for op in program.operations for result in op.results}
+    scans = re.compile(rf"{mil.PREFIX}_.*_(?:{'|'.join(mil.FEEDS)})")
+    waiting = [name for op in program.operations if scans.fullmatch(op.name) for name in op.reads]
+    found, seen = set(), set(waiting)
+    while waiting:
+        op = producers.get(name := waiting.pop())
+        if op is None or op.name.startswith(f"{mil.PREFIX}_"):
+            continue
+        if op.type in TYPES:
+            found.add(name)
+            continue
+        waiting += (new := set(op.reads) - seen)
+        seen |= new
     return found
 
 
@@ -146,14 +171,12 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
         )
 
 
-def _outputs(module: nn.Module, feed: NDArray[Any]) -> NDArray[np.float32]:
-    """What a torch module gives for the first image of a batch, flattened."""
+def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
+    """The outputs of the float model (`hub.graph.deployable`) by name."""
     import torch
 
     with torch.inference_mode():
-        outputs = module(torch.from_numpy(feed))
-    parts = outputs if isinstance(outputs, tuple) else (outputs,)
-    return np.concatenate([part[0].numpy().ravel() for part in parts])
+        return {name: value.numpy() for name, value in zip(module.outputs, module(torch.from_numpy(feed)), strict=True)}
 
 
 def _calibrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
 from evm_deploy.export.hub import float16
-from evm_deploy.export.hub.graph import ROOT, ScanSite, fold_batch_norm, output_names
+from evm_deploy.export.hub import graph as hub
+from evm_deploy.export.hub.graph import ROOT, ScanSite, fold_batch_norm
+from evm_deploy.export.hub.naming import call_name
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.scan import mil
 
@@ -41,7 +44,12 @@ class MlProgram:
     more: Mapping[tuple[int, int], MlProgram] = field(default_factory=dict)
 
 
-def trace(module: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
+def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
+    """What of a plan decides the program: plans that agree in it share one trace."""
+    return *hub.trace_key(plan), plan.more_imgsz, plan.min_target, plan.precision == "fp32", plan.labels
+
+
+def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
     """`deployable` module -> program, float32 for the precision fp32, else float16; for each size of the plan.
 
     Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
@@ -54,7 +62,7 @@ def trace(module: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> M
     return replace(first, more=dict(zip(plan.more_imgsz, others, strict=True)))
 
 
-def _trace(module: nn.Module, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
+def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
     import torch
 
     ct = converter()
@@ -64,10 +72,11 @@ def _trace(module: nn.Module, folded: nn.Module, plan: ExportPlan, metadata: Map
     with quiet(), torch.no_grad():
         traced = torch.jit.trace(as_core_ml, torch.zeros(shape), check_trace=False)  # type: ignore[no-untyped-call]
         graph = traced.inlined_graph  # kept: its nodes are gone with it
-        paths = [_module_path(node.scopeName()) for node in graph.findAllNodes(OP)]
+        calls: Counter[str] = Counter()
+        paths = [call_name(_module_path(node.scopeName()), calls) for node in graph.findAllNodes(OP)]
         _register_scan(iter(paths))
         labels = plan.labels if plan.head == "probs" else None
-        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in output_names(plan)]
+        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
         model = _convert(
             traced,
             inputs=[_input_type(plan, shape)],
@@ -76,8 +85,8 @@ def _trace(module: nn.Module, folded: nn.Module, plan: ExportPlan, metadata: Map
             compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
         )
         if labels:
-            model = _rename_output(model, PROBABILITIES, plan.head)
-    model.short_description = f"{metadata['variant']} EfficientVMamba" if "variant" in metadata else ""
+            model = _rename_output(model, PROBABILITIES, str(plan.head))
+    model.short_description = " ".join(metadata[key] for key in ("variant", "family") if metadata.get(key))
     model.user_defined_metadata.update(metadata)
     model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)  # the same bytes every day
     if labels:
@@ -108,7 +117,7 @@ def scan_program(shape: ScanShape, min_target: str) -> Any:
 
 def scan_prefix(path: str) -> str:
     """What the operations of the scan in module `path` are named after."""
-    return f"{mil.PREFIX}_{path.replace('.', '_')}"
+    return f"{mil.PREFIX}_{path.replace('.', '_').replace('#', '_call')}"
 
 
 def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:

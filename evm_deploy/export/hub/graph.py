@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evm_deploy._util.quiet import quiet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.fuse import located
-from evm_deploy.export.hub.naming import name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
+from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
 from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp, fusable_modules
+from evm_deploy.tasks.classification import LOGITS, PROBABILITIES
 
 if TYPE_CHECKING:
     import onnx
@@ -56,13 +59,17 @@ class Graph:
 
 
 def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = None) -> tuple[ScanSite, ...]:
-    """The scans of `model` in execution order. `fused`: the modules, by path, that are one node."""
-    sites = []
+    """The scans of `model` in execution order. `fused`: the modules, by path, that are one node.
+
+    A scan is called after its module; the second call of the same module is `path#2`.
+    """
+    sites: list[ScanSite] = []
+    calls: Counter[str] = Counter()
     for node in model.graph.node:
         path, _, op_type = node.name.rpartition("/")
         if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE):
             reads = dict(zip(SCAN_INPUTS, node.input, strict=True))
-            sites.append(ScanSite(path, reads, node.output[0]))
+            sites.append(ScanSite(call_name(path, calls), reads, node.output[0]))
         elif fused and path in fused and op_type.removesuffix("Int8") == fused[path].op_type:
             op, name = fused[path], f"{path}.{fused[path].scan}"
             function = next(f for f in model.functions if (f.name, f.overload) == (op_type, node.overload))
@@ -93,29 +100,44 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def deployable(model: nn.Module, plan: ExportPlan, preprocessing: Preprocessing) -> nn.Module:
-    """The float model as it ships: pixels in (for `--input image`), the chosen head out. In eval mode.
+class Deployable(Protocol):
+    """The float model as it ships, a torch module in eval mode. outputs: names of what it gives, in order."""
+
+    outputs: tuple[str, ...]
+
+
+def deployable(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
+    """The float model as it ships: pixels in (for `--input image`), the chosen head out; see Deployable.
 
     It is both what gets traced and the reference of every parity check.
     """
     import torch
     from torch import nn
 
-    class Deployable(nn.Module):
+    probabilities = plan.head == PROBABILITIES
+
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model = network.module
+            self.outputs = tuple(
+                PROBABILITIES if probabilities and name == LOGITS else name for name in network.spec.outputs
+            )
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
             self.scale = nn.Buffer(1 / (255 * std), persistent=False)
             self.shift = nn.Buffer(-mean / std, persistent=False)
 
-        def forward(self, x: Tensor) -> Any:
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
-            y = self.model(x)
-            return torch.softmax(y, dim=-1) if plan.head == "probs" else y
+            found = self.model(x)
+            values = found if isinstance(found, (tuple, list)) else (found,)
+            return tuple(
+                torch.softmax(value, dim=-1) if name == PROBABILITIES else value
+                for name, value in zip(self.outputs, values, strict=True)
+            )
 
-    return Deployable().eval()
+    return Model().eval()
 
 
 def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
@@ -125,12 +147,12 @@ def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
     return (batch, *plan.imgsz, 3) if plan.input == "image" else (batch, 3, *plan.imgsz)
 
 
-def output_names(plan: ExportPlan) -> list[str]:
-    """`logits`, `probs`, or `feature0` .. `feature3`."""
-    return [f"feature{i}" for i in range(4)] if plan.head == "features" else [plan.head]
+def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
+    """What of a plan decides the hub graph: plans that agree in it share one trace."""
+    return plan.imgsz, plan.batch, plan.input, plan.head, plan.opset
 
 
-def trace(model: nn.Module, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
+def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
     Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the
@@ -172,7 +194,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
-def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
+def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     import onnxscript
     import torch
 
@@ -199,7 +221,7 @@ def _export(model: nn.Module, plan: ExportPlan) -> onnx.ModelProto:
             verbose=False,
             opset_version=plan.opset or DEFAULT_OPSET,
             input_names=[plan.input],
-            output_names=output_names(plan),
+            output_names=list(model.outputs),
             dynamic_shapes=dynamic,
             custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
         )

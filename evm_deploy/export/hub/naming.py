@@ -95,6 +95,12 @@ def name_values_after_nodes(model: onnx.ModelProto) -> int:
     return len(rename)
 
 
+def call_name(path: str, calls: Counter[str]) -> str:
+    """Name one more call of the module `path`: `path`, then `path#2`, `path#3`. Counts in `calls`."""
+    calls[path] += 1
+    return path if calls[path] == 1 else f"{path}#{calls[path]}"
+
+
 def below(path: str, name: str) -> bool:
     """Is the node `name` in module `path`?"""
     return name.startswith((path + "/", path + "."))
