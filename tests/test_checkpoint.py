@@ -61,7 +61,7 @@ def test_layout_loads_the_right_weights(name, tmp_path):
     model, spec = load_checkpoint(tmp_path / name)
     loaded = model.state_dict()
     assert all(torch.equal(loaded[key], STATE[key]) for key in STATE)
-    assert (spec.architecture["dim"], spec.num_classes, spec.variant) == (16, 10, "custom")
+    assert (spec.details["architecture"]["dim"], spec.num_classes, spec.variant) == (16, 10, "custom")
     assert spec.name == name.split(".")[0]
 
 
@@ -107,9 +107,9 @@ def test_any_width_depth_and_state_is_inferred(dim, depths, N, tmp_path):
     state = {k: torch.from_numpy(v) for k, v in golden.seeded_state(shapes, 1).items()}
     torch.save(state, tmp_path / "a.pt")
     model, spec = load_checkpoint(tmp_path / "a.pt")
-    assert (spec.architecture["dim"], spec.architecture["depths"]) == (dim, depths)
-    assert (spec.num_classes, spec.architecture["d_state"]) == (7, N)
-    assert spec.architecture["dt_ranks"] == (math.ceil(dim / 16), math.ceil(dim / 8))
+    assert (spec.details["architecture"]["dim"], spec.details["architecture"]["depths"]) == (dim, depths)
+    assert (spec.num_classes, spec.details["architecture"]["d_state"]) == (7, N)
+    assert spec.details["architecture"]["dt_ranks"] == (math.ceil(dim / 16), math.ceil(dim / 8))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
 
 
@@ -126,7 +126,7 @@ BAD_STATES = {
     ),
     "nan": ({**STATE, "classifier.norm.bias": torch.full((128,), float("nan"))}, "classifier.norm.bias holds NaN"),
     "vmamba": ({**STATE, "layers.2.blocks.0.op.Ds": torch.zeros(2)}, "plain VMamba"),
-    "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "not an EfficientVMamba"),
+    "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "no network of a known family"),
     "gap": ({k.replace("blocks.0", "blocks.3"): v for k, v in STATE.items()}, "gaps"),
     "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 1, 4, 4)}, "patch_embed.0.weight is"),
     "unfolds": ({**STATE, "classifier.norm.bias": torch.zeros(1).expand(128)}, "more values than the file holds"),

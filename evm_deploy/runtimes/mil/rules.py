@@ -134,12 +134,12 @@ def conv(
 ) -> Any:
     import torch.nn.functional as F
 
-    if x.dim() != 4 or pad_type not in ("valid", "custom"):
+    convolutions = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+    if x.dim() not in convolutions or pad_type not in ("valid", "custom"):
         raise UnsupportedError(f"conv of rank {x.dim()} with pad_type {pad_type}")
-    if pad_type == "custom" and pad and any(pad):
-        top, bottom, left, right = pad
-        x = F.pad(x, (left, right, top, bottom))
-    return F.conv2d(x, weight, bias, strides or 1, 0, dilations or 1, groups)
+    if pad_type == "custom" and pad and any(pad):  # before and after by axis, the first axis first; torch: the last
+        x = F.pad(x, [side for axis in reversed(range(0, len(pad), 2)) for side in pad[axis : axis + 2]])
+    return convolutions[x.dim()](x, weight, bias, strides or 1, 0, dilations or 1, groups)
 
 
 @rule
