@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -185,3 +187,24 @@ def test_a_first_picture_that_is_missing_is_no_heading(tmp_path):
 def test_sampling_keeps_all_when_there_are_no_more(pictures):
     found = find_pictures(pictures)
     assert sample(found, 500) == found
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "needs an array `labels` of 3 whole numbers"),
+        (np.zeros(2, np.int64), "needs an array `labels` of 3 whole numbers"),
+        (np.zeros(3), "needs an array `labels` of 3 whole numbers"),
+        (np.array([0, 1, 2]), "label 2, but the head has 2 classes"),
+        (np.array([0, -1, 1]), "label -1, but the head has 2 classes"),
+        (np.array([1, 0, 1]), ""),
+    ],
+)
+def test_an_npz_of_labelled_images(labels, message, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+    np.savez(tmp_path / "val.npz", images=images, **({} if labels is None else {"labels": labels}))
+    if message:
+        with pytest.raises(CalibrationError, match=re.escape(message)):
+            labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2)
+    else:
+        assert list(labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2).labels) == [1, 0, 1]

@@ -26,6 +26,7 @@ from evm_deploy.calib.evaluate import Accuracy, compare
 from evm_deploy.calib.int8 import stacked
 from evm_deploy.calib.source import feeds
 from evm_deploy.data.images import ImageSet, labelled_images
+from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.export.pipeline import bundle_path, complete, export
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, parse_imgsz
@@ -194,7 +195,9 @@ class Checkpoint:
     def images(self) -> ImageSet:
         """The labelled pictures. Raises CalibrationError."""
         spec, plan = self.float.spec, self.float.plan
-        return labelled_images(Path(str(self.matrix.val)), self.float.preprocessing, spec.num_classes, plan.labels)
+        return labelled_images(
+            images_path(str(self.matrix.val), "heldout"), self.float.preprocessing, spec.num_classes, plan.labels
+        )
 
     @cached_property
     def expected(self) -> Outputs:

@@ -9,20 +9,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
-from evm_deploy.demo import digits
 from evm_deploy.errors import CalibrationError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-DEMO = Path("demo")
 MIN_IMAGES = 100  # fewer leave the ranges of pooled tensors to chance
 MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated pictures
 MIN_CONTRAST = 2.0  # standard deviation of a picture's pixels, of 255
@@ -76,13 +74,8 @@ class ImageSet:
 
 
 def find_pictures(source: Path) -> list[Picture]:
-    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8).
-
-    `demo` is the digits that the embedded demo was trained on.
-    """
-    if source == DEMO and not source.exists():
-        pictures = [Picture(f"digit {i}", image) for i, image in enumerate(digits("train")[0])]
-    elif source.is_dir():
+    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8)."""
+    if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         pictures = [Picture(path.relative_to(source).as_posix(), path) for path in files]
     elif source.suffix == ".npz":
@@ -135,16 +128,15 @@ def calibration_images(
 def labelled_images(
     source: Path, preprocessing: Preprocessing, num_classes: int, labels: Sequence[str] | None = None
 ) -> ImageSet:
-    """Every picture of class folders, or of a CSV of `path,class` lines, with its class in the order of the head.
+    """Every image of class folders, of a CSV of `path,class` lines, or of an .npz (`images`, uint8; `labels`, whole
+    numbers), with its class in the order of the head.
 
-    `demo` is the digits that the embedded demo has not seen. A class is named as in `labels`, or by its index. Folders
-    of other names are taken in alphabetical order, if there is one for each class. Raises CalibrationError for classes
-    that do not fit the head, and when over 5 % of the pictures are unreadable.
+    A class is named as in `labels`, or by its index. Folders of other names are taken in alphabetical order, if there
+    is one for each class. Raises CalibrationError for classes that do not fit the head, and when over 5 % of the images
+    are unreadable.
     """
-    if source == DEMO and not source.exists():
-        images, classes = digits("heldout")
-        found = [Picture(f"digit {i}", image, int(k)) for i, (image, k) in enumerate(zip(images, classes, strict=True))]
-        return ImageSet(tuple(found), preprocessing)
+    if source.suffix.lower() == ".npz":
+        return _readable(source, _labelled_npz(source, num_classes), preprocessing)[0]
     named = _from_csv(source) if source.suffix.lower() == ".csv" else _from_class_folders(source)
     index = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
     pictures = [replace(picture, label=index[name]) for picture, name in named]
@@ -202,19 +194,36 @@ def _correlation(picture: Image) -> float:
 
 
 def _from_npz(source: Path) -> list[Picture]:
-    try:
-        with np.load(source, allow_pickle=False) as data:
-            names = list(data)
-            key = "images" if "images" in names else names[0] if len(names) == 1 else ""
-            images = np.asarray(data[key] if key else [])  # an entry that is no array comes as bytes
-    except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
-        raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
+    arrays = _arrays(source)
+    key = "images" if "images" in arrays else next(iter(arrays)) if len(arrays) == 1 else ""
+    images = arrays.get(key, np.empty(0))
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise CalibrationError(
             f"{source} needs an array `images` of uint8 (n, H, W) or (n, H, W, 3)",
-            f"it has: {', '.join(names) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
+            f"it has: {', '.join(arrays) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
         )
     return [Picture(f"{source.name}[{i}]", image) for i, image in enumerate(images)]
+
+
+def _labelled_npz(source: Path, num_classes: int) -> list[Picture]:
+    pictures, labels = _from_npz(source), _arrays(source).get("labels", np.empty(0))
+    if labels.shape != (len(pictures),) or labels.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"{source} needs an array `labels` of {len(pictures)} whole numbers beside `images`",
+            f"it has {labels.dtype} {list(labels.shape)}" if labels.size else "it has none",
+        )
+    wrong = [int(label) for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise CalibrationError(f"{source}: label {wrong[0]}, but the head has {num_classes} classes", "count from 0")
+    return [replace(picture, label=int(label)) for picture, label in zip(pictures, labels, strict=True)]
+
+
+def _arrays(source: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(source, allow_pickle=False) as data:
+            return {name: np.asarray(data[name]) for name in data}  # an entry that is no array comes as bytes
+    except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
+        raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
 
 
 def _from_csv(source: Path) -> list[tuple[Picture, str]]:

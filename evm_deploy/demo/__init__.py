@@ -12,13 +12,19 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "evm_digits.safetensors"
-DIGITS = HERE / "digits.npz"
+DIGITS = {split: HERE / f"{split}.npz" for split in ("train", "heldout")}
+WORD = "demo"  # as --calib and --val
 
 
 def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (n, 8, 8) uint8 and labels (n,) int64 of `split`: `train` (1198) or `heldout` (599, never trained on)."""
-    with np.load(DIGITS) as data:
-        return data[f"{split}_images"], data[f"{split}_labels"]
+    with np.load(DIGITS[split]) as data:
+        return data["images"], data["labels"]
+
+
+def images_path(named: str, split: str) -> Path:
+    """The path that a user named, or for the word `demo`, where no file is called so, that of the digits of `split`."""
+    return DIGITS[split] if named == WORD and not Path(named).exists() else Path(named)
 
 
 def write_images(folder: Path, split: str = "heldout", count: int | None = None) -> int:

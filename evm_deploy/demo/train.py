@@ -33,12 +33,9 @@ def write_digits() -> None:
     images = np.round(data.images * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(SEED).permutation(len(images))
     train, heldout = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
-    arrays = {
-        f"{split}_{kind}": values[indices]
-        for split, indices in (("train", train), ("heldout", heldout))
-        for kind, values in (("images", images), ("labels", data.target.astype(np.int64)))
-    }
-    np.savez_compressed(DIGITS, allow_pickle=False, **arrays)
+    for split, indices in (("train", train), ("heldout", heldout)):
+        labels = data.target.astype(np.int64)[indices]
+        np.savez_compressed(DIGITS[split], allow_pickle=False, images=images[indices], labels=labels)
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -112,7 +109,7 @@ def main() -> int:
     from safetensors.torch import save_file
 
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKPOINT
-    if not DIGITS.exists():
+    if not all(path.exists() for path in DIGITS.values()):
         write_digits()
     model, percent = train()
     metadata = {

@@ -21,6 +21,7 @@ from evm_deploy.calib.evaluate import MIN_SQNR_DB
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.demo import images_path
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, native_library, open_here
@@ -62,12 +63,12 @@ def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
     """The part of a complete plan that quantisation reads."""
     return Request(
         precision="int8" if plan.precision in CALIBRATED else str(plan.precision),
-        calib=Path(plan.calib) if plan.calib else None,
+        calib=images_path(plan.calib, "train") if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,
         smooth=plan.smooth,
         force=plan.force_calib,
-        val=Path(plan.val) if plan.val else None,
+        val=images_path(plan.val, "heldout") if plan.val else None,
         max_drop=plan.max_drop,
         num_classes=spec.num_classes,
         labels=plan.labels,
