@@ -30,6 +30,7 @@ from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.targets import get_target
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.toolchain.plugins import find_plugin
 
@@ -54,7 +55,7 @@ def print_blocks(plan: ExportPlan) -> None:
     used, judged = image_sets(request, preprocessing, silent)
     expected = graph_outputs(graph.model, request, plugin, judged)
     evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
-    layers = candidates(graph.model, plan.precision, graph.fusable)
+    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     for smooth, source in sources(graph.model, layers, used, request, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))
         for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db):

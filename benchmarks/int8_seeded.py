@@ -25,6 +25,7 @@ from evm_deploy.export.pipeline import complete
 from evm_deploy.export.quantization import request_of, shipping
 from evm_deploy.export.selftest import picture
 from evm_deploy.export.targets import get_target
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.toolchain.plugins import find_plugin
 
@@ -45,7 +46,7 @@ def print_variant(variant: str, folder: Path) -> None:
     assert judged is not None
     expected = graph_outputs(graph.model, request, plugin, judged)
     evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
-    layers = candidates(graph.model, plan.precision, graph.fusable)
+    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     found = sources(graph.model, layers, used, request, plugin, silent)
     rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}
     print(f"\n{variant}, {len(judged)} pictures          as is  smoothed")

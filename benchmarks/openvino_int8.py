@@ -37,6 +37,7 @@ from evm_deploy.calib.evaluate import compare
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.openvino.ir import convert
 from evm_deploy.export.selftest import picture
+from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.toolchain.openvino_extension import extension
 
 FLOAT_TYPES = ["Add", "Multiply", "Concat", "ReduceSum", "ReduceMean"]
@@ -98,14 +99,15 @@ def accuracy(core: Any, folder: Path, count: int) -> None:
     checkpoint = TRAINED / "evm_tiny_glyphs64.ckpt"
     plan = ExportPlan("openvino", imgsz=(64, 64), crop_pct=1.0)
     float_model = convert(core, scan_nodes(hub(checkpoint, plan)))
-    want = outputs(compiled(core, float_model), images)
+    want = {"logits": outputs(compiled(core, float_model), images)}
     nncf = with_nncf(float_model, calibration, folder)
-    judged = compare(want, outputs(compiled(core, nncf.model), images), labels)
+    named = {"logits": outputs(compiled(core, nncf.model), images)}
+    judged = compare(want, named, CLASSIFICATION, labels)
     print(f"NNCF  {judged}   {nncf.seconds:.0f} s for {count} images, peak memory {nncf.peak:.0f} MB")
     int8 = ExportPlan("openvino", imgsz=(64, 64), crop_pct=1.0, precision="int8", calib=str(folder / "calib.npz"))
     with load(export(checkpoint, int8, folder / "out").path, threads=1) as model:
-        ours = np.concatenate(list(rows(images, model.run)))
-    print(f"Q/DQ  {compare(want, ours, labels)}")
+        ours = {"logits": np.concatenate(list(rows(images, model.run)))}
+    print(f"Q/DQ  {compare(want, ours, CLASSIFICATION, labels)}")
 
 
 def speed(core: Any, folder: Path, rounds: int) -> None:

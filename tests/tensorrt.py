@@ -17,6 +17,7 @@ from evm_deploy.calib.quantize import activations, quantize
 from evm_deploy.export import tensorrt
 from evm_deploy.export.plan import EngineSettings, ExportPlan
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.scan.unrolled import unrolled_scan
 from tests import openvino
 
@@ -25,7 +26,7 @@ def network(graph, plan):
     """A traced network as TensorRT takes it, and the names of its int8 layers. Ranges are made up: no numerics."""
     hub, names = graph.model, []
     if plan.precision.startswith("int8"):
-        found = candidates(hub, "int8", graph.fusable)
+        found = candidates(hub, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
         hub = quantize(hub, found, dict.fromkeys(activations(found).values(), Range(-4.0, 4.0)), symmetric=True)
         names = [layer.node for layer in found if not layer.weight_only]
     model, _ = tensorrt_graph(hub, plan)

@@ -18,15 +18,20 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import table
 from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.int8 import block_of, candidates
-from evm_deploy.calib.quantize import activations, quantize
+from evm_deploy.calib.int8 import candidates
+from evm_deploy.calib.quantize import Layer, activations, quantize
+from evm_deploy.calib.source import Source
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
+from evm_deploy.tasks.classification import CLASSIFICATION
+from evm_deploy.tasks.raw import FEATURES
 from tests.test_fused import hub
 
 
@@ -47,7 +52,7 @@ def fake_ranges(found):
 
 def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
     graph, _ = hub(micro)
-    found = candidates(graph.model, "int8", graph.fusable)
+    found = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     modules = [layer.module for layer in found if not layer.weight_only]
     assert [layer.module for layer in found if layer.weight_only] == ["classifier.head"]
     assert "patch_embed.0" not in modules and "classifier.head" not in modules
@@ -59,7 +64,7 @@ def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_q_dq_pairs_are_explicit_and_of_the_asked_flavour(symmetric, micro):
     graph, _ = hub(micro)
-    found = candidates(graph.model, "int8", graph.fusable)
+    found = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     model = quantize(graph.model, found, fake_ranges(found), symmetric=symmetric)
     onnx.checker.check_model(model, full_check=True)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -223,26 +228,35 @@ def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     assert peaks[1] - peaks[0] < 60  # MB; the activations of 128 pictures are hundreds
 
 
-def test_blocks_are_the_units_that_stay_in_float():
-    assert block_of("layers.2.1.conv_pw.0") == "layers.2.1"
-    assert block_of("layers.0.blocks.1.op.in_proj") == "layers.0.blocks.1"
-    assert block_of("layers.0.downsample.reduction") == "layers.0.downsample"
-    assert block_of("layers.2.6.reduction") == "layers.2.6"
-    assert block_of("classifier.head") == "classifier"
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        ("layers.2.1.conv_pw.0", "layers.2.1"),
+        ("layers.0.blocks.0.op.in_proj", "layers.0.blocks.0"),
+        ("layers.0.downsample.reduction", "layers.0.downsample"),
+        ("layers.2.0.reduction", "layers.2.0"),
+        ("classifier.head", "classifier"),
+    ],
+)
+def test_blocks_are_the_units_that_stay_in_float(module, block, micro):
+    """A module that the spec does not name falls back with the first part of its path."""
+    source = Source(None, [], load_checkpoint(micro).spec.blocks)
+    assert source.block_of(Layer("", module, "", "", "")) == block
 
 
 def test_figures_of_accuracy():
     g = np.random.default_rng(0)
-    reference = g.standard_normal((50, 10)).astype(np.float32)
-    labels = reference.argmax(1)
-    noisy = (reference + 0.01 * g.standard_normal((50, 10))).astype(np.float32)
-    same = compare(reference, noisy, labels, limit=1.0)
-    assert (same.top1_float, same.top5_float) == (1.0, 1.0) and same.ok
+    scores = g.standard_normal((50, 10)).astype(np.float32)
+    labels = scores.argmax(1)
+    reference, noisy = {"logits": scores}, {"logits": (scores + 0.01 * g.standard_normal((50, 10))).astype(np.float32)}
+    same = compare(reference, noisy, CLASSIFICATION, labels, limit=1.0)
+    assert same.float_scores == {"top1": 1.0, "top5": 1.0} and same.ok
     assert same.sqnr_db == pytest.approx(40, abs=1)
-    wrong = compare(reference, -reference, labels, limit=1.0)
+    wrong = compare(reference, {"logits": -scores}, CLASSIFICATION, labels, limit=1.0)
     assert wrong.drop == 100 and not wrong.ok and wrong.agreement == 0
-    assert not compare(reference, np.full_like(reference, np.nan)).ok
-    assert compare(reference, noisy, classes=False).agreement is None
+    assert not compare(reference, {"logits": np.full_like(scores, np.nan)}, CLASSIFICATION).ok
+    assert compare(reference, noisy, FEATURES).agreement is None
+    assert Accuracy.from_dict(wrong.as_dict()) == wrong and wrong.as_dict()["top1_float"] == 1.0
 
 
 def test_blocks_are_kept_in_float_only_as_long_as_needed():

@@ -27,6 +27,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.fuse import located
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
 from tests.test_fused import hub
@@ -242,7 +243,7 @@ def test_equal_constants_are_told_apart_by_name():
 
 def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, pictures):
     graph, _ = hub(micro)
-    layers = candidates(graph.model, "int8", graph.fusable)
+    layers = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     images = calibration_images(pictures, Preprocessing((64, 64)), 10, force=True)
     calls, original = [], CalibrationTable.add
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))

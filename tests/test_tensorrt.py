@@ -29,6 +29,7 @@ from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import EngineSettings, ExportPlan
 from evm_deploy.export.tensorrt.finish import FinishError, record, required, take_in
 from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
@@ -230,7 +231,11 @@ def test_the_network_builds_and_its_kernels_read_what_they_should(rtx, case, pre
     assert done.returncode == 0, done.stderr
     kernels = read_kernels((tmp_path / "bundle" / "layers.txt").read_text())
     assert len(kernels) > 100
-    every = [layer.node for layer in candidates(graph.model, "int8", graph.fusable) if not layer.weight_only]
+    every = [
+        layer.node
+        for layer in candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
+        if not layer.weight_only
+    ]
     assert in_float(kernels, every) == ([] if int8 else every)  # the second: negative control, a float engine
     scans = [kernel for kernel in kernels if any("/SelectiveScan/" in node for node in kernel.nodes)]
     assert len(scans) >= len(graph.scans)

@@ -23,6 +23,7 @@ from evm_deploy.export.hub.naming import below
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.base import Batch, RunOptions
 from tests.test_fused import hub
 
@@ -43,7 +44,7 @@ def bundle(micro, tmp_path_factory):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_are_the_same_to_half_a_step_and_nothing_else_changes(symmetric, micro):
     graph, _ = hub(micro)
-    found = candidates(graph.model, "w8", graph.fusable)
+    found = candidates(graph.model, "w8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     model = quantize(graph.model, found, {}, symmetric=symmetric)
     onnx.checker.check_model(model, full_check=True)
     before, after = constants(graph.model), constants(model)
@@ -71,7 +72,7 @@ def test_weights_are_the_same_to_half_a_step_and_nothing_else_changes(symmetric,
 
 def test_every_layer_but_the_first_and_those_in_blocks_with_a_scan(micro):
     graph, _ = hub(micro)
-    modules = [layer.module for layer in candidates(graph.model, "w8", graph.fusable)]
+    modules = [layer.module for layer in candidates(graph.model, "w8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)]
     assert "patch_embed.0" not in modules
     assert not any(below(path, module + "/") for path in graph.fusable for module in modules)
     for part in (
@@ -100,7 +101,9 @@ def test_onnxruntime_restores_the_weights_when_it_loads(bundle, micro, micro_bun
     assert len(w8.graph.node) == len(float32.graph.node) + 2 * layers
     assert optimised(w8, tmp_path / "w8.onnx") == optimised(float32, tmp_path / "fp32.onnx")
     graph, _ = hub(micro)
-    dequantized = quantize(graph.model, candidates(graph.model, "w8", graph.fusable), {}, symmetric=True)
+    dequantized = quantize(
+        graph.model, candidates(graph.model, "w8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY), {}, symmetric=True
+    )
     assert optimised(dequantized, tmp_path / "dq.onnx")["DequantizeLinear"] > 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ def quantize_graph(
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
-    found = candidates(model, request, fused)
+    found = candidates(model, request.precision, fused, request.keep_float, request.weight_only)
     images = image_sets(request, preprocessing, step)
     choices = sources(model, found, images.used, request, plugin, step)
     if symmetric:
@@ -137,22 +137,28 @@ def each_block(source: Source, evaluate: Evaluate, progress: Progress) -> Iterat
         yield block, evaluate(source.quantized([block]))
 
 
-def candidates(model: onnx.ModelProto, request: Request, fused: Mapping[str, FusedOp]) -> list[Layer]:
+def candidates(
+    model: onnx.ModelProto,
+    precision: str,
+    fused: Mapping[str, FusedOp],
+    keep_float: Collection[str] = (),
+    weight_only: Collection[str] = (),
+) -> list[Layer]:
     """The layers that become int8.
 
     int8: of modules that may become one op, the layers that this op takes as int8; their results stay float. Of the
-    modules `request.weight_only` the weights alone.
+    modules `weight_only` the weights alone. keep_float: paths of modules whose layers are left out.
     w8: weights alone, all but those of modules that may become one op: that op takes them as float.
     """
-    every = layers(model, request.keep_float)
-    if request.precision == "w8":
+    every = layers(model, keep_float)
+    if precision == "w8":
         return [replace(layer, weight_only=True) for layer in every if not below_any(layer.module, fused)]
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
     return [
         replace(
             layer,
             float_output=layer.float_output or layer.module in inside,
-            weight_only=below_any(layer.module, request.weight_only),
+            weight_only=below_any(layer.module, weight_only),
         )
         for layer in every
         if layer.module in inside or not below_any(layer.module, fused)

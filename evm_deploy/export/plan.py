@@ -145,6 +145,8 @@ class ExportPlan:
             raise UsageError(f"--calib-images {self.calib_images}: use a number from 1")
         if self.max_drop is not None and self.val is None:
             raise UsageError("--max-drop needs labelled pictures to measure the drop with", "add --val DIR")
+        if self.val is not None and self.head == "features":
+            raise UsageError("--val with --head features: feature maps have no classes", "leave --val out")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
 

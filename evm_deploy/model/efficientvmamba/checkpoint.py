@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MIN_PIXELS = 4  # one patch of the embedding
 EMBEDDING = {"patch_embed.0.weight", "patch_embed.proj.weight"}  # today's name, and one from before
 HEADS = {"classifier.head.weight", "head.weight"}
+# pixels in, 0.7 % of the work, hardly any bytes, and mean and std are folded into its weights later
+KEEP_FLOAT = ("patch_embed.0",)
+WEIGHT_ONLY = ("classifier.head",)  # its pooled input has too few values to calibrate a range
 RENAMES = (
     (re.compile(r"^patch_embed\.proj\."), "patch_embed.0."),
     (re.compile(r"^patch_embed\.norm\."), "patch_embed.2."),
@@ -86,10 +89,8 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: Loa
         },
         min_pixels=MIN_PIXELS,
         blocks=tuple(_blocks(model)),
-        # pixels in, 0.7 % of the work, hardly any bytes, and mean and std are folded into its weights later
-        keep_float=("patch_embed.0",),
-        # its pooled input has too few values to calibrate a range
-        weight_only=("classifier.head",),
+        keep_float=KEEP_FLOAT,
+        weight_only=WEIGHT_ONLY,
         notes=tuple(raw.notes),
         defaults=raw.metadata,
         details={"architecture": asdict(arch)},
