@@ -64,7 +64,7 @@ def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> 
         plan, preprocessing = complete(plan, spec)
         target = get_target(plan.target)
         artifact = target.build(trace(deployable(model, plan, preprocessing), plan, {"model": spec.name}), plan, folder)
-    with target.open(artifact.path, RunOptions(threads=1)) as runtime:
+    with target.runtime.open(artifact.path, RunOptions(threads=1)) as runtime:
         yield runtime
 
 

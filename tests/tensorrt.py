@@ -14,9 +14,10 @@ from onnx import TensorProto, helper
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import activations, quantize
-from evm_deploy.export.plan import EngineSettings, ExportPlan
-from evm_deploy.export.tensorrt import finish
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
+from evm_deploy.export.tensorrt.settings import EngineSettings
+from evm_deploy.runtimes.tensorrt import finish
 from evm_deploy.scan.unrolled import unrolled_scan
 from tests import openvino
 
