@@ -23,8 +23,9 @@ from common import interleave, ratio, where
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scan import ISAS, fma_peak
 
+from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import native
-from evm_deploy.toolchain.plugins import kernel_isa, plugin_path
+from evm_deploy.toolchain.plugins import kernel_isa
 from tests.test_fused import block_model, image, random_block
 from tests.test_fused_int8 import int8_model, quantized
 

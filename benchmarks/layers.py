@@ -66,7 +66,7 @@ def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> 
         artifact = target.build(
             trace(deployable(network, plan, preprocessing), plan, {"model": network.spec.name}), plan, folder
         )
-    with target.open(artifact.path, RunOptions(threads=1)) as runtime:
+    with target.runtime.open(artifact.path, RunOptions(threads=1)) as runtime:
         yield runtime
 
 

@@ -42,7 +42,7 @@ from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import picture
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
-from evm_deploy.runtimes.openvino import OpenVinoRuntime
+from evm_deploy.runtimes.openvino import OpenVinoRuntime, OpenVinoSettings
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain.openvino_extension import extension, isa
 
@@ -91,7 +91,7 @@ def load_times(bundle: Bundle, cache: Path) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {"compiled": [], "cached": []}
     for i in range(LOADS + 1):
         for name, folder in zip(times, (None, cache), strict=True):
-            options = RunOptions(1, plugin, cache=folder)
+            options = RunOptions(1, plugin, settings=OpenVinoSettings(cache=folder))
             start = time.perf_counter()
             runtime = OpenVinoRuntime(bundle.path / "model.xml", options)
             if i:  # the first time fills the cache

@@ -32,9 +32,9 @@ from common import interleave, ratio, where
 from onnx import helper
 
 from evm_deploy.export.hub.graph import scan_alone
+from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import native, onnx_function, reference
 from evm_deploy.scan.op import selective_scan
-from evm_deploy.toolchain.plugins import plugin_path
 
 K, D, N, L = 4, 96, 16, 784
 OPERATIONS = 9  # multiplications or multiply-adds of a state and step

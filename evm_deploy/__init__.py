@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import load
     from evm_deploy.errors import EvmError
     from evm_deploy.model.families import load_checkpoint
-    from evm_deploy.toolchain.plugins import plugin_path
+    from evm_deploy.runtimes.registry import plugin_path
 else:
     __getattr__ = lazy_names(
         __name__,
@@ -27,6 +27,6 @@ else:
             "EvmError": "evm_deploy.errors",
             "load": "evm_deploy.bundle.loaded",
             "load_checkpoint": "evm_deploy.model.families",
-            "plugin_path": "evm_deploy.toolchain.plugins",
+            "plugin_path": "evm_deploy.runtimes.registry",
         },
     )

@@ -14,10 +14,11 @@ from onnx import TensorProto, helper
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import activations, quantize
-from evm_deploy.export import tensorrt
-from evm_deploy.export.plan import EngineSettings, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
+from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
+from evm_deploy.runtimes.tensorrt import finish
 from evm_deploy.scan.unrolled import unrolled_scan
 from tests import openvino
 
@@ -64,4 +65,4 @@ def engine(model, folder: Path, profile=None, **settings):
     )
     manifest = {"files": {}, "details": {}, "artifact": "model.onnx", "built": False}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return subprocess.run([sys.executable, tensorrt.tensorrt_finish.__file__, folder], capture_output=True, text=True)
+    return subprocess.run([sys.executable, finish.__file__, folder], capture_output=True, text=True)

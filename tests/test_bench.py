@@ -24,8 +24,8 @@ from evm_deploy.bench.subject import require_runnable
 from evm_deploy.bundle.loaded import load
 from evm_deploy.cli import bench_main, doctor_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export.target import Probe
 from evm_deploy.export.targets import load_targets
+from evm_deploy.runtimes.info import Availability
 
 QUICK = Settings(threads=1, limit_s=3.0)
 
@@ -215,12 +215,12 @@ def test_errors_of_the_process_that_measures(tmp_path, monkeypatch):
 
 
 def test_a_target_that_does_not_run_here_has_no_latency():
-    def model(probe: Probe) -> SimpleNamespace:
-        return SimpleNamespace(target=SimpleNamespace(name="coreml", probe=lambda: probe))
+    def model(here: Availability) -> SimpleNamespace:
+        return SimpleNamespace(target=SimpleNamespace(name="coreml", availability=lambda: here))
 
-    require_runnable(model(Probe(True, True, {})))
+    require_runnable(model(Availability(True, {})))
     with pytest.raises(ToolchainError, match=r"'coreml' cannot be measured here\n  a Mac is needed"):
-        require_runnable(model(Probe(True, False, {}, "a Mac is needed")))
+        require_runnable(model(Availability(False, {}, "a Mac is needed")))
 
 
 @pytest.mark.parametrize(

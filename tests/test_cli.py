@@ -104,7 +104,8 @@ def test_bad_flags_exit_2_with_one_message(name, micro, tmp_path, capsys):
 
 def test_a_precision_that_the_target_lacks():
     with pytest.raises(UsageError, match="target 'onnx' has no precision 'w8'; it has: fp32, fp16"):
-        check_plan(replace(TARGET, precisions=("fp32", "fp16")), ExportPlan("onnx", precision="w8"))
+        runtime = replace(TARGET.runtime, precisions=("fp32", "fp16"))
+        check_plan(replace(TARGET, runtime=runtime), ExportPlan("onnx", precision="w8"))
 
 
 def test_labels_must_fit_the_head(micro, tmp_path, capsys):

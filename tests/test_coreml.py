@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from evm_deploy import cli
-from evm_deploy.bench import device
+from evm_deploy.bench import bench_on_mac, device
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
@@ -29,16 +29,17 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import verify
-from evm_deploy.export.coreml import bench_on_mac, coremltools_patch
+from evm_deploy.export.coreml import coremltools_patch
 from evm_deploy.export.coreml import package as mlpackage
 from evm_deploy.export.coreml import program as mlprogram
-from evm_deploy.export.coreml.coremltools_patch import converter, coremltools
+from evm_deploy.export.coreml.coremltools_patch import converter
 from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.coreml import CoreMlRuntime, tensor_spec
+from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
 from evm_deploy.scan.reference import selective_scan

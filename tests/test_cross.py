@@ -169,7 +169,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
     assert not manifest.notes
     with load(host_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")
-    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     with load(host_bundle.path) as loaded:
         assert (loaded.plugin, loaded.scan.value) == (None, "portable")
         assert "scan 'bundled' trusts" in loaded.scan.reason
@@ -180,7 +180,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
 
 
 def test_the_export_verifies_the_library_that_it_ships(micro, tmp_path, monkeypatch):
-    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path)
     assert {scan["lowering"] for scan in bundle.manifest.parity["scans"]} == {"portable", "plugin"}
 
@@ -203,7 +203,7 @@ def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypat
         assert loaded.plugin == plugin_path("onnxruntime")
     with pytest.raises(UsageError, match=f"no native library for {HOST}; it has: {OTHER}"):
         load(other_bundle.path, scan="bundled")
-    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
+    monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     with load(other_bundle.path) as loaded:
         assert loaded.scan.value == "portable"
         assert f"not built for the evm_deploy in {Path(cross.__file__).parent}" in loaded.scan.reason

@@ -149,11 +149,12 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
     axes = re.search(r"scanAxes = \[\n(.+),\n\]", code)[1]
     assert json.loads(f"{{{axes}}}") == AXES | {"y": AXES["u"]} and names == set(AXES)
     (template,) = re.findall(r'"selftest/(scan-.+)"', code)
-    assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.scan_probe
+    assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.runtime.scan_probe
     for scan in {key.partition(":")[0] for key in scans}:
         assert {key.partition(":")[2] for key in scans if key.startswith(f"{scan}:")} == names | {"y"}
         (_, K, L, D), N = scans[f"{scan}:u"].shape, scans[f"{scan}:A"].shape[2]
-        with MilRuntime(coreml_bundle.path / "selftest" / TARGET.scan_probe.format(K=K, L=L, D=D, N=N)) as runtime:
+        file = TARGET.runtime.scan_probe.format(K=K, L=L, D=D, N=N)
+        with MilRuntime(coreml_bundle.path / "selftest" / file) as runtime:
             assert set(runtime.inputs) == names and set(runtime.outputs) == {"y"}
 
 

@@ -33,8 +33,9 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import native_library
 from evm_deploy.runtimes.base import NodeTime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime, _runs
+from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import onnx_function
-from evm_deploy.toolchain.plugins import block_trace, plugin_path
+from evm_deploy.toolchain.plugins import block_trace
 from tests.openvino import LOWERINGS, built, opened, traced
 
 
@@ -119,7 +120,7 @@ def test_openvino(scan, micro, tmp_path):
         model = SimpleNamespace(
             profiled=lambda: opened(artifact, threads=1, profile=True),
             plugin=library,
-            target=openvino.TARGET,
+            target=openvino.TARGET.runtime,
             run=runtime.run,
         )
         found = layers(model, {"image": np.zeros((1, 64, 64, 3), np.uint8)})

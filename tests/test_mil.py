@@ -11,7 +11,7 @@ import torch
 
 from evm_deploy._util.quiet import quiet
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export.coreml.coremltools_patch import coremltools
+from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.runtimes.mil.rules import UnsupportedError, all_rules
 

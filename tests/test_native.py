@@ -210,7 +210,6 @@ def test_plain_onnxruntime_takes_the_library(micro_bundle):
 
 def test_without_the_library_everything_works_and_says_so(monkeypatch, micro, micro_bundle, tmp_path, capsys):
     monkeypatch.setattr(plugins, "find_plugin", lambda runtime: None)
-    monkeypatch.setattr("evm_deploy.export.onnx.find_plugin", lambda runtime: None)
     with load(micro_bundle.path) as bundle:
         assert (bundle.scan.value, "not built" in bundle.scan.reason) == ("portable", True)
         assert all(check.ok for check in bundle.selftest())

@@ -30,8 +30,9 @@ from evm_deploy.export import openvino
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
+from evm_deploy.runtimes import registry
 from evm_deploy.runtimes.base import Batch, RunOptions
-from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core, reason
+from evm_deploy.runtimes.openvino import INFO, OpenVinoRuntime, OpenVinoSettings, open_core, reason
 from evm_deploy.toolchain.openvino_extension import extension
 from evm_deploy.toolchain.platforms import host_platform
 from tests.openvino import LOWERINGS, built, opened, traced
@@ -395,7 +396,8 @@ def test_compiled_models_are_cached_apart_for_each_library(bundles, tmp_path):
     other.write_bytes(library.read_bytes() + b"\0")  # another build under the same name
     seen = []
     for plugin in (library, library, other):
-        with OpenVinoRuntime(model, RunOptions(plugin=plugin, cache=tmp_path / "cache")) as runtime:
+        options = RunOptions(plugin=plugin, settings=OpenVinoSettings(cache=tmp_path / "cache"))
+        with OpenVinoRuntime(model, options) as runtime:
             seen.append(
                 (runtime.compiled.get_property("LOADED_FROM_CACHE"), runtime.run({"image": pixels()})["logits"])
             )
@@ -431,7 +433,7 @@ def test_compiled_models_are_cached_apart_for_each_bundle(bundles, tmp_path):
 @pytest.mark.parametrize("change", ["bit", "cut", "unsealed", "other"])
 def test_a_compiled_model_that_was_changed_is_compiled_again(change, bundles, tmp_path):
     """OpenVINO itself would load most of these, and compute something else."""
-    options, artifact = RunOptions(cache=tmp_path), bundles["portable"].path / "model.xml"
+    options, artifact = RunOptions(settings=OpenVinoSettings(cache=tmp_path)), bundles["portable"].path / "model.xml"
     with OpenVinoRuntime(artifact, options) as runtime:
         want = runtime.run({"image": pixels()})["logits"].copy()
     (blob,) = tmp_path.rglob("*.blob")
@@ -504,7 +506,7 @@ def test_without_an_extension(bundles, monkeypatch, micro, tmp_path, capsys):
     with pytest.raises(BundleError, match=r"need the extension(?s:.*)--scan portable"):
         OpenVinoRuntime(bundles["plugin"].path / "model.xml")
     monkeypatch.setattr(openvino, "extension", none)
-    monkeypatch.setattr("evm_deploy.export.targets.openvino.TARGET", replace(openvino.TARGET, plugin=none))
+    monkeypatch.setattr(registry, "RUNTIMES", (replace(INFO, kernels=replace(INFO.kernels, installed=none)),))
     with pytest.raises(ToolchainError, match=r"no compiler here; the bundle brings one(?s:.*)install one"):
         load(bundles["plugin"].path)
     with load(bundles["plugin"].path, scan="bundled") as model:

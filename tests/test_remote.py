@@ -19,7 +19,7 @@ from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import fleet, supervisor
 from evm_deploy.bench.remote.agent import build_agent
-from evm_deploy.bench.remote.board import Board, serves
+from evm_deploy.bench.remote.board import Board
 from evm_deploy.bench.remote.places import Place
 from evm_deploy.bench.remote.ssh import Connection, Host, explained
 from evm_deploy.bench.sweep import Sweep
@@ -27,6 +27,7 @@ from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.runtimes.info import Requirement
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
 
@@ -192,7 +193,7 @@ def test_no_hosts(text):
     ],
 )
 def test_versions_that_serve(version, least, expected):
-    assert serves(version, least) is expected
+    assert Requirement("module", "package", least).met_by(version) is expected
 
 
 def test_ends_of_ssh_that_are_no_refusals():

@@ -26,13 +26,14 @@ from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import tensorrt
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.plan import EngineSettings, ExportPlan
-from evm_deploy.export.tensorrt.finish import FinishError, record, required, take_in
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
+from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
+from evm_deploy.runtimes.tensorrt.finish import FinishError, record, required, take_in
 from evm_deploy.scan import onnx_function, reference, unrolled
 from evm_deploy.toolchain.platforms import host_platform
 from tests.tensorrt import engine, network, scan_model, traced
@@ -57,7 +58,7 @@ def rtx():
 def without_rtx(monkeypatch):
     """As on a machine that has no TensorRT at all."""
     monkeypatch.setattr("evm_deploy.runtimes.tensorrt.installed", lambda target: False)
-    monkeypatch.setattr("evm_deploy.export.tensorrt.installed", lambda target: False)
+    monkeypatch.setattr("evm_deploy.export.tensorrt.target.installed", lambda target: False)
 
 
 # The graph
@@ -141,7 +142,7 @@ def deferred(tmp_path_factory):
         folder = tmp_path_factory.mktemp("tables")
         patch.setattr("evm_deploy.calib.table.cache_folder", lambda: folder)
         plan = ExportPlan(
-            "trt-rtx", precision="int8", calib="demo", val="demo", smooth="off", engine=EngineSettings(sms=(86,))
+            "trt-rtx", precision="int8", calib="demo", val="demo", smooth="off", settings=EngineSettings(sms=(86,))
         )
         return export(CHECKPOINT, plan, tmp_path_factory.mktemp("deferred"))
 
@@ -184,12 +185,12 @@ def test_no_defer_and_finish_say_what_is_missing(without_rtx, deferred, micro_bu
 
 REFUSED = {
     "a batch without end": (ExportPlan("trt", batch=Batch(1, 1, None)), "use --batch MIN:OPT:MAX"),
-    "architectures for TensorRT": (ExportPlan("trt", engine=EngineSettings(sms=(86,))), "--sm is for trt-rtx"),
+    "architectures for TensorRT": (ExportPlan("trt", settings=EngineSettings(sms=(86,))), "--sm is for trt-rtx"),
     "another release for RTX": (
-        ExportPlan("trt-rtx", engine=EngineSettings(version_compatible=True)),
+        ExportPlan("trt-rtx", settings=EngineSettings(version_compatible=True)),
         "TensorRT-RTX has no --version-compatible",
     ),
-    "a timing cache for RTX": (ExportPlan("trt-rtx", engine=EngineSettings(timing_cache="c")), "no --timing-cache"),
+    "a timing cache for RTX": (ExportPlan("trt-rtx", settings=EngineSettings(timing_cache="c")), "no --timing-cache"),
     "a plugin for RTX": (ExportPlan("trt-rtx", scan="aot"), "it has: auto, portable"),
 }
 
@@ -202,7 +203,7 @@ def test_what_there_is_not(plan, message, micro, tmp_path):
 
 def test_a_plugin_bundle_has_the_plugins_sources_and_commands(without_rtx, micro, tmp_path):
     bundle = export(
-        micro, ExportPlan("trt", scan="plugin", engine=EngineSettings(workspace_mib=512), **MICRO), tmp_path
+        micro, ExportPlan("trt", scan="plugin", settings=EngineSettings(workspace_mib=512), **MICRO), tmp_path
     )
     assert {"plugin/plugin.cu", "plugin/selective_scan.cu", "plugin/selective_scan.h"} <= set(bundle.manifest.files)
     text = (bundle.path / "README.md").read_text()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.tensorrt import kernel
+from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.scan import reference
 from tests.test_native import magnitudes, random_scan
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from evm_deploy.export.tensorrt import kernel
-from evm_deploy.export.tensorrt import plugin as tensorrt_plugin
+from evm_deploy.runtimes.tensorrt import kernel
+from evm_deploy.runtimes.tensorrt import plugin as tensorrt_plugin
 from evm_deploy.scan import onnx_function
 
 # b, K, L, D, N: the stages of T, S and B at 224, and odd ones

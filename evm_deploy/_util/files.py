@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+
+def package_folders() -> list[Path]:
+    """Where this package is: two folders in an editable install, of the sources and of what was compiled."""
+    return [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
 
 
 def cache_folder() -> Path:

@@ -25,8 +25,6 @@ RUNS = 30  # with the profiler, at most
 SECONDS = 2.0  # and none begins after
 ROWS = 1 << 16  # of the trace of blocks
 SCAN, BLOCK = "SelectiveScan", "EVSSBlock"
-PROFILERS = {"onnx": "ONNX Runtime's profiler", "openvino": "OpenVINO's performance counters"}
-RECORDS = ("onnx",)  # an event for each node, of the fastest run; counters give means, and take no time
 
 # What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
 KINDS = {
@@ -63,14 +61,14 @@ def layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
 
     Inferences with the profiler and without take turns, so that what else the machine does hits both.
     """
-    runtime = model.profiled()
-    if runtime is None:
+    runtime, profiler = model.profiled(), model.target.profiler
+    if runtime is None or profiler is None:
         return {}
     with runtime, block_trace(model.plugin, ROWS, len(STAGES)) as ticks:
         plain, profiled = in_turn(partial(model.run, feeds), partial(runtime.run, feeds))
         nodes = runtime.node_times()
-    how = PROFILERS[model.target.name]
-    if model.target.name in RECORDS:
+    how = profiler.name
+    if profiler.records:
         nodes, node_ms, event_ms = without_recording(nodes, min(profiled) - min(plain))
         how += f", less what recording takes: {node_ms * 1e3:.1f} us a node"
         how += f", {event_ms * 1e3:.1f} us an event in a loop" if any(node.inside for node in nodes) else ""
@@ -80,7 +78,7 @@ def layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
         how += ", blocks by the native library's own counters"
         parts = divided(parts, shares)
     # as node_times: of the fastest, or means
-    inference_ms = min(plain) if model.target.name in RECORDS else statistics.median(plain)
+    inference_ms = min(plain) if profiler.records else statistics.median(plain)
     return summary(how, merged(parts), inference_ms)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -210,7 +210,7 @@ class Checkpoint:
 
 def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:
     """The stable record in `folder` of these settings on this machine. subject: sha256 of manifest or checkpoint."""
-    wanted = {key: value for key, value in asdict(settings).items() if key != "limit_s"}
+    wanted = {key: value for key, value in settings.as_dict().items() if key != "limit_s"}
     here = device.facts()
     for file in sorted(folder.glob("*.json")):
         try:

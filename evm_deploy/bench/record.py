@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.files import write_aside
+from evm_deploy._util.settings import Flag, all_fields, flag_of
 from evm_deploy.bench import schema
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.registry import setting_kinds
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20
@@ -22,23 +25,47 @@ class Settings:
 
     streams: inferences at the same time, each in a thread. timed: `model`, arrays in and out on the host, or
     `end-to-end`, a picture file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
-    saved with it. limit_s: seconds after which an unstable measurement ends.
+    saved with it. limit_s: seconds after which an unstable measurement ends. own: settings of runtimes that were given,
+    name and value, as `load` takes them.
     """
 
     threads: int | None = None
     batch: int | None = None
     scan: str = "auto"
-    device: str | None = None
-    cache: str | None = None
-    cuda_graph: bool = False
     streams: int = 1
     timed: str = "model"
     imgsz: str | None = None
     limit_s: float = 60.0
+    own: tuple[tuple[str, Any], ...] = ()
+
+    def with_own(self, **values: Any) -> Settings:
+        """The same with these settings of runtimes, beside those that it has."""
+        return replace(self, own=tuple(sorted({**dict(self.own), **values}.items())))
+
+    def flags(self) -> dict[str, Flag]:
+        """The flags of the runtimes' settings that were given, by name."""
+        return {name: flag_of(_own_fields()[name]) for name, value in self.own if value != _own_fields()[name].default}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, flat: the settings of every runtime among the others, where they are not given by default."""
+        values = asdict(self)
+        del values["own"]
+        return {**values, **{name: each.default for name, each in _own_fields().items()}, **dict(self.own)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that `as_dict` made these of."""
+        known = {each.name for each in fields(cls)}
+        own = {key: value for key, value in values.items() if key not in known and value != _own_fields()[key].default}
+        return cls(**{key: value for key, value in values.items() if key in known}).with_own(**own)
 
     def __str__(self) -> str:
         streams = f", streams {self.streams}" if self.streams > 1 else ""
         return f"threads {self.threads or 'auto'}, batch {self.batch or 'auto'}{streams}"
+
+
+def _own_fields() -> dict[str, Field[Any]]:
+    return all_fields(setting_kinds())
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,7 @@ class Record:
     manifest states. device: its facts; `profile`, the device profile used, and `at`, user@host, if it is not this
     machine. load_ms: `fresh`, in a new process, the runtime's import and the hashes included, and `again`, in the same
     process. interval_ms: 95 % confidence of the median. device_ms: parts of a run, where the runtime counts them:
-    TensorRT's `inputs`, `compute`, `outputs`. layers: what `bench.layers` found, times by module, empty where the
+    `inputs`, `compute`, `outputs`. layers: what `bench.layers` found, times by module, empty where the
     runtime has no profiler. energy_mj: of one inference, by sensor. memory_mb: `before` loading, and `peak`. before,
     after: state of the device.
     """

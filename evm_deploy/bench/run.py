@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from evm_deploy import errors
@@ -22,7 +21,7 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
     """Measure a bundle in a new process. Raises EvmErrors: BundleError, UsageError, and ToolchainError where the
     target does not run on this machine or the process died.
     """
-    command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(asdict(settings))]
+    command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(settings.as_dict())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
     except subprocess.TimeoutExpired as error:

@@ -72,10 +72,8 @@ class MeasuredBundle:
             path,
             threads=settings.threads,
             scan=settings.scan,
-            device=settings.device,
-            cache=settings.cache,
-            cuda_graph=settings.cuda_graph,
             streams=settings.streams,
+            **dict(settings.own),
         )
         self.batch = self.model.manifest.batch
         require_runnable(self.model)
@@ -85,7 +83,7 @@ class MeasuredBundle:
 
     def runtime(self) -> dict[str, Any]:
         return {
-            "versions": dict(self.model.target.probe().versions),
+            "versions": dict(self.model.target.availability().versions),
             "scan": asdict(self.model.scan),
             "plan": dict(self.model.plan()),
         }
@@ -130,7 +128,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 def require_runnable(model: LoadedBundle) -> None:
     """Raise ToolchainError where the target's own runtime is not on this machine."""
-    here = model.target.probe()
+    here = model.target.availability()
     if not here.can_run:
         raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
 

@@ -58,7 +58,7 @@ def work(path: Path, settings: Settings) -> Record:
         bundle=bundle,
         device={"at": None, "profile": None, **facts},
         runtime=runtime,
-        settings={**asdict(settings), "batch": batch},
+        settings={**settings.as_dict(), "batch": batch},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         load_ms={"fresh": round(fresh_ms, 2), "again": round(again_ms, 2)},
         first_ms=round(first_ms, 4),
@@ -114,7 +114,7 @@ def peak_mb() -> float:
 def main() -> int:
     path, settings = sys.argv[1:]
     try:
-        print(json.dumps(asdict(work(Path(path), Settings(**json.loads(settings))))))
+        print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings))))))
     except EvmError as error:
         print(json.dumps({"error": {"type": type(error).__name__, "text": error.args[0], "hint": error.hint}}))
     return 0

@@ -20,13 +20,15 @@ from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.signing import public_key
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export.targets import get_target
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
+from evm_deploy.runtimes.info import NativeKernels
+from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NO_SETTINGS: Mapping[str, Any] = {}
 DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves the batch open
 
 
@@ -42,21 +44,27 @@ class Prediction:
 class LoadedBundle:
     """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
 
-    def __init__(self, bundle: Bundle, options: RunOptions = DEFAULTS, scan: str = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: RunOptions = DEFAULTS,
+        scan: str = "auto",
+        settings: Mapping[str, Any] = NO_SETTINGS,
+    ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
+        self.target = runtime_of(self.manifest.target, bundle.path)
         if not self.manifest.built:
             raise BundleError(
                 f"bundle {bundle.path} has no engine yet", f"on the device:  evm-export --finish {bundle.path}"
             )
-        self.target = get_target(self.manifest.target)
-        if options.cuda_graph and not self.target.cuda_graphs:
-            raise UsageError(f"target '{self.target.name}' has no CUDA graphs", "leave --cuda-graph out")
+        own = configured(self.target, settings)
         if options.streams > 1 and not self.target.streams:
             raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
-        self._options = replace(options, plugin=self.plugin)
+        identity = sha256(bundle.path / MANIFEST)[:16]
+        self._options = replace(options, plugin=self.plugin, settings=own, identity=identity)
         self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
         self.inputs: Mapping[str, TensorSpec] = self._runtime.inputs
         self.outputs: Mapping[str, TensorSpec] = self._runtime.outputs
@@ -73,18 +81,18 @@ class LoadedBundle:
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
-        """What the last run took on the device, by part, where the runtime says so: TensorRT."""
+        """What the last run took on the device, by part, where the runtime says so."""
         return getattr(self._runtime, "milliseconds", {})
 
     def plan(self) -> Mapping[str, Any]:
-        """What of the model runs where, if the runtime says so: Core ML."""
+        """What of the model runs where, if the runtime says so."""
         return getattr(self._runtime, "plan", dict)()
 
     def profiled(self) -> Profiled | None:
         """The artifact once more, in a runtime that counts what its nodes take; None where there is no such."""
-        if not self.target.profiles:
+        if not self.target.profiler:
             return None
-        options = replace(self._options, streams=1, cuda_graph=False, profile=True)
+        options = replace(self._options, streams=1, profile=True)
         return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
 
     def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
@@ -137,9 +145,9 @@ class LoadedBundle:
                     "export it with --device",
                 )
             own = self.bundle.path / plugins[host]
-            return own, Choice("plugin", f"native kernel, {self.target.isa(own)}, from the bundle ({host})")
+            return own, Choice("plugin", f"native kernel, {self._kernels.isa(own)}, from the bundle ({host})")
         try:
-            plugin = self.target.plugin()
+            plugin = self._kernels.installed()
         except ToolchainError as error:
             reason = error.args[0]
             if host in plugins:  # a library is a program: it runs only for who says so
@@ -149,7 +157,16 @@ class LoadedBundle:
             if scan == "plugin" or "portable" not in modes:
                 raise ToolchainError(reason, error.hint) from error
             return None, Choice("portable", reason)
-        return plugin, Choice("plugin", f"native kernel, {self.target.isa(plugin)}, installed")
+        return plugin, Choice("plugin", f"native kernel, {self._kernels.isa(plugin)}, installed")
+
+    @property
+    def _kernels(self) -> NativeKernels:
+        if not self.target.kernels:
+            raise BundleError(
+                f"bundle {self.bundle.path} has scans for a native kernel: target {self.target.name!r} has none",
+                "export it again",
+            )
+        return self.target.kernels
 
     @property
     def _batch_size(self) -> int:
@@ -233,27 +250,23 @@ def load(
     *,
     threads: int | None = None,
     scan: str = "auto",
-    device: str | None = None,
-    cache: str | Path | None = None,
-    cuda_graph: bool = False,
     streams: int = 1,
     require_signature: str | Path | None = None,
+    **settings: Any,
 ) -> LoadedBundle:
     """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
 
     `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the installed native kernel),
     `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
     `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
-    OpenVINO: `device`, such as GPU or HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which
-    load sooner the next time. TensorRT: `cuda_graph`, launch the engine as one CUDA graph. `streams`: how many threads
-    will call `run` at the same time, each with `threads` of its own in OpenVINO, all with the same in ONNX Runtime.
-    `require_signature`: the PEM file of the ed25519 public key that must have signed the bundle.
+    `streams`: how many threads will call `run` at the same time, each with `threads` of its own in OpenVINO, all with
+    the same in ONNX Runtime. `require_signature`: the PEM file of the ed25519 public key that must have signed the
+    bundle. `settings`: those of the bundle's runtime (`RuntimeInfo.settings`). OpenVINO: `device`, such as GPU or
+    HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which load sooner the next time. TensorRT:
+    `cuda_graph`, launch the engine as one CUDA graph.
     """
     bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
-    # OpenVINO tells models apart by place and time, which two versions of a container's layer may share
-    own = Path(cache) / sha256(bundle.path / MANIFEST)[:16] if cache else None
-    options = RunOptions(threads, device=device, cache=own, cuda_graph=cuda_graph, streams=streams)
-    return LoadedBundle(bundle, options, scan)
+    return LoadedBundle(bundle, RunOptions(threads, streams=streams), scan, settings)
 
 
 def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -48,7 +48,8 @@ SCHEMA = keys(
         tol=nullable(number),
         labels=nullable(listing(text)),
         chosen=nullable(keys(value=text, reason=text)),
-        engine=nullable(mapping(anything)),
+        settings=nullable(mapping(anything)),
+        engine=nullable(mapping(anything)),  # the same in bundles of before, of TensorRT alone
         input=one_of("image", "tensor"),
         head=one_of("logits", "probs", "features", "raw"),
     ),

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.errors import BundleError
 from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
+from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.scan.reference import Scan, ssm_error
-
-if TYPE_CHECKING:
-    from evm_deploy.export.target import Target
 
 FOLDER = "selftest"
 PROBE_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
@@ -51,7 +49,7 @@ class Check:
         return self.error <= self.limit
 
 
-def run(bundle: Bundle, target: Target, runtime: Runtime, options: RunOptions) -> list[Check]:
+def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptions) -> list[Check]:
     """Run the bundle's self-test: preprocessing, outputs in `runtime`, scans as `options` say.
 
     The limits come from the manifest (`selftest`). Raises BundleError if the bundle has no readable self-test.

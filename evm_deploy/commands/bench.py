@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.matrix import matrix, matrix_flags, refuse_matrix_flags
 from evm_deploy.commands.places import fleet, place_flags, place_of
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.registry import setting_kinds
 
 if TYPE_CHECKING:
     from evm_deploy.bench.sweep import Sweep
@@ -33,8 +35,7 @@ def bench_parser() -> Parser:
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
     add("--streams", default="", metavar="N[,N..]", help="inferences at the same time, each measured; default: 1")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
-    add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
-    add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
+    add_flags(parser, setting_kinds(), skip=("device",))  # place_flags has it, for profiles too
     add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
     add("--layers", action="store_true", help="also print the times by module")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
@@ -90,12 +91,13 @@ def _sweep(args: argparse.Namespace) -> Sweep:
         raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
     settings = Settings(
         scan=args.scan,
-        device=None if profile_of(args.device) else args.device,
-        cache=args.cache,
-        cuda_graph=args.cuda_graph,
         timed="end-to-end" if args.end_to_end else "model",
         limit_s=args.limit,
     )
+    own = given(args, setting_kinds())
+    if profile_of(args.device):
+        del own["device"]
+    settings = settings.with_own(**own)
     return Sweep(
         bundles=args.bundles,
         threads=_numbers("--threads", args.threads),

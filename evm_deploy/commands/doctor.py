@@ -6,11 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy import __version__
 from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
 from evm_deploy.errors import ToolchainError
+
+if TYPE_CHECKING:
+    from evm_deploy.export.target import Target
 
 
 def doctor_parser() -> Parser:
@@ -41,12 +44,8 @@ def examine() -> dict[str, Any]:
     from evm_deploy.export.targets import load_targets
 
     facts, state = device.facts(), device.state()
-    found = {name: target.probe() for name, target in load_targets().items()}
     return {
-        "targets": {
-            name: {"build": each.can_build, "run": each.can_run, "versions": dict(each.versions), "hint": each.hint}
-            for name, each in found.items()
-        },
+        "targets": {name: _abilities(target) for name, target in load_targets().items()},
         "kernel": _kernel(),
         "device": facts,
         "cpu_features": device.cpu_features(),
@@ -58,12 +57,18 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _abilities(target: Target) -> dict[str, Any]:
+    build, run = target.probe(), target.runtime.availability()
+    versions = {**build.versions, **run.versions}
+    return {"build": build.can_build, "run": run.can_run, "versions": versions, "hint": build.hint or run.hint}
+
+
 def _kernel() -> dict[str, str]:
     """The native library for ONNX Runtime and the instruction set that it chose, or why there is none."""
-    from evm_deploy.toolchain.plugins import kernel_isa, plugin_path
+    from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
 
     try:
-        path = plugin_path("onnxruntime")
+        path = installed_plugin()
         return {"library": str(path), "isa": kernel_isa(path), "hint": ""}
     except ToolchainError as error:
         return {"library": "", "isa": "", "hint": str(error)}

@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.export.settings import KINDS
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from evm_deploy.bundle.bundle import Bundle
-    from evm_deploy.export.plan import EngineSettings, ExportPlan
+    from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
 
 
@@ -89,12 +91,7 @@ def export_parser() -> Parser:
     add("--std", metavar="R,G,B", help="likewise")
     add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
     add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
-    add("--workspace", metavar="MIB", help="TensorRT: most scratch memory of its builder, in MiB")
-    add("--version-compatible", action="store_true", help="TensorRT: an engine for later releases too, slower")
-    add("--hardware-compatible", action="store_true", help="TensorRT: an engine for every GPU since Ampere, slower")
-    add("--timing-cache", metavar="FILE", help="TensorRT: timings of kernels, kept between builds")
-    add("--sm", metavar="N[,N..]", help="TensorRT-RTX: architectures that the engine is for, such as 86,89")
-    add("--no-defer", action="store_true", help="TensorRT: fail where the engine cannot be built here (exit 3)")
+    add_flags(parser, KINDS)
     add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
     add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
@@ -136,6 +133,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.library:
         raise UsageError("--library is for --finish", "leave it out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
+    _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
     key = private_key(args.sign) if args.sign else None
     results: list[dict[str, Any]] = []
@@ -282,21 +280,28 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         std=_triple("--std", args.std),
         crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
         interpolation=args.interpolation,
-        engine=_engine(args),
+        settings=_settings(args, target),
     )
 
 
-def _engine(args: argparse.Namespace) -> EngineSettings:
-    from evm_deploy.export.plan import EngineSettings
+def _settings(args: argparse.Namespace, target: str) -> Any:
+    """The target's own settings, of the flags that are for it; None where it has none."""
+    from evm_deploy.export.targets import get_target
 
-    return EngineSettings(
-        workspace_mib=int(_number("--workspace", args.workspace, whole=True)) if args.workspace is not None else None,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        sms=tuple(int(_number("--sm", sm, whole=True)) for sm in args.sm.split(",")) if args.sm else (),
-        timing_cache=args.timing_cache,
-        defer=not args.no_defer,
-    )
+    kind = get_target(target).settings
+    return kind(**given(args, [kind])) if kind else None
+
+
+def _refuse_others_flags(args: argparse.Namespace, plans: Sequence[ExportPlan]) -> None:
+    """Raise UsageError for a flag that is given and that no target of the plans has."""
+    from evm_deploy.export.targets import load_targets
+
+    targets = load_targets()
+    kinds = [targets[plan.target].settings for plan in plans]
+    for name in given(args, KINDS).keys() - all_fields(kinds).keys():
+        flag = flag_of(all_fields(KINDS)[name]).name
+        having = ", ".join(target.name for target in targets.values() if name in all_fields([target.settings]))
+        raise UsageError(f"{flag} is for {having}", "leave it out")
 
 
 def _number(flag: str, text: str, whole: bool = False) -> float:

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.settings import help_of
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import Steps
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.registry import setting_kinds
 
 if TYPE_CHECKING:
     from evm_deploy.bench.remote.places import Place
@@ -23,7 +25,7 @@ def place_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         metavar="D",
-        help="a device profile (evm-doctor lists them) or FILE.toml; or OpenVINO's: CPU (default), GPU, HETERO:GPU,CPU",
+        help=f"a device profile (evm-doctor lists them) or FILE.toml; or {help_of('device', setting_kinds())}",
     )
     add("--host", metavar="USER@BOARD[:PORT]", help="measure there, over ssh; needs Python and the runtime there")
     add("--python", default="python3", metavar="PATH", help="the board's Python, default python3")

@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.registry import setting_kinds
 
 
 def run_parser() -> Parser:
@@ -31,10 +33,8 @@ def run_parser() -> Parser:
         metavar="S",
         help="auto (default), plugin (native kernel), bundled (the bundle's own), portable",
     )
-    add("--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU")
-    add("--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder")
     add("--require-signature", metavar="PUB", help="take only what this ed25519 key has signed, a PEM file")
-    add("--cuda-graph", action="store_true", help="TensorRT: launch the engine as one CUDA graph")
+    add_flags(parser, setting_kinds())
     common_flags(parser)
     return parser
 
@@ -54,10 +54,10 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    names = ("threads", "scan", "device", "cache", "cuda_graph", "require_signature")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ("threads", "scan", "require_signature")}
+    options |= given(args, setting_kinds())
     with load(args.bundle, **options) as model:
-        here = model.target.probe()
+        here = model.target.availability()
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)
         elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 def export_summary(bundle: Bundle, seconds: float) -> str:
     """The last block: what was made, how exact it is, where it is, what to do next."""
     from evm_deploy.calib.evaluate import Accuracy
+    from evm_deploy.export.targets import get_target
 
     m, parity = bundle.manifest, bundle.manifest.parity
+    target = get_target(m.target)
     title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
@@ -42,7 +44,8 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             if keys
         ),
         ("Saved", str(bundle.path)),
-        *(_engine_lines(bundle)),
+        *(target.finish.summary(m) if target.finish else ()),
+        *(() if m.built else [("Next", f"on the device:  evm-export --finish {bundle.path}")]),
         (
             "Then" if not m.built else "Next",
             f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
@@ -51,18 +54,6 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     if m.plan["head"] != "features":
         lines.append(("", f"evm-run {bundle.path} --selftest"))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
-
-
-def _engine_lines(bundle: Bundle) -> list[tuple[str, str]]:
-    """Of a target that has one: what the engine was built with, or that it is still to be built."""
-    m = bundle.manifest
-    if not m.built:
-        return [("Engine", "not built here"), ("Next", f"on the device:  evm-export --finish {bundle.path}")]
-    if "engine" not in m.details:
-        return []
-    facts = m.details["engine"]
-    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
-    return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
 
 
 def _worst(parity: dict[str, Any]) -> str:

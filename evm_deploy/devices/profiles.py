@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.text import one_of
 from evm_deploy._util.toml import checked, read_toml
 from evm_deploy.errors import UsageError
+from evm_deploy.runtimes.registry import configured, load_runtimes
 from evm_deploy.toolchain.platforms import PLATFORMS, WITHOUT_LIBRARY
 
 SUFFIX = ".toml"
@@ -18,7 +20,6 @@ KEYS: Mapping[str, type] = {
     "platform": str,
     "prefer": list,
     "threads": int,
-    "openvino_device": str,
     "sensors": list,
     "notes": str,
     "verified": str,
@@ -30,8 +31,9 @@ REQUIRED = ("description", "platform", "prefer")
 class Profile:
     """A kind of device. name: of its file. platform: as in platforms.py.
 
-    prefer: (target, precision), best first. threads: of one inference, None as the runtime chooses. openvino_device: as
-    OpenVINO names it. sensors: those worth a look in a record. verified: what of all this was run, and on what.
+    prefer: (target, precision), best first. threads: of one inference, None as the runtime chooses. settings: by
+    target, those of its runtime. sensors: those worth a look in a record. verified: what of all this was run, and on
+    what.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Profile:
     platform: str
     prefer: tuple[tuple[str, str], ...]
     threads: int | None = None
-    openvino_device: str | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sensors: tuple[str, ...] = ()
     notes: str = ""
     verified: str = "not said"
@@ -64,8 +66,6 @@ def find_profile(text: str, also: Iterable[str] = ()) -> Profile:
     """The profile of a name or of a file `*.toml`. Raises UsageError, naming file and key, or listing the names (and
     what `--device` takes besides).
     """
-    from evm_deploy._util.text import one_of
-
     if text.endswith(SUFFIX):
         return _profile(Path(text).name.removesuffix(SUFFIX), text, read_toml(Path(text), "--device"))
     name = one_of("--device", text, (*profile_names(), *also))
@@ -77,9 +77,12 @@ def _folder() -> Any:
 
 
 def _profile(name: str, file: str, content: dict[str, Any]) -> Profile:
-    values = checked(f"device profile {file}", content, KEYS, REQUIRED)
     where = f"device profile {file}: "
-    _member(f"{where}platform", values["platform"], (*PLATFORMS, *WITHOUT_LIBRARY))
+    own = {name: table for name, table in content.items() if name in load_runtimes() and isinstance(table, dict)}
+    rest = {name: value for name, value in content.items() if name not in own}
+    values = checked(f"device profile {file}", rest, KEYS, REQUIRED)
+    values["settings"] = {name: _settings(f"{where}[{name}]", name, table) for name, table in own.items()}
+    one_of(f"{where}platform", values["platform"], (*PLATFORMS, *WITHOUT_LIBRARY))
     if values.get("threads", 1) < 1:
         raise UsageError(f"{where}threads is {values['threads']}, use a number from 1")
     values["prefer"] = tuple(_preference(f"{where}prefer", text) for text in values["prefer"])
@@ -91,16 +94,17 @@ def _profile(name: str, file: str, content: dict[str, Any]) -> Profile:
 
 def _preference(where: str, text: str) -> tuple[str, str]:
     """`onnx int8` -> (onnx, int8). Raises UsageError for what is no target of ours in a precision that it has."""
-    from evm_deploy.export.targets import load_targets
-
-    targets = load_targets()
+    targets = load_runtimes()
     target, _, precision = text.partition(" ")
-    _member(f"{where} {text!r}: target", target, targets)
-    _member(f"{where} {text!r}: precision", precision, targets[target].precisions)
+    one_of(f"{where} {text!r}: target", target, targets)
+    one_of(f"{where} {text!r}: precision", precision, targets[target].precisions)
     return target, precision
 
 
-def _member(what: str, value: str, choices: Any) -> None:
-    from evm_deploy._util.text import one_of
-
-    one_of(what, value, choices)
+def _settings(where: str, target: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A table named as a target: settings of its runtime. Raises UsageError."""
+    try:
+        configured(load_runtimes()[target], table)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.args[0]}", error.hint) from error
+    return dict(table)

@@ -56,7 +56,7 @@ def _library(profile: Profile, target: str, scan: str) -> tuple[str | None, str]
     """The platform whose native library travels, or None, and why."""
     if scan == "portable":
         return None, "portable scans, as asked"
-    platforms = get_target(target).devices
+    platforms = get_target(target).platforms
     if not platforms:
         return None, f"target {target} brings its own kernel, where it has one"
     if profile.platform not in platforms:

@@ -91,7 +91,7 @@ def export(
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
             bundle = keep(folder, path, replace(manifest, selftest=limits, built=target.finish is None))
-    finishes = target.finish and finished_here(plan) and target.probe().can_finish
+    finishes = target.finish and finished_here(plan) and target.finish.possible()
     return finish(path, step=step) if finishes else bundle
 
 
@@ -152,13 +152,14 @@ def finish(path: str | Path, *, library: str | None = None, step: Step = silent)
     if not target.finish:
         raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")
     with step("finish", f"{bundle.path.name}, {target.name}"):
-        target.finish(bundle.path, library)
+        target.finish.make(bundle.path, library)
     return open_bundle(path)
 
 
 def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
     """Put the native library for `device` into the bundle in `folder`. Raises ToolchainError when it does not build."""
-    library = target.build_plugin(device)
+    assert target.libraries  # check_plan has seen to it
+    library = target.libraries.build(device)
     inside = f"plugins/{device}/{library.name}"
     (folder / inside).parent.mkdir(parents=True)
     shutil.copyfile(library, folder / inside)

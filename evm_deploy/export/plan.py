@@ -32,27 +32,6 @@ MAX_DROP = 1.0
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """How TensorRT builds its engine. None: as it does by itself.
-
-    workspace_mib: most scratch memory, in MiB. sms: architectures of the GPUs it is for, such as 86, with TensorRT-RTX.
-    timing_cache: file that keeps kernel timings between builds. defer: leave the engine to the device where it cannot
-    be built here.
-    """
-
-    workspace_mib: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    sms: tuple[int, ...] = ()
-    timing_cache: str | None = None
-    defer: bool = True
-
-    def __post_init__(self) -> None:
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise UsageError(f"--workspace {self.workspace_mib}: use MiB from 1")
-
-
-@dataclass(frozen=True)
 class ExportPlan:
     """The settings of one export to one target. None means: as the checkpoint says, else the default of the target.
 
@@ -65,7 +44,7 @@ class ExportPlan:
     calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
     read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
     the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
-    that these may lose. engine: of TensorRT.
+    that these may lose. settings: the target's own, `Target.settings`.
     """
 
     target: str
@@ -95,7 +74,7 @@ class ExportPlan:
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
-    engine: EngineSettings = EngineSettings()
+    settings: Any = None
 
     def __post_init__(self) -> None:
         if self.head is not None:

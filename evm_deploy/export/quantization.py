@@ -99,7 +99,7 @@ def gain_over_float32(
         other = target.build(traced, float32, Path(folder))
         size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
-        with target.open(other.path, options) as slow, target.open(artifact, options) as fast:
+        with target.runtime.open(other.path, options) as slow, target.runtime.open(artifact, options) as fast:
             ratios = []
             for _ in range(WARM_UP + TIMED):
                 times = []

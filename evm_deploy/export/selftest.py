@@ -65,7 +65,7 @@ def write(
     cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}
     if cases:
         cases["large_delta"] = large_delta_probe(next(iter(cases.values())), rng)
-    for probe, names in by_probe(target.scan_probe, cases).items():
+    for probe, names in by_probe(target.runtime.scan_probe, cases).items():
         target.write_scan_probe(traced, artifact, here / probe, shape_of(cases[names[0]]))
     tolerance = target.selftest_tolerances.get(str(plan.precision), plan.tolerance)
     outputs = {name: tolerance * max(1.0, float(np.abs(value).max())) for name, value in expected.items()}

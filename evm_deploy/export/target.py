@@ -1,4 +1,4 @@
-"""A target is data plus functions: one file in `export/`, one in `runtimes/`, one line in `targets.py`."""
+"""The build half of a target: data plus functions, in one folder of `export/`. The run half: `runtimes/info.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.readme import Usage
@@ -21,6 +22,7 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
 from evm_deploy.export.plan import SELFTEST_TOLERANCES, ExportPlan
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
+from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.toolchain.platforms import host_platform
 from evm_deploy.toolchain.plugins import find_plugin
 
@@ -30,15 +32,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """Can this machine build for a target and run it, with what versions, and what to do if not. can_finish: also what
-    `Target.finish` makes.
-    """
+    """Can this machine build for a target, with what versions, and what to do if not."""
 
     can_build: bool
-    can_run: bool
     versions: Mapping[str, str]
     hint: str = ""
-    can_finish: bool = True
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """What computes a target's artifacts on any machine, where its runtime needs a device.
+
+    `open(path, options)` as `RuntimeInfo.open`. library(): the native library that its scans run on, if there is one.
+    """
+
+    open: Callable[[Path, RunOptions], Runtime]
+    library: Callable[[], Path | None]
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """Native libraries that travel in bundles: `build(platform)` compiles that of one of `platforms`."""
+
+    platforms: tuple[str, ...]
+    build: Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What only a machine like the device can make: `make(folder, library=None)` makes it in a bundle, and says so in
+    its manifest; possible(): whether this machine can. summary(manifest): lines about it for evm-export, key and text.
+    """
+
+    make: Callable[..., None]
+    possible: Callable[[], bool]
+    summary: Callable[[Manifest], list[tuple[str, str]]]
 
 
 class Traced(Protocol):
@@ -101,54 +129,60 @@ def no_remarks(runtime: Runtime) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """One deployment target. precisions (the first is the default), scans (lowerings of the scan), min_targets (oldest
-    systems): what it can be asked for; `check(plan)` refuses what else it does not have. devices: platforms whose
-    native library `build_plugin(platform)` makes.
-
-    `open(path, options)` and `taps(artifact, plugin)` run scans on the native library `plugin`, or portably for None.
-    `plugin()` is the library for this machine; it raises ToolchainError, which says why, where there is none.
-    `isa(plugin)` is the instruction set that a library chose. `write_scan_probe(traced, artifact, path, shape)` writes
-    one scan by itself; scan_probe: its file name, with {K}, {L}, {D} and {N} where a file is for one shape alone.
-    `usage(manifest)`, for the bundle's README: how to run the artifact without us.
+    """How artifacts of one deployment target are built. runtime: what runs them, with the target's name, aliases and
+    precisions. scans: lowerings of the scan. packages: what a build imports; install_hint: how to get them.
+    min_targets: oldest systems that can be asked for; `check(plan)` refuses what else the target does not have.
 
     `trace(module, plan, metadata)` makes what `build` starts from; plans with the same `trace_key(plan)` share it, so
-    `build` must not change it. `quantize` makes its int8 or w8 form, by default of
-    the hub graph. `emulator(path, options)` computes artifacts on any machine, where `open` needs a device.
-    selftest_tolerances: by precision, against the artifact's own outputs. several_sizes: whether one artifact can take
-    them. `remarks(runtime)`, after verification: what a user should know of the numbers that were met.
-    `finish(folder, library=None)` makes, in a bundle, what only a machine like the device can make, and says so in its
-    manifest. Whether `open` has use for fields of RunOptions: cuda_graphs, for cuda_graph; streams; profiles, for
-    profile.
+    `build` must not change it. `quantize` makes its int8 or w8 form, by default of the hub graph.
+    `taps(artifact, plugin)` runs scans on the native library `plugin`, or portably for None.
+    `write_scan_probe(traced, artifact, path, shape)` writes one scan by itself, the file `runtime.scan_probe`.
+    `usage(manifest)`, for the bundle's README: how to run the artifact without us. selftest_tolerances: by precision,
+    against the artifact's own outputs. several_sizes: whether one artifact can take them. `remarks(runtime)`, after
+    verification: what a user should know of the numbers that were met. libraries, emulator, finish: what some targets
+    have. settings: the target's own, a dataclass of `_util.settings` for ExportPlan.settings.
     """
 
-    name: str
-    aliases: tuple[str, ...]
-    precisions: tuple[str, ...]
+    runtime: RuntimeInfo
     scans: tuple[str, ...]
-    devices: tuple[str, ...]
-    probe: Callable[[], Probe]
+    packages: tuple[str, ...]
+    install_hint: str
     build: Callable[[Any, ExportPlan, Path], Artifact]
     taps: Callable[[Artifact, Path | None], ScanTaps]
-    open: Callable[[Path, RunOptions], Runtime]
-    plugin: Callable[[], Path]
-    isa: Callable[[Path], str]
-    build_plugin: Callable[[str], Path]
-    scan_probe: str
     write_scan_probe: Callable[[Any, Artifact, Path, ScanShape], None]
     usage: Callable[[Manifest], Usage]
     trace: Callable[[Any, ExportPlan, dict[str, str]], Any] = trace
     trace_key: Callable[[ExportPlan], tuple[Any, ...]] = trace_key
     quantize: Callable[[Any, Request, Preprocessing, Ship, Step], Quantized] = quantize_hub
-    emulator: Callable[[Path, RunOptions], Runtime] | None = None
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     several_sizes: bool = False
     remarks: Callable[[Runtime], list[str]] = no_remarks
-    finish: Callable[..., None] | None = None
-    cuda_graphs: bool = False
-    streams: bool = False
-    profiles: bool = False
+    libraries: Libraries | None = None
+    emulator: Emulator | None = None
+    finish: Finish | None = None
+    settings: type | None = None
+
+    @property
+    def name(self) -> str:
+        return self.runtime.name
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return self.runtime.precisions
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Those whose native library can travel in a bundle."""
+        return self.libraries.platforms if self.libraries else ()
+
+    def probe(self) -> Probe:
+        """Which of the packages are here, without importing them."""
+        versions = package_versions(self.packages)
+        missing = [name for name in self.packages if name not in versions]
+        running = self.runtime.availability().versions
+        return Probe(not missing, {**versions, **running}, self.install_hint if missing else "")
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
@@ -157,24 +191,24 @@ def native_library(target: Target, artifact: Artifact) -> Path | None:
     """
     if not {"plugin", "aot"} & set(artifact.scan.value.split("+")):
         return None
-    if target.emulator:  # ONNX Runtime, of those that have kernels
-        return find_plugin("onnxruntime")
+    if target.emulator:
+        return target.emulator.library()
     own = artifact.plugins.get(host_platform())
     if own:
         return artifact.path.parent / own
     try:
-        return target.plugin()
+        return target.runtime.kernels.installed() if target.runtime.kernels else None
     except ToolchainError:
         return None
 
 
 def open_here(target: Target, path: Path, options: RunOptions) -> Runtime:
     """The runtime in which an export is judged and verified: on this machine, whatever the device."""
-    return (target.emulator or target.open)(path, options)
+    return (target.emulator or target.runtime).open(path, options)
 
 
 def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
-    """The plan, in the target's default precision if it names none. Refuses combinations that the target lacks."""
+    """The plan, with the target's default precision and settings if it names none. Refuses what the target lacks."""
     plan = replace(plan, precision=plan.precision or target.precisions[0])
     for what, value, choices in (
         ("precision", plan.precision, target.precisions),
@@ -184,12 +218,26 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
         if value not in choices:
             has = ", ".join(choice for choice in choices if choice) or "none"
             raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {has}")
-    if plan.device and plan.device not in target.devices:
+    if plan.device and plan.device not in target.platforms:
+        has = ", ".join(target.platforms) or "none"
         raise UsageError(
-            f"target '{target.name}' has no native library for --device; it has: {', '.join(target.devices) or 'none'}",
+            f"target '{target.name}' has no native library for --device; it has: {has}",
             "leave it out",
         )
     if plan.more_imgsz and not target.several_sizes:
         raise UsageError(f"an artifact of target '{target.name}' takes one --imgsz", "export once for each size")
+    plan = replace(plan, settings=_own_settings(target, plan.settings))
     target.check(plan)
     return plan
+
+
+def _own_settings(target: Target, settings: Any) -> Any:
+    """The plan's settings, the target's default ones for None. Raises UsageError for those of another target."""
+    if settings is None:
+        return target.settings() if target.settings else None
+    if not (target.settings and isinstance(settings, target.settings)):
+        own = target.settings.__name__ if target.settings else "none of its own"
+        raise UsageError(
+            f"target '{target.name}' has no {type(settings).__name__}; its settings: {own}", "leave them out"
+        )
+    return settings

@@ -63,20 +63,19 @@ class TensorSpec:
 class RunOptions:
     """How to run an artifact. None: as the runtime does by itself.
 
-    threads: of one inference. plugin: the native library to run scans on; None runs them portably. device: where, as
-    the runtime names it. cache: folder for compiled models. function: of an artifact that has several. cuda_graph:
-    launch engines of TensorRT as one CUDA graph. streams: inferences at the same time that it is opened for. profile:
-    count what each node takes.
+    threads: of one inference. plugin: the native library to run scans on; None runs them portably. function: of an
+    artifact that has several. streams: inferences at the same time that it is opened for. profile: count what each node
+    takes. settings: the runtime's own, `RuntimeInfo.settings`. identity: what tells this artifact from others, for
+    runtimes that keep compiled models.
     """
 
     threads: int | None = None
     plugin: Path | None = None
-    device: str | None = None
-    cache: Path | None = None
     function: str | None = None
-    cuda_graph: bool = False
     streams: int = 1
     profile: bool = False
+    settings: Any = None
+    identity: str = ""
 
 
 DEFAULTS = RunOptions()
@@ -112,7 +111,7 @@ class Runtime(Protocol):
 
 
 class Profiled(Runtime, Protocol):
-    """What targets with `profiles` open with RunOptions.profile."""
+    """What runtimes that have a profiler open with RunOptions.profile."""
 
     def node_times(self) -> list[NodeTime]:
         """Of the inferences so far, means or the fastest, nodes in the order in which they ran. To be asked once."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import BundleError, ToolchainError
-from evm_deploy.runtimes.base import Feeds, NodeTime, TensorSpec
+from evm_deploy._util.settings import setting
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.runtimes.base import Feeds, NodeTime, RunOptions, Runtime, TensorSpec
+from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
+from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
 
 LOOPS = ("Scan", "Loop", "If")  # nodes whose bodies are recorded, too
 SUFFIX = "_kernel_time"
-INSTALL_HINT = "pip install 'evm-deploy[run-onnx]'"
 
 
 class OnnxRuntime:
@@ -35,7 +38,7 @@ class OnnxRuntime:
         try:
             import onnxruntime as ort
         except ImportError as error:
-            raise ToolchainError("onnxruntime is not installed", INSTALL_HINT) from error
+            raise ToolchainError("onnxruntime is not installed", INFO.install_hint) from error
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads:
@@ -113,3 +116,36 @@ def _spec(value: Any) -> TensorSpec:
 def _reason(error: Exception) -> str:
     """The first line of what ONNX Runtime says. It raises its own types, all derived from Exception alone."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """device: the CPU, which is the only one."""
+
+    device: str | None = setting(None, "--device", metavar="D", help="ONNX: CPU", what="devices")
+
+    def __post_init__(self) -> None:
+        if self.device not in (None, "CPU"):
+            raise UsageError(f"device {self.device!r}: ONNX Runtime's CPU provider is the only one that is used")
+
+
+def open_(path: Path, options: RunOptions) -> Runtime:
+    return OnnxRuntime(path, options.threads, options.plugin, options.profile)
+
+
+INFO = RuntimeInfo(
+    name="onnx",
+    aliases=("ort", "onnxruntime"),
+    label="ONNX",
+    precisions=("fp32", "fp16", "int8", "w8"),
+    needs=(Requirement("onnxruntime", "onnxruntime", "1.17"),),
+    extra="run-onnx",
+    open=open_,
+    scan_probe="scan.onnx",
+    kernels=NativeKernels("onnxruntime", installed_plugin, kernel_isa),
+    profiler=Profiler("ONNX Runtime's profiler", records=True),
+    streams=True,
+    phone="onnxruntime_perf_test",
+    settings=OnnxSettings,
+    refusals={"cache": ("ONNX Runtime keeps no compiled models", "leave the cache out")},
+)

@@ -7,6 +7,7 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,28 +16,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import intact, seal, sha256
+from evm_deploy._util.settings import setting
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
-from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release
+from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
+from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release, extension, isa
 
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata
 PRECISION_HINT = "inference_precision"  # key there: what its operations are computed in
 
 
+@dataclass(frozen=True)
+class OpenVinoSettings:
+    """device: as OpenVINO names it, None for the CPU. cache: folder for compiled models, which load sooner again."""
+
+    device: str | None = setting(
+        None, "--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU", what="devices"
+    )
+    cache: str | Path | None = setting(
+        None, "--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder", what="cache", here=True
+    )
+
+
 class OpenVinoRuntime:
     """A compiled model, of an IR or of a model in memory.
 
     A model without a hint in its metadata is computed in float32: OpenVINO's default on many CPUs is bfloat16.
-    `options.cache` keeps compiled models, apart for each extension: one that changed finds nothing of the old one. A
-    file whose compiled form is there is not read at all, which halves the time.
+    The cache keeps compiled models, apart for each extension: one that changed finds nothing of the old one. A file
+    whose compiled form is there is not read at all, which halves the time. They are apart for each bundle, too:
+    OpenVINO tells models apart by place and time, which two versions of a container's layer may share.
     Raises UsageError for a device that is not there, ToolchainError for an extension that does not fit, BundleError for
     a model that cannot be opened.
     """
 
     def __init__(self, model: Path | Any, options: RunOptions = DEFAULTS) -> None:
         self.core = open_core(options.plugin)
-        device = options.device or "CPU"
+        settings: OpenVinoSettings = options.settings or OpenVinoSettings()
+        device = settings.device or "CPU"
         check_device(device, self.core.available_devices)
         properties = {"PERFORMANCE_HINT": "LATENCY"}
         if options.threads:
@@ -46,11 +63,12 @@ class OpenVinoRuntime:
         if options.profile:
             properties["PERF_COUNT"] = "YES"
         cache = None
-        if options.cache:
-            cache = options.cache / (sha256(options.plugin)[:16] if options.plugin else "portable")
+        if settings.cache:
+            by_extension = sha256(options.plugin)[:16] if options.plugin else "portable"
+            cache = Path(settings.cache) / options.identity / by_extension
             properties["CACHE_DIR"] = str(cache)
         with sealed(cache), opening(model, f"compile for {device}"):
-            if isinstance(model, Path) and not options.cache:
+            if isinstance(model, Path) and not cache:
                 model = read(self.core, model)
             properties["INFERENCE_PRECISION_HINT"] = precision_hint(model)
             self.compiled = self.core.compile_model(model, device, properties)
@@ -190,3 +208,19 @@ def reason(error: Exception) -> str:
 def _spec(port: Any) -> TensorSpec:
     shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in port.partial_shape)
     return TensorSpec(port.any_name, np.dtype(port.element_type.to_dtype()).name, shape)
+
+
+INFO = RuntimeInfo(
+    name="openvino",
+    aliases=("ov",),
+    label="OpenVINO",
+    precisions=("fp32", "fp16", "int8"),
+    needs=(Requirement("openvino", "openvino", "2026.4"),),
+    extra="run-openvino",
+    open=OpenVinoRuntime,
+    scan_probe="scan.xml",
+    kernels=NativeKernels("openvino", extension, isa),
+    profiler=Profiler("OpenVINO's performance counters", records=False),
+    streams=True,
+    settings=OpenVinoSettings,
+)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evm_deploy._util.files import intact, seal
+from evm_deploy._util.files import intact, package_folders, seal
 from evm_deploy.errors import ToolchainError
 
 RECIPE = "kernels.txt"
@@ -62,10 +62,8 @@ class Recipe:
 
 def read_recipe() -> Recipe:
     """The recipe that was installed with this package. Raises ToolchainError where there is none."""
-    import evm_deploy
-
-    for parent in evm_deploy.__path__:  # two of them in an editable install
-        folder = Path(parent) / "native"
+    for parent in package_folders():
+        folder = parent / "native"
         if (folder / RECIPE).is_file():
             return parse_recipe(folder)
     raise ToolchainError(

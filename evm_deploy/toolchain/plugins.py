@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import package_folders
 from evm_deploy.errors import ToolchainError
 
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
@@ -20,10 +21,8 @@ HINT = "install g++ or clang++, then install evm-deploy again; without it scans 
 
 def find_plugin(runtime: str) -> Path | None:
     """The installed native library for `runtime`, or None where it was not built."""
-    import evm_deploy
-
-    for folder in evm_deploy.__path__:  # two of them in an editable install
-        path = Path(folder) / "lib" / LIBRARIES[runtime]
+    for folder in package_folders():
+        path = folder / "lib" / LIBRARIES[runtime]
         if path.is_file():
             return path
     return None
@@ -34,17 +33,8 @@ def not_built() -> str:
     return f"the native scan was not built for the evm_deploy in {Path(__file__).parent}"
 
 
-def plugin_path(runtime: str) -> Path:
-    """The library to register with a plain `runtime`, `onnxruntime` or `openvino` (which may take a minute to compile).
-
-    Raises ToolchainError where it was not, or cannot be, built.
-    """
-    if runtime == "openvino":
-        from evm_deploy.toolchain.openvino_extension import extension
-
-        return extension()
-    if runtime not in LIBRARIES:
-        raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(LIBRARIES)}, openvino")
+def installed_plugin(runtime: str = "onnxruntime") -> Path:
+    """`find_plugin`. Raises ToolchainError where it was not built."""
     path = find_plugin(runtime)
     if path is None:
         raise ToolchainError(not_built(), HINT)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from evm_deploy._util.checks import keys, mapping, nullable, text
 from evm_deploy._util.progress import Step
@@ -17,29 +16,16 @@ from evm_deploy.bench.run import STARTUP_S, record_of
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.runtimes.info import Requirement
+from evm_deploy.runtimes.registry import runtime_of
 
 PYTHON = (3, 10)
 CHECK_S = 60.0
 CHECKED = keys(platform=text, versions=mapping(nullable(text)))
 
 
-class Need(NamedTuple):
-    """module: what is imported. package: what is installed. least: its oldest version that is known to do."""
-
-    module: str
-    package: str
-    least: str
-
-
-COMMON = (Need("numpy", "numpy", "1.26"), Need("safetensors", "safetensors", "0.4"))
-PICTURES = Need("PIL", "pillow", "10")
-RUNTIMES: Mapping[str, tuple[Need, ...]] = {
-    "onnx": (Need("onnxruntime", "onnxruntime", "1.17"),),
-    "openvino": (Need("openvino", "openvino", "2026.4"),),
-    "coreml": (Need("coremltools", "coremltools", "9.0"),),
-    "trt": (Need("tensorrt", "tensorrt", "10.0"), Need("cuda", "cuda-python", "")),
-    "trt-rtx": (Need("tensorrt_rtx", "tensorrt-rtx-cu13-bindings", "1.7"), Need("cuda", "cuda-python", "")),
-}
+COMMON = (Requirement("numpy", "numpy", "1.26"), Requirement("safetensors", "safetensors", "0.4"))
+PICTURES = Requirement("PIL", "pillow", "10")
 
 
 class Board:
@@ -64,9 +50,10 @@ class Board:
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Check that the board has what the bundle needs, and send it. Raises as a call does."""
         bundle = open_bundle(path)
-        if settings.cache:
-            raise UsageError("--cache with --host: nothing is to stay on the board", "leave it out")
-        self._require(bundle.manifest, settings)
+        for flag in settings.flags().values():
+            if flag.here:
+                raise UsageError(f"{flag.name} with --host: nothing is to stay on the board", "leave it out")
+        self._require(bundle, settings)
         self._place(path, bundle)
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
@@ -74,7 +61,7 @@ class Board:
         there = settings
         if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
             there = replace(settings, scan="bundled")  # the user's own library, sent by the user to the user's board
-        arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(asdict(there))]
+        arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(there.as_dict())]
         answer = self._connection.run([NAME, *arguments], settings.limit_s + STARTUP_S)
         if answer.late:
             raise ToolchainError(
@@ -89,17 +76,18 @@ class Board:
             warnings=warnings,
         )
 
-    def _require(self, manifest: Manifest, settings: Settings) -> None:
+    def _require(self, bundle: Bundle, settings: Settings) -> None:
         """Raise ToolchainError, saying what to install, unless the board has what the bundle needs."""
-        pictures = (PICTURES,) if settings.timed == "end-to-end" else ()
-        needs = (*COMMON, *RUNTIMES[manifest.target], *pictures)
-        versions = self._check([need.module for need in needs])["versions"]
-        wrong = [(need, versions[need.module]) for need in needs if not serves(versions[need.module], need.least)]
+        target = runtime_of(bundle.manifest.target, bundle.path)
+        needs = (*COMMON, *target.needs, *((PICTURES,) if settings.timed == "end-to-end" else ()))
+        versions = self._check([module for need in needs for module in need.modules])["versions"]
+        found = {need: next((v for v in map(versions.get, need.modules) if v is not None), None) for need in needs}
+        wrong = {need: version for need, version in found.items() if not need.met_by(version)}
         if wrong:
-            lacks = ", ".join(f"{need.package}{f' (has {version})' if version else ''}" for need, version in wrong)
-            install = " ".join(f"'{need.package}>={need.least}'" if need.least else need.package for need, _ in wrong)
+            lacks = ", ".join(f"{need.package} (has {has})" if has else need.package for need, has in wrong.items())
+            install = " ".join(f"'{need}'" if need.least else need.package for need in wrong)
             raise ToolchainError(
-                f"{self.at} lacks for target '{manifest.target}': {lacks}",
+                f"{self.at} lacks for target '{target.name}': {lacks}",
                 f"there:  {self._connection.python} -m pip install {install}\n"
                 "  or into a virtual environment, and here --python PATH/bin/python",
             )
@@ -130,22 +118,6 @@ class Board:
                 before += sent
         self._sent[str(path)] = folder
         return folder
-
-
-def serves(version: str | None, least: str) -> bool:
-    """Whether an installed version is new enough; one that does not say which it is (empty) is believed."""
-    if version is None:
-        return False
-    return not (version and least) or _numbers(version) >= _numbers(least)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def no_library(manifest: Manifest, record: Record, platform: str) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from evm_deploy.bench.latency import WARM_UP_S, WINDOW, WINDOW_S, WINDOWS, Latency, agree
 from evm_deploy.errors import ToolchainError
 
+NAME = "onnxruntime_perf_test"  # as RuntimeInfo.phone has it
 HUGE_S = 1e6
 RESULT = "result.csv"
 

@@ -29,6 +29,8 @@ from evm_deploy.bench.subject import batch_size, bundle_facts
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.runtimes.info import RuntimeInfo
+from evm_deploy.runtimes.registry import configured, runtime_of
 
 RUN_S = 10  # the program does not know when it is stable; a record says whether it was
 ANSWER_S = 60.0
@@ -90,17 +92,8 @@ class Phone:
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Refuse what cannot be measured there; send the rest. Raises UsageError, BundleError, ToolchainError."""
         bundle = open_bundle(path)
-        refused = {
-            f"a bundle for {bundle.manifest.target}": bundle.manifest.target != "onnx",
-            "--end-to-end": settings.timed == "end-to-end",
-            "--cache": bool(settings.cache),
-            "--cuda-graph": settings.cuda_graph,
-            "several streams": settings.streams > 1,
-            f"--device {settings.device}": settings.device not in (None, "CPU"),
-        }
-        for what, is_so in refused.items():
-            if is_so:
-                raise UsageError(f"{what} with --adb: onnxruntime_perf_test measures ONNX models, on the CPU")
+        for what in self._refused(runtime_of(bundle.manifest.target, bundle.path), settings):
+            raise UsageError(f"{what} with --adb: {perf_test.NAME} measures ONNX models, on the CPU")
         library = self._library(bundle.manifest, settings)
         files = [bundle.path / bundle.manifest.artifact, self._runner, *self._runner.parent.glob("libonnxruntime*.so")]
         files += [bundle.path / library] if library else []
@@ -139,6 +132,19 @@ class Phone:
         self._shell(f"rm -f {self._folder}/{perf_test.RESULT}")
         return self._record(bundle, replace(settings, batch=batch), library, perf_test.read(printed, written))
 
+    def _refused(self, target: RuntimeInfo, settings: Settings) -> list[str]:
+        """What the program does not measure, of what is asked for."""
+        refused = [f"a bundle for {target.name}"] if target.phone != perf_test.NAME else []
+        refused += ["--end-to-end"] if settings.timed == "end-to-end" else []
+        refused += ["several streams"] if settings.streams > 1 else []
+        own = dict(settings.own)
+        for name, flag in settings.flags().items():
+            try:
+                configured(target, {name: own[name]})
+            except UsageError:
+                refused.append(f"{flag.name} {own[name]}" if flag.metavar and not flag.here else flag.name)
+        return refused
+
     def _library(self, manifest: Manifest, settings: Settings) -> str | None:
         """The bundle's native library for Android, where it has one and it is not unwanted."""
         if settings.scan == "portable":
@@ -163,7 +169,7 @@ class Phone:
                 },
                 "plan": {},
             },
-            settings=asdict(settings),
+            settings=settings.as_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             load_ms={"fresh": round(found.load_ms, 2)},
             first_ms=found.first_ms,

@@ -33,8 +33,8 @@ class Bench(Protocol):
 class Place:
     """host: `user@board[:port]`, and adb: serial of a phone; without either, this machine.
 
-    device: profile name, file, or OpenVINO's name. ssh, python: the command here, the interpreter there. runner:
-    onnxruntime_perf_test for the phone.
+    device: profile name, file, or a runtime's name for one. ssh, python: the command here, the interpreter there.
+    runner: onnxruntime_perf_test for the phone.
     """
 
     host: str | None = None
@@ -68,7 +68,7 @@ class Here:
 
 
 class AsProfile:
-    """A place that is a kind of device: its threads and OpenVINO device, where they are not given.
+    """A place that is a kind of device: its threads and settings of the runtime, where they are not given.
 
     Raises UsageError for a place or bundle that is not of this kind.
     """
@@ -92,12 +92,12 @@ class AsProfile:
         profile, target = self._profile, open_bundle(path).manifest.target
         if target not in profile.targets:
             raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
-        device = settings.device or (profile.openvino_device if target == "openvino" else None)
-        return replace(settings, threads=settings.threads or profile.threads, device=device)
+        own = {**profile.settings.get(target, {}), **dict(settings.own)}
+        return replace(settings, threads=settings.threads or profile.threads).with_own(**own)
 
 
 def profile_of(device: str | None) -> Profile | None:
-    """The profile that `--device` names; None for one of OpenVINO's devices, which are upper case: GPU, HETERO:GPU,CPU.
+    """The profile that `--device` names; None for a runtime's own devices, which are upper case: GPU, HETERO:GPU,CPU.
 
     Raises UsageError.
     """

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
 
-from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
 from evm_deploy._util.text import size_text
-from evm_deploy.bench import latency
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.int8 import Quantized, Ship
 from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import UsageError
 from evm_deploy.export.coreml import package
 from evm_deploy.export.coreml import program as mlprogram
-from evm_deploy.export.coreml.coremltools_patch import INSTALL_HINT
 from evm_deploy.export.coreml.int8 import quantize_program
 from evm_deploy.export.coreml.program import DEFAULT_MIN_TARGET, MlProgram
 from evm_deploy.export.coreml.readme import usage
@@ -28,23 +23,14 @@ from evm_deploy.export.coreml.scans import CoreMlScanTaps, scan_site
 from evm_deploy.export.coreml.static_cost import static_cost
 from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import MIN_TARGETS, QUANTIZED, SELFTEST_TOLERANCES, TOLERANCES, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, Target
-from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.runtimes.coreml import CoreMlRuntime
+from evm_deploy.export.target import Artifact, Emulator, Target
+from evm_deploy.runtimes.base import Runtime
+from evm_deploy.runtimes.coreml import INFO, emulator
+from evm_deploy.runtimes.coreml.tools import INSTALL_HINT
 from evm_deploy.scan.fused import fusable_modules
 
-BUILD_PACKAGES = ("torch", "coremltools")
 ARTIFACT = "model.mlpackage"
-BENCHMARK = "bench_on_mac.py"
-EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes what the program says, not how fast Core ML is"
-
-
-def probe() -> Probe:
-    """Which of the packages are here, without importing them. Only Apple's systems run Core ML."""
-    versions = package_versions(BUILD_PACKAGES)
-    missing = [name for name in BUILD_PACKAGES if name not in versions]
-    mac = sys.platform == "darwin"
-    return Probe(not missing, mac and not missing, versions, INSTALL_HINT if missing else "" if mac else EMULATED)
+SCRIPTS = ("bench/bench_on_mac.py", "bench/latency.py", "runtimes/coreml/compute_plan.py")  # needs no evm-deploy
 
 
 def check(plan: ExportPlan) -> None:
@@ -95,8 +81,9 @@ def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
     """
     check(plan)  # the labels may be the checkpoint's
     path = folder / ARTIFACT
-    for script in (Path(__file__).with_name(BENCHMARK), Path(latency.__file__)):
-        shutil.copyfile(script, folder / script.name)
+    for script in SCRIPTS:
+        source = files("evm_deploy") / script
+        (folder / Path(script).name).write_bytes(source.read_bytes())
     if not program.more:
         package.save(program.model, path)
         return describe(path, program, plan, None)
@@ -123,20 +110,6 @@ def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | N
     return Artifact(path, scan, details, function=function)
 
 
-def open_(path: Path, options: RunOptions) -> Runtime:
-    """Core ML on a Mac, the MIL runtime anywhere else; `probe().hint` says so. Raises UsageError."""
-    if options.threads or options.device or options.cache:
-        raise UsageError("Core ML chooses threads, device and cache by itself", "leave them out")
-    return CoreMlRuntime(path, options.function) if sys.platform == "darwin" else emulator(path, options)
-
-
-def emulator(path: Path, options: RunOptions) -> Runtime:
-    """The MIL runtime, which of the options has use for the function alone."""
-    from evm_deploy.runtimes.mil import MilRuntime
-
-    return MilRuntime(path, options.function)
-
-
 def remarks(runtime: Runtime) -> list[str]:
     """Whether activations came near the end of float16: other pictures may go beyond it, and give Inf."""
     largest = getattr(runtime, "largest", 0.0)
@@ -145,38 +118,27 @@ def remarks(runtime: Runtime) -> list[str]:
     return [f"activations reach {largest:.0f} on the test pictures, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
 
 
-def no_library(*_: Any) -> NoReturn:
-    raise ToolchainError("Core ML takes no native library", "leave --device out")
-
-
 def write_scan_probe(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a scan of this shape in float32, with all seven tensors as inputs."""
     package.save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
 
 
 TARGET = Target(
-    name="coreml",
-    aliases=("apple", "ios", "mlpackage"),
-    precisions=("fp16", "fp32", "int8", "w8"),
+    runtime=INFO,
     scans=("auto", "portable"),
-    devices=(),
-    probe=probe,
+    packages=("torch", "coremltools"),
+    install_hint=INSTALL_HINT,
     build=build,
     taps=CoreMlScanTaps,
-    open=open_,
-    plugin=no_library,
-    isa=no_library,
-    build_plugin=no_library,
-    scan_probe="scan-{K}x{L}x{D}x{N}.mlpackage",
     write_scan_probe=write_scan_probe,
     usage=usage,
     trace=mlprogram.trace,
     trace_key=mlprogram.trace_key,
     quantize=quantize,
-    emulator=emulator,
     min_targets=MIN_TARGETS,
     check=check,
     selftest_tolerances={**SELFTEST_TOLERANCES, "w8": TOLERANCES["fp16"]},  # computed in float16
     several_sizes=True,
     remarks=remarks,
+    emulator=Emulator(emulator, library=lambda: None),
 )

@@ -1,4 +1,4 @@
-"""coremltools, imported without its chatter, with what its version 9.0 lacks for today's numpy."""
+"""coremltools ready to convert: with what its version 9.0 lacks for today's numpy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ from typing import Any
 import numpy as np
 
 from evm_deploy._util.quiet import quiet
-from evm_deploy.errors import ToolchainError
+from evm_deploy.runtimes.coreml.tools import coremltools
 
-INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
 # Rewrites x * scale + shift as a batch_norm of epsilon 1e-5: off by 5e-6, more than float32 costs anywhere else.
 INEXACT_PASS = "common::fuse_elementwise_to_batchnorm"
 PATCHED_VERSION = "9.0"  # also the one whose private passes quantise activations
-
-
-@cache
-def coremltools() -> Any:
-    """The package. Raises ToolchainError where it is not installed."""
-    try:
-        with quiet():
-            import coremltools as ct
-    except ImportError as error:
-        raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
-    return ct
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.quiet import quiet
-from evm_deploy.export.coreml.coremltools_patch import coremltools
+from evm_deploy.runtimes.coreml.tools import coremltools
 
 
 def save(model: Any, path: Path) -> None:

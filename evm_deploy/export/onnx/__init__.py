@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evm_deploy._util.packages import package_versions
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import outline
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
@@ -15,21 +13,10 @@ from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.onnx.readme import usage
 from evm_deploy.export.onnx.scans import OnnxScanTaps
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
-from evm_deploy.export.target import Artifact, Probe, Target
-from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+from evm_deploy.export.target import Artifact, Libraries, Target
+from evm_deploy.runtimes.onnxruntime import INFO
 from evm_deploy.toolchain import cross
 from evm_deploy.toolchain.platforms import PLATFORMS
-from evm_deploy.toolchain.plugins import HINT, find_plugin, kernel_isa, not_built
-
-BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
-
-
-def probe() -> Probe:
-    """Which of the packages are here, without importing them."""
-    versions = package_versions(BUILD_PACKAGES)
-    missing = [name for name in BUILD_PACKAGES if name not in versions]
-    return Probe(not missing, "onnxruntime" in versions, versions, INSTALL_HINT if missing else "")
 
 
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
@@ -68,21 +55,6 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     return Artifact(path, scan, details)
 
 
-def open_(path: Path, options: RunOptions) -> Runtime:
-    if options.device not in (None, "CPU"):
-        raise UsageError(f"device {options.device!r}: ONNX Runtime's CPU provider is the only one that is used")
-    if options.cache:
-        raise UsageError("ONNX Runtime keeps no compiled models", "leave the cache out")
-    return OnnxRuntime(path, options.threads, options.plugin, options.profile)
-
-
-def plugin() -> Path:
-    path = find_plugin("onnxruntime")
-    if path is None:
-        raise ToolchainError(not_built(), HINT)
-    return path
-
-
 def build_plugin(platform: str) -> Path:
     return cross.library("onnxruntime", platform)
 
@@ -98,21 +70,13 @@ def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanSh
 
 
 TARGET = Target(
-    name="onnx",
-    aliases=("ort", "onnxruntime"),
-    precisions=("fp32", "fp16", "int8", "w8"),
+    runtime=INFO,
     scans=("auto", "portable"),
-    devices=tuple(PLATFORMS),
-    probe=probe,
+    packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
+    install_hint=INSTALL_HINT,
     build=build,
     taps=OnnxScanTaps,
-    open=open_,
-    plugin=plugin,
-    isa=kernel_isa,
-    build_plugin=build_plugin,
-    scan_probe="scan.onnx",
     write_scan_probe=write_scan_probe,
     usage=usage,
-    streams=True,
-    profiles=True,
+    libraries=Libraries(tuple(PLATFORMS), build_plugin),
 )

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.packages import package_versions
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import outline
 from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
@@ -18,9 +17,9 @@ from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
 from evm_deploy.export.openvino.readme import usage
 from evm_deploy.export.openvino.scans import OpenVinoScanTaps
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Artifact, Probe, Target
-from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.runtimes.openvino import PRECISION_HINT, OpenVinoRuntime, open_core
+from evm_deploy.export.target import Artifact, Target
+from evm_deploy.runtimes.base import Runtime
+from evm_deploy.runtimes.openvino import INFO, PRECISION_HINT, OpenVinoRuntime, open_core
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain import openvino_extension
 from evm_deploy.toolchain.openvino_extension import INSTALL_HINT, extension
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
     import onnx
 
 BLOCK_STEPS = 28  # of an iteration of a portable scan: the whole model 6 % faster than with 7
-BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino")
-
-
-def probe() -> Probe:
-    """Which of the packages are here, without importing them."""
-    versions = package_versions(BUILD_PACKAGES)
-    missing = [name for name in BUILD_PACKAGES if name not in versions]
-    return Probe(not missing, "openvino" in versions, versions, INSTALL_HINT if missing else "")
 
 
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
@@ -115,14 +106,6 @@ def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def open_(path: Path, options: RunOptions) -> Runtime:
-    return OpenVinoRuntime(path, options)
-
-
-def build_plugin(platform: str) -> Path:
-    raise UsageError(f"the extension is compiled where its OpenVINO is installed: export on {platform}")
-
-
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     proto, library = scan_alone(graph.model), None
@@ -142,22 +125,13 @@ def remarks(runtime: Runtime) -> list[str]:
 
 
 TARGET = Target(
-    name="openvino",
-    aliases=("ov",),
-    precisions=("fp32", "fp16", "int8"),
+    runtime=INFO,
     scans=("auto", "plugin", "portable"),
-    devices=(),
-    probe=probe,
+    packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"),
+    install_hint=INSTALL_HINT,
     build=build,
     taps=OpenVinoScanTaps,
-    open=open_,
-    plugin=extension,
-    isa=openvino_extension.isa,
-    build_plugin=build_plugin,
-    scan_probe="scan.xml",
     write_scan_probe=write_scan_probe,
     usage=usage,
     remarks=remarks,
-    streams=True,
-    profiles=True,
 )

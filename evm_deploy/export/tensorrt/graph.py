@@ -11,7 +11,7 @@ from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import ScanSite, check, scan_sites
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.tensorrt import kernel
+from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE
 from evm_deploy.scan.unrolled import unrolled_scan
 

@@ -45,7 +45,7 @@ or without Python, which leaves `manifest.json` as it is:
 
 def trtexec(manifest: Manifest) -> str:
     """The equivalent command of NVIDIA's tool. Precision is in the graph: no --fp16, no --int8."""
-    engine = manifest.plan["engine"]
+    engine = manifest.plan["settings"]
     words = ["tensorrt_rtx" if manifest.target == "trt-rtx" else "trtexec", "--onnx=model.onnx"]
     words += ["--saveEngine=model.engine"]
     if manifest.target == "trt":

@@ -6,7 +6,7 @@ No `from __future__ import annotations` and no newer spelling here: tensorrt.plu
 
 from typing import Any, List, Tuple, Union
 
-from evm_deploy.export.tensorrt.kernel import CHANNELS, KERNELS, THREADS
+from evm_deploy.runtimes.tensorrt.kernel import CHANNELS, KERNELS, THREADS
 
 OP = "evm::SelectiveScan"
 TACTIC = 1  # there is one kernel

@@ -129,7 +129,7 @@ def add_kernel(trt: Any, scan: str, library: str | None) -> None:
                 "this TensorRT has no tensorrt.plugin, needed is 10.9 or newer: export with --scan portable"
             )
         try:
-            from evm_deploy.export.tensorrt import kernel, plugin
+            from evm_deploy.runtimes.tensorrt import kernel, plugin
         except ImportError as error:
             raise FinishError("--scan aot compiles our kernel here: pip install evm-deploy") from error
         plugin.register(kernel.compile_kernel(f"sm_{gpu()['sm']}").decode())

@@ -9,18 +9,23 @@ import ctypes
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import ToolchainError
-from evm_deploy.export.tensorrt.finish import MODULES, FinishError, load_tensorrt, make_logger
-from evm_deploy.runtimes.base import Feeds, Runtime, TensorSpec
+from evm_deploy._util.settings import setting
+from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
+from evm_deploy.runtimes.info import NativeKernels, Requirement, RuntimeInfo
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
+from evm_deploy.runtimes.tensorrt.finish import MODULES, FinishError, load_tensorrt, make_logger
 
 REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
@@ -65,7 +70,9 @@ def check_built_for(path: Path, version: str) -> None:
     if sidecar.is_file():
         manifest = json.loads(sidecar.read_text(encoding="utf-8"))
         built = manifest.get("details", {}).get("engine", {}).get("tensorrt", version)
-        compatible = manifest.get("plan", {}).get("engine", {}).get("version_compatible", False)
+        plan = manifest.get("plan", {})
+        settings = plan.get("settings") or plan.get("engine") or {}  # the second in bundles of before
+        compatible = settings.get("version_compatible", False)
         if built != version and not compatible:
             raise ToolchainError(f"{path} was built with TensorRT {built}, here is {version}", REBUILD)
 
@@ -214,3 +221,76 @@ class TensorRtRuntime:
         if status != self.cuda.cudaError_t.cudaSuccess:
             raise ToolchainError(f"CUDA: {status.name}", "see nvidia-smi for the driver and the GPU's memory")
         return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class TensorRtSettings:
+    """cuda_graph: launch the engine as one CUDA graph."""
+
+    cuda_graph: bool = setting(
+        False, "--cuda-graph", help="TensorRT: launch the engine as one CUDA graph", what="CUDA graphs"
+    )
+
+
+NEITHER = "TensorRT takes no threads, device or cache", "leave them out"
+
+
+def open_(target: str, path: Path, options: RunOptions) -> Runtime:
+    """An engine in TensorRT; a scan by itself, for which there is none, in ONNX Runtime."""
+    if path.suffix == ".onnx":
+        return emulator(path, options)
+    if options.threads:
+        raise UsageError(*NEITHER)
+    settings: TensorRtSettings = options.settings or TensorRtSettings()
+    return TensorRtRuntime(path, target, options.plugin, settings.cuda_graph)
+
+
+def emulator(path: Path, options: RunOptions) -> Runtime:
+    """The bundle's ONNX in ONNX Runtime, its scans on our kernels for CPUs where they are nodes."""
+    return OnnxRuntime(path, options.threads, options.plugin)
+
+
+def no_library() -> NoReturn:
+    raise ToolchainError("TensorRT's plugin library is compiled where it will run", "see the bundle's README.md")
+
+
+def obstacle() -> str:
+    return "" if has_driver() else NO_DRIVER
+
+
+def _info(
+    name: str,
+    aliases: tuple[str, ...],
+    label: str,
+    needs: tuple[Requirement, ...],
+    kernels: NativeKernels | None = None,
+) -> RuntimeInfo:
+    return RuntimeInfo(
+        name=name,
+        aliases=aliases,
+        label=label,
+        precisions=("fp32", "fp16", "int8", "int8-fp16"),
+        needs=(*needs, Requirement("cuda", "cuda-python")),
+        extra=name,
+        open=partial(open_, name),
+        scan_probe="scan.onnx",
+        obstacle=obstacle,
+        kernels=kernels,
+        settings=TensorRtSettings,
+        refusals=dict.fromkeys(("device", "cache"), NEITHER),
+    )
+
+
+TRT = _info(
+    "trt",
+    ("tensorrt", "engine"),
+    "TensorRT",
+    (Requirement("tensorrt", "tensorrt", "10.0"),),
+    NativeKernels("tensorrt", no_library, isa=lambda library: "CUDA"),
+)
+TRT_RTX = _info(
+    "trt-rtx",
+    ("rtx",),
+    "TensorRT-RTX",
+    (Requirement("tensorrt_rtx", "tensorrt-rtx-cu13-bindings", "1.7", others=("tensorrt_rtx_bindings",)),),
+)

@@ -1,4 +1,4 @@
-"""Core ML itself, on a Mac. Never run by this project: elsewhere programs are computed by `runtimes.mil`."""
+"""Core ML itself, on a Mac, where this project never ran it; elsewhere programs are computed by `runtimes.mil`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.errors import BundleError, ToolchainError
-from evm_deploy.export.coreml.coremltools_patch import coremltools
-from evm_deploy.runtimes.base import Feeds, TensorSpec
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
+from evm_deploy.runtimes.coreml.tools import coremltools
+from evm_deploy.runtimes.info import Requirement, RuntimeInfo
+
+EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes what the program says, not how fast Core ML is"
+CHOSEN_ITSELF = "Core ML chooses threads, device and cache by itself", "leave them out"
 
 
 class CoreMlRuntime:
@@ -57,7 +61,7 @@ class CoreMlRuntime:
 
     def plan(self) -> dict[str, Any]:
         """Operations, and share of the estimated cost, by the device that Core ML prefers for them."""
-        from evm_deploy.export.coreml.bench_on_mac import plan
+        from evm_deploy.runtimes.coreml.compute_plan import plan
 
         return plan(self.model, self.model.compute_unit, self.function)
 
@@ -85,3 +89,35 @@ def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
     if kind == "stringType":
         return None
     return TensorSpec(value.name, "float32", tuple(value.type.multiArrayType.shape))
+
+
+def open_(path: Path, options: RunOptions) -> Runtime:
+    """Core ML on a Mac, the MIL runtime anywhere else; `INFO.availability().hint` says so. Raises UsageError."""
+    if options.threads:
+        raise UsageError(*CHOSEN_ITSELF)
+    return CoreMlRuntime(path, options.function) if sys.platform == "darwin" else emulator(path, options)
+
+
+def emulator(path: Path, options: RunOptions) -> Runtime:
+    """The MIL runtime, which of the options has use for the function alone."""
+    from evm_deploy.runtimes.mil import MilRuntime
+
+    return MilRuntime(path, options.function)
+
+
+def obstacle() -> str:
+    return "" if sys.platform == "darwin" else EMULATED
+
+
+INFO = RuntimeInfo(
+    name="coreml",
+    aliases=("apple", "ios", "mlpackage"),
+    label="Core ML",
+    precisions=("fp16", "fp32", "int8", "w8"),
+    needs=(Requirement("coremltools", "coremltools", "9.0"),),
+    extra="coreml",
+    open=open_,
+    scan_probe="scan-{K}x{L}x{D}x{N}.mlpackage",
+    obstacle=obstacle,
+    refusals=dict.fromkeys(("device", "cache"), CHOSEN_ITSELF),
+)

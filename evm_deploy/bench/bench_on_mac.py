@@ -3,7 +3,8 @@
     pip install coremltools pillow numpy
     python bench_on_mac.py     # a record of evm-deploy for each choice of compute units; --limit, --units to choose
 
-Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow, coremltools, and latency.py beside it.
+Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow, coremltools, and beside it
+latency.py and compute_plan.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,10 @@ try:
     from latency import Latency, agree, measure, throughput  # type: ignore[import-not-found]  # in a bundle
 except ImportError:
     from evm_deploy.bench.latency import Latency, agree, measure, throughput
+try:
+    from compute_plan import plan  # type: ignore[import-not-found]
+except ImportError:
+    from evm_deploy.runtimes.coreml.compute_plan import plan
 
 HERE = Path(__file__).parent
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
@@ -208,26 +212,6 @@ def example(spec: dict[str, Any]) -> Any:
     if spec["dtype"] == "uint8":
         return PIL.Image.fromarray(rng.integers(0, 256, spec["shape"][1:], np.uint8))
     return rng.standard_normal(spec["shape"]).astype(np.float32)
-
-
-def plan(model: Any, units: Any, function: str) -> dict[str, Any]:
-    """Operations and share of the estimated cost by preferred device; of the scans alone, too."""
-    from coremltools.models.compute_plan import MLComputePlan
-
-    loaded = MLComputePlan.load_from_path(path=model.get_compiled_model_path(), compute_units=units)
-    counts: Counter[str] = Counter()
-    costs: dict[str, float] = {}
-    for operation in loaded.model_structure.program.functions[function].block.operations:
-        usage = loaded.get_compute_device_usage_for_mlprogram_operation(operation)
-        cost = loaded.get_estimated_cost_for_mlprogram_operation(operation)
-        if usage is None:
-            continue
-        where = type(usage.preferred_compute_device).__name__.removeprefix("ML").removesuffix("ComputeDevice")
-        scan = any(output.name.startswith("evm_scan") for output in operation.outputs)
-        for name in (where, f"{where} of scans") if scan else (where,):
-            counts[name] += 1
-            costs[name] = costs.get(name, 0.0) + (cost.weight if cost else 0.0)
-    return {"operations": dict(counts), "cost": {name: round(value, 4) for name, value in costs.items()}}
 
 
 if __name__ == "__main__":

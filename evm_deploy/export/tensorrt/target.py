@@ -1,0 +1,154 @@
+"""Targets `trt` and `trt-rtx`: an ONNX file that TensorRT takes, judged in ONNX Runtime, and the engine built from it.
+
+An engine is built where it will run. Where TensorRT is not, the bundle has all but the engine, and `finish` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evm_deploy._util.progress import Step
+from evm_deploy.bundle.manifest import Choice, Manifest
+from evm_deploy.bundle.selftest import ScanShape
+from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
+from evm_deploy.calib.request import Request
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
+from evm_deploy.export.onnx.scans import OnnxScanTaps
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import Artifact, Emulator, Finish, Target
+from evm_deploy.export.tensorrt.graph import tensorrt_graph
+from evm_deploy.export.tensorrt.readme import usage
+from evm_deploy.export.tensorrt.settings import EngineSettings
+from evm_deploy.runtimes import tensorrt
+from evm_deploy.runtimes.info import RuntimeInfo
+from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
+from evm_deploy.runtimes.tensorrt import finish as tensorrt_finish
+from evm_deploy.toolchain.plugins import find_plugin
+
+SCANS = {
+    "portable": "standard ops only: any TensorRT from 10.0 on, and TensorRT-RTX",
+    "aot": "the kernel is embedded in the engine: TensorRT from 10.9 on",
+    "plugin": "the kernel is in a library beside the engine: TensorRT from 10.0 on",
+}
+
+
+def check(target: str, plan: ExportPlan) -> None:
+    """Refuse what neither TensorRT nor its builder has. Raises UsageError, or ToolchainError with --no-defer."""
+    engine: EngineSettings = plan.settings
+    if not plan.batch.static and plan.batch.max is None:
+        raise UsageError(
+            "TensorRT needs a range for a dynamic batch", "use --batch MIN:OPT:MAX, such as 1:4:8: its profile"
+        )
+    if target == "trt" and engine.sms:
+        raise UsageError("--sm is for trt-rtx: TensorRT builds for the GPU that is there", "leave it out")
+    if target == "trt-rtx":
+        for flag, given in (
+            ("--version-compatible", engine.version_compatible),
+            ("--hardware-compatible", engine.hardware_compatible),
+            ("--timing-cache", engine.timing_cache),
+        ):
+            if given:
+                raise UsageError(f"TensorRT-RTX has no {flag}", "leave it out")
+    if not engine.defer and not can_build_engine(target):
+        why = "there is no NVIDIA driver here" if installed(target) else "it is not installed"
+        raise ToolchainError(
+            f"{tensorrt_finish.MODULES[target][0]} cannot build the engine that --no-defer asks for: {why}",
+            INSTALL_HINTS[target],
+        )
+
+
+def quantize(graph: Graph, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+    """The int8 form without zero points, which TensorRT refuses."""
+    return quantize_graph(
+        graph.model,
+        request,
+        preprocessing,
+        fused=graph.fusable,
+        ship=ship,
+        plugin=find_plugin("onnxruntime"),
+        step=step,
+        symmetric=True,
+    )
+
+
+def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
+    """Write `folder`/model.onnx, and what finishes it: build.json and finish.py."""
+    model, sites = tensorrt_graph(graph.model, plan)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    mode = "portable" if plan.scan == "auto" else plan.scan
+    batch = plan.batch
+    profile = None if batch.static else [list(input_shape(plan, n or 1)) for n in (batch.min, batch.opt, batch.max)]
+    settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.settings)}
+    (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(tensorrt_finish.__file__, folder / "finish.py")
+    if mode == "plugin":
+        shutil.copytree(kernel.source().parent, folder / "plugin")
+    details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites}
+    return Artifact(path, Choice(mode, SCANS[mode]), details)
+
+
+def finish(target: str, folder: Path, library: str | None = None) -> None:
+    """Build the engine of the bundle in `folder`, in a process of its own: some inputs end it, not only fail.
+
+    Raises ToolchainError with what the builder said.
+    """
+    command = [sys.executable, tensorrt_finish.__file__, str(folder), *(("--library", library) if library else ())]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode < 0:
+        raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle without its engine: {folder}")
+
+
+def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+    """Write one scan with all seven tensors as inputs and any shape, in the hub's portable form."""
+    import onnx
+
+    model = onnx.inliner.inline_local_functions(scan_alone(graph.model))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def summary(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the engine was built with, or that it is still to be built."""
+    if not manifest.built:
+        return [("Engine", "not built here")]
+    facts = manifest.details["engine"]
+    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
+    return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
+
+
+def _target(info: RuntimeInfo, scans: tuple[str, ...]) -> Target:
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(function, info.name)
+
+    return Target(
+        runtime=info,
+        scans=scans,
+        packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
+        install_hint=INSTALL_HINT,
+        build=bound(build),
+        taps=OnnxScanTaps,
+        write_scan_probe=write_scan_probe,
+        usage=usage,
+        quantize=quantize,
+        check=bound(check),
+        emulator=Emulator(emulator, library=lambda: find_plugin("onnxruntime")),
+        finish=Finish(bound(finish), partial(can_build_engine, info.name), summary),
+        settings=EngineSettings,
+    )
+
+
+TRT = _target(tensorrt.TRT, ("auto", "portable", "aot", "plugin"))
+TRT_RTX = _target(tensorrt.TRT_RTX, ("auto", "portable"))

@@ -1,0 +1,22 @@
+"""coremltools, imported without its chatter."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from evm_deploy._util.quiet import quiet
+from evm_deploy.errors import ToolchainError
+
+INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
+
+
+@cache
+def coremltools() -> Any:
+    """The package. Raises ToolchainError where it is not installed."""
+    try:
+        with quiet():
+            import coremltools as ct
+    except ImportError as error:
+        raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
+    return ct
