@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from evm_deploy.model.batch_norm import folded
+from evm_deploy.model import batch_norm
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +51,7 @@ def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
     weight, bias = conv.inputs[1], conv.inputs[2] if len(conv.inputs) > 2 else None
     scale, shift, mean, variance = (_array(value) for value in norm.inputs[1:])
     epsilon = norm.attributes.get_float("epsilon", EPSILON)
-    values = folded(_array(weight), _array(bias), scale, shift, mean, variance, epsilon)
+    values = batch_norm.folded(_array(weight), _array(bias), scale, shift, mean, variance, epsilon)
     names = (weight.name, weight.name.removesuffix("weight") + "bias")
     conv.resize_inputs(3)
     for i, (name, value) in enumerate(zip(names, values, strict=True), start=1):
