@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evm_deploy.export.hub.graph import fold_batch_norm
 from evm_deploy.scan import reference
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.toolchain.compile import Compiler, parse_recipe
@@ -137,7 +136,7 @@ def check_random_blocks(driver: Driver, count: int) -> None:
         b, H, W, dim, rank = (int(g.integers(low, high)) for low, high in ((1, 3), (1, 14), (1, 14), (8, 50), (1, 9)))
         states = int(g.integers(1, 80))
         block, x = random_block(i, dim, rank, states, (0.1, 1.0, 5.0)[i % 3]), image(i, b, H, W, dim)
-        operands = [operand.numpy() for operand in fold_batch_norm(block).fused_op().operands.values()]
+        operands = [operand.numpy() for operand in block.fused_op().operands.values()]
         problems.append(block_problem([x, *operands], b, H, W, dim, 2 * dim, states, rank, dim // 8))
         with torch.inference_mode(), without_native_scan():
             wanted.append(in_float64(block, x))

@@ -13,6 +13,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export import coreml, verify
 from evm_deploy.export.coreml import program
+from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.coreml.scans import CoreMlScanTaps
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.selftest import probe_inputs
@@ -86,10 +87,12 @@ def test_a_changed_operation_is_noticed(fault, coreml_fp32, tmp_path):
 @pytest.mark.parametrize("name", ["layers.2.1.conv_dw.0.weight", "layers.0.blocks.0.op.in_proj.weight"])
 def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
     """One per cent, in the file of the weights."""
-    artifact, module, _ = coreml_fp32
+    artifact, module, plan = coreml_fp32
     package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
     file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    weight = dict(program.fold_batch_norm(module).named_parameters())[f"model.{name}"].detach().numpy()
+    folded = fold_batch_norm(program.channels_first(module, plan), program.example(plan))
+    parameters = {program.network_path(path): value for path, value in folded.named_parameters()}
+    weight = parameters[name].detach().numpy()
     content = file.read_bytes()
     assert content.count(weight.tobytes()) == 1
     file.write_bytes(content.replace(weight.tobytes(), (1.01 * weight).astype(np.float32).tobytes()))

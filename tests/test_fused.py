@@ -16,7 +16,7 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import located, outline
-from evm_deploy.export.hub.graph import deployable, fold_batch_norm, trace
+from evm_deploy.export.hub.graph import deployable, trace
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.network import EVSSBlock
@@ -46,7 +46,7 @@ def random_block(seed, dim, rank, states, spread=1.0):
 
 def block_model(block, b, H, W, scan_outputs=False, body=None):
     """One evm::EVSSBlock node; `body`: a function for those who have no kernel."""
-    op = fold_batch_norm(block).fused_op()
+    op = block.fused_op()
     dim = block.norm.normalized_shape[0]
     outputs = ["out", *(SCAN_OUTPUTS if scan_outputs else ())]
     node = helper.make_node("EVSSBlock", ["x", *op.operands], outputs, domain="evm")
@@ -114,7 +114,7 @@ def test_the_optional_outputs_are_what_the_scan_read_and_wrote(isa):
     finally:
         EVSSBlock.forward.__globals__["ES2D"].scan = original
     np.testing.assert_allclose(got["u"], seen[0].numpy(), atol=1e-5)
-    operands = {key: value.numpy() for key, value in fold_batch_norm(block).fused_op().operands.items()}
+    operands = {key: value.numpy() for key, value in block.fused_op().operands.items()}
     inputs = [got["u"], got["delta"], operands["A"], got["B"], got["C"], operands["skip"], operands["dt_bias"]]
     want = reference.selective_scan(*inputs)
     assert np.abs(got["y"] - want).max() <= 3e-6 * np.abs(want).max()
@@ -132,7 +132,7 @@ def test_threads_do_not_change_a_bit():
 
 def other_body(block):
     """out = x + x."""
-    names = ["x", *fold_batch_norm(block).fused_op().operands]
+    names = ["x", *block.fused_op().operands]
     nodes = [helper.make_node("Add", ["x", "x"], ["out"])]
     return helper.make_function("evm", "EVSSBlock", names, ["out"], nodes, [helper.make_opsetid("", 20)])
 

@@ -16,7 +16,6 @@ from torch import nn
 from evm_deploy import plugin_path
 from evm_deploy.errors import BundleError
 from evm_deploy.export.hub.fuse import outline
-from evm_deploy.export.hub.graph import fold_batch_norm
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import SCAN_OUTPUTS
@@ -58,11 +57,10 @@ def input_quantization(values, zero_point=None):
 
 def quantized(block, x, zero_points=(None, None, None)):
     """Operands of evm::EVSSBlockInt8, by name: weights of `block` per channel, inputs by their range on x."""
-    folded = fold_batch_norm(block)
     with torch.inference_mode(), without_native_scan():
-        ranges = record(folded, x)
+        ranges = record(block, x)
     operands = {}
-    for name, value in folded.fused_op().operands.items():
+    for name, value in block.fused_op().operands.items():
         operands[name] = value.contiguous().numpy()
         if name in LAYERS:
             weight, axis, zero_point = operands[name], LAYERS[name][1], zero_points[list(LAYERS).index(name)]
@@ -89,7 +87,7 @@ def record(block, x):
 
 def in_float64(block, operands, x):
     """The block with Q/DQ around its linear layers."""
-    double = copy.deepcopy(fold_batch_norm(block)).double()
+    double = copy.deepcopy(block).double()
     for name, (path, _) in LAYERS.items():
         weight, quantization = (
             operands[name],
@@ -233,7 +231,7 @@ def test_int8_is_not_float(isa):  # noqa: F811
     """The control of the tolerances above: quantisation changes far more than they allow, and not everything."""
     block, x = random_block(5, 48, 3, 16), image(5, 1, 9, 8, 48)
     operands = quantized(block, x)
-    out, exact = run(int8_model(operands, 1, 9, 8), x)["out"], fold_batch_norm(block)(torch.from_numpy(x)).numpy()
+    out, exact = run(int8_model(operands, 1, 9, 8), x)["out"], block(torch.from_numpy(x)).numpy()
     assert 1e-4 < np.abs(out - exact).max() / np.abs(exact).max() < 0.05
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import golden
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.scan import native, onnx_function, reference
+from evm_deploy.scan import native, onnx_function, reference, unrolled
 from evm_deploy.scan.op import selective_scan
 from evm_deploy.scan.portable import two_level_scan
 
@@ -39,6 +40,15 @@ def in_onnx(*arrays):
     onnx_function.register_schema()
     onnx.checker.check_model(model, full_check=True)
     return OnnxRuntime(model.SerializeToString(), 1).run(dict(zip(INPUTS, arrays, strict=True)))["y"]
+
+
+def standard_nodes(L):
+    """TensorRT's form: no function, L static."""
+    return unrolled.unrolled_scan({name: name for name in INPUTS}, "y", L, "scan/"), []
+
+
+def one_node_and_its_function(L):
+    return [helper.make_node("SelectiveScan", INPUTS, ["y"], domain="evm")], [onnx_function.selective_scan_function(20)]
 
 
 def eager_without_kernel(*arrays):
@@ -103,6 +113,33 @@ def test_any_shape_and_delta(seed, b, K, L, D, N, dt):
         y = form(*inputs)
         assert np.isfinite(y).all(), name
         assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
+@pytest.mark.parametrize("form", [one_node_and_its_function, standard_nodes])
+@pytest.mark.parametrize(("K", "L", "D", "N"), [(2, 19, 8, 16), (1, 50, 32, 16), (4, 64, 48, 1)])
+def test_scans_behind_transposes_at_every_level(K, L, D, N, form, level):
+    """Channels-first callers transpose what a scan reads; ONNX Runtime moves these Transposes through what follows."""
+    arrays = dict(zip(INPUTS, random_inputs(4, 2, K, L, D, N, 0.05), strict=True))
+    moved = {name for name in INPUTS if arrays[name].ndim == 4}
+    feeds = {f"{k}_first" if k in moved else k: a.swapaxes(2, 3) if k in moved else a for k, a in arrays.items()}
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape) for name, a in feeds.items()]
+    output = helper.make_tensor_value_info("y_first", TensorProto.FLOAT, (2, K, D, L))
+    scan, functions = form(L)
+    transposes = [helper.make_node("Transpose", [f"{name}_first"], [name], perm=[0, 1, 3, 2]) for name in sorted(moved)]
+    back = helper.make_node("Transpose", ["y"], ["y_first"], perm=[0, 1, 3, 2])
+    model = helper.make_model(
+        helper.make_graph([*transposes, *scan, back], "first", infos, [output]),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("evm", 1)],
+        ir_version=10,
+        functions=functions,
+    )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, feeds)
+    want = reference.selective_scan(*arrays.values()).swapaxes(2, 3)
+    assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
 
 
 def test_no_nan_at_the_edge():

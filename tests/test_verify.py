@@ -12,6 +12,7 @@ from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError
 from evm_deploy.export.hub import graph as graph_module
+from evm_deploy.model import batch_norm
 from evm_deploy.model.efficientvmamba import network
 from evm_deploy.scan import onnx_function
 
@@ -155,15 +156,8 @@ def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, c
 
 
 def test_a_wrongly_folded_batch_norm_is_rejected(monkeypatch, micro, tmp_path):
-    from torch.nn.utils import fusion
-
-    original = fusion.fuse_conv_bn_eval
-
-    def other_epsilon(conv, norm):
-        norm.eps = 1e-3  # of the copy that is traced
-        return original(conv, norm)
-
-    monkeypatch.setattr(fusion, "fuse_conv_bn_eval", other_epsilon)
+    original = batch_norm.folded
+    monkeypatch.setattr(batch_norm, "folded", lambda *values: original(*values[:-1], 1e-3))
     assert run(micro, tmp_path) == 4
     rejected(tmp_path)
 

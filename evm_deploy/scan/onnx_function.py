@@ -90,7 +90,7 @@ class Body:
 
 
 def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.FunctionProto:
-    """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split, Pad).
+    """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split).
 
     The checker refuses a function whose opset differs from the model's, so it is built per model. Its nodes are named
     SelectiveScan/..: where a runtime or an exporter inlines it, profiles still tell them from the rest.
@@ -103,11 +103,12 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     dt = softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
 
     missing = f.op("Mod", f.op("Sub", steps, f.op("Mod", L, steps)), steps)
-    pads = f.op("Concat", zero, missing, axis=0)
+    # of all axes: ONNX Runtime 1.32 moves a Transpose through a Pad that has `axes` as if it had none, and fails
+    pads = f.op("Concat", f.const([0] * 6), missing, zero, axis=0)
     blocks = f.op("Div", f.op("Add", L, missing), steps)
 
     def by_block(tensor: str, *dims: str) -> str:  # (b, K, L, X) -> (blocks, steps, b, K, *dims)
-        padded = f.op("Pad", tensor, pads, "", two)
+        padded = f.op("Pad", tensor, pads)
         return f.reshape(f.op("Transpose", padded, perm=[2, 0, 1, 3]), blocks, steps, batch, K, *dims)
 
     h0 = f.op("Expand", f.const(0, np.float32), f.op("Concat", one, batch, K, N, D, axis=0))

@@ -13,9 +13,10 @@ from evm_deploy._util.quiet import quiet
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
+from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm, module_path
 from evm_deploy.export.hub import float16
 from evm_deploy.export.hub import graph as hub
-from evm_deploy.export.hub.graph import ROOT, ScanSite, fold_batch_norm
+from evm_deploy.export.hub.graph import ROOT, ScanSite
 from evm_deploy.export.hub.naming import call_name
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.scan import mil
@@ -54,32 +55,31 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
 
     Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
     """
-    folded = fold_batch_norm(module)
+    with quiet():
+        folded = fold_batch_norm(channels_first(module, plan), example(plan))
     if plan.precision != "fp32":
-        float16.check_range((name, value.detach().numpy()) for name, value in folded.named_parameters())
+        float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
     sizes = (plan.imgsz, *plan.more_imgsz)
     first, *others = (_trace(module, folded, replace(plan, imgsz=size, more_imgsz=()), metadata) for size in sizes)
     return replace(first, more=dict(zip(plan.more_imgsz, others, strict=True)))
 
 
 def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
+    """folded: the module as Core ML reads it."""
     import torch
 
     ct = converter()
-    as_core_ml = channels_first(folded, plan)
-    height, width = plan.imgsz or (0, 0)
-    shape = (plan.batch.min, 3, height, width)
     with quiet(), torch.no_grad():
-        traced = torch.jit.trace(as_core_ml, torch.zeros(shape), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(folded, example(plan), check_trace=False)  # type: ignore[no-untyped-call]
         graph = traced.inlined_graph  # kept: its nodes are gone with it
         calls: Counter[str] = Counter()
-        paths = [call_name(_module_path(node.scopeName()), calls) for node in graph.findAllNodes(OP)]
+        paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
         _register_scan(iter(paths))
         labels = plan.labels if plan.head == "probs" else None
         outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
         model = _convert(
             traced,
-            inputs=[_input_type(plan, shape)],
+            inputs=[_input_type(plan, tuple(example(plan).shape))],
             **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
             minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
             compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
@@ -91,7 +91,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
     model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)  # the same bytes every day
     if labels:
         model.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageClassifier"
-    modules = {f"{path.replace('.', '_')}_weight": network_path(path) for path, _ in as_core_ml.named_modules()}
+    modules = {f"{path.replace('.', '_')}_weight": network_path(path) for path, _ in folded.named_modules()}
     return MlProgram(model, module, tuple(ScanSite(path, {}, "") for path in paths), modules)
 
 
@@ -135,6 +135,14 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
     return ChannelsFirst().eval() if plan.input == "image" else module
 
 
+def example(plan: ExportPlan) -> Tensor:
+    """An input as Core ML gives it to the network: channels first."""
+    import torch
+
+    height, width = plan.imgsz or (0, 0)
+    return torch.zeros(plan.batch.min, 3, height, width)
+
+
 def _convert(source: Any, **options: Any) -> Any:
     ct = converter()
     try:
@@ -157,11 +165,6 @@ def _register_scan(paths: Iterator[str]) -> None:
     def selective_scan(context: Any, node: Any) -> None:
         y = mil.selective_scan(*_get_inputs(context, node, expected=7), prefix=scan_prefix(next(paths)))
         context.add(y, torch_name=node.name)
-
-
-def _module_path(scope: str) -> str:
-    """`__module.a/__module.a.model/__module.a.model.layers.0` -> `layers.0`."""
-    return network_path(scope.rpartition("/")[2].removeprefix("__module."))
 
 
 def network_path(path: str) -> str:

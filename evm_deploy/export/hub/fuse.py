@@ -28,10 +28,10 @@ def located(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, 
     """
     read = {name for node in model.graph.node if below(path, node.name) for name in node.input}
     used = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    found = {}
-    for operand, value in op.operands.items():
-        own = names.get(value.data_ptr())  # tells equal ones apart, such as norms as initialised
-        candidates = sorted(used, key=lambda tensor: tensor.name != own)
+    found: dict[str, str] = {}
+    for operand, value in sorted(op.operands.items(), key=lambda item: item[1].data_ptr() not in names):
+        own, taken = names.get(value.data_ptr()), set(found.values())  # tell equal ones apart, as norms as initialised
+        candidates = sorted(used, key=lambda tensor: (tensor.name != own, tensor.name in taken))
         found[operand] = _find(candidates, value.detach().numpy(), f"{path}: {operand}")
     return replace(op, constants=found)
 

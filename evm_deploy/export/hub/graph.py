@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evm_deploy._util.quiet import quiet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
+from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import located
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
@@ -22,7 +21,7 @@ from evm_deploy.tasks.classification import LOGITS, PROBABILITIES
 
 if TYPE_CHECKING:
     import onnx
-    from torch import Tensor, nn
+    from torch import Tensor
 
 SCAN_INPUTS = onnx_function.INPUTS
 INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
@@ -155,14 +154,13 @@ def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
-    Steps: BatchNorm folded, torch.export with the scan as one op, names of nodes and values from module paths, the
+    Steps: torch.export with the scan as one op, BatchNorm folded, names of nodes and values from module paths, the
     portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
     ToolchainError when a package is missing or a step fails.
     """
     try:
         import onnx
 
-        model = fold_batch_norm(model)
         proto = _export(model, plan)
         name_after_modules(proto, root=ROOT)
         proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
@@ -179,19 +177,6 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
     modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
     return Graph(proto, {path: located(proto, path, op, names) for path, op in modules})
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every BatchNorm2d after a convolution, in one Sequential, is part of it."""
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-    folded = copy.deepcopy(model).eval()
-    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
-        for i, (conv, norm) in enumerate(itertools.pairwise(sequence)):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return folded
 
 
 def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
@@ -224,11 +209,14 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
             output_names=list(model.outputs),
             dynamic_shapes=dynamic,
             custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
+            optimize=False,  # below: the exporter's own folding would give convolutions the names of their norms
         )
     if program is None:
         raise ToolchainError(
             "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
         )
+    fold_batch_norm(program.model)
+    program.optimize()
     proto: onnx.ModelProto = program.model_proto
     return proto
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evm_deploy.model.batch_norm import folded_modules
 from evm_deploy.scan.fused import FusedOp
 from evm_deploy.scan.op import selective_scan
 
@@ -161,8 +162,9 @@ class EVSSBlock(nn.Module):
         return out
 
     def fused_op(self) -> FusedOp:
-        """The whole block as evm::EVSSBlock (native/scan/evm_block.h). Its BatchNorm has been folded."""
-        op, gate, (local_conv, _, _, local_proj) = self.op, self.se, self.conv_branch
+        """The whole block as evm::EVSSBlock (native/scan/evm_block.h), its BatchNorm folded."""
+        op, gate, (local_conv, local_norm, _, local_proj) = self.op, self.se, self.conv_branch
+        local_weight, local_bias = folded_modules(local_conv, local_norm)
         A, skip = op.scan_constants()
         operands: dict[str, Any] = {
             "norm_weight": self.norm.weight,
@@ -178,8 +180,8 @@ class EVSSBlock(nn.Module):
             "out_norm_weight": op.out_norm.weight,
             "out_norm_bias": op.out_norm.bias,
             "out_proj": op.out_proj.weight.T,
-            "local_conv_weight": local_conv.weight,
-            "local_conv_bias": local_conv.bias,
+            "local_conv_weight": local_weight,
+            "local_conv_bias": local_bias,
             "local_proj_weight": local_proj.weight,
             "local_proj_bias": local_proj.bias,
             "gate_norm_weight": gate.norm.weight,

@@ -1,0 +1,89 @@
+"""BatchNorm as part of the convolution before it, in a graph as traced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from evm_deploy.model import batch_norm
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EPSILON = 1e-5  # ONNX's default
+
+
+def fold_batch_norm(model: ir.Model) -> int:
+    """Fold every BatchNormalization into the Conv whose output it alone reads, in place. Returns how many.
+
+    before:  %1 = Conv(%0, conv.weight);  %2 = BatchNormalization(%1, bn.weight, bn.bias, bn.mean, bn.var)
+    after:   %2 = Conv(%0, conv.weight, conv.bias)      the node is still that of the module `conv`
+
+    Convolutions of any rank and grouping, with a bias or without. Weights that another node reads too stay as they are:
+    this convolution gets copies. Constants are computed first: an absent bias is traced as an expression.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    found = [(node, conv) for node in model.graph if (conv := _convolution(node))]
+    for norm, conv in found:
+        _fold(model.graph, conv, norm)
+    if found:
+        RemoveUnusedNodesPass()(model)
+    return len(found)
+
+
+def _convolution(norm: ir.Node) -> ir.Node | None:
+    """The Conv that `norm` can become part of, if it is a BatchNormalization with such a one."""
+    if (norm.domain, norm.op_type) != ("", "BatchNormalization") or any(output.uses() for output in norm.outputs[1:]):
+        return None
+    x = norm.inputs[0]
+    conv = x.producer() if x else None
+    if conv is None or (conv.domain, conv.op_type) != ("", "Conv") or len(x.uses()) > 1 or x.is_graph_output():
+        return None
+    constant = [value is None or _array(value) is not None for value in (*conv.inputs[1:], *norm.inputs[1:])]
+    return conv if all(constant) and not norm.attributes.get_int("training_mode", 0) else None
+
+
+def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
+    weight, bias = conv.inputs[1], conv.inputs[2] if len(conv.inputs) > 2 else None
+    scale, shift, mean, variance = (_array(value) for value in norm.inputs[1:])
+    epsilon = norm.attributes.get_float("epsilon", EPSILON)
+    values = batch_norm.folded(_array(weight), _array(bias), scale, shift, mean, variance, epsilon)
+    names = (weight.name, weight.name.removesuffix("weight") + "bias")
+    conv.resize_inputs(3)
+    for i, (name, value) in enumerate(zip(names, values, strict=True), start=1):
+        conv.replace_input_with(i, None)  # its reader no more: where it was the only one, the name is free
+        conv.replace_input_with(i, _initializer(graph, name, value))
+    output, read = conv.outputs[0], norm.outputs[0]
+    read.replace_all_uses_with(output, replace_graph_outputs=True)
+    graph.remove(norm, safe=True)
+    output.name, read.name = read.name, None
+
+
+def _initializer(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
+    """A constant of this name, or with a number after it where something in the graph has or reads that one."""
+    import onnx_ir as ir
+
+    old, unique, count = graph.initializers.get(name), name, 0
+    if old is not None and not old.uses() and not old.is_graph_output():
+        del graph.initializers[name]
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    tensor = ir.tensor(value, name=unique)
+    new = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(new)
+    return new
+
+
+def _array(value: ir.Value | None) -> Any:
+    """Its constant as an array, or None: it has none, or one that callers of the graph can replace."""
+    import onnx_ir as ir
+
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
