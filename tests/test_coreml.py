@@ -43,8 +43,9 @@ from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
 from evm_deploy.scan.reference import selective_scan
 from tests.coreml import SIZES, built, plan_for
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
 def test_float32_matches_the_golden_logits(checkpoint, tmp_path):

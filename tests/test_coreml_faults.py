@@ -22,8 +22,9 @@ from evm_deploy.scan import mil
 from tests.conftest import save_as_released
 from tests.coreml import SIZES, plan_for
 from tests.test_mil import edited
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
 def parity_of(package, coreml_fp32):

@@ -18,8 +18,9 @@ from evm_deploy.export.coreml import int8 as quantizer
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.mil import Program
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
         assert np.abs(a - b).max() < 0.3  # roundings that tip over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "smooth"), [("mse", "on")])
 def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs, labelled_glyphs, tmp_path):
     """Images that were not calibrated with. All methods: benchmarks/int8_methods.py."""
@@ -107,6 +108,7 @@ def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs,
     assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (160, 160)), ("small_224", (128, 128))])
 def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
     """28 dB on pictures that were kept back, and under a third of the size of the weights. B, and larger sizes:

@@ -30,6 +30,8 @@ from evm_deploy.export.plan import ExportPlan
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
 
+pytestmark = pytest.mark.ssh
+
 GONE_S = 8.0
 
 

@@ -25,6 +25,7 @@ from tests.driver import (
     scan_problem,
 )
 from tests.test_native import isas, random_scan
+from tests.toolchains import need
 
 EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
     (1, 1, 1, 1, 1, 1, 1, 1),
@@ -43,8 +44,9 @@ EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
 
 @pytest.fixture(scope="module")
 def compiler():
-    if sys.platform != "linux" or not shutil.which("g++"):
-        pytest.skip("the sanitizers need g++ on Linux: apt-get install g++")
+    if sys.platform != "linux":
+        pytest.skip("the sanitizers are tested on Linux")
+    need("g++")
     return Compiler(("g++",), "aarch64" if "neon" in isas() else "x86_64")
 
 
@@ -97,6 +99,8 @@ def sanitized(compiler, tmp_path_factory):
 
 SESSION = """
 import sys, numpy as np, onnxruntime as ort
+
+pytestmark = pytest.mark.compiler
 options = ort.SessionOptions()
 options.register_custom_ops_library(sys.argv[1])
 options.intra_op_num_threads = 2

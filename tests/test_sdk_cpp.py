@@ -27,8 +27,9 @@ from evm_deploy.export.selftest import picture
 from evm_deploy.runtimes.base import Batch
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
+from tests.toolchains import need, tensorrt_headers
 
-pytestmark = pytest.mark.xdist_group("sdk")  # its builds take both cores
+pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
 
 
 @pytest.fixture(scope="session")
@@ -291,9 +292,8 @@ def test_tensorrt_against_stand_ins(tmp_path):
 
 
 def test_tensorrt_compiles_with_nvidias_headers():
-    include = os.environ.get("TENSORRT_INCLUDE", "")
-    if not Path(include, "NvInferRuntime.h").is_file():
-        pytest.skip("the headers of TensorRT are not in $TENSORRT_INCLUDE")
+    need("TensorRT's headers")
+    include = tensorrt_headers()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
     headers = cuda if (cuda / "cuda_runtime_api.h").is_file() else ROOT / "sdk" / "cpp" / "tests" / "tensorrt"
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]

@@ -36,6 +36,7 @@ from evm_deploy.scan import onnx_function, reference, unrolled
 from evm_deploy.toolchain.platforms import host_platform
 from tests.tensorrt import engine, network, scan_model, traced
 from tests.test_native import magnitudes, random_scan
+from tests.toolchains import need
 
 MICRO = {"imgsz": (64, 64)}
 
@@ -49,7 +50,7 @@ def tables(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def rtx():
-    pytest.importorskip("tensorrt_rtx_bindings", reason="engines need TensorRT-RTX: pip install 'evm-deploy[trt-rtx]'")
+    need("TensorRT-RTX")
 
 
 @pytest.fixture

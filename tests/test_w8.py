@@ -104,6 +104,7 @@ def test_onnxruntime_restores_the_weights_when_it_loads(bundle, micro, micro_bun
     assert optimised(dequantized, tmp_path / "dq.onnx")["DequantizeLinear"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("tiny_224", 160), ("small_224", 128), ("base_224", 128)])
 def test_seeded_weights(name, side, checkpoint, pictures, tmp_path):
     wanted = plan(imgsz=(side, side), calib=str(pictures), calib_images=24, force_calib=True)
@@ -113,6 +114,7 @@ def test_seeded_weights(name, side, checkpoint, pictures, tmp_path):
     assert manifest.parity["max_abs"] < 0.25 * manifest.parity["limit"]
 
 
+@pytest.mark.slow
 def test_the_trained_network_keeps_its_accuracy(trained, labelled_glyphs, tmp_path):
     wanted = plan(imgsz=(64, 64), crop_pct=1.0, val=str(labelled_glyphs), max_drop=0.5)
     bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)

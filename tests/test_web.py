@@ -33,9 +33,10 @@ from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
+from tests.toolchains import without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
 
-pytestmark = pytest.mark.xdist_group("web")  # one build, one browser
+pytestmark = [pytest.mark.xdist_group("web"), pytest.mark.browser]  # one build, one browser
 
 DOC = ROOT / "docs" / "embed" / "web.md"
 SHOTS = Path(os.environ.get("EVM_WEB_SHOTS", ""))  # where to leave the page's pictures
@@ -55,7 +56,7 @@ def site(demo_bundle, tmp_path_factory) -> Path:
         pages = {**LIBRARY, "example.html": EXAMPLE, "example.ts": example}
         return build(tmp_path_factory.mktemp("web") / "site", demo_bundle.path, pages)
     except MissingError as error:
-        pytest.skip(f"the web sample was not tested: {error}")
+        without(error.toolchain, str(error))
 
 
 @pytest.fixture(scope="module")
