@@ -45,10 +45,10 @@ def test_help_is_quick_and_lists_exit_codes():
     assert seconds - _timed("pass")[1] < 0.3
 
 
-def _timed(code, *flags):
-    """What Python prints, and the CPU seconds that it takes: the least of five, whatever else the machine does."""
+def _timed(code, *flags, tries=5):
+    """What Python prints, and the CPU seconds that it takes: the least of all, whatever else the machine does."""
     spent = []
-    for _ in range(5):
+    for _ in range(tries):
         start = cpu_seconds()
         done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
         spent.append(cpu_seconds() - start)
@@ -57,7 +57,7 @@ def _timed(code, *flags):
 
 def test_slow_imports_are_noticed():
     """The negative control of the time."""
-    assert _timed("import torch")[1] - _timed("pass")[1] > 0.3
+    assert _timed("import torch", tries=1)[1] - _timed("pass")[1] > 0.3
 
 
 BAD_FLAGS = {

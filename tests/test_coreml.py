@@ -176,9 +176,9 @@ def test_a_classifier_gives_its_labels(micro, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def several(micro, tmp_path_factory):
+def several(micro, bundle_of):
     """Two sizes in one package."""
-    return export(micro, plan_for(**SIZES), tmp_path_factory.mktemp("several"))
+    return bundle_of(micro, plan_for(**SIZES))
 
 
 def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_bundle):

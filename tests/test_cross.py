@@ -148,15 +148,15 @@ def test_exact_int8_blocks(driver):
 
 
 @pytest.fixture(scope="module")
-def host_bundle(micro, tmp_path_factory):
+def host_bundle(micro, bundle_of):
     if HOST not in PLATFORMS:
         pytest.skip(f"no library is built for {HOST}")
-    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path_factory.mktemp("host"))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST))
 
 
 @pytest.fixture(scope="module")
-def other_bundle(micro, tmp_path_factory):
-    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER), tmp_path_factory.mktemp("other"))
+def other_bundle(micro, bundle_of):
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER))
 
 
 def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, monkeypatch, capsys):

@@ -42,11 +42,10 @@ APP = Path(__file__).parent / "openvino_app"
 
 
 @pytest.fixture(scope="session")
-def bundles(micro, tmp_path_factory):
+def bundles(micro, bundle_of):
     """The smallest golden model at 64x64, by lowering."""
-    folder = tmp_path_factory.mktemp("openvino")
     plan = ExportPlan("openvino", imgsz=(64, 64))
-    return {scan: export(micro, replace(plan, scan=scan), folder / scan) for scan in LOWERINGS}
+    return {scan: bundle_of(micro, replace(plan, scan=scan)) for scan in LOWERINGS}
 
 
 def pixels(batch=1, height=64, width=64):

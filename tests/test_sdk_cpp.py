@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from evm_deploy.bench.record import Settings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
-from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
 from evm_deploy.runtimes.base import Batch
@@ -49,11 +47,8 @@ def pictures_50(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
-    """One for each way that input, output, batch and size can be; exported once, also for several workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sdk-bundles"
-    folder.mkdir(exist_ok=True)
+def bundles(micro, demo_bundle, bundle_of) -> dict[str, Path]:
+    """One for each way that input, output, batch and size can be."""
     labels = tuple(f"kind {i}" for i in range(10))
     onnx = {"input": "tensor", "head": "probs", "imgsz": (64, 96), "batch": Batch(2, 2, 3), "labels": labels}
     openvino = {"scan": "portable", "head": "features", "imgsz": (96, 64), "batch": Batch(1, 1, None)}
@@ -62,13 +57,8 @@ def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
         "openvino": (CHECKPOINT, ExportPlan("openvino", batch=Batch(3, 3, 3))),
         "portable": (micro, ExportPlan("openvino", **openvino)),
     }
-    found = {"image": demo_bundle.path}
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name, (checkpoint, plan) in plans.items():
-            made = [*(folder / name).glob("*-*")]
-            found[name] = made[0] if made else export(checkpoint, plan, folder / name).path
-    return found
+    made = {name: bundle_of(checkpoint, plan).path for name, (checkpoint, plan) in plans.items()}
+    return {"image": demo_bundle.path, **made}
 
 
 def test_the_vectors(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.tensorrt import kernel
 from evm_deploy.scan import reference
+from tests.cache import once
 from tests.test_native import magnitudes, random_scan
 from tests.toolchains import need, tensorrt_headers
 
@@ -23,16 +24,16 @@ EDGES = [(1, 1, 1, 1, 1), (2, 3, 17, 9, 16), (1, 4, 16, 8, 15), (1, 2, 33, 7, 3)
 
 
 def emulator(folder, *flags):
-    need("g++")
     path = folder / "emulator.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags, "-o", path]
     subprocess.run([*command, NATIVE / "tests" / "cuda_emulator.cpp"], check=True)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return emulator(tmp_path_factory.mktemp("emulator"))
+def emulated(shared_folder):
+    need("g++")
+    return ctypes.CDLL(str(once(shared_folder / "emulator", emulator) / "emulator.so"))
 
 
 def run(library, arrays, dtype=np.float32, backwards=False):
@@ -85,7 +86,8 @@ def test_half_in_and_out_rounds_the_output_alone(emulated):
 @pytest.mark.compiler
 def test_a_kernel_without_barriers_is_wrong(tmp_path):
     """Negative control: the emulator notices, in one of the two orders."""
-    broken = emulator(tmp_path, "-DEVM_WITHOUT_BARRIERS")
+    need("g++")
+    broken = ctypes.CDLL(str(emulator(tmp_path, "-DEVM_WITHOUT_BARRIERS")))
     arrays = random_scan(0, 1, 2, 40, 8, 16)
     assert max(np.nan_to_num(error(broken, arrays, backwards=order), nan=1.0) for order in (False, True)) > 1e-2
 

@@ -36,8 +36,8 @@ def constants(model):
 
 
 @pytest.fixture(scope="module")
-def bundle(micro, tmp_path_factory):
-    return export(micro, plan(imgsz=(64, 64)), tmp_path_factory.mktemp("w8"))
+def bundle(micro, bundle_of):
+    return bundle_of(micro, plan(imgsz=(64, 64)))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
