@@ -29,6 +29,8 @@ from tests.driver import (
 from tests.test_native import isas, random_scan
 from tests.toolchains import need
 
+pytestmark = pytest.mark.compiler
+
 EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
     (1, 1, 1, 1, 1, 1, 1, 1),
     (2, 1, 9, 3, 5, 65, 2, 2),
@@ -104,8 +106,6 @@ def sanitized(compiler, shared_folder):
 
 SESSION = """
 import sys, numpy as np, onnxruntime as ort
-
-pytestmark = pytest.mark.compiler
 options = ort.SessionOptions()
 options.register_custom_ops_library(sys.argv[1])
 options.intra_op_num_threads = 2

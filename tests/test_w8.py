@@ -201,6 +201,7 @@ def test_pictures_without_labels_exit_5(spoil, micro, pictures, tmp_path, capsys
     assert "w8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(spoil, tmp_path):
     spoil("layers.3.1.conv_pw2.0")
     bundle = export(CHECKPOINT, plan(val="demo", max_drop=0.3), tmp_path)
