@@ -38,7 +38,6 @@ OTHERS = (  # and of others, what a test may put something else in the place of
     ("onnxsim", "simplify"),
     ("onnx.checker", "check_model"),
 )
-OF_PLAN = ("input", "head", "imgsz", "batch", "opset")  # what `trace` reads of a plan
 RETRACES = "retraces"
 
 
@@ -80,14 +79,20 @@ def sources() -> str:
 def digest_of(module: Any, plan: Any, facts: Mapping[str, str]) -> str:
     """Digest of the module: classes, settings, weights and buffers by path; of the plan's part; of the metadata."""
     digest = hashlib.sha256(repr(module).encode())
-    for path, each in module.named_modules():
+    for name in sorted({type(each).__module__ for each in module.modules()}):
+        if not name.startswith("torch."):  # a network that is not of ours
+            digest.update(Path(sys.modules[name].__file__ or "").read_bytes())
+    first: dict[int, str] = {}  # what is in several places is another network than equal ones there
+    for path, each in module.named_modules(remove_duplicate=False):
         plain = (bool, int, float, str, tuple, type(None))
         settings = sorted((key, value) for key, value in vars(each).items() if isinstance(value, plain))
-        digest.update(f"{path} {type(each).__module__}.{type(each).__qualname__} {settings}\n".encode())
+        known = first.setdefault(id(each), path)
+        digest.update(f"{path} {known} {type(each).__module__}.{type(each).__qualname__} {settings}\n".encode())
         for name, tensor in [*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)]:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
+            known = first.setdefault(id(tensor), f"{path}.{name}")
+            digest.update(f"{known} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
             digest.update(tensor.detach().contiguous().numpy().tobytes())
-    digest.update(repr([getattr(plan, name) for name in OF_PLAN]).encode())
+    digest.update(repr(graph.trace_key(plan)).encode())
     digest.update(repr(sorted(facts.items())).encode())
     return digest.hexdigest()
 

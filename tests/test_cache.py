@@ -14,7 +14,7 @@ from evm_deploy.export.hub import graph
 from evm_deploy.export.hub.graph import deployable
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.checkpoint import load_checkpoint
+from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.scan import onnx_function
 from tests import cache
@@ -35,9 +35,9 @@ class Counted:
 
 @pytest.fixture
 def module(micro):
-    model, spec = load_checkpoint(micro)
-    plan, preprocessing = complete(PLAN, spec)
-    return deployable(model, plan, preprocessing)
+    network = load_checkpoint(micro)
+    plan, preprocessing = complete(PLAN, network.spec)
+    return deployable(network, plan, preprocessing)
 
 
 @pytest.fixture
@@ -76,7 +76,10 @@ def with_another_setting(module):
     next(each for each in module.modules() if type(each).__module__.startswith("evm_deploy")).setting = 1
 
 
-@pytest.mark.parametrize("change", [with_one_weight, with_another_epsilon, with_another_mean, with_another_setting])
+CHANGES = [with_one_weight, with_another_epsilon, with_another_mean, with_another_setting]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_module_is_traced(change, module, graphs):
     graphs.trace(module, PLAN, {})
     change(module)
@@ -91,6 +94,25 @@ def test_another_module_is_traced(change, module, graphs):
 def test_another_plan_is_traced(change, module, graphs):
     graphs.trace(module, PLAN, {})
     assert graphs.trace(module, replace(PLAN, **change), {}) == 2
+
+
+def test_what_is_in_two_places_is_not_two_equal_ones():
+    def digest(change):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        layers[1].load_state_dict(layers[0].state_dict())
+        change(layers)
+        return cache.digest_of(layers, PLAN, {})
+
+    def one_layer(layers):
+        layers[1] = layers[0]
+
+    def one_weight(layers):
+        layers[1].weight = layers[0].weight
+
+    apart = digest(lambda layers: None)
+    assert apart == digest(lambda layers: None)
+    assert len({apart, digest(one_layer), digest(one_weight)}) == 3
 
 
 def test_other_metadata_is_traced(module, graphs):
@@ -108,9 +130,10 @@ def test_tracing_reads_no_more_of_a_plan_than_the_key_has(module):
                 self.read.add(name)
             return getattr(PLAN, name)
 
-    known, plan = {field.name for field in fields(ExportPlan)}, Watched()
+    known, plan, key = {field.name for field in fields(ExportPlan)}, Watched(), Watched()
     cache.GRAPHS.real(module, plan, {})
-    assert plan.read and plan.read <= set(cache.OF_PLAN)
+    graph.trace_key(key)
+    assert plan.read and plan.read <= key.read
 
 
 def function(*args):
