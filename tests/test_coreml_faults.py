@@ -139,6 +139,7 @@ def test_what_comes_near_the_end_of_float16_is_noted(coreml_bundle, tmp_path):
         assert 0 < runtime.largest < 1000 and coreml.remarks(runtime) == []
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_function_is_noticed(monkeypatch, micro, tmp_path):
     """In the carry over 18 chunks, which 48x48 alone has."""
     right = mil._carry

@@ -69,6 +69,7 @@ def test_golden_logits(name, checkpoint, tmp_path):
             assert np.abs(one - case["logits"][:1]).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_odd_golden_case(scan, checkpoint, tmp_path):
     case = golden.model_case("tiny_odd_200x232")
@@ -169,6 +170,7 @@ def test_metadata_is_in_the_ir_and_in_the_manifest(bundles):
     assert manifest.scan["value"] == "plugin" and "OpenVINO 20" in manifest.scan["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_the_same_bytes_from_any_process(scan, micro, bundles, tmp_path):
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"

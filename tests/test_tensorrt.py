@@ -116,6 +116,7 @@ def replaced(plan, precision, scan="portable"):
 # Bundles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_224"])
 def test_golden_logits(name, checkpoint, tmp_path, without_rtx):
     bundle = export(
@@ -220,6 +221,7 @@ def in_float(kernels, nodes):
     return [node for node in nodes if node not in int8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, precision",
     [("tiny_224", p) for p in ("fp32", "fp16", "int8", "int8-fp16")] + [("base_224", "fp16")],
@@ -256,6 +258,7 @@ def graphs(checkpoint):
     return make
 
 
+@pytest.mark.slow
 def test_traffic_of_the_first_stages_scan(rtx, tmp_path):
     """Of T at 224: at most 100 MB. A chunk of twice the steps, the control, has more."""
     found = {}
