@@ -1,12 +1,14 @@
 # make demo   export the embedded demo checkpoint, self-test the bundles, classify its images, compare latencies
-# make test   ruff, mypy, pytest
+# make quick  ruff, mypy, and the tests without compilers, browsers, JVM, sshd and networks of real size: the first line
+# make test   ruff, mypy, every test
 # make coverage, make sbom   how much of the package the tests run; what the run-only install consists of
 # Both set themselves up from nothing: a virtual environment in .venv with everything they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
-.PHONY: demo test check bench coverage sbom setup clean
+.PHONY: demo quick test check bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
@@ -29,7 +31,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+quick: check
+	$(BIN)/python -m pytest -n 2 -p no:randomly -m "not ($(DEAR))"
+
 test: check
+	rm -rf .pytest_cache/d/hub-graphs # every graph is traced anew
 	$(BIN)/python -m pytest -n 2
 
 coverage: setup

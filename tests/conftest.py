@@ -12,11 +12,13 @@ from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
+pytest_plugins = ["tests.cache", "tests.costs", "tests.toolchains"]
+pytest.register_assert_rewrite(*pytest_plugins)
 import golden  # noqa: E402
 
+from tests.cache import once  # noqa: E402  isort: skip  before anything that imports `trace`
 from evm_deploy.bundle.bundle import Bundle  # noqa: E402
 from evm_deploy.demo import CHECKPOINT  # noqa: E402
-from evm_deploy.export.pipeline import export  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
 from evm_deploy.export.selftest import picture  # noqa: E402
 from tests.coreml import built, plan_for  # noqa: E402
@@ -32,14 +34,14 @@ def save_as_released(state: dict[str, Any], path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def checkpoint(shared_folder):
     """checkpoint(case name) -> path of its seeded weights on disk."""
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def make(name: str) -> Path:
-        if name not in made:
-            made[name] = save_as_released(golden.model_case(name)["state"], folder / f"{name}.ckpt")
-        return made[name]
+        def save(folder: Path) -> None:
+            save_as_released(golden.model_case(name)["state"], folder / f"{name}.ckpt")
+
+        return once(shared_folder / "checkpoints" / name, save) / f"{name}.ckpt"
 
     return make
 
@@ -50,15 +52,15 @@ def micro(checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def micro_bundle(micro, tmp_path_factory) -> Bundle:
+def micro_bundle(micro, bundle_of) -> Bundle:
     """The smallest golden model, exported with default flags at 64x64."""
-    return export(micro, ExportPlan("onnx", imgsz=(64, 64)), tmp_path_factory.mktemp("bundle"))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(64, 64)))
 
 
 @pytest.fixture(scope="session")
-def coreml_bundle(micro, tmp_path_factory) -> Bundle:
+def coreml_bundle(micro, bundle_of) -> Bundle:
     """The same for Core ML: float16, image input."""
-    return export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path_factory.mktemp("coreml"))
+    return bundle_of(micro, ExportPlan("coreml", imgsz=(64, 64)))
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +70,8 @@ def coreml_fp32(micro, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory) -> Bundle:
-    return export(CHECKPOINT, ExportPlan("onnx"), tmp_path_factory.mktemp("demo"))
+def demo_bundle(bundle_of) -> Bundle:
+    return bundle_of(CHECKPOINT, ExportPlan("onnx"))
 
 
 @pytest.fixture(scope="session")

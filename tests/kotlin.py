@@ -12,9 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
-
 from evm_deploy._util.files import cache_folder
+from tests.toolchains import need, without
 
 WHEEL = (
     "kotlin-jupyter-kernel==0.19.0.944"  # 80 MB, Kotlin 2.4
@@ -65,8 +64,7 @@ def joined(paths: list[Path]) -> str:
 
 def _jars() -> list[Path]:
     """The compiler's, downloaded once into the user's cache, its hash checked by pip."""
-    if shutil.which("java") is None:
-        pytest.skip("Kotlin is not checked: there is no java")
+    need("java")
     folder = cache_folder() / WHEEL.split()[0]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "download.lock").open("w") as lock:
@@ -74,6 +72,7 @@ def _jars() -> list[Path]:
         if not (jars := sorted(folder.glob("*.jar"))):
             _download(folder)
             jars = sorted(folder.glob("*.jar"))
+    need("kotlin")
     return jars
 
 
@@ -84,7 +83,7 @@ def _download(folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
         done = subprocess.run([*pip, "-r", "requirements.txt"], cwd=here, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"Kotlin is not checked: no compiler could be downloaded: {done.stderr.strip()[-200:]}")
+            without("kotlin", f"no compiler could be downloaded: {done.stderr.strip()[-200:]}")
         with zipfile.ZipFile(next(here.glob("*.whl"))) as wheel:
             for entry in wheel.namelist():
                 if entry.endswith(".jar"):

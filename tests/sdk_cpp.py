@@ -18,15 +18,10 @@ import numpy as np
 import pytest
 
 from evm_deploy.errors import BundleError, EvmError, ImageError, ToolchainError, UsageError
+from tests.toolchains import need
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent  # where pip put cmake and ninja
-HEADERS = {
-    "nlohmann/json.hpp": "nlohmann-json3-dev",
-    "stb/stb_image.h": "libstb-dev",
-    "zlib.h": "zlib1g-dev",
-    "jpeglib.h": "libjpeg62-turbo-dev",
-}
 STRICT = "-Wall -Wextra -Wpedantic -Werror"
 ADDRESS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O0: a fraction of the time to compile
 THREAD = "-O0 -fsanitize=thread"
@@ -45,11 +40,9 @@ def package(name: str) -> Path:
 @functools.cache
 def build(kind: str) -> Path:
     """The folder of a build, incremental. Skips where a tool or header is missing, fails where it does not compile."""
-    if sys.platform != "linux" or not shutil.which("g++"):
-        pytest.skip("the C++ SDK is tested with g++ on Linux: apt-get install g++")
-    missing = [debian for header, debian in HEADERS.items() if not Path("/usr/include", header).exists()]
-    if missing:
-        pytest.skip(f"headers are missing: apt-get install {' '.join(missing)}")
+    if sys.platform != "linux":
+        pytest.skip("the C++ SDK is tested on Linux")
+    need("g++", "headers of the C++ SDK")
     flags, options, targets = KINDS[kind]
     folder = ROOT / "build" / "sdk-cpp" / kind
     folder.mkdir(parents=True, exist_ok=True)

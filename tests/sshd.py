@@ -13,14 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+from tests.toolchains import SSHD, need
 
 
 def need_sshd() -> None:
-    if not SSHD or not shutil.which("ssh"):
-        pytest.skip("sshd and ssh are not installed: apt-get install openssh-server openssh-client")
+    need("sshd")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where it drops privileges; its service makes it at start
 

@@ -28,7 +28,7 @@ from tests.syntax import faults
 from tests.test_interface import put_another_model
 from tests.test_vectors import CASES, FOLDER, preprocessing
 
-pytestmark = pytest.mark.xdist_group("android")  # one compiler, one JVM
+pytestmark = [pytest.mark.xdist_group("android"), pytest.mark.jvm]  # one compiler, one JVM
 
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "samples" / "android"

@@ -82,11 +82,11 @@ def test_greetings(name, tmp_path):
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(ssh, "CONNECT_S", 5.0)  # for an interpreter to start in
-    monkeypatch.setattr(board, "CHECK_S", 1.0)
     said = fake_ssh(tmp_path, GREETING, ANSWERS[name])
     with Connection(Host.parse("board"), said, "python3") as connection:
         assert connection.version == (3, 11)
+        monkeypatch.setattr(ssh, "CONNECT_S", 0.5)
+        monkeypatch.setattr(board, "CHECK_S", 1.0)
         with pytest.raises(ToolchainError) as raised:
             Board(connection, silent)
     assert str(raised.value).strip()

@@ -217,6 +217,7 @@ def test_an_interrupted_export_leaves_no_bundle_and_the_next_one_works(how, afte
     assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-fp32-32x32"]
 
 
+@pytest.mark.slow
 def test_an_export_interrupted_between_its_two_renames_keeps_the_old_bundle(micro, tmp_path):
     old = export(micro, ExportPlan("onnx", imgsz=(32, 32)), tmp_path).path
     code = """

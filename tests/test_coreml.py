@@ -44,10 +44,12 @@ from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.scan import mil
 from evm_deploy.scan.reference import selective_scan
 from tests.coreml import SIZES, built, plan_for
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
+@pytest.mark.slow
 def test_float32_matches_the_golden_logits(checkpoint, tmp_path):
     """T, S and B at 224x224 are in benchmarks/coreml.py."""
     case = golden.model_case("tiny_odd_200x232")
@@ -59,6 +61,7 @@ def test_float32_matches_the_golden_logits(checkpoint, tmp_path):
     assert artifact.details["static_cost"]["largest_rank"] <= 5
 
 
+@pytest.mark.slow
 def test_float16_is_within_two_thousandths(checkpoint, tmp_path):
     """And converted in under 20 s of a core."""
     images = golden.model_case("tiny_224")["images"][:1, :, :64, :64]
@@ -176,9 +179,9 @@ def test_a_classifier_gives_its_labels(micro, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def several(micro, tmp_path_factory):
+def several(micro, bundle_of):
     """Two sizes in one package."""
-    return export(micro, plan_for(**SIZES), tmp_path_factory.mktemp("several"))
+    return bundle_of(micro, plan_for(**SIZES))
 
 
 def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_bundle):
@@ -204,6 +207,7 @@ def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_b
         assert all(check.ok for check in loaded.selftest())
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_process(several, micro, tmp_path):
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
     flags = ["--target", "coreml", "--imgsz", "32,48", "--min-target", "iOS18", "-o", str(tmp_path)]
@@ -256,6 +260,7 @@ def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
     assert "pip install 'evm-deploy[coreml]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_core_ml_is_told_the_inputs_and_outputs_of_the_mil_runtime(coreml_bundle, micro, tmp_path):
     """Which a bundle's manifest has: on a Mac it would be refused otherwise."""
     labels = tuple("abcdefghij")

@@ -23,8 +23,9 @@ from evm_deploy.scan import mil
 from tests.conftest import save_as_released
 from tests.coreml import SIZES, plan_for
 from tests.test_mil import edited
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
 def parity_of(package, coreml_fp32):
@@ -141,6 +142,7 @@ def test_what_comes_near_the_end_of_float16_is_noted(coreml_bundle, tmp_path):
         assert 0 < runtime.largest < 1000 and coreml.remarks(runtime) == []
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_function_is_noticed(monkeypatch, micro, tmp_path):
     """In the carry over 18 chunks, which 48x48 alone has."""
     right = mil._carry

@@ -18,8 +18,9 @@ from evm_deploy.export.coreml import int8 as quantizer
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.mil import Program
+from tests.toolchains import need
 
-pytest.importorskip("coremltools")
+need("coremltools", module=True)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,7 @@ def main_block(program):
     return function.block_specializations[function.opset].operations
 
 
+@pytest.mark.slow
 def test_int8_rounds_what_the_other_targets_round(micro, pictures, tmp_path):
     bundle = export(micro, int8(pictures, imgsz=(64, 64)), tmp_path)
     quantization = bundle.manifest.details["quantization"]
@@ -107,6 +109,7 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(quantizer, "layers", lambda *args: every(*args)[-4:])
 
 
+@pytest.mark.slow
 def test_max_drop_keeps_the_spoilt_block_in_float(few_blocks, monkeypatch, labelled, tmp_path):
     spoil(monkeypatch, "layers.3.1.conv_pw2.0:input")
     bundle = export(CHECKPOINT, int8(labelled, val=str(labelled), max_drop=5.0), tmp_path)
@@ -116,6 +119,7 @@ def test_max_drop_keeps_the_spoilt_block_in_float(few_blocks, monkeypatch, label
     assert bundle.manifest.accuracy["drop"] <= 5.0
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, monkeypatch, micro, labelled, tmp_path):
     monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
     with pytest.raises(AccuracyError, match="w8 is not accurate enough"):
@@ -125,6 +129,7 @@ def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, 
     assert manifest["details"]["quantization"]["int8_layers"] == 0
 
 
+@pytest.mark.slow
 def test_the_trained_network_keeps_its_accuracy(trained, glyphs, tmp_path):
     """On a few pictures, so by SQNR. Top-1 and size, of w8 too, are in benchmarks/coreml.py."""
     np.savez(tmp_path / "calib.npz", images=glyphs(64, 5000, 64)[0])

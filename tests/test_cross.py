@@ -23,8 +23,9 @@ from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas
+from tests.toolchains import AARCH64, need
 
-pytestmark = pytest.mark.xdist_group("cross")  # or workers wait for each other's compilers
+pytestmark = [pytest.mark.xdist_group("cross"), pytest.mark.cross]  # or workers wait for each other's compilers
 
 HOST = host_platform()
 OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
@@ -88,9 +89,6 @@ def load_commands(content, count):
 # --------------------------------------------------------------------------------------------------- what they compute
 
 
-AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """program(platform) -> the command of the driver, linked with the library that ships, here or under qemu."""
@@ -100,11 +98,12 @@ def program(tmp_path_factory):
         folder, library = tmp_path_factory.mktemp("driver"), cross.library("onnxruntime", platform)
         if platform == HOST:
             compiler, run, flags = Compiler(("g++",), PLATFORMS[platform].architecture), (), ()
-        elif platform == "linux-aarch64" and shutil.which("qemu-aarch64") and AARCH64.is_dir():
+        elif platform == "linux-aarch64":
+            need("qemu")
             compiler = cross.zig_compiler(PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig")
             run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
         else:
-            pytest.skip(f"{platform} is not run on {HOST}: apt-get install qemu-user libc6-arm64-cross")
+            pytest.skip(f"{platform} is not run on {HOST}")
         include = f"-I{drivers.NATIVE / 'scan'}"
         compiler.run("-std=c++17", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
         return *run, str(folder / "driver")
@@ -149,15 +148,15 @@ def test_exact_int8_blocks(driver):
 
 
 @pytest.fixture(scope="module")
-def host_bundle(micro, tmp_path_factory):
+def host_bundle(micro, bundle_of):
     if HOST not in PLATFORMS:
         pytest.skip(f"no library is built for {HOST}")
-    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path_factory.mktemp("host"))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST))
 
 
 @pytest.fixture(scope="module")
-def other_bundle(micro, tmp_path_factory):
-    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER), tmp_path_factory.mktemp("other"))
+def other_bundle(micro, bundle_of):
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER))
 
 
 def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, monkeypatch, capsys):

@@ -31,6 +31,7 @@ CUSTOM_STATE = golden.seeded_state(golden.state_shapes(24, (1, 2, 3, 1), 20), 5)
 SQUARE, ODD = ((224, 224), "dynamic"), ((200, 232), "3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "imgsz", "batch"),
     [
@@ -56,6 +57,7 @@ def test_plain_onnxruntime_matches(name, imgsz, batch, checkpoint, tmp_path):
         assert np.abs(session.run(None, {"tensor": images[:1]})[0] - logits[:1]).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_odd_golden_case_batch_1(checkpoint, tmp_path):
     case = golden.model_case("tiny_odd_200x232")
     plan = ExportPlan("onnx", imgsz=(200, 232), input="tensor")

@@ -102,6 +102,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
         assert np.abs(a - b).max() < 0.3  # roundings that tip over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "smooth"), [("mse", "on")])
 def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs, labelled_glyphs, tmp_path):
     """Images that were not calibrated with. All methods: benchmarks/int8_methods.py."""
@@ -112,6 +113,7 @@ def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs,
     assert bundle.manifest.accuracy["drop"] <= 1.0 and bundle.manifest.accuracy["sqnr_db"] > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (160, 160)), ("small_224", (128, 128))])
 def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
     """28 dB on pictures that were kept back, and under a third of the size of the weights. B, and larger sizes:
@@ -153,6 +155,7 @@ def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
         open_bundle(next(tmp_path.iterdir()))
 
 
+@pytest.mark.slow
 def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp_path):
     spoil(monkeypatch, "layers.3.1.conv_pw2.0:input")
     bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.3), tmp_path)
@@ -162,6 +165,7 @@ def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp
     assert bundle.manifest.accuracy["drop"] <= 0.3
 
 
+@pytest.mark.slow
 def test_a_block_with_a_scan_can_stay_in_float(monkeypatch, tmp_path):
     spoil(monkeypatch, "layers.1.blocks.0.op.out_proj:input")
     bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.1), tmp_path)
@@ -171,6 +175,7 @@ def test_a_block_with_a_scan_can_stay_in_float(monkeypatch, tmp_path):
     assert fused == ["EVSSBlockInt8", "EVSSBlock"]
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_path):
     monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
     with pytest.raises(AccuracyError, match="limit 0 points"):
@@ -218,6 +223,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []

@@ -36,6 +36,7 @@ def test_forms_are_those_of_targets():
             parse_forms(text)
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
     forms = parse_forms("torch,onnx:fp32,onnx:int8")
     matrix = Matrix(CHECKPOINT, forms, (Settings(1, 1, limit_s=20.0),), tmp_path, None, "demo", "demo")

@@ -14,8 +14,10 @@ from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
 from evm_deploy.runtimes.mil.rules import UnsupportedError, all_rules
+from tests.toolchains import need
 
-ct = pytest.importorskip("coremltools") and coremltools()
+need("coremltools", module=True)
+ct = coremltools()
 from coremltools.converters.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import Function  # noqa: E402
 

@@ -6,6 +6,8 @@ import pytest
 
 from reliability import numbers
 
+pytestmark = pytest.mark.slow
+
 FEW = [
     ("nan weight", "onnx:fp32"),
     ("inf weight", "coreml:fp16"),

@@ -37,16 +37,16 @@ from evm_deploy.toolchain.openvino_extension import extension
 from evm_deploy.toolchain.platforms import host_platform
 from tests.openvino import LOWERINGS, built, opened, traced
 from tests.test_fused import block_model, random_block
+from tests.toolchains import need
 
 APP = Path(__file__).parent / "openvino_app"
 
 
 @pytest.fixture(scope="session")
-def bundles(micro, tmp_path_factory):
+def bundles(micro, bundle_of):
     """The smallest golden model at 64x64, by lowering."""
-    folder = tmp_path_factory.mktemp("openvino")
     plan = ExportPlan("openvino", imgsz=(64, 64))
-    return {scan: export(micro, replace(plan, scan=scan), folder / scan) for scan in LOWERINGS}
+    return {scan: bundle_of(micro, replace(plan, scan=scan)) for scan in LOWERINGS}
 
 
 def pixels(batch=1, height=64, width=64):
@@ -56,6 +56,7 @@ def pixels(batch=1, height=64, width=64):
 # ------------------------------------------------------------------------------------------------------------- parity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_224", "small_224", "base_224"])
 def test_golden_logits(name, checkpoint, tmp_path):
     """Batch 3 and 1 through one dynamic graph, both lowerings; of B, which is slow to trace, only the first."""
@@ -69,6 +70,7 @@ def test_golden_logits(name, checkpoint, tmp_path):
             assert np.abs(one - case["logits"][:1]).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_odd_golden_case(scan, checkpoint, tmp_path):
     case = golden.model_case("tiny_odd_200x232")
@@ -169,6 +171,7 @@ def test_metadata_is_in_the_ir_and_in_the_manifest(bundles):
     assert manifest.scan["value"] == "plugin" and "OpenVINO 20" in manifest.scan["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_the_same_bytes_from_any_process(scan, micro, bundles, tmp_path):
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
@@ -247,12 +250,12 @@ def test_the_commands_of_the_readme_run(scan, bundles):
     assert done.returncode == 0 and "Median:" in done.stdout, done.stdout[-2000:]
 
 
+@pytest.mark.compiler
 def test_a_program_in_cpp_runs_it(bundles, tmp_path):
     """Built with the CMake package of the wheel."""
     from openvino.utils import get_cmake_path
 
-    if not shutil.which("cmake") or not shutil.which("c++"):
-        pytest.skip("cmake and a C++ compiler are needed")
+    need("cmake")
     settings = [f"-DOpenVINO_DIR={get_cmake_path()}", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(["cmake", "-S", APP, "-B", tmp_path, *settings], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from evm_deploy.toolchain import openvino_extension
 from evm_deploy.toolchain.openvino_extension import cached_path, extension, installed_release, isa, release_of
 from tests.test_fused import block_model, image, in_float64, random_block
 from tests.test_native import double, isas, magnitudes, random_scan, scan_model
+
+pytestmark = pytest.mark.compiler
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +75,16 @@ def test_a_block(b, H, W, dim, kernel, core):
     ],
 )
 def test_wrong_shapes_are_errors_not_crashes(index, change, message, core):
-    """Dynamic shapes: found when it runs. Static ones: when the model is read."""
+    """Dynamic shapes: found when it runs. Static ones: when the model is read.
+
+    With one thread OpenVINO 2026.4.1 loses errors of dynamic shapes on its way: it gives nothing, or crashes.
+    """
     inputs = random_scan(0, 1, 4, 9, 5, 16)
     inputs[index] = np.ascontiguousarray(change(inputs[index]))
-    if "rank" not in message:  # OpenVINO itself refuses those
+    if "rank" not in message and CPUS > 1:  # wrong ranks OpenVINO itself refuses
         feeds = dict(zip(onnx_function.INPUTS, inputs, strict=True))
         with pytest.raises(RuntimeError, match=re.escape(message)):
-            run(
-                core, scan_model(double()), feeds, threads=2
-            )  # with one, OpenVINO 2026.4.1 swallows it and gives nothing
+            run(core, scan_model(double()), feeds, threads=2)
     model = onnx.load_from_string(scan_model(double()))
     for value, array in zip(list(model.graph.input), inputs, strict=True):
         model.graph.initializer.append(numpy_helper.from_array(array, value.name))

@@ -43,6 +43,7 @@ def test_the_demo(scan, tmp_path):
         assert all(check.ok for check in model.selftest())
 
 
+@pytest.mark.slow
 def test_the_trained_network(trained, glyphs, labelled_glyphs, tmp_path):
     """Pictures that it was not calibrated with; half a point at most, without any block kept in float."""
     np.savez(tmp_path / "calib.npz", images=glyphs(256, 5000, 64)[0])
@@ -65,6 +66,7 @@ def spoil(monkeypatch, key):
     monkeypatch.setattr(CalibrationTable, "ranges", spoilt)
 
 
+@pytest.mark.slow
 def test_a_spoilt_block_is_kept_in_float(monkeypatch, tmp_path):
     """Negative control of the gate, and what recovers it."""
     spoil(monkeypatch, "layers.1.blocks.0.op.out_proj:input")

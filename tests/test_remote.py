@@ -25,11 +25,12 @@ from evm_deploy.bench.remote.ssh import Connection, Host, explained
 from evm_deploy.bench.sweep import Sweep
 from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.info import Requirement
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
+
+pytestmark = pytest.mark.ssh
 
 GONE_S = 8.0
 
@@ -42,9 +43,9 @@ def board(tmp_path_factory) -> Sshd:
 
 
 @pytest.fixture(scope="module")
-def host_bundle(micro, tmp_path_factory):
+def host_bundle(micro, bundle_of):
     """With the native library for this platform."""
-    return export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path_factory.mktemp("host"))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST))
 
 
 @pytest.fixture
@@ -273,8 +274,8 @@ def test_a_run_that_takes_too_long_is_killed(board):
 
 
 def test_a_board_that_stops_to_answer(board, monkeypatch):
-    monkeypatch.setattr("evm_deploy.bench.remote.ssh.CONNECT_S", 1.0)
     with Connection(Host.parse("board"), board.ssh, sys.executable) as connection:
+        monkeypatch.setattr("evm_deploy.bench.remote.ssh.CONNECT_S", 1.0)
         (session,) = board.processes()
         os.kill(session, signal.SIGSTOP)
         with pytest.raises(ToolchainError, match="did not answer in time"):
@@ -315,7 +316,7 @@ def test_the_supervisor_ends(tmp_path, how):
         elif how == "half a file":
             order(process, file="x", size=100)
             process.stdin.close()
-        process.wait(5)
+        process.wait(20)
     assert not list(tmp_path.iterdir())
 
 
@@ -328,7 +329,7 @@ def test_the_supervisor_waits_while_it_hears_something(tmp_path):
             process.stdin.flush()
         assert process.poll() is None
         process.stdin.close()
-        process.wait(5)
+        process.wait(20)
 
 
 def test_the_supervisor_says_why_it_cannot(tmp_path):

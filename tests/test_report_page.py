@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -18,8 +17,8 @@ from evm_deploy.report.scatter import Point, scatter, ticks
 from evm_deploy.report.svg import Bar, bars
 from evm_deploy.report.table import grouped
 from tests.records import JUDGED, LAYERS, record
+from tests.toolchains import CHROMIUM, need
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTH, HEIGHT = 1200, 2400
 BAR = {"light": (0x00, 0x72, 0xB2), "dark": (0x56, 0xB4, 0xE9)}  # --ship of page.css
 PAPER = {"light": (0xFC, 0xFC, 0xFB), "dark": (0x14, 0x16, 0x18)}
@@ -49,8 +48,7 @@ def html() -> str:
 
 def see(html: str, folder: Path, scheme: str = "light") -> Seen:
     """Open a page in headless Chromium."""
-    if not CHROMIUM:
-        pytest.skip("NO BROWSER: the page of evm-report was not opened; install chromium")
+    need("chromium")
     file, picture = folder / "page.html", folder / f"{scheme}.png"
     file.write_text(html, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
@@ -69,6 +67,7 @@ def share(picture: Path, colour: tuple[int, int, int]) -> float:
     return sum(count for count, found in counts if found == colour) / (WIDTH * HEIGHT)
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(html, tmp_path, scheme):
     seen = see(html, tmp_path, scheme)
@@ -82,6 +81,7 @@ def test_the_page_in_a_browser(html, tmp_path, scheme):
     assert share(seen.picture, SCAN[scheme]) > 2 * 0.35 * 450 * 14 / (WIDTH * HEIGHT)
 
 
+@pytest.mark.browser
 def test_the_browser_would_have_said(html, tmp_path):
     """The negative control: a script is refused by the page's own policy, and a page without bars shows none."""
     seen = see(html.replace("</body>", "<script>document.title = 1</script></body>"), tmp_path)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from evm_deploy.toolchain.compile import Compiler
 from reliability import operators
 from reliability.operators import CHECKED, SANITIZE
 from tests import driver as drivers
+from tests.cache import once
 from tests.driver import (
     Driver,
     any_block,
@@ -25,6 +27,9 @@ from tests.driver import (
     scan_problem,
 )
 from tests.test_native import isas, random_scan
+from tests.toolchains import need
+
+pytestmark = pytest.mark.compiler
 
 EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
     (1, 1, 1, 1, 1, 1, 1, 1),
@@ -43,15 +48,18 @@ EDGES = [  # b, H, W, C, d, N, R, G: what random shapes rarely hit
 
 @pytest.fixture(scope="module")
 def compiler():
-    if sys.platform != "linux" or not shutil.which("g++"):
-        pytest.skip("the sanitizers need g++ on Linux: apt-get install g++")
+    if sys.platform != "linux":
+        pytest.skip("the sanitizers are tested on Linux")
+    need("g++")
     return Compiler(("g++",), "aarch64" if "neon" in isas() else "x86_64")
 
 
 @pytest.fixture(scope="module")
-def driver(compiler, tmp_path_factory):
-    path = drivers.build_driver(compiler, tmp_path_factory.mktemp("asan"), CHECKED, SANITIZE)
-    return Driver((str(path),))
+def driver(compiler, shared_folder):
+    def build(folder):
+        drivers.build_driver(compiler, folder, CHECKED, SANITIZE)
+
+    return Driver((str(once(shared_folder / "asan", build) / "driver"),))
 
 
 def test_every_kernel_is_clean_and_right(driver):
@@ -91,8 +99,9 @@ def test_a_write_out_of_bounds_is_seen(tmp_path, compiler):
 
 
 @pytest.fixture(scope="module")
-def sanitized(compiler, tmp_path_factory):
-    return operators.sanitized("onnxruntime", tmp_path_factory.mktemp("sanitized"))
+def sanitized(compiler, shared_folder):
+    folder = once(shared_folder / "sanitized", partial(operators.sanitized, "onnxruntime"))
+    return next(folder.glob("*.so"))
 
 
 SESSION = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,14 +20,14 @@ from evm_deploy.bench.record import Settings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
-from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
 from evm_deploy.runtimes.base import Batch
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
+from tests.toolchains import need, tensorrt_headers
 
-pytestmark = pytest.mark.xdist_group("sdk")  # its builds take both cores
+pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +47,8 @@ def pictures_50(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
-    """One for each way that input, output, batch and size can be; exported once, also for several workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sdk-bundles"
-    folder.mkdir(exist_ok=True)
+def bundles(micro, demo_bundle, bundle_of) -> dict[str, Path]:
+    """One for each way that input, output, batch and size can be."""
     labels = tuple(f"kind {i}" for i in range(10))
     onnx = {"input": "tensor", "head": "probs", "imgsz": (64, 96), "batch": Batch(2, 2, 3), "labels": labels}
     openvino = {"scan": "portable", "head": "features", "imgsz": (96, 64), "batch": Batch(1, 1, None)}
@@ -61,13 +57,8 @@ def bundles(micro, demo_bundle, tmp_path_factory) -> dict[str, Path]:
         "openvino": (CHECKPOINT, ExportPlan("openvino", batch=Batch(3, 3, 3))),
         "portable": (micro, ExportPlan("openvino", **openvino)),
     }
-    found = {"image": demo_bundle.path}
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name, (checkpoint, plan) in plans.items():
-            made = [*(folder / name).glob("*-*")]
-            found[name] = made[0] if made else export(checkpoint, plan, folder / name).path
-    return found
+    made = {name: bundle_of(checkpoint, plan).path for name, (checkpoint, plan) in plans.items()}
+    return {"image": demo_bundle.path, **made}
 
 
 def test_the_vectors(tmp_path):
@@ -291,9 +282,8 @@ def test_tensorrt_against_stand_ins(tmp_path):
 
 
 def test_tensorrt_compiles_with_nvidias_headers():
-    include = os.environ.get("TENSORRT_INCLUDE", "")
-    if not Path(include, "NvInferRuntime.h").is_file():
-        pytest.skip("the headers of TensorRT are not in $TENSORRT_INCLUDE")
+    need("TensorRT's headers")
+    include = tensorrt_headers()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
     headers = cuda if (cuda / "cuda_runtime_api.h").is_file() else ROOT / "sdk" / "cpp" / "tests" / "tensorrt"
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]

@@ -29,8 +29,9 @@ from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
+from tests.toolchains import need
 
-pytestmark = pytest.mark.xdist_group("sdk")
+pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]
 
 QUOTES = {"manifest cut": " is damaged: "}  # a parser's words follow
 HINTS = {"manifest of the future": "upgrade the SDK"}  # pip upgrades no C++
@@ -291,7 +292,7 @@ def test_threads_classify_at_the_same_time(kind, demo_bundle, tmp_path):
 
 
 def valgrind(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("valgrind") or pytest.skip("apt-get install valgrind")
+    need("valgrind")
     flags = [
         "--leak-check=full",
         "--show-leak-kinds=definite",
@@ -300,15 +301,17 @@ def valgrind(*arguments: object) -> subprocess.CompletedProcess[str]:
         "-q",
     ]
     known = f"--suppressions={ROOT / 'sdk' / 'cpp' / 'tests' / 'valgrind.supp'}"
-    command = [program, *flags, known, build("release") / "app", *arguments]
+    command = ["valgrind", *flags, known, build("release") / "app", *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 
+@pytest.mark.valgrind
 def test_valgrind_has_nothing_to_say(micro_bundle):
     done = valgrind(micro_bundle.path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.valgrind
 def test_valgrind_would_say_it(tmp_path):
     done = valgrind(tmp_path / "gone", "leak")
     assert done.returncode == 9 and "evm_open" in done.stderr

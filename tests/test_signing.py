@@ -17,6 +17,7 @@ from evm_deploy import cli, load
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.signing import SIGNATURE, private_key, public_key, sign
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from tests.toolchains import need
 
 PEM = serialization.Encoding.PEM
 
@@ -116,8 +117,7 @@ def test_another_key_is_refused(signed, tmp_path, capsys):
 
 
 def test_openssl_checks_and_makes_the_same(signed, keys, tmp_path):
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl here")
+    need("openssl")
     private, public = keys
     manifest, signature = signed / "manifest.json", signed / SIGNATURE
     check = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", manifest]

@@ -197,6 +197,7 @@ def with_outliers(micro, folder, factor=12.0):
     return folder / "outliers.ckpt"
 
 
+@pytest.mark.slow
 def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, pictures, tmp_path):
     checkpoint, sqnr = with_outliers(micro, tmp_path), {}
     for choice in ("off", "on", "auto"):
@@ -276,6 +277,7 @@ def test_plans_that_cannot_work(changes, message):
         ExportPlan(**{"target": "onnx", "precision": "int8", "calib": "c", "smooth": "on", **changes})
 
 
+@pytest.mark.slow
 def test_the_demo_smoothed(tmp_path):
     bundle = export(CHECKPOINT, plan("demo", val="demo"), tmp_path)
     quantization = bundle.manifest.details["quantization"]

@@ -38,6 +38,7 @@ from evm_deploy.scan import onnx_function, reference, unrolled
 from evm_deploy.toolchain.platforms import host_platform
 from tests.tensorrt import engine, network, scan_model, traced
 from tests.test_native import magnitudes, random_scan
+from tests.toolchains import need
 
 MICRO = {"imgsz": (64, 64)}
 
@@ -51,7 +52,7 @@ def tables(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def rtx():
-    pytest.importorskip("tensorrt_rtx_bindings", reason="engines need TensorRT-RTX: pip install 'evm-deploy[trt-rtx]'")
+    need("TensorRT-RTX")
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def replaced(plan, precision, scan="portable"):
 # Bundles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_224"])
 def test_golden_logits(name, checkpoint, tmp_path, without_rtx):
     bundle = export(
@@ -221,6 +223,7 @@ def in_float(kernels, nodes):
     return [node for node in nodes if node not in int8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, precision",
     [("tiny_224", p) for p in ("fp32", "fp16", "int8", "int8-fp16")] + [("base_224", "fp16")],
@@ -261,6 +264,7 @@ def graphs(checkpoint):
     return make
 
 
+@pytest.mark.slow
 def test_traffic_of_the_first_stages_scan(rtx, tmp_path):
     """Of T at 224: at most 100 MB. A chunk of twice the steps, the control, has more."""
     found = {}

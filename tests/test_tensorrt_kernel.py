@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,9 @@ import pytest
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.scan import reference
+from tests.cache import once
 from tests.test_native import magnitudes, random_scan
+from tests.toolchains import need, tensorrt_headers
 
 NATIVE = Path(__file__).parents[1] / "native"
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120", "121")
@@ -23,17 +24,16 @@ EDGES = [(1, 1, 1, 1, 1), (2, 3, 17, 9, 16), (1, 4, 16, 8, 15), (1, 2, 33, 7, 3)
 
 
 def emulator(folder, *flags):
-    if not shutil.which("g++"):
-        pytest.skip("the emulator of the CUDA kernel needs g++: apt-get install g++")
     path = folder / "emulator.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags, "-o", path]
     subprocess.run([*command, NATIVE / "tests" / "cuda_emulator.cpp"], check=True)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return emulator(tmp_path_factory.mktemp("emulator"))
+def emulated(shared_folder):
+    need("g++")
+    return ctypes.CDLL(str(once(shared_folder / "emulator", emulator) / "emulator.so"))
 
 
 def run(library, arrays, dtype=np.float32, backwards=False):
@@ -63,26 +63,31 @@ def problems(count):
     return [random_scan(i, *size, spread=(0.1, 3.0, 30.0)[i % 3]) for i, size in enumerate(sizes)]
 
 
+@pytest.mark.compiler
 def test_any_shape(emulated):
     for arrays in problems(60):
         for backwards in (False, True):
             assert error(emulated, arrays, backwards=backwards) <= 2e-6, arrays[0].shape
 
 
+@pytest.mark.compiler
 def test_the_networks_scans(emulated):
     """The first stage of T at 224: 49 tiles."""
     assert error(emulated, random_scan(0, 1, 4, 784, 96, 16)) <= 2e-6
 
 
+@pytest.mark.compiler
 def test_half_in_and_out_rounds_the_output_alone(emulated):
     for arrays in problems(20):
         halves = [a if i in (2, 5, 6) else a.astype(np.float16) for i, a in enumerate(arrays)]
         assert error(emulated, halves, dtype=np.float16) <= 6e-4
 
 
+@pytest.mark.compiler
 def test_a_kernel_without_barriers_is_wrong(tmp_path):
     """Negative control: the emulator notices, in one of the two orders."""
-    broken = emulator(tmp_path, "-DEVM_WITHOUT_BARRIERS")
+    need("g++")
+    broken = ctypes.CDLL(str(emulator(tmp_path, "-DEVM_WITHOUT_BARRIERS")))
     arrays = random_scan(0, 1, 2, 40, 8, 16)
     assert max(np.nan_to_num(error(broken, arrays, backwards=order), nan=1.0) for order in (False, True)) > 1e-2
 
@@ -93,31 +98,23 @@ def test_geometry_is_that_of_the_header():
     assert tuple(int(found[name]) for name in ("Channels", "States", "Threads")) == own
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_compiles_with_no_spills(architecture, tmp_path):
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        pytest.skip("no nvcc: the CUDA toolkit, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime")
-    command = [nvcc, "-std=c++17", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-o", tmp_path / "k.cubin"]
+    need("nvcc")
+    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-o", tmp_path / "k.cubin"]
     done = subprocess.run([*command, NATIVE / "tensorrt" / "selective_scan.cu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr) == [("0", "0")] * 2
     assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= 64
 
 
+@pytest.mark.compiler
 def test_the_cpp_plugin_compiles(tmp_path):
-    """Where TensorRT's headers are: $TENSORRT_INCLUDE, or where its packages put them."""
-    folders = [
-        os.environ.get("TENSORRT_INCLUDE", ""),
-        "/usr/include/x86_64-linux-gnu",
-        "/usr/include/aarch64-linux-gnu",
-    ]
-    include = next((f for f in folders if f and (Path(f) / "NvInferRuntime.h").is_file()), None)
-    if not include or not shutil.which("nvcc"):
-        pytest.skip("no NvInferRuntime.h, or no nvcc: set TENSORRT_INCLUDE to the headers of TensorRT (never vendored)")
+    need("nvcc", "TensorRT's headers")
     sources = [NATIVE / "tensorrt" / name for name in ("plugin.cu", "selective_scan.cu")]
     library = tmp_path / "libevm_tensorrt.so"
-    flags = ["-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=sm_87", "-I", include]
+    flags = ["-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=sm_87", "-I", tensorrt_headers()]
     subprocess.run(["nvcc", *flags, *sources, "-o", library], check=True)
     assert ctypes.CDLL(str(library)).getCreators
 

@@ -17,6 +17,7 @@ import pytest
 from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.runtimes.tensorrt import plugin as tensorrt_plugin
 from evm_deploy.scan import onnx_function
+from tests.toolchains import need
 
 # b, K, L, D, N: the stages of T, S and B at 224, and odd ones
 SIZES = [(1, 4, 784, 96, 16), (1, 4, 196, 192, 16), (2, 4, 784, 128, 16), (1, 4, 196, 256, 16), (3, 2, 35, 13, 5)]
@@ -37,11 +38,9 @@ class IntExpr:
 
 @pytest.fixture
 def trt(monkeypatch):
-    rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'evm-deploy[trt-rtx]'")
-    bindings = importlib.util.find_spec("tensorrt_bindings")
-    if bindings is None:
-        pytest.skip("tensorrt_cu13_bindings is not installed: pip install 'evm-deploy[dev]' on Linux x86-64")
-    folder = Path(bindings.origin).parent / "plugin"
+    need("TensorRT-RTX", "TensorRT's Python")
+    rtx = importlib.import_module("tensorrt_rtx_bindings")
+    folder = Path(importlib.util.find_spec("tensorrt_bindings").origin).parent / "plugin"
 
     class IntBuilder:
         def constant(self, value):

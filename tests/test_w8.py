@@ -37,8 +37,8 @@ def constants(model):
 
 
 @pytest.fixture(scope="module")
-def bundle(micro, tmp_path_factory):
-    return export(micro, plan(imgsz=(64, 64)), tmp_path_factory.mktemp("w8"))
+def bundle(micro, bundle_of):
+    return bundle_of(micro, plan(imgsz=(64, 64)))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -107,6 +107,7 @@ def test_onnxruntime_restores_the_weights_when_it_loads(bundle, micro, micro_bun
     assert optimised(dequantized, tmp_path / "dq.onnx")["DequantizeLinear"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("tiny_224", 160), ("small_224", 128), ("base_224", 128)])
 def test_seeded_weights(name, side, checkpoint, pictures, tmp_path):
     wanted = plan(imgsz=(side, side), calib=str(pictures), calib_images=24, force_calib=True)
@@ -116,6 +117,7 @@ def test_seeded_weights(name, side, checkpoint, pictures, tmp_path):
     assert manifest.parity["max_abs"] < 0.25 * manifest.parity["limit"]
 
 
+@pytest.mark.slow
 def test_the_trained_network_keeps_its_accuracy(trained, labelled_glyphs, tmp_path):
     wanted = plan(imgsz=(64, 64), crop_pct=1.0, val=str(labelled_glyphs), max_drop=0.5)
     bundle = export(trained / "evm_tiny_glyphs64.ckpt", wanted, tmp_path)
@@ -202,6 +204,7 @@ def test_pictures_without_labels_exit_5(spoil, micro, pictures, tmp_path, capsys
     assert "w8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(spoil, tmp_path):
     spoil("layers.3.1.conv_pw2.0")
     bundle = export(CHECKPOINT, plan(val="demo", max_drop=0.3), tmp_path)

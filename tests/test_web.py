@@ -25,7 +25,6 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import write_images
 from evm_deploy.errors import EvmError
-from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
 from tests.broken import BROKEN, NO_SELF_TEST
@@ -33,9 +32,10 @@ from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
+from tests.toolchains import without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
 
-pytestmark = pytest.mark.xdist_group("web")  # one build, one browser
+pytestmark = [pytest.mark.xdist_group("web"), pytest.mark.browser]  # one build, one browser
 
 DOC = ROOT / "docs" / "embed" / "web.md"
 SHOTS = Path(os.environ.get("EVM_WEB_SHOTS", ""))  # where to leave the page's pictures
@@ -55,7 +55,7 @@ def site(demo_bundle, tmp_path_factory) -> Path:
         pages = {**LIBRARY, "example.html": EXAMPLE, "example.ts": example}
         return build(tmp_path_factory.mktemp("web") / "site", demo_bundle.path, pages)
     except MissingError as error:
-        pytest.skip(f"the web sample was not tested: {error}")
+        without(error.toolchain, str(error))
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +159,10 @@ def test_fifty_digits_are_classified_as_in_python(library, demo_bundle, digits, 
 
 
 @pytest.fixture(scope="module")
-def batched_bundle(micro, tmp_path_factory) -> Bundle:
+def batched_bundle(micro, bundle_of) -> Bundle:
     """What the demo's bundle is not: tensor input, probabilities, a batch from 2 to 3."""
     plan = ExportPlan("onnx", imgsz=(64, 64), input="tensor", head="probs", batch=Batch(2, 2, 3), scan="portable")
-    return export(micro, plan, tmp_path_factory.mktemp("batched"))
+    return bundle_of(micro, plan)
 
 
 def test_tensors_probabilities_and_batches(library, batched_bundle, digits, tmp_path):
@@ -177,8 +177,8 @@ def test_tensors_probabilities_and_batches(library, batched_bundle, digits, tmp_
 
 
 @pytest.fixture(scope="module")
-def features_bundle(micro, tmp_path_factory) -> Bundle:
-    return export(micro, ExportPlan("onnx", imgsz=(64, 64), head="features"), tmp_path_factory.mktemp("features"))
+def features_bundle(micro, bundle_of) -> Bundle:
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(64, 64), head="features"))
 
 
 # ---------------------------------------------------------------------------------------- what is wrong, said as Python

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from tests.test_report_page import CHROMIUM
+from tests.toolchains import CHROMIUM
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "web"
@@ -30,7 +30,11 @@ LIBRARY = {
 
 
 class MissingError(Exception):
-    """What this machine lacks for the web sample."""
+    """What this machine lacks for the web sample: node, its packages included, or chromium."""
+
+    def __init__(self, toolchain: str, why: str) -> None:
+        super().__init__(why)
+        self.toolchain = toolchain
 
 
 def npm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,12 +44,12 @@ def npm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def modules() -> Path:
     """node_modules as package-lock.json says, installed when they are of another lock. Raises MissingError."""
     if not (shutil.which("node") and shutil.which("npm")):
-        raise MissingError(f"NO NODE: install nodejs {NODE} or newer, and npm")
+        raise MissingError("node", f"install nodejs {NODE} or newer, and npm")
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.removeprefix("v").split(".")[0]) < NODE:
-        raise MissingError(f"NO NODE {NODE}: this is {version}; install a newer one")
+        raise MissingError("node", f"{NODE} is needed, this is {version}: install a newer one")
     if not CHROMIUM:
-        raise MissingError("NO BROWSER: install chromium")
+        raise MissingError("chromium", "install chromium")
     stamp = SAMPLE / "node_modules" / ".evm-lock"
     with (SAMPLE / "package-lock.json").open("rb") as lock:
         wanted = hashlib.sha256(lock.read()).hexdigest()
@@ -53,7 +57,7 @@ def modules() -> Path:
         if not stamp.exists() or stamp.read_text() != wanted:
             done = npm(SAMPLE, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
             if done.returncode:
-                raise MissingError(f"NO NPM REGISTRY: {done.stderr[-300:]}")
+                raise MissingError("node", f"no npm registry: {done.stderr[-300:]}")
             stamp.write_text(wanted)
     return stamp.parent
 

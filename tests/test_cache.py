@@ -1,0 +1,199 @@
+"""The cache of hub graphs serves what tracing would give, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch.nn.utils import fusion
+
+from evm_deploy.export.hub import graph
+from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.model.families import load_checkpoint
+from evm_deploy.runtimes.base import Batch
+from evm_deploy.scan import onnx_function
+from tests import cache
+
+PLAN = ExportPlan("onnx", imgsz=(32, 32))
+
+
+class Counted:
+    """A tracer that only says how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module, plan, metadata):
+        self.calls += 1
+        return self.calls
+
+
+@pytest.fixture
+def module(micro):
+    network = load_checkpoint(micro)
+    plan, preprocessing = complete(PLAN, network.spec)
+    return deployable(network, plan, preprocessing)
+
+
+@pytest.fixture
+def graphs(tmp_path):
+    made = cache.Graphs(Counted())
+    made.folder, made.parts = tmp_path, cache.parts()
+    return made
+
+
+def test_a_graph_from_the_cache_is_the_traced_one(module):
+    fresh = cache.GRAPHS.real(module, PLAN, {"model": "x"})
+    for _ in range(2):
+        kept = graph.trace(module, PLAN, {"model": "x"})
+        assert kept.model.SerializeToString() == fresh.model.SerializeToString()
+        assert list(kept.fusable) == list(fresh.fusable) and kept.scans == fresh.scans
+
+
+def test_the_same_is_traced_once(module, graphs):
+    assert [graphs.trace(module, PLAN, {}) for _ in range(3)] == [1, 1, 1]
+
+
+def with_one_weight(module):
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] += 1e-6
+
+
+def with_another_epsilon(module):
+    next(each for each in module.modules() if isinstance(each, torch.nn.LayerNorm)).eps = 1e-3
+
+
+def with_another_mean(module):
+    module.shift += 0.1
+
+
+def with_another_setting(module):
+    next(each for each in module.modules() if type(each).__module__.startswith("evm_deploy")).setting = 1
+
+
+CHANGES = [with_one_weight, with_another_epsilon, with_another_mean, with_another_setting]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_module_is_traced(change, module, graphs):
+    graphs.trace(module, PLAN, {})
+    change(module)
+    assert graphs.trace(module, PLAN, {}) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"imgsz": (32, 36)}, {"batch": Batch(1, 2, 4)}, {"input": "tensor"}, {"head": "probs"}, {"opset": 18}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_plan_is_traced(change, module, graphs):
+    graphs.trace(module, PLAN, {})
+    assert graphs.trace(module, replace(PLAN, **change), {}) == 2
+
+
+def test_what_is_in_two_places_is_not_two_equal_ones():
+    def digest(change):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        layers[1].load_state_dict(layers[0].state_dict())
+        change(layers)
+        return cache.digest_of(layers, PLAN, {})
+
+    def one_layer(layers):
+        layers[1] = layers[0]
+
+    def one_weight(layers):
+        layers[1].weight = layers[0].weight
+
+    apart = digest(lambda layers: None)
+    assert apart == digest(lambda layers: None)
+    assert len({apart, digest(one_layer), digest(one_weight)}) == 3
+
+
+def test_other_metadata_is_traced(module, graphs):
+    graphs.trace(module, PLAN, {"labels": "a"})
+    assert graphs.trace(module, PLAN, {"labels": "b"}) == 2
+
+
+def test_tracing_reads_no_more_of_a_plan_than_the_key_has(module):
+    class Watched:
+        def __init__(self) -> None:
+            self.read = set()
+
+        def __getattr__(self, name):
+            if name in known:
+                self.read.add(name)
+            return getattr(PLAN, name)
+
+    known, plan, key = {field.name for field in fields(ExportPlan)}, Watched(), Watched()
+    cache.GRAPHS.real(module, plan, {})
+    graph.trace_key(key)
+    assert plan.read and plan.read <= key.read
+
+
+def function(*args):
+    return onnx_function.selective_scan_function(*args)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (onnx_function, "selective_scan_function"),
+        (graph, "_export"),
+        (graph, "DEFAULT_OPSET"),
+        (fusion, "fuse_conv_bn_eval"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "in",
+)
+def test_while_something_is_patched_nothing_is_kept(where, name, module, graphs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, function)
+        assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [1, 2]
+    assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [3, 3]
+
+
+def test_a_patched_method_is_noticed_too(module, graphs, monkeypatch):
+    network = sys.modules["evm_deploy.model.efficientvmamba.network"]
+    block = next(value for value in vars(network).values() if isinstance(value, type) and hasattr(value, "fused_op"))
+    monkeypatch.setattr(block, "forward", lambda self, x: x)
+    assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.retraces
+def test_a_marked_test_traces():
+    assert cache.GRAPHS.forgetful
+
+
+def test_others_do_not():
+    assert not cache.GRAPHS.forgetful
+
+
+def test_one_process_fills_a_folder(tmp_path):
+    """Two at once: the second waits and takes what the first has made."""
+    code = """
+import sys, time
+from pathlib import Path
+from tests.cache import once
+once(Path(sys.argv[1]), lambda folder: (time.sleep(0.5), (folder / sys.argv[2]).touch()))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "folder")]
+    both = [subprocess.Popen([*command, name], cwd=cache.ROOT) for name in ("a", "b")]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(list((tmp_path / "folder").iterdir())) == 1
+
+
+def test_what_was_not_made_is_made_again(tmp_path):
+    def fail(folder):
+        (folder / "half").touch()
+        raise OSError
+
+    with pytest.raises(OSError):
+        cache.once(tmp_path / "x", fail)
+    assert list(cache.once(tmp_path / "x", lambda folder: (folder / "whole").touch()).iterdir()) == [
+        tmp_path / "x" / "whole"
+    ]

