@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from evm_deploy.bundle.archive import write_zip
-from evm_deploy.bundle.loaded import LoadedBundle, Prediction, load
+from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.errors import EvmError
 from evm_deploy.export.selftest import picture
+from evm_deploy.tasks.task import Prediction
 from tests import kotlin
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults

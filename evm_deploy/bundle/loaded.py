@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,8 @@ from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
 from evm_deploy.runtimes.info import NativeKernels
 from evm_deploy.runtimes.registry import configured, runtime_of
+from evm_deploy.tasks import get_task
+from evm_deploy.tasks.task import Decode, Prediction
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
@@ -30,15 +32,6 @@ if TYPE_CHECKING:
 
 NO_SETTINGS: Mapping[str, Any] = {}
 DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves the batch open
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class of one image. `score`: probability, 0..1."""
-
-    label: str
-    index: int
-    score: float
 
 
 class LoadedBundle:
@@ -61,6 +54,7 @@ class LoadedBundle:
         if options.streams > 1 and not self.target.streams:
             raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
+        self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()
         self.plugin, self.scan = self._lowering(scan)
         identity = sha256(bundle.path / MANIFEST)[:16]
@@ -100,7 +94,7 @@ class LoadedBundle:
 
         Raises ImageError for an image that cannot be read, UsageError for a bundle without a classifier.
         """
-        self._check_classifier(top)
+        self._require_answers(top)
         pixels = map(self.preprocessing.pixels, images)
         results: list[list[Prediction]] = []
         while chunk := list(itertools.islice(pixels, self._batch_size)):
@@ -111,12 +105,12 @@ class LoadedBundle:
         """`predict` of pictures that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
         uint8, n from 1, whatever the bundle's batch. Raises UsageError.
         """
-        head = self._check_classifier(top)
+        decode = self._require_answers(top)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
             height, width = self.preprocessing.size
             raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
         chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
-        return [self._top(row, top) for chunk in chunks for row in self._scores(chunk, head)]
+        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, top)]
 
     def selftest(self) -> list[selftest.Check]:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
@@ -172,30 +166,25 @@ class LoadedBundle:
     def _batch_size(self) -> int:
         return self.manifest.batch.max or DYNAMIC_BATCH
 
-    def _check_classifier(self, top: int) -> str:
-        """The output with the classes' scores."""
-        if self.manifest.head == "features":
-            raise UsageError("this bundle gives feature maps, not classes", "use run(feeds)")
+    def _require_answers(self, top: int) -> Decode:
+        """How outputs become predictions. Raises UsageError for a task that has none, and for an impossible `top`."""
+        if not self.task.decode:
+            raise UsageError(f"this bundle gives {self.task.gives}, not classes", "use run(feeds)")
         if top < 1:
             raise UsageError(f"top is {top}, it must be at least 1")
-        return self.manifest.head
+        return self.task.decode
 
-    def _scores(self, pixels: NDArray[np.uint8], head: str) -> NDArray[np.float64]:
-        """(n, classes)."""
+    def _answers(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """The outputs for prepared images, finite and of the shapes that the task takes. Raises BundleError."""
         value = pixels if self.manifest.input == "image" else self.preprocessing.normalise(pixels)
-        scores = run_batched(self, self.manifest.batch, value)[head]
-        self._check_scores(replace(self.outputs[head], shape=scores.shape))
-        return scores.astype(np.float64)
-
-    def _top(self, row: NDArray[np.float64], top: int) -> list[Prediction]:
-        if not np.isfinite(row).all():
+        outputs = run_batched(self, self.manifest.batch, value)
+        self._check_task({name: replace(self.outputs[name], shape=each.shape) for name, each in outputs.items()})
+        if not all(np.isfinite(each).all() for each in outputs.values()):
             raise BundleError(
                 f"bundle {self.bundle.path}: the network gives NaN or Inf here",
                 f"does it compute right on this device?  evm-run {self.bundle.path} --selftest",
             )
-        scores = row if self.manifest.head == "probs" else _softmax(row)
-        best = np.argsort(-scores, kind="stable")[:top]
-        return [Prediction(self.labels[i] if self.labels else f"class {i}", int(i), float(scores[i])) for i in best]
+        return outputs
 
     def _read_labels(self) -> list[str] | None:
         file = self.bundle.path / "labels.txt"
@@ -214,17 +203,13 @@ class LoadedBundle:
             raise self._unlike(", ".join(map(str, have)), f"the manifest says {', '.join(map(str, described))}")
         if len(self.inputs) != 1:
             raise self._unlike(", ".join(map(str, have)), "a bundle's model has one input")
-        if self.manifest.head == "features":
-            return
-        if self.manifest.head not in self.outputs:
-            raise self._unlike(", ".join(map(str, have)), f"a classifier has {self.manifest.head}")
-        self._check_scores(self.outputs[self.manifest.head])
+        self._check_task(self.outputs)
 
-    def _check_scores(self, scores: TensorSpec) -> None:
-        if scores.dtype != "float32" or len(scores.shape) != 2 or 0 in scores.shape:
-            raise self._unlike(str(scores), "a classifier has rows of float32 scores")
-        if self.labels and scores.shape[1] not in (None, len(self.labels)):
-            raise self._unlike(f"{scores.shape[1]} classes", f"labels.txt has {len(self.labels)}")
+    def _check_task(self, outputs: Mapping[str, TensorSpec]) -> None:
+        """Raise BundleError for outputs that are none of the task's."""
+        wrong = self.task.check(outputs, self.labels) if self.task.check else None
+        if wrong:
+            raise self._unlike(*wrong)
 
     def _unlike(self, have: str, want: str) -> BundleError:
         return BundleError(f"bundle {self.bundle.path}: {self.manifest.artifact} has {have}; {want}", "export it again")
@@ -267,9 +252,3 @@ def load(
     """
     bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
     return LoadedBundle(bundle, RunOptions(threads, streams=streams), scan, settings)
-
-
-def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    e = np.exp(x - x.max())
-    result: NDArray[np.float64] = e / e.sum()
-    return result

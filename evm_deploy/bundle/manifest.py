@@ -31,6 +31,7 @@ from evm_deploy.runtimes.base import Batch
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 MAX_BYTES = 4 << 20
+TASKS = ("classification", "features", "raw")
 ACCURACY = keys(
     images=size,
     **dict.fromkeys(
@@ -53,7 +54,7 @@ SCHEMA = keys(
         input=one_of("image", "tensor"),
         head=one_of("logits", "probs", "features", "raw"),
     ),
-    model=keys(name=text, checkpoint=keys(sha256=text), parameters=count),
+    model=keys(name=text, task=nullable(one_of(*TASKS)), checkpoint=keys(sha256=text), parameters=count),
     preprocessing=keys(size=listing(count, length=2)),
     inputs=listing(TENSOR, at_least=1),
     outputs=listing(TENSOR, at_least=1),
@@ -121,6 +122,11 @@ class Manifest:
     def head(self) -> str:
         """What the outputs are: logits, probs or features."""
         return str(self.plan["head"])
+
+    @property
+    def task(self) -> str:
+        """What the outputs mean: the name of a Task. Bundles from before tasks were named say it by their head."""
+        return str(self.model.get("task") or ("features" if self.head == "features" else "classification"))
 
     @property
     def input(self) -> str:

@@ -12,9 +12,10 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     """The last block: what was made, how exact it is, where it is, what to do next."""
     from evm_deploy.calib.evaluate import Accuracy
     from evm_deploy.export.targets import get_target
+    from evm_deploy.tasks import get_task
 
     m, parity = bundle.manifest, bundle.manifest.parity
-    target = get_target(m.target)
+    target, predicts = get_target(m.target), get_task(m.task).decode
     title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
@@ -48,10 +49,10 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
         *(() if m.built else [("Next", f"on the device:  evm-export --finish {bundle.path}")]),
         (
             "Then" if not m.built else "Next",
-            f"evm-run {bundle.path} cat.jpg" if m.plan["head"] != "features" else f"evm-run {bundle.path} --selftest",
+            f"evm-run {bundle.path} cat.jpg" if predicts else f"evm-run {bundle.path} --selftest",
         ),
     ]
-    if m.plan["head"] != "features":
+    if predicts:
         lines.append(("", f"evm-run {bundle.path} --selftest"))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
 

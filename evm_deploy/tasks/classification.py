@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.tasks.task import Labels, Outputs, Prediction, Task
+from evm_deploy.tasks.task import Labels, Outputs, Prediction, Spec, Task
 
 LOGITS, PROBABILITIES = "logits", "probs"
 
@@ -20,6 +20,19 @@ def scores_name(outputs: Iterable[str]) -> str:
         if name in names:
             return name
     raise KeyError(f"no {LOGITS} or {PROBABILITIES} among the outputs {', '.join(sorted(names))}")
+
+
+def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[str, str] | None:
+    """What is wrong with a classifier's outputs, and what was expected; None where nothing is."""
+    try:
+        scores = outputs[scores_name(outputs)]
+    except KeyError:
+        return ", ".join(map(str, outputs.values())), f"a classifier has {LOGITS} or {PROBABILITIES}"
+    if scores.dtype != "float32" or len(scores.shape) != 2 or 0 in scores.shape:
+        return str(scores), "a classifier has rows of float32 scores"
+    if labels and scores.shape[1] not in (None, len(labels)):
+        return f"{scores.shape[1]} classes", f"labels.txt has {len(labels)}"
+    return None
 
 
 def decode(outputs: Outputs, labels: Sequence[str] | None, top: int) -> list[list[Prediction]]:
@@ -58,4 +71,13 @@ def _top(scores: NDArray[Any], labels: Labels, k: int) -> float:
     return float((best == labels[:, None]).any(1).mean())
 
 
-CLASSIFICATION = Task("classification", (LOGITS, PROBABILITIES), decode=decode, score=score, agree=agree, metric="top1")
+CLASSIFICATION = Task(
+    "classification",
+    (LOGITS, PROBABILITIES),
+    "scores",
+    check=check,
+    decode=decode,
+    score=score,
+    agree=agree,
+    metric="top1",
+)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from evm_deploy.tasks.task import Task
 
-FEATURES = Task("features", ("features",))
-RAW = Task("raw", ("raw",))
+FEATURES = Task("features", ("features",), "feature maps")
+RAW = Task("raw", ("raw",), "tensors")
