@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from evm_deploy import cli
-from evm_deploy.export import ExportPlan, export
+from evm_deploy.errors import UsageError
+from evm_deploy.export import ExportPlan, export, many
 from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.source import Source
+from evm_deploy.runtimes.base import Batch
 
 
 @pytest.fixture
@@ -20,11 +28,17 @@ def traces(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def one_core(monkeypatch):
+    """All exports in this process, where tests can see and patch them."""
+    monkeypatch.setattr(many, "usable_cores", lambda: 1)
+
+
 def flags(checkpoint, targets, out, *more):
     return [str(checkpoint), "--target", targets, "--imgsz", "64", "-q", "-o", str(out), *more]
 
 
-def test_a_target_that_fails_is_reported_and_the_others_are_exported(micro, tmp_path, monkeypatch, capsys):
+def test_a_target_that_fails_is_reported_and_the_others_are_exported(one_core, micro, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evm_deploy._util.packages.find_spec", lambda name: None if name == "coremltools" else object())
     assert cli.export_main(flags(micro, "coreml,onnx,trt", tmp_path, "--json")) == 3
     out, err = capsys.readouterr()
@@ -35,7 +49,7 @@ def test_a_target_that_fails_is_reported_and_the_others_are_exported(micro, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["micro_64-onnx-fp32-64x64", "micro_64-trt-fp32-64x64"]
 
 
-def test_the_largest_exit_code_is_returned(micro, tmp_path, monkeypatch, capsys):
+def test_the_largest_exit_code_is_returned(one_core, micro, tmp_path, monkeypatch, capsys):
     """Parity fails for two of three targets: 4, and both rejected artifacts are named."""
     monkeypatch.setattr("evm_deploy._util.packages.find_spec", lambda name: None if name == "coremltools" else object())
     assert cli.export_main(flags(micro, "onnx,coreml,trt", tmp_path, "--tol", "1e-12")) == 4
@@ -67,3 +81,67 @@ def test_a_source_traces_again_only_for_what_differs(traces, micro, tmp_path):
     alone = export(micro, ExportPlan("onnx", imgsz=(64, 64)), tmp_path / "h")
     files = [(bundle.path / "model.onnx").read_bytes() for bundle in (first, again, alone)]
     assert files[0] == files[1] == files[2]  # what one export does to the shared graph, no other sees
+
+
+def test_another_kind_of_trace_runs_in_a_process_of_its_own(micro, tmp_path):
+    """Its bundle, its failures and its steps come here, in the order of the plans whatever ends first."""
+    entered = []
+
+    @contextlib.contextmanager
+    def step(name, detail):
+        entered.append((name, detail))
+        yield lambda done, total: None
+
+    plans = [ExportPlan(target, imgsz=(64, 64)) for target in ("coreml", "onnx")]
+    plans.insert(1, ExportPlan("coreml", imgsz=(64, 64), batch=Batch(2, 2, 2)))
+    found = {each.plan: each for each in many.export_all(micro, plans[::-1], tmp_path, step=step, cores=2)}
+    assert found[plans[0]].bundle.manifest.target == "coreml" and found[plans[2]].bundle.manifest.target == "onnx"
+    assert isinstance(found[plans[1]].error, UsageError) and "an image input of Core ML takes one" in str(
+        found[plans[1]].error
+    )
+    assert ("verify", "coreml: 3 images, 2 scans, portable") in entered
+
+
+def test_a_process_that_dies_is_an_error_of_its_plans(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(many.sys, "executable", "/bin/false")
+    plans = [ExportPlan(target, imgsz=(64, 64)) for target in ("onnx", "coreml")]
+    first, second = many.export_all(micro, plans, tmp_path, cores=2)
+    assert first.bundle and "ended with code 1" in str(second.error) and second.error.exit_code == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_process_ends_with_the_command(signum, micro, tmp_path):
+    """However the command ends; and what it had begun is removed."""
+    code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
+    command = [sys.executable, "-c", code, *flags(micro, "onnx,coreml", tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait(lambda: list(tmp_path.glob(".*coreml*")))
+        children = children_of(process.pid)
+        process.send_signal(signum)
+    assert children
+    wait(lambda: not any(map(alive, children)))
+    assert not list(tmp_path.glob(".*coreml*"))
+
+
+def wait(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def children_of(pid):
+    """Processes whose parent is `pid`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if entry.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(int(entry.parent.name))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
-from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.settings import KINDS
 from evm_deploy.toolchain.platforms import PLATFORMS
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from evm_deploy.bundle.bundle import Bundle
+    from evm_deploy.export.many import Outcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
 
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> int:
     """Export to every target; one that fails does not stop the others. Returns the largest exit code."""
     from evm_deploy.bundle.signing import private_key
+    from evm_deploy.export.many import export_all
     from evm_deploy.export.source import Source
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target
@@ -136,38 +138,42 @@ def _export(args: argparse.Namespace) -> int:
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
     key = private_key(args.sign) if args.sign else None
-    results: list[dict[str, Any]] = []
-    codes = [0]
-    for plan in plans:
-        try:
-            results.append(_dry_run(source, plan, args) if args.dry_run else _one_export(source, plan, args, key))
-        except EvmError as error:
-            if len(plans) == 1:
-                raise
-            print(printable(f"evm-export: {plan.target}: {error}"), file=sys.stderr)
-            results.append({"target": plan.target, "error": str(error), "exit_code": error.exit_code})
-            codes.append(error.exit_code)
+    if args.dry_run:
+        results, codes = [_dry_run(source, plan, args) for plan in plans], [0]
+    else:
+        steps = Steps(args.quiet, live=len(plans) == 1)
+        outcomes = export_all(source, plans, args.out, force=args.force, step=steps)
+        found = {plans.index(each.plan): _reported(each, args, key, len(plans) > 1) for each in outcomes}
+        results, codes = map(list, zip(*(found[i] for i in sorted(found)), strict=True))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
     return max(codes)
 
 
-def _one_export(source: Source, plan: ExportPlan, args: argparse.Namespace, key: Ed25519PrivateKey | None) -> Any:
-    """Export to one target and print its summary. Returns the facts for --json."""
+def _reported(
+    outcome: Outcome, args: argparse.Namespace, key: Ed25519PrivateKey | None, several: bool
+) -> tuple[dict[str, Any], int]:
+    """Sign, zip and print what came of one target. Returns the facts for --json, and the exit code.
+
+    Raises the error of an export to one target alone.
+    """
     from evm_deploy.bundle.archive import write_zip
     from evm_deploy.bundle.signing import sign
-    from evm_deploy.export.pipeline import export
 
-    start = time.perf_counter()
-    bundle = export(source, plan, args.out, force=args.force, step=Steps(args.quiet))
-    seconds = time.perf_counter() - start
+    bundle, error = outcome.bundle, outcome.error
+    if error or bundle is None:
+        error = error or ToolchainError("no bundle")
+        if not several:
+            raise error
+        print(printable(f"evm-export: {outcome.plan.target}: {error}"), file=sys.stderr)
+        return {"target": outcome.plan.target, "error": str(error), "exit_code": error.exit_code}, error.exit_code
     if key:
         sign(bundle.path, key)
     packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
     if not args.json:
-        print(printable(export_summary(bundle, seconds)))
+        print(printable(export_summary(bundle, outcome.seconds)))
         print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
-    return {"bundle": str(bundle.path), **packed, "seconds": round(seconds, 2), **_facts(bundle)}
+    return {"bundle": str(bundle.path), **packed, "seconds": round(outcome.seconds, 2), **_facts(bundle)}, 0
 
 
 def _finish(args: argparse.Namespace) -> int:

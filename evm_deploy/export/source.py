@@ -35,6 +35,11 @@ class Source:
         return given if isinstance(given, Source) else cls(given)
 
     @property
+    def checkpoint(self) -> str | Path | None:
+        """The path that this was made of; None for a Network."""
+        return None if isinstance(self._given, Network) else self._given
+
+    @property
     def name(self) -> str:
         return self._given.spec.name if isinstance(self._given, Network) else Path(self._given).name
 

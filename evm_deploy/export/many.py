@@ -1,0 +1,187 @@
+"""Several exports of one checkpoint: one trace for all targets that trace alike, other traces at the same time.
+
+`python -m evm_deploy.export.many` is the process in which another kind of trace runs. It takes a pickled job from
+stdin, gives pickled answers on stdout, and ends when stdin does: when whoever started it is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from evm_deploy._util.progress import Progress, Step, silent
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.errors import EvmError, ToolchainError
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.source import Source
+from evm_deploy.export.targets import get_target
+from evm_deploy.model.network import Network
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one plan: its bundle, or the error that it ended with."""
+
+    plan: ExportPlan
+    seconds: float
+    bundle: Bundle | None = None
+    error: EvmError | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Exports of one checkpoint, one after the other."""
+
+    checkpoint: str | Path
+    plans: tuple[ExportPlan, ...]
+    out: str | Path
+    force: bool
+
+
+def export_all(
+    source: str | Path | Network | Source,
+    plans: Sequence[ExportPlan],
+    out: str | Path = "dist",
+    *,
+    force: bool = False,
+    step: Step = silent,
+    cores: int | None = None,
+) -> Iterator[Outcome]:
+    """Export every plan, and give what became of each when it is known; one that fails does not stop the others.
+
+    Plans whose targets trace alike share one trace, in this process. With two `cores` or more (by default those that
+    this process may use) and a checkpoint's path, plans of another trace, such as Core ML's, run in a process of their
+    own meanwhile; their steps are entered with the target's name before the detail, from another thread.
+    """
+    source = Source.of(source)
+    groups: dict[Any, list[ExportPlan]] = {}
+    for plan in plans:
+        groups.setdefault(get_target(plan.target).trace, []).append(plan)
+    here, *elsewhere = groups.values() if source.checkpoint and (cores or usable_cores()) > 1 else [list(plans)]
+    with contextlib.ExitStack() as stack:
+        others = [
+            stack.enter_context(Worker(Job(str(source.checkpoint), tuple(group), out, force), step))
+            for group in elsewhere
+        ]
+        for plan in here:
+            yield attempted(source, plan, out, force, step)
+        for worker in others:
+            yield from worker.outcomes()
+
+
+def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> Outcome:
+    """One export, an EvmError of it caught."""
+    start = time.perf_counter()
+    try:
+        bundle = export(source, plan, out, force=force, step=step)
+    except EvmError as error:
+        return Outcome(plan, time.perf_counter() - start, error=error)
+    return Outcome(plan, time.perf_counter() - start, bundle)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Worker:
+    """A job in a process of its own, which ends with this one; leaving the `with` block ends it, too."""
+
+    def __init__(self, job: Job, step: Step) -> None:
+        self.job, self.step = job, step
+        self.found: list[Outcome] = []
+        command = [sys.executable, "-m", "evm_deploy.export.many"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pickle.dump(job, self._pipe(self.process.stdin))
+        self._pipe(self.process.stdin).flush()
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.thread.start()
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of its plans; of those that it died at, a ToolchainError."""
+        self.thread.join()
+        code = self.process.wait()
+        missing = self.job.plans[len(self.found) :]
+        died = ToolchainError(f"the process of this export ended with code {code}", "run it again, with one --target")
+        return [*self.found, *(Outcome(plan, 0.0, error=died) for plan in missing)]
+
+    def _listen(self) -> None:
+        """Enter the steps that the process enters, until it ends."""
+        answers = self._pipe(self.process.stdout)
+        entered: list[contextlib.AbstractContextManager[Progress]] = []
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                kind, *rest = pickle.load(answers)
+                if kind == "enter":
+                    entered.append(self.step(*rest))
+                    entered[-1].__enter__()
+                elif kind == "leave":
+                    entered.pop().__exit__(*((None,) * 3 if rest[0] else (EvmError, EvmError(""), None)))
+                else:
+                    self.found.append(rest[0])
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe(self.process.stdin).close()
+        self.process.wait()
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None
+        return pipe
+
+
+def main() -> int:
+    """Run the job on stdin."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    job: Job = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+
+    def tell(*message: Any) -> None:
+        pickle.dump(message, answers)
+        answers.flush()
+
+    @contextlib.contextmanager
+    def step(name: str, detail: str) -> Iterator[Progress]:
+        tell("enter", name, f"{plan.target}: {detail}")
+        good = False
+        try:
+            yield lambda done, total: None
+            good = True
+        finally:
+            tell("leave", good)
+
+    source = Source(job.checkpoint)
+    for plan in job.plans:
+        tell("outcome", attempted(source, plan, job.out, job.force, step))
+    return 0
+
+
+def _end_with_stdin() -> None:
+    """End this process when stdin ends, unfinished files removed."""
+    while os.read(0, 1):
+        pass
+    atexit._run_exitfuncs()
+    os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    from evm_deploy.export import many  # what is pickled must not be of __main__
+
+    sys.exit(many.main())
