@@ -13,7 +13,8 @@ from evm_deploy._util.quiet import quiet
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
-from evm_deploy.runtimes.mil.rules import UnsupportedError, all_rules
+from evm_deploy.runtimes.mil.rule import UnsupportedError
+from evm_deploy.runtimes.mil.rules import all_rules
 from tests.toolchains import need
 
 need("coremltools", module=True)

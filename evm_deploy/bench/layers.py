@@ -1,6 +1,6 @@
 """Where the time of an inference goes: by module and kind of operation, from the runtime's own profiler.
 
-Blocks that are one node of the native library are divided by the stages that it counts (native/scan/evm_block.h).
+Blocks that are one node of the native library are divided by the stages that it counts (scan/fused.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from evm_deploy.bundle.loaded import LoadedBundle
 from evm_deploy.runtimes.base import Feeds, NodeTime
+from evm_deploy.scan.fused import OP_TYPES, STAGES
 from evm_deploy.toolchain.plugins import block_trace
 
 RUNS = 30  # with the profiler, at most
 SECONDS = 2.0  # and none begins after
 ROWS = 1 << 16  # of the trace of blocks
-SCAN, BLOCK = "SelectiveScan", "EVSSBlock"
+SCAN = "SelectiveScan"
 
 # What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
 KINDS = {
@@ -38,12 +39,10 @@ KINDS = {
     "Reorder ReorderInput ReorderOutput StridedSlice QLinearConcat",
     "quantization": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear FakeQuantize",
     "scan": f"{SCAN} Scan TensorIterator Loop",
-    "block": f"{BLOCK} {BLOCK}Int8",
+    "block": " ".join(OP_TYPES),
 }
 UNSPECIFIC = {"Subgraph": "activations"}  # what OpenVINO compiles together: its name may say more
 KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
-#: Of a block's stages, in the library's order. Norms and activations are in the products and convolutions around them.
-STAGES = ("layout", "projections", "convolutions", "projections", "scan", "projections", "projections", "activations")
 
 
 @dataclass(frozen=True)

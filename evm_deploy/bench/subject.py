@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from evm_deploy._util.files import sha256
 from evm_deploy.bench.layers import layers
 from evm_deploy.bench.record import Settings
-from evm_deploy.bundle import archive
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.bundle.manifest import FILE
@@ -53,15 +52,6 @@ class Subject(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-def open_subject(path: Path, settings: Settings) -> Subject:
-    """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
-    if path.is_file() and path.suffix != archive.SUFFIX:
-        from evm_deploy.bench.float_model import FloatModel
-
-        return FloatModel(path, settings)
-    return MeasuredBundle(path, settings)
 
 
 class MeasuredBundle:

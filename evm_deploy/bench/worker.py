@@ -24,7 +24,8 @@ from evm_deploy.bench import device
 from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.subject import Subject, batch_size, open_subject
+from evm_deploy.bench.subject import MeasuredBundle, Subject, batch_size
+from evm_deploy.bundle import archive
 from evm_deploy.errors import EvmError
 
 PARTS_RUNS = 50
@@ -76,6 +77,15 @@ def work(path: Path, settings: Settings) -> Record:
         after=asdict(after),
         warnings=warnings,
     )
+
+
+def open_subject(path: Path, settings: Settings) -> Subject:
+    """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
+    if path.is_file() and path.suffix != archive.SUFFIX:
+        from evm_deploy.bench.float_model import FloatModel
+
+        return FloatModel(path, settings)
+    return MeasuredBundle(path, settings)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -16,7 +16,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
 
     m, parity = bundle.manifest, bundle.manifest.parity
     target, predicts = get_target(m.target), get_task(m.task).decode
-    title = f"{m.model['name']} -> {m.target.upper()} {m.precision}, {m.sizes}"
+    title = f"{m.model['name']} -> {target.runtime.label} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 
 #: What a fused op may give beside its output, for verification: what its scan read and wrote.
 SCAN_OUTPUTS = ("u", "delta", "B", "C", "y")
+#: The fused ops that the native library has, as profilers of runtimes name their nodes (native/scan/evm_block.h).
+OP_TYPES = ("EVSSBlock", "EVSSBlockInt8")
+#: Kinds of work of the stages of one, in the order in which the library counts their ticks. Norms and activations are
+#: in the products and convolutions around them.
+STAGES = ("layout", "projections", "convolutions", "projections", "scan", "projections", "projections", "activations")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import outline
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
+from evm_deploy.export.hub.scans import OnnxScanTaps
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.onnx.readme import usage
-from evm_deploy.export.onnx.scans import OnnxScanTaps
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.export.target import Artifact, Libraries, Target
 from evm_deploy.runtimes.onnxruntime import INFO

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import Usage
+from evm_deploy.runtimes.tensorrt import TRT, TRT_RTX
 
 PLUGIN = """
 The scans are nodes of a plugin. Compile it first, on the device, with its own headers of TensorRT (sm_87 is Orin):
@@ -69,4 +70,4 @@ def trtexec(manifest: Manifest) -> str:
 
 
 def _package(manifest: Manifest) -> str:
-    return "TensorRT-RTX" if manifest.target == "trt-rtx" else "TensorRT"
+    return {info.name: info.label for info in (TRT, TRT_RTX)}[manifest.target]

@@ -23,7 +23,7 @@ from evm_deploy.calib.request import Request
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
-from evm_deploy.export.onnx.scans import OnnxScanTaps
+from evm_deploy.export.hub.scans import OnnxScanTaps
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Emulator, Finish, Target
 from evm_deploy.export.tensorrt.graph import tensorrt_graph

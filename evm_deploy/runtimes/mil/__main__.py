@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.commands.console import Parser, run_command
-from evm_deploy.errors import UsageError
+from evm_deploy._util.text import printable
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.runtimes.base import TensorSpec, check_feeds
 from evm_deploy.runtimes.mil.runtime import MilRuntime
 
 
 def main() -> int:
-    parser = Parser("evm_deploy.runtimes.mil", description="Run an mlprogram package without Core ML.")
+    parser = argparse.ArgumentParser("evm_deploy.runtimes.mil", description="Run an mlprogram package without Core ML.")
     parser.add_argument("package", type=Path, metavar="model.mlpackage")
     parser.add_argument("--function", metavar="F", help="of a package with several; default: its default")
     parser.add_argument("--exact", action="store_true", help="no float16 roundings between operations")
     parser.add_argument("--inputs", type=Path, metavar="X.npz", help="arrays by input name; without: seeded noise")
     parser.add_argument("--outputs", type=Path, metavar="Y.npz", help="write the outputs there")
     args = parser.parse_args()
-    return run_command(parser.prog, lambda: _run(args))
+    try:
+        _run(args)
+    except EvmError as error:
+        print(f"{parser.prog}: {printable(error)}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     with MilRuntime(args.package, args.function, exact=args.exact) as runtime:
         counts = Counter(op.type for op in runtime.program.operations)
         print("inputs    ", ", ".join(map(str, runtime.inputs.values())))
@@ -39,7 +45,6 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{runtime.outputs[name]}   {value.min():.6g} to {value.max():.6g}, mean {value.mean():.6g}")
     if args.outputs:
         np.savez(args.outputs, **outputs)  # type: ignore[arg-type]
-    return 0
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from evm_deploy.runtimes.mil.rules import UnsupportedError, rule, tensor
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
+RULES: dict[str, Rule] = {}
+rule = into(RULES)
 INTEGERS = {"int8": (-128, 127), "uint8": (0, 255)}
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evm_deploy.runtimes.mil.rules import UnsupportedError, rule
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into
+
+RULES: dict[str, Rule] = {}
+rule = into(RULES)
 
 
 @rule

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from evm_deploy._util.quiet import quiet
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
-from evm_deploy.runtimes.mil.rules import Rule, UnsupportedError, all_rules
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError
+from evm_deploy.runtimes.mil.rules import all_rules
 
 COMPUTED_IN = {"fp16": "float32", "fp32": "float32", "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool"}
 

@@ -2,29 +2,23 @@
 
 A rule's parameters are the operation's inputs by their MIL names, with MIL's defaults. Tensors come as torch tensors,
 float16 ones as float32; integer, boolean and string constants as Python values. A rule that meets a variant it does not
-know raises UnsupportedError. Rules in `layout` and `compression` join the same table.
+know raises UnsupportedError. The table of them all has those of `layout` and `compression`, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
-Rule = Callable[..., Any]
+from evm_deploy.runtimes.mil import compression, layout
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
+
 RULES: dict[str, Rule] = {}
+rule = into(RULES)
 
 
-class UnsupportedError(Exception):
-    """An operation, or a variant of one, for which there is no rule."""
-
-
-def rule(function: Rule) -> Rule:
-    """Register a rule under its function's name."""
-    RULES[function.__name__] = function
-    return function
-
-
-def _elementwise() -> None:
+def _elementwise() -> dict[str, Rule]:
     """The operations on x, or x and y, that torch has as one function."""
     import torch
     import torch.nn.functional as F
@@ -47,20 +41,8 @@ def _elementwise() -> None:
         "real_div": torch.true_divide,
         "sub": torch.sub,
     }
-    for name, apply in one.items():
-        RULES[name] = lambda x, apply=apply: apply(x)
-    for name, apply in two.items():
-        RULES[name] = lambda x, y, apply=apply: apply(tensor(x), tensor(y))
-
-
-def tensor(value: Any) -> Any:
-    """A constant as a tensor: integers are int32 in MIL."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value
-    result = torch.as_tensor(value)
-    return result.to(torch.int32) if result.dtype == torch.int64 else result
+    rules: dict[str, Rule] = {name: lambda x, apply=apply: apply(x) for name, apply in one.items()}
+    return rules | {name: lambda x, y, apply=apply: apply(tensor(x), tensor(y)) for name, apply in two.items()}
 
 
 @rule
@@ -159,10 +141,7 @@ def classify(probabilities: Any, classes: Sequence[str]) -> Any:
     return classes[int(row.argmax())], row
 
 
+@cache
 def all_rules() -> dict[str, Rule]:
-    """The whole table."""
-    from evm_deploy.runtimes.mil import compression, layout  # noqa: F401  they register theirs
-
-    if "exp" not in RULES:
-        _elementwise()
-    return RULES
+    """The whole table, the same each time."""
+    return {**_elementwise(), **RULES, **layout.RULES, **compression.RULES}
