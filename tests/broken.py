@@ -78,6 +78,23 @@ def _tensor(file: str, end: str, function: Callable[[Any], Any]) -> Callable[[Pa
     return edit
 
 
+def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change the manifest of a bundle in place; returns the bundle."""
+    _manifest(change)(bundle)
+    return bundle
+
+
+def other_limits(content: dict[str, Any]) -> None:
+    """Give the self-test limits that no reader would compute; its outputs fail with theirs."""
+    limits = content["selftest"]
+    limits.update(preprocessing=2.5, scans=dict.fromkeys(limits["scans"], 0.25), outputs={"logits": 0})
+
+
+def no_limits(content: dict[str, Any]) -> None:
+    """Make a manifest one from before limits were data."""
+    del content["selftest"]
+
+
 # name -> what breaks a copy of a good bundle
 BROKEN: dict[str, Callable[[Path], object]] = {
     "gone": shutil.rmtree,

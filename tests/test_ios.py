@@ -15,7 +15,6 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.selftest import AXES
 from evm_deploy.errors import EvmError
 from evm_deploy.export.coreml import TARGET
-from evm_deploy.export.plan import TOLERANCES
 from evm_deploy.runtimes.mil import MilRuntime
 from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults, parsed
@@ -118,7 +117,7 @@ def test_the_manifest_has_the_keys_and_types_that_swift_reads(coreml_bundle):
         ("let artifact: String", "let artefact: String", "manifest has no artefact"),
         ("let built: Bool", "let built: String", "manifest.built is no String"),
         ("let shape: [Int?]", "let shape: [String]", r"manifest.inputs\[\].shape\[\] is no String"),
-        ("let tol: Double?", "let tolerance_of: Double?", "manifest.plan.tolerance_of is not documented"),
+        ("let preprocessing: Double?", "let pixel_limit: Double?", "manifest.selftest.pixel_limit is not documented"),
     ],
 )
 def test_a_key_that_is_not_there_is_noticed(old, new, message, coreml_bundle):
@@ -158,11 +157,9 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
             assert set(runtime.inputs) == names and set(runtime.outputs) == {"y"}
 
 
-def test_limits_of_the_self_test_are_those_of_python():
-    code = CODE["SelfTest.swift"]
-    tables = {name: json.loads(f"{{{table}}}") for name, table in re.findall(r"let (\w*olerances) = \[(.+)\]", code)}
-    assert tables["ownTolerances"] == TARGET.selftest_tolerances
-    assert tables["tolerances"] == {key: TOLERANCES[key] for key in ("fp32", "fp16")}
+def test_every_limit_of_the_self_test_is_read(coreml_bundle):
+    read = re.findall(r"manifest\.selftest\?\.(\w+)", CODE["SelfTest.swift"])
+    assert sorted(read) == sorted(coreml_bundle.manifest.selftest)
 
 
 def literals(node: Any) -> list[str]:

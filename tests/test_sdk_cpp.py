@@ -23,6 +23,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import picture
 from evm_deploy.runtimes.base import Batch
+from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
 from tests.test_vectors import CASES, FOLDER, preprocessing
 from tests.toolchains import need, tensorrt_headers
@@ -198,6 +199,16 @@ def test_outputs_and_self_tests_are_the_same(name, bundles):
         if name == "portable":
             shot = picture(9, 9, 0)
             assert said(lambda: model.classify([shot])) == said(lambda: python.predict([shot]))
+
+
+@pytest.mark.parametrize("change", [other_limits, no_limits])
+def test_limits_are_those_of_the_manifest(change, bundles, tmp_path):
+    bundle = changed(bundles["image"], tmp_path, change)
+    with Model(bundle, scan="portable") as model, load(bundle, scan="portable") as python:
+        checks, want = model.selftest(), {check.name: check.limit for check in python.selftest()}
+    assert {name: limit for name, (_, limit) in checks.items()} == pytest.approx(want)
+    failed = [name for name, (error, limit) in checks.items() if error > limit]
+    assert failed == (["logits"] if change is other_limits else [])
 
 
 def test_a_self_test_can_fail(bundles, tmp_path):

@@ -27,7 +27,7 @@ from evm_deploy.demo import write_images
 from evm_deploy.errors import EvmError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
-from tests.broken import BROKEN, NO_SELF_TEST
+from tests.broken import BROKEN, NO_SELF_TEST, change_manifest, no_limits, other_limits
 from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
@@ -262,6 +262,20 @@ def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
         else:
             want = said(lambda name=name: predicted(tmp_path / name))
             assert_said(name, have, want, f"files/{name}", tmp_path / name)
+
+
+def test_limits_are_those_of_the_manifest(library, demo_bundle, tmp_path):
+    changes = {"other": other_limits, "none": no_limits}
+    for name, change in changes.items():
+        change_manifest(Path(shutil.copytree(demo_bundle.path, tmp_path / name)), change)
+    code = f"""const found = [];
+        for (const name of given) found.push(await ({OPEN % "evm.folderAt(`files/${name}`)"}).selftest());
+        return found;"""
+    for name, checks in zip(changes, library(code, [*changes], tmp_path), strict=True):
+        with load(tmp_path / name, scan="portable") as model:
+            want = {check.name: check.limit for check in model.selftest()}
+        assert {check["name"]: check["limit"] for check in checks} == pytest.approx(want)
+        assert [check["name"] for check in checks if not check["ok"]] == (["logits"] if name == "other" else [])
 
 
 def test_self_tests_that_are_none(library, demo_bundle, tmp_path):

@@ -106,14 +106,33 @@ void read_batch(const Json &plan, Manifest &manifest) {
 
 void read_plan(const Json &plan, Manifest &manifest) {
     read_batch(plan, manifest);
-    manifest.precision = one_of(plan, "precision", {"fp32", "fp16", "int8", "int8-fp16", "w8"});
+    manifest.precision = text(plan, "precision");
     manifest.input = one_of(plan, "input", {"image", "tensor"});
     manifest.head = one_of(plan, "head", {"logits", "probs", "features"});
-    // as evm_deploy/export/plan.py: of the self-test, against the artifact's own outputs
-    const std::map<std::string, double> tolerances{{"fp32", 1e-4}, {"fp16", 2e-2}, {"int8", 0.05}, {"int8-fp16", 0.05}, {"w8", 1e-4}};
-    manifest.tolerance = tolerances.at(manifest.precision);
-    const bool own = plan.contains("tol") && plan["tol"].is_number() && (manifest.precision == "fp32" || manifest.precision == "fp16");
-    if (own) manifest.tolerance = plan["tol"].get<double>();
+}
+
+double limit(const Json &object, const char *key) {
+    const Json &value = field(object, key);
+    if (!value.is_number() || !(value >= 0)) throw Invalid(std::string(key) + " must be a finite number from 0, is " + printed(value));
+    return value.get<double>();
+}
+
+std::map<std::string, double> limits_by_name(const Json &parent, const char *key) {
+    std::map<std::string, double> found;
+    const Json &limits = object(parent, key);
+    for (const auto &[name, value] : limits.items()) found[name] = limit(limits, name.c_str());
+    return found;
+}
+
+// Bundles from before limits were data have that of the parity alone.
+Limits limits_of(const Json &content) {
+    Limits limits;
+    limits.otherwise = limit(object(content, "parity"), "limit");
+    const Json selftest = content.value("selftest", Json::object());
+    if (selftest.is_object() && selftest.empty()) return limits;
+    limits.preprocessing = limit(object(content, "selftest"), "preprocessing");
+    limits.outputs = limits_by_name(selftest, "outputs"), limits.scans = limits_by_name(selftest, "scans");
+    return limits;
 }
 
 std::vector<TensorSpec> tensors(const Json &content, const char *key) {
@@ -171,6 +190,7 @@ Manifest manifest_of(const Json &content) {
     if (std::none_of(manifest.files.begin(), manifest.files.end(), of_artifact))
         throw Invalid("the artifact " + repr(manifest.artifact) + " is not among the files");
     read_scan(object(content, "scan"), manifest);
+    manifest.limits = limits_of(content);
     return manifest;
 }
 

@@ -13,7 +13,6 @@ public struct Manifest: Decodable {
         public let input: String
         public let precision: String
         public let batch: String
-        public let tol: Double?
     }
     public struct Preprocess: Decodable {
         public let size: [Int]
@@ -33,7 +32,16 @@ public struct Manifest: Decodable {
         public let imgsz: [Int]
     }
     public struct Details: Decodable { public let functions: [Function]? }
-    public struct Parity: Decodable { public let failures: [String]? }
+    public struct Parity: Decodable {
+        public let failures: [String]?
+        public let limit: Double
+    }
+    /// Limits of the self-test by name; none of them in bundles from before limits were data.
+    public struct Limits: Decodable {
+        public let preprocessing: Double?
+        public let outputs: [String: Double]?
+        public let scans: [String: Double]?
+    }
 
     public let schema_version: Int
     public let name: String
@@ -48,6 +56,7 @@ public struct Manifest: Decodable {
     public let files: [String: File]
     public let details: Details
     public let parity: Parity
+    public let selftest: Limits?
 
     /// Reads and validates the manifest of the bundle in `folder` and checks every hash. Throws EvmError.
     public static func open(_ folder: URL) throws -> Manifest {

@@ -12,8 +12,6 @@ public struct Check: Sendable {
     public var ok: Bool { error <= limit }
 }
 
-private let tolerances = ["fp32": 1e-4, "fp16": 2e-2]
-private let ownTolerances = ["int8": 0.05, "int8-fp16": 0.05, "w8": 2e-2]  // their artifacts' own outputs are kept
 private let scanTolerance = 2e-5  // of the part that the states give
 private let rounding = 4 * 1.1920929e-7  // of y in float32, before skip * u is taken off
 private let scanInputs = ["u", "delta", "A", "B", "C", "skip", "bias"]
@@ -55,7 +53,7 @@ extension Model {
         let have = try manifest.preprocessing.pixels(picture)
         let want = try like(tensors, "picture.pixels", "uint8", [have.height, have.width, 3]).bytes
         let off = zip(have.rgb, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
-        return Check(name: "preprocessing (of 255)", error: Double(off), limit: 1)
+        return Check(name: "preprocessing (of 255)", error: Double(off), limit: manifest.selftest?.preprocessing ?? 1)
     }
 
     private func outputChecks(_ tensors: [String: Tensor]) throws -> [Check] {
@@ -71,14 +69,11 @@ extension Model {
             let share = min(batch, inputs.shape[0] - start)
             for (name, values) in outputs { have[name, default: []] += values.prefix(values.count / batch * share) }
         }
-        let precision = manifest.plan.precision
-        let tolerance = ownTolerances[precision] ?? manifest.plan.tol ?? tolerances[precision] ?? 0
         return try manifest.outputs.map { output in
             let shape = [inputs.shape[0]] + output.shape.dropFirst().map { $0 ?? 0 }
             let want = try like(tensors, output.name, "float32", shape).floats
-            let largest = max(1, Double(want.map(abs).max() ?? 0))
-            return Check(
-                name: output.name, error: worst(have[output.name] ?? [], want), limit: tolerance * largest)
+            let limit = manifest.selftest?.outputs?[output.name] ?? manifest.parity.limit
+            return Check(name: output.name, error: worst(have[output.name] ?? [], want), limit: limit)
         }
     }
 
@@ -112,7 +107,7 @@ extension Model {
     private func check(name: String, y: [Float], want: [Float], skipPart: [Double]) -> Check {
         let states = zip(want, skipPart).map { abs(Double($0) - $1) }.max() ?? 0
         let largest = max(states, Double(Float.leastNormalMagnitude))
-        let limit = scanTolerance + rounding * (skipPart.map(abs).max() ?? 0) / largest
+        let limit = manifest.selftest?.scans?[name] ?? scanTolerance + rounding * (skipPart.map(abs).max() ?? 0) / largest
         return Check(name: "scan \(name)", error: worst(y, want) / largest, limit: limit)
     }
 }

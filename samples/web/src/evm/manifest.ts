@@ -12,9 +12,6 @@ const REQUIRED = [
   ...["name", "target", "artifact", "plan", "model", "preprocessing", "inputs", "outputs", "scan", "details"],
   ...["versions", "parity"],
 ] as const;
-const TOLERANCES: Record<string, number> = { fp32: 1e-4, fp16: 2e-2, int8: 0.5, "int8-fp16": 0.5, w8: 0.1 };
-/** Of a self-test, which compares with the artifact's own outputs. */
-const SELFTEST_TOLERANCES: Record<string, number> = { int8: 0.05, "int8-fp16": 0.05, w8: 1e-4 };
 
 export type Head = "logits" | "probs" | "features";
 
@@ -29,16 +26,24 @@ export interface FileFacts {
   readonly size_bytes: number;
 }
 
+/** Limits of the self-test by name; none of them in bundles from before limits were data. */
+interface Limits {
+  readonly preprocessing?: number;
+  readonly outputs?: Record<string, number>;
+  readonly scans?: Record<string, number>;
+}
+
 interface Content {
   name: string;
   target: string;
   artifact: string;
-  plan: { batch: string | number; head: Head; input: "image" | "tensor"; precision: string; tol?: number | null };
+  plan: { batch: string | number; head: Head; input: "image" | "tensor"; precision: string };
   preprocessing: PreprocessingFacts;
   inputs: TensorSpec[];
   outputs: TensorSpec[];
   scan: { value: string; plugins?: Record<string, string> };
-  parity: { failures?: string[] };
+  parity: { failures?: string[]; limit: number };
+  selftest?: Limits;
   files?: Record<string, FileFacts>;
   built?: boolean;
   rejected?: boolean;
@@ -61,8 +66,8 @@ export class Manifest {
   readonly built: boolean;
   readonly rejected: boolean;
   readonly failures: readonly string[];
-  /** Largest accepted error of an output in the self-test, relative to max(1, largest expected). */
-  readonly selftestTolerance: number;
+  private readonly limits: Limits;
+  private readonly parityLimit: number;
 
   private constructor(content: Content) {
     const { plan } = content;
@@ -71,7 +76,7 @@ export class Manifest {
     this.artifact = content.artifact;
     this.head = oneOf("--head", plan.head, ["logits", "probs", "features"]);
     this.input = oneOf("--input", plan.input, ["image", "tensor"]);
-    this.precision = oneOf("--precision", plan.precision, Object.keys(TOLERANCES));
+    this.precision = plan.precision;
     this.batch = parseBatch(plan.batch);
     this.preprocessing = new Preprocessing(content.preprocessing);
     this.inputs = specs("inputs", content.inputs);
@@ -81,8 +86,24 @@ export class Manifest {
     this.built = content.built ?? true;
     this.rejected = content.rejected ?? false;
     this.failures = content.parity.failures ?? [];
-    this.selftestTolerance = SELFTEST_TOLERANCES[this.precision] ?? plan.tol ?? TOLERANCES[this.precision]!;
+    this.limits = limits(content.selftest ?? {});
+    this.parityLimit = limit(content.parity.limit, "parity.limit");
     checkFiles(this.files, this.artifact, Object.values(content.scan.plugins ?? {}));
+  }
+
+  /** Largest accepted difference of the self-test's pixels, of 255. */
+  get pixelLimit(): number {
+    return this.limits.preprocessing ?? 1;
+  }
+
+  /** Largest accepted error of an output in the self-test. */
+  outputLimit(name: string): number {
+    return own(this.limits.outputs, name) ?? this.parityLimit;
+  }
+
+  /** Largest accepted error of a scan in the self-test; undefined in bundles from before limits were data. */
+  scanLimit(name: string): number | undefined {
+    return own(this.limits.scans, name);
   }
 
   /** Parse the manifest of the bundle called `bundle`. Throws BundleError. */
@@ -152,6 +173,24 @@ function checkFiles(files: ReadonlyMap<string, FileFacts>, artifact: string, plu
     throw new EvmError(`the artifact ${repr(artifact)} is not among the files`);
   const lost = plugins.find((library) => !files.has(library));
   if (lost) throw new EvmError(`the native library ${repr(lost)} is not among the files`);
+}
+
+function limits(found: Limits): Limits {
+  if (Object.keys(found).length === 0) return {};
+  limit(found.preprocessing, "selftest.preprocessing");
+  for (const part of ["outputs", "scans"] as const)
+    for (const [name, value] of Object.entries(found[part] as object)) limit(value, `selftest.${part}.${name}`);
+  return found;
+}
+
+function limit(value: unknown, where: string): number {
+  if (typeof value === "number" && value >= 0 && Number.isFinite(value)) return value;
+  throw new EvmError(`${where} must be a finite number from 0, is ${JSON.stringify(value)}`);
+}
+
+/** Names are anybody's: constructor, __proto__. */
+function own(values: Record<string, number> | undefined, name: string): number | undefined {
+  return values && Object.hasOwn(values, name) ? values[name] : undefined;
 }
 
 function oneOf<T extends string>(what: string, value: T, choices: readonly T[]): T {

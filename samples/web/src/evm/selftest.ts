@@ -28,14 +28,13 @@ export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOpt
   const pixels = manifest.preprocessing.pixels(picture);
   const { height, width } = manifest.preprocessing;
   const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, 3] });
-  const checks = [check("preprocessing (of 255)", distance(pixels, data), 1)];
+  const checks = [check("preprocessing (of 255)", distance(pixels, data), manifest.pixelLimit)];
   const images = probes[manifest.input];
   if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, `${PROBES} has no ${manifest.input}`);
   const outputs = await runBatched(runtime, manifest.batch, images);
   for (const [name, have] of Object.entries(outputs)) {
     const want = like(bundle, probes, name, have);
-    const scale = Math.max(1, distance(want.data, new Float32Array(want.data.length)));
-    checks.push(check(name, distance(have.data, want.data), manifest.selftestTolerance * scale));
+    checks.push(check(name, distance(have.data, want.data), manifest.outputLimit(name)));
   }
   return [...checks, ...(await scanChecks(bundle, scans, options))];
 }
@@ -49,7 +48,7 @@ async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: 
       const { y } = await runtime.run(scan);
       if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx gives no y");
       const { error, limit } = ssmError(y, scan);
-      checks.push(check(`scan ${name}`, error, limit));
+      checks.push(check(`scan ${name}`, error, bundle.manifest.scanLimit(name) ?? limit));
     }
   } finally {
     await runtime.close();

@@ -132,13 +132,19 @@ struct Choice {
     std::string value, reason;
 };
 
+// Limits of the self-test by name. `otherwise`: of outputs not in the manifest; scans not in it have a limit computed from their values.
+struct Limits {
+    double preprocessing = 1, otherwise = 0;
+    std::map<std::string, double> outputs, scans;
+};
+
 // What manifest.json says; schema in docs/bundle.md.
 struct Manifest {
     std::string name, target, artifact, precision;
     std::string input, head;            // image or tensor; logits, probs or features
     int batch_min = 1, batch_max = 1;   // images in one inference; batch_max 0: any number
     std::vector<TensorSpec> inputs, outputs;
-    double tolerance = 0;               // of outputs, relative to max(1, largest)
+    Limits limits;
     Preprocessing preprocessing;
     std::vector<std::string> scan_modes;                        // portable, plugin, aot: how the scans can run
     std::map<std::string, std::string> plugins;                 // platform -> native library in the bundle

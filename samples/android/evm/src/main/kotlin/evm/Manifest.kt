@@ -8,7 +8,6 @@ import kotlinx.serialization.json.JsonElement
 import kotlinx.serialization.json.JsonNull
 import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
-import kotlinx.serialization.json.doubleOrNull
 import kotlinx.serialization.json.int
 import kotlinx.serialization.json.intOrNull
 import kotlinx.serialization.json.jsonObject
@@ -31,8 +30,6 @@ class Manifest private constructor(json: JsonObject) {
     val input = oneOf("--input", plan.text("input"), INPUTS)
     val batch = Batch.parse(plan.text("batch"))
     val precision = plan.text("precision")
-    /** The largest accepted difference that the export was asked for, if it was. */
-    val tolerance = (plan["tol"] as? JsonPrimitive)?.doubleOrNull
     val preprocessing = Preprocessing.of(json.child("preprocessing"))
     val inputs = json.specs("inputs")
     val outputs = json.specs("outputs")
@@ -42,6 +39,7 @@ class Manifest private constructor(json: JsonObject) {
     val built = json["built"] != JsonPrimitive(false)
     val rejected = json["rejected"] == JsonPrimitive(true)
     val failures = json.child("parity").let { if ("failures" in it) it.list("failures") else emptyList() }
+    internal val limits = Limits(json.child("parity"), json["selftest"] ?: JsonObject(emptyMap()))
 
     init {
         require(files.keys.any { it == artifact || it.startsWith("$artifact/") }) {
@@ -85,6 +83,25 @@ class Manifest private constructor(json: JsonObject) {
         }
 
         private fun said(error: Exception) = if (error is EvmException) error.toString() else error.message
+    }
+}
+
+/** Limits of the self-test; in bundles from before limits were data, 1 of 255 for pixels, and that of the parity. */
+internal class Limits(parity: JsonObject, selftest: JsonElement) {
+    private val told = selftest.jsonObject.takeIf { it.isNotEmpty() }
+    private val otherwise = parity.limit("limit")
+    private val outputs = told?.limits("outputs").orEmpty()
+    private val scans = told?.limits("scans").orEmpty()
+    val preprocessing = told?.limit("preprocessing") ?: 1.0
+
+    fun output(name: String): Double = outputs[name] ?: otherwise
+
+    fun scan(name: String): Double? = scans[name]
+
+    private fun JsonObject.limits(key: String) = child(key).let { by -> by.keys.associateWith { by.limit(it) } }
+
+    private fun JsonObject.limit(key: String): Double = number(key).also {
+        require(it >= 0 && it.isFinite()) { "$key must be a finite number from 0, is ${text(key)}" }
     }
 }
 
