@@ -13,8 +13,9 @@ namespace {
 
 constexpr const char *PROBES = "probes.safetensors", *SCANS = "scans.safetensors";
 
-BundleError unreadable(const Source &source, const std::string &reason) {
-    return BundleError("bundle " + source.path + " has no readable self-test: selftest/" + reason, "export it again");
+BundleError unreadable(const Source &source, const std::string &file, const std::string &reason) {
+    const std::string where = "selftest/" + file;
+    return BundleError("bundle " + source.path + " has no readable self-test: " + where + " " + reason, "export it again", {"selftest.damaged", where});
 }
 
 Tensors tensors_in(const Source &source, const std::string &name) {
@@ -23,7 +24,7 @@ Tensors tensors_in(const Source &source, const std::string &name) {
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, name + " cannot be read: " + error.what());
+        throw unreadable(source, name, std::string("cannot be read: ") + error.what());
     }
 }
 
@@ -31,7 +32,7 @@ Tensors tensors_in(const Source &source, const std::string &name) {
 const Tensor &like(const Source &source, const Tensors &probes, const std::string &name, const std::string &dtype, const std::vector<std::int64_t> &shape) {
     const auto found = probes.find(name);
     if (found == probes.end() || found->second.dtype != dtype || found->second.shape != shape)
-        throw unreadable(source, PROBES + (" has no " + name) + " of " + dtype + shape_text(shape));
+        throw unreadable(source, PROBES, "has no " + name + " of " + dtype + shape_text(shape));
     return found->second;
 }
 
@@ -69,7 +70,7 @@ std::map<std::string, Tensors> read_scans(const Source &source) {
         if (key.substr(colon + 1) != "y") scans[key.substr(0, colon)][key.substr(colon + 1)] = std::move(value);
     }
     for (const auto &[name, scan] : scans)
-        if (!is_scan(scan)) throw unreadable(source, SCANS + (": the tensors of " + repr(name)) + " are not those of a scan");
+        if (!is_scan(scan)) throw unreadable(source, SCANS, "has no scan in the tensors of " + in_quotes(name));
     return scans;
 }
 
@@ -79,7 +80,7 @@ Check run_scan(const Source &source, const Manifest &manifest, const Target &tar
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
     if (y.dtype != "float32" || y.shape != scan.at("u").shape)
-        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string() + " gives no y");
+        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no y");
     Check check = scan_check("scan " + name, scan, y);
     check.limit = limit_of(manifest.limits.scans, name, check.limit);
     return check;
@@ -91,7 +92,7 @@ Tensors read_probes(const Source &source) { return tensors_in(source, PROBES); }
 
 Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &probes) {
     const auto found = probes.find(manifest.input);
-    if (found == probes.end() || found->second.shape.empty() || found->second.bytes.empty()) throw unreadable(source, PROBES + (" has no " + manifest.input));
+    if (found == probes.end() || found->second.shape.empty() || found->second.bytes.empty()) throw unreadable(source, PROBES, "has no " + manifest.input);
     return found->second;
 }
 
@@ -101,7 +102,7 @@ Picture read_picture(const Source &source) {
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, std::string("picture.png cannot be read: ") + error.what());
+        throw unreadable(source, "picture.png", std::string("cannot be read: ") + error.what());
     }
 }
 

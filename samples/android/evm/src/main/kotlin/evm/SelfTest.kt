@@ -35,7 +35,7 @@ internal fun selfTest(
     val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
     val checks = mutableListOf(Check("preprocessing (of 255)", off, manifest.limits.preprocessing))
     val images = tensors[manifest.input]?.takeIf { it.shape.isNotEmpty() && 0 !in it.shape }
-        ?: throw damaged(bundle, "$PROBES has no ${manifest.input}")
+        ?: throw damaged(bundle, PROBES, "has no ${manifest.input}")
     for ((name, have) in runBatched(manifest, runtime, images)) {
         val want = like(bundle, tensors, have.spec(name)).floats()
         checks += Check(name, worst(have.floats(), want), manifest.limits.output(name))
@@ -47,21 +47,23 @@ internal fun selfTest(
     return checks
 }
 
-private fun damaged(bundle: Bundle, reason: String) =
-    BundleException("bundle ${bundle.folder} has no readable self-test: selftest/$reason", "export it again")
+private fun damaged(bundle: Bundle, file: String, reason: String): BundleException {
+    val message = "bundle ${bundle.folder} has no readable self-test: selftest/$file $reason"
+    return BundleException(message, "export it again", "selftest.damaged", "selftest/$file")
+}
 
 private fun read(bundle: Bundle, name: String): Map<String, Tensor> = try {
     Tensor.read(bundle.file("selftest/$name"))
 } catch (error: IOException) {
-    throw damaged(bundle, "$name cannot be read: ${error.message}")
+    throw damaged(bundle, name, "cannot be read: ${error.message}")
 } catch (error: RuntimeException) { // whatever is wrong in the file
-    throw damaged(bundle, "$name cannot be read: ${error.message}")
+    throw damaged(bundle, name, "cannot be read: ${error.message}")
 }
 
 /** The tensor that is as [spec] says. */
 private fun like(bundle: Bundle, tensors: Map<String, Tensor>, spec: TensorSpec): Tensor =
     tensors[spec.name]?.takeIf { it.spec(spec.name) == spec }
-        ?: throw damaged(bundle, "$PROBES has no ${spec.name} of ${spec.dtype}${spec.shape}")
+        ?: throw damaged(bundle, PROBES, "has no ${spec.name} of ${spec.dtype}${spec.shape}")
 
 /** Tensors by name, by scan, in the order of their names. */
 private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
@@ -69,7 +71,7 @@ private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
     val scans = tensors.entries.groupBy({ it.key.substringBefore(":") }) { it.key.substringAfter(":") to it.value }
     return scans.mapValues { (name, scan) ->
         scan.toMap().also {
-            if (!isScan(it)) throw damaged(bundle, "$SCANS: the tensors of '$name' are not those of a scan")
+            if (!isScan(it)) throw damaged(bundle, SCANS, "has no scan in the tensors of '$name'")
         }
     }
 }
@@ -122,7 +124,7 @@ private fun scanCheck(bundle: Bundle, name: String, runtime: Runtime, scan: Map<
     val largest = max(want.indices.maxOf { abs(want[it] - skipPart[it]) }, java.lang.Float.MIN_NORMAL.toDouble())
     val limit = bundle.manifest.limits.scan(name) ?: (SCAN_TOLERANCE + ROUNDING * skipPart.maxOf(::abs) / largest)
     val y = runtime.run(scan - "y")["y"]?.takeIf { it.shape == scan.getValue("y").shape }
-        ?: throw damaged(bundle, "scan.onnx gives no y")
+        ?: throw damaged(bundle, "scan.onnx", "gives no y")
     return Check("scan $name", worst(y.floats(), want) / largest, limit)
 }
 
