@@ -4,13 +4,17 @@ from __future__ import annotations
 
 
 class EvmError(Exception):
-    """Base of every failure that a user can meet. `hint` is the next thing to do, shown on its own line."""
+    """Base of every failure that a user can meet. `hint` is the next thing to do, shown on its own line.
+
+    `code`: the kind of failure, for programs; `where`: the key path in a manifest, or the file in a bundle, that is
+    wrong. Every SDK gives the same two (docs/bundle.md), in words of its own.
+    """
 
     exit_code = 2
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *, code: str = "", where: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint, self.code, self.where = hint, code, where
 
     def __str__(self) -> str:
         message = super().__str__()

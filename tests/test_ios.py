@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.selftest import AXES
-from evm_deploy.errors import EvmError
 from evm_deploy.export.coreml import TARGET
-from evm_deploy.export.plan import TOLERANCES
 from evm_deploy.runtimes.mil import MilRuntime
-from tests.broken import BROKEN, NO_SELF_TEST
 from tests.syntax import faults, parsed
-from tests.test_interface import put_another_model
-from tests.test_vectors import CASES
+from tests.test_vectors import CASES, CONTENT
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "samples" / "ios").rglob("*.swift"))
@@ -118,7 +112,7 @@ def test_the_manifest_has_the_keys_and_types_that_swift_reads(coreml_bundle):
         ("let artifact: String", "let artefact: String", "manifest has no artefact"),
         ("let built: Bool", "let built: String", "manifest.built is no String"),
         ("let shape: [Int?]", "let shape: [String]", r"manifest.inputs\[\].shape\[\] is no String"),
-        ("let tol: Double?", "let tolerance_of: Double?", "manifest.plan.tolerance_of is not documented"),
+        ("let preprocessing: Double?", "let pixel_limit: Double?", "manifest.selftest.pixel_limit is not documented"),
     ],
 )
 def test_a_key_that_is_not_there_is_noticed(old, new, message, coreml_bundle):
@@ -158,69 +152,23 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
             assert set(runtime.inputs) == names and set(runtime.outputs) == {"y"}
 
 
-def test_limits_of_the_self_test_are_those_of_python():
-    code = CODE["SelfTest.swift"]
-    tables = {name: json.loads(f"{{{table}}}") for name, table in re.findall(r"let (\w*olerances) = \[(.+)\]", code)}
-    assert tables["ownTolerances"] == TARGET.selftest_tolerances
-    assert tables["tolerances"] == {key: TOLERANCES[key] for key in ("fp32", "fp16")}
+def test_every_limit_of_the_self_test_is_read(coreml_bundle):
+    read = re.findall(r"manifest\.selftest\?\.(\w+)", CODE["SelfTest.swift"])
+    assert sorted(read) == sorted(coreml_bundle.manifest.selftest)
 
 
-def literals(node: Any) -> list[str]:
-    """String literals as regular expressions: for what is put in, a path, a name, a list of numbers or of failures."""
-    found = [each for child in node.children for each in literals(child)]
-    if node.type == "line_string_literal":
-        filled = r"(?:\S+|\[[\d., ]+\]|logits: .+)"
-        fixed = [part.text.decode() for part in node.children if part.type == "line_str_text"]
-        if sum(map(len, fixed)) > 8:
-            parts = [part for part in node.children if part.type in ("line_str_text", "interpolated_expression")]
-            texts = (re.escape(p.text.decode()) if p.type == "line_str_text" else filled for p in parts)
-            found.append("".join(texts))
-    return found
+def test_codes_of_errors_are_those_of_the_vectors():
+    """Which one Swift takes, nobody has seen; zips it does not read."""
+    told = {code for source in CODE.values() for code in re.findall(r'code: "([^"]+)"', source)}
+    assert told == {code for code in CONTENT["codes"] if not code.startswith("zip.")}
 
 
-@pytest.fixture(scope="module")
-def said() -> list[str]:
-    return [each for code in CODE.values() for each in literals(parsed("swift", code.encode()))]
-
-
-OF_CORE_ML = {"another output", "another input size"}  # told when it runs, in other words
-
-
-@pytest.mark.parametrize("name", sorted(set(BROKEN) - {"manifest cut"} - OF_CORE_ML))
-def test_errors_are_worded_as_in_python(name, said, demo_bundle, tmp_path):
-    """Python's text is that of a literal; which one Swift takes, nobody has seen."""
-    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
-    BROKEN[name](folder)
-    with pytest.raises(EvmError) as raised:
-        load(folder)
-    check_wording(raised.value, said)
-
-
-@pytest.mark.parametrize("name", NO_SELF_TEST)
-def test_errors_of_self_tests_are_worded_as_in_python(name, said, demo_bundle, tmp_path):
-    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
-    NO_SELF_TEST[name](folder)
-    with load(folder) as model, pytest.raises(EvmError) as raised:
-        model.selftest()
-    check_wording(raised.value, said)
-
-
-def test_errors_of_scores_are_worded_as_in_python(said, demo_bundle, tmp_path):
-    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
-    put_another_model("NaN", folder)
-    with load(folder) as model, pytest.raises(EvmError) as raised:
-        model.predict([folder / "selftest" / "picture.png"])
-    check_wording(raised.value, said)
-
-
-def check_wording(error: EvmError, said: list[str]) -> None:
-    message, hint = str(error.args[0]), error.hint
-    texts = [message]
-    for within in (" is not a valid manifest: ", " has no readable self-test: selftest/"):
-        if within in message:
-            head, _, reason = message.partition(within)
-            texts = [f"{head}{within}why", reason]
-    texts += [hint] if hint and "pip install" not in hint else []
-    for text in texts:
-        assert any(re.fullmatch(each, text) for each in said), text
-        assert not any(re.fullmatch(each, f"not {text}") for each in said), text
+def test_places_of_manifests_are_those_of_the_vectors():
+    """The key paths that Swift writes itself; those of other types and missing keys are the decoder's."""
+    source = CODE["Manifest.swift"] + CODE["Preprocessing.swift"]
+    told = re.findall(r'try require\(.+, "([^"]+)", "[^"]+"\)', source)
+    known = {re.sub(r"\[\d\]", "[]", case["where"]) for case in CONTENT["manifests"]}
+    assert len(told) > 10
+    for place in told:
+        pattern = re.escape(re.sub(r"\[\\\(i\)\]", "[]", place)).replace(re.escape("\\(name)"), ".*")
+        assert any(re.fullmatch(pattern, each) for each in known), place

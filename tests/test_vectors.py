@@ -1,4 +1,4 @@
-"""The preprocessing vectors that every SDK is tested with, here in Python, which made them."""
+"""The vectors that every SDK is tested with, here in Python, which made them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
-from evm_deploy.errors import ImageError
+from evm_deploy.errors import BundleError, ImageError
+from tests.broken import changed_manifest
 
 FOLDER = Path(__file__).parents[1] / "sdk" / "vectors"
 CONTENT = json.loads((FOLDER / "cases.json").read_bytes())
@@ -27,10 +29,10 @@ def test_python_gives_the_vectors(name):
     case = CASES[name]
     path, spec = FOLDER / case["image"], preprocessing(case)
     assert read_rgb(path).size == (case["width"], case["height"])
-    if "error" in case:
+    if "code" in case:
         with pytest.raises(ImageError) as raised:
             spec.pixels(read_rgb(path))
-        assert str(raised.value) == case["error"]
+        assert raised.value.code == case["code"]
         return
     pixels = spec.pixels(path)
     want = np.asarray(Image.open(FOLDER / case["expected"]))
@@ -39,6 +41,21 @@ def test_python_gives_the_vectors(name):
     tensor = spec.normalise(want[None])[0]
     for c, y, x, value in case["normalised"]:
         assert tensor[c, y, x] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CONTENT["manifests"], ids=lambda case: case["name"])
+def test_python_refuses_the_manifests(case, demo_bundle, tmp_path):
+    bundle = changed_manifest(demo_bundle.path, tmp_path / "bundle", case)
+    with pytest.raises(BundleError) as raised:
+        Manifest.read(bundle)
+    assert (raised.value.code, raised.value.where) == (case["code"], case["where"])
+
+
+def test_every_code_is_told():
+    used = {case["code"] for key in ("cases", "manifests") for case in CONTENT[key] if "code" in case}
+    assert used < set(CONTENT["codes"])
+    page = (FOLDER.parents[1] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    assert [code for code in CONTENT["codes"] if f"`{code}`" not in page] == []
 
 
 ALIKE = ({"square", "alpha", "transparent"}, {"grey", "grey-alpha", "grey-16-bit"}, {"exif-6", "exif-in-png"})

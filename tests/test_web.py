@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,17 @@ from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import write_images
-from evm_deploy.errors import EvmError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
-from tests.broken import BROKEN, NO_SELF_TEST
+from tests.broken import (
+    BROKEN,
+    NO_SELF_TEST,
+    change_manifest,
+    changed_manifest,
+    no_limits,
+    other_limits,
+    refusal,
+)
 from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
@@ -95,7 +102,7 @@ def test_the_vectors_in_a_browser(library):
                 const pixels = made.pixels({ rgb, width, height });
                 found.push({ width, height, pixels: pixels.toBase64(), tensor: [...made.normalise(pixels)] });
             } catch (error) {
-                found.push({ width, height, error: error.message });
+                found.push({ width, height, code: error.code });
             }
         }
         return found;""",
@@ -104,8 +111,8 @@ def test_the_vectors_in_a_browser(library):
     )
     for case, have in zip(CONTENT["cases"], found, strict=True):
         assert (have["width"], have["height"]) == (case["width"], case["height"])
-        assert have.get("error") == case.get("error")
-        if "error" in case:
+        assert have.get("code") == case.get("code")
+        if "code" in case:
             continue
         want = np.asarray(Image.open(VECTORS / case["expected"]))
         pixels = np.frombuffer(base64.b64decode(have["pixels"]), np.uint8).reshape(want.shape)
@@ -181,72 +188,71 @@ def features_bundle(micro, bundle_of) -> Bundle:
     return bundle_of(micro, ExportPlan("onnx", imgsz=(64, 64), head="features"))
 
 
-# ---------------------------------------------------------------------------------------- what is wrong, said as Python
-
-
-def said(act: Callable[[], Any]) -> dict[str, str]:
-    with pytest.raises(EvmError) as raised:
-        act()
-    return {"message": raised.value.args[0], "hint": raised.value.hint}
+# ------------------------------------------------------------------------------------------ what is wrong, as in Python
 
 
 TRY = """const said = [];
+    const kinds = ["BundleError", "ImageError", "UsageError", "ToolchainError"];
     for (const name of given) {
         try {
             %s
             said.push(null);
         } catch (error) {
             if (!(error instanceof evm.EvmError)) throw error;
-            said.push({ message: error.message, hint: error.hint });
+            said.push([kinds.find((kind) => error instanceof evm[kind]), error.code, error.where, error.message]);
         }
     }
     return said;"""
-OTHER_HINT = {"upgrade: pip install -U evm-deploy": "upgrade the page: take src/evm of a newer evm-deploy"}
-QUOTED = re.compile(r"(is damaged|no zip file): .*")  # what follows is a parser's
 
 
 @pytest.fixture(scope="module")
-def broken(demo_bundle, tmp_path_factory) -> tuple[Path, dict[str, dict[str, str]]]:
-    """(folder of broken bundles, and their zips, by name; what Python says of each)."""
+def broken(demo_bundle, tmp_path_factory) -> tuple[Path, dict[str, tuple[str, str, str]]]:
+    """(folder of broken bundles, and their zips, by name; the error of each in Python)."""
     folder, expected = tmp_path_factory.mktemp("broken"), {}
     for name, spoil in BROKEN.items():
         bundle = folder / name
         shutil.copytree(demo_bundle.path, bundle)
         spoil(bundle)
-        expected[name] = said(lambda bundle=bundle: load(bundle))
+        expected[name] = refusal(lambda bundle=bundle: load(bundle))
         if bundle.exists():
             write_zip(bundle)
     return folder, expected
 
 
-def assert_said(name: str, have: dict[str, str], want: dict[str, str], place: str, bundle: Path) -> None:
-    message, expected = have["message"].replace(place, str(bundle)), want["message"]
-    assert QUOTED.sub(r"\1", message) == QUOTED.sub(r"\1", expected), name
-    hint = OTHER_HINT.get(want["hint"], want["hint"])
-    assert have["hint"].replace(place, str(bundle)) == hint, name
+def assert_refused(names: Iterable[str], found: list[list[str]], expected: Mapping[str, tuple[str, str, str]]) -> None:
+    for name, have in zip(names, found, strict=True):
+        assert have, f"{name} is not refused"
+        *told, message = have
+        assert tuple(told) == expected[name] and message, name
 
 
-def test_broken_bundles_are_told_as_in_python(library, broken):
+def test_broken_bundles_are_refused_as_in_python(library, broken):
     """On a server, where a bundle that is gone cannot be told from a folder that holds none."""
     folder, expected = broken
     names = [name for name in BROKEN if name != "gone"]
-    found = library(TRY % (OPEN % "evm.folderAt(`files/${name}`)"), names, folder, console="404")
-    for name, have in zip(names, found, strict=True):
-        assert have, name
-        assert_said(name, have, expected[name], f"files/{name}", folder / name)
+    assert_refused(
+        names, library(TRY % (OPEN % "evm.folderAt(`files/${name}`)"), names, folder, console="404"), expected
+    )
 
 
-def test_broken_bundles_in_zips_are_told_too(library, broken):
+def test_broken_bundles_in_zips_are_refused_too(library, broken):
     folder, expected = broken
     names = [name for name in BROKEN if name not in ("gone", "no manifest")]
     found = library(TRY % (OPEN % "await evm.zipped(await file(`${name}.zip`), `${name}.zip`)"), names, folder)
-    for name, have in zip(names, found, strict=True):
-        assert have, name
-        assert_said(name, have, expected[name], f"{name}.zip", folder / name)
+    assert_refused(names, found, expected)
+
+
+def test_manifests_of_the_vectors(library, demo_bundle, tmp_path):
+    cases = {str(i): case for i, case in enumerate(CONTENT["manifests"])}
+    for name, case in cases.items():
+        changed_manifest(demo_bundle.path, tmp_path / name, case)
+    found = library(TRY % "await evm.Bundle.open(evm.folderAt(`files/${name}`));", [*cases], tmp_path)
+    want = {name: ("BundleError", case["code"], case["where"]) for name, case in cases.items()}
+    assert_refused(cases, found, want)
 
 
 def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
-    """As in Python, but for what the runtime says, and for strings, whose type is told otherwise."""
+    """As in Python, but for strings, which this runtime opens, and for the kind of a run that fails."""
 
     def predicted(bundle: Path) -> object:
         with load(bundle) as model:
@@ -256,12 +262,24 @@ def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
         put_another_model(name, Path(shutil.copytree(demo_bundle.path, tmp_path / name)))
     shutil.copy(digits[0], tmp_path / "digit.png")
     classify = f"await ({OPEN % 'evm.folderAt(`files/${name}`)'}).classifyBlob(await file('digit.png'));"
-    for name, have in zip(OTHERS, library(TRY % classify, [*OTHERS], tmp_path, console="Gather node"), strict=True):
-        if name in ("fails", "strings"):
-            assert re.search("has image string|ONNX Runtime Web .* failed: ", have["message"]), have
-        else:
-            want = said(lambda name=name: predicted(tmp_path / name))
-            assert_said(name, have, want, f"files/{name}", tmp_path / name)
+    found = library(TRY % classify, [*OTHERS], tmp_path, console="Gather node")
+    want = {name: refusal(lambda name=name: predicted(tmp_path / name)) for name in OTHERS}
+    want |= {"strings": ("BundleError", "model.interface", "model.onnx"), "fails": ("ToolchainError", "", "")}
+    assert_refused(OTHERS, found, want)
+
+
+def test_limits_are_those_of_the_manifest(library, demo_bundle, tmp_path):
+    changes = {"other": other_limits, "none": no_limits}
+    for name, change in changes.items():
+        change_manifest(Path(shutil.copytree(demo_bundle.path, tmp_path / name)), change)
+    code = f"""const found = [];
+        for (const name of given) found.push(await ({OPEN % "evm.folderAt(`files/${name}`)"}).selftest());
+        return found;"""
+    for name, checks in zip(changes, library(code, [*changes], tmp_path), strict=True):
+        with load(tmp_path / name, scan="portable") as model:
+            want = {check.name: check.limit for check in model.selftest()}
+        assert {check["name"]: check["limit"] for check in checks} == pytest.approx(want)
+        assert [check["name"] for check in checks if not check["ok"]] == (["logits"] if name == "other" else [])
 
 
 def test_self_tests_that_are_none(library, demo_bundle, tmp_path):
@@ -269,10 +287,9 @@ def test_self_tests_that_are_none(library, demo_bundle, tmp_path):
     for name, damage in {**NO_SELF_TEST, "another scan": put_another_scan}.items():
         damage(Path(shutil.copytree(demo_bundle.path, tmp_path / name)))
         with load(tmp_path / name) as model:
-            want[name] = said(model.selftest)
+            want[name] = refusal(model.selftest)
     found = library(TRY % f"await ({OPEN % 'evm.folderAt(`files/${name}`)'}).selftest();", [*want], tmp_path)
-    for name, have in zip(want, found, strict=True):
-        assert_said(name, have, want[name], f"files/{name}", tmp_path / name)
+    assert_refused(want, found, want)
 
 
 def hostile(folder: Path, bundle: Path) -> list[Path]:
@@ -299,7 +316,7 @@ def hostile(folder: Path, bundle: Path) -> list[Path]:
     return [*folder.glob("*.zip"), *(made(folder / f"{name}.zip", *content) for name, content in entries.items())]
 
 
-def test_hostile_zips_are_told_as_in_python(library, demo_bundle, tmp_path):
+def test_hostile_zips_are_refused_as_in_python(library, demo_bundle, tmp_path):
     paths = hostile(tmp_path, demo_bundle.path)
     liar = made(tmp_path / "liar.zip", ("b/zeros", bytes(8 << 20)))  # the directory claims 10 bytes
     data = bytearray(liar.read_bytes())
@@ -308,10 +325,8 @@ def test_hostile_zips_are_told_as_in_python(library, demo_bundle, tmp_path):
     liar.write_bytes(data)
     names = [path.name for path in paths]
     found = library(TRY % "await evm.zipped(await file(name), name);", [*names, "liar.zip"], tmp_path)
-    for path, have in zip(paths, found, strict=False):
-        assert have, path.name
-        assert_said(path.name, have, said(lambda path=path: load(path)), path.name, path)
-    assert "a bomb" in found[-1]["message"]
+    want = {path.name: refusal(lambda path=path: load(path)) for path in paths}
+    assert_refused([*names, "liar.zip"], found, {**want, "liar.zip": ("BundleError", "zip.refused", "b/zeros")})
 
 
 def test_good_zips_open(library, demo_bundle, digits, tmp_path):
@@ -333,7 +348,7 @@ def test_good_zips_open(library, demo_bundle, digits, tmp_path):
     assert library(code, ["whole.zip", "flat.zip", "stored.zip"], tmp_path) == [digits[0].parent.name] * 3
 
 
-def test_usage_errors_are_told_as_in_python(library, demo_bundle, features_bundle, digits, tmp_path):
+def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle, digits, tmp_path):
     (tmp_path / "demo").symlink_to(demo_bundle.path)
     (tmp_path / "features").symlink_to(features_bundle.path)
     code = f"""const open = async (name) => {OPEN % "evm.folderAt(`files/${name}`)"}
@@ -356,16 +371,19 @@ def test_usage_errors_are_told_as_in_python(library, demo_bundle, features_bundl
     found = dict(zip(names, library(code, None, tmp_path), strict=True))
     zeros = np.zeros((1, 64, 64, 3), np.uint8)
     with load(demo_bundle.path) as demo, load(features_bundle.path) as features:
-        assert found["top"] == said(lambda: demo.predict([zeros[0]], top=0))
-        assert found["features"] == said(lambda: features.predict([zeros[0]]))
-        assert found["shape"] == said(lambda: demo.run({"image": zeros[:, :32, :32]}))
-        assert found["dtype"] == said(lambda: demo.run({"image": zeros.astype(np.float32)}))
-        assert found["name"] == said(lambda: demo.run({"picture": zeros}))
-    assert "got 5 bytes for [1, 1, 3]" in found["bytes"]["message"]
-    assert "choose from: auto, wasm, webgpu" in found["provider"]["message"]
-    assert "threads already" in found["threads"]["message"]
-    assert found["fraction"]["message"] == "threads is 1.5, it must be a whole number from 1"
-    assert found["file"]["message"] == "image cat.png is not an image that this browser can read"
+        want = {
+            "top": refusal(lambda: demo.predict([zeros[0]], top=0)),
+            "features": refusal(lambda: features.predict([zeros[0]])),
+            "shape": refusal(lambda: demo.run({"image": zeros[:, :32, :32]})),
+            "dtype": refusal(lambda: demo.run({"image": zeros.astype(np.float32)})),
+            "name": refusal(lambda: demo.run({"picture": zeros})),
+        }
+    assert_refused(want, [found[name] for name in want], want)
+    assert "got 5 bytes for [1, 1, 3]" in found["bytes"][-1]
+    assert "choose from: auto, wasm, webgpu" in found["provider"][-1]
+    assert "threads already" in found["threads"][-1]
+    assert found["fraction"][-1] == "threads is 1.5, it must be a whole number from 1"
+    assert found["file"][-1] == "image cat.png is not an image that this browser can read"
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -24,6 +24,7 @@ AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
 SDK_HEADERS = {
     "nlohmann/json.hpp": "nlohmann-json3-dev",
     "stb/stb_image.h": "libstb-dev",
+    "png.h": "libpng-dev",
     "zlib.h": "zlib1g-dev",
     "jpeglib.h": "libjpeg62-turbo-dev",
 }

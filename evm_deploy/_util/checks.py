@@ -1,13 +1,22 @@
-"""What untrusted JSON must look like: checks to compose, each of which raises ValueError that names the place."""
+"""What untrusted JSON must look like: checks to compose, each of which raises InvalidError, which names the place."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 HUGE = 1e15  # more than any time in milliseconds, size in bytes or rate that can be meant
 
-Check = Callable[[Any, str], None]  # raises ValueError that names the place
+Check = Callable[[Any, str], None]  # raises InvalidError
+
+
+class InvalidError(ValueError):
+    """What is wrong, and `where`: the key path, such as inputs[0].shape."""
+
+    def __init__(self, where: str, text: str) -> None:
+        super().__init__(f"{where:.200} {text}")
+        self.where = where
 
 
 def text(value: Any, where: str) -> None:
@@ -36,6 +45,20 @@ def count(value: Any, where: str) -> None:
     _require(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= HUGE, where, "1 or more", value)
 
 
+def at_most(check: Check, most: float) -> Check:
+    def run(value: Any, where: str) -> None:
+        check(value, where)
+        _require(value <= most, where, f"at most {most}", value)
+
+    return run
+
+
+def matching(pattern: str) -> Check:
+    return lambda value, where: _require(
+        isinstance(value, str) and bool(re.fullmatch(pattern, value)), where, f"text like {pattern}", value
+    )
+
+
 def anything(value: Any, where: str) -> None:
     """Not used in a comparison."""
 
@@ -60,13 +83,14 @@ def listing(check: Check, length: int | None = None, at_least: int = 0) -> Check
     return run
 
 
-def mapping(check: Check) -> Check:
-    """Any keys, with values that `check` takes."""
+def mapping(check: Check, name: Check = anything) -> Check:
+    """Keys that `name` takes, with values that `check` takes."""
 
     def run(value: Any, where: str) -> None:
         _require(isinstance(value, dict), where, "an object", value)
         for key, item in value.items():
-            check(item, f"{where}.{key[:40]}")
+            name(key, f"{where}.{key}")
+            check(item, f"{where}.{key}")
 
     return run
 
@@ -92,4 +116,4 @@ def _numeric(value: Any) -> bool:
 
 def _require(good: bool, where: str, wanted: str, value: Any) -> None:
     if not good:
-        raise ValueError(f"{where} must be {wanted}, is {value!r:.60}")
+        raise InvalidError(where, f"must be {wanted}, is {value!r:.60}")

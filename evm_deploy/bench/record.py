@@ -137,5 +137,6 @@ class Record:
         try:
             schema.RECORD(content, "")
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{source} is a damaged record: {error}", "measure again with evm-bench") from error
+            message, where = f"{source} is a damaged record: {error}", getattr(error, "where", "")
+            raise UsageError(message, "measure again with evm-bench", code="record.invalid", where=where) from error
         return cls(**content)

@@ -57,9 +57,11 @@ def unpack(path: Path, into: Path) -> Path:
             for entry in entries:
                 left -= _unpack(path, archive, entry, into, left)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise BundleError(f"{path} is damaged, or no zip file: {error}", "copy it again, whole") from error
+        raise BundleError(
+            f"{path} is damaged, or no zip file: {error}", "copy it again, whole", code="zip.damaged"
+        ) from error
     except (OSError, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
-        raise BundleError(f"{path} cannot be unpacked: {error}") from error
+        raise BundleError(f"{path} cannot be unpacked: {error}", code="zip.damaged") from error
     return _bundle_in(path, into)
 
 
@@ -71,21 +73,21 @@ def unpacked(path: Path) -> tuple[Path, TemporaryDirectory[str]]:
 
 def _check(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if len(entries) > MAX_FILES:
-        raise BundleError(f"{path} holds {len(entries)} files, a bundle has at most {MAX_FILES}")
+        raise _refused(f"{path} holds {len(entries)} files, a bundle has at most {MAX_FILES}")
     seen: set[str] = set()
     for entry in entries:
         name, mode = entry.filename, entry.external_attr >> 16
         if not inside_bundle(name):
-            raise BundleError(f"{path}: the name {name!r} leaves the bundle")
+            raise _refused(f"{path}: the name {name!r} leaves the bundle", name)
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise BundleError(f"{path}: {name} is a link or a device, a bundle has files alone")
+            raise _refused(f"{path}: {name} is a link or a device, a bundle has files alone", name)
         if entry.flag_bits & 1:
-            raise BundleError(f"{path}: {name} is encrypted")
+            raise _refused(f"{path}: {name} is encrypted", name)
         if name.casefold() in seen:
-            raise BundleError(f"{path}: {name} is there twice")
+            raise _refused(f"{path}: {name} is there twice", name)
         seen.add(name.casefold())
     if sum(entry.file_size for entry in entries) > MAX_BYTES:
-        raise BundleError(f"{path} unpacks to more than {MAX_BYTES >> 30} GB")
+        raise _refused(f"{path} unpacks to more than {MAX_BYTES >> 30} GB")
 
 
 def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: Path, limit: int) -> int:
@@ -97,7 +99,8 @@ def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: 
         while block := reader.read(1 << 20):
             size += len(block)
             if size > most:
-                raise BundleError(f"{path}: {entry.filename} unpacks to over {MAX_RATIO} times its size: a bomb")
+                name = entry.filename
+                raise _refused(f"{path}: {name} unpacks to over {MAX_RATIO} times its size: a bomb", name)
             writer.write(block)
     return size
 
@@ -107,4 +110,9 @@ def _bundle_in(path: Path, into: Path) -> Path:
     for folder in (into, *sorted(into.iterdir())[:1]):
         if (folder / FILE).is_file():
             return folder
-    raise BundleError(f"{path} holds no bundle: it has no {FILE}", "make one with evm-export --zip")
+    message = f"{path} holds no bundle: it has no {FILE}"
+    raise BundleError(message, "make one with evm-export --zip", code="manifest.missing")
+
+
+def _refused(message: str, name: str = "") -> BundleError:
+    return BundleError(message, code="zip.refused", where=name)

@@ -51,20 +51,24 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
-        raise BundleError(f"bundle {path} {what}", "make one with evm-export")
+        raise BundleError(f"bundle {path} {what}", "make one with evm-export", code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
     if manifest.rejected:
-        raise BundleError(f"bundle {path} was rejected at export: {'; '.join(manifest.parity.get('failures', []))}")
+        message = f"bundle {path} was rejected at export: {'; '.join(manifest.parity['failures'])}"
+        raise BundleError(message, code="bundle.rejected")
     for name, facts in manifest.files.items():
         file = path / name
         try:
             damaged = sha256(file) != facts["sha256"]
         except FileNotFoundError as error:
-            raise BundleError(f"bundle {path}: {name} is missing", "copy the bundle again, whole") from error
+            message = f"bundle {path}: {name} is missing"
+            raise BundleError(message, "copy the bundle again, whole", code="file.missing", where=name) from error
         except OSError as error:
-            raise BundleError(f"bundle {path}: {name} cannot be read: {error.strerror}") from error
+            message = f"bundle {path}: {name} cannot be read: {error.strerror}"
+            raise BundleError(message, code="file.missing", where=name) from error
         if damaged:
-            raise BundleError(f"bundle {path}: {name} is damaged (its sha256 differs)", "copy the bundle again")
+            message = f"bundle {path}: {name} is damaged (its sha256 differs)"
+            raise BundleError(message, "copy the bundle again", code="file.damaged", where=name)
     if signed_by:
         signing.check_nothing_else(path, set(manifest.files))
     return Bundle(path, manifest, unpacked)

@@ -48,7 +48,9 @@ class LoadedBundle:
         self.target = runtime_of(self.manifest.target, bundle.path)
         if not self.manifest.built:
             raise BundleError(
-                f"bundle {bundle.path} has no engine yet", f"on the device:  evm-export --finish {bundle.path}"
+                f"bundle {bundle.path} has no engine yet",
+                f"on the device:  evm-export --finish {bundle.path}",
+                code="bundle.unfinished",
             )
         own = configured(self.target, settings)
         if options.streams > 1 and not self.target.streams:
@@ -193,7 +195,8 @@ class LoadedBundle:
         try:
             return file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise BundleError(f"bundle {self.bundle.path}: labels.txt is not UTF-8 text", "export it again") from error
+            message = f"bundle {self.bundle.path}: labels.txt is not UTF-8 text"
+            raise BundleError(message, "export it again", code="file.damaged", where="labels.txt") from error
 
     def _check_interface(self) -> None:
         """The artifact against its manifest: hashes say that both are whole, not that they belong together."""
@@ -212,7 +215,11 @@ class LoadedBundle:
             raise self._unlike(*wrong)
 
     def _unlike(self, have: str, want: str) -> BundleError:
-        return BundleError(f"bundle {self.bundle.path}: {self.manifest.artifact} has {have}; {want}", "export it again")
+        message, artifact = (
+            f"bundle {self.bundle.path}: {self.manifest.artifact} has {have}; {want}",
+            self.manifest.artifact,
+        )
+        return BundleError(message, "export it again", code="model.interface", where=artifact)
 
     def __enter__(self) -> LoadedBundle:
         return self

@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evm_deploy._util.checks import (
+    InvalidError,
     anything,
+    at_most,
     count,
     either,
     keys,
     listing,
     mapping,
+    matching,
     nullable,
     number,
     one_of,
+    positive,
     size,
     text,
     yes_or_no,
 )
 from evm_deploy._util.text import size_text
-from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.errors import BundleError
+from evm_deploy.data.preprocessing import INTERPOLATIONS, MAX_SIDE, Preprocessing
+from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 MAX_BYTES = 4 << 20
 TASKS = ("classification", "features", "raw")
+
+
+def inside_bundle(name: str) -> bool:
+    """Whether a file's name, in a manifest or a zip, stays inside the bundle on every system."""
+    parts = PurePosixPath(name)
+    leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
+    return bool(name) and not leaves
+
+
+def file_name(value: Any, where: str) -> None:
+    if not inside_bundle(value):
+        raise InvalidError(where, f"leaves the bundle: {value!r:.60}")
+
+
+def batch(value: Any, where: str) -> None:
+    text(value, where)
+    try:
+        Batch.parse(value)
+    except UsageError as error:
+        raise InvalidError(where, f"is not a batch: {error}") from error
+
+
 ACCURACY = keys(
     images=size,
     **dict.fromkeys(
@@ -43,7 +68,8 @@ TENSOR = keys(name=text, dtype=text, shape=listing(nullable(count), at_least=1))
 SCHEMA = keys(
     **dict.fromkeys(("name", "target", "artifact"), text),
     plan=keys(
-        **dict.fromkeys(("precision", "batch", "scan"), text),
+        **dict.fromkeys(("precision", "scan"), text),
+        batch=batch,
         imgsz=listing(count, length=2),
         more_imgsz=nullable(listing(listing(count, length=2))),
         tol=nullable(number),
@@ -55,7 +81,13 @@ SCHEMA = keys(
         head=one_of("logits", "probs", "features", "raw"),
     ),
     model=keys(name=text, task=nullable(one_of(*TASKS)), checkpoint=keys(sha256=text), parameters=count),
-    preprocessing=keys(size=listing(count, length=2)),
+    preprocessing=keys(
+        size=listing(at_most(count, MAX_SIDE), length=2),
+        crop_pct=at_most(positive, 1),
+        interpolation=one_of(*INTERPOLATIONS),
+        mean=listing(number, length=3),
+        std=listing(positive, length=3),
+    ),
     inputs=listing(TENSOR, at_least=1),
     outputs=listing(TENSOR, at_least=1),
     scan=keys(value=text, reason=text, plugins=nullable(mapping(text))),
@@ -65,7 +97,7 @@ SCHEMA = keys(
     accuracy=nullable(ACCURACY),
     selftest=either({}, keys(preprocessing=size, outputs=mapping(size), scans=mapping(size))),
     notes=listing(text),
-    files=mapping(keys(sha256=text, size_bytes=size)),
+    files=mapping(keys(sha256=matching("[0-9a-f]{64}"), size_bytes=size), name=file_name),
     **dict.fromkeys(("built", "rejected"), yes_or_no),
 )
 
@@ -159,48 +191,45 @@ class Manifest:
         path = bundle / FILE
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest")
+                raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest", code="manifest.damaged")
             data = path.read_bytes()
             if check:
                 check(data)
             content = json.loads(data)
         except FileNotFoundError as error:
-            raise BundleError(f"{bundle} is not a bundle: it has no {FILE}", "make one with evm-export") from error
+            message = f"{bundle} is not a bundle: it has no {FILE}"
+            raise BundleError(message, "make one with evm-export", code="manifest.missing") from error
         except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+            raise BundleError(f"{path} cannot be read: {error.strerror}", code="manifest.missing") from error
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path} is damaged: {error}", "export the bundle again") from error
+            message = f"{path} is damaged: {error}"
+            raise BundleError(message, "export the bundle again", code="manifest.damaged") from error
         if not isinstance(content, dict):
-            raise BundleError(f"{path} is not a JSON object")
+            raise BundleError(f"{path} is not a JSON object", code="manifest.damaged")
         version = content.get("schema_version")
         if not isinstance(version, int) or version < 1:
-            raise BundleError(f"{path} has no schema_version")
+            raise BundleError(f"{path} has no schema_version", code="manifest.invalid", where="schema_version")
         if version > SCHEMA_VERSION:
             raise BundleError(
                 f"{bundle} has manifest schema {version}, this evm-deploy reads up to {SCHEMA_VERSION}",
                 "upgrade: pip install -U evm-deploy",
+                code="manifest.version",
+                where="schema_version",
             )
         return cls._from(path, content)
 
     @classmethod
     def _from(cls, path: Path, content: dict[str, Any]) -> Manifest:
-        known = {f.name for f in fields(cls)}
+        required = {f.name: None for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         try:
-            manifest = cls(**{key: value for key, value in content.items() if key in known})
+            manifest = cls(**{**required, **known})
+            SCHEMA(vars(manifest), "")
             manifest.preprocess()
-            for name, facts in manifest.files.items():
-                _check_file_entry(name, facts)
-            if not any(PurePosixPath(name).is_relative_to(manifest.artifact) for name in manifest.files):
-                raise ValueError(f"the artifact {manifest.artifact!r} is not among the files")
-            for library in manifest.plugins.values():
-                if library not in manifest.files:
-                    raise ValueError(f"the native library {library!r} is not among the files")
-            SCHEMA(asdict(manifest), "")
-            Batch.parse(manifest.plan["batch"])
-        except BundleError:
-            raise
+            _check_files(manifest)
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault
-            raise BundleError(f"{path} is not a valid manifest: {error}", "export the bundle again") from error
+            message, where = f"{path} is not a valid manifest: {error}", getattr(error, "where", "")
+            raise BundleError(message, "export the bundle again", code="manifest.invalid", where=where) from error
         return manifest
 
 
@@ -209,15 +238,9 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def inside_bundle(name: str) -> bool:
-    """Whether a file's name, in a manifest or a zip, stays inside the bundle on every system."""
-    parts = PurePosixPath(name)
-    leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
-    return bool(name) and not leaves
-
-
-def _check_file_entry(name: str, facts: dict[str, Any]) -> None:
-    if not inside_bundle(name):
-        raise ValueError(f"file name {name!r} leaves the bundle")
-    if not re.fullmatch(r"[0-9a-f]{64}", str(facts["sha256"])):
-        raise ValueError(f"{name} has no sha256")
+def _check_files(manifest: Manifest) -> None:
+    if not any(PurePosixPath(name).is_relative_to(manifest.artifact) for name in manifest.files):
+        raise InvalidError("artifact", f"{manifest.artifact!r} is not among the files")
+    for platform, library in manifest.plugins.items():
+        if library not in manifest.files:
+            raise InvalidError(f"scan.plugins.{platform}", f"{library!r} is not among the files")

@@ -61,7 +61,7 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     checks = [Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing"))]
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
-        raise _damaged(bundle, f"{PROBE_FILE} has no {manifest.input}")
+        raise _damaged(bundle, PROBE_FILE, f"has no {manifest.input}")
     for name, have in run_batched(runtime, manifest.batch, images).items():
         want = _like(have, bundle, tensors, name)
         difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
@@ -71,7 +71,7 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
             for name in found:
                 y = scan_runtime.run(cases[name]).get("y")
                 if y is None or y.shape != cases[name]["u"].shape:
-                    raise _damaged(bundle, f"{probe} gives no y")
+                    raise _damaged(bundle, probe, "gives no y")
                 error, limit = ssm_error(y, cases[name])
                 checks.append(Check(f"scan {name}", error, manifest.limit("scans", name, limit)))
     return checks
@@ -85,14 +85,14 @@ def _read(bundle: Bundle, file: str) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = load_file(bundle.path / FOLDER / file)
         return tensors
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # types that numpy lacks, too
-        raise _damaged(bundle, f"{file} cannot be read: {error}") from error
+        raise _damaged(bundle, file, f"cannot be read: {error}") from error
 
 
 def _like(have: NDArray[Any], bundle: Bundle, tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
     """The tensor `name`, if it is shaped as `have`."""
     want = tensors.get(name)
     if want is None or want.shape != have.shape or want.dtype.kind not in "fiu":
-        raise _damaged(bundle, f"{PROBE_FILE} has no {name} of {have.dtype}{list(have.shape)}")
+        raise _damaged(bundle, PROBE_FILE, f"has no {name} of {have.dtype}{list(have.shape)}")
     return want
 
 
@@ -104,7 +104,7 @@ def _read_scans(bundle: Bundle) -> dict[str, Scan]:
             cases.setdefault(name, {})[tensor] = value
     for name, scan in cases.items():
         if not _is_scan(scan):
-            raise _damaged(bundle, f"{SCAN_FILE}: the tensors of {name!r} are not those of a scan")
+            raise _damaged(bundle, SCAN_FILE, f"has no scan in the tensors of {name!r}")
     return cases
 
 
@@ -117,8 +117,10 @@ def _is_scan(scan: Scan) -> bool:
     return all(v.shape == shapes[k] and v.size and v.dtype == np.float32 for k, v in scan.items())
 
 
-def _damaged(bundle: Bundle, reason: str) -> BundleError:
-    return BundleError(f"bundle {bundle.path} has no readable self-test: {FOLDER}/{reason}", "export it again")
+def _damaged(bundle: Bundle, file: str, reason: str) -> BundleError:
+    where = f"{FOLDER}/{file}"
+    message = f"bundle {bundle.path} has no readable self-test: {where} {reason}"
+    return BundleError(message, "export it again", code="selftest.damaged", where=where)
 
 
 def by_probe(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:

@@ -50,7 +50,8 @@ class Preprocessing:
         new_h, new_w = max(new_h, self.size[0]), max(new_w, self.size[1])
         if max(new_h, new_w) > 100 * max(self.size):
             name = f"image {image}" if isinstance(image, (str, Path)) else "image"
-            raise ImageError(f"{name} is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}")
+            message = f"{name} is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}"
+            raise ImageError(message, code="image.narrow")
         if (new_w, new_h) != picture.size:
             import PIL.Image
 

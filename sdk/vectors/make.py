@@ -1,33 +1,88 @@
-"""Write the preprocessing vectors: pictures of every awkward kind, and the pixels that a model must be given for them.
+"""Write the vectors of every SDK: images of every awkward kind, the pixels a model must be given, refused manifests.
 
     python sdk/vectors/make.py
 
-`cases.json` lists them: `name`; `image`, the file; `width`, `height`, of the upright picture; `preprocessing`, as in a
-bundle's manifest; then `expected`, the file with the pixels (within `tolerance` of 255), or `error`, what must be said
-instead. `normalised`: [channel, y, x, value] of what a model with `--input tensor` reads. The pictures are lossless, or
-JPEG without subsampling, on which decoders agree.
+`cases` of `cases.json`: `name`; `image`, the file; `width`, `height`, of the upright image; `preprocessing`, as in a
+bundle's manifest; then `expected`, the file with the pixels (within `tolerance` of 255), or `code`, of the error that
+must be raised instead. `normalised`: [channel, y, x, value] of what a model with `--input tensor` reads. The images are
+lossless, or JPEG without subsampling, on which decoders agree.
+
+`manifests`: changes to the manifest of a good ONNX bundle that make it a refused one: `name`; `at`, a key path;
+`value`, to be put there, or none, to remove the key; `code` and `where` of the error. `codes`: what each code means.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
-from evm_deploy.errors import ImageError
+from evm_deploy.errors import BundleError, ImageError
 from evm_deploy.export.selftest import picture
 
 HERE = Path(__file__).parent
 TOLERANCE = 1  # of 255
 ORIENTATION = 0x0112  # Exif tag
 SMALL = Preprocessing((64, 64))
+GOOD = HERE.parents[1] / "reliability" / "corpus" / "manifest" / "onnx"
+CODES = {
+    "bundle.missing": "there is no folder or zip",
+    "bundle.rejected": "the export failed its own checks",
+    "bundle.unfinished": "the engine is still to be built",
+    "manifest.missing": "there is no manifest.json, or it cannot be read",
+    "manifest.damaged": "manifest.json is no JSON object, or too large",
+    "manifest.version": "manifest.json is of a schema that this reader does not know",
+    "manifest.invalid": "`where`, a key path, is missing, of another type, or has a value that it cannot have",
+    "file.missing": "`where`, a file, is not there or cannot be read",
+    "file.damaged": "`where`, a file, has another hash, or is not what it must be",
+    "model.interface": "`where`, the model, has other inputs or outputs than the manifest and the labels say",
+    "selftest.damaged": "`where`, a file of the self-test, cannot be read or does not belong to the model",
+    "zip.damaged": "the zip cannot be unpacked",
+    "zip.refused": "`where`, a name in the zip, leaves the bundle, is a link, encrypted, there twice or a bomb",
+    "image.narrow": "the image is too narrow to be cropped",
+}
+NOTHING = object()  # the key is removed
+REFUSED: list[tuple[str, tuple[object, ...]]] = [
+    ("schema_version", (NOTHING, None, "1", 0, 2)),
+    *((key, (NOTHING, None, 3)) for key in ("name", "target", "plan.head", "plan.input", "plan.batch", "scan.value")),
+    ("artifact", (NOTHING, None, 3, "else.onnx")),
+    *((key, (NOTHING, None, [], "x")) for key in ("plan", "preprocessing", "scan", "parity")),
+    ("files", (None, [], "x")),
+    *((key, (NOTHING, None, [], {}, "x")) for key in ("inputs", "outputs")),
+    ("plan.head", ("all",)),
+    ("plan.input", ("tensors",)),
+    ("plan.batch", ("", "0", "-1", "4:2:1", "1:2", "x", "1:4:8:9", "123456")),
+    ("preprocessing.size", (NOTHING, None, 64, [64], [0, 64], [64, 8193], ["64", 64], [64, 64, 3])),
+    ("preprocessing.crop_pct", (NOTHING, None, "x", 0, -1, 1.5, True)),
+    ("preprocessing.interpolation", (NOTHING, None, 3, "lanczos")),
+    ("preprocessing.mean", (NOTHING, None, [0.5, 0.5], [0.5, 0.5, None], 0.5)),
+    ("preprocessing.std", (NOTHING, None, [0.1, 0.1], [0.1, 0, 0.1], [0.1, -1, 0.1])),
+    *((f"outputs.0.{key}", (NOTHING, None, 3)) for key in ("name", "dtype", "shape")),
+    ("inputs.0.shape", ([1, 0, 64, 3], [1, "64", 64, 3], [1.5])),
+    ("files.model~onnx", (None, [], "x", {})),
+    ("files.model~onnx.sha256", (None, 3, "none", "A" * 64)),
+    *(
+        (f"files.{name}", ({"sha256": "0" * 64, "size_bytes": 1},))
+        for name in ("../x", "/x", "a/../../x", "a\\x", "C:x", "")
+    ),
+    ("scan.plugins", ([], {"linux-x86_64": 3}, {"linux-x86_64": "gone~so"})),
+    ("parity.limit", (NOTHING, None, "x", -1)),
+    ("selftest", (None, [], "x", {"preprocessing": 1, "outputs": {}}, {"outputs": {}, "scans": {}})),
+    ("selftest.preprocessing", (None, "x", -1)),
+    ("selftest.outputs", (None, [], {"logits": None}, {"logits": -1})),
+    ("selftest.scans", (None, [], {"large_delta": "x"})),
+    ("built", (None, 1, "x")),
+    ("rejected", (None, 0)),
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +157,7 @@ def entry(case: Case, folder: Path) -> dict[str, Any]:
     try:
         pixels = case.preprocessing.pixels(read_rgb(path))
     except ImageError as error:
-        return {**facts, "error": str(error)}
+        return {**facts, "code": error.code}
     expected = f"{case.name}.expected.png"
     Image.fromarray(pixels).save(folder / expected, optimize=True)
     return {**facts, "expected": expected, "normalised": samples(case.preprocessing, pixels)}
@@ -115,13 +170,56 @@ def samples(preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> list[lis
     return [[*index, float(tensor[index])] for index in at]
 
 
+def changed(content: dict[str, Any], at: Sequence[str | int], value: object) -> dict[str, Any]:
+    """A copy of a manifest with `value` at a key path."""
+    copy = json.loads(json.dumps(content))
+    inner = copy
+    for key in at[:-1]:
+        inner = inner[key]
+    if value is NOTHING:
+        del inner[at[-1]]
+    else:
+        inner[at[-1]] = value
+    return copy  # type: ignore[no-any-return]
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    """Every change of REFUSED -> its entry of cases.json."""
+    good = json.loads(GOOD.read_text(encoding="utf-8"))
+    good["selftest"] = {"preprocessing": 1, "outputs": {"logits": 1e-4}, "scans": {"large_delta": 1e-4}}
+    with TemporaryDirectory() as name:
+        for path, values in REFUSED:
+            at = [int(key) if key.isdigit() else key.replace("~", ".") for key in path.split(".")]
+            at = ["files", path.removeprefix("files.")] if path.startswith("files.") and "~" not in path else at
+            for value in values:
+                (Path(name) / FILE).write_text(json.dumps(changed(good, at, value)), encoding="utf-8")
+                shown = "nothing" if value is NOTHING else json.dumps(value)
+                put = {} if value is NOTHING else {"value": value}
+                yield {"name": f"{path.replace('~', '.')} is {shown:.60}", "at": at, **put, **_refusal(Path(name))}
+
+
+def _refusal(bundle: Path) -> dict[str, str]:
+    try:
+        Manifest.read(bundle)
+    except BundleError as error:
+        return {"code": error.code, "where": error.where}
+    raise AssertionError(f"not refused: {(bundle / FILE).read_text(encoding='utf-8')}")
+
+
 def main() -> None:
     for old in (*HERE.glob("*.png"), *HERE.glob("*.jpg")):
         old.unlink()
     entries = [entry(case, HERE) for case in cases(HERE)]
-    content = {"schema_version": 1, "tolerance": TOLERANCE, "cases": entries}
+    content = {
+        "schema_version": 1,
+        "tolerance": TOLERANCE,
+        "cases": entries,
+        "codes": CODES,
+        "manifests": [*manifests()],
+    }
     (HERE / "cases.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(entries)} cases, {sum(file.stat().st_size for file in HERE.iterdir()) / 1e3:.0f} kB")
+    kilobytes = sum(file.stat().st_size for file in HERE.iterdir()) / 1e3
+    print(f"{len(entries)} images, {len(content['manifests'])} manifests, {kilobytes:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import evm.Picture
 import evm.Preprocessing
 import evm.Runtime
 import evm.Tensor
+import evm.Value
 import evm.orientation
 import evm.unpack
 import java.awt.image.IndexColorModel
@@ -32,6 +33,7 @@ private fun answer(request: JsonObject): JsonElement = try {
     when (request.string("do")) {
         "pixels" -> pixels(request)
         "orientation" -> JsonPrimitive(orientation(Base64.getDecoder().decode(request.string("file"))))
+        "read" -> Manifest.read(File(request.string("bundle"))).let { JsonPrimitive(it.name) }
         "open" -> opened(File(request.string("bundle")), File(request.string("model")))
         "unpack" -> unpack(File(request.string("zip")), File(request.string("into"))).let { opened(it, it) }
         "classify" -> classified(request)
@@ -41,13 +43,15 @@ private fun answer(request: JsonObject): JsonElement = try {
     }
 } catch (failure: EvmException) {
     buildJsonObject {
+        put("kind", failure.javaClass.simpleName)
+        put("code", failure.code)
+        put("where", failure.where)
         put("error", failure.message)
-        put("hint", failure.hint)
     }
 }
 
 private fun pixels(request: JsonObject): JsonElement {
-    val preprocessing = Preprocessing.of(request["preprocessing"] as JsonObject)
+    val preprocessing = Preprocessing.of(Value(request["preprocessing"]))
     val picture = decoded(File(request.string("image")))
     val pixels = preprocessing.pixels(picture)
     val shape = listOf(3, pixels.height, pixels.width)

@@ -37,7 +37,7 @@ class Zip : public Source {
     std::string root_;  // the bundle's folder inside, with its slash
 
   public:
-    explicit Zip(const std::filesystem::path &file) : Source(shown(file)) {
+    explicit Zip(const std::filesystem::path &file) : Source(file.string()) {
         std::ifstream stream = opened();
         list(stream);
         root_ = root();
@@ -52,7 +52,7 @@ class Zip : public Source {
         if (local.u32(0) != 0x04034b50) throw damaged("Bad magic number for file header");
         const std::uint64_t start = entry.offset + 30 + local.u16(26) + local.u16(28);
         if (block(stream, entry.offset + 30, local.u16(26)) != root_ + name)
-            throw damaged("File name in directory and header differ: " + repr(root_ + name));
+            throw damaged("File name in directory and header differ: " + in_quotes(root_ + name));
         stream.seekg(static_cast<std::streamoff>(start));
         Inflate inflate(entry.method == 0 ? Inflate::STORED : Inflate::DEFLATED);
         std::uint64_t size = 0;
@@ -70,7 +70,7 @@ class Zip : public Source {
             left -= take;
         }
         if (!inflate.ended()) throw damaged(name + ": incomplete or truncated stream");
-        if (size != entry.size || inflate.crc() != entry.crc) throw damaged("Bad CRC-32 for file " + repr(name));
+        if (size != entry.size || inflate.crc() != entry.crc) throw damaged("Bad CRC-32 for file " + in_quotes(name));
     }
 
     std::uint64_t size(const std::string &name) const override { return find(name).size; }
@@ -85,16 +85,17 @@ class Zip : public Source {
 
     std::ifstream opened() const {
         std::ifstream stream(path, std::ios::binary);
-        if (!stream) throw BundleError(path + " cannot be unpacked: it cannot be opened");
+        if (!stream) throw damaged("it cannot be opened");
         return stream;
     }
 
     BundleError damaged(const std::string &reason) const {
-        return BundleError(path + " is damaged, or no zip file: " + reason, "copy it again, whole");
+        return BundleError(path + " is damaged, or no zip file: " + reason, "copy it again, whole", {"zip.damaged"});
     }
-    BundleError bomb(const std::string &name) const {
-        return BundleError(path + ": " + name + " unpacks to over " + std::to_string(MAX_RATIO) + " times its size: a bomb");
+    BundleError refused(const std::string &name, const std::string &reason) const {
+        return BundleError(path + (name.empty() ? " " : ": " + in_quotes(name) + " ") + reason, "", {"zip.refused", name});
     }
+    BundleError bomb(const std::string &name) const { return refused(name, "unpacks to over " + std::to_string(MAX_RATIO) + " times its size: a bomb"); }
 
     std::string block(std::ifstream &stream, std::uint64_t at, std::size_t size) const {
         std::string bytes(size, '\0');
@@ -115,7 +116,7 @@ class Zip : public Source {
         const std::size_t count = record.u16(10);
         const std::uint64_t size = record.u32(12), offset = record.u32(16);
         // 64-bit records stand where these fields do not suffice, which is beyond all limits below
-        if (count > MAX_FILES) throw BundleError(path + " holds " + std::to_string(count) + " files, a bundle has at most " + std::to_string(MAX_FILES));
+        if (count > MAX_FILES) throw refused("", "holds " + std::to_string(count) + " files, a bundle has at most " + std::to_string(MAX_FILES));
         if (offset + size > length || size > MAX_DIRECTORY) throw damaged("Bad magic number for central directory");
         const std::string directory = block(stream, offset, static_cast<std::size_t>(size));
         std::set<std::string> seen;
@@ -123,7 +124,7 @@ class Zip : public Source {
         std::size_t next = 0;
         for (std::size_t i = 0; i < count; i++) {
             next = add(directory, next, seen, sum);
-            if (sum > MAX_BYTES) throw BundleError(path + " unpacks to more than " + std::to_string(MAX_BYTES >> 30) + " GB");
+            if (sum > MAX_BYTES) throw refused("", "unpacks to more than " + std::to_string(MAX_BYTES >> 30) + " GB");
         }
     }
 
@@ -137,15 +138,15 @@ class Zip : public Source {
         if (!name.empty() && name.back() == '/') return next;  // a folder
         const Entry entry{record.u32(20), record.u32(24), record.u32(42), record.u16(10), record.u32(16)};
         const std::uint32_t kind = record.u32(38) >> 16 & 0170000;
-        if (!inside_bundle(name)) throw BundleError(path + ": the name " + repr(name) + " leaves the bundle");
-        if (kind != 0 && kind != 0100000) throw BundleError(path + ": " + name + " is a link or a device, a bundle has files alone");
-        if (record.u16(8) & 1) throw BundleError(path + ": " + name + " is encrypted");
+        if (!inside_bundle(name)) throw refused(name, "leaves the bundle");
+        if (kind != 0 && kind != 0100000) throw refused(name, "is a link or a device, a bundle has files alone");
+        if (record.u16(8) & 1) throw refused(name, "is encrypted");
         if (entry.method != 0 && entry.method != 8)
-            throw BundleError(path + " cannot be unpacked: compression method " + std::to_string(entry.method) + " of " + name);
+            throw damaged("compression method " + std::to_string(entry.method) + " of " + name);
         std::string folded = name;
         for (char &c : folded)
             if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-        if (!seen.insert(folded).second) throw BundleError(path + ": " + name + " is there twice");
+        if (!seen.insert(folded).second) throw refused(name, "is there twice");
         if (entry.size > std::max(SMALL, MAX_RATIO * entry.packed)) throw bomb(name);
         sum += entry.size;
         entries_[name] = entry;
@@ -160,7 +161,7 @@ class Zip : public Source {
             const std::string folder = first.substr(0, first.find('/') + 1);
             if (!folder.empty() && entries_.count(folder + MANIFEST)) return folder;
         }
-        throw BundleError(path + " holds no bundle: it has no " + MANIFEST, "make one with evm-export --zip");
+        throw BundleError(path + " holds no bundle: it has no " + MANIFEST, "make one with evm-export --zip", {"manifest.missing"});
     }
 };
 
@@ -168,7 +169,7 @@ class Zip : public Source {
 
 std::unique_ptr<Source> open_zip(const std::filesystem::path &file) {
     if (!Inflate::available())
-        throw ToolchainError("the SDK was built without zlib: it opens no zip", "install zlib1g-dev and build it again, or unpack " + shown(file));
+        throw ToolchainError("the SDK was built without zlib: it opens no zip", "install zlib1g-dev and build it again, or unpack " + file.string());
     return std::make_unique<Zip>(file);
 }
 

@@ -17,7 +17,7 @@ struct Inflate::State {
 
 Inflate::Inflate(Format format) : state_(std::make_unique<State>()) {
     state_->format = format;
-    if (format != STORED && inflateInit2(&state_->stream, format == ZLIB ? MAX_WBITS : -MAX_WBITS) != Z_OK) throw std::bad_alloc();
+    if (format != STORED && inflateInit2(&state_->stream, -MAX_WBITS) != Z_OK) throw std::bad_alloc();
 }
 
 Inflate::~Inflate() {

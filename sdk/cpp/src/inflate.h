@@ -1,4 +1,4 @@
-// Decompression by zlib, an optional component: without it, zips and the picture of the self-test cannot be read.
+// Decompression by zlib, an optional component: without it, zips cannot be read.
 #pragma once
 #include "source.h"
 
@@ -11,7 +11,7 @@ class Inflate {
     std::unique_ptr<State> state_;
 
   public:
-    enum Format { STORED, DEFLATED, ZLIB };
+    enum Format { STORED, DEFLATED };
     explicit Inflate(Format format);
     ~Inflate();
     static bool available();

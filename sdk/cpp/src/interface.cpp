@@ -27,7 +27,7 @@ std::string specs_text(const std::vector<TensorSpec> &specs) {
 }
 
 BundleError unlike(const Source &source, const Manifest &manifest, const std::string &have, const std::string &want) {
-    return BundleError("bundle " + source.path + ": " + manifest.artifact + " has " + have + "; " + want, "export it again");
+    return BundleError("bundle " + source.path + ": " + manifest.artifact + " has " + have + "; " + want, "export it again", {"model.interface", manifest.artifact});
 }
 
 }  // namespace
@@ -40,7 +40,7 @@ std::vector<std::string> read_labels(const Source &source, const Manifest &manif
     try {
         Json(text).dump();  // which takes UTF-8 alone
     } catch (const Json::exception &) {
-        throw BundleError("bundle " + source.path + ": labels.txt is not UTF-8 text", "export it again");
+        throw BundleError("bundle " + source.path + ": labels.txt is not UTF-8 text", "export it again", {"file.damaged", "labels.txt"});
     }
     text.erase(std::remove(text.begin(), text.end(), '\r'), text.end());
     for (std::size_t start = 0; start < text.size();) {

@@ -4,7 +4,6 @@
 #include "text.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace evm {
 namespace {
@@ -14,81 +13,88 @@ constexpr std::uint64_t MAX_MANIFEST = 4 << 20;
 constexpr int MAX_SIDE = 8192;
 constexpr const char *FILE_NAME = "manifest.json";
 
-// What is wrong in a manifest; becomes a BundleError.
+constexpr double HUGE_NUMBER = 1e15;  // more than can be meant
+const Json NOTHING;                   // the value of a key that is not there
+
+std::string printed(const Json &json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60); }
+
+// What is wrong in a manifest, and at which key path; becomes a BundleError.
 struct Invalid : std::runtime_error {
-    using std::runtime_error::runtime_error;
+    std::string where;
+    Invalid(const std::string &path, const std::string &what) : std::runtime_error(path + " " + what), where(path) {}
 };
 
-const Json &field(const Json &object, const char *key) {
-    const auto found = object.find(key);
-    if (found == object.end()) throw Invalid("it has no " + repr(key));
-    return *found;
+// A value and its key path. Its functions raise Invalid where it is not what they give.
+struct Value {
+    const Json &json;
+    std::string where;
+
+    void require(bool good, const std::string &wanted) const {
+        if (!good) throw Invalid(where, "must be " + wanted + ", is " + printed(json));
+    }
+    Value at(const std::string &key) const {
+        require(json.is_object(), "an object");
+        const auto found = json.find(key);
+        return {found == json.end() ? NOTHING : *found, where.empty() ? key : where + "." + key};
+    }
+    std::vector<std::pair<std::string, Value>> members() const {
+        require(json.is_object(), "an object");
+        std::vector<std::pair<std::string, Value>> found;
+        for (const auto &member : json.items()) found.emplace_back(member.key(), at(member.key()));
+        return found;
+    }
+    std::vector<Value> items(std::size_t least, std::size_t most) const {
+        require(json.is_array() && least <= json.size() && json.size() <= most, "a list of " + std::to_string(least) + (most > least ? " or more" : ""));
+        std::vector<Value> found;
+        for (std::size_t i = 0; i < json.size(); i++) found.push_back({json[i], where + "[" + std::to_string(i) + "]"});
+        return found;
+    }
+    std::string text() const {
+        require(json.is_string(), "text");
+        return json.get<std::string>();
+    }
+    std::string one_of(const std::vector<std::string> &choices) const {
+        require(json.is_string() && std::count(choices.begin(), choices.end(), json.get<std::string>()), "one of " + join(choices));
+        return json.get<std::string>();
+    }
+    double number(double least = -HUGE_NUMBER, double most = HUGE_NUMBER) const {
+        require(json.is_number() && json >= least && json <= most, "a finite number");
+        return json.get<double>();
+    }
+    double positive(double most = HUGE_NUMBER) const {
+        require(number(0, most) > 0, "above 0");
+        return json.get<double>();
+    }
+    std::int64_t count(double most = HUGE_NUMBER) const {
+        require(json.is_number_integer() && json >= 1 && json <= most, "a whole number from 1");
+        return json.get<std::int64_t>();
+    }
+    bool flag(bool otherwise) const {
+        require(&json == &NOTHING || json.is_boolean(), "true or false");
+        return json.is_boolean() ? json.get<bool>() : otherwise;
+    }
+};
+
+std::array<double, 3> channels(const Value &value, bool positive) {
+    std::array<double, 3> found{};
+    const std::vector<Value> items = value.items(3, 3);
+    for (std::size_t i = 0; i < 3; i++) found[i] = positive ? items[i].positive() : items[i].number();
+    return found;
 }
 
-std::string text(const Json &object, const char *key) {
-    const Json &value = field(object, key);
-    if (!value.is_string()) throw Invalid(std::string(key) + " is no text");
-    return value.get<std::string>();
-}
-
-std::string one_of(const Json &object, const char *key, const std::vector<std::string> &choices) {
-    const std::string value = text(object, key);
-    if (std::find(choices.begin(), choices.end(), value) == choices.end())
-        throw Invalid("--" + std::string(key) + " " + repr(value) + " is unknown; choose from: " + join(choices));
-    return value;
-}
-
-const Json &object(const Json &parent, const char *key) {
-    const Json &value = field(parent, key);
-    if (!value.is_object()) throw Invalid(std::string(key) + " is no object");
-    return value;
-}
-
-// A number or list as Python prints it.
-std::string printed(const Json &value) {
-    if (!value.is_array()) return value.dump(-1, ' ', false, Json::error_handler_t::replace);
-    std::vector<std::string> parts;
-    for (const Json &part : value) parts.push_back(printed(part));
-    return "[" + join(parts) + "]";
-}
-
-std::array<double, 3> channels(const Json &values, const char *name) {
-    const bool numbers = values.is_array() && values.size() == 3 && std::all_of(values.begin(), values.end(), [](const Json &value) {
-        return value.is_number() && std::isfinite(value.get<double>());
-    });
-    if (!numbers) throw Invalid(std::string(name) + " is " + printed(values) + ", it must be three finite numbers");
-    return values.get<std::array<double, 3>>();
-}
-
-Preprocessing preprocessing_of(const Json &values) {
+Preprocessing preprocessing_of(const Value &value) {
     Preprocessing result;
-    const Json &size = field(values, "size");
-    const auto side = [](const Json &value) { return value.is_number_integer() && value >= 1 && value <= MAX_SIDE; };
-    if (!size.is_array() || size.size() != 2 || !side(size[0]) || !side(size[1]))
-        throw Invalid("size is " + printed(size) + ", it must be [H, W] of 1 to " + std::to_string(MAX_SIDE) + " pixels");
-    result.height = size[0].get<int>(), result.width = size[1].get<int>();
-    if (values.contains("crop_pct")) {
-        const Json &crop = values["crop_pct"];
-        if (!crop.is_number() || !(crop > 0) || !(crop <= 1)) throw Invalid("crop_pct is " + printed(crop) + ", it must be over 0 and at most 1");
-        result.crop_pct = crop.get<double>();
-    }
-    if (values.contains("interpolation")) {
-        result.interpolation = text(values, "interpolation");
-        if (result.interpolation != "bicubic" && result.interpolation != "bilinear")
-            throw Invalid("interpolation is '" + result.interpolation + "', choose from: bicubic, bilinear");
-    }
-    if (values.contains("mean")) result.mean = channels(values["mean"], "mean");
-    if (values.contains("std")) {
-        result.std_dev = channels(values["std"], "std");
-        if (*std::min_element(result.std_dev.begin(), result.std_dev.end()) <= 0) throw Invalid("std is " + printed(values["std"]) + ", it must be positive");
-    }
+    const std::vector<Value> size = value.at("size").items(2, 2);
+    result.height = static_cast<int>(size[0].count(MAX_SIDE)), result.width = static_cast<int>(size[1].count(MAX_SIDE));
+    result.crop_pct = value.at("crop_pct").positive(1);
+    result.interpolation = value.at("interpolation").one_of({"bicubic", "bilinear"});
+    result.mean = channels(value.at("mean"), false), result.std_dev = channels(value.at("std"), true);
     return result;
 }
 
 // `4`, `dynamic` or `min:opt:max`.
-void read_batch(const Json &plan, Manifest &manifest) {
-    const Json &value = field(plan, "batch");
-    const std::string batch = value.is_string() ? value.get<std::string>() : printed(value);
+void read_batch(const Value &value, Manifest &manifest) {
+    const std::string batch = value.text();
     if (batch == "dynamic") {
         manifest.batch_min = 1, manifest.batch_max = 0;
         return;
@@ -97,80 +103,78 @@ void read_batch(const Json &plan, Manifest &manifest) {
     for (const std::string &part : split(batch, ':'))
         if (part.size() <= 5 && part.find_first_not_of("0123456789") == std::string::npos) sizes.push_back(std::stoi(part));
     const std::size_t parts = static_cast<std::size_t>(std::count(batch.begin(), batch.end(), ':')) + 1;
-    if (sizes.size() == parts && (parts == 1 || parts == 3) && 1 <= sizes[0] && std::is_sorted(sizes.begin(), sizes.end())) {
-        manifest.batch_min = sizes.front(), manifest.batch_max = sizes.back();
-        return;
-    }
-    throw Invalid("--batch " + repr(batch) + ": use a number from 1, 'dynamic', or min:opt:max such as 1:4:8");
+    const bool good = sizes.size() == parts && (parts == 1 || parts == 3) && 1 <= sizes[0] && std::is_sorted(sizes.begin(), sizes.end());
+    value.require(good, "a number from 1, dynamic, or min:opt:max such as 1:4:8");
+    manifest.batch_min = sizes.front(), manifest.batch_max = sizes.back();
 }
 
-void read_plan(const Json &plan, Manifest &manifest) {
-    read_batch(plan, manifest);
-    manifest.precision = one_of(plan, "precision", {"fp32", "fp16", "int8", "int8-fp16", "w8"});
-    manifest.input = one_of(plan, "input", {"image", "tensor"});
-    manifest.head = one_of(plan, "head", {"logits", "probs", "features"});
-    // as evm_deploy/export/plan.py: of the self-test, against the artifact's own outputs
-    const std::map<std::string, double> tolerances{{"fp32", 1e-4}, {"fp16", 2e-2}, {"int8", 0.05}, {"int8-fp16", 0.05}, {"w8", 1e-4}};
-    manifest.tolerance = tolerances.at(manifest.precision);
-    const bool own = plan.contains("tol") && plan["tol"].is_number() && (manifest.precision == "fp32" || manifest.precision == "fp16");
-    if (own) manifest.tolerance = plan["tol"].get<double>();
-}
-
-std::vector<TensorSpec> tensors(const Json &content, const char *key) {
+std::vector<TensorSpec> tensors(const Value &value) {
     std::vector<TensorSpec> found;
-    const Json &list = field(content, key);
-    if (!list.is_array() || list.empty()) throw Invalid(std::string(key) + " must be a list of at least 1");
-    for (const Json &each : list) {
-        TensorSpec spec{text(each, "name"), text(each, "dtype"), {}};
-        for (const Json &size : field(each, "shape")) {
-            if (!size.is_null() && !(size.is_number_integer() && size >= 1)) throw Invalid(spec.name + " has a size of " + printed(size));
-            spec.shape.push_back(size.is_null() ? -1 : size.get<std::int64_t>());
-        }
+    for (const Value &each : value.items(1, MAX_MANIFEST)) {
+        TensorSpec spec{each.at("name").text(), each.at("dtype").text(), {}};
+        for (const Value &size : each.at("shape").items(1, MAX_MANIFEST)) spec.shape.push_back(size.json.is_null() ? -1 : size.count());
         found.push_back(spec);
     }
     return found;
 }
 
-bool is_hash(const std::string &value) { return value.size() == 64 && value.find_first_not_of("0123456789abcdef") == std::string::npos; }
-
-void read_files(const Json &content, Manifest &manifest) {
-    for (const auto &[name, facts] : object(content, "files").items()) {
-        if (!inside_bundle(name)) throw Invalid("file name " + repr(name) + " leaves the bundle");
-        if (!facts.is_object() || !facts.contains("sha256") || !facts["sha256"].is_string() || !is_hash(facts["sha256"].get<std::string>()))
-            throw Invalid(name + " has no sha256");
-        manifest.files.emplace_back(name, facts["sha256"].get<std::string>());
+void read_files(const Value &value, Manifest &manifest) {
+    for (const auto &[name, facts] : value.members()) {
+        if (!inside_bundle(name)) throw Invalid(facts.where, "leaves the bundle");
+        const Value hash = facts.at("sha256");
+        const std::string text = hash.text();
+        hash.require(text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos, "a sha256");
+        manifest.files.emplace_back(name, text);
     }
 }
 
-bool has_file(const Manifest &manifest, const std::string &name) {
-    const auto same = [&](const auto &file) { return file.first == name; };
-    return std::any_of(manifest.files.begin(), manifest.files.end(), same);
+template <class Test>
+void require_file(const Manifest &manifest, const Value &value, Test test) {
+    value.require(std::any_of(manifest.files.begin(), manifest.files.end(), [&](const auto &file) { return test(file.first); }), "among the files");
 }
 
-void read_scan(const Json &scan, Manifest &manifest) {
-    manifest.scan_modes = split(text(scan, "value"), '+');
-    if (!scan.contains("plugins")) return;
-    for (const auto &[platform, library] : object(scan, "plugins").items()) {
-        if (!library.is_string() || !has_file(manifest, library.get<std::string>()))
-            throw Invalid("the native library " + printed(library) + " is not among the files");
-        manifest.plugins[platform] = library.get<std::string>();
+void read_scan(const Value &value, Manifest &manifest) {
+    manifest.scan_modes = split(value.at("value").text(), '+');
+    if (value.at("plugins").json.is_null()) return;
+    for (const auto &[platform, library] : value.at("plugins").members()) {
+        const std::string path = library.text();
+        require_file(manifest, library, [&](const std::string &name) { return name == path; });
+        manifest.plugins[platform] = path;
     }
 }
 
-Manifest manifest_of(const Json &content) {
+std::map<std::string, double> limits_by_name(const Value &value) {
+    std::map<std::string, double> found;
+    for (const auto &[name, limit] : value.members()) found[name] = limit.number(0);
+    return found;
+}
+
+// Bundles from before limits were data have that of the parity alone.
+Limits limits_of(const Value &manifest) {
+    Limits limits;
+    limits.otherwise = manifest.at("parity").at("limit").number(0);
+    const Value selftest = manifest.at("selftest");
+    if (&selftest.json == &NOTHING || selftest.members().empty()) return limits;
+    limits.preprocessing = selftest.at("preprocessing").number(0);
+    limits.outputs = limits_by_name(selftest.at("outputs")), limits.scans = limits_by_name(selftest.at("scans"));
+    return limits;
+}
+
+Manifest manifest_of(const Value &content) {
     Manifest manifest;
-    manifest.name = text(content, "name"), manifest.target = text(content, "target"), manifest.artifact = text(content, "artifact");
-    manifest.built = content.value("built", true), manifest.rejected = content.value("rejected", false);
-    read_plan(object(content, "plan"), manifest);
-    manifest.inputs = tensors(content, "inputs"), manifest.outputs = tensors(content, "outputs");
-    manifest.preprocessing = preprocessing_of(object(content, "preprocessing"));
-    read_files(content, manifest);
-    const auto of_artifact = [&](const auto &file) {
-        return file.first == manifest.artifact || file.first.rfind(manifest.artifact + "/", 0) == 0;
-    };
-    if (std::none_of(manifest.files.begin(), manifest.files.end(), of_artifact))
-        throw Invalid("the artifact " + repr(manifest.artifact) + " is not among the files");
-    read_scan(object(content, "scan"), manifest);
+    const Value plan = content.at("plan");
+    manifest.name = content.at("name").text(), manifest.target = content.at("target").text(), manifest.artifact = content.at("artifact").text();
+    manifest.built = content.at("built").flag(true), manifest.rejected = content.at("rejected").flag(false);
+    read_batch(plan.at("batch"), manifest);
+    manifest.precision = plan.at("precision").text();
+    manifest.input = plan.at("input").one_of({"image", "tensor"});
+    manifest.head = plan.at("head").one_of({"logits", "probs", "features"});
+    manifest.inputs = tensors(content.at("inputs")), manifest.outputs = tensors(content.at("outputs"));
+    manifest.preprocessing = preprocessing_of(content.at("preprocessing"));
+    read_files(content.at("files"), manifest);
+    require_file(manifest, content.at("artifact"), [&](const std::string &name) { return name == manifest.artifact || name.rfind(manifest.artifact + "/", 0) == 0; });
+    read_scan(content.at("scan"), manifest);
+    manifest.limits = limits_of(content);
     return manifest;
 }
 
@@ -191,29 +195,26 @@ Manifest read_manifest(const Source &source) {
     Manifest manifest;
     std::string json;
     try {
-        if (source.size(FILE_NAME) > MAX_MANIFEST) throw BundleError(path + " is larger than " + std::to_string(MAX_MANIFEST) + " bytes: not a manifest");
+        if (source.size(FILE_NAME) > MAX_MANIFEST) throw BundleError(path + " is larger than " + std::to_string(MAX_MANIFEST) + " bytes: not a manifest", "", {"manifest.damaged"});
         json = source.bytes(FILE_NAME);
     } catch (const ReadError &error) {
-        if (error.missing) throw BundleError(source.path + " is not a bundle: it has no " + FILE_NAME, "make one with evm-export");
-        throw BundleError(path + " cannot be read: " + error.what());
+        if (error.missing) throw BundleError(source.path + " is not a bundle: it has no " + FILE_NAME, "make one with evm-export", {"manifest.missing"});
+        throw BundleError(path + " cannot be read: " + error.what(), "", {"manifest.missing"});
     }
     try {
         content = parse_json(json);
     } catch (const std::runtime_error &error) {
-        throw BundleError(path + " is damaged: " + error.what(), "export the bundle again");
+        throw BundleError(path + " is damaged: " + error.what(), "export the bundle again", {"manifest.damaged"});
     }
-    if (!content.is_object()) throw BundleError(path + " is not a JSON object");
-    const Json version = content.value("schema_version", Json());
-    if (!version.is_number_integer() || version < 1) throw BundleError(path + " has no schema_version");
-    if (version > SCHEMA_VERSION)
-        throw BundleError(source.path + " has manifest schema " + version.dump() + ", this evm-deploy reads up to " + std::to_string(SCHEMA_VERSION),
-                          "upgrade the SDK");
+    if (!content.is_object()) throw BundleError(path + " is not a JSON object", "", {"manifest.damaged"});
     try {
-        manifest = manifest_of(content);
+        const Value root{content, ""};
+        if (root.at("schema_version").count() > SCHEMA_VERSION)
+            throw BundleError(source.path + " has manifest schema " + printed(content["schema_version"]) + ", this SDK reads up to " + std::to_string(SCHEMA_VERSION),
+                              "upgrade the SDK", {"manifest.version", "schema_version"});
+        manifest = manifest_of(root);
     } catch (const Invalid &error) {
-        throw BundleError(path + " is not a valid manifest: " + error.what(), "export the bundle again");
-    } catch (const Json::exception &error) {  // a value of another type than it must be
-        throw BundleError(path + " is not a valid manifest: " + error.what(), "export the bundle again");
+        throw BundleError(path + " is not a valid manifest: " + error.what(), "export the bundle again", {"manifest.invalid", error.where});
     }
     manifest.json = json;
     return manifest;
@@ -221,16 +222,16 @@ Manifest read_manifest(const Source &source) {
 
 void check_bundle(const Source &source, const Manifest &manifest) {
     const std::string bundle = "bundle " + source.path;
-    if (manifest.rejected) throw BundleError(bundle + " was rejected at export: " + failures_of(manifest.json));
+    if (manifest.rejected) throw BundleError(bundle + " was rejected at export: " + failures_of(manifest.json), "", {"bundle.rejected"});
     for (const auto &[name, sha256] : manifest.files) {
         std::string hash;
         try {
             hash = source.sha256(name);
         } catch (const ReadError &error) {
-            if (error.missing) throw BundleError(bundle + ": " + name + " is missing", "copy the bundle again, whole");
-            throw BundleError(bundle + ": " + name + " cannot be read: " + error.what());
+            if (error.missing) throw BundleError(bundle + ": " + name + " is missing", "copy the bundle again, whole", {"file.missing", name});
+            throw BundleError(bundle + ": " + name + " cannot be read: " + error.what(), "", {"file.missing", name});
         }
-        if (hash != sha256) throw BundleError(bundle + ": " + name + " is damaged (its sha256 differs)", "copy the bundle again");
+        if (hash != sha256) throw BundleError(bundle + ": " + name + " is damaged (its sha256 differs)", "copy the bundle again", {"file.damaged", name});
     }
 }
 

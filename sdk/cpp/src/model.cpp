@@ -62,7 +62,7 @@ std::vector<Prediction> best(const std::vector<double> &scores, const std::vecto
 Choice lowering(const Source &source, const Manifest &manifest, const Target &target, Options &options) {
     const std::string asked = options.scan;
     if (!has({"auto", "plugin", "bundled", "portable"}, asked))
-        throw UsageError("scan " + repr(asked) + " is unknown; choose from: auto, plugin, bundled, portable");
+        throw UsageError("scan " + in_quotes(asked) + " is unknown; choose from: auto, plugin, bundled, portable");
     const std::filesystem::path given = std::exchange(options.plugin, {});
     const bool portable = has(manifest.scan_modes, "portable"), plugin = has(manifest.scan_modes, "plugin");
     if (asked == "portable" && !portable)
@@ -116,7 +116,7 @@ struct Model::Impl {
         source = open_source(bundle);
         manifest = read_manifest(*source);
         check_bundle(*source, manifest);
-        if (!manifest.built) throw BundleError("bundle " + source->path + " has no engine yet", "on the device:  evm-export --finish " + source->path);
+        if (!manifest.built) throw BundleError("bundle " + source->path + " has no engine yet", "on the device:  evm-export --finish " + source->path, {"bundle.unfinished"});
         target = &find_target(manifest.target);
         try {
             labels = read_labels(*source, manifest);

@@ -168,7 +168,7 @@ class OnnxRuntime : public Runtime {
         try {
             api().call(ort::RegisterCustomOpsLibrary, settings.get(), library.string().c_str(), &loaded);
         } catch (const std::runtime_error &error) {
-            throw ToolchainError("ONNX Runtime " + api().version + " refuses " + shown(library) + ": " + error.what());
+            throw ToolchainError("ONNX Runtime " + api().version + " refuses " + library.string() + ": " + error.what());
         }
     }
 
@@ -191,7 +191,7 @@ class OnnxRuntime : public Runtime {
             found.push_back({name, dtype, shape});
             api().call(ort::AllocatorFree, allocator, static_cast<void *>(name));
             if (dtype == "string" || dtype == "unknown")
-                throw BundleError("the model has " + repr(found.back().name) + " of type tensor(" + dtype + "), which is no array of numbers");
+                throw BundleError("the model has " + in_quotes(found.back().name) + " of type tensor(" + dtype + "), which is no array of numbers");
         }
         return found;
     }

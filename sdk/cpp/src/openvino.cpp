@@ -37,7 +37,7 @@ std::string release_here() {
 
 std::string file_bytes(const std::filesystem::path &file) {
     std::ifstream stream(file, std::ios::binary);
-    if (!stream) throw ToolchainError("the extension " + shown(file) + " cannot be read: " + std::strerror(errno));
+    if (!stream) throw ToolchainError("the extension " + file.string() + " cannot be read: " + std::strerror(errno));
     return {std::istreambuf_iterator<char>(stream), {}};
 }
 
@@ -45,10 +45,10 @@ std::string file_bytes(const std::filesystem::path &file) {
 void check_release(const std::filesystem::path &library) {
     const std::string bytes = file_bytes(library);
     const std::size_t mark = bytes.find(MARK);
-    if (mark == std::string::npos) throw ToolchainError(shown(library) + " is not an extension of ours for OpenVINO");
+    if (mark == std::string::npos) throw ToolchainError(library.string() + " is not an extension of ours for OpenVINO");
     const std::string built_for = bytes.c_str() + mark + std::strlen(MARK);
     if (built_for != release_here())
-        throw ToolchainError("the extension " + shown(library) + " was compiled for OpenVINO " + built_for + ", the installed one is " + release_here(),
+        throw ToolchainError("the extension " + library.string() + " was compiled for OpenVINO " + built_for + ", the installed one is " + release_here(),
                              "build the SDK with OpenVINO " + built_for + ", or take the extension of another export");
 }
 
@@ -58,7 +58,7 @@ void check_device(const std::string &device, const std::vector<std::string> &ava
     const std::string name = device.substr(0, colon), behind = colon == std::string::npos ? "" : device.substr(colon + 1);
     const bool stands_for_others = has(VIRTUAL, name);
     if (!stands_for_others && !behind.empty())
-        throw UsageError("device " + repr(device) + ": only " + join(VIRTUAL) + " stand for other devices");
+        throw UsageError("device " + in_quotes(device) + ": only " + join(VIRTUAL) + " stand for other devices");
     std::vector<std::string> wanted = split(behind, ',');
     if (behind.empty() && !stands_for_others) wanted = {device};
     for (const std::string &one : wanted) {
@@ -66,7 +66,7 @@ void check_device(const std::string &device, const std::vector<std::string> &ava
         bare = bare.substr(0, bare.find('('));
         const auto same = [&](const std::string &there) { return bare == there || bare == there.substr(0, there.find('.')); };
         if (std::none_of(available.begin(), available.end(), same))
-            throw UsageError("device " + repr(bare) + " is not here; OpenVINO finds: " + join(available), "its driver may be missing");
+            throw UsageError("device " + in_quotes(bare) + " is not here; OpenVINO finds: " + join(available), "its driver may be missing");
     }
 }
 
@@ -161,7 +161,7 @@ class OpenVino : public Runtime {
         try {
             core_.add_extension(library.string());
         } catch (const std::exception &error) {
-            throw ToolchainError("OpenVINO refuses " + shown(library) + ": " + reason(error.what()));
+            throw ToolchainError("OpenVINO refuses " + library.string() + ": " + reason(error.what()));
         }
     }
 

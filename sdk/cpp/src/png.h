@@ -1,4 +1,4 @@
-// The picture of the self-test, so that the SDK needs no image library.
+// The picture of the self-test, by libpng.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -11,7 +11,7 @@ struct Picture {
     std::vector<std::uint8_t> rgb;
 };
 
-// An 8-bit RGB PNG without interlacing. Raises std::runtime_error with the reason, also where the SDK has no zlib.
+// An 8-bit RGB PNG. Raises std::runtime_error with the reason, also where the SDK has no libpng.
 Picture read_png(const std::string &bytes);
 
 }  // namespace evm

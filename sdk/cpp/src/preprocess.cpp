@@ -26,7 +26,7 @@ std::vector<std::uint8_t> Preprocessing::pixels(const Image &image) const {
     new_h = std::max(new_h, static_cast<double>(height)), new_w = std::max(new_w, static_cast<double>(width));
     if (std::max(new_h, new_w) > TOO_NARROW * std::max(height, width))
         throw ImageError((image.name.empty() ? "image" : "image " + image.name) + " is " + std::to_string(image.width) + "x" + std::to_string(image.height) + ": too narrow to be cropped to " +
-                         std::to_string(width) + "x" + std::to_string(height));
+                         std::to_string(width) + "x" + std::to_string(height), "", {"image.narrow"});
     const int top = static_cast<int>(round_even((new_h - height) / 2)), left = static_cast<int>(round_even((new_w - width) / 2));
     return resized(image, {static_cast<int>(new_h), top, height}, {static_cast<int>(new_w), left, width}, interpolation == "bicubic");
 }

@@ -82,7 +82,7 @@ std::string kernel_isa(const std::filesystem::path &library) {
     } catch (const std::runtime_error &error) {
         throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what(), hint);
     }
-    throw ToolchainError("the native library cannot be loaded: " + shown(library) + " is none of ours", hint);
+    throw ToolchainError("the native library cannot be loaded: " + library.string() + " is none of ours", hint);
 }
 
 }  // namespace evm

@@ -13,8 +13,9 @@ namespace {
 
 constexpr const char *PROBES = "probes.safetensors", *SCANS = "scans.safetensors";
 
-BundleError unreadable(const Source &source, const std::string &reason) {
-    return BundleError("bundle " + source.path + " has no readable self-test: selftest/" + reason, "export it again");
+BundleError unreadable(const Source &source, const std::string &file, const std::string &reason) {
+    const std::string where = "selftest/" + file;
+    return BundleError("bundle " + source.path + " has no readable self-test: " + where + " " + reason, "export it again", {"selftest.damaged", where});
 }
 
 Tensors tensors_in(const Source &source, const std::string &name) {
@@ -23,7 +24,7 @@ Tensors tensors_in(const Source &source, const std::string &name) {
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, name + " cannot be read: " + error.what());
+        throw unreadable(source, name, std::string("cannot be read: ") + error.what());
     }
 }
 
@@ -31,7 +32,7 @@ Tensors tensors_in(const Source &source, const std::string &name) {
 const Tensor &like(const Source &source, const Tensors &probes, const std::string &name, const std::string &dtype, const std::vector<std::int64_t> &shape) {
     const auto found = probes.find(name);
     if (found == probes.end() || found->second.dtype != dtype || found->second.shape != shape)
-        throw unreadable(source, PROBES + (" has no " + name) + " of " + dtype + shape_text(shape));
+        throw unreadable(source, PROBES, "has no " + name + " of " + dtype + shape_text(shape));
     return found->second;
 }
 
@@ -46,10 +47,9 @@ double difference(const Tensor &have, const Tensor &want) {
     return most;
 }
 
-double largest(const Tensor &tensor) {
-    double most = 0;
-    for (std::size_t i = 0; i < tensor.bytes.size() / sizeof(float); i++) most = std::max(most, std::abs(static_cast<double>(tensor.data<float>()[i])));
-    return most;
+double limit_of(const std::map<std::string, double> &limits, const std::string &name, double otherwise) {
+    const auto found = limits.find(name);
+    return found == limits.end() ? otherwise : found->second;
 }
 
 Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensors &probes) {
@@ -59,7 +59,7 @@ Check preprocessing_check(const Source &source, const Manifest &manifest, const 
     const Tensor &want = like(source, probes, "picture.pixels", "uint8", {spec.height, spec.width, 3});
     double most = 0;
     for (std::size_t i = 0; i < have.size(); i++) most = std::max(most, std::abs(double(have[i]) - double(want.bytes[i])));
-    return {"preprocessing (of 255)", most, 1.0};
+    return {"preprocessing (of 255)", most, manifest.limits.preprocessing};
 }
 
 // Scans by name, out of tensors named <scan>:<tensor>; y is what the loop gives, which is computed again.
@@ -70,18 +70,20 @@ std::map<std::string, Tensors> read_scans(const Source &source) {
         if (key.substr(colon + 1) != "y") scans[key.substr(0, colon)][key.substr(colon + 1)] = std::move(value);
     }
     for (const auto &[name, scan] : scans)
-        if (!is_scan(scan)) throw unreadable(source, SCANS + (": the tensors of " + repr(name)) + " are not those of a scan");
+        if (!is_scan(scan)) throw unreadable(source, SCANS, "has no scan in the tensors of " + in_quotes(name));
     return scans;
 }
 
-Check run_scan(const Source &source, const Target &target, const Runtime &runtime, const std::string &name, const Tensors &scan) {
+Check run_scan(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, const std::string &name, const Tensors &scan) {
     Feeds feeds;
     for (const auto &[key, value] : scan) feeds[key] = value.view();
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
     if (y.dtype != "float32" || y.shape != scan.at("u").shape)
-        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string() + " gives no y");
-    return scan_check("scan " + name, scan, y);
+        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no y");
+    Check check = scan_check("scan " + name, scan, y);
+    check.limit = limit_of(manifest.limits.scans, name, check.limit);
+    return check;
 }
 
 }  // namespace
@@ -90,7 +92,7 @@ Tensors read_probes(const Source &source) { return tensors_in(source, PROBES); }
 
 Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &probes) {
     const auto found = probes.find(manifest.input);
-    if (found == probes.end() || found->second.shape.empty() || found->second.bytes.empty()) throw unreadable(source, PROBES + (" has no " + manifest.input));
+    if (found == probes.end() || found->second.shape.empty() || found->second.bytes.empty()) throw unreadable(source, PROBES, "has no " + manifest.input);
     return found->second;
 }
 
@@ -100,7 +102,7 @@ Picture read_picture(const Source &source) {
     } catch (const Error &) {
         throw;
     } catch (const std::runtime_error &error) {
-        throw unreadable(source, std::string("picture.png cannot be read: ") + error.what());
+        throw unreadable(source, "picture.png", std::string("cannot be read: ") + error.what());
     }
 }
 
@@ -147,12 +149,12 @@ std::vector<Check> selftest(const Source &source, const Manifest &manifest, cons
     const Tensors found = run_batched(runtime, manifest, images, most);
     for (const TensorSpec &output : runtime.outputs) {
         const Tensor &have = found.at(output.name), &want = like(source, probes, output.name, have.dtype, have.shape);
-        checks.push_back({output.name, difference(have, want), manifest.tolerance * std::max(1.0, largest(want))});
+        checks.push_back({output.name, difference(have, want), limit_of(manifest.limits.outputs, output.name, manifest.limits.otherwise)});
     }
     if (!target.scan_probe || scans.empty()) return checks;
     options.threads = 0;
     const std::unique_ptr<Runtime> alone = target.open(source, target.scan_probe, options);
-    for (const auto &[name, scan] : scans) checks.push_back(run_scan(source, target, *alone, name, scan));
+    for (const auto &[name, scan] : scans) checks.push_back(run_scan(source, manifest, target, *alone, name, scan));
     return checks;
 }
 

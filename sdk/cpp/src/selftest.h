@@ -1,4 +1,4 @@
-// The self-test in every bundle: files and limits as evm_deploy/export/selftest.py.
+// The self-test in every bundle: files as evm_deploy/bundle/selftest.py, limits of the manifest.
 #pragma once
 #include "runtime.h"
 

@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 
 class Folder : public Source {
   public:
-    explicit Folder(const fs::path &bundle) : Source(shown(bundle)) {}
+    explicit Folder(const fs::path &bundle) : Source(bundle.string()) {}
 
     void read(const std::string &name, const Sink &sink) const override {
         const fs::path file = fs::path(path) / name;
@@ -64,7 +64,7 @@ std::unique_ptr<Source> open_source(const fs::path &bundle) {
     if (bundle.extension() == ".zip" && fs::is_regular_file(bundle, ignored)) return open_zip(bundle);
     if (!fs::is_directory(bundle, ignored)) {
         const char *const what = fs::exists(bundle, ignored) ? "is a file, not a bundle folder" : "does not exist";
-        throw BundleError("bundle " + shown(bundle) + " " + what, "make one with evm-export");
+        throw BundleError("bundle " + bundle.string() + " " + what, "make one with evm-export", {"bundle.missing"});
     }
     return std::make_unique<Folder>(bundle);
 }

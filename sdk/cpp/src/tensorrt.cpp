@@ -113,7 +113,7 @@ class TensorRt : public Runtime {
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw ToolchainError("TensorRT does not start: " + logger_.errors(), "is there an NVIDIA driver?");
         if (!options.plugin.empty() && !runtime_->getPluginRegistry().loadLibrary(options.plugin.string().c_str()))
-            throw ToolchainError("TensorRT refuses " + shown(options.plugin) + ": " + logger_.errors());
+            throw ToolchainError("TensorRT refuses " + options.plugin.string() + ": " + logger_.errors());
         const auto [data, size] = plan_of(file);
         engine_.reset(runtime_->deserializeCudaEngine(data, size));
         if (!engine_) throw ToolchainError(path + " cannot be opened: " + logger_.errors(), REBUILD);

@@ -1,35 +1,12 @@
 #include "text.h"
 
+#include "json.h"
+
 #include <cstdint>
-#include <cstdio>
 
 namespace evm {
 
-std::string repr(const std::string &text) {
-    const bool single = text.find('\'') != std::string::npos && text.find('"') == std::string::npos;
-    const char quote = single ? '"' : '\'';
-    std::string result(1, quote);
-    for (const char c : text) {
-        const unsigned char byte = static_cast<unsigned char>(c);
-        if (c == quote || c == '\\') result += std::string("\\") + c;
-        else if (c == '\n') result += "\\n";
-        else if (c == '\r') result += "\\r";
-        else if (c == '\t') result += "\\t";
-        else if (byte < 0x20 || byte == 0x7f) {
-            char escaped[8];
-            std::snprintf(escaped, sizeof escaped, "\\x%02x", byte);
-            result += escaped;
-        } else result += c;
-    }
-    return result + quote;
-}
-
-std::string shown(const std::filesystem::path &path) {
-    std::filesystem::path plain = path.root_path();
-    for (const std::filesystem::path &part : path.relative_path())
-        if (!part.empty() && part != ".") plain /= part;
-    return plain.empty() ? "." : plain.string();
-}
+std::string in_quotes(const std::string &text) { return Json(text).dump(-1, ' ', false, Json::error_handler_t::replace); }
 
 std::string join(const std::vector<std::string> &parts, const char *between) {
     std::string result;

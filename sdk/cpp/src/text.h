@@ -1,15 +1,13 @@
-// Texts as Python writes them, so that messages are the same.
+// Texts for messages.
 #pragma once
-#include <filesystem>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 namespace evm {
 
 // A string in quotes, control characters escaped.
-std::string repr(const std::string &text);
-// A path without its last slash, doubled ones and `.`, as pathlib shows it.
-std::string shown(const std::filesystem::path &path);
+std::string in_quotes(const std::string &text);
 std::string join(const std::vector<std::string> &parts, const char *between = ", ");
 // The non-empty parts of a text.
 std::vector<std::string> split(const std::string &text, char at);

@@ -1,5 +1,6 @@
 // What tests/test_sdk_cpp.py asks for, many cases in one process, so that sanitizers see them all. Commands on stdin, one a line,
-// an answer on stdout for each: `ok ..`, or `error: ` and an evm::Error's text, or `reason: ` and another's, newlines as `|`.
+// an answer on stdout for each: `ok ..`, or `error: ` and an evm::Error's kind, code, place and text, tabs between, or `reason: `
+// and another's text, newlines as `|`.
 //
 //   picture FILE OUT                            decode as the sample does; OUT: the RGB bytes. ok W H
 //   pixels H W CROP INTERPOLATION FILE OUT      preprocess a file; OUT: the pixels. ok
@@ -120,6 +121,12 @@ std::string race(const Words &) {
     return std::to_string(count);
 }
 
+std::string kind(const evm::Error &error) {
+    if (dynamic_cast<const evm::BundleError *>(&error)) return "BundleError";
+    if (dynamic_cast<const evm::UsageError *>(&error)) return "UsageError";
+    return dynamic_cast<const evm::ImageError *>(&error) ? "ImageError" : "ToolchainError";
+}
+
 const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"picture", picture},
     {"pixels", pixels},
@@ -146,7 +153,7 @@ int main() {
         try {
             answer = "ok " + COMMANDS.at(words.at(0))(words);
         } catch (const evm::Error &error) {
-            answer = std::string("error: ") + error.what();
+            answer = "error: " + kind(error) + "\t" + error.code() + "\t" + error.where() + "\t" + error.what();
         } catch (const std::runtime_error &error) {  // what the SDK makes an evm::Error of
             answer = std::string("reason: ") + error.what();
         }

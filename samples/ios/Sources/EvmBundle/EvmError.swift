@@ -1,18 +1,23 @@
-// A failure that a user can meet, worded as evm-deploy's own in Python.
+// A failure that a user can meet; its code and place are those of Python (docs/bundle.md).
 // NOT COMPILED BY THIS PROJECT.
 
-/// `hint` is the next thing to do.
+/// `hint` is the next thing to do. `code` is the kind of failure, `place` the key path in the manifest or the file in the
+/// bundle that is wrong.
 public struct EvmError: Error, CustomStringConvertible {
     public enum Kind: Sendable { case bundle, image, usage, toolchain }
 
     public let kind: Kind
     public let message: String
     public let hint: String
+    public let code: String
+    public let place: String
 
-    public init(_ kind: Kind, _ message: String, hint: String = "") {
+    public init(_ kind: Kind, _ message: String, hint: String = "", code: String = "", place: String = "") {
         self.kind = kind
         self.message = message
         self.hint = hint
+        self.code = code
+        self.place = place
     }
 
     public var description: String { hint.isEmpty ? message : "\(message)\n  \(hint)" }

@@ -13,7 +13,6 @@ public struct Manifest: Decodable {
         public let input: String
         public let precision: String
         public let batch: String
-        public let tol: Double?
     }
     public struct Preprocess: Decodable {
         public let size: [Int]
@@ -33,7 +32,16 @@ public struct Manifest: Decodable {
         public let imgsz: [Int]
     }
     public struct Details: Decodable { public let functions: [Function]? }
-    public struct Parity: Decodable { public let failures: [String]? }
+    public struct Parity: Decodable {
+        public let failures: [String]?
+        public let limit: Double
+    }
+    /// Limits of the self-test by name; none of them in bundles from before limits were data.
+    public struct Limits: Decodable {
+        public let preprocessing: Double?
+        public let outputs: [String: Double]?
+        public let scans: [String: Double]?
+    }
 
     public let schema_version: Int
     public let name: String
@@ -48,6 +56,7 @@ public struct Manifest: Decodable {
     public let files: [String: File]
     public let details: Details
     public let parity: Parity
+    public let selftest: Limits?
 
     /// Reads and validates the manifest of the bundle in `folder` and checks every hash. Throws EvmError.
     public static func open(_ folder: URL) throws -> Manifest {
@@ -56,17 +65,18 @@ public struct Manifest: Decodable {
         guard isFolder.boolValue else {
             let file = "bundle \(folder.path) is a file, not a bundle folder"
             let message = exists ? file : "bundle \(folder.path) does not exist"
-            throw EvmError(.bundle, message, hint: "make one with evm-export")
+            throw EvmError(.bundle, message, hint: "make one with evm-export", code: "bundle.missing")
         }
         let manifest = try read(folder)
         if manifest.rejected == true {
             let failures = (manifest.parity.failures ?? []).joined(separator: "; ")
-            throw EvmError(.bundle, "bundle \(folder.path) was rejected at export: \(failures)")
+            let message = "bundle \(folder.path) was rejected at export: \(failures)"
+            throw EvmError(.bundle, message, code: "bundle.rejected")
         }
         for (name, file) in manifest.files.sorted(by: { $0.key < $1.key }) { try check(folder, name, file) }
         guard manifest.built != false else {
             let hint = "on the device:  evm-export --finish \(folder.path)"
-            throw EvmError(.bundle, "bundle \(folder.path) has no engine yet", hint: hint)
+            throw EvmError(.bundle, "bundle \(folder.path) has no engine yet", hint: hint, code: "bundle.unfinished")
         }
         guard manifest.target == "coreml" else {
             let message = "bundle \(folder.path) is for target '\(manifest.target)', this app runs 'coreml'"
@@ -79,26 +89,31 @@ public struct Manifest: Decodable {
         let path = folder.appendingPathComponent("manifest.json")
         guard FileManager.default.fileExists(atPath: path.path) else {
             let message = "\(folder.path) is not a bundle: it has no manifest.json"
-            throw EvmError(.bundle, message, hint: "make one with evm-export")
+            throw EvmError(.bundle, message, hint: "make one with evm-export", code: "manifest.missing")
         }
-        guard let data = try? Data(contentsOf: path) else { throw EvmError(.bundle, "\(path.path) cannot be read") }
-        if data.count > maxBytes {
-            throw EvmError(.bundle, "\(path.path) is larger than \(maxBytes) bytes: not a manifest")
+        guard let data = try? Data(contentsOf: path) else {
+            throw EvmError(.bundle, "\(path.path) cannot be read", code: "manifest.missing")
         }
+        if data.count > maxBytes { throw damaged("\(path.path) is larger than \(maxBytes) bytes: not a manifest") }
         try checkVersion(data, path: path, folder: folder)
         do {
             let manifest = try JSONDecoder().decode(Manifest.self, from: data)
             try manifest.validate()
             return manifest
-        } catch let error as EvmError {
-            throw invalid(path, error.description)
-        } catch {
-            throw invalid(path, "\(error)")
+        } catch let error as Invalid {
+            throw invalid(path, error.place, error.what)
+        } catch let error as DecodingError {
+            throw invalid(path, keyPath(error), "\(error)")
         }
     }
 
-    private static func invalid(_ path: URL, _ why: String) -> EvmError {
-        EvmError(.bundle, "\(path.path) is not a valid manifest: \(why)", hint: "export the bundle again")
+    private static func invalid(_ path: URL, _ place: String, _ what: String) -> EvmError {
+        let message = "\(path.path) is not a valid manifest: \(place) \(what)"
+        return EvmError(.bundle, message, hint: "export the bundle again", code: "manifest.invalid", place: place)
+    }
+
+    private static func damaged(_ message: String) -> EvmError {
+        EvmError(.bundle, message, hint: "export the bundle again", code: "manifest.damaged")
     }
 
     private static func checkVersion(_ data: Data, path: URL, folder: URL) throws {
@@ -106,40 +121,60 @@ public struct Manifest: Decodable {
         do {
             json = try JSONSerialization.jsonObject(with: data)
         } catch {
-            let message = "\(path.path) is damaged: \(error.localizedDescription)"
-            throw EvmError(.bundle, message, hint: "export the bundle again")
+            throw damaged("\(path.path) is damaged: \(error.localizedDescription)")
         }
-        guard let object = json as? [String: Any] else { throw EvmError(.bundle, "\(path.path) is not a JSON object") }
+        guard let object = json as? [String: Any] else { throw damaged("\(path.path) is not a JSON object") }
         guard let version = object["schema_version"] as? Int, version >= 1 else {
-            throw EvmError(.bundle, "\(path.path) has no schema_version")
+            throw invalid(path, "schema_version", "must be a whole number from 1")
         }
         if version > schemaVersion {
-            let message = "\(folder.path) has manifest schema \(version), this evm-deploy reads up to \(schemaVersion)"
-            throw EvmError(.bundle, message, hint: "upgrade: take EvmBundle of a newer evm-deploy")
+            let message = "\(folder.path) has manifest schema \(version), this app reads up to \(schemaVersion)"
+            let hint = "upgrade: take EvmBundle of a newer evm-deploy"
+            throw EvmError(.bundle, message, hint: hint, code: "manifest.version", place: "schema_version")
         }
     }
 
     private func validate() throws {
-        try oneOf("--head", plan.head, ["logits", "probs", "features"])
-        try oneOf("--input", plan.input, ["image", "tensor"])
+        try require(["logits", "probs", "features"].contains(plan.head), "plan.head", "is unknown")
+        try require(["image", "tensor"].contains(plan.input), "plan.input", "is unknown")
         try preprocessing.validate()
         for (name, file) in files {
-            guard insideBundle(name) else { throw EvmError(.bundle, "file name '\(name)' leaves the bundle") }
+            try require(insideBundle(name), "files.\(name)", "leaves the bundle")
             let hash = file.sha256.utf8
-            guard hash.count == 64, hash.allSatisfy({ (48...57).contains($0) || (97...102).contains($0) }) else {
-                throw EvmError(.bundle, "\(name) has no sha256")
-            }
+            let isHash = hash.count == 64 && hash.allSatisfy { (48...57).contains($0) || (97...102).contains($0) }
+            try require(isHash, "files.\(name).sha256", "is no sha256")
         }
-        guard files.keys.contains(where: { $0 == artifact || $0.hasPrefix(artifact + "/") }) else {
-            throw EvmError(.bundle, "the artifact '\(artifact)' is not among the files")
-        }
-        guard inputs.count == 1, !outputs.isEmpty else { throw EvmError(.bundle, "it has \(inputs.count) inputs") }
+        let found = files.keys.contains { $0 == artifact || $0.hasPrefix(artifact + "/") }
+        try require(found, "artifact", "is not among the files")
+        try require(inputs.count == 1, "inputs", "must be one")
+        try require(!outputs.isEmpty, "outputs", "must be one or more")
     }
 }
 
-private func oneOf(_ what: String, _ value: String, _ choices: [String]) throws {
-    if choices.contains(value) { return }
-    throw EvmError(.usage, "\(what) '\(value)' is unknown; choose from: \(choices.joined(separator: ", "))")
+/// What is wrong in a manifest, and at which key path.
+struct Invalid: Error {
+    let place: String
+    let what: String
+}
+
+/// Throws Invalid.
+func require(_ good: Bool, _ place: String, _ what: String) throws {
+    if !good { throw Invalid(place: place, what: what) }
+}
+
+/// Where a decoder stopped, as `inputs[0].shape`.
+private func keyPath(_ error: DecodingError) -> String {
+    let path: [CodingKey]
+    switch error {
+    case .keyNotFound(let key, let context): path = context.codingPath + [key]
+    case .typeMismatch(_, let context), .valueNotFound(_, let context), .dataCorrupted(let context):
+        path = context.codingPath
+    @unknown default: path = []
+    }
+    return path.reduce("") { place, key in
+        if let index = key.intValue { return "\(place)[\(index)]" }
+        return place.isEmpty ? key.stringValue : "\(place).\(key.stringValue)"
+    }
 }
 
 /// Whether a file's name stays inside the bundle on every system.
@@ -151,17 +186,19 @@ private func insideBundle(_ name: String) -> Bool {
 private func check(_ folder: URL, _ name: String, _ file: Manifest.File) throws {
     let path = folder.appendingPathComponent(name)
     guard FileManager.default.fileExists(atPath: path.path) else {
-        throw EvmError(.bundle, "bundle \(folder.path): \(name) is missing", hint: "copy the bundle again, whole")
+        let message = "bundle \(folder.path): \(name) is missing"
+        throw EvmError(.bundle, message, hint: "copy the bundle again, whole", code: "file.missing", place: name)
     }
     let have: String
     do {
         have = try sha256(path)
     } catch {
-        throw EvmError(.bundle, "bundle \(folder.path): \(name) cannot be read: \(error.localizedDescription)")
+        let message = "bundle \(folder.path): \(name) cannot be read: \(error.localizedDescription)"
+        throw EvmError(.bundle, message, code: "file.missing", place: name)
     }
     guard have == file.sha256 else {
         let message = "bundle \(folder.path): \(name) is damaged (its sha256 differs)"
-        throw EvmError(.bundle, message, hint: "copy the bundle again")
+        throw EvmError(.bundle, message, hint: "copy the bundle again", code: "file.damaged", place: name)
     }
 }
 

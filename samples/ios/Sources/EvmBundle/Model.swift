@@ -69,7 +69,8 @@ public final class Model {
         for name in manifest.outputs.map(\.name) {
             guard let value = found.featureValue(for: name) else {
                 let message = "bundle \(folder.path): \(manifest.artifact) has no output '\(name)'"
-                throw EvmError(.bundle, message, hint: "export it again")
+                let place = manifest.artifact
+                throw EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: place)
             }
             outputs[name] = values(value)
         }
@@ -111,14 +112,14 @@ extension Manifest {
         guard files["labels.txt"] != nil else { return [] }
         guard let text = try? String(contentsOf: folder.appendingPathComponent("labels.txt"), encoding: .utf8) else {
             let message = "bundle \(folder.path): labels.txt is not UTF-8 text"
-            throw EvmError(.bundle, message, hint: "export it again")
+            throw EvmError(.bundle, message, hint: "export it again", code: "file.damaged", place: "labels.txt")
         }
         var names = text.components(separatedBy: "\n")
         if names.last == "" { names.removeLast() }
         for output in outputs where output.name == plan.head && !names.isEmpty {
             if let classes = output.shape.last ?? nil, classes != names.count {
                 let message = "bundle \(folder.path): \(artifact) has \(classes) classes; labels.txt has \(names.count)"
-                throw EvmError(.bundle, message, hint: "export it again")
+                throw EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: artifact)
             }
         }
         return names

@@ -9,19 +9,15 @@ extension Manifest.Preprocess {
     var width: Int { size[1] }
 
     func validate() throws {
-        guard size.count == 2, size.allSatisfy({ (1...maxSide).contains($0) }) else {
-            throw EvmError(.bundle, "size is \(size), it must be [H, W] of 1 to \(maxSide) pixels")
+        try require(size.count == 2, "preprocessing.size", "must be [H, W]")
+        for (i, side) in size.enumerated() {
+            try require((1...maxSide).contains(side), "preprocessing.size[\(i)]", "must be 1 to \(maxSide)")
         }
-        guard crop_pct > 0, crop_pct <= 1 else {
-            throw EvmError(.bundle, "crop_pct is \(crop_pct), it must be over 0 and at most 1")
-        }
-        guard Filter(rawValue: interpolation) != nil else {
-            throw EvmError(.bundle, "interpolation is '\(interpolation)', choose from: bicubic, bilinear")
-        }
-        for (name, values) in [("mean", mean), ("std", std)] where values.count != 3 {
-            throw EvmError(.bundle, "\(name) is \(values), it must be three finite numbers")
-        }
-        guard std.allSatisfy({ $0 > 0 }) else { throw EvmError(.bundle, "std is \(std), it must be positive") }
+        try require(crop_pct > 0 && crop_pct <= 1, "preprocessing.crop_pct", "must be over 0 and at most 1")
+        try require(Filter(rawValue: interpolation) != nil, "preprocessing.interpolation", "is unknown")
+        try require(mean.count == 3, "preprocessing.mean", "must be three numbers")
+        try require(std.count == 3, "preprocessing.std", "must be three numbers")
+        for (i, value) in std.enumerated() { try require(value > 0, "preprocessing.std[\(i)]", "must be above 0") }
     }
 
     /// RGB of the model's size. `name` is the picture's in errors. Throws EvmError.
@@ -36,7 +32,8 @@ extension Manifest.Preprocess {
         (newHeight, newWidth) = (max(newHeight, height), max(newWidth, width))
         guard max(newHeight, newWidth) <= 100 * max(height, width) else {
             let shape = "\(picture.width)x\(picture.height)"
-            throw EvmError(.image, "\(name) is \(shape): too narrow to be cropped to \(width)x\(height)")
+            let message = "\(name) is \(shape): too narrow to be cropped to \(width)x\(height)"
+            throw EvmError(.image, message, code: "image.narrow")
         }
         let crop = Crop(left: centre(newWidth, width), top: centre(newHeight, height), width: width, height: height)
         let filter = Filter(rawValue: interpolation) ?? .bicubic  // validated

@@ -12,8 +12,8 @@ public struct Check: Sendable {
     public var ok: Bool { error <= limit }
 }
 
-private let tolerances = ["fp32": 1e-4, "fp16": 2e-2]
-private let ownTolerances = ["int8": 0.05, "int8-fp16": 0.05, "w8": 2e-2]  // their artifacts' own outputs are kept
+private let probesFile = "selftest/probes.safetensors"
+private let scansFile = "selftest/scans.safetensors"
 private let scanTolerance = 2e-5  // of the part that the states give
 private let rounding = 4 * 1.1920929e-7  // of y in float32, before skip * u is taken off
 private let scanInputs = ["u", "delta", "A", "B", "C", "skip", "bias"]
@@ -24,8 +24,7 @@ private let scanAxes = [
 extension Model {
     /// Of the bundle's default size. Throws EvmError.
     public func selfTest() throws -> [Check] {
-        let tensors = try read("selftest/probes.safetensors")
-        let scans = try read("selftest/scans.safetensors")
+        let (tensors, scans) = try (read(probesFile), read(scansFile))
         return try [pictureCheck(tensors)] + outputChecks(tensors) + scanChecks(scans)
     }
 
@@ -33,19 +32,19 @@ extension Model {
         do {
             return try safetensors(folder.appendingPathComponent(name))
         } catch {
-            throw damaged("\(name.dropFirst("selftest/".count)) cannot be read: \(error)")
+            throw damaged(name, "cannot be read: \(error)")
         }
     }
 
-    private func damaged(_ reason: String) -> EvmError {
-        let message = "bundle \(folder.path) has no readable self-test: selftest/\(reason)"
-        return EvmError(.bundle, message, hint: "export it again")
+    private func damaged(_ file: String, _ reason: String) -> EvmError {
+        let message = "bundle \(folder.path) has no readable self-test: \(file) \(reason)"
+        return EvmError(.bundle, message, hint: "export it again", code: "selftest.damaged", place: file)
     }
 
     private func like(_ tensors: [String: Tensor], _ name: String, _ dtype: String, _ shape: [Int]) throws -> Tensor {
         let key = dtype == "float32" ? "F32" : "U8"
         guard let tensor = tensors[name], tensor.dtype == key, tensor.shape == shape else {
-            throw damaged("probes.safetensors has no \(name) of \(dtype)\(shape)")
+            throw damaged(probesFile, "has no \(name) of \(dtype)\(shape)")
         }
         return tensor
     }
@@ -55,7 +54,7 @@ extension Model {
         let have = try manifest.preprocessing.pixels(picture)
         let want = try like(tensors, "picture.pixels", "uint8", [have.height, have.width, 3]).bytes
         let off = zip(have.rgb, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
-        return Check(name: "preprocessing (of 255)", error: Double(off), limit: 1)
+        return Check(name: "preprocessing (of 255)", error: Double(off), limit: manifest.selftest?.preprocessing ?? 1)
     }
 
     private func outputChecks(_ tensors: [String: Tensor]) throws -> [Check] {
@@ -63,7 +62,7 @@ extension Model {
         let (dtype, one) = manifest.plan.input == "image" ? ("U8", [height, width, 3]) : ("F32", [3, height, width])
         guard let inputs = tensors[manifest.plan.input], inputs.dtype == dtype, !inputs.bytes.isEmpty,
             inputs.shape.dropFirst().elementsEqual(one)
-        else { throw damaged("probes.safetensors has no \(manifest.plan.input)") }
+        else { throw damaged(probesFile, "has no \(manifest.plan.input)") }
         var have: [String: [Float]] = [:]
         for start in stride(from: 0, to: inputs.shape[0], by: batch) {
             let rows = (start..<(start + batch)).map { min($0, inputs.shape[0] - 1) }  // the last batch is filled up
@@ -71,14 +70,11 @@ extension Model {
             let share = min(batch, inputs.shape[0] - start)
             for (name, values) in outputs { have[name, default: []] += values.prefix(values.count / batch * share) }
         }
-        let precision = manifest.plan.precision
-        let tolerance = ownTolerances[precision] ?? manifest.plan.tol ?? tolerances[precision] ?? 0
         return try manifest.outputs.map { output in
             let shape = [inputs.shape[0]] + output.shape.dropFirst().map { $0 ?? 0 }
             let want = try like(tensors, output.name, "float32", shape).floats
-            let largest = max(1, Double(want.map(abs).max() ?? 0))
-            return Check(
-                name: output.name, error: worst(have[output.name] ?? [], want), limit: tolerance * largest)
+            let limit = manifest.selftest?.outputs?[output.name] ?? manifest.parity.limit
+            return Check(name: output.name, error: worst(have[output.name] ?? [], want), limit: limit)
         }
     }
 
@@ -96,7 +92,7 @@ extension Model {
             for key in scanAxes.keys { tensors[key] = scans["\(name):\(key)"] }
             guard isScan(tensors), let u = tensors["u"], let A = tensors["A"], let skip = tensors["skip"],
                 let want = tensors["y"]?.floats
-            else { throw damaged("scans.safetensors: the tensors of '\(name)' are not those of a scan") }
+            else { throw damaged(scansFile, "has no scan in the tensors of '\(name)'") }
             let (K, L, D, N) = (u.shape[1], u.shape[2], u.shape[3], A.shape[2])
             var feeds: [String: MLMultiArray] = [:]
             for key in scanInputs {
@@ -112,7 +108,7 @@ extension Model {
     private func check(name: String, y: [Float], want: [Float], skipPart: [Double]) -> Check {
         let states = zip(want, skipPart).map { abs(Double($0) - $1) }.max() ?? 0
         let largest = max(states, Double(Float.leastNormalMagnitude))
-        let limit = scanTolerance + rounding * (skipPart.map(abs).max() ?? 0) / largest
+        let limit = manifest.selftest?.scans?[name] ?? scanTolerance + rounding * (skipPart.map(abs).max() ?? 0) / largest
         return Check(name: "scan \(name)", error: worst(y, want) / largest, limit: limit)
     }
 }

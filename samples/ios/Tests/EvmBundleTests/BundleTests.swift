@@ -21,11 +21,11 @@ final class BundleTests: XCTestCase {
         return copy
     }
 
-    private func message(_ folder: URL) -> String {
+    private func fault(_ folder: URL) -> [String] {
         do {
             _ = try Manifest.open(folder)
-            return "opened"
-        } catch { return (error as? EvmError)?.message ?? "\(error)" }
+            return ["opened"]
+        } catch { return [(error as? EvmError)?.code ?? "\(error)", (error as? EvmError)?.place ?? ""] }
     }
 
     func testTheSelfTestPasses() throws {
@@ -44,16 +44,16 @@ final class BundleTests: XCTestCase {
     }
 
     func testDamageIsNamed() throws {
-        XCTAssertEqual(message(try damaged { _ in }), "opened")
+        XCTAssertEqual(fault(try damaged { _ in }), ["opened"])
         let gone = try damaged { try FileManager.default.removeItem(at: $0) }
-        XCTAssertEqual(message(gone), "bundle \(gone.path) does not exist")
+        XCTAssertEqual(fault(gone), ["bundle.missing", ""])
         let bare = try damaged { try FileManager.default.removeItem(at: $0.appendingPathComponent("manifest.json")) }
-        XCTAssertEqual(message(bare), "\(bare.path) is not a bundle: it has no manifest.json")
+        XCTAssertEqual(fault(bare), ["manifest.missing", ""])
         let list = try damaged { try Data("[]".utf8).write(to: $0.appendingPathComponent("manifest.json")) }
-        XCTAssertEqual(message(list), "\(list.path)/manifest.json is not a JSON object")
+        XCTAssertEqual(fault(list), ["manifest.damaged", ""])
         let other = try damaged { try Data("other".utf8).write(to: $0.appendingPathComponent("README.md")) }
-        XCTAssertEqual(message(other), "bundle \(other.path): README.md is damaged (its sha256 differs)")
+        XCTAssertEqual(fault(other), ["file.damaged", "README.md"])
         let cut = try damaged { try FileManager.default.removeItem(at: $0.appendingPathComponent("README.md")) }
-        XCTAssertEqual(message(cut), "bundle \(cut.path): README.md is missing")
+        XCTAssertEqual(fault(cut), ["file.missing", "README.md"])
     }
 }

@@ -12,7 +12,7 @@ private struct Vectors: Decodable {
         let width: Int
         let height: Int
         let expected: String?
-        let error: String?
+        let code: String?
         let normalised: [[Double]]?
     }
     let tolerance: Int
@@ -44,7 +44,7 @@ final class VectorTests: XCTestCase {
             XCTAssertEqual([source.width, source.height], [vector.width, vector.height], vector.name)
             guard let expected = vector.expected else {
                 XCTAssertThrowsError(try vector.preprocessing.pixels(source)) { error in
-                    XCTAssertEqual((error as? EvmError)?.message, vector.error)
+                    XCTAssertEqual((error as? EvmError)?.code, vector.code)
                 }
                 continue
             }

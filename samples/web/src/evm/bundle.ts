@@ -15,14 +15,15 @@ export class Bundle {
   static async open(source: Source): Promise<Bundle> {
     const bytes = await source.read(MANIFEST);
     if (!bytes)
-      throw new BundleError(`${source.name} is not a bundle: it has no ${MANIFEST}`, "make one with evm-export");
+      throw new BundleError(`${source.name} is not a bundle: it has no ${MANIFEST}`, "make one with evm-export", { code: "manifest.missing" });
     const manifest = Manifest.parse(bytes, source.name);
     if (manifest.rejected)
-      throw new BundleError(`bundle ${source.name} was rejected at export: ${manifest.failures.join("; ")}`);
+      throw new BundleError(`bundle ${source.name} was rejected at export: ${manifest.failures.join("; ")}`, "", { code: "bundle.rejected" });
     if (!manifest.built)
       throw new BundleError(
         `bundle ${source.name} has no engine yet`,
         `on the device:  evm-export --finish ${source.name}`,
+        { code: "bundle.unfinished" },
       );
     return new Bundle(source.name, manifest, source);
   }
@@ -35,9 +36,10 @@ export class Bundle {
   async read(path: string): Promise<Uint8Array<ArrayBuffer>> {
     const facts = this.manifest.files.get(path);
     const bytes = facts && (await this.source.read(path));
-    if (!bytes) throw new BundleError(`bundle ${this.name}: ${path} is missing`, "copy the bundle again, whole");
+    const fault = (code: string) => ({ code, where: path });
+    if (!bytes) throw new BundleError(`bundle ${this.name}: ${path} is missing`, "copy the bundle again, whole", fault("file.missing"));
     if ((await sha256(bytes)) !== facts.sha256)
-      throw new BundleError(`bundle ${this.name}: ${path} is damaged (its sha256 differs)`, "copy the bundle again");
+      throw new BundleError(`bundle ${this.name}: ${path} is damaged (its sha256 differs)`, "copy the bundle again", fault("file.damaged"));
     return bytes;
   }
 
@@ -49,7 +51,8 @@ export class Bundle {
       const lines = new TextDecoder("utf-8", { fatal: true }).decode(bytes).split(/\r?\n/);
       return lines.at(-1) === "" ? lines.slice(0, -1) : lines;
     } catch (error) {
-      throw new BundleError(`bundle ${this.name}: labels.txt is not UTF-8 text`, "export it again", { cause: error });
+      const fault = { code: "file.damaged", where: "labels.txt", cause: error };
+      throw new BundleError(`bundle ${this.name}: labels.txt is not UTF-8 text`, "export it again", fault);
     }
   }
 }

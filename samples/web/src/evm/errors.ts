@@ -1,14 +1,24 @@
-/** Expected failures, worded as evm-deploy's Python words them: what is wrong, where, and what to do next. */
+/** Expected failures: what is wrong, where, and what to do next. Codes and places are those of Python (docs/bundle.md). */
+
+/** `code`: the kind of failure; `where`: the key path in the manifest, or the file in the bundle, that is wrong. */
+export interface Fault extends ErrorOptions {
+  readonly code?: string;
+  readonly where?: string;
+}
 
 export class EvmError extends Error {
+  readonly code: string;
+  readonly where: string;
+
   /** `hint`: the next thing to do, shown on its own line; empty where there is none. */
   constructor(
     message: string,
     readonly hint = "",
-    options?: ErrorOptions,
+    { code = "", where = "", ...options }: Fault = {},
   ) {
     super(message, options);
     this.name = new.target.name;
+    [this.code, this.where] = [code, where];
   }
 }
 

@@ -39,5 +39,6 @@ function alike(have: TensorSpec, want: TensorSpec): boolean {
 }
 
 function unlike(bundle: Bundle, have: string, want: string): BundleError {
-  return new BundleError(`bundle ${bundle.name}: ${bundle.manifest.artifact} has ${have}; ${want}`, "export it again");
+  const fault = { code: "model.interface", where: bundle.manifest.artifact };
+  return new BundleError(`bundle ${bundle.name}: ${fault.where} has ${have}; ${want}`, "export it again", fault);
 }

@@ -1,21 +1,13 @@
 /** manifest.json, schema 1 (docs/bundle.md): what an app reads of it, validated as Python validates it. */
 
-import { BundleError, EvmError, reason } from "./errors";
-import { Preprocessing, type PreprocessingFacts } from "./preprocess";
-import { repr } from "./python";
+import { BundleError, reason } from "./errors";
+import { MAX_SIDE, Preprocessing, type PreprocessingFacts } from "./preprocess";
+import { INTERPOLATIONS } from "./resize";
 import type { TensorSpec } from "./tensor";
 
 export const MANIFEST = "manifest.json";
 export const SCHEMA_VERSION = 1;
 const MAX_BYTES = 4 << 20;
-const REQUIRED = [
-  ...["name", "target", "artifact", "plan", "model", "preprocessing", "inputs", "outputs", "scan", "details"],
-  ...["versions", "parity"],
-] as const;
-const TOLERANCES: Record<string, number> = { fp32: 1e-4, fp16: 2e-2, int8: 0.5, "int8-fp16": 0.5, w8: 0.1 };
-/** Of a self-test, which compares with the artifact's own outputs. */
-const SELFTEST_TOLERANCES: Record<string, number> = { int8: 0.05, "int8-fp16": 0.05, w8: 1e-4 };
-
 export type Head = "logits" | "probs" | "features";
 
 /** Images per inference: static where min equals max; max null is unbounded. */
@@ -29,19 +21,11 @@ export interface FileFacts {
   readonly size_bytes: number;
 }
 
-interface Content {
-  name: string;
-  target: string;
-  artifact: string;
-  plan: { batch: string | number; head: Head; input: "image" | "tensor"; precision: string; tol?: number | null };
-  preprocessing: PreprocessingFacts;
-  inputs: TensorSpec[];
-  outputs: TensorSpec[];
-  scan: { value: string; plugins?: Record<string, string> };
-  parity: { failures?: string[] };
-  files?: Record<string, FileFacts>;
-  built?: boolean;
-  rejected?: boolean;
+/** Limits of the self-test by name; empty in bundles from before limits were data. */
+interface Limits {
+  readonly preprocessing?: number;
+  readonly outputs?: ReadonlyMap<string, number>;
+  readonly scans?: ReadonlyMap<string, number>;
 }
 
 export class Manifest {
@@ -61,54 +45,158 @@ export class Manifest {
   readonly built: boolean;
   readonly rejected: boolean;
   readonly failures: readonly string[];
-  /** Largest accepted error of an output in the self-test, relative to max(1, largest expected). */
-  readonly selftestTolerance: number;
+  private readonly limits: Limits;
+  private readonly parityLimit: number;
 
-  private constructor(content: Content) {
-    const { plan } = content;
-    this.name = content.name;
-    this.target = content.target;
-    this.artifact = content.artifact;
-    this.head = oneOf("--head", plan.head, ["logits", "probs", "features"]);
-    this.input = oneOf("--input", plan.input, ["image", "tensor"]);
-    this.precision = oneOf("--precision", plan.precision, Object.keys(TOLERANCES));
-    this.batch = parseBatch(plan.batch);
-    this.preprocessing = new Preprocessing(content.preprocessing);
-    this.inputs = specs("inputs", content.inputs);
-    this.outputs = specs("outputs", content.outputs);
-    this.scans = content.scan.value.split("+");
-    this.files = new Map(Object.entries(content.files ?? {}));
-    this.built = content.built ?? true;
-    this.rejected = content.rejected ?? false;
-    this.failures = content.parity.failures ?? [];
-    this.selftestTolerance = SELFTEST_TOLERANCES[this.precision] ?? plan.tol ?? TOLERANCES[this.precision]!;
-    checkFiles(this.files, this.artifact, Object.values(content.scan.plugins ?? {}));
+  private constructor(content: Value) {
+    const [plan, scan, parity] = [content.at("plan"), content.at("scan"), content.at("parity")];
+    this.name = content.at("name").text();
+    this.target = content.at("target").text();
+    this.artifact = content.at("artifact").text();
+    this.head = plan.at("head").oneOf(["logits", "probs", "features"]);
+    this.input = plan.at("input").oneOf(["image", "tensor"]);
+    this.precision = plan.at("precision").text();
+    this.batch = batchOf(plan.at("batch"));
+    this.preprocessing = new Preprocessing(preprocessingOf(content.at("preprocessing")));
+    this.inputs = content.at("inputs").items(1).map(specOf);
+    this.outputs = content.at("outputs").items(1).map(specOf);
+    this.scans = scan.at("value").text().split("+");
+    this.files = new Map(content.at("files").members().map(fileOf));
+    this.built = content.at("built").flag(true);
+    this.rejected = content.at("rejected").flag(false);
+    this.failures = parity.at("failures").absent ? [] : parity.at("failures").items(0).map((each) => each.text());
+    this.limits = limitsOf(content.at("selftest"));
+    this.parityLimit = parity.at("limit").number(0);
+    const within = (name: string): boolean => name === this.artifact || name.startsWith(`${this.artifact}/`);
+    content.at("artifact").require([...this.files.keys()].some(within), "among the files");
+    const plugins = scan.at("plugins");
+    for (const [, library] of plugins.absent || plugins.value === null ? [] : plugins.members())
+      library.require(this.files.has(library.text()), "among the files");
+  }
+
+  /** Largest accepted difference of the self-test's pixels, of 255. */
+  get pixelLimit(): number {
+    return this.limits.preprocessing ?? 1;
+  }
+
+  /** Largest accepted error of an output in the self-test. */
+  outputLimit(name: string): number {
+    return this.limits.outputs?.get(name) ?? this.parityLimit;
+  }
+
+  /** Largest accepted error of a scan in the self-test; undefined in bundles from before limits were data. */
+  scanLimit(name: string): number | undefined {
+    return this.limits.scans?.get(name);
   }
 
   /** Parse the manifest of the bundle called `bundle`. Throws BundleError. */
   static parse(bytes: Uint8Array, bundle: string): Manifest {
     const path = `${bundle.replace(/\/$/, "")}/${MANIFEST}`;
-    if (bytes.length > MAX_BYTES) throw new BundleError(`${path} is larger than ${MAX_BYTES} bytes: not a manifest`);
+    if (bytes.length > MAX_BYTES)
+      throw new BundleError(`${path} is larger than ${MAX_BYTES} bytes: not a manifest`, "", { code: "manifest.damaged" });
     const content = parseJson(bytes, path);
-    if (typeof content !== "object" || content === null || Array.isArray(content))
-      throw new BundleError(`${path} is not a JSON object`);
-    const version = (content as Record<string, unknown>)["schema_version"];
-    if (typeof version !== "number" || !Number.isInteger(version) || version < 1)
-      throw new BundleError(`${path} has no schema_version`);
-    if (version > SCHEMA_VERSION)
-      throw new BundleError(
-        `${bundle} has manifest schema ${version}, this evm-deploy reads up to ${SCHEMA_VERSION}`,
-        "upgrade the page: take src/evm of a newer evm-deploy",
-      );
+    if (!isObject(content)) throw new BundleError(`${path} is not a JSON object`, "", { code: "manifest.damaged" });
     try {
-      const missing = REQUIRED.find((key) => !(key in content));
-      if (missing) throw new EvmError(`it has no ${repr(missing)}`);
-      return new Manifest(content as unknown as Content);
+      const root = new Value(content, "");
+      const version = root.at("schema_version").count();
+      if (version > SCHEMA_VERSION)
+        throw new BundleError(
+          `${bundle} has manifest schema ${version}, this page reads up to ${SCHEMA_VERSION}`,
+          "upgrade the page: take src/evm of a newer evm-deploy",
+          { code: "manifest.version", where: "schema_version" },
+        );
+      return new Manifest(root);
     } catch (error) {
-      // an untrusted file: whatever is wrong in it, it is the manifest's fault
-      throw new BundleError(`${path} is not a valid manifest: ${reason(error)}`, "export the bundle again", { cause: error });
+      if (!(error instanceof Invalid)) throw error;
+      const fault = { code: "manifest.invalid", where: error.where, cause: error };
+      throw new BundleError(`${path} is not a valid manifest: ${error.message}`, "export the bundle again", fault);
     }
   }
+}
+
+/** What is wrong in a manifest, and at which key path. */
+class Invalid extends Error {
+  constructor(
+    readonly where: string,
+    what: string,
+  ) {
+    super(`${where} ${what}`);
+  }
+}
+
+const HUGE = 1e15; // more than can be meant
+
+/** A value and its key path. Its methods throw Invalid where it is not what they give. */
+class Value {
+  constructor(
+    readonly value: unknown,
+    readonly where: string,
+  ) {}
+
+  get absent(): boolean {
+    return this.value === undefined;
+  }
+
+  require(good: boolean, wanted: string): void {
+    if (!good) throw new Invalid(this.where, `must be ${wanted}, is ${JSON.stringify(this.value)?.slice(0, 60)}`);
+  }
+
+  private object(): Record<string, unknown> {
+    this.require(isObject(this.value), "an object");
+    return this.value as Record<string, unknown>;
+  }
+
+  at(key: string): Value {
+    const object = this.object();
+    return new Value(Object.hasOwn(object, key) ? object[key] : undefined, this.where ? `${this.where}.${key}` : key);
+  }
+
+  members(): [string, Value][] {
+    return Object.keys(this.object()).map((key) => [key, this.at(key)]);
+  }
+
+  items(least: number, most = Infinity): Value[] {
+    const list = Array.isArray(this.value) ? this.value : [];
+    const wanted = `a list of ${least}${most > least ? " or more" : ""}`;
+    this.require(Array.isArray(this.value) && least <= list.length && list.length <= most, wanted);
+    return list.map((item, i) => new Value(item, `${this.where}[${i}]`));
+  }
+
+  text(): string {
+    this.require(typeof this.value === "string", "text");
+    return this.value as string;
+  }
+
+  oneOf<T extends string>(choices: readonly T[]): T {
+    this.require(choices.includes(this.value as T), `one of ${choices.join(", ")}`);
+    return this.value as T;
+  }
+
+  number(least = -HUGE, most = HUGE): number {
+    const value = this.value as number;
+    this.require(typeof value === "number" && least <= value && value <= most, "a finite number");
+    return value;
+  }
+
+  positive(most = HUGE): number {
+    this.require(this.number(0, most) > 0, "above 0");
+    return this.value as number;
+  }
+
+  count(most = HUGE): number {
+    const value = this.value as number;
+    this.require(Number.isInteger(value) && 1 <= value && value <= most, "a whole number from 1");
+    return value;
+  }
+
+  flag(otherwise: boolean): boolean {
+    this.require(this.absent || typeof this.value === "boolean", "true or false");
+    return (this.value as boolean | undefined) ?? otherwise;
+  }
+}
+
+function isObject(value: unknown): boolean {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** Whether a file's name, in a manifest or a zip, stays inside the bundle on every system. */
@@ -120,41 +208,48 @@ function parseJson(bytes: Uint8Array, path: string): unknown {
   try {
     return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
   } catch (error) {
-    throw new BundleError(`${path} is damaged: ${reason(error)}`, "export the bundle again", { cause: error });
+    throw new BundleError(`${path} is damaged: ${reason(error)}`, "export the bundle again", { code: "manifest.damaged", cause: error });
   }
 }
 
-function parseBatch(text: string | number): Batch {
+function batchOf(value: Value): Batch {
+  const text = value.text();
   if (text === "dynamic") return { min: 1, max: null };
-  const parts = String(text).split(":");
-  if ([1, 3].includes(parts.length) && parts.every((part) => /^[0-9]{1,5}$/.test(part))) {
-    const [min, max] = [Number(parts[0]), Number(parts.at(-1))];
-    if (min >= 1 && min <= max) return { min, max };
-  }
-  throw new EvmError(`--batch ${repr(String(text))}: use a number from 1, 'dynamic', or min:opt:max such as 1:4:8`);
+  const parts = text.split(":");
+  const sizes = parts.filter((part) => /^[0-9]{1,5}$/.test(part)).map(Number);
+  const rising = sizes.every((size, i) => i === 0 || sizes[i - 1]! <= size);
+  const good = [1, 3].includes(parts.length) && sizes.length === parts.length && sizes[0]! >= 1 && rising;
+  value.require(good, "a number from 1, dynamic, or min:opt:max such as 1:4:8");
+  return { min: sizes[0]!, max: sizes.at(-1)! };
 }
 
-function specs(key: string, values: TensorSpec[]): TensorSpec[] {
-  if (!Array.isArray(values) || values.length === 0) throw new EvmError(`${key} must be a list of at least 1`);
-  return values.map(({ name, dtype, shape }) => {
-    if (!Array.isArray(shape) || !shape.every((side) => side === null || (Number.isInteger(side) && side >= 1)))
-      throw new EvmError(`${key} has a shape ${JSON.stringify(shape)}`);
-    return { name, dtype, shape };
-  });
+function preprocessingOf(value: Value): PreprocessingFacts {
+  const [height, width] = value.at("size").items(2, 2).map((side) => side.count(MAX_SIDE)) as [number, number];
+  const three = (key: string, read: (item: Value) => number): [number, number, number] =>
+    value.at(key).items(3, 3).map(read) as [number, number, number];
+  return {
+    size: [height, width],
+    crop_pct: value.at("crop_pct").positive(1),
+    interpolation: value.at("interpolation").oneOf(INTERPOLATIONS),
+    mean: three("mean", (item) => item.number()),
+    std: three("std", (item) => item.positive()),
+  };
 }
 
-function checkFiles(files: ReadonlyMap<string, FileFacts>, artifact: string, plugins: string[]): void {
-  for (const [name, facts] of files) {
-    if (!insideBundle(name)) throw new EvmError(`file name ${repr(name)} leaves the bundle`);
-    if (!/^[0-9a-f]{64}$/.test(facts.sha256)) throw new EvmError(`${name} has no sha256`);
-  }
-  if (![...files.keys()].some((name) => name === artifact || name.startsWith(`${artifact}/`)))
-    throw new EvmError(`the artifact ${repr(artifact)} is not among the files`);
-  const lost = plugins.find((library) => !files.has(library));
-  if (lost) throw new EvmError(`the native library ${repr(lost)} is not among the files`);
+function specOf(value: Value): TensorSpec {
+  const shape = value.at("shape").items(1).map((side) => (side.value === null ? null : side.count()));
+  return { name: value.at("name").text(), dtype: value.at("dtype").text(), shape };
 }
 
-function oneOf<T extends string>(what: string, value: T, choices: readonly T[]): T {
-  if (choices.includes(value)) return value;
-  throw new EvmError(`${what} ${repr(String(value))} is unknown; choose from: ${choices.join(", ")}`);
+function fileOf([name, facts]: [string, Value]): [string, FileFacts] {
+  if (!insideBundle(name)) throw new Invalid(facts.where, "leaves the bundle");
+  const sha256 = facts.at("sha256");
+  sha256.require(/^[0-9a-f]{64}$/.test(sha256.text()), "a sha256");
+  return [name, { sha256: sha256.text(), size_bytes: facts.at("size_bytes").number(0) }];
+}
+
+function limitsOf(value: Value): Limits {
+  if (value.absent || value.members().length === 0) return {};
+  const named = (key: string): Map<string, number> => new Map(value.at(key).members().map(([name, limit]) => [name, limit.number(0)]));
+  return { preprocessing: value.at("preprocessing").number(0), outputs: named("outputs"), scans: named("scans") };
 }

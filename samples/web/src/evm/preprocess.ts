@@ -1,10 +1,9 @@
 /** From a picture to the pixels a model reads, to the last bit as evm-deploy's Python makes them with Pillow. */
 
-import { EvmError, ImageError } from "./errors";
-import { float, repr, roundHalfEven } from "./python";
-import { INTERPOLATIONS, resizedCrop, type Interpolation } from "./resize";
+import { ImageError } from "./errors";
+import { resizedCrop, type Interpolation } from "./resize";
 
-const MAX_SIDE = 8192;
+export const MAX_SIDE = 8192;
 
 /** 8-bit RGB, row by row, upright. name: of its file, for messages. */
 export interface Picture {
@@ -28,9 +27,7 @@ export class Preprocessing {
   readonly height: number;
   readonly width: number;
 
-  /** Throws EvmError saying which fact is impossible. */
   constructor(readonly facts: PreprocessingFacts) {
-    check(facts);
     [this.height, this.width] = facts.size;
   }
 
@@ -41,6 +38,8 @@ export class Preprocessing {
     if (Math.max(newHeight, newWidth) > 100 * Math.max(this.height, this.width))
       throw new ImageError(
         `${name ? `image ${name}` : "image"} is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`,
+        "",
+        { code: "image.narrow" },
       );
     return resizedCrop(picture, this.facts.interpolation, {
       ...{ newWidth, newHeight, width: this.width, height: this.height },
@@ -80,14 +79,10 @@ export class Preprocessing {
   }
 }
 
-function check({ size, crop_pct, interpolation, mean, std }: PreprocessingFacts): void {
-  if (size.length !== 2 || !size.every((side) => Number.isInteger(side) && side >= 1 && side <= MAX_SIDE))
-    throw new EvmError(`size is [${size.join(", ")}], it must be [H, W] of 1 to ${MAX_SIDE} pixels`);
-  if (!(crop_pct > 0 && crop_pct <= 1)) throw new EvmError(`crop_pct is ${crop_pct}, it must be over 0 and at most 1`);
-  if (!INTERPOLATIONS.includes(interpolation))
-    throw new EvmError(`interpolation is ${repr(interpolation)}, choose from: ${INTERPOLATIONS.join(", ")}`);
-  for (const [name, values] of Object.entries({ mean, std }))
-    if (values.length !== 3 || !values.every(Number.isFinite))
-      throw new EvmError(`${name} is [${values.map(float).join(", ")}], it must be three finite numbers`);
-  if (Math.min(...std) <= 0) throw new EvmError(`std is [${std.map(float).join(", ")}], it must be positive`);
+/** Halves go to the even neighbour, as Python rounds. */
+function roundHalfEven(x: number): number {
+  const below = Math.floor(x);
+  const rest = x - below;
+  if (rest !== 0.5) return rest < 0.5 ? below : below + 1;
+  return below % 2 === 0 ? below : below + 1;
 }

@@ -3,7 +3,6 @@
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
 import { BundleError, reason } from "./errors";
-import { repr } from "./python";
 import { parseSafetensors } from "./safetensors";
 import { ssmError } from "./scan";
 import { Runtime, runBatched, type RunOptions } from "./runtime";
@@ -28,14 +27,13 @@ export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOpt
   const pixels = manifest.preprocessing.pixels(picture);
   const { height, width } = manifest.preprocessing;
   const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, 3] });
-  const checks = [check("preprocessing (of 255)", distance(pixels, data), 1)];
+  const checks = [check("preprocessing (of 255)", distance(pixels, data), manifest.pixelLimit)];
   const images = probes[manifest.input];
-  if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, `${PROBES} has no ${manifest.input}`);
+  if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, PROBES, `has no ${manifest.input}`);
   const outputs = await runBatched(runtime, manifest.batch, images);
   for (const [name, have] of Object.entries(outputs)) {
     const want = like(bundle, probes, name, have);
-    const scale = Math.max(1, distance(want.data, new Float32Array(want.data.length)));
-    checks.push(check(name, distance(have.data, want.data), manifest.selftestTolerance * scale));
+    checks.push(check(name, distance(have.data, want.data), manifest.outputLimit(name)));
   }
   return [...checks, ...(await scanChecks(bundle, scans, options))];
 }
@@ -47,9 +45,9 @@ async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: 
   try {
     for (const [name, scan] of scans) {
       const { y } = await runtime.run(scan);
-      if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx gives no y");
+      if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx", "gives no y");
       const { error, limit } = ssmError(y, scan);
-      checks.push(check(`scan ${name}`, error, limit));
+      checks.push(check(`scan ${name}`, error, bundle.manifest.scanLimit(name) ?? limit));
     }
   } finally {
     await runtime.close();
@@ -65,7 +63,7 @@ function bySite(bundle: Bundle, tensors: Tensors): Map<string, Tensors> {
     if (tensor !== "y") scans.set(name, { ...scans.get(name), [tensor]: tensors[key]! });
   }
   for (const [name, scan] of scans)
-    if (!isScan(scan)) throw damaged(bundle, `${SCANS}: the tensors of ${repr(name)} are not those of a scan`);
+    if (!isScan(scan)) throw damaged(bundle, SCANS, `has no scan in the tensors of ${JSON.stringify(name)}`);
   return scans;
 }
 
@@ -85,7 +83,7 @@ async function tensors(bundle: Bundle, name: string): Promise<Tensors> {
   try {
     return parseSafetensors(file);
   } catch (error) {
-    throw damaged(bundle, `${name} cannot be read: ${reason(error)}`, error);
+    throw damaged(bundle, name, `cannot be read: ${reason(error)}`, error);
   }
 }
 
@@ -93,12 +91,13 @@ async function tensors(bundle: Bundle, name: string): Promise<Tensors> {
 function like(bundle: Bundle, probes: Tensors, name: string, { dtype, shape }: Pick<Tensor, "dtype" | "shape">): Tensor {
   const found = probes[name];
   if (found?.dtype !== dtype || found.shape.join() !== shape.join())
-    throw damaged(bundle, `${PROBES} has no ${name} of ${dtype}[${shape.join(", ")}]`);
+    throw damaged(bundle, PROBES, `has no ${name} of ${dtype}[${shape.join(", ")}]`);
   return found;
 }
 
-function damaged(bundle: Bundle, why: string, cause?: unknown): BundleError {
-  return new BundleError(`bundle ${bundle.name} has no readable self-test: selftest/${why}`, "export it again", { cause });
+function damaged(bundle: Bundle, file: string, why: string, cause?: unknown): BundleError {
+  const fault = { code: "selftest.damaged", where: `selftest/${file}`, cause };
+  return new BundleError(`bundle ${bundle.name} has no readable self-test: ${fault.where} ${why}`, "export it again", fault);
 }
 
 function check(name: string, error: number, limit: number): Check {

@@ -18,7 +18,7 @@ export function folderAt(url: string): Source {
     name,
     async read(path) {
       const failed = (why: string, cause?: unknown): BundleError =>
-        new BundleError(`bundle ${name}: ${path} cannot be read: ${why}`, "is the server there?", { cause });
+        new BundleError(`bundle ${name}: ${path} cannot be read: ${why}`, "is the server there?", { code: "file.missing", where: path, cause });
       let response: Response;
       try {
         response = await fetch([name, ...path.split("/").map(encodeURIComponent)].join("/"));
@@ -41,7 +41,7 @@ export function folderOf(files: ReadonlyMap<string, Blob>, name: string): Source
       try {
         return file ? new Uint8Array(await file.arrayBuffer()) : null;
       } catch (error) {
-        throw new BundleError(`bundle ${name}: ${path} cannot be read: ${reason(error)}`, "", { cause: error });
+        throw new BundleError(`bundle ${name}: ${path} cannot be read: ${reason(error)}`, "", { code: "file.missing", where: path, cause: error });
       }
     },
   };
@@ -56,5 +56,5 @@ export async function zipped(zip: Blob, name = zip instanceof File ? zip.name : 
       const below = [...files].filter(([path]) => path.startsWith(root));
       return folderOf(new Map(below.map(([path, file]) => [path.slice(root.length), file])), name);
     }
-  throw new BundleError(`${name} holds no bundle: it has no ${MANIFEST}`, "make one with evm-export --zip");
+  throw new BundleError(`${name} holds no bundle: it has no ${MANIFEST}`, "make one with evm-export --zip", { code: "manifest.missing" });
 }

@@ -2,7 +2,6 @@
 
 import { BundleError, reason } from "./errors";
 import { insideBundle } from "./manifest";
-import { repr } from "./python";
 
 const MAX_FILES = 10_000;
 const MAX_BYTES = 4 * 2 ** 30;
@@ -40,25 +39,28 @@ export async function unzip(zip: Blob, name: string): Promise<Map<string, Blob>>
     return files;
   } catch (error) {
     if (error instanceof BundleError) throw error;
-    throw new BundleError(`${name} is damaged, or no zip file: ${reason(error)}`, "copy it again, whole", { cause: error });
+    throw new BundleError(`${name} is damaged, or no zip file: ${reason(error)}`, "copy it again, whole", { code: "zip.damaged", cause: error });
   }
 }
 
 function check(entries: readonly Entry[], zip: string): void {
-  if (entries.length > MAX_FILES)
-    throw new BundleError(`${zip} holds ${entries.length} files, a bundle has at most ${MAX_FILES}`);
+  if (entries.length > MAX_FILES) throw refused(zip, "", `holds ${entries.length} files, a bundle has at most ${MAX_FILES}`);
   const seen = new Set<string>();
   for (const { name, mode, encrypted } of entries) {
-    if (!insideBundle(name)) throw new BundleError(`${zip}: the name ${repr(name)} leaves the bundle`);
-    if (![0, REGULAR].includes(mode & FILE_TYPE))
-      throw new BundleError(`${zip}: ${name} is a link or a device, a bundle has files alone`);
-    if (encrypted) throw new BundleError(`${zip}: ${name} is encrypted`);
+    if (!insideBundle(name)) throw refused(zip, name, "leaves the bundle");
+    if (![0, REGULAR].includes(mode & FILE_TYPE)) throw refused(zip, name, "is a link or a device, a bundle has files alone");
+    if (encrypted) throw refused(zip, name, "is encrypted");
     const folded = name.toUpperCase().toLowerCase(); // both: the sharp s is ss in some file systems
-    if (seen.has(folded)) throw new BundleError(`${zip}: ${name} is there twice`);
+    if (seen.has(folded)) throw refused(zip, name, "is there twice");
     seen.add(folded);
   }
   if (entries.reduce((sum, entry) => sum + entry.unpacked, 0) > MAX_BYTES)
-    throw new BundleError(`${zip} unpacks to more than ${MAX_BYTES / 2 ** 30} GB`);
+    throw refused(zip, "", `unpacks to more than ${MAX_BYTES / 2 ** 30} GB`);
+}
+
+/** `where`: the name in the zip, or none of them. */
+function refused(zip: string, where: string, why: string): BundleError {
+  return new BundleError(`${zip}${where && `: ${JSON.stringify(where)}`} ${why}`, "", { code: "zip.refused", where });
 }
 
 async function unpack(zip: Blob, entry: Entry, name: string, left: number): Promise<Blob> {
@@ -73,12 +75,11 @@ async function unpack(zip: Blob, entry: Entry, name: string, left: number): Prom
   let crc = ~0;
   for await (const part of read(inflated(packed, entry))) {
     size += part.length;
-    if (size > most)
-      throw new BundleError(`${name}: ${entry.name} unpacks to over ${MAX_RATIO} times its size: a bomb`);
+    if (size > most) throw refused(name, entry.name, `unpacks to over ${MAX_RATIO} times its size: a bomb`);
     crc = crc32(crc, part);
     parts.push(part);
   }
-  if (~crc >>> 0 !== entry.crc) throw new Error(`Bad CRC-32 for file ${repr(entry.name)}`);
+  if (~crc >>> 0 !== entry.crc) throw new Error(`Bad CRC-32 for file ${entry.name}`);
   return new Blob(parts);
 }
 

@@ -3,7 +3,7 @@
 //     evm::Model model("evm_tiny-onnx-fp32-224x224");  // a folder or its zip
 //     for (const evm::Prediction &p : model.classify(rgb, width, height, 5)) std::cout << p.label << ' ' << p.score << '\n';
 //
-// Every failure that a user can meet is an evm::Error, worded as in Python. A Model can be used by several threads at the same
+// Every failure that a user can meet is an evm::Error, its code and place as in Python (docs/bundle.md). A Model can be used by several threads at the same
 // time: its const functions share nothing that they change, or guard it (docs/embed/cpp.md says what that costs by runtime).
 #pragma once
 #include <array>
@@ -27,38 +27,46 @@
 
 namespace evm {
 
+// The kind of a failure, and the key path in the manifest or the file in the bundle that is wrong; empty where that says nothing.
+struct Fault {
+    std::string code = {}, where = {};
+};
+
 // What is wrong and, as a hint, what to do next. what() is both, on two lines.
 class EVM_API Error : public std::runtime_error {
   public:
-    Error(const std::string &message, const std::string &hint, int exit_code)
-        : std::runtime_error(hint.empty() ? message : message + "\n  " + hint), message_(message), hint_(hint), exit_code_(exit_code) {}
+    Error(const std::string &message, const std::string &hint, const Fault &fault, int exit_code)
+        : std::runtime_error(hint.empty() ? message : message + "\n  " + hint), message_(message), hint_(hint), fault_(fault), exit_code_(exit_code) {}
     const std::string &message() const noexcept { return message_; }
     const std::string &hint() const noexcept { return hint_; }
+    const std::string &code() const noexcept { return fault_.code; }
+    const std::string &where() const noexcept { return fault_.where; }
     int exit_code() const noexcept { return exit_code_; }  // what a program ends with: 2, and 3 for ToolchainError
 
   private:
     std::string message_, hint_;
+    Fault fault_;
     int exit_code_;
 };
 
 // A value or combination that cannot work.
 struct EVM_API UsageError : Error {
-    explicit UsageError(const std::string &message, const std::string &hint = "") : Error(message, hint, 2) {}
+    explicit UsageError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
 
 // An image that cannot be read, or not be cropped.
 struct EVM_API ImageError : Error {
-    explicit ImageError(const std::string &message, const std::string &hint = "") : Error(message, hint, 2) {}
+    explicit ImageError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
 
 // A bundle that is missing or damaged.
 struct EVM_API BundleError : Error {
-    explicit BundleError(const std::string &message, const std::string &hint = "") : Error(message, hint, 2) {}
+    explicit BundleError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
 
 // A runtime or library that is not there, or does not fit.
 struct EVM_API ToolchainError : Error {
-    explicit ToolchainError(const std::string &message, const std::string &hint = "") : Error(message, hint, 3) {}
+    explicit ToolchainError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 3) {}
 };
 
 // How to run a bundle; what is empty or 0 is left to the runtime.
@@ -132,13 +140,19 @@ struct Choice {
     std::string value, reason;
 };
 
+// Limits of the self-test by name. `otherwise`: of outputs not in the manifest; scans not in it have a limit computed from their values.
+struct Limits {
+    double preprocessing = 1, otherwise = 0;
+    std::map<std::string, double> outputs, scans;
+};
+
 // What manifest.json says; schema in docs/bundle.md.
 struct Manifest {
     std::string name, target, artifact, precision;
     std::string input, head;            // image or tensor; logits, probs or features
     int batch_min = 1, batch_max = 1;   // images in one inference; batch_max 0: any number
     std::vector<TensorSpec> inputs, outputs;
-    double tolerance = 0;               // of outputs, relative to max(1, largest)
+    Limits limits;
     Preprocessing preprocessing;
     std::vector<std::string> scan_modes;                        // portable, plugin, aot: how the scans can run
     std::map<std::string, std::string> plugins;                 // platform -> native library in the bundle

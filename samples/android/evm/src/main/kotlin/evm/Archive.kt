@@ -26,26 +26,33 @@ fun unpack(path: File, into: File): File {
             entries.fold(MAX_BYTES) { left, entry -> left - unpack(path, zip, entry, into, left) }
         }
     } catch (error: IOException) { // a ZipException, but Android's own checks have others
-        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole")
+        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole", "zip.damaged")
     } catch (error: IllegalArgumentException) { // names that are no text
-        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole")
+        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole", "zip.damaged")
     }
     return listOf(into, *into.listFiles().orEmpty().sortedArray().take(1).toTypedArray())
         .find { File(it, MANIFEST).isFile }
-        ?: throw BundleException("$path holds no bundle: it has no $MANIFEST", "make one with evm-export --zip")
+        ?: throw missing(path)
 }
+
+private fun missing(path: File): BundleException {
+    val message = "$path holds no bundle: it has no $MANIFEST"
+    return BundleException(message, "make one with evm-export --zip", "manifest.missing")
+}
+
+private fun refused(message: String, name: String = "") = BundleException(message, code = "zip.refused", where = name)
 
 private fun check(path: File, entries: List<ZipEntry>) {
     if (entries.size > MAX_FILES) {
-        throw BundleException("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
+        throw refused("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
     }
     val seen = HashSet<String>()
     for (entry in entries) {
-        if (!insideBundle(entry.name)) throw BundleException("$path: the name '${entry.name}' leaves the bundle")
-        if (!seen.add(entry.name.lowercase())) throw BundleException("$path: ${entry.name} is there twice")
+        if (!insideBundle(entry.name)) throw refused("$path: '${entry.name}' leaves the bundle", entry.name)
+        if (!seen.add(entry.name.lowercase())) throw refused("$path: ${entry.name} is there twice", entry.name)
     }
     if (entries.sumOf { max(0, it.size) } > MAX_BYTES) {
-        throw BundleException("$path unpacks to more than ${MAX_BYTES shr 30} GB")
+        throw refused("$path unpacks to more than ${MAX_BYTES shr 30} GB")
     }
 }
 
@@ -62,7 +69,7 @@ private fun unpack(path: File, zip: ZipFile, entry: ZipEntry, into: File, limit:
                 val count = reader.read(block).takeIf { it >= 0 } ?: break
                 size += count
                 if (size > most) {
-                    throw BundleException("$path: ${entry.name} unpacks to over $MAX_RATIO times its size: a bomb")
+                    throw refused("$path: ${entry.name} unpacks to over $MAX_RATIO times its size: a bomb", entry.name)
                 }
                 writer.write(block, 0, count)
             }

@@ -14,11 +14,12 @@ class Bundle private constructor(val folder: File, val manifest: Manifest) {
         fun open(folder: File): Bundle {
             if (!folder.isDirectory) {
                 val what = if (folder.exists()) "is a file, not a bundle folder" else "does not exist"
-                throw BundleException("bundle $folder $what", "make one with evm-export")
+                throw BundleException("bundle $folder $what", "make one with evm-export", "bundle.missing")
             }
             val manifest = Manifest.read(folder)
             if (manifest.rejected) {
-                throw BundleException("bundle $folder was rejected at export: ${manifest.failures.joinToString("; ")}")
+                val failures = manifest.failures.joinToString("; ")
+                throw BundleException("bundle $folder was rejected at export: $failures", code = "bundle.rejected")
             }
             for ((name, hash) in manifest.files) check(folder, name, hash)
             return Bundle(folder, manifest)
@@ -28,12 +29,15 @@ class Bundle private constructor(val folder: File, val manifest: Manifest) {
             val have = try {
                 sha256(File(folder, name))
             } catch (_: FileNotFoundException) {
-                throw BundleException("bundle $folder: $name is missing", "copy the bundle again, whole")
+                val message = "bundle $folder: $name is missing"
+                throw BundleException(message, "copy the bundle again, whole", "file.missing", name)
             } catch (error: IOException) {
-                throw BundleException("bundle $folder: $name cannot be read: ${error.message}")
+                val message = "bundle $folder: $name cannot be read: ${error.message}"
+                throw BundleException(message, code = "file.missing", where = name)
             }
             if (have != hash) {
-                throw BundleException("bundle $folder: $name is damaged (its sha256 differs)", "copy the bundle again")
+                val message = "bundle $folder: $name is damaged (its sha256 differs)"
+                throw BundleException(message, "copy the bundle again", "file.damaged", name)
             }
         }
     }

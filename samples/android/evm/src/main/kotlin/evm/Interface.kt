@@ -6,7 +6,8 @@ internal fun labels(bundle: Bundle): List<String> {
     try {
         return bundle.file("labels.txt").readBytes().decodeToString(throwOnInvalidSequence = true).reader().readLines()
     } catch (_: CharacterCodingException) {
-        throw BundleException("bundle ${bundle.folder}: labels.txt is not UTF-8 text", "export it again")
+        val message = "bundle ${bundle.folder}: labels.txt is not UTF-8 text"
+        throw BundleException(message, "export it again", "file.damaged", "labels.txt")
     }
 }
 
@@ -41,5 +42,8 @@ private fun alike(have: TensorSpec, want: TensorSpec): Boolean =
     have.name == want.name && have.dtype == want.dtype && have.shape.size == want.shape.size &&
         have.shape.zip(want.shape).all { (a, b) -> a == null || b == null || a == b }
 
-private fun unlike(bundle: Bundle, have: String, want: String) =
-    BundleException("bundle ${bundle.folder}: ${bundle.manifest.artifact} has $have; $want", "export it again")
+private fun unlike(bundle: Bundle, have: String, want: String): BundleException {
+    val artifact = bundle.manifest.artifact
+    val message = "bundle ${bundle.folder}: $artifact has $have; $want"
+    return BundleException(message, "export it again", "model.interface", artifact)
+}

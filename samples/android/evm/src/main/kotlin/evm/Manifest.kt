@@ -2,101 +2,103 @@ package evm
 
 import java.io.File
 import java.io.IOException
-import kotlinx.serialization.json.Json
-import kotlinx.serialization.json.JsonArray
 import kotlinx.serialization.json.JsonElement
-import kotlinx.serialization.json.JsonNull
 import kotlinx.serialization.json.JsonObject
-import kotlinx.serialization.json.JsonPrimitive
-import kotlinx.serialization.json.doubleOrNull
-import kotlinx.serialization.json.int
-import kotlinx.serialization.json.intOrNull
-import kotlinx.serialization.json.jsonObject
-import kotlinx.serialization.json.jsonPrimitive
 
 const val MANIFEST = "manifest.json"
 private const val SCHEMA_VERSION = 1
 private const val MAX_BYTES = 4 shl 20
-private val HEADS = listOf("logits", "probs", "features")
-private val INPUTS = listOf("image", "tensor")
 
 /** What an app needs of manifest.json. [files]: path -> sha256. [plugins]: platform -> native library in the bundle. */
-class Manifest private constructor(json: JsonObject) {
-    private val plan = json.child("plan")
-    private val scan = json.child("scan")
-    val name = json.text("name")
-    val target = json.text("target")
-    val artifact = json.text("artifact")
-    val head = oneOf("--head", plan.text("head"), HEADS)
-    val input = oneOf("--input", plan.text("input"), INPUTS)
-    val batch = Batch.parse(plan.text("batch"))
-    val precision = plan.text("precision")
-    /** The largest accepted difference that the export was asked for, if it was. */
-    val tolerance = (plan["tol"] as? JsonPrimitive)?.doubleOrNull
-    val preprocessing = Preprocessing.of(json.child("preprocessing"))
-    val inputs = json.specs("inputs")
-    val outputs = json.specs("outputs")
-    val files = json.child("files").let { files -> files.keys.associateWith { checkedHash(it, files.child(it)) } }
-    val scanModes = scan.text("value").split("+")
-    val plugins = scan["plugins"]?.jsonObject.orEmpty().mapValues { it.value.jsonPrimitive.content }
-    val built = json["built"] != JsonPrimitive(false)
-    val rejected = json["rejected"] == JsonPrimitive(true)
-    val failures = json.child("parity").let { if ("failures" in it) it.list("failures") else emptyList() }
+class Manifest private constructor(json: Value) {
+    private val plan = json.at("plan")
+    private val scan = json.at("scan")
+    val name = json.at("name").text()
+    val target = json.at("target").text()
+    val artifact = json.at("artifact").text()
+    val head = plan.at("head").oneOf("logits", "probs", "features")
+    val input = plan.at("input").oneOf("image", "tensor")
+    val batch = Batch.of(plan.at("batch"))
+    val precision = plan.at("precision").text()
+    val preprocessing = Preprocessing.of(json.at("preprocessing"))
+    val inputs = specs(json.at("inputs"))
+    val outputs = specs(json.at("outputs"))
+    val files = json.at("files").members().mapValues { (name, facts) -> checkedHash(name, facts) }
+    val scanModes = scan.at("value").text().split("+")
+    val plugins = scan.at("plugins").let { if (it.isNull) emptyMap() else it.members().mapValues(::plugin) }
+    val built = json.at("built").flag(true)
+    val rejected = json.at("rejected").flag(false)
+    val failures = json.at("parity").at("failures").let { if (it.isAbsent) emptyList() else it.items().map(Value::text) }
+    internal val limits = Limits(json.at("parity"), json.at("selftest"))
 
     init {
-        require(files.keys.any { it == artifact || it.startsWith("$artifact/") }) {
-            "the artifact '$artifact' is not among the files"
-        }
-        for (library in plugins.values) require(library in files) {
-            "the native library '$library' is not among the files"
-        }
+        json.at("artifact").require(files.keys.any { it == artifact || it.startsWith("$artifact/") }, "among the files")
     }
+
+    private fun plugin(entry: Map.Entry<String, Value>): String =
+        entry.value.text().also { entry.value.require(it in files, "among the files") }
 
     companion object {
         /** Reads and validates [bundle]/manifest.json. Throws [BundleException]. */
         fun read(bundle: File): Manifest {
             val path = File(bundle, MANIFEST)
             if (!path.exists()) {
-                throw BundleException("$bundle is not a bundle: it has no $MANIFEST", "make one with evm-export")
+                val message = "$bundle is not a bundle: it has no $MANIFEST"
+                throw BundleException(message, "make one with evm-export", "manifest.missing")
             }
-            if (path.length() > MAX_BYTES) {
-                throw BundleException("$path is larger than $MAX_BYTES bytes: not a manifest")
-            }
-            val json = parsed(path) as? JsonObject ?: throw BundleException("$path is not a JSON object")
-            val version = (json["schema_version"] as? JsonPrimitive)?.takeIf { !it.isString }?.intOrNull ?: 0
-            if (version < 1) throw BundleException("$path has no schema_version")
-            if (version > SCHEMA_VERSION) {
-                val message = "$bundle has manifest schema $version, this evm-deploy reads up to $SCHEMA_VERSION"
-                throw BundleException(message, "upgrade: take the evm module of a newer evm-deploy")
-            }
+            if (path.length() > MAX_BYTES) throw damaged("$path is larger than $MAX_BYTES bytes: not a manifest")
+            val json = Value(parsed(path) as? JsonObject ?: throw damaged("$path is not a JSON object"))
             try {
+                val version = json.at("schema_version").count()
+                if (version > SCHEMA_VERSION) {
+                    val message = "$bundle has manifest schema $version, this app reads up to $SCHEMA_VERSION"
+                    val hint = "upgrade: take the evm module of a newer evm-deploy"
+                    throw BundleException(message, hint, "manifest.version", "schema_version")
+                }
                 return Manifest(json)
-            } catch (error: Exception) { // an untrusted file: whatever is wrong in it, it is the manifest's fault
-                throw BundleException("$path is not a valid manifest: ${said(error)}", "export the bundle again")
+            } catch (error: Invalid) {
+                val message = "$path is not a valid manifest: ${error.message}"
+                throw BundleException(message, "export the bundle again", "manifest.invalid", error.where)
             }
         }
 
         private fun parsed(path: File): JsonElement = try {
             parsedJson(path.readText())
         } catch (error: IOException) {
-            throw BundleException("$path cannot be read: ${error.message}")
+            throw BundleException("$path cannot be read: ${error.message}", code = "manifest.missing")
         } catch (error: IllegalArgumentException) {
-            throw BundleException("$path is damaged: ${error.message}", "export the bundle again")
+            throw damaged("$path is damaged: ${error.message}")
         }
 
-        private fun said(error: Exception) = if (error is EvmException) error.toString() else error.message
+        private fun damaged(message: String) = BundleException(message, "export the bundle again", "manifest.damaged")
     }
+}
+
+/** Limits of the self-test; in bundles from before limits were data, 1 of 255 for pixels, and that of the parity. */
+internal class Limits(parity: Value, selftest: Value) {
+    private val told = selftest.takeIf { !it.isAbsent && it.members().isNotEmpty() }
+    private val otherwise = parity.at("limit").number(0.0)
+    private val outputs = limits("outputs")
+    private val scans = limits("scans")
+    val preprocessing = told?.at("preprocessing")?.number(0.0) ?: 1.0
+
+    fun output(name: String): Double = outputs[name] ?: otherwise
+
+    fun scan(name: String): Double? = scans[name]
+
+    private fun limits(key: String) = told?.at(key)?.members().orEmpty().mapValues { it.value.number(0.0) }
 }
 
 /** Pictures per inference: [min] to [max], null for any number. */
 class Batch private constructor(val min: Int, val max: Int?) {
     companion object {
-        fun parse(text: String): Batch {
+        internal fun of(value: Value): Batch {
+            val text = value.text()
             if (text == "dynamic") return Batch(1, null)
-            val parts = text.split(":").map { it.toIntOrNull() ?: 0 }
+            val parts = text.split(":").map { if (it.matches(Regex("[0-9]{1,5}"))) it.toInt() else 0 }
             val ordered = parts.size in setOf(1, 3) && parts.first() >= 1 && parts == parts.sorted()
-            if (ordered) return Batch(parts.first(), parts.last())
-            throw UsageException("--batch '$text': use a number from 1, 'dynamic', or min:opt:max such as 1:4:8")
+            value.require(ordered, "a number from 1, dynamic, or min:opt:max such as 1:4:8")
+            return Batch(parts.first(), parts.last())
         }
     }
 }
@@ -105,39 +107,14 @@ class Batch private constructor(val min: Int, val max: Int?) {
 internal fun insideBundle(name: String): Boolean =
     name.isNotEmpty() && !name.startsWith("/") && ".." !in name.split("/") && name.none { it in "\\:\u0000" }
 
-private fun checkedHash(name: String, facts: JsonObject): String {
-    require(insideBundle(name)) { "file name '$name' leaves the bundle" }
-    return requireNotNull(facts.text("sha256").takeIf(Regex("[0-9a-f]{64}")::matches)) { "$name has no sha256" }
+private fun checkedHash(name: String, facts: Value): String {
+    if (!insideBundle(name)) throw Invalid(facts.where, "leaves the bundle")
+    val hash = facts.at("sha256")
+    hash.require(hash.text().matches(Regex("[0-9a-f]{64}")), "a sha256")
+    return hash.text()
 }
 
-private fun oneOf(what: String, value: String, choices: List<String>): String {
-    if (value in choices) return value
-    throw UsageException("$what '$value' is unknown; choose from: ${choices.joinToString()}")
+private fun specs(value: Value): List<TensorSpec> = value.items(least = 1).map { each ->
+    val shape = each.at("shape").items(least = 1).map { if (it.isNull) null else it.count(Int.MAX_VALUE.toLong()).toInt() }
+    TensorSpec(each.at("name").text(), each.at("dtype").text(), shape)
 }
-
-/** Throws IllegalArgumentException for what is no JSON. */
-internal fun parsedJson(text: String): JsonElement = try {
-    Json.parseToJsonElement(text)
-} catch (_: StackOverflowError) { // the parser's, in a file made for that
-    throw IllegalArgumentException("nested too deeply")
-}
-
-private inline fun <reified T : JsonElement> JsonObject.get(key: String, what: String): T =
-    requireNotNull(this[key] as? T) { "it has no $what '$key'" }
-
-internal fun JsonObject.child(key: String): JsonObject = get(key, "object")
-
-/** A string, or a number as it stands there. */
-internal fun JsonObject.text(key: String): String = get<JsonPrimitive>(key, "value").content
-
-internal fun JsonObject.number(key: String): Double = text(key).toDouble()
-
-internal fun JsonObject.list(key: String): List<String> =
-    get<JsonArray>(key, "list").map { it.jsonPrimitive.content }
-
-private fun JsonObject.specs(key: String): List<TensorSpec> = get<JsonArray>(key, "list").map { each ->
-    val sizes = each.jsonObject.get<JsonArray>("shape", "list")
-    val shape = sizes.map { if (it is JsonNull) null else it.jsonPrimitive.int }
-    require(shape.all { it == null || it > 0 }) { "$key has a shape $shape" }
-    TensorSpec(each.jsonObject.text("name"), each.jsonObject.text("dtype"), shape)
-}.also { require(it.isNotEmpty()) { "it has no $key" } }

@@ -104,7 +104,8 @@ class Model private constructor(
             val bundle = Bundle.open(folder)
             val manifest = bundle.manifest
             if (!manifest.built) {
-                throw BundleException("bundle $folder has no engine yet", "on the device:  evm-export --finish $folder")
+                val hint = "on the device:  evm-export --finish $folder"
+                throw BundleException("bundle $folder has no engine yet", hint, "bundle.unfinished")
             }
             if (manifest.target != TARGET) {
                 val message = "bundle $folder is for target '${manifest.target}', this app runs '$TARGET'"

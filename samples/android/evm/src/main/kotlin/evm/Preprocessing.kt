@@ -2,9 +2,8 @@ package evm
 
 import kotlin.math.max
 import kotlin.math.round
-import kotlinx.serialization.json.JsonObject
 
-private const val MAX_SIDE = 8192
+private const val MAX_SIDE = 8192L
 
 /**
  * From a picture to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased, and the
@@ -30,7 +29,7 @@ class Preprocessing private constructor(
         val newWidth = max(covers.second, width.toLong())
         if (max(newHeight, newWidth) > 100L * max(height, width)) {
             val shape = "${picture.width}x${picture.height}"
-            throw ImageException("$name is $shape: too narrow to be cropped to ${width}x$height")
+            throw ImageException("$name is $shape: too narrow to be cropped to ${width}x$height", code = "image.narrow")
         }
         val crop = Crop(centre(newWidth, width), centre(newHeight, height), width, height)
         return picture.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
@@ -49,31 +48,13 @@ class Preprocessing private constructor(
     }
 
     companion object {
-        /** As in a manifest. Throws IllegalArgumentException that says what does not fit. */
-        internal fun of(json: JsonObject): Preprocessing {
-            val size = json.list("size")
-            val sides = size.mapNotNull { it.toIntOrNull() }
-            require(size.size == 2 && sides.size == 2 && sides.all { it in 1..MAX_SIDE }) {
-                "size is ${size.shown()}, it must be [H, W] of 1 to $MAX_SIDE pixels"
-            }
-            val cropPct = json.number("crop_pct")
-            require(cropPct > 0 && cropPct <= 1) {
-                "crop_pct is ${json.text("crop_pct")}, it must be over 0 and at most 1"
-            }
-            val named = json.text("interpolation")
-            val filter = requireNotNull(listOf(Filter.BICUBIC, Filter.BILINEAR).find { it.name.lowercase() == named }) {
-                "interpolation is '$named', choose from: bicubic, bilinear"
-            }
-            val (mean, std) = listOf("mean", "std").map { key ->
-                val values = json.list(key)
-                val numbers = values.mapNotNull { it.toDoubleOrNull()?.takeIf(Double::isFinite) }
-                require(values.size == 3 && numbers.size == 3) {
-                    "$key is ${values.shown()}, it must be three finite numbers"
-                }
-                numbers
-            }
-            require(std.min() > 0) { "std is ${json.list("std").shown()}, it must be positive" }
-            return Preprocessing(sides[0], sides[1], cropPct, filter, mean.floats(), std.floats())
+        /** As in a manifest. */
+        internal fun of(value: Value): Preprocessing {
+            val (height, width) = value.at("size").items(2, 2).map { it.count(MAX_SIDE).toInt() }
+            val filter = Filter.valueOf(value.at("interpolation").oneOf("bicubic", "bilinear").uppercase())
+            val mean = value.at("mean").items(3, 3).map { it.number() }
+            val std = value.at("std").items(3, 3).map { it.positive() }
+            return Preprocessing(height, width, value.at("crop_pct").positive(1.0), filter, mean.floats(), std.floats())
         }
     }
 }
@@ -81,5 +62,3 @@ class Preprocessing private constructor(
 private fun centre(have: Long, want: Int): Int = round((have - want) / 2.0).toInt()
 
 private fun List<Double>.floats() = map { it.toFloat() }
-
-private fun List<String>.shown() = joinToString(", ", "[", "]")

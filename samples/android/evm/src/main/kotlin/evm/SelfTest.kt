@@ -17,8 +17,6 @@ private val AXES = mapOf(
     "u" to "bKLD", "delta" to "bKLD", "A" to "KDN", "B" to "bKLN", "C" to "bKLN", "skip" to "KD", "bias" to "KD",
     "y" to "bKLD",
 )
-private val TOLERANCES = mapOf("fp32" to 1e-4, "fp16" to 2e-2)
-private val OWN_TOLERANCES = mapOf("int8" to 0.05, "int8-fp16" to 0.05, "w8" to 1e-4) // of the artifact's own outputs
 private const val SCAN_TOLERANCE = 2e-5 // of the part that the states give
 private const val ROUNDING = 4 * 1.1920929e-7 // of y in float32, before skip * u is taken off
 
@@ -35,13 +33,12 @@ internal fun selfTest(
     val picture = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
     val pixels = Tensor.of(listOf(picture.height, picture.width, 3), picture.rgb)
     val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
-    val checks = mutableListOf(Check("preprocessing (of 255)", off, 1.0))
-    val tolerance = OWN_TOLERANCES[manifest.precision] ?: manifest.tolerance ?: TOLERANCES.getValue(manifest.precision)
+    val checks = mutableListOf(Check("preprocessing (of 255)", off, manifest.limits.preprocessing))
     val images = tensors[manifest.input]?.takeIf { it.shape.isNotEmpty() && 0 !in it.shape }
-        ?: throw damaged(bundle, "$PROBES has no ${manifest.input}")
+        ?: throw damaged(bundle, PROBES, "has no ${manifest.input}")
     for ((name, have) in runBatched(manifest, runtime, images)) {
         val want = like(bundle, tensors, have.spec(name)).floats()
-        checks += Check(name, worst(have.floats(), want), tolerance * max(1.0, largest(want)))
+        checks += Check(name, worst(have.floats(), want), manifest.limits.output(name))
     }
     if (scans.isEmpty()) return checks
     open(bundle.file("selftest/scan.onnx")).use { runtime ->
@@ -50,21 +47,23 @@ internal fun selfTest(
     return checks
 }
 
-private fun damaged(bundle: Bundle, reason: String) =
-    BundleException("bundle ${bundle.folder} has no readable self-test: selftest/$reason", "export it again")
+private fun damaged(bundle: Bundle, file: String, reason: String): BundleException {
+    val message = "bundle ${bundle.folder} has no readable self-test: selftest/$file $reason"
+    return BundleException(message, "export it again", "selftest.damaged", "selftest/$file")
+}
 
 private fun read(bundle: Bundle, name: String): Map<String, Tensor> = try {
     Tensor.read(bundle.file("selftest/$name"))
 } catch (error: IOException) {
-    throw damaged(bundle, "$name cannot be read: ${error.message}")
+    throw damaged(bundle, name, "cannot be read: ${error.message}")
 } catch (error: RuntimeException) { // whatever is wrong in the file
-    throw damaged(bundle, "$name cannot be read: ${error.message}")
+    throw damaged(bundle, name, "cannot be read: ${error.message}")
 }
 
 /** The tensor that is as [spec] says. */
 private fun like(bundle: Bundle, tensors: Map<String, Tensor>, spec: TensorSpec): Tensor =
     tensors[spec.name]?.takeIf { it.spec(spec.name) == spec }
-        ?: throw damaged(bundle, "$PROBES has no ${spec.name} of ${spec.dtype}${spec.shape}")
+        ?: throw damaged(bundle, PROBES, "has no ${spec.name} of ${spec.dtype}${spec.shape}")
 
 /** Tensors by name, by scan, in the order of their names. */
 private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
@@ -72,7 +71,7 @@ private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
     val scans = tensors.entries.groupBy({ it.key.substringBefore(":") }) { it.key.substringAfter(":") to it.value }
     return scans.mapValues { (name, scan) ->
         scan.toMap().also {
-            if (!isScan(it)) throw damaged(bundle, "$SCANS: the tensors of '$name' are not those of a scan")
+            if (!isScan(it)) throw damaged(bundle, SCANS, "has no scan in the tensors of '$name'")
         }
     }
 }
@@ -123,9 +122,9 @@ private fun scanCheck(bundle: Bundle, name: String, runtime: Runtime, scan: Map<
         skip[it / (steps * channels) % directions * channels + it % channels].toDouble() * u[it]
     }
     val largest = max(want.indices.maxOf { abs(want[it] - skipPart[it]) }, java.lang.Float.MIN_NORMAL.toDouble())
-    val limit = SCAN_TOLERANCE + ROUNDING * skipPart.maxOf(::abs) / largest
+    val limit = bundle.manifest.limits.scan(name) ?: (SCAN_TOLERANCE + ROUNDING * skipPart.maxOf(::abs) / largest)
     val y = runtime.run(scan - "y")["y"]?.takeIf { it.shape == scan.getValue("y").shape }
-        ?: throw damaged(bundle, "scan.onnx gives no y")
+        ?: throw damaged(bundle, "scan.onnx", "gives no y")
     return Check("scan $name", worst(y.floats(), want) / largest, limit)
 }
 
@@ -136,5 +135,3 @@ private fun worst(have: FloatArray, want: FloatArray): Double =
 
 private fun worstByte(have: ByteBuffer, want: ByteBuffer): Double =
     (0 until have.limit()).maxOf { abs((have[it].toInt() and 255) - (want[it].toInt() and 255)) }.toDouble()
-
-private fun largest(values: FloatArray): Double = values.maxOf { abs(it.toDouble()) }

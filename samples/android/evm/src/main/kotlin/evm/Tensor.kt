@@ -3,7 +3,6 @@ package evm
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
-import kotlinx.serialization.json.JsonObject
 
 private val BYTES = mapOf("uint8" to 1, "float32" to 4)
 private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
@@ -57,13 +56,13 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
             val length = content.getLong(0)
             require(length in 0..content.limit() - 8L) { "$file has a header of $length bytes" }
             val data = 8 + length.toInt()
-            val header = parsedJson(String(content.array(), 8, length.toInt())) as JsonObject
-            return header.filterKeys { it != "__metadata__" }.mapValues { (_, entry) ->
-                val facts = entry as JsonObject
-                val dtype = requireNotNull(SAFETENSORS[facts.text("dtype")]) { "dtype ${facts.text("dtype")}" }
-                val (from, until) = facts.list("data_offsets").map { Math.addExact(data, it.toInt()) }
+            val header = Value(parsedJson(String(content.array(), 8, length.toInt())))
+            return (header.members() - "__metadata__").mapValues { (_, facts) ->
+                val dtype = SAFETENSORS[facts.at("dtype").text()]
+                facts.at("dtype").require(dtype != null, "one of ${SAFETENSORS.keys.joinToString()}")
+                val (from, until) = facts.at("data_offsets").items(2, 2).map { Math.addExact(data, it.number(0.0).toInt()) }
                 val bytes = content.duplicate().apply { limit(until).position(from) }.slice()
-                Tensor(dtype, facts.list("shape").map { it.toInt() }, bytes)
+                Tensor(dtype.orEmpty(), facts.at("shape").items().map { it.number(0.0).toInt() }, bytes)
             }
         }
     }
