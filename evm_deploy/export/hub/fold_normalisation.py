@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +17,8 @@ def fold_normalisation(model: onnx.ModelProto) -> int:
     before:  %1 = Cast(%image);  %2 = Mul(%1, scale);  %3 = Add(%2, shift);  %4 = Transpose(%3);  %5 = Conv(%4, W, b)
     after:   %1 = Cast(%image);  %4 = Transpose(%1);  %5 = Conv(%4, W * scale, b + sum(W * shift))
 
-    Exact but for rounding, and only where the convolution does not pad: a padded zero is no pixel. Two passes over the
-    whole picture less.
+    Exact but for rounding, and only where the convolution does not pad: a padded zero is no pixel. Weights that another
+    node reads too stay as they are: this convolution gets copies. Two passes over the whole picture less.
     """
     from onnx import numpy_helper
 
@@ -33,8 +34,13 @@ def fold_normalisation(model: onnx.ModelProto) -> int:
     scale, shift, weight, bias = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in parameters)
     if scale.ndim != 1 or scale.shape != shift.shape or weight.shape[1] != len(scale):
         return 0
-    folded = {conv.input[1]: weight * scale[:, None, None], conv.input[2]: bias + np.einsum("ochw,c->o", weight, shift)}
-    for name, value in folded.items():
+    read = Counter(name for node in graph.node for name in node.input)
+    folded = (weight * scale[:, None, None], bias + np.einsum("ochw,c->o", weight, shift))
+    for i, value in enumerate(folded, start=1):
+        name = conv.input[i]
+        if read[name] > 1:
+            conv.input[i] = name = f"{name}_normalised"
+            tensors[name] = graph.initializer.add()
         tensors[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
     transpose.input[0] = cast.output[0]
     for node in (mul, add):
