@@ -40,7 +40,7 @@ def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     """Replace the nodes of module `path` by one evm::<op_type> node and a model-local function of them.
 
     before:  %n = LayerNormalization(%x, norm.weight, norm.bias);  %1 = MatMul(%n, in_proj) ..  %out = Add(%x, %9)
-    after:   %out = evm::EVSSBlock(%x, norm.weight, norm.bias, in_proj ..)        the function holds the nodes
+    after:   %out = evm::Block(%x, norm.weight, norm.bias, in_proj ..)        the function holds the nodes
 
     A runtime that has the kernel uses it; any other runs the body. The function's further outputs, which the node does
     not ask for, are what its scan reads and writes. Bodies that differ in attributes alone, as those of stages do in
@@ -173,8 +173,8 @@ def _share(
 ) -> tuple[onnx.FunctionProto, list[onnx.AttributeProto]]:
     """The function of the model to call for `function`, and the attributes to call it with.
 
-    before:  EVSSBlock() { .. Conv<group=48>(..) .. }, called for blocks of 48 channels; `function` has group=96
-    after:   EVSSBlock<v5_group>() { .. Conv<group=@v5_group>(..) .. }, called with v5_group=48 and v5_group=96
+    before:  Block() { .. Conv<group=48>(..) .. }, called for blocks of 48 channels; `function` has group=96
+    after:   Block<v5_group>() { .. Conv<group=@v5_group>(..) .. }, called with v5_group=48 and v5_group=96
 
     A body of another structure is a function of the same name, told apart by its `overload`. ONNX Runtime 1.28 knows
     that; up to 1.24 at least it takes the first body for all.

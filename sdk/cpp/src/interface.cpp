@@ -58,7 +58,7 @@ void check_interface(const Source &source, const Manifest &manifest, const std::
     if (!std::equal(have.begin(), have.end(), want.begin(), want.end(), alike))
         throw unlike(source, manifest, specs_text(have), "the manifest says " + specs_text(want));
     if (runtime.inputs.size() != 1) throw unlike(source, manifest, specs_text(have), "a bundle's model has one input");
-    if (manifest.head == "features") return;
+    if (!manifest.classifies()) return;
     const TensorSpec *const scores = find(runtime.outputs, manifest.head);
     if (!scores) throw unlike(source, manifest, specs_text(have), "a classifier has " + manifest.head);
     check_scores(source, manifest, labels, *scores);

@@ -168,7 +168,7 @@ Manifest manifest_of(const Value &content) {
     read_batch(plan.at("batch"), manifest);
     manifest.precision = plan.at("precision").text();
     manifest.input = plan.at("input").one_of({"image", "tensor"});
-    manifest.head = plan.at("head").one_of({"logits", "probs", "features"});
+    manifest.head = plan.at("head").one_of({"logits", "probs", "features", "raw"});
     manifest.inputs = tensors(content.at("inputs")), manifest.outputs = tensors(content.at("outputs"));
     manifest.preprocessing = preprocessing_of(content.at("preprocessing"));
     read_files(content.at("files"), manifest);

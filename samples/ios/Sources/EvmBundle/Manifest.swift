@@ -13,6 +13,8 @@ public struct Manifest: Decodable {
         public let input: String
         public let precision: String
         public let batch: String
+        /// Whether one output holds scores by class.
+        public var classifies: Bool { head == "logits" || head == "probs" }
     }
     public struct Preprocess: Decodable {
         public let size: [Int]
@@ -135,7 +137,7 @@ public struct Manifest: Decodable {
     }
 
     private func validate() throws {
-        try require(["logits", "probs", "features"].contains(plan.head), "plan.head", "is unknown")
+        try require(["logits", "probs", "features", "raw"].contains(plan.head), "plan.head", "is unknown")
         try require(["image", "tensor"].contains(plan.input), "plan.input", "is unknown")
         try preprocessing.validate()
         for (name, file) in files {

@@ -38,8 +38,8 @@ public final class Model {
 
     /// The `top` most probable classes of `pixels`, best first. Throws EvmError.
     public func classify(_ pixels: Picture, top: Int = 5) throws -> [Prediction] {
-        guard manifest.plan.head != "features" else {
-            throw EvmError(.usage, "this bundle gives feature maps, not classes", hint: "use run(_:)")
+        guard manifest.plan.classifies else {
+            throw EvmError(.usage, "this bundle gives \(manifest.plan.head), not classes", hint: "use run(_:)")
         }
         guard top >= 1 else { throw EvmError(.usage, "top is \(top), it must be at least 1") }
         let values = try run(input(pixels))[manifest.plan.head] ?? []

@@ -16,7 +16,7 @@ export function checkInterface(
   if (have.length !== want.length || !have.every((spec, i) => alike(spec, want[i]!)))
     throw unlike(bundle, all, `the manifest says ${want.map(specText).join(", ")}`);
   if (inputs.length !== 1) throw unlike(bundle, all, "a bundle's model has one input");
-  if (manifest.head === "features") return;
+  if (!manifest.classifies) return;
   const scores = outputs.find(({ name }) => name === manifest.head);
   if (!scores) throw unlike(bundle, all, `a classifier has ${manifest.head}`);
   checkScores(bundle, labels, scores);

@@ -8,7 +8,7 @@ import type { TensorSpec } from "./tensor";
 export const MANIFEST = "manifest.json";
 export const SCHEMA_VERSION = 1;
 const MAX_BYTES = 4 << 20;
-export type Head = "logits" | "probs" | "features";
+export type Head = "logits" | "probs" | "features" | "raw";
 
 /** Images per inference: static where min equals max; max null is unbounded. */
 export interface Batch {
@@ -48,12 +48,17 @@ export class Manifest {
   private readonly limits: Limits;
   private readonly parityLimit: number;
 
+  /** Whether one output holds scores by class. */
+  get classifies(): boolean {
+    return this.head === "logits" || this.head === "probs";
+  }
+
   private constructor(content: Value) {
     const [plan, scan, parity] = [content.at("plan"), content.at("scan"), content.at("parity")];
     this.name = content.at("name").text();
     this.target = content.at("target").text();
     this.artifact = content.at("artifact").text();
-    this.head = plan.at("head").oneOf(["logits", "probs", "features"]);
+    this.head = plan.at("head").oneOf(["logits", "probs", "features", "raw"]);
     this.input = plan.at("input").oneOf(["image", "tensor"]);
     this.precision = plan.at("precision").text();
     this.batch = batchOf(plan.at("batch"));

@@ -107,7 +107,7 @@ export class Model {
 
   private async classifyPicture(picture: Picture, top: number): Promise<Prediction[]> {
     const { head, batch, preprocessing } = this.manifest;
-    if (head === "features") throw new UsageError("this bundle gives feature maps, not classes", "use run(feeds)");
+    if (!this.manifest.classifies) throw new UsageError(`this bundle gives ${head}, not classes`, "use run(feeds)");
     if (!(top >= 1)) throw new UsageError(`top is ${top}, it must be at least 1`);
     const start = performance.now();
     const input = this.input(preprocessing.pixels(picture));

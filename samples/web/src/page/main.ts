@@ -25,7 +25,7 @@ async function open(place: Place, options = asked()): Promise<void> {
     bundle = await engine.call("open", [place, options]);
     showNoProblem();
     showNothing();
-    showNoTop(bundle.head === "features" ? "Feature maps, no classes" : "No picture yet");
+    showNoTop(!bundle.classes ? "Feature maps, no classes" : "No picture yet");
   } catch (error) {
     const wasm = (): void => void open(place, { ...options, provider: "wasm" });
     showProblem(error, options.provider === "wasm" ? undefined : wasm);
@@ -96,7 +96,7 @@ async function measured(button: string, act: () => Promise<void>): Promise<void>
 
 function enable(): void {
   for (const id of NEEDS_BUNDLE) at<HTMLButtonElement>(id).disabled = !bundle;
-  for (const id of NEEDS_CLASSES) at<HTMLButtonElement>(id).disabled = !bundle || bundle.head === "features";
+  for (const id of NEEDS_CLASSES) at<HTMLButtonElement>(id).disabled = !bundle?.classes;
 }
 
 function take(what: Given | null): void {

@@ -91,7 +91,8 @@ async function topOf(model: Model, image: Blob | ImageBitmap, top: number): Prom
 
 function facts({ manifest, labels, provider, threads, outputs }: Model, loadMs: number): Opened {
   const { name, precision, head, input, artifact, files, preprocessing } = manifest;
-  const classes = head === "features" ? null : (labels?.length ?? outputs[0]!.shape.at(-1) ?? null);
+  const scores = outputs.find((output) => output.name === head);
+  const classes = manifest.classifies ? (labels?.length || (scores?.shape.at(-1) ?? null)) : null;
   const bytes = files.get(artifact)!.size_bytes;
   return { name, precision, head, input, classes, bytes, preprocessing: preprocessing.facts, provider, threads, loadMs };
 }

@@ -149,7 +149,7 @@ struct Limits {
 // What manifest.json says; schema in docs/bundle.md.
 struct Manifest {
     std::string name, target, artifact, precision;
-    std::string input, head;            // image or tensor; logits, probs or features
+    std::string input, head;            // image or tensor; logits, probs, features or raw
     int batch_min = 1, batch_max = 1;   // images in one inference; batch_max 0: any number
     std::vector<TensorSpec> inputs, outputs;
     Limits limits;
@@ -159,6 +159,7 @@ struct Manifest {
     std::vector<std::pair<std::string, std::string>> files;     // path -> sha256
     bool built = true, rejected = false;
     std::string json;                   // the whole of it
+    bool classifies() const { return head == "logits" || head == "probs"; }
 };
 
 // One line of a self-test.

@@ -20,7 +20,7 @@ internal fun checkInterface(bundle: Bundle, labels: List<String>, runtime: Runti
         throw unlike(bundle, have.joinToString(), "the manifest says ${want.joinToString()}")
     }
     if (runtime.inputs.size != 1) throw unlike(bundle, have.joinToString(), "a bundle's model has one input")
-    if (manifest.head == "features") return
+    if (!manifest.classifies) return
     val scores = runtime.outputs.find { it.name == manifest.head }
         ?: throw unlike(bundle, have.joinToString(), "a classifier has ${manifest.head}")
     checkScores(bundle, labels, scores)

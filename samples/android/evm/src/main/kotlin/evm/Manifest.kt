@@ -16,7 +16,10 @@ class Manifest private constructor(json: Value) {
     val name = json.at("name").text()
     val target = json.at("target").text()
     val artifact = json.at("artifact").text()
-    val head = plan.at("head").oneOf("logits", "probs", "features")
+    val head = plan.at("head").oneOf("logits", "probs", "features", "raw")
+
+    /** Whether one output holds scores by class. */
+    val classifies = head == "logits" || head == "probs"
     val input = plan.at("input").oneOf("image", "tensor")
     val batch = Batch.of(plan.at("batch"))
     val precision = plan.at("precision").text()

@@ -45,8 +45,8 @@ class Model private constructor(
 
     /** The [top] most probable classes of [pixels], best first. Throws [UsageException], [BundleException]. */
     fun classify(pixels: Picture, top: Int = 5): List<Prediction> {
-        if (manifest.head == "features") {
-            throw UsageException("this bundle gives feature maps, not classes", "use run(feeds)")
+        if (!manifest.classifies) {
+            throw UsageException("this bundle gives ${manifest.head}, not classes", "use run(feeds)")
         }
         if (top < 1) throw UsageException("top is $top, it must be at least 1")
         val (height, width) = manifest.preprocessing.run { height to width }
