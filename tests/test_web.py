@@ -39,7 +39,7 @@ from tests.test_archive import link, made
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
-from tests.toolchains import without
+from tests.toolchains import need, without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
 
 pytestmark = [pytest.mark.xdist_group("web"), pytest.mark.browser]  # one build, one browser
@@ -57,6 +57,7 @@ MAX_KB = 150  # of a picture in the docs
 @pytest.fixture(scope="module")
 def site(demo_bundle, tmp_path_factory) -> Path:
     """The sample with the demo's bundle, the docs' example and a page that hands out the library."""
+    need("node", "chromium")
     (example,) = re.findall(r"```ts\n(.*?)```", DOC.read_text(), re.S)
     try:
         pages = {**LIBRARY, "example.html": EXAMPLE, "example.ts": example}

@@ -132,7 +132,9 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.collectonly:
+        return
     skipped = lacking(terminalreporter.stats.get("skipped", []))
     terminalreporter.write_line(summary(_used, skipped))
     for name in wanted_in_ci(skipped):
