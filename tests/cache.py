@@ -146,7 +146,6 @@ class Graphs:
         with locked(file.with_suffix(".lock")):
             if not file.exists():
                 write_aside(file, pickle.dumps(self.real(module, plan, facts)))
-        import_module("onnx.inliner")  # as tracing leaves a process: this submodule loaded, our schema registered
         onnx_function.register_schema()
         return pickle.loads(file.read_bytes())
 

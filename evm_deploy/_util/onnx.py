@@ -25,3 +25,11 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
     ordered.graph.sort()
     result: onnx.ModelProto = onnx_ir.to_proto(ordered)
     return result
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the bodies of its functions in the place of their calls."""
+    from onnx import inliner
+
+    result: onnx.ModelProto = inliner.inline_local_functions(model)
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
@@ -33,7 +34,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = to_fp16(model, scan_sites(model))
     sites = scan_sites(model)
     if plan.scan == "portable":
-        model = onnx.inliner.inline_local_functions(model)
+        model = inlined(model)
         scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
         if plan.precision != "fp16":
@@ -61,11 +62,9 @@ def build_plugin(platform: str) -> Path:
 
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
-    import onnx
-
     model = scan_alone(graph.model)
     if artifact.scan.value == "portable":
-        model = onnx.inliner.inline_local_functions(model)
+        model = inlined(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.manifest import Choice
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
@@ -88,29 +89,26 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
     proto.CopyFrom(graph.model)
     fold_normalisation(proto)
     if scan == "portable":
-        return inlined(proto), scan_sites(proto)
+        return unrolled(proto), scan_sites(proto)
     for module, op in graph.fusable.items():
         outline(proto, module, op)
     return proto, scan_sites(proto, graph.fusable)
 
 
-def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+def unrolled(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A graph with its functions inlined, and scans unrolled over as many steps as suit OpenVINO. Changes `proto`."""
-    from onnx import inliner
-
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for function in proto.functions:
         if function.name == onnx_function.OP_TYPE:
             function.CopyFrom(onnx_function.selective_scan_function(opset, BLOCK_STEPS))
-    result: onnx.ModelProto = inliner.inline_local_functions(proto)
-    return result
+    return inlined(proto)
 
 
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     proto, library = scan_alone(graph.model), None
     if artifact.scan.value == "portable":
-        proto = inlined(proto)
+        proto = unrolled(proto)
     else:
         library = artifact.path.parent / artifact.plugins[host_platform()]
     core = open_core(library)

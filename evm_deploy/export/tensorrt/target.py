@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.onnx import inlined
 from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Choice, Manifest
 from evm_deploy.bundle.selftest import ScanShape
@@ -114,9 +115,7 @@ def finish(target: str, folder: Path, library: str | None = None) -> None:
 
 def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, in the hub's portable form."""
-    import onnx
-
-    model = onnx.inliner.inline_local_functions(scan_alone(graph.model))
+    model = inlined(scan_alone(graph.model))
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
