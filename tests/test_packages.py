@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 from evm_deploy._util.packages import package_versions
+from evm_deploy.bench.remote.board import COMMON, PICTURES
+from evm_deploy.runtimes.registry import load_runtimes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_versions_are_those_of_what_brings_a_module(tmp_path, monkeypatch):
@@ -20,3 +32,23 @@ def test_versions_are_those_of_what_brings_a_module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = package_versions(["evm_gizmo", "evm_gadget", "evm_missing", "numpy"])
     assert found == {"evm_gizmo": "1.2", "evm_gadget": "unknown", "numpy": metadata.version("numpy")}
+
+
+def oldest(lines, package):
+    """The oldest version of a package that requirements allow; empty for any."""
+    (bounds,) = ([(each.operator, each.version) for each in Requirement(line).specifier] for line in lines
+                 if Requirement(line).name == package)  # fmt: skip
+    return next((version for operator, version in bounds if operator in (">=", "==")), "")
+
+
+@pytest.mark.parametrize("info", load_runtimes().values(), ids=list(load_runtimes()))
+def test_a_runtime_needs_what_its_extra_brings(info):
+    """One table for the doctor and for boards, and pip's: they say the same versions."""
+    extra = PROJECT["optional-dependencies"][info.extra]
+    assert {need.package: need.least for need in info.needs} == {
+        need.package: oldest(extra, need.package) for need in info.needs
+    }
+
+
+def test_boards_need_what_the_package_does():
+    assert all(oldest(PROJECT["dependencies"], need.package) == need.least for need in (*COMMON, PICTURES))

@@ -338,12 +338,13 @@ def test_engines_with_a_json_prefix_are_read():
     assert plan_bytes(b"") == b""
 
 
-def test_an_engine_of_another_release_is_named(tmp_path):
-    manifest = {"details": {"engine": {"tensorrt": "10.3.0"}}, "plan": {"engine": {"version_compatible": False}}}
+@pytest.mark.parametrize("key", ["settings", "engine"])  # the second in bundles of before
+def test_an_engine_of_another_release_is_named(key, tmp_path):
+    manifest = {"details": {"engine": {"tensorrt": "10.3.0"}}, "plan": {key: {"version_compatible": False}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     check_built_for(tmp_path / "model.engine", "10.3.0")
     with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.3\.0, here is 11\.4\.0"):
         check_built_for(tmp_path / "model.engine", "11.4.0")
-    manifest["plan"]["engine"]["version_compatible"] = True
+    manifest["plan"][key]["version_compatible"] = True
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     check_built_for(tmp_path / "model.engine", "11.4.0")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.files import write_aside
-from evm_deploy._util.settings import Flag, all_fields, flag_of
+from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
 from evm_deploy.bench import schema
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
@@ -56,7 +56,7 @@ class Settings:
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """The settings that `as_dict` made these of."""
         known = {each.name for each in fields(cls)}
-        own = {key: value for key, value in values.items() if key not in known and value != _own_fields()[key].default}
+        own = changed({key: value for key, value in values.items() if key not in known}, setting_kinds())
         return cls(**{key: value for key, value in values.items() if key in known}).with_own(**own)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.settings import KINDS
+from evm_deploy.export import settings as target_settings
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def export_parser() -> Parser:
     add("--std", metavar="R,G,B", help="likewise")
     add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
     add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
-    add_flags(parser, KINDS)
+    add_flags(parser, target_settings.KINDS)
     add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
     add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
     add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
@@ -304,8 +304,8 @@ def _refuse_others_flags(args: argparse.Namespace, plans: Sequence[ExportPlan]) 
 
     targets = load_targets()
     kinds = [targets[plan.target].settings for plan in plans]
-    for name in given(args, KINDS).keys() - all_fields(kinds).keys():
-        flag = flag_of(all_fields(KINDS)[name]).name
+    for name in given(args, target_settings.KINDS).keys() - all_fields(kinds).keys():
+        flag = flag_of(all_fields(target_settings.KINDS)[name]).name
         having = ", ".join(target.name for target in targets.values() if name in all_fields([target.settings]))
         raise UsageError(f"{flag} is for {having}", "leave it out")
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "agent.pyz"
+PACKAGE = Path(__file__).parents[2]
 REMOVALS = 20
 # sys.path, with the zipapp at its start, before the hook of an evm_deploy that is installed there for editing
 START = """import sys
@@ -38,13 +39,10 @@ sys.exit(main())
 UNUSED = ("demo", "lib", "__pycache__")
 
 
-def build_agent() -> bytes:
-    """The zipapp: the package's Python files; no data, no native library."""
-    import evm_deploy
-
+def build_agent(package: Path = PACKAGE) -> bytes:
+    """The zipapp: a package's Python files; no data, no native library."""
     archive = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(str(evm_deploy.__file__)).parent
         shutil.copytree(package, Path(folder) / "evm_deploy", ignore=_unused)
         (Path(folder) / "__main__.py").write_text(START, encoding="utf-8")
         zipapp.create_archive(folder, archive, compressed=True)
