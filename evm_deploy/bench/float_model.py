@@ -28,28 +28,25 @@ from evm_deploy.toolchain.plugins import find_plugin
 class FloatModel:
     """The network of the checkpoint `path`, for pictures of settings.imgsz, or of the size saved with it.
 
-    Raises CheckpointError, and UsageError for what torch has no setting for.
+    Inside its `with` block torch has settings.threads threads, in the whole process. Raises CheckpointError, and
+    UsageError for what torch has no setting for.
     """
 
     batch = Batch(1, 1, None)
     milliseconds: Mapping[str, float] = {}
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        import torch
-
         if (settings.timed, settings.scan, settings.streams) != ("model", "auto", 1):
             raise UsageError(
                 f"{path.name} is a checkpoint: in torch its network alone is timed, one inference at a time",
                 "leave --end-to-end, --scan and --streams out, or torch out of --forms",
             )
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         network = load_checkpoint(path)
         self.spec = network.spec
         imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
         self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)
         self.module = deployable(network, self.plan, self.preprocessing)
-        self.path = path
+        self.path, self.threads = path, settings.threads
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -87,9 +84,16 @@ class FloatModel:
         return {}
 
     def __enter__(self) -> FloatModel:
+        import torch
+
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or self.threads_before)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads_before)
         del self.module

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.quiet import one_at_a_time
 from evm_deploy.errors import ParityError
 from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import ExportPlan
@@ -164,7 +165,8 @@ def run_reference(reference: Any, probes: NDArray[Any]) -> FloatRun:
             return func(*args, **(kwargs or {}))
 
     watched = reaching(reference, float16.LARGEST)
-    with torch.inference_mode(), without_native_scan(), watched as reached, Recorder():  # type: ignore[no-untyped-call]
+    recorder = Recorder()  # type: ignore[no-untyped-call]
+    with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
         values = reference(torch.from_numpy(probes))
     outputs = {name: value.numpy() for name, value in zip(reference.outputs, values, strict=True)}
     return FloatRun(probes, outputs, scans, reached)

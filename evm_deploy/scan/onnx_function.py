@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evm_deploy._util.quiet import one_at_a_time
+
 if TYPE_CHECKING:
     import onnx
 
@@ -29,8 +31,6 @@ def register_schema() -> None:
     """Make evm::SelectiveScan known to the ONNX checker and to the exporter, once per process."""
     import onnx
 
-    if onnx.defs.has(OP_TYPE, DOMAIN):
-        return
     schema = onnx.defs.OpSchema(
         OP_TYPE,
         DOMAIN,
@@ -46,9 +46,11 @@ def register_schema() -> None:
         ],
     )
     schema.set_type_and_shape_inference_function(_infer_like_u)
-    onnx.defs.register_schema(schema)
-    # onnx before 1.23 would call into Python once that is gone, and crash
-    atexit.register(onnx.defs.deregister_schema, OP_TYPE, VERSION, DOMAIN)
+    with one_at_a_time:
+        if not onnx.defs.has(OP_TYPE, DOMAIN):
+            onnx.defs.register_schema(schema)
+            # onnx before 1.23 would call into Python once that is gone, and crash
+            atexit.register(onnx.defs.deregister_schema, OP_TYPE, VERSION, DOMAIN)
 
 
 def _infer_like_u(context: Any) -> None:

@@ -42,6 +42,8 @@ def _patch_cast() -> None:
     from coremltools.converters.mil.frontend.torch import ops
 
     original = ops._cast
+    if hasattr(original, "__wrapped__"):  # by another thread
+        return
 
     @wraps(original)
     def cast(context: Any, node: Any, dtype: Any, dtype_name: str) -> None:

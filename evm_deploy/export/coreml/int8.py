@@ -7,6 +7,7 @@ after its calibration get these ranges.
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Step
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.quiet import one_at_a_time, quiet
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import Quantized, Ship, choose, image_sets, stacked
 from evm_deploy.calib.quantize import Layer, activations, below_any
@@ -139,7 +140,7 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
     from coremltools.models.utils import _apply_graph_pass
 
     def prepared(name: str, **options: Any) -> Any:
-        found = PASS_REGISTRY[name]
+        found = copy.copy(PASS_REGISTRY[name])  # the registry's own would keep these options for whoever comes next
         found.set_options([PassOption(key, value) for key, value in options.items()])
         return found
 
@@ -175,7 +176,7 @@ def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
     """The outputs of the float model (`hub.graph.deployable`) by name."""
     import torch
 
-    with torch.inference_mode():
+    with one_at_a_time, torch.inference_mode():
         return {name: value.numpy() for name, value in zip(module.outputs, module(torch.from_numpy(feed)), strict=True)}
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +31,8 @@ OP = "evm::selective_scan"
 DEFAULT_MIN_TARGET = "iOS17"
 TENSOR_INPUT = "input_tensor"  # `tensor` is a word of MIL
 PROBABILITIES = "classLabel_probs"  # what converters name a classifier's second output
+
+_scan_paths: ContextVar[Iterator[str]] = ContextVar("scan_paths")
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,16 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
         graph = traced.inlined_graph  # kept: its nodes are gone with it
         calls: Counter[str] = Counter()
         paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
-        _register_scan(iter(paths))
         labels = plan.labels if plan.head == "probs" else None
         outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
-        model = _convert(
-            traced,
-            inputs=[_input_type(plan, tuple(example(plan).shape))],
-            **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
-            minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
-            compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
-        )
+        with _scans_named(paths):
+            model = _convert(
+                traced,
+                inputs=[_input_type(plan, tuple(example(plan).shape))],
+                **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
+                minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
+                compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
+            )
         if labels:
             model = _rename_output(model, PROBABILITIES, str(plan.head))
     model.short_description = " ".join(metadata[key] for key in ("variant", "family") if metadata.get(key))
@@ -156,14 +161,26 @@ def _convert(source: Any, **options: Any) -> Any:
         ) from error
 
 
-def _register_scan(paths: Iterator[str]) -> None:
-    """Convert evm::selective_scan, met in execution order, with our composite."""
+@contextmanager
+def _scans_named(paths: Iterable[str]) -> Iterator[None]:
+    """Inside, the scans that are converted, in execution order, are those of these module paths."""
+    _register_scan()
+    token = _scan_paths.set(iter(paths))
+    try:
+        yield
+    finally:
+        _scan_paths.reset(token)
+
+
+@cache
+def _register_scan() -> None:
+    """Convert evm::selective_scan with our composite, from now on."""
     from coremltools.converters.mil import register_torch_op
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
     @register_torch_op(torch_alias=[OP], override=True)  # type: ignore[untyped-decorator]
     def selective_scan(context: Any, node: Any) -> None:
-        y = mil.selective_scan(*_get_inputs(context, node, expected=7), prefix=scan_prefix(next(paths)))
+        y = mil.selective_scan(*_get_inputs(context, node, expected=7), prefix=scan_prefix(next(_scan_paths.get())))
         context.add(y, torch_name=node.name)
 
 

@@ -216,7 +216,8 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
             "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
         )
     fold_batch_norm(program.model)
-    program.optimize()
+    with quiet():
+        program.optimize()
     proto: onnx.ModelProto = program.model_proto
     return proto
 
