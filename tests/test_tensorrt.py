@@ -24,9 +24,9 @@ from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ParityError, ToolchainError, UsageError
-from evm_deploy.export import tensorrt
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.tensorrt import target as tensorrt
 from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
 from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
