@@ -20,6 +20,7 @@ from evm_deploy.export.selftest import probe_inputs
 from evm_deploy.export.target import Artifact
 from evm_deploy.runtimes.mil import MilRuntime
 from evm_deploy.scan import mil
+from evm_deploy.tasks.classification import CLASSIFICATION
 from tests.conftest import save_as_released
 from tests.coreml import SIZES, plan_for
 from tests.test_mil import edited
@@ -34,7 +35,8 @@ def parity_of(package, coreml_fp32):
     changed = Artifact(package, artifact.scan, artifact.details)
     probes = probe_inputs(plan, Preprocessing((64, 64)), count=1)
     with MilRuntime(package) as runtime:
-        return verify.verify(module, runtime, CoreMlScanTaps(changed, None), plan, probes)
+        taps = CoreMlScanTaps(changed, None)
+        return verify.verify(verify.run_reference(module, probes), runtime, taps, plan, CLASSIFICATION)
 
 
 def find(block, op_type, name=""):

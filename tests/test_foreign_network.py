@@ -111,7 +111,7 @@ def test_int8_by_blocks_of_its_own(toy, tmp_path):
 def test_a_scan_that_is_wrong_in_the_artifact_is_named(toy, tmp_path, monkeypatch):
     """Negative control: the second call of the shared block is spoilt, and nothing else."""
     from evm_deploy.export import onnx as target
-    from evm_deploy.export.onnx import scans
+    from evm_deploy.export.hub import scans
 
     original = scans.OnnxScanTaps.in_situ
 

@@ -14,7 +14,7 @@ from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import printable
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import UsageError
 from evm_deploy.export import settings as target_settings
 from evm_deploy.toolchain.platforms import PLATFORMS
 
@@ -161,12 +161,12 @@ def _reported(
     from evm_deploy.bundle.signing import sign
 
     bundle, error = outcome.bundle, outcome.error
-    if error or bundle is None:
-        error = error or ToolchainError("no bundle")
+    if error:
         if not several:
             raise error
         print(printable(f"evm-export: {outcome.plan.target}: {error}"), file=sys.stderr)
         return {"target": outcome.plan.target, "error": str(error), "exit_code": error.exit_code}, error.exit_code
+    assert bundle
     if key:
         sign(bundle.path, key)
     packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}

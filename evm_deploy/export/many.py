@@ -129,7 +129,7 @@ class Worker:
                     entered.append(self.step(*rest))
                     entered[-1].__enter__()
                 elif kind == "leave":
-                    entered.pop().__exit__(*((None,) * 3 if rest[0] else (EvmError, EvmError(""), None)))
+                    entered.pop().__exit__(*((None,) * 3 if rest[0] else (Exception, Exception(), None)))
                 else:
                     self.found.append(rest[0])
 
