@@ -24,7 +24,14 @@ from reliability import chosen
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-BASE = ("numpy==1.26.4", "pillow==10.0.0", "safetensors==0.4.0", "rich==13.0.0", "jinja2==3.1.0")
+BASE = (
+    "numpy==1.26.4",
+    "pillow==10.0.0",
+    "safetensors==0.4.0",
+    "rich==13.0.0",
+    "jinja2==3.1.0",
+    "fastjsonschema==2.21.0",
+)
 LONGEST_S = 600  # of one command
 # 2026.4: an extension is compiled for one release, and the portable IR has operators of opset 16
 OPENVINO = "openvino==2026.4.0"

@@ -132,8 +132,9 @@ def test_places_that_do_not_answer(board, micro_bundle, tmp_path, capsys, extra,
 def test_a_board_without_the_packages(board, micro_bundle, tmp_path, capsys, bare_python):
     assert bench_main([str(micro_bundle.path), *flags(board, tmp_path / "out", bare_python)]) == 3
     shown = capsys.readouterr().err
-    assert "board lacks for target 'onnx': numpy, safetensors, onnxruntime\n" in shown
-    assert f"there:  {bare_python} -m pip install 'numpy>=1.26' 'safetensors>=0.4' 'onnxruntime>=1.17'" in shown
+    assert "board lacks for target 'onnx': numpy, safetensors, fastjsonschema, onnxruntime\n" in shown
+    needs = "'numpy>=1.26' 'safetensors>=0.4' 'fastjsonschema>=2.21' 'onnxruntime>=1.17'"
+    assert f"there:  {bare_python} -m pip install {needs}" in shown
     assert board.clean()
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.files import write_aside
+from evm_deploy._util.schema import Schema, published
 from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
-from evm_deploy.bench import schema
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.registry import setting_kinds
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20
+SCHEMA = Schema(lambda: published("evm_deploy.bench", "record.schema.json"))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Record:
             differing = ", ".join(sorted(names ^ set(content)))
             raise UsageError(f"{source} is no record: fields differ: {differing:.200}")
         try:
-            schema.RECORD(content, "")
+            SCHEMA(content)
         except (ValueError, RecursionError) as error:
             message, where = f"{source} is a damaged record: {error}", getattr(error, "where", "")
             raise UsageError(message, "measure again with evm-bench", code="record.invalid", where=where) from error

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from evm_deploy import errors
-from evm_deploy._util.checks import keys, text
+from evm_deploy._util.schema import TEXT, Schema, keys
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import ToolchainError
 
 STARTUP_S = 600.0  # for loading, beside the measurement's own limit
 DEFAULTS = Settings()
-FAILED = keys(error=keys(type=text, text=text, hint=text))
+FAILED = Schema(lambda: keys(error=keys(type=TEXT, text=TEXT, hint=TEXT)))
 
 
 def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
@@ -35,7 +35,7 @@ def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record
         content = json.loads(stdout.splitlines()[-1])
         failed = isinstance(content, dict) and "error" in content
         if failed:
-            FAILED(content, "")
+            FAILED(content)
     except (IndexError, ValueError, RecursionError) as error:
         said = (stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ToolchainError(f"the process that measured {bundle} died with code {code}: {said}") from error

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evm_deploy._util.checks import (
-    InvalidError,
-    anything,
-    at_most,
-    count,
-    either,
-    keys,
-    listing,
-    mapping,
-    matching,
-    nullable,
-    number,
-    one_of,
-    positive,
-    size,
-    text,
-    yes_or_no,
-)
+from evm_deploy._util.schema import InvalidError, Schema, published
 from evm_deploy._util.text import size_text
-from evm_deploy.data.preprocessing import INTERPOLATIONS, MAX_SIDE, Preprocessing
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 MAX_BYTES = 4 << 20
-TASKS = ("classification", "features", "raw")
+SCHEMA = Schema(lambda: published("evm_deploy.bundle", "manifest.schema.json"))
 
 
 def inside_bundle(name: str) -> bool:
@@ -42,64 +25,6 @@ def inside_bundle(name: str) -> bool:
     parts = PurePosixPath(name)
     leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
     return bool(name) and not leaves
-
-
-def file_name(value: Any, where: str) -> None:
-    if not inside_bundle(value):
-        raise InvalidError(where, f"leaves the bundle: {value!r:.60}")
-
-
-def batch(value: Any, where: str) -> None:
-    text(value, where)
-    try:
-        Batch.parse(value)
-    except UsageError as error:
-        raise InvalidError(where, f"is not a batch: {error}") from error
-
-
-ACCURACY = keys(
-    images=size,
-    **dict.fromkeys(
-        ("sqnr_db", "agreement", "top1", "top1_float", "top5", "top5_float", "limit", "drop"), nullable(number)
-    ),
-    ok=nullable(yes_or_no),
-)
-TENSOR = keys(name=text, dtype=text, shape=listing(nullable(count), at_least=1))
-SCHEMA = keys(
-    **dict.fromkeys(("name", "target", "artifact"), text),
-    plan=keys(
-        **dict.fromkeys(("precision", "scan"), text),
-        batch=batch,
-        imgsz=listing(count, length=2),
-        more_imgsz=nullable(listing(listing(count, length=2))),
-        tol=nullable(number),
-        labels=nullable(listing(text)),
-        chosen=nullable(keys(value=text, reason=text)),
-        settings=nullable(mapping(anything)),
-        engine=nullable(mapping(anything)),  # the same in bundles of before, of TensorRT alone
-        input=one_of("image", "tensor"),
-        head=one_of("logits", "probs", "features", "raw"),
-    ),
-    model=keys(name=text, task=nullable(one_of(*TASKS)), checkpoint=keys(sha256=text), parameters=count),
-    preprocessing=keys(
-        size=listing(at_most(count, MAX_SIDE), length=2),
-        crop_pct=at_most(positive, 1),
-        interpolation=one_of(*INTERPOLATIONS),
-        mean=listing(number, length=3),
-        std=listing(positive, length=3),
-    ),
-    inputs=listing(TENSOR, at_least=1),
-    outputs=listing(TENSOR, at_least=1),
-    scan=keys(value=text, reason=text, plugins=nullable(mapping(text))),
-    details=mapping(anything),
-    versions=mapping(text),
-    parity=keys(failures=listing(text), limit=size),
-    accuracy=nullable(ACCURACY),
-    selftest=either({}, keys(preprocessing=size, outputs=mapping(size), scans=mapping(size))),
-    notes=listing(text),
-    files=mapping(keys(sha256=matching("[0-9a-f]{64}"), size_bytes=size), name=file_name),
-    **dict.fromkeys(("built", "rejected"), yes_or_no),
-)
 
 
 @dataclass(frozen=True)
@@ -220,12 +145,11 @@ class Manifest:
 
     @classmethod
     def _from(cls, path: Path, content: dict[str, Any]) -> Manifest:
-        required = {f.name: None for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         try:
-            manifest = cls(**{**required, **known})
-            SCHEMA(vars(manifest), "")
+            SCHEMA(content)
+            manifest = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
             manifest.preprocess()
+            _check_batch(manifest)
             _check_files(manifest)
         except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault
             message, where = f"{path} is not a valid manifest: {error}", getattr(error, "where", "")
@@ -236,6 +160,13 @@ class Manifest:
 def _frozen(value: Any) -> Any:
     """JSON's lists as the tuples they were written from."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_batch(manifest: Manifest) -> None:
+    try:
+        Batch.parse(manifest.plan["batch"])
+    except UsageError as error:
+        raise InvalidError("plan.batch", f"is not a batch: {error}") from error
 
 
 def _check_files(manifest: Manifest) -> None:

@@ -36,11 +36,12 @@ from evm_deploy.bench.remote.agent import main
 
 sys.exit(main())
 """
+USED = (".py", ".schema.json")
 UNUSED = ("demo", "lib", "__pycache__")
 
 
 def build_agent(package: Path = PACKAGE) -> bytes:
-    """The zipapp: a package's Python files; no data, no native library."""
+    """The zipapp: a package's Python files and JSON Schemas; no other data, no native library."""
     archive = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(package, Path(folder) / "evm_deploy", ignore=_unused)
@@ -50,7 +51,7 @@ def build_agent(package: Path = PACKAGE) -> bytes:
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name in UNUSED or not (name.endswith(".py") or (Path(folder) / name).is_dir())]
+    return [name for name in names if name in UNUSED or not (name.endswith(USED) or (Path(folder) / name).is_dir())]
 
 
 def check(modules: list[str]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evm_deploy._util.checks import keys, mapping, nullable, text
 from evm_deploy._util.progress import Step
+from evm_deploy._util.schema import TEXT, Schema, keys
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote.agent import NAME, build_agent
 from evm_deploy.bench.remote.ssh import Connection
@@ -21,10 +21,16 @@ from evm_deploy.runtimes.registry import runtime_of
 
 PYTHON = (3, 10)
 CHECK_S = 60.0
-CHECKED = keys(platform=text, versions=mapping(nullable(text)))
+CHECKED = Schema(
+    lambda: keys(platform=TEXT, versions={"type": "object", "additionalProperties": {"type": ["string", "null"]}})
+)
 
 
-COMMON = (Requirement("numpy", "numpy", "1.26"), Requirement("safetensors", "safetensors", "0.4"))
+COMMON = (
+    Requirement("numpy", "numpy", "1.26"),
+    Requirement("safetensors", "safetensors", "0.4"),
+    Requirement("fastjsonschema", "fastjsonschema", "2.21"),
+)
 PICTURES = Requirement("PIL", "pillow", "10")
 
 
@@ -96,7 +102,7 @@ class Board:
         answer = self._connection.run([NAME, "--tied", "check", *modules], CHECK_S)
         try:
             content: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-            CHECKED(content, "")
+            CHECKED(content)
         except (IndexError, ValueError, RecursionError) as error:
             said = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise ToolchainError(f"the agent does not run on {self.at}: {said}") from error

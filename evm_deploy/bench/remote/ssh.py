@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from evm_deploy._util.checks import keys, listing, nullable, number, size, text, yes_or_no
+from evm_deploy._util.schema import TEXT, TRUTH, Schema, keys
 from evm_deploy.bench.remote import supervisor
 from evm_deploy.errors import ToolchainError, UsageError
 
@@ -28,8 +28,8 @@ CLOSE_S = 10.0
 ALIVE_S = 5.0  # between signs of life: a sixth of the supervisor's patience
 MAX_NOISE = 1 << 16  # bytes that a board's login scripts may print
 MAX_ANSWER = 64 << 20
-VERSION = listing(size, length=2)
-ANSWER = keys(code=nullable(number), stdout=text, stderr=text, late=yes_or_no)
+VERSION = Schema(lambda: {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 0}})
+ANSWER = Schema(lambda: keys(code={"type": ["integer", "null"]}, stdout=TEXT, stderr=TEXT, late=TRUTH))
 BLOCK = 1 << 18
 REFUSALS = (  # what ssh says, and what to do
     ("IDENTIFICATION HAS CHANGED", "another key than the known one: find out why before  ssh-keygen -R"),
@@ -121,7 +121,7 @@ class Connection:
         line = self._line(seconds + CONNECT_S, MAX_ANSWER)
         try:
             content = json.loads(line)
-            ANSWER(content, "")
+            ANSWER(content)
             answer = Answer(**content)
         except (ValueError, TypeError, RecursionError) as error:
             raise self._lost() from error
@@ -157,7 +157,7 @@ class Connection:
             line = self._line(CONNECT_S, MAX_NOISE)
             if mark in line:
                 with contextlib.suppress(ValueError, RecursionError):
-                    VERSION(version := json.loads(line.partition(mark)[2]), "version")
+                    VERSION(version := json.loads(line.partition(mark)[2]))
                     return version[0], version[1]
             seen += len(line)
         raise ToolchainError(f"{self.host} prints, and does not start", "its login scripts must end without a terminal")
