@@ -105,6 +105,7 @@ def test_a_device_is_measured_and_left_as_it_was(device, micro_bundle, tmp_path,
     assert "at adb R5CX" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_settings_use_results_of_their_own(device, micro_bundle, tmp_path):
     assert bench_main([str(micro_bundle.path), *flags(device, tmp_path / "out"), "--threads", "1,2"]) == 0
     counts = [len(Record.read(file).samples_ms) for file in (tmp_path / "out").iterdir()]
@@ -187,6 +188,7 @@ def test_what_cannot_be_measured_there(device, micro_bundle, tmp_path, capsys, e
     assert says in capsys.readouterr().err and not list((device / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_other_targets_are_refused(device, coreml_bundle):
     with (
         Phone("R5CX", device / "bin" / "perf test", silent) as phone,

@@ -126,6 +126,7 @@ def test_printable_text_has_no_control_characters(text):
     assert all(each.isprintable() or each == "\n" for each in shown)
 
 
+@pytest.mark.slow
 def test_labels_do_not_reach_the_terminal_as_they_are(demo_bundle, tmp_path, capsys):
     import shutil
 

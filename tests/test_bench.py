@@ -168,6 +168,7 @@ def test_a_slowed_function_shows():
     assert differ(once, twice) and twice.median > 1.3 * once.median >= 1.3 * 5.0
 
 
+@pytest.mark.slow
 def test_the_command(micro_bundle, tmp_path, capsys):
     flags = ["--threads", "1,2", "--streams", "1,2", "--limit", "1", "-o", str(tmp_path), "--json"]
     assert bench_main([str(micro_bundle.path), *flags]) == 0

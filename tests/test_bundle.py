@@ -123,6 +123,7 @@ def test_predictions_are_those_of_the_torch_model(demo_bundle, tmp_path):
 
 @pytest.mark.parametrize("batch", ["1", "3", "dynamic", "2:2:4"])
 @pytest.mark.parametrize("kind", ["image", "tensor"])
+@pytest.mark.slow
 def test_predict_fills_up_any_batch(batch, kind, micro, micro_bundle, tmp_path):
     plan = ExportPlan("onnx", imgsz=(64, 64), batch=Batch.parse(batch), input=kind)
     images = [np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8) for i in range(7)]
@@ -151,6 +152,7 @@ def test_wrong_feeds_name_both_sides(micro_bundle):
             bundle.predict(["no.png"])
 
 
+@pytest.mark.slow
 def test_feature_bundles_do_not_classify(micro, tmp_path):
     bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), head="features"), tmp_path)
     with load(bundle.path) as model:
@@ -159,6 +161,7 @@ def test_feature_bundles_do_not_classify(micro, tmp_path):
             model.predict([np.zeros((9, 9, 3), np.uint8)])
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(monkeypatch, micro, tmp_path, capsys):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -198,6 +201,7 @@ def test_force_never_replaces_what_is_no_bundle(micro, tmp_path):
 
 @pytest.mark.parametrize("after_s", [0, 1.5])  # the second one hits inside torch.export, which swallows exceptions
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_no_bundle_and_the_next_one_works(how, after_s, micro, tmp_path):
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
     command = [sys.executable, "-c", code, str(micro), "--target", "onnx", "--imgsz", "32", "-o", str(tmp_path)]

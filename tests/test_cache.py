@@ -47,6 +47,7 @@ def graphs(tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_a_graph_from_the_cache_is_the_traced_one(module):
     fresh = cache.GRAPHS.real(module, PLAN, {"model": "x"})
     for _ in range(2):
@@ -120,6 +121,7 @@ def test_other_metadata_is_traced(module, graphs):
     assert graphs.trace(module, PLAN, {"labels": "b"}) == 2
 
 
+@pytest.mark.slow
 def test_tracing_reads_no_more_of_a_plan_than_the_key_has(module):
     class Watched:
         def __init__(self) -> None:
@@ -173,6 +175,7 @@ def test_others_do_not():
     assert not cache.GRAPHS.forgetful
 
 
+@pytest.mark.slow
 def test_one_process_fills_a_folder(tmp_path):
     """Two at once: the second waits and takes what the first has made."""
     code = """

@@ -131,6 +131,7 @@ def test_dry_run_writes_nothing(micro, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_stdout(micro, tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("\n".join(f"digit {i}" for i in range(10)))
     flags = ["--target", "onnx", "--imgsz", 32, "--json", "--labels", tmp_path / "labels.txt", "-o", tmp_path]

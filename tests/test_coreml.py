@@ -73,6 +73,7 @@ def test_float16_is_within_two_thousandths(checkpoint, tmp_path):
     assert 1e-5 < np.linalg.norm(logits - want) / np.linalg.norm(want) < 2e-3
 
 
+@pytest.mark.slow
 def test_pixels_are_normalised_exactly(coreml_fp32):
     """coremltools' own pass would make a batch_norm of it, with an epsilon that nobody asked for: off by 5e-6."""
     artifact, module, _ = coreml_fp32
@@ -94,6 +95,7 @@ def test_pixels_are_normalised_exactly(coreml_fp32):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_batches_sizes_heads_and_systems(changes, micro, tmp_path):
     exported = export(micro, plan_for(**changes), tmp_path)
     assert exported.manifest.parity["ok"] and exported.manifest.details["min_target"] == changes.get(
@@ -159,6 +161,7 @@ def test_what_travels_in_the_package(micro, coreml_bundle):
     )
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_its_labels(micro, tmp_path):
     labels = tuple(f"kind {i}" for i in range(10))
     exported = export(micro, plan_for(head="probs", labels=labels, precision="fp32", imgsz=(32, 32)), tmp_path)
@@ -184,6 +187,7 @@ def several(micro, bundle_of):
     return bundle_of(micro, plan_for(**SIZES))
 
 
+@pytest.mark.slow
 def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_bundle):
     assert several.path.name == "micro_64-coreml-fp16-32x32+48x48"
     functions = several.manifest.details["functions"]
@@ -363,6 +367,7 @@ def test_the_benchmark_on_a_phone_gives_a_record(coreml_bundle, tmp_path, monkey
         run()
 
 
+@pytest.mark.slow
 def test_a_self_test_leaves_the_bundle_as_it_was(micro, tmp_path, capsys):
     """coremltools writes the manifest of every package that it opens."""
     bundle = export(micro, ExportPlan("coreml", imgsz=(64, 64)), tmp_path)

@@ -80,6 +80,7 @@ def gates_swapped(block):
 
 
 @pytest.mark.parametrize("fault", [one_step_doubled, bias_dropped, carry_forgotten, gates_swapped])
+@pytest.mark.slow
 def test_a_changed_operation_is_noticed(fault, coreml_fp32, tmp_path):
     package = shutil.copytree(coreml_fp32[0].path, tmp_path / "model.mlpackage")
     assert parity_of(package, coreml_fp32).ok
@@ -102,6 +103,7 @@ def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
     assert any("logits differ" in failure for failure in parity_of(package, coreml_fp32).failures)
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_lowering_rejects_the_export(monkeypatch, micro, tmp_path, capsys):
     """The carry a step short: chunks after the first start from an older state."""
     right = mil._carry
@@ -130,11 +132,13 @@ def test_weights_that_float16_cannot_hold_are_refused_by_name(tmp_path):
         export(scaled(tmp_path, 1e6), plan_for(imgsz=(32, 32)), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_overflows_float16_is_rejected(tmp_path):
     with pytest.raises(ParityError, match=r"reaches .*, float16 ends at 65504: use --precision fp32"):
         export(scaled(tmp_path, 6e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_comes_near_the_end_of_float16_is_noted(coreml_bundle, tmp_path):
     exported = export(scaled(tmp_path, 1e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
     (note,) = [text for text in exported.manifest.notes if "float16 ends at 65504" in text]
@@ -159,6 +163,7 @@ def test_a_fault_in_one_function_is_noticed(monkeypatch, micro, tmp_path):
     assert failures and all(text.startswith("portable 48x48: scan layers.0.blocks.0.op") for text in failures)
 
 
+@pytest.mark.slow
 def test_neutral_constants_that_the_converter_removes(micro, tmp_path):
     """D = 1 and a bias of zero, as freshly initialised: their operations are gone, the scan is still checked."""
     state = dict(golden.model_case("micro_64")["state"])

@@ -40,6 +40,7 @@ def int8(calib, **changes):
     return ExportPlan("coreml", precision="int8", calib=str(calib), calib_images=16, force_calib=True, **changes)
 
 
+@pytest.mark.slow
 def test_w8_stores_weights_as_int8_and_leaves_the_scans_alone(micro, coreml_bundle, tmp_path):
     bundle = export(micro, ExportPlan("coreml", precision="w8", imgsz=(64, 64), min_target="iOS16"), tmp_path)
     program = Program(bundle.path / "model.mlpackage")
@@ -93,6 +94,7 @@ def spoil(monkeypatch, key):
     monkeypatch.setattr(CalibrationTable, "ranges", spoilt)
 
 
+@pytest.mark.slow
 def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
     flags = ["--target", "coreml", "--int8", "--imgsz", "32", "--calib", str(pictures), "--force-calib", "-q"]
@@ -144,6 +146,7 @@ def test_int8_needs_a_system_that_has_it(micro, pictures, tmp_path):
         export(micro, int8(pictures, min_target="iOS16"), tmp_path)
 
 
+@pytest.mark.slow
 def test_another_coremltools_is_refused(monkeypatch, micro, tmp_path):
     """Its passes have no public names: another version may have others."""
     monkeypatch.setattr(quantizer.metadata, "version", lambda name: "9.1")

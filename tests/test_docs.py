@@ -40,6 +40,7 @@ def test_the_readmes_session_runs_and_prints_that(tmp_path, monkeypatch, capsys)
     ] == blank
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path):
     """In a process of its own: what is imported before decides which names are there."""
     code = re.search(r"```python\n(from evm_deploy.*?)```", (ROOT / "README.md").read_text(), re.S)[1]

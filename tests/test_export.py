@@ -69,6 +69,7 @@ def test_odd_golden_case_batch_1(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("scan", "imgsz"), [("auto", (33, 47)), ("auto", (90, 70)), ("portable", (4, 4)), ("portable", (33, 47))]
 )
+@pytest.mark.slow
 def test_image_input_and_odd_grids(imgsz, scan, micro, tmp_path):
     """uint8 pixels through the artifact equal normalised pixels through the torch model."""
     bundle = export(micro, ExportPlan("onnx", imgsz=imgsz, scan=scan, batch=Batch(1, 2, 4)), tmp_path)
@@ -80,6 +81,7 @@ def test_image_input_and_odd_grids(imgsz, scan, micro, tmp_path):
     assert np.abs(got - want).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_probabilities_and_features(micro, tmp_path):
     probs = export(micro, ExportPlan("onnx", imgsz=(64, 64), head="probs"), tmp_path / "p")
     maps = export(micro, ExportPlan("onnx", imgsz=(90, 70), head="features"), tmp_path / "f")
@@ -102,6 +104,7 @@ def test_fp16_keeps_the_scan_in_float32(micro, micro_bundle, tmp_path):
     assert bundle.manifest.inputs[0]["dtype"] == "uint8"
 
 
+@pytest.mark.slow
 def test_fp16_refuses_weights_that_overflow(tmp_path):
     state = dict(golden.model_case("micro_64")["state"])
     state["layers.2.1.conv_pw.0.weight"] = state["layers.2.1.conv_pw.0.weight"] * 1e7
@@ -126,12 +129,14 @@ def test_one_node_per_block_and_inside_one_per_scan_named_after_their_modules(mi
 
 
 @pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.slow
 def test_other_opsets(opset, micro, tmp_path):
     bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), opset=opset), tmp_path)
     model = onnx.load(str(bundle.path / "model.onnx"))
     assert {o.domain: o.version for o in model.opset_import}[""] == opset
 
 
+@pytest.mark.slow
 def test_same_inputs_give_the_same_bytes_from_any_folder(micro, micro_bundle, tmp_path):
     """In another process, from another working directory."""
     command = [

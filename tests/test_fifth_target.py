@@ -126,6 +126,7 @@ def test_the_doctor_and_profiles_know_it(tmp_path):
         find_profile(str(tmp_path / "d.toml"))
 
 
+@pytest.mark.slow
 def test_it_is_a_form_of_a_comparison(micro, tmp_path, monkeypatch):
     monkeypatch.setattr("evm_deploy.bench.matrix.bench", lambda path, settings: worker.work(Path(path), settings))
     matrix = Matrix(micro, parse_forms("fifth,onnx:fp32"), (Settings(1, 1, limit_s=1.0),), tmp_path, "64")
@@ -151,6 +152,7 @@ def test_a_board_without_it_says_so(bundle, tmp_path):
     assert said["type"] == "BundleError" and "it knows: onnx, openvino, coreml, trt, trt-rtx" in said["text"]
 
 
+@pytest.mark.slow
 def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_factory, monkeypatch, capsys):
     need_sshd()
     monkeypatch.setattr(board_module, "build_agent", lambda: agent)
@@ -164,7 +166,10 @@ def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_fa
         flags[5] = str(tmp_path / "bare" / "bin" / "python")
         assert cli.bench_main([str(bundle), *flags, "-o", str(tmp_path / "none")]) == 3
     said = capsys.readouterr().err
-    assert "lacks for target 'fifth': numpy, safetensors, onnxruntime" in said and "'onnxruntime>=1.17'" in said
+    assert (
+        "lacks for target 'fifth': numpy, safetensors, fastjsonschema, onnxruntime" in said
+        and "'onnxruntime>=1.17'" in said
+    )
 
 
 def test_a_bundle_of_a_later_version_names_what_is_known(bundle, monkeypatch):

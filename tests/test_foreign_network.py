@@ -50,6 +50,7 @@ def expected(pixels):
 
 
 @pytest.mark.parametrize("target", load_targets())
+@pytest.mark.slow
 def test_every_target_is_verified(target, bundles):
     """Outputs and each scan: of the shared block's two calls, the second is `shared#2`."""
     manifest = bundles(target).manifest

@@ -184,6 +184,7 @@ def test_outlining_keeps_every_bit_of_the_portable_form(micro):
     assert len(fused.SerializeToString()) < 1.1 * len(graph.model.SerializeToString())
 
 
+@pytest.mark.slow
 def test_blocks_of_all_stages_share_one_function(checkpoint, tmp_path):
     """ONNX Runtime 1.24 runs the first function of a name, whatever the overload says."""
     bundle = export(checkpoint("tiny_224"), ExportPlan("onnx", imgsz=(64, 64)), tmp_path)
@@ -229,6 +230,7 @@ def test_what_is_no_block_is_not_outlined(micro):
 
 
 @pytest.mark.parametrize("imgsz", [(33, 47), (90, 70)])
+@pytest.mark.slow
 def test_odd_maps_and_dynamic_batch_on_the_kernel(imgsz, micro, tmp_path):
     bundle = export(micro, ExportPlan("onnx", imgsz=imgsz, batch=Batch.parse("dynamic")), tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (5, *imgsz, 3), np.uint8)
@@ -240,6 +242,7 @@ def test_odd_maps_and_dynamic_batch_on_the_kernel(imgsz, micro, tmp_path):
             assert np.abs(loaded.run({"image": pixels})["logits"] - want).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_golden_logits_on_the_kernel(checkpoint, tmp_path):
     for name, imgsz in (("tiny_224", (224, 224)), ("tiny_odd_200x232", (200, 232))):
         case = golden.model_case(name)
@@ -264,6 +267,7 @@ def test_normalisation_goes_into_the_first_convolution(micro):
 
 
 @pytest.mark.parametrize("change", ["padding", "second reader", "tensor input"])
+@pytest.mark.slow
 def test_normalisation_stays_where_folding_would_be_wrong(change, micro):
     graph, _ = hub(micro, **({"input": "tensor"} if change == "tensor input" else {}))
     model = graph.model

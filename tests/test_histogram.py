@@ -34,6 +34,7 @@ def rounded(values, covered):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=5))
+@pytest.mark.slow
 def test_nothing_is_lost_and_everything_is_in_its_bin(arrays):
     histogram, values = of(*arrays), np.concatenate(arrays)
     assert (histogram.total, histogram.low, histogram.high) == (len(values), values.min(), values.max())
@@ -45,6 +46,7 @@ def test_nothing_is_lost_and_everything_is_in_its_bin(arrays):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=5))
+@pytest.mark.slow
 def test_every_method_gives_a_range_with_zero_inside_and_none_beyond_the_values(arrays):
     histogram = of(*arrays)
     whole = histogram.range("minmax")

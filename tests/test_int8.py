@@ -84,6 +84,7 @@ def test_q_dq_pairs_are_explicit_and_of_the_asked_flavour(symmetric, micro):
     assert all(names) and model.functions
 
 
+@pytest.mark.slow
 def test_the_demo_loses_nothing(tmp_path, capsys):
     flags = ["--target", "onnx", "--int8", "--calib", "demo", "--val", "demo", "-o", str(tmp_path)]
     assert cli.export_main(flags) == 0
@@ -127,6 +128,7 @@ def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"batch": Batch.parse("dynamic")}, {"batch": Batch(2, 2, 2), "input": "tensor"}, {"head": "features"}]
 )
+@pytest.mark.slow
 def test_batches_inputs_and_heads(changes, micro, pictures, tmp_path):
     bundle = export(micro, plan(pictures, imgsz=(64, 64), **changes), tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] > 20
@@ -145,6 +147,7 @@ def spoil(monkeypatch, key):
     monkeypatch.setattr(CalibrationTable, "ranges", spoilt)
 
 
+@pytest.mark.slow
 def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
     flags = ["--target", "onnx", "--int8", "--imgsz", "64", "--calib", str(pictures), "-o", str(tmp_path), "-q"]
@@ -184,6 +187,7 @@ def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_
     assert manifest["details"]["quantization"]["int8_layers"] == 0
 
 
+@pytest.mark.slow
 def test_a_second_export_reuses_the_table(monkeypatch, micro, pictures, tmp_path):
     calls = []
     original = CalibrationTable.add

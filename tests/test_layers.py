@@ -112,6 +112,7 @@ def test_a_target_without_a_profiler(coreml_bundle):
 
 
 @pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.slow
 def test_openvino(scan, micro, tmp_path):
     graph, plan = traced(micro, ExportPlan("openvino", imgsz=(64, 64), scan=scan))
     artifact = built(graph, plan, tmp_path / "ir")

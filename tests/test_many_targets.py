@@ -62,11 +62,13 @@ def test_plans_that_no_target_can_do_stop_the_command_before_any_export(micro, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_targets_of_one_command_share_a_trace(traces, micro, tmp_path):
     assert cli.export_main(flags(micro, "onnx,openvino,trt", tmp_path)) == 0
     assert len(traces) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_source_traces_again_only_for_what_differs(traces, micro, tmp_path):
     source = Source(micro)
     first = export(source, ExportPlan("onnx", imgsz=(64, 64)), tmp_path / "a")
@@ -83,6 +85,7 @@ def test_a_source_traces_again_only_for_what_differs(traces, micro, tmp_path):
     assert files[0] == files[1] == files[2]  # what one export does to the shared graph, no other sees
 
 
+@pytest.mark.slow
 def test_another_kind_of_trace_runs_in_a_process_of_its_own(micro, tmp_path):
     """Its bundle, its failures and its steps come here, in the order of the plans whatever ends first."""
     entered = []
@@ -110,6 +113,7 @@ def test_a_process_that_dies_is_an_error_of_its_plans(micro, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_the_process_ends_with_the_command(signum, micro, tmp_path):
     """However the command ends; and what it had begun is removed."""
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"

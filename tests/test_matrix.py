@@ -67,6 +67,7 @@ def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
     assert not source.is_current(path, target, source.plan(forms[2]))
 
 
+@pytest.mark.slow
 def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
     flags = ["--matrix", str(micro), "--imgsz", "64", "-o", str(tmp_path), *QUICK]
     assert bench_main([*flags, "--forms", "onnx:int8,torch"]) == 2  # no pictures to calibrate with

@@ -314,6 +314,7 @@ def test_missing_packages_and_functions(tmp_path, chain):
         MilRuntime(chain, "r224")
 
 
+@pytest.mark.slow
 def test_the_module_runs_by_itself(chain, tmp_path):
     command = [sys.executable, "-m", "evm_deploy.runtimes.mil", str(chain)]
     np.savez(tmp_path / "x.npz", x=np.zeros((2, 3), np.float32))

@@ -81,6 +81,7 @@ def test_odd_golden_case(scan, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("imgsz, batch", [((4, 4), "1"), ((33, 47), "3"), ((90, 70), "1:2:4")])
+@pytest.mark.slow
 def test_pixels_and_odd_grids(imgsz, batch, micro, tmp_path):
     """uint8 pixels through the artifact equal normalised pixels through the torch model."""
     graph, plan = traced(micro, ExportPlan("openvino", imgsz=imgsz, batch=Batch.parse(batch)))
@@ -123,6 +124,7 @@ def test_a_spoilt_block_is_rejected(precision, monkeypatch, micro, tmp_path, cap
         open_bundle(next(tmp_path.iterdir()))
 
 
+@pytest.mark.slow
 def test_equal_constants_of_blocks_are_not_confused(tmp_path):
     """As freshly initialised: skip is 1 and A the same in every block, which OpenVINO stores once."""
     state = {key: torch.from_numpy(value) for key, value in golden.model_case("micro_64")["state"].items()}
@@ -193,6 +195,7 @@ def test_float16_weights_and_float32_scans(scan, micro, bundles, tmp_path):
     assert bundle.manifest.details["inference_precision"] == ("f16" if scan == "plugin" else "f32")
 
 
+@pytest.mark.slow
 def test_float16_refuses_weights_that_overflow(tmp_path):
     state = {key: torch.from_numpy(value) for key, value in golden.model_case("micro_64")["state"].items()}
     state["layers.2.1.conv_pw.0.weight"] *= 1e7

@@ -31,6 +31,7 @@ def plan(**changes):
 
 
 @pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.slow
 def test_the_demo(scan, tmp_path):
     bundle = export(CHECKPOINT, plan(scan=scan), tmp_path)
     quantization, accuracy = bundle.manifest.details["quantization"], bundle.manifest.accuracy

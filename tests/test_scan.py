@@ -176,6 +176,7 @@ def test_eager_takes_strided_tensors_and_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_op_passes_torchs_own_checks():
     inputs = [torch.from_numpy(a).requires_grad_() for a in random_inputs(1, 1, 2, 9, 3, 4, 0.3)]
     torch.library.opcheck(selective_scan, inputs)

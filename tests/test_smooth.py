@@ -30,6 +30,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
+from evm_deploy.tasks.raw import RAW
 from tests.test_fused import hub
 
 CHANNELS, SIDE = 4, 6
@@ -210,6 +211,7 @@ def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, pictur
     }
 
 
+@pytest.mark.slow
 def test_auto_leaves_smoothing_out_where_it_hurts(monkeypatch, micro, pictures, tmp_path, capsys):
     monkeypatch.setattr(smoothing, "ALPHA", 2)
     flags = ["--target", "onnx", "--int8", "--calib", str(pictures), "--imgsz", "64", "-o", str(tmp_path)]
@@ -219,6 +221,7 @@ def test_auto_leaves_smoothing_out_where_it_hurts(monkeypatch, micro, pictures, 
     assert "smoothed" not in bundle.manifest.details["quantization"]["calibration"]
 
 
+@pytest.mark.slow
 def test_constants_that_several_nodes_share_are_left_alone(micro, pictures, tmp_path):
     """Norms as initialised are one constant of the whole network."""
     saved = torch.load(micro, weights_only=True)
@@ -248,7 +251,7 @@ def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, pictu
     images = calibration_images(pictures, Preprocessing((64, 64)), 10, force=True)
     calls, original = [], CalibrationTable.add
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))
-    request = Request("int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image")
+    request = Request("int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image", RAW, (), (), ())
 
     def measured(choice):
         """Images that had to be run, and what can be quantised then."""

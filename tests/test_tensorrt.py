@@ -149,6 +149,7 @@ def deferred(tmp_path_factory):
         return export(CHECKPOINT, plan, tmp_path_factory.mktemp("deferred"))
 
 
+@pytest.mark.slow
 def test_int8_without_tensorrt_is_a_bundle_without_its_engine(deferred):
     manifest = deferred.manifest
     assert (
@@ -160,6 +161,7 @@ def test_int8_without_tensorrt_is_a_bundle_without_its_engine(deferred):
         load(deferred.path)
 
 
+@pytest.mark.slow
 def test_a_second_process_finishes_it(rtx, deferred, tmp_path):
     """With the bundle and TensorRT-RTX alone: evm_deploy cannot be imported there."""
     folder = tmp_path / "bundle"
@@ -275,6 +277,7 @@ def test_traffic_of_the_first_stages_scan(rtx, tmp_path):
     assert found[None] <= 100e6 < found[28]
 
 
+@pytest.mark.slow
 def test_dynamic_batch_needs_a_profile(rtx, micro, tmp_path):
     graph, plan = traced(micro, (64, 64), batch=Batch(1, 2, 4))
     model, _ = network(graph, plan)

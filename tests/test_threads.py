@@ -103,6 +103,7 @@ def alone(micro, tmp_path_factory):
 
 
 @pytest.mark.parametrize("targets", [("onnx", "coreml"), ("coreml", "coreml"), ("onnx", "openvino")])
+@pytest.mark.slow
 def test_two_exports_at_once(targets, alone, micro, tmp_path, caplog, capsys):
     for target in targets:
         pytest.importorskip({"coreml": "coremltools", "openvino": "openvino"}.get(target, target))

@@ -55,6 +55,7 @@ def test_a_missing_one_is_told(workers, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_ci_fails_without_one_that_it_installs(workers, tmp_path):
     code, said = run(tmp_path, ["valgrind", "openssl"], "true", workers)
     assert code == 1

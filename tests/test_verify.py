@@ -74,6 +74,7 @@ TARGETS = pytest.mark.parametrize("target", ["onnx", "openvino"])
 
 @TARGETS
 @pytest.mark.parametrize("fault", [wrong_decay, forgotten_state])
+@pytest.mark.slow
 def test_a_broken_scan_body_is_rejected(fault, target, break_function, micro, tmp_path, capsys):
     break_function(fault)
     assert run(micro, tmp_path, target=target) == 4
@@ -98,6 +99,7 @@ def cumsum_division(opset, block_steps=None):
 
 
 @TARGETS
+@pytest.mark.slow
 def test_cumsum_division_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
     monkeypatch.setattr(onnx_function, "selective_scan_function", cumsum_division)
     assert run(micro, tmp_path, target=target) == 4
@@ -105,6 +107,7 @@ def test_cumsum_division_is_rejected(target, monkeypatch, micro, tmp_path, capsy
     rejected(tmp_path, target)
 
 
+@pytest.mark.slow
 def test_cumsum_division_is_rejected_where_the_logits_hide_it(monkeypatch, tmp_path, capsys):
     """Small deltas and D = 1, as freshly initialised: the logits agree, the large-delta probes do not."""
     import golden
@@ -140,6 +143,7 @@ def during_trace(monkeypatch, spoil, restore):
 
 
 @TARGETS
+@pytest.mark.slow
 def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
     right = network.split_directions
 
@@ -155,6 +159,7 @@ def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, c
     rejected(tmp_path, target)
 
 
+@pytest.mark.slow
 def test_a_wrongly_folded_batch_norm_is_rejected(monkeypatch, micro, tmp_path):
     original = batch_norm.folded
     monkeypatch.setattr(batch_norm, "folded", lambda *values: original(*values[:-1], 1e-3))
@@ -162,6 +167,7 @@ def test_a_wrongly_folded_batch_norm_is_rejected(monkeypatch, micro, tmp_path):
     rejected(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_network_that_overflows_is_rejected_and_says_so(tmp_path, capsys):
     import golden
     import torch
@@ -173,6 +179,7 @@ def test_a_network_that_overflows_is_rejected_and_says_so(tmp_path, capsys):
     assert "float model itself" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dead_channels_are_no_failure(tmp_path):
     """All-zero projections: the SSM part is zero, and relative errors must not blow up."""
     import golden

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from evm_deploy import cli
+from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import source
@@ -18,7 +19,6 @@ from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import quantize
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import ParityError
-from evm_deploy.export import selftest
 from evm_deploy.export.hub.naming import below
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
@@ -130,6 +130,7 @@ def test_the_trained_network_keeps_its_accuracy(trained, labelled_glyphs, tmp_pa
         assert np.abs(ours.run({"image": pixels})["logits"] - plain.run(None, {"image": pixels})[0]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_pictures_and_takes_labelled_ones(tmp_path, capsys):
     flags = ["--target", "onnx", "--precision", "w8", "-o", str(tmp_path), "-q"]
     path = tmp_path / "evm_digits-onnx-w8-64x64"
@@ -157,6 +158,7 @@ def test_the_command_needs_no_pictures_and_takes_labelled_ones(tmp_path, capsys)
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_batches_inputs_heads_and_scans(changes, micro, tmp_path):
     bundle = export(micro, plan(imgsz=(64, 64), **changes), tmp_path)
     assert bundle.manifest.parity["max_abs"] < 0.5 * bundle.manifest.parity["limit"]

@@ -105,8 +105,9 @@ class Worker:
         self.found: list[Outcome] = []
         command = [sys.executable, "-m", "evm_deploy.export.many"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        pickle.dump(job, self._pipe(self.process.stdin))
-        self._pipe(self.process.stdin).flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died, as `outcomes` will say
+            self._pipe(self.process.stdin).write(pickle.dumps(job))
+            self._pipe(self.process.stdin).flush()
         self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
@@ -137,7 +138,8 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe(self.process.stdin).close()
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe(self.process.stdin).close()
         self.process.wait()
 
     @staticmethod

@@ -79,6 +79,7 @@ def test_both_halves_are_listed(target):
 
 
 @every_target
+@pytest.mark.slow
 def test_the_numbers_of_the_golden_model(target, bundle):
     made, case = bundle(target), golden.model_case("micro_64")
     with opened(target, made.path, made.manifest.artifact) as runtime:
@@ -88,6 +89,7 @@ def test_the_numbers_of_the_golden_model(target, bundle):
 
 
 @every_target
+@pytest.mark.slow
 def test_a_broken_scan_is_rejected(target, micro, tmp_path, monkeypatch):
     """It is broken while the target traces: the float model stays as it is."""
 
@@ -104,6 +106,7 @@ def test_a_broken_scan_is_rejected(target, micro, tmp_path, monkeypatch):
 
 
 @every_target
+@pytest.mark.slow
 def test_the_selftest_passes_and_notices(target, bundle, monkeypatch):
     made = bundle(target)
     with opened(target, made.path, made.manifest.artifact) as runtime:
@@ -128,6 +131,7 @@ def test_it_is_loaded_or_says_why_not(target, bundle):
 
 @every_target
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=list(BATCHES))
+@pytest.mark.slow
 def test_a_dynamic_batch_is_taken_or_refused(target, batch, micro, tmp_path):
     plan = ExportPlan(target.name, **PLAN, batch=batch)
     try:
