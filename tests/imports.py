@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(source: str, known: set[str]) -> set[str]:
-    """What a source imports: modules of `known`, and the top names of others."""
+    """Imports of a source: modules of `known`, and the top names of others."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

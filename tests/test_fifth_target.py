@@ -53,7 +53,7 @@ def bundle(registered, micro, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory) -> bytes:
-    """Of a package that has the runtime's file, and its line in the list."""
+    """The agent of a package that has the runtime's file, and its line in the list."""
     package = tmp_path_factory.mktemp("package") / "evm_deploy"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     shutil.copyfile(Path(__file__).parent / "fifth" / "runtime.py", package / "runtimes" / "fifth.py")

@@ -33,7 +33,7 @@ class Attributes(nn.Module):
 
 
 class Twice(Attributes):
-    """What the convolution gives is read beside the norm."""
+    """The convolution's output is read by another node beside the norm."""
 
     def forward(self, x):
         y = self.conv(x)

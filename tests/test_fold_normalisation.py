@@ -70,7 +70,7 @@ def test_exact_with_and_without_padding(padding):
 
 @pytest.mark.parametrize(("shared", "rank"), [("weight", 4), ("bias", 1), ("scale", 1), ("shift", 1)])
 def test_constants_that_others_read_stay(shared, rank):
-    """As after a pass that stores equal constants once."""
+    """Equal constants are stored once, as a pass of the exporter leaves them."""
     model = stem([0] * 4, helper.make_node("Neg", [shared], ["other"]), other=rank)
     before = run(model)
     assert fold_normalisation(model) == 1

@@ -1,4 +1,4 @@
-"""What the tests need beside Python: one table, which their skips use and which the last line of a run is about.
+"""Toolchains that the tests need beside Python: one table for their skips and for the last line of a run.
 
 In CI (CI=true) a run fails where one that CI can have is missing.
 """

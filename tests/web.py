@@ -30,7 +30,7 @@ LIBRARY = {
 
 
 class MissingError(Exception):
-    """What this machine lacks for the web sample: node, its packages included, or chromium."""
+    """Parts of the web sample's toolchain that this machine lacks: node, its packages included, or chromium."""
 
     def __init__(self, toolchain: str, why: str) -> None:
         super().__init__(why)

@@ -16,7 +16,7 @@ TRUTH: Definition = {"type": "boolean"}
 
 
 class InvalidError(ValueError):
-    """What is wrong, and `where`: the key path, such as inputs[0].shape."""
+    """A fault in a value, and `where`: its key path, such as inputs[0].shape."""
 
     def __init__(self, where: str, text: str) -> None:
         super().__init__(f"{where:.200} {text}")

@@ -48,7 +48,7 @@ def all_fields(kinds: Iterable[type | None]) -> dict[str, Field[Any]]:
 
 
 def help_of(name: str, kinds: Iterable[type | None]) -> str:
-    """What the classes that have a field of this name say of it."""
+    """The help texts of every class that has a field of this name."""
     texts = [flag_of(each).help for kind in kinds if kind for each in fields(kind) if each.name == name]
     return "; ".join(dict.fromkeys(texts))
 
@@ -68,7 +68,7 @@ def add_flags(parser: argparse._ActionsContainer, kinds: Iterable[type | None], 
 
 
 def given(args: argparse.Namespace, kinds: Iterable[type | None]) -> dict[str, Any]:
-    """What was given of these settings: values that are not the default, by field. Raises UsageError."""
+    """The settings that were given: values that are not the default, by field. Raises UsageError."""
     found = {}
     for name, each in all_fields(kinds).items():
         value, flag = getattr(args, name), flag_of(each)

@@ -1,1 +1,1 @@
-"""What an app needs of a bundle: no torch, no export."""
+"""Bundles as apps use them: no torch, no export."""

@@ -77,11 +77,11 @@ class LoadedBundle:
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
-        """What the last run took on the device, by part, where the runtime says so."""
+        """Milliseconds of the last run on the device, by part, where the runtime tells them."""
         return getattr(self._runtime, "milliseconds", {})
 
     def plan(self) -> Mapping[str, Any]:
-        """What of the model runs where, if the runtime says so."""
+        """The device that each part of the model runs on, where the runtime tells it."""
         return getattr(self._runtime, "plan", dict)()
 
     def profiled(self) -> Profiled | None:

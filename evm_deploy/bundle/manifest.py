@@ -77,17 +77,17 @@ class Manifest:
 
     @property
     def head(self) -> str:
-        """What the outputs are: logits, probs or features."""
+        """The kind of outputs: logits, probs, features or raw."""
         return str(self.plan["head"])
 
     @property
     def task(self) -> str:
-        """What the outputs mean: the name of a Task. Bundles from before tasks were named say it by their head."""
+        """Name of the Task that gives the outputs their meaning; of a bundle that names none, the one of its head."""
         return str(self.model.get("task") or ("features" if self.head == "features" else "classification"))
 
     @property
     def input(self) -> str:
-        """What goes in: `image`, uint8 NHWC, or `tensor`, float32 NCHW."""
+        """The kind of input: `image`, uint8 NHWC, or `tensor`, float32 NCHW."""
         return str(self.plan["input"])
 
     @property

@@ -9,7 +9,7 @@ from evm_deploy.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Usage:
-    """What a bundle's README says of its target. artifact, library: what these files are. sections: Markdown."""
+    """The texts of a bundle's README that its target decides. artifact, library: of these files. sections: Markdown."""
 
     artifact: str
     library: str

@@ -10,7 +10,7 @@ from evm_deploy.tasks.task import Task
 
 @dataclass(frozen=True)
 class Request:
-    """What to quantise and what to calibrate and judge with; see ExportPlan, and ModelSpec for the last four."""
+    """Settings of one quantisation; see ExportPlan, and ModelSpec for the last four."""
 
     precision: str
     calib: Path | None

@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one plan: its bundle, or the error that it ended with."""
+    """Result of one plan: its bundle, or the error that it ended with."""
 
     plan: ExportPlan
     seconds: float
@@ -112,7 +112,7 @@ class Worker:
         self.thread.start()
 
     def outcomes(self) -> list[Outcome]:
-        """What became of its plans; of those that it died at, a ToolchainError."""
+        """Results of all plans; a ToolchainError for those that the process did not reach."""
         self.thread.join()
         code = self.process.wait()
         missing = self.job.plans[len(self.found) :]

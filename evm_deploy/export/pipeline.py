@@ -97,7 +97,7 @@ def export(
 
 @dataclass(frozen=True)
 class Seen:
-    """What verification met: the float model's run, the artifact's own outputs and specs, and how exact it is.
+    """Results of the verification: the float model's run, the artifact's outputs and specs, and its parity.
 
     plugin: the native library of the last lowering that ran.
     """

@@ -1,4 +1,4 @@
-"""What is exported: a network, read once and traced once for all plans that trace it alike."""
+"""A network to export, read once and traced once for all plans that trace it alike."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Emulator:
-    """What computes a target's artifacts on any machine, where its runtime needs a device.
+    """A runtime that computes a target's artifacts on any machine, where the target's own needs a device.
 
     `open(path, options)` as `RuntimeInfo.open`. library(): the native library that its scans run on, if there is one.
     """
@@ -60,8 +60,8 @@ class Libraries:
 
 @dataclass(frozen=True)
 class Finish:
-    """What only a machine like the device can make: `make(folder, library=None)` makes it in a bundle, and says so in
-    its manifest; possible(): whether this machine can. summary(manifest): lines about it for evm-export, key and text.
+    """The step that only a machine like the device can do. `make(folder, library=None)` does it in a bundle, and says so
+    in its manifest; possible(): whether this machine can. summary(manifest): lines about it for evm-export, key and text.
     """
 
     make: Callable[..., None]
@@ -174,7 +174,7 @@ class Target:
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Those whose native library can travel in a bundle."""
+        """Platforms whose native library can travel in a bundle."""
         return self.libraries.platforms if self.libraries else ()
 
     def probe(self) -> Probe:

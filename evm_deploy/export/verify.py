@@ -62,7 +62,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class FloatRun:
-    """What the float model makes of the probes, in torch alone.
+    """Outputs and scans of the float model on the probes, computed in torch alone.
 
     probes: (n, ...), one artifact input each. outputs: by name. scans: the seven inputs of each scan, in execution
     order. beyond_float16: the largest output of each layer that float16 could not hold.

@@ -72,7 +72,7 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What to make of a checkpoint. head: logits, probs or features. weights: `ema` prefers averaged ones, or `raw`."""
+    """How a checkpoint is loaded. head: logits, probs or features. weights: `ema` prefers averaged ones, or `raw`."""
 
     head: str = "logits"
     weights: str = "ema"

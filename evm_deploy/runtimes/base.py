@@ -111,7 +111,7 @@ class Runtime(Protocol):
 
 
 class Profiled(Runtime, Protocol):
-    """What runtimes that have a profiler open with RunOptions.profile."""
+    """A runtime that was opened with RunOptions.profile."""
 
     def node_times(self) -> list[NodeTime]:
         """Of the inferences so far, means or the fastest, nodes in the order in which they ran. To be asked once."""

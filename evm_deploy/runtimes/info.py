@@ -71,7 +71,7 @@ class NativeKernels:
 
 @dataclass(frozen=True)
 class Profiler:
-    """What counts the time of nodes, where RunOptions.profile is set. name: as a record states it.
+    """A runtime's counter of the time of nodes, where RunOptions.profile is set. name: as a record states it.
 
     records: whether it writes an event for each node, of which the fastest inference is taken, and which takes time
     itself; else it counts, which gives means.
@@ -88,7 +88,7 @@ def nothing() -> str:
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What runs the artifacts of one target. label: its name as people write it. precisions: those that artifacts come
+    """The run half of a target. label: its name as people write it. precisions: those that artifacts come
     in, the default first. needs: packages, beside numpy and safetensors; extra: of evm-deploy, which brings them.
 
     `open(path, options)` loads an artifact. obstacle(): why it cannot run on this machine although the packages are

@@ -1,4 +1,4 @@
-"""What a network's outputs mean: one file a task, numpy alone, so that apps have them too."""
+"""Tasks: the meaning of a network's outputs. One file a task, numpy alone, so that apps have them too."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def scores_name(outputs: Iterable[str]) -> str:
 
 
 def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[str, str] | None:
-    """What is wrong with a classifier's outputs, and what was expected; None where nothing is."""
+    """Compare a classifier's outputs with what one gives: None, or the outputs as they are and what was expected."""
     try:
         scores = outputs[scores_name(outputs)]
     except KeyError:

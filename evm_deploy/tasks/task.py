@@ -1,4 +1,4 @@
-"""The seam of what outputs mean: Task."""
+"""The seam for the meaning of outputs: Task."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What the outputs of a network mean. None: the task has no such thing.
+    """The meaning of a network's outputs. None: the task has no such function.
 
     heads: what a classifier or backbone may be asked for with --head, the first by default. gives: the outputs, in a
     word. `check(outputs, labels)`: for outputs that are none of the task's, what they are and what was expected.

@@ -1,4 +1,4 @@
-"""What every target does. A target that is listed is tested here; what only one has is tested in its own files."""
+"""Tests that every target passes by being listed; what only one target has is tested in its own files."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Phone:
         return self._record(bundle, replace(settings, batch=batch), library, perf_test.read(printed, written))
 
     def _refused(self, target: RuntimeInfo, settings: Settings) -> list[str]:
-        """What the program does not measure, of what is asked for."""
+        """Refuse settings that the program does not measure."""
         refused = [f"a bundle for {target.name}"] if target.phone != perf_test.NAME else []
         refused += ["--end-to-end"] if settings.timed == "end-to-end" else []
         refused += ["several streams"] if settings.streams > 1 else []

@@ -51,7 +51,7 @@ class MlProgram:
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
-    """What of a plan decides the program: plans that agree in it share one trace."""
+    """The part of a plan that decides the program: plans that agree in it share one trace."""
     return *hub.trace_key(plan), plan.more_imgsz, plan.min_target, plan.precision == "fp32", plan.labels
 
 

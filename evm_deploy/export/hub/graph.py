@@ -147,7 +147,7 @@ def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
-    """What of a plan decides the hub graph: plans that agree in it share one trace."""
+    """The part of a plan that decides the hub graph: plans that agree in it share one trace."""
     return plan.imgsz, plan.batch, plan.input, plan.head, plan.opset
 
 

@@ -120,7 +120,7 @@ def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanSh
 
 
 def summary(manifest: Manifest) -> list[tuple[str, str]]:
-    """What the engine was built with, or that it is still to be built."""
+    """Versions that the engine was built with, or that it is still to be built."""
     if not manifest.built:
         return [("Engine", "not built here")]
     facts = manifest.details["engine"]

@@ -1,4 +1,4 @@
-"""What all rules share: how they are collected, what they raise, and how they take constants."""
+"""Parts that all rules share: how they are collected, what they raise, and how they take constants."""
 
 from __future__ import annotations
 
