@@ -60,8 +60,8 @@ class Libraries:
 
 @dataclass(frozen=True)
 class Finish:
-    """The step that only a machine like the device can do: `make(folder, library=None)` does it in a bundle, and records
-    it in the manifest. possible(): whether this machine can. summary(manifest): its lines for evm-export, key and text.
+    """The step that only a machine like the device can do: `make(folder, library=None)` does it in a bundle and writes
+    it into the manifest. possible(): whether this machine can. summary(manifest): its lines for evm-export.
     """
 
     make: Callable[..., None]
