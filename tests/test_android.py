@@ -218,7 +218,7 @@ def test_classes_of_awkward_scores_are_those_of_python(head, ask, demo_bundle, t
     save_file({head: rows}, tmp_path / "outputs.safetensors")
     monkeypatch.setattr(LoadedBundle, "_check_interface", lambda self: None)
     with load(folder) as model:
-        monkeypatch.setattr(model, "_scores", lambda pixels, head: rows[: len(pixels)].astype(np.float64))
+        monkeypatch.setattr(model, "_answers", lambda pixels: {head: rows[: len(pixels)]})
         monkeypatch.setattr(type(model), "_batch_size", 50)
         want = model.classify(np.zeros((50, 64, 64, 3), np.uint8), top=3)
     same(ask("classify", bundle=folder, outputs=tmp_path / "outputs.safetensors", top=3), want)

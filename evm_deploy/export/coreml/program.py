@@ -82,6 +82,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
         labels = plan.labels if plan.head == "probs" else None
         outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
         with _scans_named(paths):
+            _number_from_zero()
             model = _convert(
                 traced,
                 inputs=[_input_type(plan, tuple(example(plan).shape))],
@@ -114,6 +115,7 @@ def scan_program(shape: ScanShape, min_target: str) -> Any:
 
     target = getattr(ct.target, min_target)
     with quiet():
+        _number_from_zero()
         program = mb.program(input_specs=[mb.TensorSpec(shape) for shape in shapes.values()], opset_version=target)(
             scan
         )
@@ -146,6 +148,16 @@ def example(plan: ExportPlan) -> Tensor:
 
     height, width = plan.imgsz or (0, 0)
     return torch.zeros(plan.batch.min, 3, height, width)
+
+
+def _number_from_zero() -> None:
+    """Number the operations without a name of the next program from 0, whatever this process has converted before.
+
+    coremltools 9.0 counts them for the whole process: the same network would give other bytes the second time.
+    """
+    from coremltools.converters.mil import Builder
+
+    Builder.name_count.clear()
 
 
 def _convert(source: Any, **options: Any) -> Any:
