@@ -34,7 +34,7 @@ def report_parser() -> Parser:
     add("--csv", metavar="FILE", help="write one row for each candidate")
     add("--html", metavar="FILE", help="write one page with charts, which needs nothing else")
     add("--compare", nargs=2, metavar=("OLD", "NEW"), help="records or folders: what got slower, what faster")
-    add("--max-regression", metavar="P%", help="with --compare: exit 6 where the median rose by more, such as 5%%")
+    add("--max-regression", metavar="PERCENT", help="with --compare: exit 6 where the median rose by more, such as 5%%")
     add("--max-latency", metavar="T", help="exit 6 where a median is above this, such as 20ms")
     add("--db", metavar="FILE", help="add the records to this history, and read --history from it")
     add("--history", action="store_true", help="how latencies changed, from --db")
