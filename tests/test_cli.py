@@ -175,3 +175,13 @@ def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, mon
     assert run_export(micro, "--target", "onnx", "-o", tmp_path / "out") == 3
     assert "pip install 'evm-deploy[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("main", [cli.export_main, cli.run_main, cli.bench_main, cli.report_main, cli.doctor_main])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--version", 0), ("--no-such-flag", 2)])
+def test_every_command_answers_what_a_newcomer_types(main, flag, code, capsys):
+    """A percent sign in a help text or metavar makes argparse raise, only when the help is printed."""
+    with pytest.raises(SystemExit) as ended:
+        main([flag])
+    out, err = capsys.readouterr()
+    assert ended.value.code == code and (err if code else out).strip()
