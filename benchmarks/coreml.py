@@ -35,7 +35,7 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     from evm_deploy._util.progress import silent
     from evm_deploy.export import coreml
     from evm_deploy.export.coreml import program as mlprogram
-    from evm_deploy.export.hub.graph import deployable
+    from evm_deploy.export.hub.graph import with_pre_and_postprocessing
     from evm_deploy.export.pipeline import complete
     from evm_deploy.export.quantization import quantize
     from evm_deploy.export.target import check_plan
@@ -43,7 +43,7 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     torch.save({key: torch.from_numpy(value) for key, value in case["state"].items()}, folder / "seeded.pt")
     network = load_checkpoint(folder / "seeded.pt")
     plan, preprocessing = complete(check_plan(coreml.TARGET, plan), network.spec)
-    module = deployable(network, plan, preprocessing)
+    module = with_pre_and_postprocessing(network, plan, preprocessing)
     mlprogram.converter()  # imported before the clock starts
     start = time.process_time()
     program = mlprogram.trace(module, plan, {})
@@ -70,11 +70,11 @@ def seeded(variant: str) -> None:
                 runtime.run({"input_tensor": images[:1]})
                 start = time.process_time()
                 have = np.concatenate([runtime.run({"input_tensor": image[None]})["logits"] for image in images])
-                a_picture = (time.process_time() - start) / len(images)
+                a_image = (time.process_time() - start) / len(images)
             error = float(np.linalg.norm(have - want) / np.linalg.norm(want))
             print(
                 f"{variant} {precision}: relative error {error:.1e}, max|d| {np.abs(have - want).max():.1e} on "
-                f"{len(images)} images, {1e3 * a_picture:.0f} ms each, {artifact_bytes(artifact.path) / 1e6:.1f} MB, "
+                f"{len(images)} images, {1e3 * a_image:.0f} ms each, {artifact_bytes(artifact.path) / 1e6:.1f} MB, "
                 f"converted in {seconds:.1f} s, peak {peak:.0f} MB"
             )
             print(f"   static cost {artifact.details['static_cost']}")

@@ -1,4 +1,4 @@
-"""The C++ SDK against Python: latency of the same bundle, preprocessing of the same picture.
+"""The C++ SDK against Python: latency of the same bundle, preprocessing of the same image.
 
     python benchmarks/cpp_sdk.py BUNDLE.. [--rounds 7]
 
@@ -28,7 +28,7 @@ from tests.sdk_cpp import Model, build, changed, classify
 
 LIMIT = 0.05
 SECONDS = 20
-PICTURES = ((4000, 3000), (3000, 4000), (640, 480), (100, 80))  # width, height
+IMAGES = ((4000, 3000), (3000, 4000), (640, 480), (100, 80))  # width, height
 
 
 def latency(bundle: Path, rounds: int) -> float:
@@ -52,7 +52,7 @@ def preprocessing(bundle: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = {"size": spec.size, "crop_pct": spec.crop_pct, "interpolation": spec.interpolation}
         with Model(changed(bundle, Path(folder), lambda content: content["preprocessing"].update(wanted))) as model:
-            for width, height in PICTURES:
+            for width, height in IMAGES:
                 noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
                 assert np.array_equal(model.preprocess(noise), spec.pixels(noise))
                 subjects = {"C++": lambda n=noise: model.preprocess(n), "Pillow": lambda n=noise: spec.pixels(n)}

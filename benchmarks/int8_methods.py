@@ -21,14 +21,14 @@ from PIL import Image
 from evm_deploy import EvmError
 from evm_deploy._util.progress import silent
 from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.calib.candidate import make_candidates
 from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.calib.histogram import METHODS
 from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
-from evm_deploy.calib.source import sources
 from evm_deploy.export import ExportPlan, export
-from evm_deploy.export.hub.graph import deployable, trace
+from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
-from evm_deploy.export.quantization import request_of, shipping
+from evm_deploy.export.quantization import candidate_opener, quantization_config
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.model.families import load_checkpoint
@@ -50,13 +50,13 @@ def print_blocks(plan: ExportPlan) -> None:
     """Each block alone, as it is and smoothed."""
     network = load_checkpoint(CHECKPOINT)
     plan, preprocessing = complete(plan, network.spec)
-    graph = trace(deployable(network, plan, preprocessing), plan, {})
-    request, plugin = request_of(plan, network.spec), find_plugin("onnxruntime")
-    used, judged = image_sets(request, preprocessing, silent)
-    expected = graph_outputs(graph.model, request, plugin, judged)
-    evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
+    graph = trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
+    config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
+    used, judged = image_sets(config, preprocessing, silent)
+    expected = graph_outputs(graph.model, config, plugin, judged)
+    evaluate = evaluator(expected, judged, config, candidate_opener(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-    for smooth, source in sources(graph.model, layers, used, request, plugin, silent).items():
+    for smooth, source in make_candidates(graph.model, layers, used, config, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))
         for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db):
             print(f"{block:<20} smooth {smooth:<4} {figures(accuracy)}")

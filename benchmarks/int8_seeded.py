@@ -2,7 +2,7 @@
 
     python benchmarks/int8_seeded.py [--variant tiny|small|base]
 
-128 generated pictures, of which every eighth is kept back to judge with. These weights were never trained: the SQNR
+128 generated images, of which every eighth is kept back to judge with. These weights were never trained: the SQNR
 shows what rounding does to the network, not what it costs in accuracy (that is int8_methods.py).
 """
 
@@ -17,19 +17,19 @@ from common import where
 from safetensors.numpy import save_file
 
 from evm_deploy._util.progress import silent
+from evm_deploy.calib.candidate import make_candidates
 from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
-from evm_deploy.calib.source import sources
 from evm_deploy.export import ExportPlan
-from evm_deploy.export.hub.graph import deployable, trace
+from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
-from evm_deploy.export.quantization import request_of, shipping
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.quantization import candidate_opener, quantization_config
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.toolchain.plugins import find_plugin
 
-PICTURES, SEED = 128, 1000
+IMAGES, SEED = 128, 1000
 
 
 def print_variant(variant: str, folder: Path) -> None:
@@ -40,16 +40,16 @@ def print_variant(variant: str, folder: Path) -> None:
     wanted = ExportPlan("onnx", precision="int8", imgsz=(224, 224), calib=str(folder / "calib.npz"))
     network = load_checkpoint(checkpoint)
     plan, preprocessing = complete(wanted, network.spec)
-    graph = trace(deployable(network, plan, preprocessing), plan, {})
-    request, plugin = request_of(plan, network.spec), find_plugin("onnxruntime")
-    used, judged = image_sets(request, preprocessing, silent)
+    graph = trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
+    config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
+    used, judged = image_sets(config, preprocessing, silent)
     assert judged is not None
-    expected = graph_outputs(graph.model, request, plugin, judged)
-    evaluate = evaluator(expected, judged, request, shipping(get_target(plan.target), graph, plan))
+    expected = graph_outputs(graph.model, config, plugin, judged)
+    evaluate = evaluator(expected, judged, config, candidate_opener(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-    found = sources(graph.model, layers, used, request, plugin, silent)
+    found = make_candidates(graph.model, layers, used, config, plugin, silent)
     rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}
-    print(f"\n{variant}, {len(judged)} pictures          as is  smoothed")
+    print(f"\n{variant}, {len(judged)} images          as is  smoothed")
     whole = [evaluate(source.quantized(source.blocks)).sqnr_db for source in found.values()]
     print(f"{'all blocks':<22} {whole[0]:6.1f} dB {whole[1]:6.1f} dB")
     for block in rows["off"]:
@@ -62,8 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     print(where())
     with tempfile.TemporaryDirectory() as name:
-        pictures = [picture(224, 224, seed=SEED + i) for i in range(PICTURES)]
-        np.savez(Path(name) / "calib.npz", images=np.stack(pictures))
+        images = [synthetic_image(224, 224, seed=SEED + i) for i in range(IMAGES)]
+        np.savez(Path(name) / "calib.npz", images=np.stack(images))
         for variant in (args.variant,) if args.variant else ("tiny", "small", "base"):
             print_variant(variant, Path(name))
 

@@ -25,11 +25,11 @@ from unittest.mock import patch
 
 from common import interleave, where
 
-from evm_deploy.bench.layers import layers
-from evm_deploy.bench.subject import examples
+from evm_deploy.bench.layers import measure_layers
+from evm_deploy.bench.measurable import examples
 from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.export.hub.graph import deployable, trace
+from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.targets import get_target
@@ -64,7 +64,9 @@ def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> 
         plan, preprocessing = complete(plan, network.spec)
         target = get_target(plan.target)
         artifact = target.build(
-            trace(deployable(network, plan, preprocessing), plan, {"model": network.spec.name}), plan, folder
+            trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {"model": network.spec.name}),
+            plan,
+            folder,
         )
     with target.runtime.open(artifact.path, RunOptions(threads=1)) as runtime:
         yield runtime
@@ -109,7 +111,9 @@ def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> b
         times = interleave({"real": lambda: model.run(feeds), "bare": lambda: bare.run(feeds)}, rounds)
         median_ms = statistics.median(times["real"])
         saved = 1 - statistics.median(b / a for a, b in zip(times["real"], times["bare"], strict=True))
-        found = sorted((layers(model, feeds) for _ in range(TIMES)), key=lambda each: each["of_inference"])[TIMES // 2]
+        found = sorted((measure_layers(model, feeds) for _ in range(TIMES)), key=lambda each: each["of_inference"])[
+            TIMES // 2
+        ]
     share, whole = found["scan_share"], found["of_inference"]
     right = share is not None and SUM[0] <= whole <= SUM[1] and abs(share - saved) <= POINTS
     kinds = ", ".join(f"{kind} {ms / found['sum_ms']:.0%}" for kind, ms in found["kinds"].items())

@@ -26,7 +26,7 @@ import numpy as np, onnxruntime as ort
 from safetensors.numpy import load_file
 
 bundle, library = sys.argv[1:]
-probes = load_file(bundle + "/selftest/probes.safetensors")
+test_inputs = load_file(bundle + "/selftest/probes.safetensors")
 medians = {}
 for plugin in (library, None):
     options = ort.SessionOptions()
@@ -36,9 +36,9 @@ for plugin in (library, None):
     session = ort.InferenceSession(bundle + "/model.onnx", options, providers=["CPUExecutionProvider"])
     (name,) = (value.name for value in session.get_inputs())
     outputs = [value.name for value in session.get_outputs()]
-    feeds = {name: probes[name][:1]}
+    feeds = {name: test_inputs[name][:1]}
     have = session.run(None, feeds)
-    off = max(np.abs(value - probes[key][:1]).max() for key, value in zip(outputs, have))
+    off = max(np.abs(value - test_inputs[key][:1]).max() for key, value in zip(outputs, have))
     times = []
     for _ in range(15):
         start = time.perf_counter()

@@ -3,7 +3,7 @@
     pip install nncf
     python benchmarks/openvino_int8.py [--images 300]
 
-The trained T of ../shared/trained at 64x64: accuracy of both on 2000 pictures that neither saw, calibrated with the
+The trained T of ../shared/trained at 64x64: accuracy of both on 2000 images that neither saw, calibrated with the
 same ones; then T at 224x224 with seeded weights, time of both and of float32, one thread, one run. NNCF gets the IR
 with one node per scan and the rest in OpenVINO's operators (a block as one node leaves it nothing to quantise inside),
 and leaves additions, products, concatenations and means in float.
@@ -33,10 +33,10 @@ from openvino_models import compiled, hub, runner, scan_nodes
 from PIL import Image
 
 from evm_deploy import load
-from evm_deploy.calib.evaluate import compare
+from evm_deploy.calib.evaluate import compare_outputs
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.openvino.ir import convert
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.toolchain.openvino_extension import extension
 
@@ -102,12 +102,12 @@ def accuracy(core: Any, folder: Path, count: int) -> None:
     want = {"logits": outputs(compiled(core, float_model), images)}
     nncf = with_nncf(float_model, calibration, folder)
     named = {"logits": outputs(compiled(core, nncf.model), images)}
-    judged = compare(want, named, CLASSIFICATION, labels)
+    judged = compare_outputs(want, named, CLASSIFICATION, labels)
     print(f"NNCF  {judged}   {nncf.seconds:.0f} s for {count} images, peak memory {nncf.peak:.0f} MB")
     int8 = ExportPlan("openvino", imgsz=(64, 64), crop_pct=1.0, precision="int8", calib=str(folder / "calib.npz"))
     with load(export(checkpoint, int8, folder / "out").path, threads=1) as model:
         ours = {"logits": np.concatenate(list(rows(images, model.run)))}
-    print(f"Q/DQ  {compare(want, ours, CLASSIFICATION, labels)}")
+    print(f"Q/DQ  {compare_outputs(want, ours, CLASSIFICATION, labels)}")
 
 
 def speed(core: Any, folder: Path, rounds: int) -> None:
@@ -117,10 +117,10 @@ def speed(core: Any, folder: Path, rounds: int) -> None:
     state = golden.model_case("tiny_224")["state"]
     checkpoint = folder / "evm_tiny.pth"
     torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
-    images = np.stack([picture(224, 224, seed=i) for i in range(104)])
-    np.savez(folder / "pictures.npz", images=images)
+    images = np.stack([synthetic_image(224, 224, seed=i) for i in range(104)])
+    np.savez(folder / "images.npz", images=images)
     plan = ExportPlan("openvino", imgsz=(224, 224), scan="plugin")
-    int8 = ExportPlan("openvino", imgsz=(224, 224), scan="plugin", precision="int8", calib=str(folder / "pictures.npz"))
+    int8 = ExportPlan("openvino", imgsz=(224, 224), scan="plugin", precision="int8", calib=str(folder / "images.npz"))
     float_model = convert(core, scan_nodes(hub(checkpoint, plan)))
     models = {
         "float32": export(checkpoint, plan, folder / "a").path / "model.xml",

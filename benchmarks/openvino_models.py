@@ -10,7 +10,7 @@ One thread, batch 1, seeded weights, all in one interleaved run.
     portable   the bundle of `--scan portable`: standard operators
 
 Each in float32; plugin and identity in bfloat16 too (hint bf16); int8 exports of both lowerings, calibrated with made
-pictures. RepViT-M0.9 in float32 and bfloat16, where its graph is (../shared/benchmarks/peers). Also: two threads, load
+images. RepViT-M0.9 in float32 and bfloat16, where its graph is (../shared/benchmarks/peers). Also: two threads, load
 time, with and without a cache of compiled models. Exit 1 when a limit of the project is missed.
 """
 
@@ -34,12 +34,12 @@ from common import PEERS, interleave, ratio, where
 from onnx import helper
 
 from evm_deploy.bundle.bundle import Bundle
-from evm_deploy.export.hub.graph import Graph, deployable, trace
+from evm_deploy.export.hub.graph import Graph, trace, with_pre_and_postprocessing
 from evm_deploy.export.openvino import lowered
 from evm_deploy.export.openvino.ir import convert
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime, OpenVinoSettings
@@ -54,7 +54,7 @@ def hub(checkpoint: Path, plan: ExportPlan) -> Graph:
     """The float graph that every form starts from."""
     network = load_checkpoint(checkpoint)
     plan, preprocessing = complete(plan, network.spec)
-    return trace(deployable(network, plan, preprocessing), plan, {})
+    return trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
 
 
 def scan_nodes(graph: Graph) -> onnx.ModelProto:
@@ -118,8 +118,8 @@ def main() -> int:
         torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
         plan = ExportPlan("openvino", imgsz=parse_imgsz(args.imgsz), scan="plugin")
         height, width = plan.imgsz or (0, 0)
-        np.savez(folder / "pictures.npz", images=np.stack([picture(height, width, seed=i) for i in range(104)]))
-        int8 = replace(plan, precision="int8", calib=str(folder / "pictures.npz"))
+        np.savez(folder / "images.npz", images=np.stack([synthetic_image(height, width, seed=i) for i in range(104)]))
+        int8 = replace(plan, precision="int8", calib=str(folder / "images.npz"))
         bundles = {
             "plugin": export(checkpoint, plan, folder / "plugin"),
             "portable": export(checkpoint, replace(plan, scan="portable"), folder / "portable"),

@@ -1,4 +1,4 @@
-"""A picture of evm-report's page, for docs/report.md.
+"""A image of evm-report's page, for docs/report.md.
 
 python benchmarks/report_page.py report.html docs/report.png      needs chromium
 """
@@ -20,7 +20,7 @@ COLOURS = 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     args = parser.parse_args()
     browser = shutil.which("chromium") or "chromium"
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,7 @@ def main() -> None:
         flags += ["--blink-settings=preferredColorScheme=1", f"--screenshot={shot}"]
         subprocess.run([browser, *flags, args.page.resolve().as_uri()], check=True, capture_output=True)
         with Image.open(shot) as image:
-            image.convert("RGB").crop((0, 0, WIDTH, SHOWN)).quantize(COLOURS).save(args.picture, optimize=True)
+            image.convert("RGB").crop((0, 0, WIDTH, SHOWN)).quantize(COLOURS).save(args.image, optimize=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
-    picture = args.bundle / "selftest" / "picture.png"
+    image = args.bundle / "selftest" / "picture.png"
     print(where())
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
@@ -68,10 +68,10 @@ def main() -> int:
         bare = statistics.median(seconds(python, "pass", runs=args.runs))
         took = {}
         for what, code in {"import": IMPORT, "to the first prediction": PREDICT}.items():
-            times = [value - bare for value in seconds(python, code, args.bundle, picture, runs=args.runs)]
+            times = [value - bare for value in seconds(python, code, args.bundle, image, runs=args.runs)]
             took[what] = statistics.median(times)
             print(f"{what:<24} {took[what]:.2f} s ({min(times):.2f} to {max(times):.2f}) over Python's own {bare:.2f}")
-        predict = [python, "-c", PREDICT, str(args.bundle), str(picture)]
+        predict = [python, "-c", PREDICT, str(args.bundle), str(image)]
         torch = subprocess.run(predict, check=True, capture_output=True, text=True).stdout.strip() == "True"
         print(f"torch imported: {torch}")
     return int(beside > LIMIT_MB or took["import"] > LIMIT_S or torch)

@@ -37,7 +37,7 @@ from onnx import helper
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import QUANTIZED, ExportPlan, parse_imgsz
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain.plugins import find_plugin, kernel_isa
 
@@ -114,11 +114,11 @@ def peer(folder: Path) -> ort.InferenceSession | None:
 
 
 def quantized_plan(folder: Path, float32: Bundle, precision: str) -> ExportPlan:
-    """The plan of `float32` in int8 or w8, with pictures, whose content does not matter to the time."""
+    """The plan of `float32` in int8 or w8, with images, whose content does not matter to the time."""
     height, width = float32.manifest.preprocessing["size"]
-    pictures = np.stack([picture(height, width, seed=i) for i in range(104)])
-    np.savez(folder / "pictures.npz", images=pictures)
-    return replace(float32.manifest.export_plan(), precision=precision, calib=str(folder / "pictures.npz"))
+    images = np.stack([synthetic_image(height, width, seed=i) for i in range(104)])
+    np.savez(folder / "images.npz", images=images)
+    return replace(float32.manifest.export_plan(), precision=precision, calib=str(folder / "images.npz"))
 
 
 def main() -> int:
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
     for precision in QUANTIZED:
-        text = f"its {precision} export beside them, calibrated or judged with made pictures"
+        text = f"its {precision} export beside them, calibrated or judged with made images"
         parser.add_argument(f"--{precision}", dest="others", action="append_const", const=precision, help=text)
     args = parser.parse_args()
     import golden

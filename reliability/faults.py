@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from evm_deploy._util.files import sha256, write_aside
+from evm_deploy._util.files import sha256, write_atomically
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
 from evm_deploy.bundle.bundle import open_bundle
@@ -53,7 +53,8 @@ def export_int8(folder: Path) -> None:
 
 
 def export_cross(folder: Path) -> None:
-    bundle = export(CHECKPOINT, ExportPlan("onnx", precision="fp16", device="linux-aarch64"), folder, force=True)
+    plan = ExportPlan("onnx", precision="fp16", native_library="linux-aarch64")
+    bundle = export(CHECKPOINT, plan, folder, force=True)
     unchanged(folder, bundle.path / bundle.manifest.plugins["linux-aarch64"])
 
 
@@ -76,7 +77,7 @@ def unchanged(folder: Path, result: Path) -> None:
     first = folder.parent / f"{result.name}.sha256"
     if first.exists():
         assert first.read_text() == sha256(result), f"{result.name} is another than at first"
-    write_aside(first, sha256(result))
+    write_atomically(first, sha256(result))
 
 
 def measure(folder: Path) -> None:

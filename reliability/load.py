@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import LoadedBundle
 
 MAX_GROWTH_MB = 4.0
-PICTURES = 16  # different inputs, in turn
+IMAGES = 16  # different inputs, in turn
 THREADS = 8
 LONGEST_S = 3600.0
 
@@ -49,23 +49,23 @@ class Job:
 
 
 def infer(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
-    """Inferences by one thread -> after each, whether its result differs from the first of its picture."""
+    """Inferences by one thread -> after each, whether its result differs from the first of its image."""
     with load(bundle, **{"threads": 1, **options}) as model:
-        inputs = pictures(model)
+        inputs = images(model)
         first = [result(model, each) for each in inputs]
         for i in range(count):
-            yield result(model, inputs[i % PICTURES]) != first[i % PICTURES]
+            yield result(model, inputs[i % IMAGES]) != first[i % IMAGES]
 
 
 def infer_together(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
     """The same by threads that share the bundle, a tenth of the count at a time."""
     with load(bundle, threads=1, streams=THREADS, **options) as model, ThreadPoolExecutor(THREADS) as pool:
-        inputs = pictures(model)
+        inputs = images(model)
         first = [result(model, each) for each in inputs]
 
         def some(offset: int) -> list[int]:
             each = range(offset, offset + count // (10 * THREADS))
-            return [result(model, inputs[i % PICTURES]) != first[i % PICTURES] for i in each]
+            return [result(model, inputs[i % IMAGES]) != first[i % IMAGES] for i in each]
 
         for _ in range(10):
             for differ in pool.map(some, range(THREADS)):
@@ -75,11 +75,11 @@ def infer_together(bundle: Path, count: int, options: dict[str, Any]) -> Iterato
 def open_and_close(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
     """Openings, each with one inference."""
     with load(bundle, threads=1, **options) as model:
-        picture, *_ = pictures(model)
-        first = result(model, picture)
+        image, *_ = images(model)
+        first = result(model, image)
     for _ in range(count):
         with load(bundle, threads=1, **options) as model:
-            yield result(model, picture) != first
+            yield result(model, image) != first
 
 
 def open_and_close_zip(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
@@ -103,11 +103,11 @@ JOBS = {
 }
 
 
-def pictures(model: LoadedBundle) -> list[dict[str, Any]]:
+def images(model: LoadedBundle) -> list[dict[str, Any]]:
     (spec,) = model.inputs.values()
     shape = [side or 1 for side in spec.shape]
     rng = np.random.default_rng(0)
-    return [{spec.name: rng.integers(0, 256, shape, np.uint8)} for _ in range(PICTURES)]
+    return [{spec.name: rng.integers(0, 256, shape, np.uint8)} for _ in range(IMAGES)]
 
 
 def result(model: LoadedBundle, feeds: dict[str, Any]) -> bytes:

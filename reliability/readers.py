@@ -185,10 +185,10 @@ def _record(path: Path) -> object:
 def _fleet(path: Path) -> object:
     from evm_deploy.bench.record import Settings
     from evm_deploy.bench.remote.fleet import read_fleet
-    from evm_deploy.bench.remote.places import Place
+    from evm_deploy.bench.remote.hosts import HostOptions
     from evm_deploy.bench.sweep import Sweep
 
-    return read_fleet(path, Place(), Sweep((), (None,), (None,), (1,), Settings(), path.parent))
+    return read_fleet(path, HostOptions(), Sweep((), (None,), (None,), (1,), Settings(), path.parent))
 
 
 def _profile(path: Path) -> object:
@@ -213,14 +213,14 @@ def _perf_test(path: Path) -> object:
 
 
 def _listed(path: Path) -> object:
-    """A list of pictures, or an .npz."""
-    from evm_deploy.data.images import find_pictures
+    """A list of images, or an .npz."""
+    from evm_deploy.data.images import find_images
 
-    return find_pictures(path)
+    return find_images(path)
 
 
-def _two_pictures(folder: Path) -> list[bytes]:
-    """A list of pictures that are there, in class order, by name, and with what spreadsheets do to such files."""
+def _two_images(folder: Path) -> list[bytes]:
+    """A list of images that are there, in class order, by name, and with what spreadsheets do to such files."""
     from PIL import Image
 
     for name in ("a.png", "b.png"):
@@ -243,14 +243,14 @@ TARGETS = {
     "zip": Target("bundle.zip", _archive),
     "checkpoint": Target("net.pth", _checkpoint, prepare=_saved_by_torch),
     "safetensors": Target("net.safetensors", _checkpoint, prepare=_saved_by_safetensors),
-    "image": Target("picture", _image),
+    "image": Target("image", _image),
     "calibration": Target("table.json", _table, structured=True),
     "record": Target("record.json", _record, structured=True),
     "fleet": Target("fleet.toml", _fleet),
     "profile": Target("profile.toml", _profile),
     "config": Target("evm.toml", _config),
     "perf_test": Target("printed.txt", _perf_test),
-    "listed": Target("pictures.txt", _listed),
-    "npz": Target("pictures.npz", _listed),
-    "labelled": Target("val.csv", _labelled, prepare=_two_pictures),
+    "listed": Target("images.txt", _listed),
+    "npz": Target("images.npz", _listed),
+    "labelled": Target("val.csv", _labelled, prepare=_two_images),
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from evm_deploy.bundle.selftest import PROBE_FILE as PROBES
+from evm_deploy.bundle.selftest import INPUT_FILE as TEST_INPUTS
 from evm_deploy.bundle.selftest import SCAN_FILE as SCANS
 from evm_deploy.errors import EvmError
 from reliability.readers import rehash
@@ -137,13 +137,13 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 # name -> what leaves no self-test in a copy of a good bundle
 NO_SELF_TEST: dict[str, Callable[[Path], object]] = {
-    "no pixels": _tensor(PROBES, "pixels", lambda pixels: None),
-    "pixels of another size": _tensor(PROBES, "pixels", lambda pixels: pixels[1:]),
-    "no images": _tensor(PROBES, "image", lambda images: None),
-    "images of nothing": _tensor(PROBES, "image", lambda images: images[:0]),
-    "no outputs": _tensor(PROBES, "logits", lambda logits: None),
-    "outputs of other classes": _tensor(PROBES, "logits", lambda logits: logits[:, 1:]),
-    "outputs of other images": _tensor(PROBES, "logits", lambda logits: logits[1:]),
+    "no pixels": _tensor(TEST_INPUTS, "pixels", lambda pixels: None),
+    "pixels of another size": _tensor(TEST_INPUTS, "pixels", lambda pixels: pixels[1:]),
+    "no images": _tensor(TEST_INPUTS, "image", lambda images: None),
+    "images of nothing": _tensor(TEST_INPUTS, "image", lambda images: images[:0]),
+    "no outputs": _tensor(TEST_INPUTS, "logits", lambda logits: None),
+    "outputs of other classes": _tensor(TEST_INPUTS, "logits", lambda logits: logits[:, 1:]),
+    "outputs of other images": _tensor(TEST_INPUTS, "logits", lambda logits: logits[1:]),
     "a scan without A": _tensor(SCANS, ":A", lambda A: None),
     "a scan of other steps": _tensor(SCANS, ":B", lambda B: B[:, :, 1:]),
     "a scan without axes": _tensor(SCANS, ":u", lambda u: u.reshape(-1)),

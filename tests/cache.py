@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 import evm_deploy
-from evm_deploy._util.files import write_aside
+from evm_deploy._util.files import write_atomically
 from evm_deploy.export.hub import graph
 from evm_deploy.scan import onnx_function
 
@@ -145,7 +145,7 @@ class Graphs:
         file = self.folder / digest_of(module, plan, facts)
         with locked(file.with_suffix(".lock")):
             if not file.exists():
-                write_aside(file, pickle.dumps(self.real(module, plan, facts)))
+                write_atomically(file, pickle.dumps(self.real(module, plan, facts)))
         onnx_function.register_schema()
         return pickle.loads(file.read_bytes())
 

@@ -20,7 +20,7 @@ from tests.cache import once  # noqa: E402  isort: skip  before anything that im
 from evm_deploy.bundle.bundle import Bundle  # noqa: E402
 from evm_deploy.demo import CHECKPOINT  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
-from evm_deploy.export.selftest import picture  # noqa: E402
+from evm_deploy.export.selftest import synthetic_image  # noqa: E402
 from tests.coreml import built, plan_for  # noqa: E402
 
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
@@ -75,11 +75,11 @@ def demo_bundle(bundle_of) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """120 pictures without labels, to calibrate or judge with."""
+def images(tmp_path_factory) -> Path:
+    """120 images without labels, to calibrate or judge with."""
     folder = tmp_path_factory.mktemp("calibration")
     for i in range(120):
-        Image.fromarray(picture(80, 90, seed=1000 + i)).save(folder / f"{i:03d}.png")
+        Image.fromarray(synthetic_image(80, 90, seed=1000 + i)).save(folder / f"{i:03d}.png")
     return folder
 
 
@@ -93,7 +93,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def glyphs(trained):
-    """glyphs(count, seed, size) -> pictures that the trained T was made for, and their classes."""
+    """glyphs(count, seed, size) -> images that the trained T was made for, and their classes."""
     sys.path.insert(0, str(trained))
     from glyphs import glyphs
 
@@ -102,7 +102,7 @@ def glyphs(trained):
 
 @pytest.fixture(scope="session")
 def labelled_glyphs(glyphs, tmp_path_factory) -> Path:
-    """500 pictures that the trained T has not seen, in class folders."""
+    """500 images that the trained T has not seen, in class folders."""
     folder = tmp_path_factory.mktemp("val")
     for i, (image, label) in enumerate(zip(*glyphs(500, 7, 64), strict=True)):
         path = folder / str(label) / f"{i}.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evm_deploy.export import coreml
 from evm_deploy.export.coreml import program
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import check_plan
@@ -21,5 +21,5 @@ def built(checkpoint, folder, plan):
     """(artifact, float module, completed plan) of a checkpoint, without the pipeline around."""
     network = load_checkpoint(checkpoint, head=plan.head)
     plan, preprocessing = complete(check_plan(coreml.TARGET, plan), network.spec)
-    module = deployable(network, plan, preprocessing)
+    module = with_pre_and_postprocessing(network, plan, preprocessing)
     return coreml.build(program.trace(module, plan, {}), plan, folder), module, plan

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 from evm_deploy.export import openvino
-from evm_deploy.export.hub.graph import Graph, deployable, trace
+from evm_deploy.export.hub.graph import Graph, trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, native_library
@@ -21,7 +21,7 @@ def traced(checkpoint: Path, plan: ExportPlan) -> tuple[Graph, ExportPlan]:
     """The hub graph of a checkpoint, and the complete plan."""
     network = load_checkpoint(checkpoint, head=plan.head)
     plan, preprocessing = complete(plan, network.spec)
-    return trace(deployable(network, plan, preprocessing), plan, {"model": network.spec.name}), plan
+    return trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {"model": network.spec.name}), plan
 
 
 def built(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:

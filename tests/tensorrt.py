@@ -13,12 +13,12 @@ from onnx import TensorProto, helper
 
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import activations, quantize
+from evm_deploy.calib.quantize import activations, insert_qdq
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
 from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
-from evm_deploy.runtimes.tensorrt import finish
+from evm_deploy.runtimes.tensorrt import build_engine
 from evm_deploy.scan.unrolled import unrolled_scan
 from tests import openvino
 
@@ -28,7 +28,7 @@ def network(graph, plan):
     hub, names = graph.model, []
     if plan.precision.startswith("int8"):
         found = candidates(hub, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-        hub = quantize(hub, found, dict.fromkeys(activations(found).values(), Range(-4.0, 4.0)), symmetric=True)
+        hub = insert_qdq(hub, found, dict.fromkeys(activations(found).values(), Range(-4.0, 4.0)), symmetric=True)
         names = [layer.node for layer in found if not layer.weight_only]
     model, _ = tensorrt_graph(hub, plan)
     return model, names
@@ -65,4 +65,4 @@ def engine(model, folder: Path, profile=None, **settings):
     )
     manifest = {"files": {}, "details": {}, "artifact": "model.onnx", "built": False}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return subprocess.run([sys.executable, finish.__file__, folder], capture_output=True, text=True)
+    return subprocess.run([sys.executable, build_engine.__file__, folder], capture_output=True, text=True)

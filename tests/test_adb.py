@@ -13,7 +13,7 @@ import pytest
 from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import perf_test
-from evm_deploy.bench.remote.phone import Phone
+from evm_deploy.bench.remote.adb_host import AdbHost
 from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from tests.sshd import within
@@ -162,9 +162,9 @@ def runners(device: Path) -> list[str]:
 
 def test_a_runner_that_does_not_end_is_stopped(device, micro_bundle, monkeypatch):
     monkeypatch.setenv("FAKE_MODE", "hang")
-    monkeypatch.setattr("evm_deploy.bench.remote.phone.ANSWER_S", 1.0)
+    monkeypatch.setattr("evm_deploy.bench.remote.adb_host.ANSWER_S", 1.0)
     settings = Settings(limit_s=0.5)
-    with Phone("R5CX", device / "bin" / "perf test", silent) as phone:
+    with AdbHost("R5CX", device / "bin" / "perf test", silent) as phone:
         phone.prepare(micro_bundle.path, settings)
         with pytest.raises(ToolchainError, match="adb shell on R5CX did not end within 2 s"):
             phone(micro_bundle.path, settings)
@@ -177,7 +177,7 @@ def test_a_runner_that_does_not_end_is_stopped(device, micro_bundle, monkeypatch
         (["--end-to-end"], "--end-to-end with --adb"),
         (["--cuda-graph"], "--cuda-graph with --adb"),
         (["--cache", "x"], "--cache with --adb"),
-        (["--device", "GPU"], "--device GPU with --adb"),
+        (["--openvino-device", "GPU"], "--openvino-device GPU with --adb"),
         (["--scan", "plugin"], "no native library for Android; it has: none"),
         (["--batch", "3"], "exported with --batch 1"),
         (["--device", "pi5"], "device 'pi5' is linux-aarch64, this would be measured on android-aarch64"),
@@ -191,14 +191,14 @@ def test_what_cannot_be_measured_there(device, micro_bundle, tmp_path, capsys, e
 @pytest.mark.slow
 def test_other_targets_are_refused(device, coreml_bundle):
     with (
-        Phone("R5CX", device / "bin" / "perf test", silent) as phone,
+        AdbHost("R5CX", device / "bin" / "perf test", silent) as phone,
         pytest.raises(UsageError, match="a bundle for coreml with --adb"),
     ):
         phone.prepare(coreml_bundle.path, Settings())
 
 
 def test_a_library_for_android_is_used_where_a_bundle_has_one(device):
-    phone = Phone("R5CX", device / "bin" / "perf test", silent)
+    phone = AdbHost("R5CX", device / "bin" / "perf test", silent)
     manifest = SimpleNamespace(plugins={"android-aarch64": "plugins/android-aarch64/evm.so"})
     assert phone._library(manifest, Settings()) == "plugins/android-aarch64/evm.so"
     assert phone._library(manifest, Settings(scan="portable")) is None
@@ -211,7 +211,7 @@ def test_without_adb(device, micro_bundle, tmp_path, capsys, monkeypatch):
     assert bench_main([str(micro_bundle.path), *flags(device, tmp_path / "out")]) == 3
     assert "adb is not installed\n  it is in Android's platform-tools" in capsys.readouterr().err
     with pytest.raises(UsageError, match="is not a file"):
-        Phone("R5CX", tmp_path / "nothing", silent)
+        AdbHost("R5CX", tmp_path / "nothing", silent)
 
 
 # ------------------------------------------------------------------------------------------------------ its results

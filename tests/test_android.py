@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.loaded import LoadedBundle, load
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.tasks.task import Prediction
 from tests import kotlin
 from tests.broken import (
@@ -68,21 +68,21 @@ def ask(classpath):
 
 
 def test_preprocessing_vectors(ask):
-    """To the byte: resampling is Pillow's arithmetic, and the decoders agree on these pictures."""
+    """To the byte: resampling is Pillow's arithmetic, and the decoders agree on these images."""
     for name, case in CASES.items():
         answer = ask("pixels", image=FOLDER / case["image"], preprocessing=case["preprocessing"])
         if "code" in case:
             assert told(answer) == ("ImageError", case["code"], "")
             continue
         want = np.asarray(Image.open(FOLDER / case["expected"]))
-        assert answer["picture"] == [case["width"], case["height"]] and answer["size"] == [*want.shape[1::-1]]
+        assert answer["image"] == [case["width"], case["height"]] and answer["size"] == [*want.shape[1::-1]]
         have = np.frombuffer(base64.b64decode(answer["rgb"]), np.uint8).reshape(want.shape)
         assert np.array_equal(have, want), f"{name}: off by {np.abs(have.astype(int) - want).max()}"
         tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(3, *want.shape[:2])
         assert np.array_equal(tensor, preprocessing(case).normalise(have[None])[0]), name
 
 
-def test_the_orientation_of_damaged_pictures(ask):
+def test_the_orientation_of_damaged_images(ask):
     """Some number, whatever the bytes; the right one where they are whole."""
     rng = random.Random(0)
     for name in ("exif-6.jpg", "exif-6.png"):
@@ -188,11 +188,11 @@ def zipped(path: Path, *entries: tuple[str, bytes]) -> Path:
     return path
 
 
-def test_classes_of_50_pictures_are_those_of_python(ask, demo_bundle, tmp_path):
+def test_classes_of_50_images_are_those_of_python(ask, demo_bundle, tmp_path):
     """Kotlin's pixels, ONNX Runtime in Python, Kotlin's classes."""
     paths = [tmp_path / f"{i}.png" for i in range(50)]
     for i, path in enumerate(paths):
-        Image.fromarray(picture(60 + 5 * i, 90 + 3 * i, seed=i)).save(path)
+        Image.fromarray(synthetic_image(60 + 5 * i, 90 + 3 * i, seed=i)).save(path)
     with load(demo_bundle.path) as model:
         spec = demo_bundle.manifest.preprocessing
         answers = [ask("pixels", image=path, preprocessing=spec) for path in paths]
@@ -265,7 +265,7 @@ def test_the_self_test_fills_batches(batch, ask, demo_bundle, tmp_path):
 
 
 def test_the_self_test(ask, demo_bundle):
-    """Passes with a runtime that answers what is expected; one value changed, or the picture turned, fails."""
+    """Passes with a runtime that answers what is expected; one value changed, or the image turned, fails."""
     with load(demo_bundle.path, scan="portable") as model:
         want = model.selftest()
     checks = ask("selftest", bundle=demo_bundle.path, spoil="")
@@ -275,7 +275,7 @@ def test_the_self_test(ask, demo_bundle):
     for spoil, name in (
         ("logits", "logits"),
         ("layers.1.blocks.0.op:y", "scan layers.1.blocks.0.op"),
-        ("picture", "preprocessing (of 255)"),
+        ("image", "preprocessing (of 255)"),
     ):
         failed = [check["name"] for check in ask("selftest", bundle=demo_bundle.path, spoil=spoil) if not check["ok"]]
         assert failed == [name]
@@ -344,10 +344,10 @@ def test_the_project_parses_and_names_what_is_there():
         .with_suffix(".kt")
         .is_file()
     )
-    assert application.find("provider").get(f"{android}authorities") == "${applicationId}.pictures"
+    assert application.find("provider").get(f"{android}authorities") == "${applicationId}.images"
     main = (APP / "kotlin" / "evm" / "sample" / "MainActivity.kt").read_text()
-    assert '"$packageName.pictures"' in main
-    (shared,) = ElementTree.parse(APP / "res" / "xml" / "pictures.xml").getroot()
+    assert '"$packageName.images"' in main
+    (shared,) = ElementTree.parse(APP / "res" / "xml" / "images.xml").getroot()
     assert shared.tag == "cache-path" and f'File(cacheDir, "{shared.get("path").strip("/")}")' in main
     strings = ElementTree.parse(APP / "res" / "values" / "strings.xml").getroot()
     assert application.get(f"{android}label") == f"@string/{strings[0].get('name')}"

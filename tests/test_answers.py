@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from evm_deploy import cli
 from evm_deploy._util.progress import silent
-from evm_deploy._util.text import printable
-from evm_deploy.bench.remote import board, ssh
-from evm_deploy.bench.remote.board import Board
-from evm_deploy.bench.remote.ssh import Connection, Host
+from evm_deploy._util.text import escape_controls
+from evm_deploy.bench.remote import ssh, ssh_host
+from evm_deploy.bench.remote.ssh import Connection, SshAddress
+from evm_deploy.bench.remote.ssh_host import SshHost
 from evm_deploy.bench.remote.supervisor import MARK
 from evm_deploy.bench.run import record_of
 from evm_deploy.bundle.bundle import keep
@@ -77,18 +77,18 @@ def fake_ssh(folder: Path, greeting: str, answer: str | None = None) -> str:
 @pytest.mark.parametrize("name", GREETINGS)
 def test_greetings(name, tmp_path):
     with pytest.raises(ToolchainError):
-        Connection(Host.parse("board"), fake_ssh(tmp_path, GREETINGS[name]), "python3")
+        Connection(SshAddress.parse("board"), fake_ssh(tmp_path, GREETINGS[name]), "python3")
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(name, tmp_path, monkeypatch):
     said = fake_ssh(tmp_path, GREETING, ANSWERS[name])
-    with Connection(Host.parse("board"), said, "python3") as connection:
+    with Connection(SshAddress.parse("board"), said, "python3") as connection:
         assert connection.version == (3, 11)
         monkeypatch.setattr(ssh, "CONNECT_S", 0.5)
-        monkeypatch.setattr(board, "CHECK_S", 1.0)
+        monkeypatch.setattr(ssh_host, "CHECK_S", 1.0)
         with pytest.raises(ToolchainError) as raised:
-            Board(connection, silent)
+            SshHost(connection, silent)
     assert str(raised.value).strip()
 
 
@@ -121,7 +121,7 @@ def test_errors_keep_their_class_and_no_other():
 
 @given(st.text())
 def test_printable_text_has_no_control_characters(text):
-    shown = printable(text)
+    shown = escape_controls(text)
     assert len(shown) == len(text)
     assert all(each.isprintable() or each == "\n" for each in shown)
 

@@ -19,7 +19,7 @@ from evm_deploy.bundle.archive import unpack, write_zip
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export.pipeline import finish
+from evm_deploy.export.pipeline import build_engine
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_damaged_zip_is_a_bundle_error_or_the_bundle(packed, micro_bundle, tmp
 
 def test_a_zip_cannot_be_finished(packed):
     with pytest.raises(UsageError, match="would be lost"):
-        finish(packed)
+        build_engine(packed)
 
 
 def test_the_command_writes_it(micro, tmp_path, capsys):

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from evm_deploy.bench import device, energy
 from evm_deploy.bench.latency import Latency, differ, measure, median_interval, throughput
+from evm_deploy.bench.measurable import require_runnable
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
-from evm_deploy.bench.subject import require_runnable
 from evm_deploy.bundle.loaded import load
 from evm_deploy.cli import bench_main, doctor_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
@@ -197,7 +197,7 @@ def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
         (["--batch", "3"], 2, "this bundle was exported with --batch 1"),
         (["--limit", "0"], 2, "--limit 0: use seconds"),
         (["--limit", "nan"], 2, "--limit nan: use seconds"),
-        (["--device", "GPU"], 2, "device 'GPU'"),
+        (["--openvino-device", "GPU"], 2, "CPU execution provider alone"),
         (["--scan", "fast"], 2, "fast"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils import fusion
 
 from evm_deploy.export.hub import graph
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
@@ -37,7 +37,7 @@ class Counted:
 def module(micro):
     network = load_checkpoint(micro)
     plan, preprocessing = complete(PLAN, network.spec)
-    return deployable(network, plan, preprocessing)
+    return with_pre_and_postprocessing(network, plan, preprocessing)
 
 
 @pytest.fixture

@@ -64,8 +64,8 @@ BAD_FLAGS = {
     "no target": ([], "--target is missing"),
     "misspelt target": (["--target", "onxx"], "did you mean onnx?"),
     "unknown target": (["--target", "onnx,toaster"], "choose from: onnx"),
-    "int8 without pictures": (["--target", "onnx", "--int8"], "add --calib DIR"),
-    "pictures without int8": (
+    "int8 without images": (["--target", "onnx", "--int8"], "add --calib DIR"),
+    "images without int8": (
         ["--target", "onnx", "--calib", "demo"],
         "--calib is for int8 and w8, this export is float",
     ),

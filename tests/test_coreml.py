@@ -33,7 +33,7 @@ from evm_deploy.export.coreml import coremltools_patch
 from evm_deploy.export.coreml import package as mlpackage
 from evm_deploy.export.coreml import program as mlprogram
 from evm_deploy.export.coreml.coremltools_patch import converter
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
@@ -195,7 +195,7 @@ def test_several_sizes_are_functions_that_share_weights(several, micro, coreml_b
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     assert several.manifest.files[weights]["size_bytes"] <= 1.15 * coreml_bundle.manifest.files[weights]["size_bytes"]
     assert {scan["lowering"] for scan in several.manifest.parity["scans"]} == {"portable", "portable 48x48"}
-    module = deployable(load_checkpoint(micro), plan_for(), Preprocessing((64, 64)))
+    module = with_pre_and_postprocessing(load_checkpoint(micro), plan_for(), Preprocessing((64, 64)))
     for function in functions:
         height, width = function["imgsz"]
         pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
@@ -225,8 +225,8 @@ def test_the_same_bytes_from_another_process(several, micro, tmp_path):
 
 BAD_PLANS = {
     "dynamic batch": ({"batch": Batch.parse("dynamic")}, "one batch size"),
-    "batch of pictures": ({"batch": Batch(2, 2, 2)}, "takes one picture(?s:.*)--input tensor"),
-    "native library": ({"device": "macos-arm64"}, "has no native library for --device; it has: none"),
+    "batch of images": ({"batch": Batch(2, 2, 2)}, "takes one image(?s:.*)--input tensor"),
+    "native library": ({"native_library": "macos-arm64"}, "has no native library for --platform; it has: none"),
     "native scan": ({"scan": "plugin"}, "has no scan lowering 'plugin'; it has: auto, portable"),
     "opset": ({"opset": 20}, "Core ML programs have no ONNX opset"),
     "smoothing": ({"precision": "int8", "calib": "x", "smooth": "on"}, "quantised as they are"),
@@ -311,7 +311,9 @@ class MacStub:
 
 
 def check_record(bundle, found, folder):
-    (folder / "bench.json").write_text(json.dumps(bench_on_mac.record(bundle.path, MacStub, "CPU_AND_NE", found, 5.0)))
+    (folder / "bench.json").write_text(
+        json.dumps(bench_on_mac.make_record(bundle.path, MacStub, "CPU_AND_NE", found, 5.0))
+    )
     record = Record.read(folder / "bench.json")
     assert record.summary_ms["p50"] >= 2.0 and record.settings["device"] == "CPU_AND_NE"
     assert record.bundle["artifact_bytes"] == bundle.size_bytes
@@ -322,7 +324,7 @@ def check_record(bundle, found, folder):
 
 def test_the_benchmark_in_the_bundle_gives_a_record(coreml_bundle, tmp_path, monkeypatch):
     """On a stand-in for coremltools on a Mac."""
-    monkeypatch.setattr(bench_on_mac, "plan", lambda model, units, function: {"operations": {function: 1}})
+    monkeypatch.setattr(bench_on_mac, "compute_plan", lambda model, units, function: {"operations": {function: 1}})
     manifest = json.loads((coreml_bundle.path / "manifest.json").read_text())
     found = bench_on_mac.on_mac(MacStub, coreml_bundle.path, manifest, 3, 5.0)
     assert check_record(coreml_bundle, found, tmp_path).runtime["plan"] == {"operations": {"main": 1}}

@@ -14,9 +14,9 @@ from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export import coreml, verify
 from evm_deploy.export.coreml import program
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm
-from evm_deploy.export.coreml.scans import CoreMlScanTaps
+from evm_deploy.export.coreml.scans import CoreMlScanAccess
 from evm_deploy.export.pipeline import export
-from evm_deploy.export.selftest import probe_inputs
+from evm_deploy.export.selftest import make_test_inputs
 from evm_deploy.export.target import Artifact
 from evm_deploy.runtimes.mil import MilRuntime
 from evm_deploy.scan import mil
@@ -33,10 +33,10 @@ def parity_of(package, coreml_fp32):
     """As an export of the module that the package was made of."""
     artifact, module, plan = coreml_fp32
     changed = Artifact(package, artifact.scan, artifact.details)
-    probes = probe_inputs(plan, Preprocessing((64, 64)), count=1)
+    test_inputs = make_test_inputs(plan, Preprocessing((64, 64)), count=1)
     with MilRuntime(package) as runtime:
-        taps = CoreMlScanTaps(changed, None)
-        return verify.verify(verify.run_reference(module, probes), runtime, taps, plan, CLASSIFICATION)
+        taps = CoreMlScanAccess(changed, None)
+        return verify.verify(verify.run_reference(module, test_inputs), runtime, taps, plan, CLASSIFICATION)
 
 
 def find(block, op_type, name=""):

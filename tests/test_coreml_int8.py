@@ -62,8 +62,8 @@ def main_block(program):
 
 
 @pytest.mark.slow
-def test_int8_rounds_what_the_other_targets_round(micro, pictures, tmp_path):
-    bundle = export(micro, int8(pictures, imgsz=(64, 64)), tmp_path)
+def test_int8_rounds_what_the_other_targets_round(micro, images, tmp_path):
+    bundle = export(micro, int8(images, imgsz=(64, 64)), tmp_path)
     quantization = bundle.manifest.details["quantization"]
     assert bundle.manifest.accuracy["sqnr_db"] > 20 and quantization["in_float"] == []
     rounded = {key.rpartition(":")[0] for key in quantization["calibration"]["activations"]}
@@ -95,9 +95,9 @@ def spoil(monkeypatch, key):
 
 
 @pytest.mark.slow
-def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
+def test_a_spoilt_range_exits_5(monkeypatch, micro, images, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
-    flags = ["--target", "coreml", "--int8", "--imgsz", "32", "--calib", str(pictures), "--force-calib", "-q"]
+    flags = ["--target", "coreml", "--int8", "--imgsz", "32", "--calib", str(images), "--force-calib", "-q"]
     flags += ["--calib-images", "16"]
     assert cli.export_main([str(micro), *flags, "-o", str(tmp_path)]) == 5
     assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
 def few_blocks(monkeypatch):
     """The last blocks only: each that can stay in float is one more program to compute."""
     every = quantizer.layers
-    monkeypatch.setattr(quantizer, "layers", lambda *args: every(*args)[-4:])
+    monkeypatch.setattr(quantizer, "quantizable_ops", lambda *args: every(*args)[-4:])
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_budget_that_cannot_hold_exits_5_with_everything_in_float(few_blocks, 
 
 @pytest.mark.slow
 def test_the_trained_network_keeps_its_accuracy(trained, glyphs, tmp_path):
-    """On a few pictures, so by SQNR. Top-1 and size, of w8 too, are in benchmarks/coreml.py."""
+    """On a few images, so by SQNR. Top-1 and size, of w8 too, are in benchmarks/coreml.py."""
     np.savez(tmp_path / "calib.npz", images=glyphs(64, 5000, 64)[0])
     bundle = export(
         trained / "evm_tiny_glyphs64.ckpt", int8(tmp_path / "calib.npz", imgsz=(64, 64), crop_pct=1.0), tmp_path
@@ -141,9 +141,9 @@ def test_the_trained_network_keeps_its_accuracy(trained, glyphs, tmp_path):
     assert bundle.manifest.accuracy["sqnr_db"] >= 30
 
 
-def test_int8_needs_a_system_that_has_it(micro, pictures, tmp_path):
+def test_int8_needs_a_system_that_has_it(micro, images, tmp_path):
     with pytest.raises(UsageError, match=r"int8 activations need iOS17 or iOS18(?s:.*)--precision w8"):
-        export(micro, int8(pictures, min_target="iOS16"), tmp_path)
+        export(micro, int8(images, min_target="iOS16"), tmp_path)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`--device`: libraries for other platforms, what they are, what they compute where they can be run, and the cache."""
+"""`--platform`: libraries for other platforms, what they compute where they can be run, and the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.toolchain import cross
+from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import Compiler, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
@@ -45,7 +45,7 @@ def no_cache(monkeypatch, tmp_path):
         return work / name
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cross, "_compile", compile_)
+    monkeypatch.setattr(cross_compile, "_compile", compile_)
     return compiled
 
 
@@ -54,7 +54,7 @@ def no_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
-    library = cross.library("onnxruntime", platform)
+    library = cross_compile.library("onnxruntime", platform)
     content = library.read_bytes()
     assert library.suffix == PLATFORMS[platform].suffix
     assert len(content) < 500_000
@@ -95,12 +95,14 @@ def program(tmp_path_factory):
     made = {}
 
     def link(platform):
-        folder, library = tmp_path_factory.mktemp("driver"), cross.library("onnxruntime", platform)
+        folder, library = tmp_path_factory.mktemp("driver"), cross_compile.library("onnxruntime", platform)
         if platform == HOST:
             compiler, run, flags = Compiler(("g++",), PLATFORMS[platform].architecture), (), ()
         elif platform == "linux-aarch64":
             need("qemu")
-            compiler = cross.zig_compiler(PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig")
+            compiler = cross_compile.zig_compiler(
+                PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig"
+            )
             run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
         else:
             pytest.skip(f"{platform} is not run on {HOST}")
@@ -151,17 +153,17 @@ def test_exact_int8_blocks(driver):
 def host_bundle(micro, bundle_of):
     if HOST not in PLATFORMS:
         pytest.skip(f"no library is built for {HOST}")
-    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), native_library=HOST))
 
 
 @pytest.fixture(scope="module")
 def other_bundle(micro, bundle_of):
-    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=OTHER))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), native_library=OTHER))
 
 
 def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, monkeypatch, capsys):
     manifest, inside = host_bundle.manifest, f"plugins/{HOST}/evm_onnxruntime{PLATFORMS[HOST].suffix}"
-    assert manifest.plan["device"] == HOST
+    assert manifest.plan["native_library"] == HOST
     assert manifest.plugins == {HOST: inside}
     assert inside in manifest.files
     assert inside in (host_bundle.path / "README.md").read_text()
@@ -180,7 +182,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
 
 def test_the_export_verifies_the_library_that_it_ships(micro, tmp_path, monkeypatch):
     monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
-    bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST), tmp_path)
+    bundle = export(micro, ExportPlan("onnx", imgsz=(32, 32), native_library=HOST), tmp_path)
     assert {scan["lowering"] for scan in bundle.manifest.parity["scans"]} == {"portable", "plugin"}
 
 
@@ -205,7 +207,7 @@ def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypat
     monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     with load(other_bundle.path) as loaded:
         assert loaded.scan.value == "portable"
-        assert f"not built for the evm_deploy in {Path(cross.__file__).parent}" in loaded.scan.reason
+        assert f"not built for the evm_deploy in {Path(cross_compile.__file__).parent}" in loaded.scan.reason
         assert f"the bundle's is for {OTHER}" in loaded.scan.reason
     with pytest.raises(ToolchainError, match=f"the bundle's is for {OTHER}"):
         load(other_bundle.path, scan="plugin")
@@ -224,24 +226,24 @@ def test_a_manifest_cannot_name_a_library_outside_of_its_files(other_bundle, tmp
 # ------------------------------------------------------------------------------------------------------- plans, errors
 
 
-def test_impossible_devices_are_refused():
+def test_impossible_platforms_are_refused():
     with pytest.raises(UsageError, match="choose from: linux-x86_64, linux-aarch64, macos-arm64, windows-x86_64"):
-        ExportPlan("onnx", device="linux-riscv64")
-    with pytest.raises(UsageError, match="no node for the native library"):
-        ExportPlan("onnx", device=OTHER, scan="portable")
+        ExportPlan("onnx", native_library="linux-riscv64")
+    with pytest.raises(UsageError, match="would not use the library"):
+        ExportPlan("onnx", native_library=OTHER, scan="portable")
 
 
 def test_the_flag_is_a_config_key_and_in_the_dry_run(micro, tmp_path, capsys):
-    (tmp_path / "evm.toml").write_text(f'target = "onnx"\ndevice = "{OTHER}"\n')
+    (tmp_path / "evm.toml").write_text(f'target = "onnx"\nplatform = "{OTHER}"\n')
     assert (
         cli.export_main([str(micro), "--config", str(tmp_path / "evm.toml"), "--dry-run", "--out", str(tmp_path)]) == 0
     )
-    assert f"Device     {OTHER}, native library compiled with ziglang" in capsys.readouterr().out
+    assert f"Platform   {OTHER}, native library compiled with ziglang" in capsys.readouterr().out
 
 
 def test_without_ziglang_the_error_comes_first_and_says_what_to_install(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cross, "find_spec", lambda name: None)
-    command = [str(micro), "--target", "onnx", "--device", OTHER, "--out", str(tmp_path)]
+    monkeypatch.setattr(cross_compile, "find_spec", lambda name: None)
+    command = [str(micro), "--target", "onnx", "--platform", OTHER, "--out", str(tmp_path)]
     assert cli.export_main(command) == 3
     err = capsys.readouterr().err
     assert "ziglang, which is not installed\n  pip install 'evm-deploy[cross]'" in err
@@ -251,7 +253,7 @@ def test_without_ziglang_the_error_comes_first_and_says_what_to_install(micro, t
 def test_what_the_compiler_says_is_shown(tmp_path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int main() { return nothing; }\n")
-    compiler = cross.zig_compiler(PLATFORMS[OTHER].zig, PLATFORMS[OTHER].architecture, tmp_path / "zig")
+    compiler = cross_compile.zig_compiler(PLATFORMS[OTHER].zig, PLATFORMS[OTHER].architecture, tmp_path / "zig")
     with pytest.raises(ToolchainError, match=r"exit code 1(?s:.*)undeclared identifier 'nothing'"):
         compiler.run("-c", source, "-o", tmp_path / "wrong.o")
     with pytest.raises(ToolchainError, match="no-such-compiler cannot be run"):
@@ -267,11 +269,11 @@ def test_architectures_without_a_kernel_of_their_own_get_the_base():
 
 
 def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
-    first = cross.library("onnxruntime", OTHER)
-    assert cross.library("onnxruntime", OTHER) == first
+    first = cross_compile.library("onnxruntime", OTHER)
+    assert cross_compile.library("onnxruntime", OTHER) == first
     assert no_cache == [OTHER]
     first.write_bytes(b"another")
-    assert cross.library("onnxruntime", OTHER).read_bytes() == b"a library"
+    assert cross_compile.library("onnxruntime", OTHER).read_bytes() == b"a library"
     assert no_cache == [OTHER, OTHER]
     assert sorted(path.name for path in first.parents[1].iterdir()) == [OTHER]  # nothing half-made is left
 
@@ -279,7 +281,7 @@ def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
 def test_nothing_of_zigs_own_cache_is_kept(monkeypatch, tmp_path):
     """It links objects of its cache that were changed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = cross.library("onnxruntime", "linux-aarch64")
+    library = cross_compile.library("onnxruntime", "linux-aarch64")
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {
         library,
         library.with_name(f"{library.name}.sha256"),
@@ -287,13 +289,13 @@ def test_nothing_of_zigs_own_cache_is_kept(monkeypatch, tmp_path):
 
 
 def test_another_ziglang_compiles_again(no_cache, monkeypatch):
-    before = cross.cached_path("onnxruntime", OTHER)
-    monkeypatch.setattr(cross.metadata, "version", lambda name: "9.9.9")
-    assert cross.cached_path("onnxruntime", OTHER) != before
+    before = cross_compile.cached_path("onnxruntime", OTHER)
+    monkeypatch.setattr(cross_compile.metadata, "version", lambda name: "9.9.9")
+    assert cross_compile.cached_path("onnxruntime", OTHER) != before
 
 
 def test_a_cache_that_cannot_be_written_says_where(no_cache, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ToolchainError, match=r"file/evm-deploy(?s:.*)set XDG_CACHE_HOME"):
-        cross.library("onnxruntime", OTHER)
+        cross_compile.library("onnxruntime", OTHER)

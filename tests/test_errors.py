@@ -46,7 +46,7 @@ def without_runtime(tools: Tools) -> int:
     return cli.run_main([str(tools.bundle), "--selftest"])
 
 
-def too_few_pictures(tools: Tools) -> int:
+def too_few_images(tools: Tools) -> int:
     (tools.folder / "calib").mkdir()
     return tools.export("--target", "onnx", "--int8", "--calib", tools.folder / "calib")
 
@@ -70,7 +70,7 @@ SCENES = {
         lambda tools: cli.run_main([str(tools.bundle), str(tools.folder / "cat.jpg")]),
         ("cat.jpg", "does not exist"),
     ),
-    "CalibrationError": Scene(too_few_pictures, ("calib", "holds no images", "looked for .")),
+    "CalibrationError": Scene(too_few_images, ("calib", "holds no images", "looked for .")),
     "BundleError": Scene(
         lambda tools: cli.run_main([str(tools.folder / "none"), "--selftest"]),
         ("none", "does not exist", "make one with evm-export"),

@@ -14,7 +14,7 @@ from evm_deploy import cli
 from evm_deploy.bench import worker
 from evm_deploy.bench.matrix import Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.remote import board as board_module
+from evm_deploy.bench.remote import ssh_host as board_module
 from evm_deploy.bench.remote.agent import build_agent
 from evm_deploy.bundle.loaded import load
 from evm_deploy.commands.doctor import examine

@@ -13,7 +13,7 @@ from evm_deploy import load
 from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub import graph as hub
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import load_targets
 from tests.toy import CLASSES, OUTPUTS, toy_network
@@ -93,7 +93,7 @@ def test_no_batch_norm_is_left(bundles):
 
 def test_int8_by_blocks_of_its_own(toy, tmp_path):
     """The Conv1d is quantised, the layers that feed a scan are not, and a block is what its ModuleList holds."""
-    images = np.stack([picture(*SIZE, seed) for seed in range(24)])
+    images = np.stack([synthetic_image(*SIZE, seed) for seed in range(24)])
     np.savez(tmp_path / "calib.npz", images=images)
     plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=str(tmp_path / "calib.npz"), force_calib=True)
     bundle = export(toy, plan, tmp_path)
@@ -114,15 +114,15 @@ def test_a_scan_that_is_wrong_in_the_artifact_is_named(toy, tmp_path, monkeypatc
     from evm_deploy.export import onnx as target
     from evm_deploy.export.hub import scans
 
-    original = scans.OnnxScanTaps.in_situ
+    original = scans.OnnxScanAccess.in_situ
 
     def spoilt(self, feeds):
         found = original(self, feeds)
         found[-1] = {**found[-1], "y": found[-1]["y"] * np.float32(1.01)}
         return found
 
-    monkeypatch.setattr(scans.OnnxScanTaps, "in_situ", spoilt)
-    assert target.TARGET.taps is scans.OnnxScanTaps
+    monkeypatch.setattr(scans.OnnxScanAccess, "in_situ", spoilt)
+    assert target.TARGET.taps is scans.OnnxScanAccess
     with pytest.raises(ParityError, match="shared#2 is off"):
         export(toy, ExportPlan("onnx", imgsz=SIZE), tmp_path)
 

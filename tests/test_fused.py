@@ -15,8 +15,8 @@ from evm_deploy import plugin_path
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
-from evm_deploy.export.hub.fuse import located, outline
-from evm_deploy.export.hub.graph import deployable, trace
+from evm_deploy.export.hub.fuse import fuse_module, match_constants
+from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.network import EVSSBlock
@@ -169,14 +169,14 @@ def hub(micro, **changes):
     plan = ExportPlan("onnx", imgsz=(64, 64), **changes)
     network = load_checkpoint(micro)
     plan, preprocessing = complete(plan, network.spec)
-    return trace(deployable(network, plan, preprocessing), plan, {}), plan
+    return trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {}), plan
 
 
 def test_outlining_keeps_every_bit_of_the_portable_form(micro):
     graph, _ = hub(micro)
     fused = onnx.ModelProto()
     fused.CopyFrom(graph.model)
-    assert [outline(fused, path, op) > 40 for path, op in graph.fusable.items()] == [True, True]
+    assert [fuse_module(fused, path, op) > 40 for path, op in graph.fusable.items()] == [True, True]
     onnx.checker.check_model(fused, full_check=True)
     pixels = {"image": np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)}
     before, after = (OnnxRuntime(m.SerializeToString(), 1).run(pixels)["logits"] for m in (graph.model, fused))
@@ -210,7 +210,7 @@ def test_a_body_of_another_structure_is_an_overload(micro):
         if node.name.startswith(f"{second[0]}.se/") and node.op_type == "Mul":
             node.input[:] = ["same" if name == gate.output[0] else name for name in node.input]
     for path, op in (first, second):
-        outline(fused, path, op)
+        fuse_module(fused, path, op)
     assert [f.overload for f in fused.functions if f.name == "EVSSBlock"] == ["", second[0]]
     onnx.checker.check_model(fused, full_check=True)
     pixels = {"image": np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)}
@@ -222,11 +222,11 @@ def test_what_is_no_block_is_not_outlined(micro):
     graph, _ = hub(micro)
     path, op = next(iter(graph.fusable.items()))
     with pytest.raises(ToolchainError, match=r"layers\.0\.blocks\.0\.se cannot be fused: its nodes read"):
-        outline(graph.model, f"{path}.se", op)
+        fuse_module(graph.model, f"{path}.se", op)
     weight = next(t for t in graph.model.graph.initializer if t.name == f"{path}.norm.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
     with pytest.raises(ToolchainError, match="norm_weight is not among the constants"):
-        located(graph.model, path, op, {})
+        match_constants(graph.model, path, op, {})
 
 
 @pytest.mark.parametrize("imgsz", [(33, 47), (90, 70)])

@@ -15,7 +15,7 @@ from torch import nn
 
 from evm_deploy import plugin_path
 from evm_deploy.errors import BundleError
-from evm_deploy.export.hub.fuse import outline
+from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import SCAN_OUTPUTS
@@ -308,7 +308,7 @@ def traced(micro):
     """A block of the micro model, its size, and its traced nodes as a function, with that of the scan."""
     graph, _ = hub(micro)
     path, op = next(iter(graph.fusable.items()))
-    outline(graph.model, path, op)
+    fuse_module(graph.model, path, op)
     node = next(node for node in graph.model.graph.node if node.op_type == "EVSSBlock")
     shapes = onnx.shape_inference.infer_shapes(graph.model).graph.value_info
     shape = next([d.dim_value for d in v.type.tensor_type.shape.dim] for v in shapes if v.name == node.input[0])

@@ -16,17 +16,17 @@ from evm_deploy import cli
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import table
-from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
+from evm_deploy.calib.candidate import Source
+from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import Layer, activations, quantize
-from evm_deploy.calib.source import Source
+from evm_deploy.calib.quantize import Layer, activations, insert_qdq
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
@@ -65,7 +65,7 @@ def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
 def test_q_dq_pairs_are_explicit_and_of_the_asked_flavour(symmetric, micro):
     graph, _ = hub(micro)
     found = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-    model = quantize(graph.model, found, fake_ranges(found), symmetric=symmetric)
+    model = insert_qdq(graph.model, found, fake_ranges(found), symmetric=symmetric)
     onnx.checker.check_model(model, full_check=True)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
@@ -116,11 +116,11 @@ def test_the_trained_network_keeps_its_accuracy(method, smooth, trained, glyphs,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "imgsz"), [("tiny_224", (160, 160)), ("small_224", (128, 128))])
-def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
-    """28 dB on pictures that were kept back, and under a third of the size of the weights. B, and larger sizes:
+def test_seeded_weights(case, imgsz, checkpoint, images, tmp_path):
+    """28 dB on images that were kept back, and under a third of the size of the weights. B, and larger sizes:
     benchmarks/int8_seeded.py.
     """
-    bundle = export(checkpoint(case), plan(pictures, imgsz=imgsz), tmp_path)
+    bundle = export(checkpoint(case), plan(images, imgsz=imgsz), tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] >= 28
     assert bundle.size_bytes < 0.31 * 4 * bundle.manifest.model["parameters"]
 
@@ -129,8 +129,8 @@ def test_seeded_weights(case, imgsz, checkpoint, pictures, tmp_path):
     "changes", [{"batch": Batch.parse("dynamic")}, {"batch": Batch(2, 2, 2), "input": "tensor"}, {"head": "features"}]
 )
 @pytest.mark.slow
-def test_batches_inputs_and_heads(changes, micro, pictures, tmp_path):
-    bundle = export(micro, plan(pictures, imgsz=(64, 64), **changes), tmp_path)
+def test_batches_inputs_and_heads(changes, micro, images, tmp_path):
+    bundle = export(micro, plan(images, imgsz=(64, 64), **changes), tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] > 20
     assert bundle.manifest.parity["ok"]
 
@@ -148,9 +148,9 @@ def spoil(monkeypatch, key):
 
 
 @pytest.mark.slow
-def test_a_spoilt_range_exits_5(monkeypatch, micro, pictures, tmp_path, capsys):
+def test_a_spoilt_range_exits_5(monkeypatch, micro, images, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
-    flags = ["--target", "onnx", "--int8", "--imgsz", "64", "--calib", str(pictures), "-o", str(tmp_path), "-q"]
+    flags = ["--target", "onnx", "--int8", "--imgsz", "64", "--calib", str(images), "-o", str(tmp_path), "-q"]
     assert cli.export_main([str(micro), *flags]) == 5
     assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-int8-64x64.rejected"]
@@ -188,19 +188,19 @@ def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_a_second_export_reuses_the_table(monkeypatch, micro, pictures, tmp_path):
+def test_a_second_export_reuses_the_table(monkeypatch, micro, images, tmp_path):
     calls = []
     original = CalibrationTable.add
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))
-    export(micro, plan(pictures, imgsz=(64, 64)), tmp_path / "a")
+    export(micro, plan(images, imgsz=(64, 64)), tmp_path / "a")
     assert len(calls) == 105
-    export(micro, plan(pictures, imgsz=(64, 64), calib_method="minmax"), tmp_path / "b")
+    export(micro, plan(images, imgsz=(64, 64), calib_method="minmax"), tmp_path / "b")
     assert len(calls) == 105
-    export(micro, plan(pictures, imgsz=(64, 64), calib_images=110), tmp_path / "c")
+    export(micro, plan(images, imgsz=(64, 64), calib_images=110), tmp_path / "c")
     assert len(calls) > 105
 
 
-def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictures, tmp_path):
+def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, images, tmp_path):
     original = CalibrationTable.add
 
     def interrupted(self, values):
@@ -210,11 +210,11 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, pictu
 
     monkeypatch.setattr(CalibrationTable, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(micro, plan(pictures, imgsz=(64, 64)), tmp_path)
+        export(micro, plan(images, imgsz=(64, 64)), tmp_path)
     assert not list(tmp_path.iterdir())
     seen = []
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: seen.append(self.done) or original(self, values))
-    export(micro, plan(pictures, imgsz=(64, 64)), tmp_path)
+    export(micro, plan(images, imgsz=(64, 64)), tmp_path)
     assert seen[0] == 70 // table.SAVE_EVERY * table.SAVE_EVERY
 
 
@@ -232,10 +232,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
     peaks = []
     for count in (16, 144):
-        np.savez(tmp_path / f"{count}.npz", images=np.stack([picture(128, 128, seed=i) for i in range(count)]))
+        np.savez(tmp_path / f"{count}.npz", images=np.stack([synthetic_image(128, 128, seed=i) for i in range(count)]))
         command = [sys.executable, "-c", MEMORY, str(micro), str(tmp_path / f"{count}.npz"), str(tmp_path / str(count))]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 60  # MB; the activations of 128 pictures are hundreds
+    assert peaks[1] - peaks[0] < 60  # MB; the activations of 128 images are hundreds
 
 
 @pytest.mark.parametrize(
@@ -259,13 +259,13 @@ def test_figures_of_accuracy():
     scores = g.standard_normal((50, 10)).astype(np.float32)
     labels = scores.argmax(1)
     reference, noisy = {"logits": scores}, {"logits": (scores + 0.01 * g.standard_normal((50, 10))).astype(np.float32)}
-    same = compare(reference, noisy, CLASSIFICATION, labels, limit=1.0)
+    same = compare_outputs(reference, noisy, CLASSIFICATION, labels, limit=1.0)
     assert same.float_scores == {"top1": 1.0, "top5": 1.0} and same.ok
     assert same.sqnr_db == pytest.approx(40, abs=1)
-    wrong = compare(reference, {"logits": -scores}, CLASSIFICATION, labels, limit=1.0)
+    wrong = compare_outputs(reference, {"logits": -scores}, CLASSIFICATION, labels, limit=1.0)
     assert wrong.drop == 100 and not wrong.ok and wrong.agreement == 0
-    assert not compare(reference, {"logits": np.full_like(scores, np.nan)}, CLASSIFICATION).ok
-    assert compare(reference, noisy, FEATURES).agreement is None
+    assert not compare_outputs(reference, {"logits": np.full_like(scores, np.nan)}, CLASSIFICATION).ok
+    assert compare_outputs(reference, noisy, FEATURES).agreement is None
     assert Accuracy.from_dict(wrong.as_dict()) == wrong and wrong.as_dict()["top1_float"] == 1.0
 
 
@@ -284,15 +284,15 @@ def test_blocks_are_kept_in_float_only_as_long_as_needed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"calib": None}, "int8 needs pictures to calibrate with(?s:.*)--calib DIR"),
-        ({"max_drop": 1.0}, "--max-drop needs labelled pictures(?s:.*)--val"),
+        ({"calib": None}, "int8 needs images to calibrate with(?s:.*)--calib DIR"),
+        ({"max_drop": 1.0}, "--max-drop needs labelled images(?s:.*)--val"),
         ({"calib_method": "median"}, "choose from: minmax, percentile, mse, entropy, auto"),
         ({"calib_images": 0}, "use a number from 1"),
         ({"val": "v", "max_drop": -1.0}, "points of accuracy"),
         ({"val": "v", "head": "features"}, "feature maps have no classes"),
         ({"precision": "fp32"}, "--calib is for int8 and w8, this export is fp32"),
         ({"precision": "w8", "val": "v"}, "--calib has no use for w8 beside --val(?s:.*)leave --calib out"),
-        ({"precision": "w8", "max_drop": 1.0}, "--max-drop needs labelled pictures(?s:.*)--val"),
+        ({"precision": "w8", "max_drop": 1.0}, "--max-drop needs labelled images(?s:.*)--val"),
     ],
 )
 def test_plans_that_cannot_work(changes, message):
@@ -300,10 +300,10 @@ def test_plans_that_cannot_work(changes, message):
         ExportPlan(**{"target": "onnx", "precision": "int8", "calib": "c", **changes})
 
 
-def test_unfit_pictures_leave_nothing_behind(micro, tmp_path):
-    source = tmp_path / "pictures"
+def test_unfit_images_leave_nothing_behind(micro, tmp_path):
+    source = tmp_path / "images"
     source.mkdir()
-    Image.fromarray(picture(40, 40, seed=0)).save(source / "one.png")
+    Image.fromarray(synthetic_image(40, 40, seed=0)).save(source / "one.png")
     with pytest.raises(CalibrationError, match="too few"):
         export(micro, plan(source, imgsz=(64, 64)), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))

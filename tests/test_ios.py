@@ -134,20 +134,20 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
     code = CODE["SelfTest.swift"]
     files = re.findall(r'"(selftest/[\w./]+)"', code)
     assert len(files) == 3 and not [file for file in files if not (coreml_bundle.path / file).is_file()]
-    probes = load_file(coreml_bundle.path / "selftest" / "probes.safetensors")
+    test_inputs = load_file(coreml_bundle.path / "selftest" / "probes.safetensors")
     manifest = coreml_bundle.manifest
-    assert {"picture.pixels", manifest.plan["input"], *(o["name"] for o in manifest.outputs)} == set(probes)
+    assert {"picture.pixels", manifest.plan["input"], *(o["name"] for o in manifest.outputs)} == set(test_inputs)
     assert 'tensors, "picture.pixels"' in code and "tensors[manifest.plan.input]" in code
     scans = load_file(coreml_bundle.path / "selftest" / "scans.safetensors")
     names = set(json.loads(re.search(r"scanInputs = (\[.+\])", code)[1]))
     axes = re.search(r"scanAxes = \[\n(.+),\n\]", code)[1]
     assert json.loads(f"{{{axes}}}") == AXES | {"y": AXES["u"]} and names == set(AXES)
     (template,) = re.findall(r'"selftest/(scan-.+)"', code)
-    assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.runtime.scan_probe
+    assert re.sub(r"\\\((\w)\)", r"{\1}", template) == TARGET.runtime.scan_case
     for scan in {key.partition(":")[0] for key in scans}:
         assert {key.partition(":")[2] for key in scans if key.startswith(f"{scan}:")} == names | {"y"}
         (_, K, L, D), N = scans[f"{scan}:u"].shape, scans[f"{scan}:A"].shape[2]
-        file = TARGET.runtime.scan_probe.format(K=K, L=L, D=D, N=N)
+        file = TARGET.runtime.scan_case.format(K=K, L=L, D=D, N=N)
         with MilRuntime(coreml_bundle.path / "selftest" / file) as runtime:
             assert set(runtime.inputs) == names and set(runtime.outputs) == {"y"}
 

@@ -17,7 +17,7 @@ from evm_deploy.bench import layers as module
 from evm_deploy.bench.layers import (
     Part,
     divided,
-    layers,
+    measure_layers,
     merged,
     names,
     placed,
@@ -25,8 +25,8 @@ from evm_deploy.bench.layers import (
     summary,
     without_recording,
 )
-from evm_deploy.bench.subject import examples
-from evm_deploy.bench.text import block_of
+from evm_deploy.bench.measurable import examples
+from evm_deploy.bench.text import block_name
 from evm_deploy.bundle.loaded import load
 from evm_deploy.export import openvino
 from evm_deploy.export.plan import ExportPlan
@@ -41,7 +41,7 @@ from tests.openvino import LOWERINGS, built, opened, traced
 
 def test_the_parts_of_a_bundle_on_the_kernel(micro_bundle):
     with load(micro_bundle.path, threads=1) as model:
-        found = layers(model, examples(model, 1))
+        found = measure_layers(model, examples(model, 1))
     assert "ONNX Runtime" in found["how"] and "native library's own" in found["how"]
     assert found["sum_ms"] == pytest.approx(sum(part["ms"] for part in found["modules"]), abs=0.01)
     assert sum(found["kinds"].values()) == pytest.approx(found["sum_ms"], abs=0.01)
@@ -62,7 +62,7 @@ def nodes_of(bundle):
 def test_a_library_that_counts_nothing_leaves_blocks_whole(micro_bundle, monkeypatch):
     monkeypatch.setattr(module, "block_trace", lambda library, rows, stages: block_trace(None, rows, stages))
     with load(micro_bundle.path, threads=1) as model:
-        found = layers(model, examples(model, 1))
+        found = measure_layers(model, examples(model, 1))
     assert found["scan_share"] is None and found["kinds"]["block"] > 0 and "scan" not in found["kinds"]
 
 
@@ -70,7 +70,7 @@ def test_scans_that_are_not_one_node(micro_bundle):
     """Run as standard operators, which the runtime inlines itself: what it costs to record loops is taken off."""
     with load(micro_bundle.path, threads=1, scan="portable") as model:
         # most of the time is recording, which other work beside it disturbs: once in a few must be right
-        tries = [layers(model, examples(model, 1)) for _ in range(4)]
+        tries = [measure_layers(model, examples(model, 1)) for _ in range(4)]
     found = min(tries, key=lambda each: abs(1 - each["of_inference"]))
     assert 0.3 < found["of_inference"] < 3.0 and "us an event in a loop" in found["how"]
     assert 0.1 < found["scan_share"] < 0.9
@@ -87,7 +87,7 @@ def test_the_share_is_what_leaving_the_scans_out_saves(demo_bundle, tmp_path):
         feeds = examples(model, 1)
         bare = OnnxRuntime(without.SerializeToString(), 1)
         ratios = [took(bare, feeds) / took(model, feeds) for _ in range(60)]
-        share = layers(model, feeds)["scan_share"]
+        share = measure_layers(model, feeds)["scan_share"]
     assert abs(share - (1 - statistics.median(ratios))) < 0.2
 
 
@@ -108,7 +108,7 @@ def no_scan(opset):
 
 def test_a_target_without_a_profiler(coreml_bundle):
     with load(coreml_bundle.path) as model:
-        assert layers(model, {}) == {}
+        assert measure_layers(model, {}) == {}
 
 
 @pytest.mark.parametrize("scan", LOWERINGS)
@@ -124,7 +124,7 @@ def test_openvino(scan, micro, tmp_path):
             target=openvino.TARGET.runtime,
             run=runtime.run,
         )
-        found = layers(model, {"image": np.zeros((1, 64, 64, 3), np.uint8)})
+        found = measure_layers(model, {"image": np.zeros((1, 64, 64, 3), np.uint8)})
     assert 0.2 < found["of_inference"] < 3.0
     assert 0.01 < found["scan_share"] < 0.9 and not {"block", "other"} & set(found["kinds"])
     assert all(part["module"].startswith("layers.") for part in found["modules"] if part["kind"] == "scan")
@@ -259,4 +259,4 @@ def test_merging_loses_nothing(parts):
     ],
 )
 def test_blocks(path, block):
-    assert block_of(path) == block
+    assert block_name(path) == block

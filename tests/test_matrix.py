@@ -70,9 +70,9 @@ def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
 @pytest.mark.slow
 def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
     flags = ["--matrix", str(micro), "--imgsz", "64", "-o", str(tmp_path), *QUICK]
-    assert bench_main([*flags, "--forms", "onnx:int8,torch"]) == 2  # no pictures to calibrate with
+    assert bench_main([*flags, "--forms", "onnx:int8,torch"]) == 2  # no images to calibrate with
     out, err = capsys.readouterr()
-    assert "onnx int8: int8 needs pictures to calibrate with" in err
+    assert "onnx int8: int8 needs images to calibrate with" in err
     assert len(list(tmp_path.glob("*-torch-fp32-64x64-t1-b1.json"))) == 1 and "torch" in out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil import MilRuntime, Program
@@ -98,7 +98,7 @@ def computed(op, inputs):
 
 @pytest.mark.parametrize(("op", "inputs"), INFERRED, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_rule_is_what_coremltools_infers(op, inputs):
-    with quiet(), Function({"x": mb.placeholder(shape=(1,))}, opset_version=ct.target.iOS17):
+    with silence_libraries(), Function({"x": mb.placeholder(shape=(1,))}, opset_version=ct.target.iOS17):
         inferred = getattr(mb, op)(**inputs)
     inferred = inferred if isinstance(inferred, list | tuple) else [inferred]
     assert all(var.val is not None for var in inferred)
@@ -191,7 +191,7 @@ def test_variants_without_a_rule_are_refused(op, inputs):
 def save(function, path, half=False, **shapes):
     """A program of `function` over inputs of these shapes, as a package."""
     specs = [mb.TensorSpec(shape=shape) for shape in shapes.values()]
-    with quiet():
+    with silence_libraries():
         program = mb.program(input_specs=specs, opset_version=ct.target.iOS17)(function)
         precision = ct.precision.FLOAT16 if half else ct.precision.FLOAT32
         model = ct.convert(

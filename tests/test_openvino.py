@@ -229,14 +229,14 @@ print(json.dumps({"logits": result.tolist(), "modules": sorted(ours)}))
 @pytest.mark.parametrize("scan", LOWERINGS)
 def test_an_ir_runs_in_openvino_alone(scan, bundles, tmp_path):
     bundle = bundles[scan]
-    probes = load_file(bundle.path / "selftest" / "probes.safetensors")
-    np.save(tmp_path / "image.npy", probes["image"][:1])
+    test_inputs = load_file(bundle.path / "selftest" / "probes.safetensors")
+    np.save(tmp_path / "image.npy", test_inputs["image"][:1])
     added = [bundle.path / bundle.manifest.plugins[host_platform()]] if scan == "plugin" else []
     command = [sys.executable, "-c", ALONE, bundle.path / "model.xml", tmp_path / "image.npy", *added]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["modules"] == []
-    assert np.abs(np.array(result["logits"]) - probes["logits"][:1]).max() < 1e-4
+    assert np.abs(np.array(result["logits"]) - test_inputs["logits"][:1]).max() < 1e-4
 
 
 @pytest.mark.parametrize("scan", LOWERINGS)
@@ -263,12 +263,12 @@ def test_a_program_in_cpp_runs_it(bundles, tmp_path):
     subprocess.run(["cmake", "-S", APP, "-B", tmp_path, *settings], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
     for scan, bundle in bundles.items():
-        probes = load_file(bundle.path / "selftest" / "probes.safetensors")
-        (tmp_path / "image").write_bytes(probes["image"][:1].tobytes())
+        test_inputs = load_file(bundle.path / "selftest" / "probes.safetensors")
+        (tmp_path / "image").write_bytes(test_inputs["image"][:1].tobytes())
         library = [bundle.path / bundle.manifest.plugins[host_platform()]] if scan == "plugin" else []
         command = [tmp_path / "app", bundle.path / "model.xml", tmp_path / "image", *library]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert np.abs(np.array(done.stdout.split(), np.float32) - probes["logits"][0]).max() < 1e-4
+        assert np.abs(np.array(done.stdout.split(), np.float32) - test_inputs["logits"][0]).max() < 1e-4
 
 
 # -------------------------------------------------------------------------------------------------------- the runtime
@@ -390,7 +390,7 @@ def test_a_device_that_is_not_there(device, bundles, capsys):
 
     if device.partition(".")[0] in ov.Core().available_devices:
         pytest.skip(f"this machine has a {device}")
-    assert cli.run_main([str(bundles["portable"].path), "--selftest", "--device", device]) == 2
+    assert cli.run_main([str(bundles["portable"].path), "--selftest", "--openvino-device", device]) == 2
     message = capsys.readouterr().err
     assert "is not here; OpenVINO finds: CPU" in message and "Traceback" not in message
 
@@ -472,7 +472,7 @@ def test_the_cache_is_a_flag(bundles, tmp_path):
 
 
 def test_onnx_has_neither_devices_nor_a_cache(micro_bundle):
-    with pytest.raises(UsageError, match="device 'GPU'"):
+    with pytest.raises(UsageError, match="CPU execution provider alone"):
         load(micro_bundle.path, device="GPU")
     with pytest.raises(UsageError, match="no compiled models"):
         load(micro_bundle.path, cache="somewhere")
@@ -526,9 +526,9 @@ def test_without_an_extension(bundles, monkeypatch, micro, tmp_path, capsys):
 
 
 def test_no_library_for_other_platforms(micro, tmp_path, capsys):
-    flags = [str(micro), "--target", "openvino", "--device", "linux-aarch64", "-o", str(tmp_path / "out")]
+    flags = [str(micro), "--target", "openvino", "--platform", "linux-aarch64", "-o", str(tmp_path / "out")]
     assert cli.export_main(flags) == 2
-    assert "target 'openvino' has no native library for --device" in capsys.readouterr().err
+    assert "target 'openvino' has no native library for --platform" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -542,6 +542,6 @@ def test_an_onnx_bundle_runs_on_the_extension_too(micro_bundle):
     """The same nodes: OpenVINO reads them from the ONNX file."""
     core = open_core(extension())
     model = core.compile_model(str(micro_bundle.path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    probes = load_file(micro_bundle.path / "selftest" / "probes.safetensors")
-    assert np.abs(model(probes["image"][:1])[0] - probes["logits"][:1]).max() < 1e-4
+    test_inputs = load_file(micro_bundle.path / "selftest" / "probes.safetensors")
+    assert np.abs(model(test_inputs["image"][:1])[0] - test_inputs["logits"][:1]).max() < 1e-4
     assert "Reference" in {node.get_rt_info()["layerType"] for node in model.get_runtime_model().get_ops()}

@@ -46,7 +46,7 @@ def test_the_demo(scan, tmp_path):
 
 @pytest.mark.slow
 def test_the_trained_network(trained, glyphs, labelled_glyphs, tmp_path):
-    """Pictures that it was not calibrated with; half a point at most, without any block kept in float."""
+    """Images that it was not calibrated with; half a point at most, without any block kept in float."""
     np.savez(tmp_path / "calib.npz", images=glyphs(256, 5000, 64)[0])
     choices = {"calib": str(tmp_path / "calib.npz"), "val": str(labelled_glyphs)}
     wanted = plan(**choices, max_drop=0.5, imgsz=(64, 64), crop_pct=1.0)
@@ -77,8 +77,8 @@ def test_a_spoilt_block_is_kept_in_float(monkeypatch, tmp_path):
     assert kinds == {"EVSSBlockInt8": 1, "EVSSBlock": 1}
 
 
-def test_it_needs_pictures(tmp_path, capsys):
+def test_it_needs_images(tmp_path, capsys):
     with pytest.raises(UsageError, match="add --calib DIR"):
         ExportPlan("openvino", precision="int8")
     assert cli.export_main(["--target", "openvino", "--int8", "-o", str(tmp_path / "out")]) == 2
-    assert "int8 needs pictures to calibrate with" in capsys.readouterr().err
+    assert "int8 needs images to calibrate with" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from evm_deploy._util.packages import package_versions
-from evm_deploy.bench.remote.board import COMMON, PICTURES
+from evm_deploy.bench.remote.ssh_host import COMMON, IMAGES
 from evm_deploy.runtimes.registry import load_runtimes
 
 if sys.version_info >= (3, 11):
@@ -51,4 +51,4 @@ def test_a_runtime_needs_what_its_extra_brings(info):
 
 
 def test_boards_need_what_the_package_does():
-    assert all(oldest(PROJECT["dependencies"], need.package) == need.least for need in (*COMMON, PICTURES))
+    assert all(oldest(PROJECT["dependencies"], need.package) == need.least for need in (*COMMON, IMAGES))

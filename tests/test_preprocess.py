@@ -1,4 +1,4 @@
-"""Resize, crop and conversion of every kind of picture."""
+"""Resize, crop and conversion of every kind of image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_square_sizes_follow_the_authors_evaluation(size):
     size=st.tuples(st.integers(4, 200), st.integers(4, 200)),
     crop=st.floats(0.3, 1),
 )
-def test_any_picture_fits_any_size(source, size, crop):
+def test_any_image_fits_any_size(source, size, crop):
     pixels = Preprocessing(size, crop_pct=crop)
     try:
         got = pixels.pixels(np.zeros((*source, 3), np.uint8))
@@ -47,7 +47,7 @@ def test_any_picture_fits_any_size(source, size, crop):
 
 
 def test_the_order_of_passes_is_no_matter_of_pillows_version():
-    """A tall picture to two thirds: the width first. Pillow 13 takes the height first, and rounds otherwise."""
+    """A tall image to two thirds: the width first. Pillow 13 takes the height first, and rounds otherwise."""
     noise = np.random.default_rng(0).integers(0, 256, (87, 33, 3), np.uint8)
     wide, how = Image.fromarray(noise), Image.Resampling.BICUBIC
     across = wide.resize((22, 87), how)
@@ -89,7 +89,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # rotate by 90 degrees to be upright
     image.save(tmp_path / "a.png", exif=exif)
     assert read_rgb(tmp_path / "a.png").size == (20, 30)
-    with Image.open(tmp_path / "a.png") as opened:  # an app that hands over the picture instead of its path
+    with Image.open(tmp_path / "a.png") as opened:  # an app that hands over the image instead of its path
         assert read_rgb(opened).size == (20, 30)
 
 

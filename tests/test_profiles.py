@@ -7,7 +7,7 @@ import json
 import pytest
 
 from evm_deploy import cli
-from evm_deploy.bundle.manifest import Choice, Manifest
+from evm_deploy.bundle.manifest import Decision, Manifest
 from evm_deploy.cli import doctor_main
 from evm_deploy.devices.profiles import Profile, find_profile, profile_names
 from evm_deploy.errors import UsageError
@@ -21,8 +21,8 @@ OWN = 'description = "our robot"\nplatform = "linux-aarch64"\nprefer = ["onnx in
 NAMES = ["android", "browser", "iphone", "jetson-agx-orin", "jetson-orin-nano", "mac", "n100", "pi5", "x86-64"]
 
 
-def chosen(profile: Profile, target=None, precision=None, scan="auto", pictures=False):
-    return choose(profile, target, precision, scan=scan, pictures=pictures)
+def chosen(profile: Profile, target=None, precision=None, scan="auto", images=False):
+    return choose(profile, target, precision, scan=scan, images=images)
 
 
 def test_the_profiles_that_come_with_it():
@@ -74,12 +74,12 @@ def test_files_and_names_that_are_not_there(tmp_path):
 
 def test_what_a_profile_chooses():
     pi = find_profile("pi5")
-    found = chosen(pi, pictures=True)
-    assert (found.target, found.precision, found.device) == ("onnx", "int8", "linux-aarch64")
-    assert found.chosen == Choice(
+    found = chosen(pi, images=True)
+    assert (found.target, found.precision, found.native_library) == ("onnx", "int8", "linux-aarch64")
+    assert found.chosen == Decision(
         "onnx int8", "device pi5: its first preference; with the native library for linux-aarch64"
     )
-    assert "needs no pictures (with --calib DIR: onnx int8)" in chosen(pi).chosen.reason
+    assert "needs no images (with --calib DIR: onnx int8)" in chosen(pi).chosen.reason
     assert chosen(pi).precision == "fp32"
     assert chosen(pi, target="onnx", precision="fp16").precision == "fp16"
 
@@ -98,7 +98,7 @@ def test_what_a_profile_chooses():
 )
 def test_what_is_given_wins(device, target, precision, scan, expected):
     found = chosen(find_profile(device), target, precision, scan)
-    assert (found.target, found.precision, found.device) == expected
+    assert (found.target, found.precision, found.native_library) == expected
 
 
 def test_impossible_choices_name_what_is_possible():
@@ -111,8 +111,10 @@ def test_impossible_choices_name_what_is_possible():
 def test_an_engine_for_another_device_is_not_built_here():
     """A GPU of this machine is not the Jetson's."""
     plan = ExportPlan("trt", platform=next(name for name in PLATFORMS if name != HOST))
-    assert not pipeline.finished_here(plan)
-    assert pipeline.finished_here(ExportPlan("trt")) and pipeline.finished_here(ExportPlan("trt", platform=HOST))
+    assert not pipeline.engine_built_here(plan)
+    assert pipeline.engine_built_here(ExportPlan("trt")) and pipeline.engine_built_here(
+        ExportPlan("trt", platform=HOST)
+    )
 
 
 def test_export_for_a_device(micro, tmp_path, capsys):
@@ -132,10 +134,11 @@ def test_export_for_a_device(micro, tmp_path, capsys):
     ("flags", "says"),
     [
         (["--device", "pi6"], "'pi6' is unknown; choose from: android, browser"),
-        (["--device", "pi6"], "linux-x86_64"),
         (["--device", "iphone", "--target", "onnx"], "has no target 'onnx'; it has: coreml fp16"),
-        (["--device", "pi5", "--int8"], "int8 needs pictures to calibrate with"),
-        (["--device", "linux-aarch64"], "--target is missing"),
+        (["--device", "pi5", "--int8"], "int8 needs images to calibrate with"),
+        (["--device", "linux-aarch64"], "use --platform linux-aarch64"),
+        (["--device", "pi5", "--platform", "linux-aarch64"], "leave --platform out"),
+        (["--platform", "linux-aarch64"], "--target is missing"),
     ],
 )
 def test_the_command_refuses(micro, capsys, flags, says):

@@ -19,9 +19,9 @@ from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import fleet, supervisor
 from evm_deploy.bench.remote.agent import build_agent
-from evm_deploy.bench.remote.board import Board
-from evm_deploy.bench.remote.places import Place
-from evm_deploy.bench.remote.ssh import Connection, Host, explained
+from evm_deploy.bench.remote.hosts import HostOptions
+from evm_deploy.bench.remote.ssh import Connection, SshAddress, explained
+from evm_deploy.bench.remote.ssh_host import SshHost
 from evm_deploy.bench.sweep import Sweep
 from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
@@ -45,7 +45,7 @@ def board(tmp_path_factory) -> Sshd:
 @pytest.fixture(scope="module")
 def host_bundle(micro, bundle_of):
     """With the native library for this platform."""
-    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), device=HOST))
+    return bundle_of(micro, ExportPlan("onnx", imgsz=(32, 32), native_library=HOST))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_bundle_without_a_library_for_the_board(board, micro_bundle, tmp_path,
     (row,) = json.loads(capsys.readouterr().out)
     record = Record.read(Path(row["record"]))
     assert record.runtime["scan"]["value"] == "portable"
-    assert any(f"no native library for {HOST} (evm-export --device)" in warning for warning in record.warnings)
+    assert any(f"no native library for {HOST} (evm-export --platform {HOST})" in warning for warning in record.warnings)
     assert board.clean()
 
 
@@ -149,7 +149,7 @@ def test_a_board_without_the_packages(board, micro_bundle, tmp_path, capsys, bar
         ["--runner", "X"],
         ["--host", "board", "--devices", "f.toml"],
         ["--device", "pi5"],
-        ["--device", "gpu"],
+        ["--device", "GPU"],
         ["--cache", "c", "--host", "127.0.0.1:1"],
         ["--matrix", "--host", "board"],
         ["--matrix", "--device", "x86-64"],
@@ -172,14 +172,14 @@ def test_impossible_flags(micro_bundle, tmp_path, capsys, flags_):
     ],
 )
 def test_hosts(text, expected):
-    host = Host.parse(text)
+    host = SshAddress.parse(text)
     assert (host.destination, host.port) == expected
 
 
 @pytest.mark.parametrize("text", ["", "-v", "a@-v", "a;b", "a:b", "a:0", "a:70000", "a@b@c", "$(x)", "a\nb"])
 def test_no_hosts(text):
     with pytest.raises(UsageError, match="--host"):
-        Host.parse(text)
+        SshAddress.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_nothing_stays_when_a_measurement_is_cut(board, micro_bundle, tmp_path, 
 
 
 def test_a_run_that_takes_too_long_is_killed(board):
-    with Connection(Host.parse("board"), board.ssh, sys.executable) as connection:
+    with Connection(SshAddress.parse("board"), board.ssh, sys.executable) as connection:
         answer = connection.run(["-c", "import time; print('begun', flush=True); time.sleep(60)"], 0.5)
         assert answer.late and answer.stdout == "begun\n" and not running(board, "-c")[1:]
         assert connection.run(["-c", "import sys; sys.exit('no')"], 10).stderr == "no\n"
@@ -275,7 +275,7 @@ def test_a_run_that_takes_too_long_is_killed(board):
 
 
 def test_a_board_that_stops_to_answer(board, monkeypatch):
-    with Connection(Host.parse("board"), board.ssh, sys.executable) as connection:
+    with Connection(SshAddress.parse("board"), board.ssh, sys.executable) as connection:
         monkeypatch.setattr("evm_deploy.bench.remote.ssh.CONNECT_S", 1.0)
         (session,) = board.processes()
         os.kill(session, signal.SIGSTOP)
@@ -385,19 +385,19 @@ def test_what_the_manifest_names_is_sent_once_and_nothing_else(micro_bundle, tmp
     copy = shutil.copytree(micro_bundle.path, tmp_path / "bundle")
     (copy / "private.txt").write_text("not of the bundle")
     connection = FakeConnection()
-    there = Board(connection, silent)
+    there = SshHost(connection, silent)
     for _ in range(2):
         there.prepare(copy, Settings())
     names = ["manifest.json", *micro_bundle.manifest.files]
     assert sorted(connection.files) == sorted(["agent.pyz", *(f"0/bundle/{name}" for name in names)])
     (copy / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(Exception, match="damaged"):
-        Board(connection, silent).prepare(copy, Settings())
+        SshHost(connection, silent).prepare(copy, Settings())
 
 
 def test_a_python_that_is_too_old():
     with pytest.raises(ToolchainError, match=r"board has Python 3\.9, 3\.10 or newer is needed(?s:.*)--python"):
-        Board(FakeConnection((3, 9)), silent)
+        SshHost(FakeConnection((3, 9)), silent)
 
 
 # --------------------------------------------------------------------------------------------------------- fleet
@@ -432,7 +432,7 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fleet, "opened", opened)
     (tmp_path / "f.toml").write_text('[[board]]\nname = "a"\nhost = "x"\n[[board]]\nname = "b"\nhost = "y"\n')
-    members = fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], [1], Settings(), tmp_path))
+    members = fleet.read_fleet(tmp_path / "f.toml", HostOptions(), Sweep([], [None], [None], [1], Settings(), tmp_path))
     outcomes = fleet.run_fleet(members, silent)
     assert [(each.name, str(each.error)) for each in outcomes] == [("a", "no x"), ("b", "no y")]
 
@@ -457,4 +457,4 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
 def test_fleets_that_are_refused(tmp_path, content, says):
     (tmp_path / "f.toml").write_text(content)
     with pytest.raises(UsageError, match=says):
-        fleet.read_fleet(tmp_path / "f.toml", Place(), Sweep([], [None], [None], [1], Settings(), tmp_path))
+        fleet.read_fleet(tmp_path / "f.toml", HostOptions(), Sweep([], [None], [None], [1], Settings(), tmp_path))

@@ -29,11 +29,11 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Seen:
-    """What the browser made of a page: its console's lines, its DOM, a picture."""
+    """What the browser made of a page: its console's lines, its DOM, an image."""
 
     console: list[str]
     dom: str
-    picture: Path
+    image: Path
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +49,20 @@ def html() -> str:
 def see(html: str, folder: Path, scheme: str = "light") -> Seen:
     """Open a page in headless Chromium."""
     need("chromium")
-    file, picture = folder / "page.html", folder / f"{scheme}.png"
+    file, image = folder / "page.html", folder / f"{scheme}.png"
     file.write_text(html, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
     flags += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={SCHEME[scheme]}"]
     flags += [f"--window-size={WIDTH},{HEIGHT}", "--virtual-time-budget=2000"]
-    flags += [f"--screenshot={picture}", "--dump-dom"]
+    flags += [f"--screenshot={image}", "--dump-dom"]
     done = subprocess.run([CHROMIUM, *flags, file.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and picture.exists(), done.stderr[-2000:]
-    return Seen(re.findall(r".*:CONSOLE[:(].*", done.stderr), done.stdout, picture)
+    assert done.returncode == 0 and image.exists(), done.stderr[-2000:]
+    return Seen(re.findall(r".*:CONSOLE[:(].*", done.stderr), done.stdout, image)
 
 
-def share(picture: Path, colour: tuple[int, int, int]) -> float:
-    """Of a picture's pixels that have this colour."""
-    with Image.open(picture) as image:
+def share(image: Path, colour: tuple[int, int, int]) -> float:
+    """Of an image's pixels that have this colour."""
+    with Image.open(image) as image:
         counts = image.convert("RGB").getcolors(image.width * image.height)
     return sum(count for count, found in counts if found == colour) / (WIDTH * HEIGHT)
 
@@ -72,13 +72,13 @@ def share(picture: Path, colour: tuple[int, int, int]) -> float:
 def test_the_page_in_a_browser(html, tmp_path, scheme):
     seen = see(html, tmp_path, scheme)
     assert seen.console == []
-    assert seen.dom.count("<svg") == 4 and "Ship openvino int8: 2.00x faster than onnx fp32" in seen.dom
-    assert share(seen.picture, PAPER[scheme]) > 0.5
+    assert seen.dom.count("<svg") == 4 and "OpenCandidate openvino int8: 2.00x faster than onnx fp32" in seen.dom
+    assert share(seen.image, PAPER[scheme]) > 0.5
     other = "dark" if scheme == "light" else "light"
-    assert share(seen.picture, PAPER[other]) == 0
+    assert share(seen.image, PAPER[other]) == 0
     # the bars of what is shipped: a sixth of the latency chart's width and a third of the size chart's, 14 px high
-    assert share(seen.picture, BAR[scheme]) > (0.16 + 0.3) * 450 * 14 / (WIDTH * HEIGHT)
-    assert share(seen.picture, SCAN[scheme]) > 2 * 0.35 * 450 * 14 / (WIDTH * HEIGHT)
+    assert share(seen.image, BAR[scheme]) > (0.16 + 0.3) * 450 * 14 / (WIDTH * HEIGHT)
+    assert share(seen.image, SCAN[scheme]) > 2 * 0.35 * 450 * 14 / (WIDTH * HEIGHT)
 
 
 @pytest.mark.browser
@@ -87,7 +87,7 @@ def test_the_browser_would_have_said(html, tmp_path):
     seen = see(html.replace("</body>", "<script>document.title = 1</script></body>"), tmp_path)
     assert any("Content Security Policy" in line for line in seen.console)
     bare = see(re.sub(r"<svg.*?</svg>", "", html, flags=re.S), tmp_path)
-    assert share(bare.picture, SCAN["light"]) < 0.35 * 450 * 14 / (WIDTH * HEIGHT)
+    assert share(bare.image, SCAN["light"]) < 0.35 * 450 * 14 / (WIDTH * HEIGHT)
 
 
 class Addresses(HTMLParser):

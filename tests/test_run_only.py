@@ -128,15 +128,15 @@ def test_without_the_runtime_the_extra_is_named(demo_bundle, monkeypatch):
 
 
 def test_a_folder_becomes_a_table(demo_bundle, digits, tmp_path):
-    (tmp_path / "pictures").symlink_to(digits)
-    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "images").symlink_to(digits)
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
     try:
-        done = run(SAMPLES / "batch.py", demo_bundle.path, f"{tmp_path}/pictures/")
+        done = run(SAMPLES / "batch.py", demo_bundle.path, f"{tmp_path}/images/")
     finally:
         (digits / "bad.png").unlink()
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert done.returncode == 1 and "left out: image" in done.stderr and "bad.png" in done.stderr
-    assert [row["file"] for row in rows] == sorted(str(path) for path in Path(f"{tmp_path}/pictures").glob("*/*.png"))
+    assert [row["file"] for row in rows] == sorted(str(path) for path in Path(f"{tmp_path}/images").glob("*/*.png"))
     right = [row["label"] == Path(row["file"]).parent.name for row in rows]
     assert np.mean(right) > 0.97
     with load(demo_bundle.path) as model:

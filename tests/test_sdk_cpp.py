@@ -21,7 +21,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
 from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its build
 
 
 @pytest.fixture(scope="session")
-def pictures_50(tmp_path_factory) -> list[Path]:
-    """30 digits of the demo, 20 synthetic pictures of odd sizes."""
+def images_50(tmp_path_factory) -> list[Path]:
+    """30 digits of the demo, 20 synthetic images of odd sizes."""
     from evm_deploy.demo import digits
 
     folder = tmp_path_factory.mktemp("fifty")
     images, _ = digits("heldout")
     rng = np.random.default_rng(5)
-    others = [picture(int(rng.integers(20, 300)), int(rng.integers(20, 300)), seed) for seed in range(20)]
+    others = [synthetic_image(int(rng.integers(20, 300)), int(rng.integers(20, 300)), seed) for seed in range(20)]
     paths = []
     for i, image in enumerate([*images[-30:], *others]):
         paths.append(folder / f"{i:02d}.png")
@@ -83,12 +83,12 @@ def test_the_vectors(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
-def test_pictures_are_decoded_as_python_does(name, tmp_path):
+def test_images_are_decoded_as_python_does(name, tmp_path):
     from evm_deploy.data.preprocessing import read_rgb
 
     case = CASES[name]
     want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
-    assert drive(("picture", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
+    assert drive(("image", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
     have = np.fromfile(tmp_path / "rgb", np.uint8).reshape(want.shape)
     assert np.abs(have - want).max() == 0
 
@@ -152,22 +152,22 @@ def lowerings(name: str) -> list[tuple[str, dict[str, object]]]:
 
 
 @pytest.mark.parametrize("name", ["image", "tensor", "openvino"])
-def test_the_same_five_best_on_50_pictures(name, bundles, pictures_50):
+def test_the_same_five_best_on_50_images(name, bundles, images_50):
     for scan, options in lowerings(name):
         with load(bundles[name], scan=scan, threads=1) as model:
-            want = model.predict(pictures_50)
+            want = model.predict(images_50)
         flags = [word for key, value in options.items() for word in (f"--{key}", value)]
-        done = classify(bundles[name], *pictures_50, "--threads", 1, "--json", *flags)
+        done = classify(bundles[name], *images_50, "--threads", 1, "--json", *flags)
         assert done.returncode == 0, done.stderr
         rows = json.loads(done.stdout)
-        assert [row["image"] for row in rows] == [str(path) for path in pictures_50]
+        assert [row["image"] for row in rows] == [str(path) for path in images_50]
         for row, expected in zip(rows, want, strict=True):
             assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in expected]
             assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in expected], abs=1e-5)
 
 
-def test_the_c_abi_gives_the_same(bundles, pictures_50):
-    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_50[:7]]
+def test_the_c_abi_gives_the_same(bundles, images_50):
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in images_50[:7]]
     for name in ("image", "tensor"):
         with Model(bundles[name], threads=1) as model, load(bundles[name], scan="portable", threads=1) as python:
             for row, expected in zip(model.classify(rgb, 3), python.predict(rgb, 3), strict=True):
@@ -196,7 +196,7 @@ def test_outputs_and_self_tests_are_the_same(name, bundles):
         misfit = value[:0] if spec.shape[0] is None else np.concatenate([value, value])
         assert spec.name in said(lambda: model.run(misfit)) and said(lambda: python.run({spec.name: misfit}))
         if name == "portable":
-            shot = picture(9, 9, 0)
+            shot = synthetic_image(9, 9, 0)
             assert said(lambda: model.classify([shot])) and said(lambda: python.predict([shot]))
 
 
@@ -222,10 +222,10 @@ def test_a_self_test_can_fail(bundles, tmp_path):
     assert done.returncode == 4 and "FAILED" in done.stdout
 
 
-def test_the_sample_prints_what_evm_run_prints(bundles, pictures_50, capsys):
+def test_the_sample_prints_what_evm_run_prints(bundles, images_50, capsys):
     from evm_deploy import cli
 
-    flags = [str(bundles["image"]), "--selftest", "--scan", "portable", "--top", "3", *map(str, pictures_50[:2])]
+    flags = [str(bundles["image"]), "--selftest", "--scan", "portable", "--top", "3", *map(str, images_50[:2])]
     assert cli.run_main(flags) == 0
     python = capsys.readouterr().out
     done = classify(*flags)
@@ -278,9 +278,9 @@ def test_the_documented_apps_build_against_an_installed_sdk(tmp_path, bundles):
     assert re.fullmatch(r"\d 0\.\d{3}\n", run([tmp_path / "c", bundles["image"]]))
 
 
-def test_threads_share_openvino(bundles, pictures_50):
+def test_threads_share_openvino(bundles, images_50):
     """8 threads, each the same as one alone."""
-    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_50[:8]]
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in images_50[:8]]
     with Model(bundles["openvino"], scan="bundled", threads=1) as model, ThreadPoolExecutor(8) as pool:
         want = [model.classify([one]) for one in rgb]
         assert [*pool.map(lambda one: model.classify([one]), rgb * 5)] == want * 5

@@ -24,7 +24,7 @@ from evm_deploy import load, plugin_path
 from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.errors import EvmError, ImageError
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST, changed_manifest, refusal
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
@@ -172,7 +172,7 @@ def test_bad_usage(demo_bundle):
 
 
 def test_bad_images(demo_bundle, tmp_path):
-    shot = Image.fromarray(picture(90, 120, 1))
+    shot = Image.fromarray(synthetic_image(90, 120, 1))
     shot.save(tmp_path / "whole.png")
     shot.save(tmp_path / "whole.jpg")
     for suffix in ("png", "jpg"):
@@ -284,7 +284,7 @@ def test_threads_classify_at_the_same_time(kind, demo_bundle, tmp_path):
     paths = []
     for i in range(4):
         paths.append(tmp_path / f"{i}.png")
-        Image.fromarray(picture(70 + i, 90 - i, i)).save(paths[-1])
+        Image.fromarray(synthetic_image(70 + i, 90 - i, i)).save(paths[-1])
     command = ("threads", demo_bundle.path, "portable", 8, *paths)
     assert drive(command, kind=kind, TSAN_OPTIONS="ignore_noninstrumented_modules=1") == ["ok 0 threads differ"]
 

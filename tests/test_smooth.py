@@ -15,16 +15,16 @@ from evm_deploy import cli
 from evm_deploy._util.progress import silent
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.calib import smooth as smoothing
+from evm_deploy.calib.candidate import make_candidates
+from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.request import Request
-from evm_deploy.calib.smooth import fold, foldings, smooth
-from evm_deploy.calib.source import sources
+from evm_deploy.calib.smooth import fold, smooth, smooth_groups
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import calibration_images
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
-from evm_deploy.export.hub.fuse import located
+from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
@@ -118,7 +118,7 @@ BLOCKED = {
 @pytest.mark.parametrize("name", PASSES)
 def test_factors_move_exactly(name):
     model = graph(*PASSES[name])
-    folding = next(each for each in foldings(model) if each.node == "producer")
+    folding = next(each for each in smooth_groups(model) if each.node == "producer")
     before = run(model)
     fold(model, folding, random_factors(model, folding, np.random.default_rng(2)))
     np.testing.assert_allclose(run(model), before, atol=1e-5 * np.abs(before).max())
@@ -127,12 +127,12 @@ def test_factors_move_exactly(name):
 @pytest.mark.parametrize("name", BLOCKED)
 def test_factors_stay_where_they_would_not_cancel(name):
     model = graph(*BLOCKED[name])
-    assert not [each for each in foldings(model) if each.node == "producer"]
+    assert not [each for each in smooth_groups(model) if each.node == "producer"]
     onnx.checker.check_model(model, full_check=True)
 
 
 def test_what_is_an_output_stays():
-    assert foldings(graph(*PASSES["conv"])) and not foldings(graph(*PASSES["conv"], outputs=["a"]))
+    assert smooth_groups(graph(*PASSES["conv"])) and not smooth_groups(graph(*PASSES["conv"], outputs=["a"]))
 
 
 def test_channels_become_alike():
@@ -156,7 +156,7 @@ def test_channels_become_alike():
 
 def test_the_networks_own_foldings_keep_its_outputs(micro):
     model = hub(micro)[0].model
-    found = foldings(model)
+    found = smooth_groups(model)
     assert [each.node.rpartition("/")[0].partition(".")[2] for each in found] == [
         *("0.blocks.0.norm", "0.blocks.0.op.out_norm", "0.downsample.norm"),
         *("1.blocks.0.norm", "1.blocks.0.op.out_norm", "1.downsample.norm"),
@@ -199,10 +199,10 @@ def with_outliers(micro, folder, factor=12.0):
 
 
 @pytest.mark.slow
-def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, pictures, tmp_path):
+def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, images, tmp_path):
     checkpoint, sqnr = with_outliers(micro, tmp_path), {}
     for choice in ("off", "on", "auto"):
-        made = export(checkpoint, plan(pictures, imgsz=(64, 64), smooth=choice), tmp_path / choice).manifest
+        made = export(checkpoint, plan(images, imgsz=(64, 64), smooth=choice), tmp_path / choice).manifest
         sqnr[choice] = made.accuracy["sqnr_db"]
     assert sqnr["on"] > sqnr["off"] + 6 and sqnr["auto"] == sqnr["on"]
     assert made.details["quantization"]["smooth"] == {
@@ -212,9 +212,9 @@ def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, pictur
 
 
 @pytest.mark.slow
-def test_auto_leaves_smoothing_out_where_it_hurts(monkeypatch, micro, pictures, tmp_path, capsys):
+def test_auto_leaves_smoothing_out_where_it_hurts(monkeypatch, micro, images, tmp_path, capsys):
     monkeypatch.setattr(smoothing, "ALPHA", 2)
-    flags = ["--target", "onnx", "--int8", "--calib", str(pictures), "--imgsz", "64", "-o", str(tmp_path)]
+    flags = ["--target", "onnx", "--int8", "--calib", str(images), "--imgsz", "64", "-o", str(tmp_path)]
     assert cli.export_main([str(micro), *flags, "--smooth", "auto"]) == 0
     assert "Smooth    off: SQNR " in capsys.readouterr().out
     bundle = open_bundle(next(tmp_path.iterdir()))
@@ -222,16 +222,16 @@ def test_auto_leaves_smoothing_out_where_it_hurts(monkeypatch, micro, pictures, 
 
 
 @pytest.mark.slow
-def test_constants_that_several_nodes_share_are_left_alone(micro, pictures, tmp_path):
+def test_constants_that_several_nodes_share_are_left_alone(micro, images, tmp_path):
     """Norms as initialised are one constant of the whole network."""
     saved = torch.load(micro, weights_only=True)
     for name, value in saved["state_dict"].items():
         if name.endswith(("norm.weight", "norm.bias")):
             value.fill_(name.endswith("weight"))
     torch.save(saved, tmp_path / "plain.ckpt")
-    found = foldings(hub(tmp_path / "plain.ckpt")[0].model)
+    found = smooth_groups(hub(tmp_path / "plain.ckpt")[0].model)
     assert found and not [each.node for each in found if ".blocks." in each.node]
-    bundle = export(tmp_path / "plain.ckpt", plan(pictures, imgsz=(64, 64)), tmp_path)
+    bundle = export(tmp_path / "plain.ckpt", plan(images, imgsz=(64, 64)), tmp_path)
     assert bundle.manifest.details["quantization"]["smooth"]["value"] == "on"
 
 
@@ -242,21 +242,23 @@ def test_equal_constants_are_told_apart_by_name():
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
     op = FusedOp("Op", {"g": gate, "n": norm}, "", {})
     names = {gate.data_ptr(): "block.gate.weight", norm.data_ptr(): "block.norm.weight"}
-    assert located(model, "block", op, names).constants == {"g": "block.gate.weight", "n": "block.norm.weight"}
+    assert match_constants(model, "block", op, names).constants == {"g": "block.gate.weight", "n": "block.norm.weight"}
 
 
-def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, pictures):
+def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, images):
     graph, _ = hub(micro)
     layers = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-    images = calibration_images(pictures, Preprocessing((64, 64)), 10, force=True)
+    images = calibration_images(images, Preprocessing((64, 64)), 10, force=True)
     calls, original = [], CalibrationTable.add
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))
-    request = Request("int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image", RAW, (), (), ())
+    config = QuantizationConfig(
+        "int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image", RAW, (), (), ()
+    )
 
     def measured(choice):
         """Images that had to be run, and what can be quantised then."""
         calls.clear()
-        found = sources(graph.model, layers, images, replace(request, smooth=choice), None, silent)
+        found = make_candidates(graph.model, layers, images, replace(config, smooth=choice), None, silent)
         return len(calls), list(found)
 
     assert measured("off") == (10, ["off"])

@@ -32,8 +32,8 @@ from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.runtimes.tensorrt import check_built_for, plan_bytes
-from evm_deploy.runtimes.tensorrt.finish import FinishError, record, required, take_in
+from evm_deploy.runtimes.tensorrt import check_built_for, engine_bytes
+from evm_deploy.runtimes.tensorrt.build_engine import EngineBuildError, record, required, take_in
 from evm_deploy.scan import onnx_function, reference, unrolled
 from evm_deploy.toolchain.platforms import host_platform
 from tests.tensorrt import engine, network, scan_model, traced
@@ -299,7 +299,7 @@ def test_builder_errors_are_raised(rtx, tmp_path):
 
 
 def test_a_flag_that_a_release_no_longer_has_is_named():
-    with pytest.raises(FinishError, match="--version-compatible: this release has no VERSION_COMPATIBLE"):
+    with pytest.raises(EngineBuildError, match="--version-compatible: this release has no VERSION_COMPATIBLE"):
         required(SimpleNamespace(), "VERSION_COMPATIBLE", "--version-compatible")
 
 
@@ -326,9 +326,9 @@ def test_a_library_is_taken_into_the_bundle(deferred, tmp_path):
 def test_a_builder_that_crashes_is_an_error(monkeypatch, tmp_path):
     script = tmp_path / "crash.py"
     script.write_text("import os; os.abort()")
-    monkeypatch.setattr(tensorrt.tensorrt_finish, "__file__", str(script))
+    monkeypatch.setattr(tensorrt.engine_builder, "__file__", str(script))
     with pytest.raises(ToolchainError, match="ended by signal 6"):
-        tensorrt.finish("trt-rtx", Path(tmp_path))
+        tensorrt.build_engine("trt-rtx", Path(tmp_path))
 
 
 # Reading engines
@@ -336,9 +336,9 @@ def test_a_builder_that_crashes_is_an_error(monkeypatch, tmp_path):
 
 def test_engines_with_a_json_prefix_are_read():
     plan, facts = b"ptrt" + bytes(60), b'{"names": {}}'
-    assert plan_bytes(plan) == plan
-    assert plan_bytes(len(facts).to_bytes(4, "little") + facts + plan) == plan
-    assert plan_bytes(b"") == b""
+    assert engine_bytes(plan) == plan
+    assert engine_bytes(len(facts).to_bytes(4, "little") + facts + plan) == plan
+    assert engine_bytes(b"") == b""
 
 
 @pytest.mark.parametrize("key", ["settings", "engine"])  # the second in bundles of before

@@ -15,11 +15,11 @@ import pytest
 import torch
 import tqdm
 
-from evm_deploy._util.quiet import _IGNORED, one_at_a_time, quiet
+from evm_deploy._util.silence import _IGNORED, one_at_a_time, silence_libraries
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml import program
 from evm_deploy.export.hub import graph
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.verify import run_reference
@@ -29,7 +29,7 @@ from evm_deploy.scan import onnx_function
 ARTIFACTS = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin"), "coreml": ("model.mlpackage",)}
 
 
-class Host:
+class HostProgram:
     """A thread that logs and prints until its `with` block ends; `said`: how often.
 
     It does not warn: torch ignores the warnings of all threads for a tenth of the time that it exports.
@@ -114,7 +114,7 @@ def test_two_exports_at_once(targets, alone, micro, tmp_path, caplog, capsys):
         return lambda: export(micro, ExportPlan(target, imgsz=(64, 64)), tmp_path / str(number))
 
     capsys.readouterr()
-    with caplog.at_level(logging.INFO), Host() as host:
+    with caplog.at_level(logging.INFO), HostProgram() as host:
         bundles = at_once(*(exported(i, target) for i, target in enumerate(targets)))
     assert [artifacts(bundle) for bundle in bundles] == want
     assert all(bundle.manifest.parity["ok"] for bundle in bundles)
@@ -130,7 +130,7 @@ def test_only_the_thread_inside_is_muted(caplog, capsys):
     inside, done = threading.Event(), threading.Event()
 
     def convert():
-        with quiet(), quiet():
+        with silence_libraries(), silence_libraries():
             chatter()
             logging.getLogger("converter").error("an error")
             inside.set()
@@ -154,7 +154,7 @@ def test_only_the_thread_inside_is_muted(caplog, capsys):
 
 def test_a_stream_that_another_thread_puts_in_stays():
     before, theirs = sys.stdout, io.StringIO()
-    with contextlib.suppress(KeyError), quiet():
+    with contextlib.suppress(KeyError), silence_libraries():
         sys.stdout = theirs
         raise KeyError
     try:
@@ -165,7 +165,7 @@ def test_a_stream_that_another_thread_puts_in_stays():
 
 def test_an_error_inside_leaves_nothing_in_place(monkeypatch, micro, tmp_path):
     before = in_place()
-    with pytest.raises(ZeroDivisionError), quiet(), quiet():
+    with pytest.raises(ZeroDivisionError), silence_libraries(), silence_libraries():
         assert in_place() != before
         raise ZeroDivisionError
     assert in_place() == before
@@ -183,7 +183,7 @@ def test_an_error_inside_leaves_nothing_in_place(monkeypatch, micro, tmp_path):
         program._scan_paths.get()
 
     def entered():
-        with quiet():
+        with silence_libraries():
             return True
 
     assert at_once(entered, entered) == [True, True]
@@ -194,7 +194,9 @@ def test_the_reference_runs_beside_a_trace(micro):
     network = load_checkpoint(micro)
     plan, preprocessing = complete(ExportPlan("onnx", imgsz=(32, 32), opset=20), network.spec)
     pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
-    reference, traced = (deployable(each, plan, preprocessing) for each in (network, load_checkpoint(micro)))
+    reference, traced = (
+        with_pre_and_postprocessing(each, plan, preprocessing) for each in (network, load_checkpoint(micro))
+    )
     want = run_reference(reference, pixels).outputs["logits"]
     stop = threading.Event()
 

@@ -61,7 +61,7 @@ def test_every_code_is_told():
 ALIKE = ({"square", "alpha", "transparent"}, {"grey", "grey-alpha", "grey-16-bit"}, {"exif-6", "exif-in-png"})
 
 
-def test_the_pictures_are_told_apart():
+def test_the_images_are_told_apart():
     """Orientation, size, interpolation matter: no case passes with the pixels of another, but where Python ignores what
     differs: alpha, bits, the file's format."""
     pixels = {

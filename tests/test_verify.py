@@ -109,7 +109,7 @@ def test_cumsum_division_is_rejected(target, monkeypatch, micro, tmp_path, capsy
 
 @pytest.mark.slow
 def test_cumsum_division_is_rejected_where_the_logits_hide_it(monkeypatch, tmp_path, capsys):
-    """Small deltas and D = 1, as freshly initialised: the logits agree, the large-delta probes do not."""
+    """Small deltas and D = 1, as freshly initialised: the logits agree, the large-delta test_inputs do not."""
     import golden
     import torch
 

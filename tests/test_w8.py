@@ -14,9 +14,9 @@ from evm_deploy import cli
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.calib import source
+from evm_deploy.calib import candidate
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import quantize
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import ParityError
 from evm_deploy.export.hub.naming import below
@@ -45,7 +45,7 @@ def bundle(micro, bundle_of):
 def test_weights_are_the_same_to_half_a_step_and_nothing_else_changes(symmetric, micro):
     graph, _ = hub(micro)
     found = candidates(graph.model, "w8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
-    model = quantize(graph.model, found, {}, symmetric=symmetric)
+    model = insert_qdq(graph.model, found, {}, symmetric=symmetric)
     onnx.checker.check_model(model, full_check=True)
     before, after = constants(graph.model), constants(model)
     weights = {layer.weight: layer.module for layer in found}
@@ -101,7 +101,7 @@ def test_onnxruntime_restores_the_weights_when_it_loads(bundle, micro, micro_bun
     assert len(w8.graph.node) == len(float32.graph.node) + 2 * layers
     assert optimised(w8, tmp_path / "w8.onnx") == optimised(float32, tmp_path / "fp32.onnx")
     graph, _ = hub(micro)
-    dequantized = quantize(
+    dequantized = insert_qdq(
         graph.model, candidates(graph.model, "w8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY), {}, symmetric=True
     )
     assert optimised(dequantized, tmp_path / "dq.onnx")["DequantizeLinear"] > 0
@@ -109,8 +109,8 @@ def test_onnxruntime_restores_the_weights_when_it_loads(bundle, micro, micro_bun
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("tiny_224", 160), ("small_224", 128), ("base_224", 128)])
-def test_seeded_weights(name, side, checkpoint, pictures, tmp_path):
-    wanted = plan(imgsz=(side, side), calib=str(pictures), calib_images=24, force_calib=True)
+def test_seeded_weights(name, side, checkpoint, images, tmp_path):
+    wanted = plan(imgsz=(side, side), calib=str(images), calib_images=24, force_calib=True)
     manifest = export(checkpoint(name), wanted, tmp_path).manifest
     assert manifest.accuracy["sqnr_db"] >= 28 and manifest.accuracy["images"] == 24
     assert manifest.details["quantization"]["size_of_fp32"] <= 0.30
@@ -131,7 +131,7 @@ def test_the_trained_network_keeps_its_accuracy(trained, labelled_glyphs, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_command_needs_no_pictures_and_takes_labelled_ones(tmp_path, capsys):
+def test_the_command_needs_no_images_and_takes_labelled_ones(tmp_path, capsys):
     flags = ["--target", "onnx", "--precision", "w8", "-o", str(tmp_path), "-q"]
     path = tmp_path / "evm_digits-onnx-w8-64x64"
     assert cli.export_main(flags) == 0
@@ -180,29 +180,29 @@ def spoil(monkeypatch):
 
     def install(module):
         def spoilt(model, found, ranges):
-            result = quantize(model, found, ranges)
+            result = insert_qdq(model, found, ranges)
             for layer in found:
                 if layer.module == module:
                     scale = next(t for t in result.graph.initializer if t.name == f"{layer.weight}_scale")
                     scale.CopyFrom(numpy_helper.from_array(4 * numpy_helper.to_array(scale), scale.name))
             return result
 
-        monkeypatch.setattr(source, "quantize", spoilt)
+        monkeypatch.setattr(candidate, "insert_qdq", spoilt)
 
     return install
 
 
-def test_without_pictures_parity_is_the_gate(spoil, micro, tmp_path):
+def test_without_images_parity_is_the_gate(spoil, micro, tmp_path):
     spoil("layers.2.1.conv_pw2.0")
     with pytest.raises(ParityError, match=r"logits differ by"):
         export(micro, plan(imgsz=(64, 64)), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-w8-64x64.rejected"]
 
 
-def test_pictures_without_labels_exit_5(spoil, micro, pictures, tmp_path, capsys):
+def test_images_without_labels_exit_5(spoil, micro, images, tmp_path, capsys):
     spoil("layers.2.1.conv_pw2.0")
     flags = ["--target", "onnx", "--precision", "w8", "--imgsz", "64", "--tol", "0.9", "-o", str(tmp_path), "-q"]
-    assert cli.export_main([str(micro), *flags, "--calib", str(pictures)]) == 5
+    assert cli.export_main([str(micro), *flags, "--calib", str(images)]) == 5
     assert "w8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
 
 

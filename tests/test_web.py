@@ -45,10 +45,10 @@ from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build,
 pytestmark = [pytest.mark.xdist_group("web"), pytest.mark.browser]  # one build, one browser
 
 DOC = ROOT / "docs" / "embed" / "web.md"
-SHOTS = Path(os.environ.get("EVM_WEB_SHOTS", ""))  # where to leave the page's pictures
+SHOTS = Path(os.environ.get("EVM_WEB_SHOTS", ""))  # where to leave the page's images
 IMAGES = 50
 EXAMPLE = HEAD + '<input type="file" /><output></output><script type="module" src="/example.ts"></script>'
-MAX_KB = 150  # of a picture in the docs
+MAX_KB = 150  # of an image in the docs
 
 
 # ------------------------------------------------------------------------------------------------ what everything needs
@@ -360,7 +360,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             features: () => features.classify(zeros(3), 1, 1),
             shape: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 32, 32, 3], data: zeros(3072) }} }}),
             dtype: () => demo.run({{ image: {{ dtype: "float32", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
-            name: () => demo.run({{ picture: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
+            name: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
             bytes: async () => demo.classify(zeros(5), 1, 1),
             provider: () => evm.Model.open(demo.bundle, {{ provider: "tpu" }}),
             threads: () => evm.Model.open(demo.bundle, {{ provider: "wasm", threads: demo.threads + 1 }}),
@@ -377,7 +377,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             "features": refusal(lambda: features.predict([zeros[0]])),
             "shape": refusal(lambda: demo.run({"image": zeros[:, :32, :32]})),
             "dtype": refusal(lambda: demo.run({"image": zeros.astype(np.float32)})),
-            "name": refusal(lambda: demo.run({"picture": zeros})),
+            "name": refusal(lambda: demo.run({"image": zeros})),
         }
     assert_refused(want, [found[name] for name in want], want)
     assert "got 5 bytes for [1, 1, 3]" in found["bytes"][-1]
@@ -391,7 +391,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
 
 
 def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):
-    seen = drive("page", pictures=digits[:10])
+    seen = drive("page", images=digits[:10])
     with load(demo_bundle.path, scan="portable") as model:
         expected = model.predict(digits[:10])
         names = [check.name for check in model.selftest()]
@@ -426,7 +426,7 @@ def test_another_bundle_replaces_the_first(
     damaged = shutil.copy(broken[0] / "one bit.zip", tmp_path / "damaged.zip")
     folders = [features_bundle.path, tampered(demo_bundle.path, tmp_path)]
     given = [{"zip": zipped}, {"zip": damaged}, *({"folder": folder} for folder in folders)]
-    micro, spoiled, features, wrong = drive("replaced", bundles=given, picture=digits[0])["seen"]
+    micro, spoiled, features, wrong = drive("replaced", bundles=given, image=digits[0])["seen"]
     with load(batched_bundle.path, scan="portable") as model:
         want = model.predict(digits[:1])[0]
     assert micro["answer"]["rows"][0][0] == want[0].label and micro["problem"] is None
@@ -439,13 +439,13 @@ def test_another_bundle_replaces_the_first(
     assert wrong["checks"]["caption"] == "FAILED" and failed == ["logits"]
 
 
-def test_files_that_are_no_pictures(drive, digits, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+def test_files_that_are_no_images(drive, digits, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes((VECTORS / "odd.png").read_bytes()[:100])
     narrow = Image.fromarray(np.zeros((9000, 1, 3), np.uint8))
     narrow.save(tmp_path / "narrow.png")
-    pictures = [tmp_path / name for name in ("text.png", "cut.png", "narrow.png")]
-    seen = drive("problems", pictures=pictures, good=digits[0])
+    images = [tmp_path / name for name in ("text.png", "cut.png", "narrow.png")]
+    seen = drive("problems", images=images, good=digits[0])
     unreadable = "image {} is not an image that this browser can read"
     want = [unreadable.format("text.png"), unreadable.format("cut.png")]
     assert [text.strip() for text in seen["said"]] == [
@@ -456,7 +456,7 @@ def test_files_that_are_no_pictures(drive, digits, tmp_path):
 
 
 def test_it_works_offline_once_loaded(drive, digits):
-    seen = drive("offline", console="net::ERR", picture=digits[0])
+    seen = drive("offline", console="net::ERR", image=digits[0])
     assert seen["gone"] and len(seen["console"]) == 1, "there was a network, or something else was missing"
     assert seen["answer"]["headline"].startswith(digits[0].parent.name)
     assert seen["checks"]["caption"] == "PASSED"
@@ -488,7 +488,7 @@ def test_providers_are_as_asked_or_said(drive):
 @pytest.mark.skipif("EVM_WEBGPU" not in os.environ, reason="half a minute in software: EVM_WEBGPU=1 runs it")
 def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
     """On Chromium's adapter in software, asked for: by itself the page would not take it."""
-    seen = drive("gpu", console="powerPreference|No available adapters", pictures=digits[:1])
+    seen = drive("gpu", console="powerPreference|No available adapters", images=digits[:1])
     assert seen["conditions"] == "WebGPU: as asked" and seen["checks"]["caption"] == "PASSED"
     with load(demo_bundle.path, scan="portable") as model:
         expected = model.predict(digits[:1])
@@ -499,25 +499,25 @@ def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
 def test_the_docs_example_runs(drive, demo_bundle, digits):
     with load(demo_bundle.path, scan="portable") as model:
         want = model.predict(digits[:1])[0][0]
-    assert drive("example", "No available adapters", picture=digits[0])["output"] == f"{want.label} {want.score:.3f}"
+    assert drive("example", "No available adapters", image=digits[0])["output"] == f"{want.label} {want.score:.3f}"
 
 
 @pytest.mark.parametrize(
     ("name", "scheme", "width", "height"), [("light", "light", 1200, 1060), ("phone", "dark", 390, 1500)]
 )
 def test_what_the_page_looks_like(drive, digits, tmp_path, name, scheme, width, height):
-    """Nothing sticks out, its colours are there; with EVM_WEB_SHOTS=FOLDER the pictures stay."""
+    """Nothing sticks out, its colours are there; with EVM_WEB_SHOTS=FOLDER the images stay."""
     folder = SHOTS if str(SHOTS) != "." else tmp_path
     file = folder / f"{name}.png"
-    seen = drive("screenshot", picture=digits[3], file=file, scheme=scheme, width=width, height=height)
+    seen = drive("screenshot", image=digits[3], file=file, scheme=scheme, width=width, height=height)
     assert seen["scroll"] <= seen["width"]
     with Image.open(file) as image:
         colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
     paper = {"light": (0xFC, 0xFC, 0xFB), "dark": (0x14, 0x16, 0x18)}
-    ship = {"light": (0x00, 0x72, 0xB2), "dark": (0x56, 0xB4, 0xE9)}
+    shipped = {"light": (0x00, 0x72, 0xB2), "dark": (0x56, 0xB4, 0xE9)}
     other = "dark" if scheme == "light" else "light"
     assert colours[paper[scheme]] > width * height / 2 and colours.get(paper[other], 0) < 50
-    assert colours[ship[scheme]] > width  # the button, the first bar
+    assert colours[shipped[scheme]] > width  # the button, the first bar
 
 
 # -------------------------------------------------------------------------------------------------------- the scripts
@@ -537,7 +537,7 @@ def test_the_bundle_script_refuses_what_the_page_would(site, demo_bundle, broken
 
 
 def test_what_is_committed():
-    """No download addresses in the lock, a small picture in the docs."""
+    """No download addresses in the lock, a small image in the docs."""
     lock = json.loads((SAMPLE / "package-lock.json").read_text())
     assert not any("resolved" in package for package in lock["packages"].values())
     assert all(package.get("integrity") for path, package in lock["packages"].items() if path)

@@ -19,7 +19,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evm-deploy"
 
 
-def aside(path: Path) -> tempfile.TemporaryDirectory[str]:
+def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder beside `path` to write into before renaming; it goes with its `with` block, or when the process ends.
 
     Its name says for what and by whom: `.<name>.<pid>.<random>`. Raises OSError.
@@ -29,7 +29,7 @@ def aside(path: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
 
 
-def write_aside(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, beside `path` and rename it: there is the old one, or the new one, whole. OSError.
 
     A device or pipe, such as /dev/null, is written into: renaming would replace it by a file.
@@ -38,7 +38,7 @@ def write_aside(path: Path, content: str | bytes) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         path.write_bytes(data)
         return
-    with aside(path) as folder:
+    with temporary_sibling(path) as folder:
         file = Path(folder) / path.name
         file.write_bytes(data)
         file.replace(path)
@@ -59,18 +59,18 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(path: Path) -> None:
+def write_checksum(path: Path) -> None:
     """Write down, beside a cached file, what it is now: `<name>.sha256`. Raises OSError."""
-    write_aside(_seal_of(path), sha256(path))
+    write_atomically(_checksum_path(path), sha256(path))
 
 
-def intact(path: Path) -> bool:
+def checksum_matches(path: Path) -> bool:
     """Whether a file is what it was when it was sealed."""
     try:
-        return _seal_of(path).read_text(encoding="ascii") == sha256(path)
+        return _checksum_path(path).read_text(encoding="ascii") == sha256(path)
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _seal_of(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")

@@ -53,13 +53,11 @@ def help_of(name: str, kinds: Iterable[type | None]) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def add_flags(parser: argparse._ActionsContainer, kinds: Iterable[type | None], skip: Iterable[str] = ()) -> None:
+def add_flags(parser: argparse._ActionsContainer, kinds: Iterable[type | None]) -> None:
     """Add a flag for each field. One that is true or false turns its default round."""
     kinds = list(kinds)
     for each in all_fields(kinds).values():
         flag = flag_of(each)
-        if each.name in skip:
-            continue
         if isinstance(each.default, bool):
             facts: dict[str, Any] = {"action": "store_const", "const": not each.default, "default": each.default}
         else:

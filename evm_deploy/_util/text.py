@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from evm_deploy.errors import UsageError
 
 
-def printable(text: object, keep: str = "\n") -> str:
+def escape_controls(text: object, keep: str = "\n") -> str:
     """Characters that terminals obey, such as escape sequences, replaced; those in `keep` stay."""
     return "".join(each if each.isprintable() or each in keep else "\N{REPLACEMENT CHARACTER}" for each in str(text))
 

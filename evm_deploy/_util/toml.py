@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from evm_deploy._util.text import one_of
 from evm_deploy.errors import UsageError
 
-IN_WORDS = {str: "text", int: "a whole number", list: "a list of texts"}
+TYPE_NAMES = {str: "text", int: "a whole number", list: "a list of texts"}
 
 
 class Readable(Protocol):
@@ -44,5 +44,5 @@ def checked(
         kind = keys[one_of(f"{where}: key", key, keys)]
         parts = value if isinstance(value, list) else ()
         if type(value) is not kind or any(type(part) is not str for part in parts):  # True is no number
-            raise UsageError(f"{where}: {key} must be {IN_WORDS[kind]}, got {value!r}")
+            raise UsageError(f"{where}: {key} must be {TYPE_NAMES[kind]}, got {value!r}")
     return dict(content)

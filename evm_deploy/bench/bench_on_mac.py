@@ -29,9 +29,9 @@ try:
 except ImportError:
     from evm_deploy.bench.latency import Latency, agree, measure, throughput
 try:
-    from compute_plan import plan  # type: ignore[import-not-found]
+    from compute_plan import compute_plan  # type: ignore[import-not-found]
 except ImportError:
-    from evm_deploy.runtimes.coreml.compute_plan import plan
+    from evm_deploy.runtimes.coreml.compute_plan import compute_plan
 
 HERE = Path(__file__).parent
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
@@ -40,7 +40,7 @@ PHONE_RUNS = 200
 
 
 @dataclass(frozen=True)
-class Found:
+class MacRun:
     """What one choice of compute units gave: times in milliseconds, the device's facts, and the compute plan."""
 
     latency: Latency
@@ -73,12 +73,12 @@ def main() -> int:
         else:
             found = on_mac(ct, HERE, manifest, chosen, args.limit)
         path = args.out / f"bench-{units.lower()}{'-iphone' if args.iphone else ''}.json"
-        path.write_text(json.dumps(record(HERE, ct, units, found, args.limit), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(make_record(HERE, ct, units, found, args.limit), indent=1) + "\n", encoding="utf-8")
         print(f"{units:<12} p50 {found.latency.median:.3g} ms   load {found.load_ms['fresh']:.0f} ms   {path}")
     return 0
 
 
-def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s: float) -> Found:
+def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s: float) -> MacRun:
     """Measure the package in `folder` on this Mac. ct: coremltools."""
     path, spec = folder / manifest["artifact"], manifest["inputs"][0]
     fresh_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=units))
@@ -86,12 +86,12 @@ def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s:
     feeds = {spec["name"]: example(spec)}
     first_ms, _ = _timed(lambda: model.predict(feeds))
     latency: Latency = measure(lambda: model.predict(feeds), limit_s=limit_s)
-    where = plan(model, units, function_name(manifest))
+    where = compute_plan(model, units, function_name(manifest))
     warning = "predict() of coremltools in Python: an app has less around it"
-    return Found(latency, {"fresh": fresh_ms, "again": again_ms}, first_ms, this_mac(), where, warning)
+    return MacRun(latency, {"fresh": fresh_ms, "again": again_ms}, first_ms, this_mac(), where, warning)
 
 
-async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, team: str) -> Found:
+async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, team: str) -> MacRun:
     """Measure it on the iPhone that is connected, with coremltools' own app, which Xcode signs for `team`."""
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
     from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
@@ -111,10 +111,10 @@ async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any,
     facts = {"model": phone.name, "cpu": phone.type.value, "machine": "arm64", "system": f"iOS {phone.os_version}"}
     device = {**dict.fromkeys(this_mac()), **facts}
     warning = "prediction alone, as coremltools' app on the phone counts it"
-    return Found(latency, {"fresh": loads[0], "again": loads[1]}, first, device, {}, warning)
+    return MacRun(latency, {"fresh": loads[0], "again": loads[1]}, first, device, {}, warning)
 
 
-def record(folder: Path, ct: Any, units: str, found: Found, limit_s: float) -> dict[str, Any]:
+def make_record(folder: Path, ct: Any, units: str, found: MacRun, limit_s: float) -> dict[str, Any]:
     """One record, schema 1 of evm-deploy, of the bundle in `folder`."""
     text = (folder / "manifest.json").read_bytes()
     manifest = json.loads(text)
@@ -204,7 +204,7 @@ def this_mac() -> dict[str, Any]:
 
 
 def example(spec: dict[str, Any]) -> Any:
-    """A seeded input: a picture for an image, noise for a tensor."""
+    """A seeded input: an image for an image, noise for a tensor."""
     import numpy as np
     import PIL.Image
 

@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
+from evm_deploy.bench.measurable import TORCH, repeated
 from evm_deploy.bench.record import Settings
-from evm_deploy.bench.subject import TORCH, repeated
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.errors import UsageError
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan, parse_imgsz
-from evm_deploy.export.selftest import probe_inputs
+from evm_deploy.export.selftest import make_test_inputs
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.plugins import find_plugin
 
 
 class FloatModel:
-    """The network of the checkpoint `path`, for pictures of settings.imgsz, or of the size saved with it.
+    """The network of the checkpoint `path`, for images of settings.imgsz, or of the size saved with it.
 
     Inside its `with` block torch has settings.threads threads, in the whole process. Raises CheckpointError, and
     UsageError for what torch has no setting for.
@@ -45,7 +45,7 @@ class FloatModel:
         self.spec = network.spec
         imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
         self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)
-        self.module = deployable(network, self.plan, self.preprocessing)
+        self.module = with_pre_and_postprocessing(network, self.plan, self.preprocessing)
         self.path, self.threads = path, settings.threads
 
     def facts(self) -> dict[str, Any]:
@@ -63,12 +63,14 @@ class FloatModel:
     def runtime(self) -> dict[str, Any]:
         import torch
 
-        native = Choice("native", "eager, scans on the native kernel")
-        scan = native if find_plugin("onnxruntime") else Choice("torch", "eager, scans in torch: no native kernel here")
+        native = Decision("native", "eager, scans on the native kernel")
+        scan = (
+            native if find_plugin("onnxruntime") else Decision("torch", "eager, scans in torch: no native kernel here")
+        )
         return {"versions": {"torch": torch.__version__}, "scan": asdict(scan), "plan": {}}
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
-        pixels = repeated(probe_inputs(self.plan, self.preprocessing), batch)
+        pixels = repeated(make_test_inputs(self.plan, self.preprocessing), batch)
         return lambda: self.run(pixels)
 
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:

@@ -55,7 +55,7 @@ class Part:
     calls: int = 1
 
 
-def layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
+def measure_layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
     """`Record.layers` of one inference on `feeds`; empty where the runtime has no profiler.
 
     Inferences with the profiler and without take turns, so that what else the machine does hits both.

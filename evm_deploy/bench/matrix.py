@@ -15,16 +15,16 @@ from evm_deploy._util.files import sha256
 from evm_deploy._util.progress import Progress, Step, silent
 from evm_deploy.bench import device
 from evm_deploy.bench.float_model import FloatModel
+from evm_deploy.bench.measurable import TORCH
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
-from evm_deploy.bench.subject import TORCH
 from evm_deploy.bench.text import file_name
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import FILE as MANIFEST
-from evm_deploy.calib.evaluate import Accuracy, compare
+from evm_deploy.calib.candidate import feeds
+from evm_deploy.calib.evaluate import Accuracy, compare_outputs
 from evm_deploy.calib.int8 import stacked
-from evm_deploy.calib.source import feeds
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
@@ -71,7 +71,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FormOutcome:
     """records: where they are, in the order of the forms. failed: forms that could not be made or measured, and why."""
 
     records: list[Path] = field(default_factory=list)
@@ -100,7 +100,7 @@ def no_progress(done: int, total: int) -> None:
     """Shows nothing."""
 
 
-def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_progress) -> Outcome:
+def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_progress) -> FormOutcome:
     """Export and measure every form. One that fails does not stop the others.
 
     `step(name, detail)` is entered around each step, `progress` told how many forms are done. A bundle is kept that the
@@ -108,7 +108,7 @@ def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_prog
     Raises EvmErrors for the checkpoint.
     """
     source = Checkpoint(matrix)
-    outcome = Outcome()
+    outcome = FormOutcome()
     for done, form in enumerate(matrix.forms):
         progress(done, len(matrix.forms))
         try:
@@ -157,7 +157,7 @@ class Checkpoint:
             manifest = open_bundle(path).manifest
         except BundleError:
             return False
-        made_with = {**target.probe().versions, "evm_deploy": __version__}
+        made_with = {**target.environment().versions, "evm_deploy": __version__}
         return (
             manifest.plan == json.loads(json.dumps(plan.as_dict()))
             and manifest.model["checkpoint"]["sha256"] == self.float.spec.checkpoint["sha256"]
@@ -189,11 +189,11 @@ class Checkpoint:
             with load(path) as model:
                 (name,) = model.inputs
                 outputs = stacked(model.run({name: feed}) for feed in feeds(self.images, name, model))
-        return compare(self.expected, outputs, get_task(self.float.spec.task), self.images.labels)
+        return compare_outputs(self.expected, outputs, get_task(self.float.spec.task), self.images.labels)
 
     @cached_property
     def images(self) -> ImageSet:
-        """The labelled pictures. Raises CalibrationError."""
+        """The labelled images. Raises CalibrationError."""
         spec, plan = self.float.spec, self.float.plan
         return labelled_images(
             images_path(str(self.matrix.val), "heldout"), self.float.preprocessing, spec.num_classes, plan.labels

@@ -8,7 +8,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from evm_deploy._util.files import write_aside
+from evm_deploy._util.files import write_atomically
 from evm_deploy._util.schema import Schema, published
 from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
 from evm_deploy.bench.latency import Latency
@@ -25,7 +25,7 @@ class Settings:
     """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
 
     streams: inferences at the same time, each in a thread. timed: `model`, arrays in and out on the host, or
-    `end-to-end`, a picture file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
+    `end-to-end`, an image file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
     saved with it. limit_s: seconds after which an unstable measurement ends. own: settings of runtimes that were given,
     name and value, as `load` takes them.
     """
@@ -111,7 +111,7 @@ class Record:
     def write(self, path: Path) -> None:
         """Raises UsageError when the disk will not have it."""
         try:
-            write_aside(path, json.dumps(asdict(self), indent=1) + "\n")
+            write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 

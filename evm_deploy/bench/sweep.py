@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evm_deploy._util.progress import Step
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.remote.places import Bench
+from evm_deploy.bench.remote.hosts import Host
 from evm_deploy.bench.text import file_name
 
 
@@ -31,7 +31,7 @@ class Sweep:
         numbers = itertools.product(self.threads, self.batches, self.streams)
         return [replace(self.settings, threads=t, batch=b, streams=s) for t, b, s in numbers]
 
-    def run(self, bench: Bench, step: Step) -> Iterator[tuple[Record, Path]]:
+    def run(self, bench: Host, step: Step) -> Iterator[tuple[Record, Path]]:
         """Measure; yields each record and where it was written. Raises EvmErrors."""
         for bundle, settings in itertools.product(self.bundles, self.every()):
             bench.prepare(bundle, settings)

@@ -33,9 +33,9 @@ def lines(record: Record, path: Path) -> list[str]:
         f"{streams}{settings['timed']}, scan {scan}{at}",
         f"Latency   p50 {times['p50']:.3g} ms (95 %: {low:.3g}-{high:.3g})  {tails}   "
         f"{record.throughput:.4g} images/s   {runs} runs{unstable}",
-        *([f"Device    {parts}"] if (parts := in_words(record.device_ms)) else []),
+        *([f"Device    {parts}"] if (parts := format_parts(record.device_ms)) else []),
         *([f"Layers    {shares(record)}"] if record.layers else []),
-        *([f"Energy    {energy}"] if (energy := in_words(record.energy_mj, "mJ")) else []),
+        *([f"Energy    {energy}"] if (energy := format_parts(record.energy_mj, "mJ")) else []),
         f"Load      {loads['fresh']:.0f} ms in a new process, "
         + (f"{loads['again']:.0f} ms again, " if "again" in loads else "")
         + f"first inference {record.first_ms:.3g} ms",
@@ -47,7 +47,7 @@ def lines(record: Record, path: Path) -> list[str]:
     ]
 
 
-def in_words(parts: dict[str, float], unit: str = "ms") -> str:
+def format_parts(parts: dict[str, float], unit: str = "ms") -> str:
     """`inputs 0.02 ms, compute 0.81 ms, outputs 0.01 ms`."""
     return ", ".join(f"{part} {value:.3g} {unit}" for part, value in parts.items())
 
@@ -65,7 +65,7 @@ def layer_lines(record: Record) -> list[str]:
         return ["No times by layer: this runtime has no profiler that evm-deploy reads."]
     blocks: dict[str, dict[str, float]] = {}
     for part in record.layers["modules"]:
-        kinds = blocks.setdefault(block_of(part["module"]), {})
+        kinds = blocks.setdefault(block_name(part["module"]), {})
         kinds[part["kind"]] = kinds.get(part["kind"], 0.0) + part["ms"]
     width = max(map(len, blocks))
     rows = []
@@ -73,11 +73,11 @@ def layer_lines(record: Record) -> list[str]:
         ms = sum(kinds.values())
         largest = dict(sorted(kinds.items(), key=lambda item: -item[1]))
         share = f"{ms / record.layers['sum_ms']:.1%}".replace("%", " %")
-        rows.append(f"{name:<{width}}  {ms:8.3f} ms  {share:>7}   {in_words(largest)}")
+        rows.append(f"{name:<{width}}  {ms:8.3f} ms  {share:>7}   {format_parts(largest)}")
     return [*rows, f"How       {record.layers['how']}"]
 
 
-def block_of(module: str) -> str:
+def block_name(module: str) -> str:
     """layers.1.blocks.0.op.in_proj -> layers.1.blocks.0; layers.2.3.se -> layers.2.3; patch_embed.2 -> patch_embed."""
     found = re.match(r"layers\.\d+\.(blocks\.\d+|\w+)|[^.]+", module)
     return found[0] if found else module

@@ -23,8 +23,8 @@ from typing import Any
 from evm_deploy.bench import device
 from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
+from evm_deploy.bench.measurable import Measurable, MeasuredBundle, batch_size
 from evm_deploy.bench.record import Record, Settings
-from evm_deploy.bench.subject import MeasuredBundle, Subject, batch_size
 from evm_deploy.bundle import archive
 from evm_deploy.errors import EvmError
 
@@ -35,7 +35,7 @@ def work(path: Path, settings: Settings) -> Record:
     """Measure a bundle in this process. Raises EvmErrors."""
     memory = {"before": peak_mb()}
 
-    def opened() -> Subject:
+    def opened() -> Measurable:
         return open_subject(path, settings)
 
     fresh_ms, subject = timed(opened)
@@ -79,7 +79,7 @@ def work(path: Path, settings: Settings) -> Record:
     )
 
 
-def open_subject(path: Path, settings: Settings) -> Subject:
+def open_subject(path: Path, settings: Settings) -> Measurable:
     """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
     if path.is_file() and path.suffix != archive.SUFFIX:
         from evm_deploy.bench.float_model import FloatModel
@@ -95,7 +95,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def on_device(subject: Subject, run: Callable[[], object]) -> dict[str, float]:
+def on_device(subject: Measurable, run: Callable[[], object]) -> dict[str, float]:
     """Median milliseconds of each part of a run on the device; empty where the runtime does not count them."""
     seen = []
     for _ in range(PARTS_RUNS if subject.milliseconds else 0):

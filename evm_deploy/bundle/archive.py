@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evm_deploy._util.files import aside
+from evm_deploy._util.files import temporary_sibling
 from evm_deploy.bundle.manifest import FILE, inside_bundle
 from evm_deploy.errors import BundleError
 
@@ -26,7 +26,7 @@ def write_zip(bundle: Path) -> Path:
     """`<bundle>.zip` beside a bundle, everything below one folder of its name. Raises BundleError."""
     path = bundle.with_name(bundle.name + SUFFIX)
     try:
-        with aside(path) as folder:
+        with temporary_sibling(path) as folder:
             file = Path(folder) / path.name
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for source in sorted(bundle.rglob("*")):

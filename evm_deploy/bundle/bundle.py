@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, aside, sha256
+from evm_deploy._util.files import artifact_bytes, sha256, temporary_sibling
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError
@@ -87,14 +87,14 @@ def check_free(path: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def temporary_bundle(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write a bundle into; removed again unless `keep` renamed it away.
 
     Left-overs of killed exports to the same path are removed first. Raises BundleError when the disk will not have it.
     """
     try:
         _sweep(path)
-        unfinished = aside(path)
+        unfinished = temporary_sibling(path)
     except OSError as error:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     with unfinished as name:
@@ -106,7 +106,7 @@ def written_aside(path: Path) -> Iterator[Path]:
             raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
 
 
-def keep(folder: Path, path: Path, manifest: Manifest) -> Bundle:
+def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
     """Finish `folder` with hashes and manifest, and rename it to `path`; a bundle already there is replaced."""
     for file in folder.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600: an app of another user must read it

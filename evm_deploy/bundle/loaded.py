@@ -17,7 +17,7 @@ from evm_deploy._util.text import one_of
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.signing import public_key
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
@@ -35,7 +35,7 @@ DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves
 
 
 class LoadedBundle:
-    """An opened bundle: `run` on arrays, `predict` on pictures, `selftest` on this device. A Runtime itself."""
+    """An opened bundle: `run` on arrays, `predict` on images, `selftest` on this device. A Runtime itself."""
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class LoadedBundle:
         """Milliseconds of the last run on the device, by part, where the runtime tells them."""
         return getattr(self._runtime, "milliseconds", {})
 
-    def plan(self) -> Mapping[str, Any]:
+    def compute_plan(self) -> Mapping[str, Any]:
         """The device that each part of the model runs on, where the runtime tells it."""
-        return getattr(self._runtime, "plan", dict)()
+        return getattr(self._runtime, "compute_plan", dict)()
 
     def profiled(self) -> Profiled | None:
         """The artifact once more, in a runtime that counts what its nodes take; None where there is no such."""
@@ -104,7 +104,7 @@ class LoadedBundle:
         return results
 
     def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
-        """`predict` of pictures that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
+        """`predict` of images that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
         uint8, n from 1, whatever the bundle's batch. Raises UsageError.
         """
         decode = self._require_answers(top)
@@ -118,30 +118,30 @@ class LoadedBundle:
         """Preprocessing, outputs and scans against the expected values in the bundle."""
         return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
 
-    def _lowering(self, scan: str) -> tuple[Path | None, Choice]:
+    def _lowering(self, scan: str) -> tuple[Path | None, Decision]:
         """How this bundle's scans run here, and why."""
         one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
         modes = self.manifest.scan["value"].split("+")
         if scan == "portable" and "portable" not in modes:
             raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
         if "aot" in modes:
-            return None, Choice("aot", "the kernel is inside the engine")
+            return None, Decision("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
                 raise UsageError(
                     "this bundle was exported with portable scans: it has no node for a native kernel",
                     "export it with --scan auto",
                 )
-            return None, Choice("portable", "as asked" if scan == "portable" else "the bundle was exported so")
+            return None, Decision("portable", "as asked" if scan == "portable" else "the bundle was exported so")
         plugins, host = self.manifest.plugins, host_platform()
         if scan == "bundled":
             if host not in plugins:
                 raise UsageError(
                     f"this bundle has no native library for {host}; it has: {', '.join(plugins) or 'none'}",
-                    "export it with --device",
+                    "export it with --platform",
                 )
             own = self.bundle.path / plugins[host]
-            return own, Choice("plugin", f"native kernel, {self._kernels.isa(own)}, from the bundle ({host})")
+            return own, Decision("plugin", f"native kernel, {self._kernels.isa(own)}, from the bundle ({host})")
         try:
             plugin = self._kernels.installed()
         except ToolchainError as error:
@@ -152,8 +152,8 @@ class LoadedBundle:
                 reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
             if scan == "plugin" or "portable" not in modes:
                 raise ToolchainError(reason, error.hint) from error
-            return None, Choice("portable", reason)
-        return plugin, Choice("plugin", f"native kernel, {self._kernels.isa(plugin)}, installed")
+            return None, Decision("portable", reason)
+        return plugin, Decision("plugin", f"native kernel, {self._kernels.isa(plugin)}, installed")
 
     @property
     def _kernels(self) -> NativeKernels:

@@ -28,7 +28,7 @@ def inside_bundle(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """What `auto` decided, and why."""
 
     value: str

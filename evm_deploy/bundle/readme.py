@@ -44,7 +44,7 @@ Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, co
 | `selftest/` | inputs with expected outputs |
 {labels}{libraries}
 Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
-Before that: resize with {pre["interpolation"]} and antialiasing so that the picture {scale}, crop the centre.
+Before that: resize with {pre["interpolation"]} and antialiasing so that the image {scale}, crop the centre.
 Output: {outputs}.
 
 ## Python

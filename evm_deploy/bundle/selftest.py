@@ -1,9 +1,9 @@
-"""The self-test in every bundle: inputs with the float model's outputs, scans with the float64 loop's, one picture.
+"""The self-test in every bundle: inputs with the float model's outputs, scans with the float64 loop's, one image.
 
 `selftest/probes.safetensors`   <input> and the outputs expected for it
 `selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
 `selftest/scan*`                one scan by itself, to run them with, in the target's format
-`selftest/picture.png`          a picture of another size, and `picture.pixels`, what preprocessing makes of it
+`selftest/picture.png`          an image of another size, and `picture.pixels`, what preprocessing makes of it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.scan.reference import Scan, ssm_error
 
 FOLDER = "selftest"
-PROBE_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
+INPUT_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
 
 
 class ScanShape(NamedTuple):
@@ -55,18 +55,18 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     The limits come from the manifest (`selftest`). Raises BundleError if the bundle has no readable self-test.
     """
     manifest, here = bundle.manifest, bundle.path / FOLDER
-    tensors, cases = _read(bundle, PROBE_FILE), _read_scans(bundle)
+    tensors, cases = _read(bundle, INPUT_FILE), _read_scans(bundle)
     pixels = manifest.preprocess().pixels(here / "picture.png")
     off = np.abs(pixels.astype(np.int16) - _like(pixels, bundle, tensors, "picture.pixels")).max()
     checks = [Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing"))]
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
-        raise _damaged(bundle, PROBE_FILE, f"has no {manifest.input}")
+        raise _damaged(bundle, INPUT_FILE, f"has no {manifest.input}")
     for name, have in run_batched(runtime, manifest.batch, images).items():
         want = _like(have, bundle, tensors, name)
         difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
         checks.append(Check(name, difference, manifest.limit("outputs", name)))
-    for probe, found in by_probe(target.scan_probe, cases).items():
+    for probe, found in by_scan_case(target.scan_case, cases).items():
         with target.open(here / probe, options) as scan_runtime:
             for name in found:
                 y = scan_runtime.run(cases[name]).get("y")
@@ -92,7 +92,7 @@ def _like(have: NDArray[Any], bundle: Bundle, tensors: dict[str, NDArray[Any]], 
     """The tensor `name`, if it is shaped as `have`."""
     want = tensors.get(name)
     if want is None or want.shape != have.shape or want.dtype.kind not in "fiu":
-        raise _damaged(bundle, PROBE_FILE, f"has no {name} of {have.dtype}{list(have.shape)}")
+        raise _damaged(bundle, INPUT_FILE, f"has no {name} of {have.dtype}{list(have.shape)}")
     return want
 
 
@@ -123,7 +123,7 @@ def _damaged(bundle: Bundle, file: str, reason: str) -> BundleError:
     return BundleError(message, "export it again", code="selftest.damaged", where=where)
 
 
-def by_probe(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:
+def by_scan_case(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:
     """File name of a scan by itself, from the pattern `file` -> the cases that it runs."""
     found: dict[str, list[str]] = {}
     for name, scan in cases.items():

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evm_deploy._util.files import write_aside
+from evm_deploy._util.files import write_atomically
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 
@@ -45,7 +45,7 @@ def public_key(path: str | Path) -> Ed25519PublicKey:
 def sign(bundle: Path, key: Ed25519PrivateKey) -> None:
     """Write the signature of the bundle in the folder `bundle`. Raises BundleError."""
     try:
-        write_aside(bundle / SIGNATURE, key.sign((bundle / FILE).read_bytes()))
+        write_atomically(bundle / SIGNATURE, key.sign((bundle / FILE).read_bytes()))
     except OSError as error:
         raise BundleError(f"bundle {bundle} cannot be signed: {error.strerror}") from error
 

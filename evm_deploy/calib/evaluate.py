@@ -88,7 +88,7 @@ class Accuracy:
         return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
 
 
-def compare(
+def compare_outputs(
     reference: Outputs,
     outputs: Outputs,
     task: Task,

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Progress, Step
-from evm_deploy.calib.evaluate import Accuracy, compare, keep_float_until
-from evm_deploy.calib.quantize import Layer, below_any, layers, quantize
-from evm_deploy.calib.request import Request
-from evm_deploy.calib.source import Source, feeds, sources
+from evm_deploy.calib.candidate import QuantizationCandidate, feeds, make_candidates
+from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
+from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FloatOutputs = Callable[[ImageSet], Outputs]
 Evaluate = Callable[[Any], Accuracy]
-Ship = Callable[[Any], AbstractContextManager[Runtime]]
+OpenCandidate = Callable[[Any], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
 
 
@@ -63,37 +63,37 @@ class Quantized:
 
 def quantize_graph(
     model: onnx.ModelProto,
-    request: Request,
+    config: QuantizationConfig,
     preprocessing: Preprocessing,
     *,
     fused: Mapping[str, FusedOp],
-    ship: Ship,
+    open_candidate: OpenCandidate,
     plugin: Path | None,
     step: Step,
     symmetric: bool = False,
 ) -> Quantized:
     """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op. symmetric: no zero points.
 
-    `ship(candidate)` opens a graph as the target will run it: that is what is judged. `plugin`, of ONNX Runtime, makes
+    `open_candidate(graph)` opens a graph as the target will run it, to evaluate that. `plugin`, of ONNX Runtime, makes
     calibration quicker.
 
     Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
     """
-    found = candidates(model, request.precision, fused, request.keep_float, request.weight_only)
-    images = image_sets(request, preprocessing, step)
-    choices = sources(model, found, images.used, request, plugin, step)
+    found = candidates(model, config.precision, fused, config.keep_float, config.weight_only)
+    images = image_sets(config, preprocessing, step)
+    choices = make_candidates(model, found, images.used, config, plugin, step)
     if symmetric:
-        rewrite = partial(quantize, symmetric=True)
+        rewrite = partial(insert_qdq, symmetric=True)
         choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
-    return choose(choices, images, request, partial(graph_outputs, model, request, plugin), ship, step)
+    return choose(choices, images, config, partial(graph_outputs, model, config, plugin), open_candidate, step)
 
 
 def choose(
-    choices: Mapping[str, Source],
+    choices: Mapping[str, QuantizationCandidate],
     images: ImageSets,
-    request: Request,
+    config: QuantizationConfig,
     float_outputs: FloatOutputs,
-    ship: Ship,
+    open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
     """The best of `choices`, which go by name as in Quantized.smooth, with the blocks in float that cost too much.
@@ -104,19 +104,19 @@ def choose(
     smooth = next(iter(choices))
     tried: dict[str, Accuracy] = {}
     if judged:
-        with step("judge", f"{len(judged)} images, {'labelled' if request.val else 'without labels'}"):
-            evaluate = evaluator(float_outputs(judged), judged, request, ship)
+        with step("judge", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}"):
+            evaluate = evaluator(float_outputs(judged), judged, config, open_candidate)
             tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
         smooth = max(tried, key=lambda name: tried[name].rank)
     source, accuracy = choices[smooth], tried.get(smooth)
     blocks = source.blocks
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
-    if accuracy and not accuracy.ok and request.max_drop is not None:
+    if accuracy and not accuracy.ok and config.max_drop is not None:
         with step("sensitivity", f"{len(blocks)} blocks, one at a time") as progress:
             sensitivity = {block: alone.sqnr_db for block, alone in each_block(source, evaluate, progress)}
             ranked = sorted(blocks, key=lambda block: sensitivity[block])
-            kept, accuracy = keep_float_until(lambda keep: evaluate(source.quantized(set(blocks) - keep)), ranked)
+            kept, accuracy = keep_float_until(lambda kept: evaluate(source.quantized(set(blocks) - kept)), ranked)
     return Quantized(
         model=source.quantized(set(blocks) - kept),
         table=source.table,
@@ -130,7 +130,7 @@ def choose(
     )
 
 
-def each_block(source: Source, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:
+def each_block(source: QuantizationCandidate, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:
     """Every block with how good the network is when it alone is quantised."""
     for done, block in enumerate(source.blocks):
         progress(done, len(source.blocks))
@@ -150,7 +150,7 @@ def candidates(
     modules `weight_only` the weights alone. keep_float: paths of modules whose layers are left out.
     w8: weights alone, all but those of modules that may become one op: that op takes them as float.
     """
-    every = layers(model, keep_float)
+    every = quantizable_layers(model, keep_float)
     if precision == "w8":
         return [replace(layer, weight_only=True) for layer in every if not below_any(layer.module, fused)]
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
@@ -165,10 +165,10 @@ def candidates(
     ]
 
 
-def run_all(runtime: Runtime, images: ImageSet, request: Request) -> Outputs:
+def run_all(runtime: Runtime, images: ImageSet, config: QuantizationConfig) -> Outputs:
     """The outputs of a model on every image, by name: (images, ...)."""
     (name,) = runtime.inputs
-    return stacked(runtime.run({name: feed}) for feed in feeds(images, request.input, runtime))
+    return stacked(runtime.run({name: feed}) for feed in feeds(images, config.input, runtime))
 
 
 def stacked(runs: Iterable[Outputs]) -> Outputs:
@@ -180,33 +180,35 @@ def stacked(runs: Iterable[Outputs]) -> Outputs:
     return {name: np.stack(values) for name, values in rows.items()}
 
 
-def graph_outputs(model: onnx.ModelProto, request: Request, plugin: Path | None, images: ImageSet) -> Outputs:
+def graph_outputs(model: onnx.ModelProto, config: QuantizationConfig, plugin: Path | None, images: ImageSet) -> Outputs:
     """The outputs of a hub graph on every image, by name."""
     with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
-        return run_all(runtime, images, request)
+        return run_all(runtime, images, config)
 
 
-def image_sets(request: Request, preprocessing: Preprocessing, step: Step) -> ImageSets:
+def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: Step) -> ImageSets:
     """The images that a request names. Only int8 calibrates. Raises CalibrationError."""
     used = judged = None
-    if request.calib:
-        with step("images", f"up to {request.images} of {request.calib}"):
-            chosen = calibration_images(request.calib, preprocessing, request.images, force=request.force)
-        used, judged = _split(chosen) if request.precision == "int8" else (None, chosen)
-    if request.val:
-        with step("images", f"labelled, of {request.val}"):
-            judged = labelled_images(request.val, preprocessing, request.num_classes, request.labels)
+    if config.calib:
+        with step("images", f"up to {config.images} of {config.calib}"):
+            chosen = calibration_images(config.calib, preprocessing, config.images, force=config.force)
+        used, judged = _split(chosen) if config.precision == "int8" else (None, chosen)
+    if config.val:
+        with step("images", f"labelled, of {config.val}"):
+            judged = labelled_images(config.val, preprocessing, config.num_classes, config.labels)
     return ImageSets(used, judged)
 
 
-def evaluator(expected: Outputs, images: ImageSet, request: Request, ship: Ship) -> Evaluate:
+def evaluator(
+    expected: Outputs, images: ImageSet, config: QuantizationConfig, open_candidate: OpenCandidate
+) -> Evaluate:
     """Candidate -> its Accuracy, as shipped, against `expected`, what the float network gives on `images`."""
-    labels = images.labels if request.val else None
+    labels = images.labels if config.val else None
 
     def evaluate(candidate: Any) -> Accuracy:
-        with ship(candidate) as runtime:
-            outputs = run_all(runtime, images, request)
-        return compare(expected, outputs, request.task, labels, limit=request.max_drop)
+        with open_candidate(candidate) as runtime:
+            outputs = run_all(runtime, images, config)
+        return compare_outputs(expected, outputs, config.task, labels, limit=config.max_drop)
 
     return evaluate
 
@@ -214,5 +216,5 @@ def evaluator(expected: Outputs, images: ImageSet, request: Request, ship: Ship)
 def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Images to calibrate with, and those kept back to judge with: every eighth, as long as that leaves some."""
     held = set(range(HELD_OUT_EVERY - 1, len(images), HELD_OUT_EVERY)[:MAX_HELD_OUT]) or {len(images) - 1}
-    used = tuple(picture for i, picture in enumerate(images.pictures) if i not in held) or images.pictures
-    return replace(images, pictures=used), replace(images, pictures=tuple(images.pictures[i] for i in sorted(held)))
+    used = tuple(item for i, item in enumerate(images.items) if i not in held) or images.items
+    return replace(images, items=used), replace(images, items=tuple(images.items[i] for i in sorted(held)))

@@ -41,7 +41,7 @@ class Layer:
     weight_only: bool = False
 
 
-def layers(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> list[Layer]:
+def quantizable_layers(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> list[Layer]:
     """The layers of a hub graph that can be quantised, in execution order.
 
     keep_float: paths of modules whose layers are left out, beside those that feed a scan.
@@ -103,7 +103,7 @@ def activations(found: Collection[Layer]) -> dict[str, str]:
     return {**names, **{layer.reads: f"{layer.module}:input" for layer in rounded}}
 
 
-def quantize(
+def insert_qdq(
     model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], *, symmetric: bool = False
 ) -> onnx.ModelProto:
     """A copy of `model` with the layers `found` between Q/DQ pairs, or only their weights int8.

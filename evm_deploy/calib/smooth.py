@@ -32,7 +32,7 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Folding:
+class SmoothGroup:
     """Constants that may be divided by a factor per channel when others are multiplied by it: the outputs stay.
 
     node: the one whose output the factor leaves. reads: the activations that the multiplied weights read.
@@ -44,8 +44,8 @@ class Folding:
     reads: tuple[Channels, ...]
 
 
-def foldings(model: onnx.ModelProto) -> list[Folding]:
-    """The foldings of a graph in execution order: from a LayerNormalization or Conv into everything that reads it.
+def smooth_groups(model: onnx.ModelProto) -> list[SmoothGroup]:
+    """The smooth_groups of a graph in execution order: from a LayerNormalization or Conv into everything that reads it.
 
     On the way there may only be what a positive factor passes through: Relu, Transpose, products, means over positions.
     """
@@ -61,12 +61,12 @@ def foldings(model: onnx.ModelProto) -> list[Folding]:
         once = len({constant.tensor for constant in constants}) == len(constants)
         alone = once and all(len(view.readers[constant.tensor]) == 1 for constant in constants)
         if alone and len({view.constants[constant.tensor].dims[constant.axis] for constant in constants}) == 1:
-            found.append(Folding(node.name, divide, weights, tuple(dict.fromkeys(reads))))
+            found.append(SmoothGroup(node.name, divide, weights, tuple(dict.fromkeys(reads))))
     return found
 
 
 def smooth(model: onnx.ModelProto, largest: Mapping[str, Array]) -> int:
-    """Make the channels of activations alike, in place; outputs move by rounding only. Returns the number of foldings.
+    """Make the channels of activations alike, in place; outputs move by rounding only. Returns the number of groups.
 
     largest: by tensor, max |x| per channel; a folding that reaches none of these is left alone.
 
@@ -76,7 +76,7 @@ def smooth(model: onnx.ModelProto, largest: Mapping[str, Array]) -> int:
     s = max |x| ** ALPHA / max |w| ** (1 - ALPHA) of each channel, w all weights that read it; then of geometric mean 1.
     """
     done = 0
-    for folding in foldings(model):
+    for folding in smooth_groups(model):
         sizes = [largest[read.tensor] for read in folding.reads if read.tensor in largest]
         if sizes:
             fold(model, folding, _factors(model, folding, np.max(sizes, axis=0)))
@@ -84,7 +84,7 @@ def smooth(model: onnx.ModelProto, largest: Mapping[str, Array]) -> int:
     return done
 
 
-def fold(model: onnx.ModelProto, folding: Folding, factors: Array) -> None:
+def fold(model: onnx.ModelProto, folding: SmoothGroup, factors: Array) -> None:
     """Move `factors`, positive, one per channel, in place."""
     from onnx import numpy_helper
 
@@ -96,7 +96,7 @@ def fold(model: onnx.ModelProto, folding: Folding, factors: Array) -> None:
             tensors[constant.tensor].CopyFrom(numpy_helper.from_array(scaled.astype(value.dtype), constant.tensor))
 
 
-def _factors(model: onnx.ModelProto, folding: Folding, activation: Array) -> NDArray[np.float64]:
+def _factors(model: onnx.ModelProto, folding: SmoothGroup, activation: Array) -> NDArray[np.float64]:
     """SmoothQuant's, float64; 1 for a channel that is always zero or never used."""
     from onnx import numpy_helper
 

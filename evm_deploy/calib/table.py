@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.files import cache_folder, write_aside
+from evm_deploy._util.files import cache_folder, write_atomically
 from evm_deploy._util.progress import Progress
 from evm_deploy.calib.histogram import Histogram, Range
 from evm_deploy.errors import CalibrationError
@@ -118,7 +118,7 @@ def calibrate(
         table.add(values)
         progress(table.done, total)
         if table.done % SAVE_EVERY == 0 or table.complete:
-            write_aside(path, table.to_json())
+            write_atomically(path, table.to_json())
     if not table.complete:
         raise CalibrationError(f"only {table.done} of {total} calibration images could be read", "keep them in place")
     return table

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.settings import add_flags, given
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
+from evm_deploy.commands.hosts import fleet, host_flags, host_options
 from evm_deploy.commands.matrix import matrix, matrix_flags, refuse_matrix_flags
-from evm_deploy.commands.places import fleet, place_flags, place_of
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.registry import setting_kinds
 
@@ -35,13 +35,13 @@ def bench_parser() -> Parser:
     add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
     add("--streams", default="", metavar="N[,N..]", help="inferences at the same time, each measured; default: 1")
     add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
-    add_flags(parser, setting_kinds(), skip=("device",))  # place_flags has it, for profiles too
-    add("--end-to-end", action="store_true", help="time from a picture file to its five best classes")
+    add_flags(parser, setting_kinds())
+    add("--end-to-end", action="store_true", help="time from an image file to its five best classes")
     add("--layers", action="store_true", help="also print the times by module")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
     add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
     add("--db", metavar="FILE", help="add the records to this history too, for evm-report --history")
-    place_flags(parser)
+    host_flags(parser)
     matrix_flags(parser)
     common_flags(parser)
     return parser
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from evm_deploy.bench.remote.places import opened
+    from evm_deploy.bench.remote.hosts import opened
     from evm_deploy.bench.text import layer_lines, lines
     from evm_deploy.report.history import append
 
-    place, sweep = place_of(args), _sweep(args)
+    options, sweep = host_options(args), _sweep(args)
     if args.db:
         append(Path(args.db), [])  # now, not after minutes of measuring, is the time to refuse it
     if args.matrix:
@@ -67,15 +67,15 @@ def _bench(args: argparse.Namespace) -> int:
     if not args.bundles:
         raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
     if args.devices:
-        return fleet(args, place, sweep)
+        return fleet(args, options, sweep)
     steps, records = Steps(args.quiet), []
-    with opened(place, steps) as bench:
+    with opened(options, steps) as bench:
         for record, path in sweep.run(bench, steps):
             if args.db:
                 append(Path(args.db), [record])
             records.append({"record": str(path), **record.bundle, **record.summary_ms})
             if not args.json:
-                print(printable("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])])))
+                print(escape_controls("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])])))
     if args.json:
         print(json.dumps(records, indent=1))
     return 0
@@ -84,7 +84,6 @@ def _bench(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> Sweep:
     """Every combination that was asked for. Raises UsageError."""
     from evm_deploy.bench.record import Settings
-    from evm_deploy.bench.remote.places import profile_of
     from evm_deploy.bench.sweep import Sweep
 
     if not 0 < args.limit <= MAX_LIMIT_S:
@@ -94,10 +93,7 @@ def _sweep(args: argparse.Namespace) -> Sweep:
         timed="end-to-end" if args.end_to_end else "model",
         limit_s=args.limit,
     )
-    own = given(args, setting_kinds())
-    if profile_of(args.device):
-        del own["device"]
-    settings = settings.with_own(**own)
+    settings = settings.with_own(**given(args, setting_kinds()))
     return Sweep(
         bundles=args.bundles,
         threads=_numbers("--threads", args.threads),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
 from evm_deploy._util.progress import Progress, silent
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.errors import EvmError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Steps:
         from rich.table import Table
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        label = printable(f"{name:<10} {detail}", keep="")
+        label = escape_controls(f"{name:<10} {detail}", keep="")
         padded = escape(f"{label:<56}")
         start = time.perf_counter()
 
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors look like all others of ours."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {printable(message)}\n  see  {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {escape_controls(message)}\n  see  {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -138,7 +138,7 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         sys.stdout.flush()
         return code
     except EvmError as error:
-        print(printable(f"{prog}: {error}"), file=sys.stderr)
+        print(escape_controls(f"{prog}: {error}"), file=sys.stderr)
         if verbose:
             raise
         return error.exit_code
@@ -147,13 +147,13 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(printable(f"{prog}: {where}{error.strerror or error}"), file=sys.stderr)
+        print(escape_controls(f"{prog}: {where}{error.strerror or error}"), file=sys.stderr)
         if verbose:
             raise
         return EvmError.exit_code
     except Exception as error:
         if verbose:
             raise
-        said = printable(f"{prog}: internal error: {type(error).__name__}: {error}")
+        said = escape_controls(f"{prog}: internal error: {type(error).__name__}: {error}")
         print(f"{said}\n  run again with -v, report it", file=sys.stderr)
         return 1

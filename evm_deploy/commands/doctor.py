@@ -58,7 +58,7 @@ def examine() -> dict[str, Any]:
 
 
 def _abilities(target: Target) -> dict[str, Any]:
-    build, run = target.probe(), target.runtime.availability()
+    build, run = target.environment(), target.runtime.availability()
     versions = {**build.versions, **run.versions}
     return {"build": build.can_build, "run": run.can_run, "versions": versions, "hint": build.hint or run.hint}
 

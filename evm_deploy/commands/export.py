@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from evm_deploy.bundle.bundle import Bundle
-    from evm_deploy.export.many import Outcome
+    from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
 
@@ -51,16 +51,16 @@ def export_parser() -> Parser:
     add(
         "--calib",
         metavar="DIR",
-        help="pictures to calibrate int8, or judge w8, with: folder, list of paths, .npz, demo",
+        help="images to calibrate int8, or judge w8, with: folder, list of paths, .npz, demo",
     )
     add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
     add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
     add("--smooth", default="auto", metavar="S", help="SmoothQuant for int8: on, off, auto (default, the better one)")
-    add("--force-calib", action="store_true", help="take pictures that look unfit to calibrate with")
+    add("--force-calib", action="store_true", help="take images that look unfit to calibrate with")
     add(
         "--val",
         metavar="DIR",
-        help="labelled pictures to judge int8 or w8 with: class folders, CSV of path,class, demo",
+        help="labelled images to judge int8 or w8 with: class folders, CSV of path,class, demo",
     )
     add("--max-drop", metavar="X", help="points of top-1 that these may lose on --val, default 1.0; exit 5 otherwise")
     add(
@@ -79,10 +79,10 @@ def export_parser() -> Parser:
     )
     add(
         "--device",
-        metavar="P",
-        help="a device profile (evm-doctor lists them) or FILE.toml, for which target, precision and native library "
-        f"are chosen; or a platform, whose native library goes into the bundle: {', '.join(PLATFORMS)}",
+        metavar="PROFILE",
+        help="a device profile (evm-doctor lists them) or FILE.toml: chooses target, precision and native library",
     )
+    add("--platform", metavar="P", help=f"put the native library for this platform in: {', '.join(PLATFORMS)}")
     add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
     add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
     add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
@@ -90,7 +90,7 @@ def export_parser() -> Parser:
     add("--labels", metavar="FILE", help="class names, one per line, in the order of the head")
     add("--mean", metavar="R,G,B", help="of channels scaled to 0..1; default ImageNet's")
     add("--std", metavar="R,G,B", help="likewise")
-    add("--crop-pct", metavar="X", help="share of the resized picture that the centre crop keeps, default 0.875")
+    add("--crop-pct", metavar="X", help="share of the resized image that the centre crop keeps, default 0.875")
     add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
     add_flags(parser, target_settings.KINDS)
     add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
@@ -151,7 +151,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _reported(
-    outcome: Outcome, args: argparse.Namespace, key: Ed25519PrivateKey | None, several: bool
+    outcome: TargetOutcome, args: argparse.Namespace, key: Ed25519PrivateKey | None, several: bool
 ) -> tuple[dict[str, Any], int]:
     """Sign, zip and print what came of one target. Returns the facts for --json, and the exit code.
 
@@ -164,27 +164,27 @@ def _reported(
     if error:
         if not several:
             raise error
-        print(printable(f"evm-export: {outcome.plan.target}: {error}"), file=sys.stderr)
+        print(escape_controls(f"evm-export: {outcome.plan.target}: {error}"), file=sys.stderr)
         return {"target": outcome.plan.target, "error": str(error), "exit_code": error.exit_code}, error.exit_code
     assert bundle
     if key:
         sign(bundle.path, key)
     packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
     if not args.json:
-        print(printable(export_summary(bundle, outcome.seconds)))
+        print(escape_controls(export_summary(bundle, outcome.seconds)))
         print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
     return {"bundle": str(bundle.path), **packed, "seconds": round(outcome.seconds, 2), **_facts(bundle)}, 0
 
 
 def _finish(args: argparse.Namespace) -> int:
     from evm_deploy.bundle.signing import private_key, sign
-    from evm_deploy.export.pipeline import finish
+    from evm_deploy.export.pipeline import build_engine
 
     if args.checkpoint or args.target:
         raise UsageError("--finish takes a bundle, and neither a checkpoint nor --target", "leave these out")
     key = private_key(args.sign) if args.sign else None
     start = time.perf_counter()
-    bundle = finish(args.finish, library=args.library, step=Steps(args.quiet))
+    bundle = build_engine(args.finish, library=args.library, step=Steps(args.quiet))
     seconds = time.perf_counter() - start
     if key:
         sign(bundle.path, key)
@@ -192,7 +192,7 @@ def _finish(args: argparse.Namespace) -> int:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
         print(json.dumps(facts, indent=1))
     else:
-        print(printable(export_summary(bundle, seconds)))
+        print(escape_controls(export_summary(bundle, seconds)))
     return 0
 
 
@@ -221,11 +221,11 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
         "Output": plan.head,
         "Scan": plan.scan,
         **({"Chosen": f"{plan.chosen.value}, {plan.chosen.reason}"} if plan.chosen else {}),
-        **({"Device": f"{plan.device}, native library compiled with ziglang"} if plan.device else {}),
+        **({"Platform": f"{plan.native_library}, native library compiled with ziglang"} if plan.native_library else {}),
         "Bundle": str(path),
     }
     if not args.json:
-        print(printable("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
+        print(escape_controls("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
     return facts
 
 
@@ -244,16 +244,18 @@ def _plans(args: argparse.Namespace) -> list[ExportPlan]:
     from evm_deploy.export.device_choice import choose
     from evm_deploy.export.targets import load_targets, resolve_names
 
-    if args.device is None or args.device in PLATFORMS:
+    if args.device in PLATFORMS:
+        raise UsageError(f"{args.device} is a platform, not a device profile", f"use --platform {args.device}")
+    if args.device and args.platform:
+        raise UsageError("--device chooses the platform of the native library itself", "leave --platform out")
+    if args.device is None:
         if not args.target:
             raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
         return [_plan(args, name) for name in resolve_names(args.target)]
-    profile = find_profile(args.device, also=PLATFORMS)
+    profile = find_profile(args.device)
     names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
-    pictures = args.calib is not None
-    return [
-        _plan(args, **vars(choose(profile, name, args.precision, scan=args.scan, pictures=pictures))) for name in names
-    ]
+    images = args.calib is not None
+    return [_plan(args, **vars(choose(profile, name, args.precision, scan=args.scan, images=images))) for name in names]
 
 
 def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
@@ -263,7 +265,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
     sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(
         target=target,
-        **{"precision": args.precision, "device": args.device, **decided},
+        **{"precision": args.precision, "native_library": args.platform, **decided},
         imgsz=next(iter(sizes), None),
         more_imgsz=sizes[1:],
         batch=Batch.parse(args.batch),

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import write_aside
-from evm_deploy._util.text import printable
+from evm_deploy._util.files import write_atomically
+from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
 
@@ -32,8 +32,8 @@ def matrix_flags(parser: argparse.ArgumentParser) -> None:
         help="targets and precisions, and torch; default onnx and openvino, fp32 and int8",
     )
     add("--imgsz", metavar="N|HxW", help="as for evm-export")
-    add("--calib", metavar="DIR", help="pictures to calibrate int8 with, as for evm-export")
-    add("--val", metavar="DIR", help="labelled pictures to measure the accuracy of every form on, as for evm-export")
+    add("--calib", metavar="DIR", help="images to calibrate int8 with, as for evm-export")
+    add("--val", metavar="DIR", help="labelled images to measure the accuracy of every form on, as for evm-export")
 
 
 def refuse_matrix_flags(args: argparse.Namespace) -> None:
@@ -46,12 +46,11 @@ def refuse_matrix_flags(args: argparse.Namespace) -> None:
 def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     """Compare, and print what came out. Returns the exit code: that of the first form that failed."""
     from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
-    from evm_deploy.bench.remote.places import profile_of
     from evm_deploy.demo import CHECKPOINT
 
     if len(args.bundles) > 1:
         raise UsageError("--matrix compares one checkpoint", "give one, or none for the demo's")
-    if args.host or args.adb or args.devices or profile_of(args.device):
+    if args.host or args.adb or args.devices or args.profile:
         raise UsageError("--matrix exports and measures on this machine", "elsewhere: evm-bench BUNDLE.. --host ..")
     demo = not args.bundles
     wanted = Matrix(
@@ -68,7 +67,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     steps = Steps(args.quiet)
     outcome = run_matrix(wanted, steps, steps.progress)
     for form, error in outcome.failed.items():
-        print(printable(f"{form}: {error}"), file=sys.stderr)
+        print(escape_controls(f"{form}: {error}"), file=sys.stderr)
     if outcome.records:
         report(outcome.records, wanted.out, args)
     return next((error.exit_code for error in outcome.failed.values()), 0)
@@ -88,7 +87,7 @@ def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None
     if args.db:
         append(Path(args.db), found.records)
     groups = grouped(candidates(found), MAX_DROP)
-    write_aside(out / PAGE, page(groups))
+    write_atomically(out / PAGE, page(groups))
     if args.json:
         print(json.dumps(as_dicts(groups), indent=1))
         return

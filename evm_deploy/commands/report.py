@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy import __version__
-from evm_deploy._util.files import write_aside
+from evm_deploy._util.files import write_atomically
 from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from evm_deploy.report.collect import Found
+    from evm_deploy.report.collect import Collected
     from evm_deploy.report.table import Group
 
 
@@ -144,7 +144,7 @@ def _history(args: argparse.Namespace) -> None:
     require((), [course[-1] for course in found], max_latency_ms=max_latency)
 
 
-def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Found:
+def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Collected:
     """Read what is given, and add its records to the history if there is one."""
     from evm_deploy.report.collect import collect
     from evm_deploy.report.history import append
@@ -188,7 +188,7 @@ def _write(target: str, text: str) -> None:
         print(text, end="")
         return
     try:
-        write_aside(Path(target), text)
+        write_atomically(Path(target), text)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}", "choose another file") from error
     print(f"Saved  {target}", file=sys.stderr)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from evm_deploy._util.settings import add_flags, given
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.registry import setting_kinds
@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)
         elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
-            print(printable(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
+            print(escape_controls(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
-                print(printable("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
+                print(escape_controls("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
                 print("PASSED" if passed else "FAILED")
             if not passed:
                 return 4
@@ -85,5 +85,5 @@ def _run(args: argparse.Namespace) -> int:
             else:
                 for image, predictions in zip(args.images, found, strict=True):
                     print(image)
-                    print("\n".join(f"  {p.score:7.2%}  {printable(p.label)}" for p in predictions))
+                    print("\n".join(f"  {p.score:7.2%}  {escape_controls(p.label)}" for p in predictions))
     return 0

@@ -45,7 +45,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             if keys
         ),
         ("Saved", str(bundle.path)),
-        *(target.finish.summary(m) if target.finish else ()),
+        *(target.engine.summary(m) if target.engine else ()),
         *(() if m.built else [("Next", f"on the device:  evm-export --finish {bundle.path}")]),
         (
             "Then" if not m.built else "Next",

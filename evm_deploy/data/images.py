@@ -1,4 +1,4 @@
-"""Pictures from a folder, a list, a CSV or an .npz: found, sampled, labelled, and fit to calibrate with."""
+"""Images from a folder, a list, a CSV or an .npz: found, sampled, labelled, and fit to calibrate with."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MIN_IMAGES = 100  # fewer leave the ranges of pooled tensors to chance
-MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated pictures
-MIN_CONTRAST = 2.0  # standard deviation of a picture's pixels, of 255
-MIN_CORRELATION = 0.2  # of neighbouring pixels; noise has none, pictures 0.7 to 1
-MIN_PIXELS = 1000  # of a picture, to tell noise
+MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated images
+MIN_CONTRAST = 2.0  # standard deviation of an image's pixels, of 255
+MIN_CORRELATION = 0.2  # of neighbouring pixels; noise has none, images 0.7 to 1
+MIN_PIXELS = 1000  # of an image, to tell noise
 LISTED = 4  # names in a message
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Where one picture is: a file, or an array of an .npz. label: its class in the order of the head, if known."""
+class ImageItem:
+    """Where one image is: a file, or an array of an .npz. label: its class in the order of the head, if known."""
 
     name: str
     source: Path | Pixels
@@ -42,30 +42,30 @@ class Picture:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures and how they are preprocessed. Nothing is decoded until it is asked for, and nothing is kept."""
+    """Images and how they are preprocessed. Nothing is decoded until it is asked for, and nothing is kept."""
 
-    pictures: tuple[Picture, ...]
+    items: tuple[ImageItem, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()  # "name: reason" of those that could not be read
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.items)
 
     def pixels(self) -> Iterator[Pixels]:
-        """(H, W, 3) uint8 of each picture, in order. Raises ImageError."""
-        for picture in self.pictures:
-            yield self.preprocessing.pixels(picture.source)
+        """(H, W, 3) uint8 of each image, in order. Raises ImageError."""
+        for item in self.items:
+            yield self.preprocessing.pixels(item.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """The class of each picture; only of labelled sets."""
-        return np.array([picture.label for picture in self.pictures], np.int64)
+        """The class of each image; only of labelled sets."""
+        return np.array([item.label for item in self.items], np.int64)
 
     def digest(self) -> str:
-        """sha256 over what the pictures hold, in order, and how they are preprocessed."""
+        """sha256 over what the images hold, in order, and how they are preprocessed."""
         total = hashlib.sha256(repr(self.preprocessing).encode())
-        for picture in self.pictures:
-            source = picture.source
+        for item in self.items:
+            source = item.source
             content = (
                 source.read_bytes() if isinstance(source, Path) else repr(source.shape).encode() + source.tobytes()
             )
@@ -73,41 +73,41 @@ class ImageSet:
         return total.hexdigest()
 
 
-def find_pictures(source: Path) -> list[Picture]:
-    """Pictures below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8)."""
+def find_images(source: Path) -> list[ImageItem]:
+    """Images below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8)."""
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        pictures = [Picture(path.relative_to(source).as_posix(), path) for path in files]
+        items = [ImageItem(path.relative_to(source).as_posix(), path) for path in files]
     elif source.suffix == ".npz":
-        pictures = _from_npz(source)
+        items = _from_npz(source)
     elif source.is_file():
         lines = [line.strip() for line in _read_text(source).splitlines()]
-        pictures = [Picture(line, source.parent / line) for line in lines if line and not line.startswith("#")]
+        items = [ImageItem(line, source.parent / line) for line in lines if line and not line.startswith("#")]
     else:
         raise CalibrationError(f"{source} does not exist", "give a folder of images, a list of paths, or an .npz")
-    if not pictures:
+    if not items:
         raise CalibrationError(f"{source} holds no images", f"looked for {', '.join(sorted(SUFFIXES))}")
-    return pictures
+    return items
 
 
-def sample(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[Picture]:
+def sample(items: Sequence[ImageItem], count: int, seed: int = 0) -> list[ImageItem]:
     """`count` of them (all, if there are no more), drawn without replacement from `seed`, in their order."""
-    if len(pictures) <= count:
-        return list(pictures)
-    chosen = np.random.default_rng(seed).choice(len(pictures), count, replace=False)
-    return [pictures[i] for i in sorted(chosen)]
+    if len(items) <= count:
+        return list(items)
+    chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
+    return [items[i] for i in sorted(chosen)]
 
 
 def calibration_images(
     source: Path, preprocessing: Preprocessing, count: int = 512, *, seed: int = 0, force: bool = False
 ) -> ImageSet:
-    """Up to `count` pictures of `source` that are fit to calibrate with.
+    """Up to `count` images of `source` that are fit to calibrate with.
 
     Unreadable ones are left out and named in `skipped`. Raises CalibrationError when over 5 % are unreadable, and,
     unless `force`, when they are too few, or more than 5 % of them constant, repeated or noise: ranges of such
-    pictures are wrong for real ones.
+    images are wrong for real ones.
     """
-    chosen = sample(find_pictures(source), count, seed)
+    chosen = sample(find_images(source), count, seed)
     images, facts = _readable(source, chosen, preprocessing)
     if force:
         return images
@@ -139,8 +139,8 @@ def labelled_images(
         return _readable(source, _labelled_npz(source, num_classes), preprocessing)[0]
     named = _from_csv(source) if source.suffix.lower() == ".csv" else _from_class_folders(source)
     index = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
-    pictures = [replace(picture, label=index[name]) for picture, name in named]
-    return _readable(source, pictures, preprocessing)[0]
+    items = [replace(item, label=index[name]) for item, name in named]
+    return _readable(source, items, preprocessing)[0]
 
 
 @dataclass(frozen=True)
@@ -153,39 +153,39 @@ class _Facts:
     content: bytes
 
 
-def _readable(source: Path, pictures: Sequence[Picture], preprocessing: Preprocessing) -> tuple[ImageSet, list[_Facts]]:
+def _readable(source: Path, items: Sequence[ImageItem], preprocessing: Preprocessing) -> tuple[ImageSet, list[_Facts]]:
     """Those that can be read, and what is in them."""
     good, skipped, facts = [], [], []
-    for picture in pictures:
+    for item in items:
         try:
-            original = read_rgb(picture.source)
+            original = read_rgb(item.source)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
-            skipped.append(f"{picture.name}: {error}")
+            skipped.append(f"{item.name}: {error}")
             continue
-        good.append(picture)
+        good.append(item)
         content = hashlib.sha256(pixels.tobytes()).digest()
-        facts.append(_Facts(picture.name, float(pixels.std()), _correlation(original), content))
-    if len(skipped) > MAX_BAD_SHARE * len(pictures):
+        facts.append(_Facts(item.name, float(pixels.std()), _correlation(original), content))
+    if len(skipped) > MAX_BAD_SHARE * len(items):
         raise CalibrationError(
-            f"{source}: {len(skipped)} of {len(pictures)} images cannot be read: {skipped[0]}", "remove or replace them"
+            f"{source}: {len(skipped)} of {len(items)} images cannot be read: {skipped[0]}", "remove or replace them"
         )
     return ImageSet(tuple(good), preprocessing, tuple(skipped)), facts
 
 
 def _repeated(facts: Sequence[_Facts]) -> list[str]:
-    """Names of the pictures whose pixels an earlier one has."""
+    """Names of the images whose pixels an earlier one has."""
     first = {fact.content: i for i, fact in reversed(list(enumerate(facts)))}
     return [fact.name for i, fact in enumerate(facts) if first[fact.content] != i]
 
 
-def _correlation(picture: Image) -> float:
-    """Of each pixel's brightness with its neighbour's, to the right or below: 0 for noise, near 1 for pictures.
+def _correlation(image: Image) -> float:
+    """Of each pixel's brightness with its neighbour's, to the right or below: 0 for noise, near 1 for images.
 
-    Before it is resized, because that blurs; in a corner of at most 256 x 256 pixels. 1 for pictures that are too small
+    Before it is resized, because that blurs; in a corner of at most 256 x 256 pixels. 1 for images that are too small
     to tell, and for those of one colour.
     """
-    grey = np.asarray(picture.crop((0, 0, *np.minimum(picture.size, 256))).convert("F"), np.float64)
+    grey = np.asarray(image.crop((0, 0, *np.minimum(image.size, 256))).convert("F"), np.float64)
     if grey.size < MIN_PIXELS or min(grey.shape) < 2 or not grey.std():
         return 1.0
     grey = grey - grey.mean()
@@ -193,7 +193,7 @@ def _correlation(picture: Image) -> float:
     return max(abs(float((a * b).mean())) / float(grey.var()) for a, b in pairs)
 
 
-def _from_npz(source: Path) -> list[Picture]:
+def _from_npz(source: Path) -> list[ImageItem]:
     arrays = _arrays(source)
     key = "images" if "images" in arrays else next(iter(arrays)) if len(arrays) == 1 else ""
     images = arrays.get(key, np.empty(0))
@@ -202,20 +202,20 @@ def _from_npz(source: Path) -> list[Picture]:
             f"{source} needs an array `images` of uint8 (n, H, W) or (n, H, W, 3)",
             f"it has: {', '.join(arrays) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
         )
-    return [Picture(f"{source.name}[{i}]", image) for i, image in enumerate(images)]
+    return [ImageItem(f"{source.name}[{i}]", image) for i, image in enumerate(images)]
 
 
-def _labelled_npz(source: Path, num_classes: int) -> list[Picture]:
-    pictures, labels = _from_npz(source), _arrays(source).get("labels", np.empty(0))
-    if labels.shape != (len(pictures),) or labels.dtype.kind not in "iu":
+def _labelled_npz(source: Path, num_classes: int) -> list[ImageItem]:
+    items, labels = _from_npz(source), _arrays(source).get("labels", np.empty(0))
+    if labels.shape != (len(items),) or labels.dtype.kind not in "iu":
         raise CalibrationError(
-            f"{source} needs an array `labels` of {len(pictures)} whole numbers beside `images`",
+            f"{source} needs an array `labels` of {len(items)} whole numbers beside `images`",
             f"it has {labels.dtype} {list(labels.shape)}" if labels.size else "it has none",
         )
     wrong = [int(label) for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise CalibrationError(f"{source}: label {wrong[0]}, but the head has {num_classes} classes", "count from 0")
-    return [replace(picture, label=int(label)) for picture, label in zip(pictures, labels, strict=True)]
+    return [replace(item, label=int(label)) for item, label in zip(items, labels, strict=True)]
 
 
 def _arrays(source: Path) -> dict[str, NDArray[Any]]:
@@ -226,7 +226,7 @@ def _arrays(source: Path) -> dict[str, NDArray[Any]]:
         raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
 
 
-def _from_csv(source: Path) -> list[tuple[Picture, str]]:
+def _from_csv(source: Path) -> list[tuple[ImageItem, str]]:
     try:
         rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
     except csv.Error as error:
@@ -236,22 +236,22 @@ def _from_csv(source: Path) -> list[tuple[Picture, str]]:
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong or not rows:
         raise CalibrationError(f"{source}: {wrong or 'no lines'}", "each line is path,class; paths are relative to it")
-    return [(Picture(path, source.parent / path), name.strip()) for path, name in rows]
+    return [(ImageItem(path, source.parent / path), name.strip()) for path, name in rows]
 
 
 def _is_heading(path: Path) -> bool:
-    """Whether it is no picture, nor meant to be one."""
+    """Whether it is no image, nor meant to be one."""
     return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  takes any name
 
 
-def _from_class_folders(source: Path) -> list[tuple[Picture, str]]:
-    pictures = find_pictures(source)
-    flat = next((picture.name for picture in pictures if "/" not in picture.name), None)
+def _from_class_folders(source: Path) -> list[tuple[ImageItem, str]]:
+    items = find_images(source)
+    flat = next((item.name for item in items if "/" not in item.name), None)
     if flat:
         raise CalibrationError(
             f"{source}: {flat} is in no class folder", "use source/<class>/<image>, or a CSV of path,class"
         )
-    return [(picture, picture.name.split("/")[0]) for picture in pictures]
+    return [(item, item.name.split("/")[0]) for item in items]
 
 
 def _class_index(source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
@@ -281,4 +281,4 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse(source: Path, reason: str) -> None:
-    raise CalibrationError(f"{source}: {reason}", "calibrate with varied real pictures, or insist with --force-calib")
+    raise CalibrationError(f"{source}: {reason}", "calibrate with varied real items, or insist with --force-calib")

@@ -26,7 +26,7 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize so that the picture covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
+    """Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
 
     `size`: (H, W) in pixels. For a square size this is: shorter side to round(S / crop_pct), the longer in proportion
     (rounded down), centre crop with the offset rounded half to even.
@@ -40,8 +40,8 @@ class Preprocessing:
 
     def pixels(self, image: str | Path | Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One image (path, Pillow image, or uint8 array HxW, HxWx3 or HxWx4) -> (H, W, 3) uint8 RGB. ImageError."""
-        picture = read_rgb(image)
-        width, height = picture.size
+        rgb = read_rgb(image)
+        width, height = rgb.size
         want_h, want_w = (round(side / self.crop_pct) for side in self.size)
         if want_h * width >= want_w * height:  # the height decides
             new_h, new_w = want_h, max(1, int(want_h * width / height))
@@ -52,15 +52,15 @@ class Preprocessing:
             name = f"image {image}" if isinstance(image, (str, Path)) else "image"
             message = f"{name} is {width}x{height}: too narrow to be cropped to {self.size[1]}x{self.size[0]}"
             raise ImageError(message, code="image.narrow")
-        if (new_w, new_h) != picture.size:
+        if (new_w, new_h) != rgb.size:
             import PIL.Image
 
-            # the width first, as every Pillow before 13 does in one call; 13 takes the height of tall pictures first,
+            # the width first, as every Pillow before 13 does in one call; 13 takes the height of tall images first,
             # which is up to 9 of 255 apart in noise (python-pillow/Pillow#9549)
             how = getattr(PIL.Image.Resampling, self.interpolation.upper())
-            picture = picture.resize((new_w, height), how).resize((new_w, new_h), how)
+            rgb = rgb.resize((new_w, height), how).resize((new_w, new_h), how)
         top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
-        return np.asarray(picture)[top : top + self.size[0], left : left + self.size[1]]
+        return np.asarray(rgb)[top : top + self.size[0], left : left + self.size[1]]
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, H, W, 3) uint8 -> (n, 3, H, W) float32: what the artifact does itself when its input is `image`."""
@@ -96,9 +96,9 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
     if isinstance(image, PIL.Image.Image):
         return _upright_rgb(image)
     try:
-        with PIL.Image.open(image) as picture:
-            picture.load()
-            return _upright_rgb(picture)
+        with PIL.Image.open(image) as opened:
+            opened.load()
+            return _upright_rgb(opened)
     except FileNotFoundError as error:
         raise ImageError(f"image {image} does not exist") from error
     except UnidentifiedImageError as error:
@@ -109,12 +109,12 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         raise ImageError(f"image {image} cannot be read: {error}") from error
 
 
-def _upright_rgb(picture: Image) -> Image:
+def _upright_rgb(image: Image) -> Image:
     import PIL.Image
     from PIL import ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
-        values: NDArray[Any] = np.asarray(picture).astype(np.float64)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
+        values: NDArray[Any] = np.asarray(image).astype(np.float64)
         return PIL.Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -62,13 +62,11 @@ def profile_names() -> list[str]:
     return sorted(path.name.removesuffix(SUFFIX) for path in _folder().iterdir() if path.name.endswith(SUFFIX))
 
 
-def find_profile(text: str, also: Iterable[str] = ()) -> Profile:
-    """The profile of a name or of a file `*.toml`. Raises UsageError, naming file and key, or listing the names (and
-    what `--device` takes besides).
-    """
+def find_profile(text: str) -> Profile:
+    """Read the device profile of this name, or of a file `*.toml`. Raises UsageError, naming file and key."""
     if text.endswith(SUFFIX):
         return _profile(Path(text).name.removesuffix(SUFFIX), text, read_toml(Path(text), "--device"))
-    name = one_of("--device", text, (*profile_names(), *also))
+    name = one_of("--device", text, profile_names())
     return _profile(name, name + SUFFIX, read_toml(_folder() / (name + SUFFIX), "--device"))
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from evm_deploy._util.lazy import lazy_names
 
-__all__ = ["ExportPlan", "Source", "export", "finish"]
+__all__ = ["ExportPlan", "Source", "build_engine", "export"]
 
 if TYPE_CHECKING:
-    from evm_deploy.export.pipeline import export, finish
+    from evm_deploy.export.pipeline import build_engine, export
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
 else:
@@ -22,6 +22,6 @@ else:
             "ExportPlan": "evm_deploy.export.plan",
             "Source": "evm_deploy.export.source",
             "export": "evm_deploy.export.pipeline",
-            "finish": "evm_deploy.export.pipeline",
+            "build_engine": "evm_deploy.export.pipeline",
         },
     )

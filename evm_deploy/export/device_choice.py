@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.devices.profiles import Profile
 from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import CALIBRATED
@@ -13,25 +13,25 @@ from evm_deploy.export.targets import get_target
 
 @dataclass(frozen=True)
 class ForDevice:
-    """Settings of an ExportPlan. device: platform whose native library travels, if any."""
+    """Settings of an ExportPlan. native_library: platform of the library in the bundle, if any."""
 
     target: str
     precision: str
-    device: str | None
+    native_library: str | None
     platform: str
-    chosen: Choice
+    chosen: Decision
 
 
-def choose(profile: Profile, target: str | None, precision: str | None, scan: str, pictures: bool) -> ForDevice:
+def choose(profile: Profile, target: str | None, precision: str | None, scan: str, images: bool) -> ForDevice:
     """The first of the profile's preferences that fits what is given; what is given wins, None leaves it open.
 
-    pictures: whether there are any to calibrate int8 with. Raises UsageError, naming what the device has.
+    images: whether there are any to calibrate int8 with. Raises UsageError, naming what the device has.
     """
     fitting = [each for each in profile.prefer if target in (None, each[0])]
     if not fitting:
         raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
     if precision is None:
-        (name, precision), why = _first(profile, fitting, pictures)
+        (name, precision), why = _first(profile, fitting, images)
     else:
         named = [each for each in fitting if each[1] == precision]
         if not named and target is None:
@@ -39,17 +39,17 @@ def choose(profile: Profile, target: str | None, precision: str | None, scan: st
         name, why = (named or fitting)[0][0], "as asked"
     library, why_library = _library(profile, name, scan)
     reason = f"device {profile.name}: {why}; {why_library}"
-    return ForDevice(name, precision, library, profile.platform, Choice(f"{name} {precision}", reason))
+    return ForDevice(name, precision, library, profile.platform, Decision(f"{name} {precision}", reason))
 
 
-def _first(profile: Profile, fitting: list[tuple[str, str]], pictures: bool) -> tuple[tuple[str, str], str]:
-    """The first preference, of those that need no pictures where there are none, and why."""
-    possible = fitting if pictures else [each for each in fitting if each[1] not in CALIBRATED]
+def _first(profile: Profile, fitting: list[tuple[str, str]], images: bool) -> tuple[tuple[str, str], str]:
+    """The first preference, of those that need no images where there are none, and why."""
+    possible = fitting if images else [each for each in fitting if each[1] not in CALIBRATED]
     first = (possible or fitting)[0]
     of = "its first preference" if fitting[0] == profile.prefer[0] else f"its first preference with {first[0]}"
     if first == fitting[0]:
         return first, of
-    return first, f"{of} that needs no pictures (with --calib DIR: {' '.join(fitting[0])})"
+    return first, f"{of} that needs no images (with --calib DIR: {' '.join(fitting[0])})"
 
 
 def _library(profile: Profile, target: str, scan: str) -> tuple[str | None, str]:

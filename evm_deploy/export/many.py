@@ -32,7 +32,7 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TargetOutcome:
     """Result of one plan: its bundle, or the error that it ended with."""
 
     plan: ExportPlan
@@ -59,7 +59,7 @@ def export_all(
     force: bool = False,
     step: Step = silent,
     cores: int | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[TargetOutcome]:
     """Export every plan, and give what became of each when it is known; one that fails does not stop the others.
 
     Plans whose targets trace alike share one trace, in this process. With two `cores` or more (by default those that
@@ -82,14 +82,14 @@ def export_all(
             yield from worker.outcomes()
 
 
-def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> Outcome:
+def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> TargetOutcome:
     """One export, an EvmError of it caught."""
     start = time.perf_counter()
     try:
         bundle = export(source, plan, out, force=force, step=step)
     except EvmError as error:
-        return Outcome(plan, time.perf_counter() - start, error=error)
-    return Outcome(plan, time.perf_counter() - start, bundle)
+        return TargetOutcome(plan, time.perf_counter() - start, error=error)
+    return TargetOutcome(plan, time.perf_counter() - start, bundle)
 
 
 def usable_cores() -> int:
@@ -102,7 +102,7 @@ class Worker:
 
     def __init__(self, job: Job, step: Step) -> None:
         self.job, self.step = job, step
-        self.found: list[Outcome] = []
+        self.found: list[TargetOutcome] = []
         command = [sys.executable, "-m", "evm_deploy.export.many"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with contextlib.suppress(BrokenPipeError):  # it has died, as `outcomes` will say
@@ -111,13 +111,13 @@ class Worker:
         self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TargetOutcome]:
         """Results of all plans; a ToolchainError for those that the process did not reach."""
         self.thread.join()
         code = self.process.wait()
         missing = self.job.plans[len(self.found) :]
         died = ToolchainError(f"the process of this export ended with code {code}", "run it again, with one --target")
-        return [*self.found, *(Outcome(plan, 0.0, error=died) for plan in missing)]
+        return [*self.found, *(TargetOutcome(plan, 0.0, error=died) for plan in missing)]
 
     def _listen(self) -> None:
         """Enter the steps that the process enters, until it ends."""

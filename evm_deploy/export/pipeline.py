@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import size_text
-from evm_deploy.bundle.bundle import Bundle, check_free, keep, open_bundle, written_aside
+from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, temporary_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
-from evm_deploy.export.selftest import PROBES
+from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
 from evm_deploy.tasks import get_task
-from evm_deploy.toolchain import cross
+from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
 
 DEFAULT_IMGSZ = (224, 224)
@@ -57,30 +57,32 @@ def export(
         plan, preprocessing = complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
     check_free(path, force)
-    with written_aside(path) as folder:
+    with temporary_bundle(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
-        if plan.device:
-            with step("native", f"library for {plan.device}; compiling the first takes 1-2 minutes"):
-                artifact = with_plugin(target, artifact, plan.device, folder)
+        if plan.native_library:
+            with step("native", f"library for {plan.native_library}; compiling the first takes 1-2 minutes"):
+                artifact = with_plugin(target, artifact, plan.native_library, folder)
         seen = verified(source, target, artifact, plan, preprocessing, step)
         manifest = describe(target, plan, spec, preprocessing, artifact, seen)
         if quantized:
             gain = None
             if not target.emulator:
                 with step("time", f"{plan.precision} and float32 in turn, 1 thread"):
-                    probes = seen.reference.probes
-                    gain = quantization.gain_over_float32(target, in_float, plan, artifact.path, seen.plugin, probes)
-            manifest = quantization.record(manifest, quantized, gain, folder)
+                    test_inputs = seen.reference.test_inputs
+                    gain = quantization.gain_over_float32(
+                        target, in_float, plan, artifact.path, seen.plugin, test_inputs
+                    )
+            manifest = quantization.with_quantization(manifest, quantized, gain, folder)
         try:
             verify.require(seen.parity)
             quantization.require(manifest, quantized)
         except (ParityError, AccuracyError) as error:
             rejected = path.with_name(path.name + ".rejected")
-            keep(folder, rejected, replace(manifest, rejected=True))
+            commit(folder, rejected, replace(manifest, rejected=True))
             raise type(error)(str(error), f"the artifact is kept for inspection: {rejected}") from error
         with step("bundle", path.name):
             # quantised: what was verified here; the float model is further away than a device may be
@@ -90,9 +92,9 @@ def export(
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
-            bundle = keep(folder, path, replace(manifest, selftest=limits, built=target.finish is None))
-    finishes = target.finish and finished_here(plan) and target.finish.possible()
-    return finish(path, step=step) if finishes else bundle
+            bundle = commit(folder, path, replace(manifest, selftest=limits, built=target.engine is None))
+    builds = target.engine and engine_built_here(plan) and target.engine.possible()
+    return build_engine(path, step=step) if builds else bundle
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ def verified(
     """Compare the artifact with the float model in every lowering that can run here, and for each of its sizes."""
     task = get_task(source.network(plan).spec.task)
     modes = lowerings(target, artifact)
-    with step("verify", f"{PROBES} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
+    with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
         reference = source.float_run(plan, preprocessing)
         parities: dict[str, verify.Parity] = {}
         for mode, plugin in modes.items():
             with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
                 parities[mode] = verify.verify(reference, runtime, target.taps(artifact, plugin), plan, task)
-                outputs = run_batched(runtime, plan.batch, reference.probes)
+                outputs = run_batched(runtime, plan.batch, reference.test_inputs)
                 interface = list(runtime.inputs.values()), list(runtime.outputs.values())
                 remarks = target.remarks(runtime)
         for size, each in artifact.more.items():
@@ -134,12 +136,12 @@ def verified(
     return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 
 
-def finished_here(plan: ExportPlan) -> bool:
+def engine_built_here(plan: ExportPlan) -> bool:
     """Whether this machine may stand for the device: not where that is known to be another."""
     return plan.platform in (None, host_platform())
 
 
-def finish(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
+def build_engine(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
     """Make what is missing in the bundle at `path`, such as TensorRT's engine, on this machine.
 
     library: the plugin that its scans need, if any. Raises UsageError for a bundle that has all, BundleError,
@@ -149,21 +151,21 @@ def finish(path: str | Path, *, library: str | None = None, step: Step = silent)
     if bundle.unpacked:
         raise UsageError(f"{path} is a zip: what is made in it would be lost", f"unzip {path}")
     target = get_target(bundle.manifest.target)
-    if not target.finish:
+    if not target.engine:
         raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")
-    with step("finish", f"{bundle.path.name}, {target.name}"):
-        target.finish.make(bundle.path, library)
+    with step("engine", f"{bundle.path.name}, {target.name}"):
+        target.engine.make(bundle.path, library)
     return open_bundle(path)
 
 
-def with_plugin(target: Target, artifact: Artifact, device: str, folder: Path) -> Artifact:
-    """Put the native library for `device` into the bundle in `folder`. Raises ToolchainError when it does not build."""
+def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path) -> Artifact:
+    """Put the native library for `platform` into the bundle in `folder`. Raises ToolchainError if it fails to build."""
     assert target.libraries  # check_plan has seen to it
-    library = target.libraries.build(device)
-    inside = f"plugins/{device}/{library.name}"
+    library = target.libraries.build(platform)
+    inside = f"plugins/{platform}/{library.name}"
     (folder / inside).parent.mkdir(parents=True)
     shutil.copyfile(library, folder / inside)
-    return replace(artifact, plugins={device: inside})
+    return replace(artifact, plugins={platform: inside})
 
 
 def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
@@ -211,11 +213,11 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
     """Raise ToolchainError unless this machine can build and verify for `target`, and compile for the plan's device."""
-    found = target.probe()
+    found = target.environment()
     if not found.can_build:
         raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
-    if plan.device:
-        cross.zig_version()
+    if plan.native_library:
+        cross_compile.zig_version()
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
@@ -265,7 +267,7 @@ def describe(
             **({"plugins": dict(artifact.plugins)} if artifact.plugins else {}),
         },
         details={key: value for key, value in artifact.details.items() if key != "scans"},
-        versions={"evm_deploy": __version__, "python": platform.python_version(), **target.probe().versions},
+        versions={"evm_deploy": __version__, "python": platform.python_version(), **target.environment().versions},
         parity=seen.parity.as_dict(),
         notes=[*spec.notes, *untested(artifact), *seen.remarks],
     )

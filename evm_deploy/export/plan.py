@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evm_deploy._util.text import one_of, size_text
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.data.preprocessing import MAX_SIDE
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
@@ -37,13 +37,13 @@ class ExportPlan:
 
     imgsz: (H, W) pixels; more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
-    mean, std: of channels scaled to 0..1. crop_pct: share of the resized picture that the crop keeps.
-    device: platform whose native library travels in the bundle. platform: what the artifact is for, None for whatever
-    it fits. chosen: target and precision, where a device profile decided them, and why. min_target: oldest system that
-    must run it (Core ML).
-    calib, calib_images, calib_method, force_calib: pictures to calibrate int8 with, how many of them, how ranges are
+    mean, std: of channels scaled to 0..1. crop_pct: share of the resized image that the crop keeps.
+    native_library: platform whose native library goes into the bundle. platform: platform that the artifact is for,
+    None for any. chosen: target and precision, where a device profile decided them, and why. min_target: oldest system
+    that must run it (Core ML).
+    calib, calib_images, calib_method, force_calib: images to calibrate int8 with, how many of them, how ranges are
     read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
-    the channels of activations alike first. val: labelled pictures to judge int8 and w8 with; max_drop: points of top-1
+    the channels of activations alike first. val: labelled images to judge int8 and w8 with; max_drop: points of top-1
     that these may lose. settings: the target's own, `Target.settings`.
     """
 
@@ -55,9 +55,9 @@ class ExportPlan:
     input: str = "image"
     head: str | None = None
     scan: str = "auto"
-    device: str | None = None
+    native_library: str | None = None
     platform: str | None = None
-    chosen: Choice | None = None
+    chosen: Decision | None = None
     min_target: str | None = None
     opset: int | None = None
     tol: float | None = None
@@ -86,11 +86,11 @@ class ExportPlan:
             one_of("--min-target", self.min_target, MIN_TARGETS)
         one_of("--scan", self.scan, SCANS)
         self._check_calibration()
-        if self.device is not None:
-            one_of("--device", self.device, PLATFORMS)
+        if self.native_library is not None:
+            one_of("--platform", self.native_library, PLATFORMS)
             if self.scan == "portable":
                 raise UsageError(
-                    f"--device {self.device} with --scan portable: the model would have no node for the native library",
+                    f"--platform {self.native_library} with --scan portable: the model would not use the library",
                     "leave one of the two out",
                 )
         if len({self.imgsz, *self.more_imgsz}) <= len(self.more_imgsz):
@@ -106,7 +106,7 @@ class ExportPlan:
         one_of("--smooth", self.smooth, SMOOTHINGS)
         if self.precision in CALIBRATED and self.calib is None:
             raise UsageError(
-                "int8 needs pictures to calibrate with", "add --calib DIR, 512 or so as the network will see"
+                "int8 needs images to calibrate with", "add --calib DIR, 512 or so as the network will see"
             )
         given = [flag for flag, value in (("--calib", self.calib), ("--val", self.val)) if value is not None]
         if self.precision not in QUANTIZED and given:
@@ -123,7 +123,7 @@ class ExportPlan:
         if self.calib_images < 1:
             raise UsageError(f"--calib-images {self.calib_images}: use a number from 1")
         if self.max_drop is not None and self.val is None:
-            raise UsageError("--max-drop needs labelled pictures to measure the drop with", "add --val DIR")
+            raise UsageError("--max-drop needs labelled images to measure the drop with", "add --val DIR")
         if self.val is not None and self.head == "features":
             raise UsageError("--val with --head features: feature maps have no classes", "leave --val out")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:

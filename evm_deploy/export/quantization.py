@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.files import artifact_bytes
 from evm_deploy._util.progress import Step
-from evm_deploy.bundle.manifest import Choice, Manifest
+from evm_deploy.bundle.manifest import Decision, Manifest
+from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import MIN_SQNR_DB
-from evm_deploy.calib.int8 import Quantized, Ship
-from evm_deploy.calib.request import Request
+from evm_deploy.calib.int8 import OpenCandidate, Quantized
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import images_path
 from evm_deploy.errors import AccuracyError
@@ -40,28 +40,28 @@ def quantize(
     """The quantised form of what a target traced when the plan asks for one, else itself. Raises CalibrationError."""
     if plan.precision not in QUANTIZED:
         return traced, None
-    ship = shipping(target, traced, plan)
-    quantized = target.quantize(traced, request_of(plan, spec), preprocessing, ship, step)
+    open_candidate = candidate_opener(target, traced, plan)
+    quantized = target.quantize(traced, quantization_config(plan, spec), preprocessing, open_candidate, step)
     return replace(traced, model=quantized.model), quantized
 
 
-def shipping(target: Target, traced: Any, plan: ExportPlan) -> Ship:
-    """ship(candidate) opens a form of what a target traced as the target ships and runs it."""
+def candidate_opener(target: Target, traced: Any, plan: ExportPlan) -> OpenCandidate:
+    """open_candidate(candidate) opens a form of what a target traced as the target ships and runs it."""
 
     @contextmanager
-    def ship(candidate: Any) -> Iterator[Runtime]:
+    def open_candidate(candidate: Any) -> Iterator[Runtime]:
         with tempfile.TemporaryDirectory() as folder:
             artifact = target.build(replace(traced, model=candidate), plan, Path(folder))
             options = RunOptions(plugin=native_library(target, artifact))
             with open_here(target, artifact.path, options) as runtime:
                 yield runtime
 
-    return ship
+    return open_candidate
 
 
-def request_of(plan: ExportPlan, spec: ModelSpec) -> Request:
+def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig:
     """The part of a complete plan that quantisation reads."""
-    return Request(
+    return QuantizationConfig(
         precision="int8" if plan.precision in CALIBRATED else str(plan.precision),
         calib=images_path(plan.calib, "train") if plan.calib else None,
         images=plan.calib_images,
@@ -90,10 +90,10 @@ class Gain:
 
 
 def gain_over_float32(
-    target: Target, traced: Any, plan: ExportPlan, artifact: Path, plugin: Path | None, probes: NDArray[Any]
+    target: Target, traced: Any, plan: ExportPlan, artifact: Path, plugin: Path | None, test_inputs: NDArray[Any]
 ) -> Gain:
     """The artifact against the export of the float `traced`: speed with one thread, median of pairs, and size."""
-    feeds = {plan.input: np.repeat(probes[:1], plan.batch.min, axis=0)}
+    feeds = {plan.input: np.repeat(test_inputs[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
         other = target.build(traced, float32, Path(folder))
@@ -111,7 +111,7 @@ def gain_over_float32(
     return Gain(statistics.median(ratios[WARM_UP:]), size)
 
 
-def record(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: Path) -> Manifest:
+def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: Path) -> Manifest:
     """The manifest with what was quantised, how, how accurate, fast and small; a calibration table goes to `folder`.
 
     gain: None where the artifact does not run for real.
@@ -139,18 +139,18 @@ def record(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: 
     )
 
 
-def smoothing(quantized: Quantized, asked: str) -> Choice:
+def smoothing(quantized: Quantized, asked: str) -> Decision:
     """Whether activations were smoothed, and why."""
     if asked != "auto" and asked == quantized.smooth:
-        return Choice(asked, "as asked")
+        return Decision(asked, "as asked")
     if len(quantized.tried) < 2:
-        return Choice("off", "no activation of this network can be smoothed")
+        return Decision("off", "no activation of this network can be smoothed")
     figures = {
         name: "".join(f"{each.metric} {100 * share:.2f} %, " for share in each.gated) + f"SQNR {each.sqnr_db:.1f} dB"
         for name, each in quantized.tried.items()
     }
     other = next(name for name in figures if name != quantized.smooth)
-    return Choice(quantized.smooth, f"{figures[quantized.smooth]}; {other} {figures[other]}")
+    return Decision(quantized.smooth, f"{figures[quantized.smooth]}; {other} {figures[other]}")
 
 
 def require(manifest: Manifest, quantized: Quantized | None) -> None:

@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.bundle.selftest import FOLDER, PROBE_FILE, SCAN_FILE, by_probe, shape_of
+from evm_deploy.bundle.selftest import FOLDER, INPUT_FILE, SCAN_FILE, by_scan_case, shape_of
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target, Traced
 from evm_deploy.export.verify import FloatRun
-from evm_deploy.scan.reference import Scan, large_delta_probe, selective_scan, ssm_error
+from evm_deploy.scan.reference import Scan, large_delta_case, selective_scan, ssm_error
 
-PROBES = 3
+TEST_INPUTS = 3
 
 
-def probe_inputs(plan: ExportPlan, preprocessing: Preprocessing, count: int = PROBES) -> NDArray[Any]:
-    """Seeded synthetic pictures as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
+def make_test_inputs(plan: ExportPlan, preprocessing: Preprocessing, count: int = TEST_INPUTS) -> NDArray[Any]:
+    """Seeded synthetic images as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
     height, width = preprocessing.size
-    pixels = np.stack([picture(height, width, seed) for seed in range(count)])
+    pixels = np.stack([synthetic_image(height, width, seed) for seed in range(count)])
     return pixels if plan.input == "image" else preprocessing.normalise(pixels)
 
 
-def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """Waves, a disc and noise over the whole range of uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
@@ -56,17 +56,17 @@ def write(
 
     here = folder / FOLDER
     here.mkdir()
-    shot = picture(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
+    shot = synthetic_image(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
     Image.fromarray(shot).save(here / "picture.png")
     expected, scans = reference.outputs, reference.scans
-    tensors = {plan.input: reference.probes, **expected, "picture.pixels": preprocessing.pixels(shot)}
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / PROBE_FILE)
+    tensors = {plan.input: reference.test_inputs, **expected, "picture.pixels": preprocessing.pixels(shot)}
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / INPUT_FILE)
     rng = np.random.default_rng(1)
     cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}
     if cases:
-        cases["large_delta"] = large_delta_probe(next(iter(cases.values())), rng)
-    for probe, names in by_probe(target.runtime.scan_probe, cases).items():
-        target.write_scan_probe(traced, artifact, here / probe, shape_of(cases[names[0]]))
+        cases["large_delta"] = large_delta_case(next(iter(cases.values())), rng)
+    for probe, names in by_scan_case(target.runtime.scan_case, cases).items():
+        target.write_scan_case(traced, artifact, here / probe, shape_of(cases[names[0]]))
     tolerance = target.selftest_tolerances.get(str(plan.precision), plan.tolerance)
     outputs = {name: tolerance * max(1.0, float(np.abs(value).max())) for name, value in expected.items()}
     limits: dict[str, Any] = {"preprocessing": 1.0, "outputs": outputs, "scans": {}}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.export.hub.graph import deployable
+from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.selftest import probe_inputs
+from evm_deploy.export.selftest import make_test_inputs
 from evm_deploy.export.target import Target
 from evm_deploy.export.verify import FloatRun, run_reference
 from evm_deploy.model.families import load_checkpoint
@@ -54,13 +54,13 @@ class Source:
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
         """The float model of a complete plan (`hub.graph.Deployable`)."""
         key = ("reference", plan.head, plan.weights, plan.input, preprocessing)
-        return self._once(key, lambda: deployable(self.network(plan), plan, preprocessing))
+        return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 
     def float_run(self, plan: ExportPlan, preprocessing: Preprocessing) -> FloatRun:
-        """The float model's outputs and scans on the probes of a complete plan."""
+        """The float model's outputs and scans on the test_inputs of a complete plan."""
         key = ("run", plan.head, plan.weights, plan.input, preprocessing)
         return self._once(
-            key, lambda: run_reference(self.reference(plan, preprocessing), probe_inputs(plan, preprocessing))
+            key, lambda: run_reference(self.reference(plan, preprocessing), make_test_inputs(plan, preprocessing))
         )
 
     def traced(

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.readme import Usage
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
-from evm_deploy.calib.request import Request
+from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Environment:
     """Can this machine build for a target, with what versions, and what to do if not."""
 
     can_build: bool
@@ -59,7 +59,7 @@ class Libraries:
 
 
 @dataclass(frozen=True)
-class Finish:
+class EngineBuild:
     """The step that only a machine like the device can do: `make(folder, library=None)` does it in a bundle and writes
     it into the manifest. possible(): whether this machine can. summary(manifest): its lines for evm-export.
     """
@@ -79,7 +79,7 @@ class Traced(Protocol):
     def scans(self) -> tuple[ScanSite, ...]: ...
 
 
-class ScanTaps(Protocol):
+class ScanAccess(Protocol):
     """The artifact's scans, opened for inspection: the seam of per-scan parity."""
 
     names: tuple[str, ...]
@@ -105,17 +105,21 @@ class Artifact:
     """
 
     path: Path
-    scan: Choice
+    scan: Decision
     details: Mapping[str, Any]
     plugins: Mapping[str, str] = field(default_factory=dict)
     function: str | None = None
     more: Mapping[tuple[int, int], Artifact] = field(default_factory=dict)
 
 
-def quantize_hub(graph: Graph, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+def quantize_hub(
+    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
+) -> Quantized:
     """The int8 or w8 form of a hub graph, calibrated in ONNX Runtime. Raises CalibrationError."""
     plugin = find_plugin("onnxruntime")
-    return quantize_graph(graph.model, request, preprocessing, fused=graph.fusable, ship=ship, plugin=plugin, step=step)
+    return quantize_graph(
+        graph.model, config, preprocessing, fused=graph.fusable, open_candidate=open_candidate, plugin=plugin, step=step
+    )
 
 
 def nothing_more(plan: ExportPlan) -> None:
@@ -136,10 +140,10 @@ class Target:
     `trace(module, plan, metadata)` makes what `build` starts from; plans with the same `trace_key(plan)` share it, so
     `build` must not change it. `quantize` makes its int8 or w8 form, by default of the hub graph.
     `taps(artifact, plugin)` runs scans on the native library `plugin`, or portably for None.
-    `write_scan_probe(traced, artifact, path, shape)` writes one scan by itself, the file `runtime.scan_probe`.
+    `write_scan_case(traced, artifact, path, shape)` writes one scan by itself, the file `runtime.scan_case`.
     `usage(manifest)`, for the bundle's README: how to run the artifact without us. selftest_tolerances: by precision,
     against the artifact's own outputs. several_sizes: whether one artifact can take them. `remarks(runtime)`, after
-    verification: what a user should know of the numbers that were met. libraries, emulator, finish: what some targets
+    verification: what a user should know of the numbers that were met. libraries, emulator, engine: what some targets
     have. settings: the target's own, a dataclass of `_util.settings` for ExportPlan.settings.
     """
 
@@ -148,12 +152,12 @@ class Target:
     packages: tuple[str, ...]
     install_hint: str
     build: Callable[[Any, ExportPlan, Path], Artifact]
-    taps: Callable[[Artifact, Path | None], ScanTaps]
-    write_scan_probe: Callable[[Any, Artifact, Path, ScanShape], None]
+    taps: Callable[[Artifact, Path | None], ScanAccess]
+    write_scan_case: Callable[[Any, Artifact, Path, ScanShape], None]
     usage: Callable[[Manifest], Usage]
     trace: Callable[[Any, ExportPlan, dict[str, str]], Any] = trace
     trace_key: Callable[[ExportPlan], tuple[Any, ...]] = trace_key
-    quantize: Callable[[Any, Request, Preprocessing, Ship, Step], Quantized] = quantize_hub
+    quantize: Callable[[Any, QuantizationConfig, Preprocessing, OpenCandidate, Step], Quantized] = quantize_hub
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
@@ -161,7 +165,7 @@ class Target:
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None
     emulator: Emulator | None = None
-    finish: Finish | None = None
+    engine: EngineBuild | None = None
     settings: type | None = None
 
     @property
@@ -177,12 +181,12 @@ class Target:
         """Platforms whose native library can travel in a bundle."""
         return self.libraries.platforms if self.libraries else ()
 
-    def probe(self) -> Probe:
+    def environment(self) -> Environment:
         """Which of the packages are here, without importing them."""
         versions = package_versions(self.packages)
         missing = [name for name in self.packages if name not in versions]
         running = self.runtime.availability().versions
-        return Probe(not missing, {**versions, **running}, self.install_hint if missing else "")
+        return Environment(not missing, {**versions, **running}, self.install_hint if missing else "")
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
@@ -218,10 +222,10 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
         if value not in choices:
             has = ", ".join(choice for choice in choices if choice) or "none"
             raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {has}")
-    if plan.device and plan.device not in target.platforms:
+    if plan.native_library and plan.native_library not in target.platforms:
         has = ", ".join(target.platforms) or "none"
         raise UsageError(
-            f"target '{target.name}' has no native library for --device; it has: {has}",
+            f"target '{target.name}' has no native library for --platform; it has: {has}",
             "leave it out",
         )
     if plan.more_imgsz and not target.several_sizes:

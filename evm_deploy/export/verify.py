@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.quiet import one_at_a_time
+from evm_deploy._util.silence import one_at_a_time
 from evm_deploy.errors import ParityError
 from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import ScanTaps
+from evm_deploy.export.target import ScanAccess
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
-from evm_deploy.scan.reference import Scan, large_delta_probe, ssm_error
+from evm_deploy.scan.reference import Scan, large_delta_case, ssm_error
 from evm_deploy.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -62,26 +62,26 @@ class Parity:
 
 @dataclass(frozen=True)
 class FloatRun:
-    """Outputs and scans of the float model on the probes, computed in torch alone.
+    """Outputs and scans of the float model on the test_inputs, computed in torch alone.
 
-    probes: (n, ...), one artifact input each. outputs: by name. scans: the seven inputs of each scan, in execution
+    test_inputs: (n, ...), one artifact input each. outputs: by name. scans: the seven inputs of each scan, in execution
     order. beyond_float16: the largest output of each layer that float16 could not hold.
     """
 
-    probes: NDArray[Any]
+    test_inputs: NDArray[Any]
     outputs: dict[str, NDArray[Any]]
     scans: list[Scan]
     beyond_float16: dict[str, float]
 
 
-def verify(reference: FloatRun, runtime: Runtime, taps: ScanTaps, plan: ExportPlan, task: Task) -> Parity:
+def verify(reference: FloatRun, runtime: Runtime, taps: ScanAccess, plan: ExportPlan, task: Task) -> Parity:
     """Compare the artifact in `runtime` with the float model. Returns a Parity whose `failures` say what is off."""
     failures: list[str] = []
-    probes, expected = reference.probes, reference.outputs
+    test_inputs, expected = reference.test_inputs, reference.outputs
     if plan.precision == "fp16":
         too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
-    actual = run_batched(runtime, plan.batch, probes)
+    actual = run_batched(runtime, plan.batch, test_inputs)
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
@@ -96,9 +96,9 @@ def verify(reference: FloatRun, runtime: Runtime, taps: ScanTaps, plan: ExportPl
             max_abs, limit = error, allowed
         cosine = min(cosine, _cosine(have, want))
     agreement = task.agree(expected, actual) if task.agree else None
-    first = {name: np.concatenate([probes[:1]] * plan.batch.min) for name in runtime.inputs}
+    first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
     scans = _verify_scans(taps, first, reference.scans, plan, failures)
-    return Parity(max_abs, limit, cosine, agreement, len(probes), scans, tuple(failures))
+    return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))
 
 
 def worst(parities: dict[str, Parity]) -> Parity:
@@ -149,8 +149,8 @@ def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
             hook.remove()
 
 
-def run_reference(reference: Any, probes: NDArray[Any]) -> FloatRun:
-    """Run the float model (`hub.graph.deployable`) on `probes`, in torch alone, and record its scans."""
+def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
+    """Run the float model (of `with_pre_and_postprocessing`) on `test_inputs`, in torch alone, and record its scans."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,13 +167,13 @@ def run_reference(reference: Any, probes: NDArray[Any]) -> FloatRun:
     watched = reaching(reference, float16.LARGEST)
     recorder = Recorder()  # type: ignore[no-untyped-call]
     with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
-        values = reference(torch.from_numpy(probes))
+        values = reference(torch.from_numpy(test_inputs))
     outputs = {name: value.numpy() for name, value in zip(reference.outputs, values, strict=True)}
-    return FloatRun(probes, outputs, scans, reached)
+    return FloatRun(test_inputs, outputs, scans, reached)
 
 
 def _verify_scans(
-    taps: ScanTaps, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
+    taps: ScanAccess, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
 ) -> tuple[ScanParity, ...]:
     if len(taps.names) != len(float_scans):
         failures.append(f"the artifact has {len(taps.names)} scans, the float model {len(float_scans)}")
@@ -190,7 +190,7 @@ def _verify_scans(
             *(_relative(constants[key], want[key]) for key in constants),
         )
         ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
-        probe = large_delta_probe({**constants, **first}, rng)
+        probe = large_delta_case({**constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
         alone, alone_limit = ssm_error(taps.alone(index, batched)[:1], probe)
         results.append(ScanParity(name, inputs, ssm, alone))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.bundle import Bundle
 
@@ -184,5 +184,5 @@ def milliseconds(value: float) -> str:
 
 def plain(text: object) -> str:
     """Printable and short: names come from files, and terminals obey control characters."""
-    shown = printable(text, keep="")
+    shown = escape_controls(text, keep="")
     return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -17,7 +17,7 @@ from evm_deploy.report.candidate import Candidate, Conditions
 
 
 @dataclass(frozen=True)
-class Found:
+class Collected:
     """records: all that were given. bundles: by the sha256 of their manifest.
 
     ignored: JSON files in folders that are no records.
@@ -28,7 +28,7 @@ class Found:
     ignored: tuple[Path, ...]
 
 
-def collect(paths: Iterable[str | Path]) -> Found:
+def collect(paths: Iterable[str | Path]) -> Collected:
     """Read records, bundles, and folders of both (bundles one level down). Raises UsageError, BundleError."""
     records: list[Record] = []
     bundles: dict[str, Bundle] = {}
@@ -53,7 +53,7 @@ def collect(paths: Iterable[str | Path]) -> Found:
             ignored += other
         if len(records) + len(bundles) == before:
             raise UsageError(f"{path} holds neither records nor bundles", "evm-bench makes records, evm-export bundles")
-    return Found(tuple(records), bundles, tuple(ignored))
+    return Collected(tuple(records), bundles, tuple(ignored))
 
 
 def open_light(path: Path) -> Bundle:
@@ -78,7 +78,7 @@ def identity(record: Record) -> tuple[object, ...]:
     return (candidate.name, candidate.target, candidate.precision, candidate.variant, candidate.conditions)
 
 
-def candidates(found: Found) -> list[Candidate]:
+def candidates(found: Collected) -> list[Candidate]:
     """The newest records, each with what its bundle adds, then the bundles that were not measured."""
     made = [_joined(record, found.bundles) for record in newest(found.records)]
     measured = {record.bundle.get("manifest_sha256") for record in found.records}

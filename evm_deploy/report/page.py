@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from evm_deploy import __version__
-from evm_deploy.bench.subject import TORCH
+from evm_deploy.bench.measurable import TORCH
 from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
@@ -28,7 +28,7 @@ class Figure:
 
     title: str
     caption: str
-    picture: Markup
+    image: Markup
     legend: tuple[tuple[str, str], ...] = ()
 
 

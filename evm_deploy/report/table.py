@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evm_deploy.bench.text import in_words
+from evm_deploy.bench.text import format_parts
 from evm_deploy.report.candidate import Candidate, device_name, finite, milliseconds
 from evm_deploy.report.collect import groups
 from evm_deploy.report.verdict import MAX_DROP, Verdict, differ, speed, verdict
@@ -183,7 +183,7 @@ def facts(each: Candidate, group: Group) -> dict[str, Any]:
         "load_ms": record.load_ms.get("fresh") if record else None,
         "peak_mb": record.memory_mb.get("peak") if record else None,
         "scan_share_percent": each.scan_share,
-        "energy": in_words(record.energy_mj).replace(" ms", " mJ") if record else "",
+        "energy": format_parts(record.energy_mj).replace(" ms", " mJ") if record else "",
         "date": record.date if record else None,
         "notes": "; ".join(each.notes),
     }

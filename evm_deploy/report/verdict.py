@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evm_deploy.bench.latency import apart
-from evm_deploy.bench.subject import TORCH
+from evm_deploy.bench.measurable import TORCH
 from evm_deploy.report.candidate import Candidate
 
 MAX_DROP = 1.0

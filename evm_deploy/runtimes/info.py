@@ -92,9 +92,9 @@ class RuntimeInfo:
     in, the default first. needs: packages, beside numpy and safetensors; extra: of evm-deploy, which brings them.
 
     `open(path, options)` loads an artifact. obstacle(): why it cannot run on this machine although the packages are
-    here, else an empty text. streams: whether several threads may run inferences at the same time. scan_probe: file of
+    here, else an empty text. streams: whether several threads may run inferences at the same time. scan_case: file of
     one scan by itself in the self-test, with {K}, {L}, {D} and {N} where a file is for one shape alone. phone: the
-    program that measures it on Android (bench/remote/phone.py). settings: its own, a dataclass of `_util.settings`
+    program that measures it on Android (bench/remote/adb_host.py). settings: its own, a dataclass of `_util.settings`
     whose instance comes as RunOptions.settings; refusals: text and hint of the error for others' settings, by name.
     """
 
@@ -105,7 +105,7 @@ class RuntimeInfo:
     needs: tuple[Requirement, ...]
     extra: str
     open: Callable[[Path, RunOptions], Runtime]
-    scan_probe: str
+    scan_case: str
     obstacle: Callable[[], str] = nothing
     kernels: NativeKernels | None = None
     profiler: Profiler | None = None

@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.settings import setting
-from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.errors import BundleError, ToolchainError
 from evm_deploy.runtimes.base import Feeds, NodeTime, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
 from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
@@ -118,17 +116,6 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@dataclass(frozen=True)
-class OnnxSettings:
-    """device: the CPU, which is the only one."""
-
-    device: str | None = setting(None, "--device", metavar="D", help="ONNX: CPU", what="devices")
-
-    def __post_init__(self) -> None:
-        if self.device not in (None, "CPU"):
-            raise UsageError(f"device {self.device!r}: ONNX Runtime's CPU provider is the only one that is used")
-
-
 def open_(path: Path, options: RunOptions) -> Runtime:
     return OnnxRuntime(path, options.threads, options.plugin, options.profile)
 
@@ -141,11 +128,13 @@ INFO = RuntimeInfo(
     needs=(Requirement("onnxruntime", "onnxruntime", "1.17"),),
     extra="run-onnx",
     open=open_,
-    scan_probe="scan.onnx",
+    scan_case="scan.onnx",
     kernels=NativeKernels("onnxruntime", installed_plugin, kernel_isa),
     profiler=Profiler("ONNX Runtime's profiler", records=True),
     streams=True,
     phone="onnxruntime_perf_test",
-    settings=OnnxSettings,
-    refusals={"cache": ("ONNX Runtime keeps no compiled models", "leave the cache out")},
+    refusals={
+        "cache": ("ONNX Runtime keeps no compiled models", "leave the cache out"),
+        "device": ("ONNX Runtime runs with its CPU execution provider alone", "leave the device out"),
+    },
 )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.files import intact, seal, sha256
+from evm_deploy._util.files import checksum_matches, sha256, write_checksum
 from evm_deploy._util.settings import setting
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
@@ -32,7 +32,7 @@ class OpenVinoSettings:
     """device: as OpenVINO names it, None for the CPU. cache: folder for compiled models, which load sooner again."""
 
     device: str | None = setting(
-        None, "--device", metavar="D", help="OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU", what="devices"
+        None, "--openvino-device", metavar="D", help="CPU (default), GPU, NPU, AUTO, HETERO:GPU,CPU", what="devices"
     )
     cache: str | Path | None = setting(
         None, "--cache", metavar="DIR", help="OpenVINO: keep compiled models in this folder", what="cache", here=True
@@ -117,13 +117,13 @@ def sealed(cache: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        known = {blob for blob in cache.glob("*.blob") if intact(blob)}
+        known = {blob for blob in cache.glob("*.blob") if checksum_matches(blob)}
         for blob in set(cache.glob("*.blob")) - known:
             blob.unlink(missing_ok=True)
         yield
         for blob in set(cache.glob("*.blob")) - known:
             with contextlib.suppress(FileNotFoundError):  # another process has taken it for damaged
-                seal(blob)
+                write_checksum(blob)
     except OSError as error:
         raise UsageError(f"the cache {cache} cannot be used: {error.strerror}", "give another folder") from error
 
@@ -218,7 +218,7 @@ INFO = RuntimeInfo(
     needs=(Requirement("openvino", "openvino", "2026.4"),),
     extra="run-openvino",
     open=OpenVinoRuntime,
-    scan_probe="scan.xml",
+    scan_case="scan.xml",
     kernels=NativeKernels("openvino", extension, isa),
     profiler=Profiler("OpenVINO's performance counters", records=False),
     streams=True,

@@ -26,7 +26,7 @@ class FusedOp:
     operands are the scan's A (K, D, N), skip and bias (K, D). int8_layers: operand -> path of the linear layer inside
     the module whose weight it is; where these are int8, the op is evm::`op_type`Int8, and each of the operands is
     followed by <name>_scale, <name>_input_scale and <name>_input_zero_point. constants: operand -> its constant in a
-    graph, where there is one (export/hub/fuse.py, located).
+    graph, where there is one (export/hub/fuse.py, match_constants).
     """
 
     op_type: str

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evm_deploy._util.quiet import one_at_a_time
+from evm_deploy._util.silence import one_at_a_time
 
 if TYPE_CHECKING:
     import onnx

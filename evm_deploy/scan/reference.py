@@ -42,7 +42,7 @@ def selective_scan(
     return y + skip[:, None] * u
 
 
-def large_delta_probe(scan: Scan, rng: np.random.Generator) -> Scan:
+def large_delta_case(scan: Scan, rng: np.random.Generator) -> Scan:
     """Random u, B, C and deltas for which softplus(delta + bias) is log-uniform in 0.1..20, shaped as `scan`."""
     dt = np.exp(rng.uniform(np.log(0.1), np.log(LARGEST_DT), scan["delta"].shape))
     delta = dt + np.log(-np.expm1(-dt)) - scan["bias"][:, None]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evm_deploy._util.files import intact, package_folders, seal
+from evm_deploy._util.files import checksum_matches, package_folders, write_checksum
 from evm_deploy.errors import ToolchainError
 
 RECIPE = "kernels.txt"
@@ -19,7 +19,7 @@ SHOWN_LINES = 6  # of a failed compiler's output
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelVariant:
     """One build of the kernel sources. `flags` allow its instructions."""
 
     architecture: str
@@ -41,9 +41,9 @@ class Recipe:
 
     folder: Path
     words: Mapping[str, tuple[str, ...]]
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[KernelVariant, ...]
 
-    def of(self, architecture: str) -> list[Kernel]:
+    def of(self, architecture: str) -> list[KernelVariant]:
         """The kernels of an architecture, those of `other` where it has none."""
         return [kernel for kernel in self.kernels if kernel.architecture == architecture] or self.of("other")
 
@@ -78,7 +78,7 @@ def parse_recipe(folder: Path) -> Recipe:
         key, *rest = line.split() or ["#"]
         if key == "kernel":
             architecture, name, lanes, states, accumulators, *flags = rest
-            kernels.append(Kernel(architecture, name, int(lanes), int(states), int(accumulators), tuple(flags)))
+            kernels.append(KernelVariant(architecture, name, int(lanes), int(states), int(accumulators), tuple(flags)))
         elif not key.startswith("#"):
             words[key] = tuple(rest)
     return Recipe(folder, words, tuple(kernels))
@@ -120,7 +120,7 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
 
     The cache holds nothing half-made; a damaged file is compiled again. Raises ToolchainError.
     """
-    if intact(path):
+    if checksum_matches(path):
         return path
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -129,12 +129,12 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             done = Path(work) / "done"
             done.mkdir()
             built = built.rename(done / path.name)
-            seal(built)
+            write_checksum(built)
             shutil.rmtree(path.parent, ignore_errors=True)
             try:
                 done.rename(path.parent)
             except OSError:
-                if not intact(path):  # not even by another process that was faster
+                if not checksum_matches(path):  # not even by another process that was faster
                     raise
     except OSError as error:
         where = error.filename or path.parent.parent

@@ -79,19 +79,19 @@ unsigned png_orientation(const Bytes &bytes) {
 }
 
 // Turned and mirrored as EXIF says.
-Picture upright(const Picture &picture, unsigned orientation) {
-    if (orientation == 1) return picture;
+RgbImage upright(const RgbImage &image, unsigned orientation) {
+    if (orientation == 1) return image;
     const bool turned = orientation >= 5;
-    const int width = turned ? picture.height : picture.width, height = turned ? picture.width : picture.height;
-    Picture result{width, height, Bytes(picture.rgb.size())};
+    const int width = turned ? image.height : image.width, height = turned ? image.width : image.height;
+    RgbImage result{width, height, Bytes(image.rgb.size())};
     for (int y = 0; y < height; y++)
         for (int x = 0; x < width; x++) {
             int from_x = turned ? y : x, from_y = turned ? x : y;
-            if (orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8) from_x = picture.width - 1 - from_x;
-            if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) from_y = picture.height - 1 - from_y;
+            if (orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8) from_x = image.width - 1 - from_x;
+            if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) from_y = image.height - 1 - from_y;
             const size_t to = 3 * (static_cast<size_t>(y) * static_cast<size_t>(width) + static_cast<size_t>(x));
-            const size_t from = 3 * (static_cast<size_t>(from_y) * static_cast<size_t>(picture.width) + static_cast<size_t>(from_x));
-            std::copy_n(&picture.rgb[from], 3, &result.rgb[to]);
+            const size_t from = 3 * (static_cast<size_t>(from_y) * static_cast<size_t>(image.width) + static_cast<size_t>(from_x));
+            std::copy_n(&image.rgb[from], 3, &result.rgb[to]);
         }
     return result;
 }
@@ -100,7 +100,7 @@ struct Release {
     void operator()(void *pixels) const { stbi_image_free(pixels); }
 };
 
-Picture decoded(const Bytes &bytes, const std::string &path) {
+RgbImage decoded(const Bytes &bytes, const std::string &path) {
     const int size = static_cast<int>(bytes.size());
     int width = 0, height = 0, channels = 0;
     if (bytes.size() > size_t{1} << 30 || !stbi_info_from_memory(bytes.data(), size, &width, &height, &channels))
@@ -109,33 +109,33 @@ Picture decoded(const Bytes &bytes, const std::string &path) {
     if (count > MAX_PIXELS)
         throw evm::ImageError("image " + path + " is too large: Image size (" + std::to_string(count) + " pixels) exceeds limit of " +
                               std::to_string(MAX_PIXELS) + " pixels, could be decompression bomb DOS attack.");
-    Picture picture{width, height, Bytes(3 * static_cast<size_t>(count))};
+    RgbImage image{width, height, Bytes(3 * static_cast<size_t>(count))};
 #ifdef EVM_JPEG
-    if (text_at(bytes, 0, "\xff\xd8", 2) && decode_jpeg(bytes, picture)) return picture;
+    if (text_at(bytes, 0, "\xff\xd8", 2) && decode_jpeg(bytes, image)) return image;
 #endif
     const bool deep_grey = channels == 1 && stbi_is_16_bit_from_memory(bytes.data(), size);
     if (deep_grey) {
         const std::unique_ptr<stbi_us, Release> grey(stbi_load_16_from_memory(bytes.data(), size, &width, &height, &channels, 1));
-        for (size_t i = 0; grey && i < picture.rgb.size(); i++) picture.rgb[i] = static_cast<unsigned char>(std::lround(grey.get()[i / 3] / 257.0));
-        if (grey) return picture;
+        for (size_t i = 0; grey && i < image.rgb.size(); i++) image.rgb[i] = static_cast<unsigned char>(std::lround(grey.get()[i / 3] / 257.0));
+        if (grey) return image;
     } else {
         const std::unique_ptr<stbi_uc, Release> rgb(stbi_load_from_memory(bytes.data(), size, &width, &height, &channels, 3));
-        if (rgb) std::copy_n(rgb.get(), picture.rgb.size(), picture.rgb.begin());
-        if (rgb) return picture;
+        if (rgb) std::copy_n(rgb.get(), image.rgb.size(), image.rgb.begin());
+        if (rgb) return image;
     }
     throw evm::ImageError("image " + path + " cannot be read: " + stbi_failure_reason());
 }
 
 }  // namespace
 
-Picture read_image(const std::string &path) {
+RgbImage read_image(const std::string &path) {
     const Bytes bytes = read_file(path);
     const bool jpeg = text_at(bytes, 0, "\xff\xd8", 2), png = text_at(bytes, 0, "\x89PNG\r\n\x1a\n", 8);
-    const Picture picture = decoded(bytes, path);
+    const RgbImage image = decoded(bytes, path);
     bool truncated = false;
     const unsigned orientation = jpeg ? jpeg_orientation(bytes, truncated) : png ? png_orientation(bytes) : 1;
     if (truncated) throw evm::ImageError("image " + path + " cannot be read: image file is truncated");
-    Picture result = upright(picture, orientation);
+    RgbImage result = upright(image, orientation);
     result.name = path;
     return result;
 }

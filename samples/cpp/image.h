@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-struct Picture {
+struct RgbImage {
     int width = 0, height = 0;
     std::vector<unsigned char> rgb;
     std::string name = {};
@@ -13,7 +13,7 @@ struct Picture {
 };
 
 // EXIF rotation applied, 16-bit grey scaled, alpha dropped. Raises evm::ImageError.
-Picture read_image(const std::string &path);
+RgbImage read_image(const std::string &path);
 
-// The pixels of a JPEG into a picture of its size; whether libjpeg could.
-bool decode_jpeg(const std::vector<unsigned char> &bytes, Picture &picture);
+// The pixels of a JPEG into an image of its size; whether libjpeg could.
+bool decode_jpeg(const std::vector<unsigned char> &bytes, RgbImage &image);

@@ -20,7 +20,7 @@ void say_nothing(j_common_ptr, int) {}
 
 }  // namespace
 
-bool decode_jpeg(const std::vector<unsigned char> &bytes, Picture &picture) {
+bool decode_jpeg(const std::vector<unsigned char> &bytes, RgbImage &image) {
     jpeg_decompress_struct decoder;
     Reporter reporter;
     decoder.err = jpeg_std_error(&reporter.manager);
@@ -33,13 +33,13 @@ bool decode_jpeg(const std::vector<unsigned char> &bytes, Picture &picture) {
     jpeg_create_decompress(&decoder);
     jpeg_mem_src(&decoder, const_cast<unsigned char *>(bytes.data()), static_cast<unsigned long>(bytes.size()));
     jpeg_read_header(&decoder, TRUE);
-    const bool fits = decoder.num_components != 4 && static_cast<int>(decoder.image_width) == picture.width &&
-                      static_cast<int>(decoder.image_height) == picture.height;
+    const bool fits = decoder.num_components != 4 && static_cast<int>(decoder.image_width) == image.width &&
+                      static_cast<int>(decoder.image_height) == image.height;
     if (fits) {  // of four inks stb_image makes RGB, libjpeg does not
         decoder.out_color_space = JCS_RGB;
         jpeg_start_decompress(&decoder);
         while (decoder.output_scanline < decoder.output_height) {
-            JSAMPROW row = &picture.rgb[3 * static_cast<std::size_t>(picture.width) * decoder.output_scanline];
+            JSAMPROW row = &image.rgb[3 * static_cast<std::size_t>(image.width) * decoder.output_scanline];
             jpeg_read_scanlines(&decoder, &row, 1);
         }
         jpeg_finish_decompress(&decoder);

@@ -113,10 +113,10 @@ std::string row_of(const std::string &image, const std::vector<evm::Prediction> 
 void classify(const evm::Model &model, const Arguments &args) {
     std::vector<std::string> rows;
     for (size_t start = 0; start < args.images.size(); start += AT_ONCE) {
-        std::vector<Picture> pictures;
+        std::vector<RgbImage> rgb_images;
         std::vector<evm::Image> views;
-        for (size_t i = start; i < std::min(start + AT_ONCE, args.images.size()); i++) pictures.push_back(read_image(args.images[i]));
-        for (const Picture &picture : pictures) views.push_back(picture.view());
+        for (size_t i = start; i < std::min(start + AT_ONCE, args.images.size()); i++) rgb_images.push_back(read_image(args.images[i]));
+        for (const RgbImage &rgb_image : rgb_images) views.push_back(rgb_image.view());
         const auto found = model.classify(views, args.top);
         for (size_t i = 0; i < found.size(); i++) {
             rows.push_back(row_of(args.images[start + i], found[i]));

@@ -1,7 +1,7 @@
-"""A folder of pictures to CSV:  python batch.py BUNDLE FOLDER > classes.csv
+"""A folder of images to CSV:  python batch.py BUNDLE FOLDER > classes.csv
 
-Threads read and scale pictures while the bundle classifies those before; an export with `--batch dynamic` or `--batch
-1:4:8` takes several in one inference. A picture that cannot be read is reported and left out, and the exit code is 1.
+Threads read and scale images while the bundle classifies those before; an export with `--batch dynamic` or `--batch
+1:4:8` takes several in one inference. An image that cannot be read is reported and left out, and the exit code is 1.
 """
 
 import csv
@@ -16,12 +16,12 @@ import numpy as np
 from evm_deploy import EvmError, load
 from evm_deploy.errors import ImageError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 AT_ONCE = 64
 
 
 def main(bundle: str, folder: str) -> int:
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     table = csv.writer(sys.stdout)
     table.writerow(["file", "label", "score"])
     unreadable = 0
@@ -33,11 +33,11 @@ def main(bundle: str, folder: str) -> int:
             except ImageError as error:
                 return path, error
 
-        for pictures in read_ahead(pool, read, paths):
-            good = {path: pixels for path, pixels in pictures.items() if not isinstance(pixels, ImageError)}
-            for path in pictures.keys() - good.keys():
-                print(f"left out: {pictures[path]}", file=sys.stderr)
-            unreadable += len(pictures) - len(good)
+        for images in read_ahead(pool, read, paths):
+            good = {path: pixels for path, pixels in images.items() if not isinstance(pixels, ImageError)}
+            for path in images.keys() - good.keys():
+                print(f"left out: {images[path]}", file=sys.stderr)
+            unreadable += len(images) - len(good)
             if good:
                 found = model.classify(np.stack(list(good.values())), top=1)
                 table.writerows(

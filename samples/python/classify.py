@@ -1,4 +1,4 @@
-"""The best classes of a picture:  python classify.py BUNDLE cat.jpg"""
+"""The best classes of an image:  python classify.py BUNDLE cat.jpg"""
 
 import sys
 

@@ -27,7 +27,7 @@ from PIL import Image
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import BundleError, ImageError
-from evm_deploy.export.selftest import picture
+from evm_deploy.export.selftest import synthetic_image
 
 HERE = Path(__file__).parent
 TOLERANCE = 1  # of 255
@@ -87,7 +87,7 @@ REFUSED: list[tuple[str, tuple[object, ...]]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be made of a picture."""
+    """What is to be made of an image."""
 
     name: str
     image: str
@@ -95,18 +95,18 @@ class Case:
 
 
 def save(folder: Path, name: str, image: NDArray[np.uint8] | Image.Image, orientation: int = 1) -> str:
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
     exif = Image.Exif()
     if orientation > 1:
         exif[ORIENTATION] = orientation
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if name.endswith(".jpg") else {"optimize": True}
-    picture.save(folder / name, exif=exif, **options)
+    opened.save(folder / name, exif=exif, **options)
     return name
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """Write the pictures into `folder`."""
-    photo = picture(117, 183, seed=1)
+    """Write the images into `folder`."""
+    photo = synthetic_image(117, 183, seed=1)
     odd = save(folder, "odd.png", photo)
     yield Case("square", odd)
     yield Case("wide", odd, Preprocessing((48, 80)))
@@ -117,17 +117,17 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("other-mean", odd, Preprocessing((56, 56), 0.9, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0)))
     yield Case("imagenet", save(folder, "smooth.png", smooth(217, 333)), Preprocessing((224, 224)))
     fits = Preprocessing((64, 64), crop_pct=1.0)
-    yield Case("fits", save(folder, "fits.png", picture(64, 64, seed=2)), fits)
+    yield Case("fits", save(folder, "fits.png", synthetic_image(64, 64, seed=2)), fits)
     checks = np.uint8(np.indices((90, 90)).sum(0) // 7 % 2 * 255)
     yield Case("overshoot", save(folder, "checks.png", np.dstack([checks] * 3)), Preprocessing((112, 112)))
     yield Case("one-pixel", save(folder, "one-pixel.png", np.array([[[200, 30, 90]]], np.uint8)))
-    yield Case("tiny", save(folder, "tiny.png", picture(3, 5, seed=3)))
+    yield Case("tiny", save(folder, "tiny.png", synthetic_image(3, 5, seed=3)))
     yield Case("huge", save(folder, "huge.png", smooth(251, 373).repeat(16, 0).repeat(16, 1)))
-    yield Case("panorama", save(folder, "panorama.png", picture(20, 640, seed=4)))
+    yield Case("panorama", save(folder, "panorama.png", synthetic_image(20, 640, seed=4)))
     noise = np.random.default_rng(7).integers(0, 256, (87, 33, 3), np.uint8)
     yield Case("width-first", save(folder, "tall-noise.png", noise), Preprocessing((58, 22), crop_pct=1.0))
-    yield Case("tower", save(folder, "tower.png", picture(640, 20, seed=5)))
-    yield Case("too-narrow", save(folder, "too-narrow.png", picture(2000, 3, seed=6)))
+    yield Case("tower", save(folder, "tower.png", synthetic_image(640, 20, seed=5)))
+    yield Case("too-narrow", save(folder, "too-narrow.png", synthetic_image(2000, 3, seed=6)))
     grey, other = photo[..., 0], photo[::-1, :, 1]
     yield Case("grey", save(folder, "grey.png", grey))
     yield Case("grey-alpha", save(folder, "grey-alpha.png", np.dstack([grey, other])))

@@ -2,7 +2,7 @@
 import evm.EvmException
 import evm.Manifest
 import evm.Model
-import evm.Picture
+import evm.RgbImage
 import evm.Preprocessing
 import evm.Runtime
 import evm.Tensor
@@ -52,11 +52,11 @@ private fun answer(request: JsonObject): JsonElement = try {
 
 private fun pixels(request: JsonObject): JsonElement {
     val preprocessing = Preprocessing.of(Value(request["preprocessing"]))
-    val picture = decoded(File(request.string("image")))
-    val pixels = preprocessing.pixels(picture)
+    val rgbImage = decoded(File(request.string("image")))
+    val pixels = preprocessing.pixels(rgbImage)
     val shape = listOf(3, pixels.height, pixels.width)
     return buildJsonObject {
-        put("picture", numbers(listOf(picture.width, picture.height)))
+        put("image", numbers(listOf(rgbImage.width, rgbImage.height)))
         put("size", numbers(listOf(pixels.width, pixels.height)))
         put("rgb", Base64.getEncoder().encodeToString(pixels.rgb))
         put("normalised", Base64.getEncoder().encodeToString(bytes(Tensor.of(shape, preprocessing.normalised(pixels)))))
@@ -70,7 +70,7 @@ private fun opened(folder: File, model: File): JsonElement {
     }
 }
 
-/** Pictures through the model, whose outputs are those of the file `outputs`, row by row. */
+/** Images through the model, whose outputs are those of the file `outputs`, row by row. */
 private fun classified(request: JsonObject): JsonElement {
     val scores = Tensor.read(File(request.string("outputs")))
     val count = scores.values.first().shape[0]
@@ -92,7 +92,7 @@ private fun classified(request: JsonObject): JsonElement {
     }
 }
 
-/** What the runtime is given for the self-test's picture. */
+/** What the runtime is given for the self-test's image. */
 private fun fed(bundle: File): JsonElement {
     var given: Map.Entry<String, Tensor>? = null
     val runtime = Computed(bundle) { feeds ->
@@ -117,7 +117,7 @@ private fun selfTested(request: JsonObject): JsonElement {
     val spoil = request.string("spoil")
     val probes = recorded(good, spoil)
     Model.load(bundle, { file, _ -> if (file.name.startsWith("scan")) scans(good, spoil) else probes }).use { model ->
-        val turn = if (spoil == "picture") 3 else 1
+        val turn = if (spoil == "image") 3 else 1
         return JsonArray(model.selfTest { decoded(it).upright(turn) }.map { check ->
             buildJsonObject {
                 put("name", check.name)
@@ -173,7 +173,7 @@ private fun spoilt(tensor: Tensor, really: Boolean): Tensor {
 }
 
 /** javax.imageio in the place of Android's decoder: alpha dropped, grey repeated, 16 bits cut to 8. */
-private fun decoded(file: File): Picture {
+private fun decoded(file: File): RgbImage {
     val image = ImageIO.read(file)
     val raster = image.raster
     val bits = raster.sampleModel.getSampleSize(0)
@@ -187,7 +187,7 @@ private fun decoded(file: File): Picture {
             for (channel in 0..2) rgb[3 * (y * image.width + x) + channel] = (value shr (16 - 8 * channel)).toByte()
         }
     }
-    return Picture(image.width, image.height, rgb).upright(orientation(file.readBytes()))
+    return RgbImage(image.width, image.height, rgb).upright(orientation(file.readBytes()))
 }
 
 private fun bytes(tensor: Tensor): ByteArray = tensor.bytes().let { ByteArray(it.remaining()).also(it::get) }

@@ -157,7 +157,7 @@ def test_a_dynamic_batch_is_taken_or_refused(target, batch, micro, tmp_path):
         ({"precision": "int8-fp16", "calib": "demo"}, lambda target: target.precisions),
         ({"scan": "aot"}, lambda target: target.scans),
         ({"min_target": "iOS18"}, lambda target: target.min_targets),
-        ({"device": "linux-aarch64"}, lambda target: target.platforms),
+        ({"native_library": "linux-aarch64"}, lambda target: target.platforms),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -204,5 +204,5 @@ def test_the_doctor_knows_every_target():
     assert list(found) == list(load_targets())
     for name, target in load_targets().items():
         here = target.runtime.availability()
-        assert (found[name]["build"], found[name]["run"]) == (target.probe().can_build, here.can_run)
-        assert bool(found[name]["hint"]) == (not (target.probe().can_build and here.can_run))
+        assert (found[name]["build"], found[name]["run"]) == (target.environment().can_build, here.can_run)
+        assert bool(found[name]["hint"]) == (not (target.environment().can_build and here.can_run))

@@ -35,7 +35,7 @@ INFO = RuntimeInfo(
     needs=(Requirement("onnxruntime", "onnxruntime", "1.17"),),
     extra="run-onnx",
     open=open_,
-    scan_probe="scan.fifth",
+    scan_case="scan.fifth",
     profiler=Profiler("the fifth's profiler", records=True),
     streams=True,
     settings=FifthSettings,

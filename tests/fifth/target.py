@@ -12,7 +12,7 @@ from evm_deploy.bundle.readme import Usage
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.export import onnx
 from evm_deploy.export.hub.graph import Graph
-from evm_deploy.export.hub.scans import OnnxScanTaps
+from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from tests.fifth.runtime import INFO
@@ -32,9 +32,9 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     return replace(artifact, path=artifact.path.rename(folder / "model.fifth"), details=details)
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     beside = path.with_suffix(".onnx")
-    onnx.write_scan_probe(graph, artifact, beside, shape)
+    onnx.write_scan_case(graph, artifact, beside, shape)
     shutil.move(beside, path)
 
 
@@ -48,8 +48,8 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     install_hint="pip install 'evm-deploy[onnx]'",
     build=build,
-    taps=OnnxScanTaps,
-    write_scan_probe=write_scan_probe,
+    taps=OnnxScanAccess,
+    write_scan_case=write_scan_case,
     usage=usage,
     settings=FifthBuild,
 )

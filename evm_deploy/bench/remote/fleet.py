@@ -12,25 +12,25 @@ from pathlib import Path
 from evm_deploy._util.progress import Progress, Step
 from evm_deploy._util.toml import checked, read_toml
 from evm_deploy.bench.record import Record
-from evm_deploy.bench.remote.places import Place, opened
+from evm_deploy.bench.remote.hosts import HostOptions, opened
 from evm_deploy.bench.sweep import Sweep
 from evm_deploy.errors import EvmError, UsageError
 
-PLACE = ("host", "adb", "device", "ssh", "python", "runner")
-KEYS: Mapping[str, type] = {"name": str, "threads": int, "batch": int, "scan": str, **dict.fromkeys(PLACE, str)}
+HOST_KEYS = ("host", "adb", "device", "ssh", "python", "runner")
+KEYS: Mapping[str, type] = {"name": str, "threads": int, "batch": int, "scan": str, **dict.fromkeys(HOST_KEYS, str)}
 
 
 @dataclass(frozen=True)
-class Member:
+class FleetMember:
     """One `[[board]]` of the file: where it is, and what is measured there."""
 
     name: str
-    place: Place
+    options: HostOptions
     sweep: Sweep
 
 
 @dataclass(frozen=True)
-class Outcome:
+class HostOutcome:
     """What came of a board: its records, and the error that ended them, if one did."""
 
     name: str
@@ -38,13 +38,13 @@ class Outcome:
     error: EvmError | None
 
 
-def read_fleet(path: Path, place: Place, sweep: Sweep) -> list[Member]:
-    """The boards of a file; what one does not say is as in `place` and `sweep`. Raises UsageError."""
+def read_fleet(path: Path, options: HostOptions, sweep: Sweep) -> list[FleetMember]:
+    """The boards of a file; what one does not say is as in `options` and `sweep`. Raises UsageError."""
     content = read_toml(path, "--devices")
     boards = content.get("board")
     if set(content) != {"board"} or not isinstance(boards, list) or not boards:
         raise UsageError(f"--devices {path}: it holds [[board]] tables, and nothing else", "docs/latency.md has one")
-    members = [_member(f"--devices {path}: board {i}", board, place, sweep) for i, board in enumerate(boards, 1)]
+    members = [_member(f"--devices {path}: board {i}", board, options, sweep) for i, board in enumerate(boards, 1)]
     names = [member.name for member in members]
     for name in names:
         if names.count(name) > 1:
@@ -52,7 +52,7 @@ def read_fleet(path: Path, place: Place, sweep: Sweep) -> list[Member]:
     return members
 
 
-def _member(where: str, board: object, place: Place, sweep: Sweep) -> Member:
+def _member(where: str, board: object, options: HostOptions, sweep: Sweep) -> FleetMember:
     if not isinstance(board, dict):
         raise UsageError(f"{where} is not a [[board]] table")
     values = checked(where, board, KEYS, required=("name",))
@@ -62,7 +62,7 @@ def _member(where: str, board: object, place: Place, sweep: Sweep) -> Member:
     for key in ("threads", "batch"):
         if values.get(key, 1) < 1:
             raise UsageError(f"{where}: {key} is {values[key]}, use a number from 1")
-    its_place = replace(place, **{key: values[key] for key in PLACE if key in values})
+    its_options = replace(options, **{key: values[key] for key in HOST_KEYS if key in values})
     its_sweep = replace(
         sweep,
         threads=(values["threads"],) if "threads" in values else sweep.threads,
@@ -70,25 +70,25 @@ def _member(where: str, board: object, place: Place, sweep: Sweep) -> Member:
         settings=replace(sweep.settings, scan=values.get("scan", sweep.settings.scan)),
         out=sweep.out / name,
     )
-    return Member(name, its_place, its_sweep)
+    return FleetMember(name, its_options, its_sweep)
 
 
-def run_fleet(members: Sequence[Member], step: Step) -> list[Outcome]:
+def run_fleet(members: Sequence[FleetMember], step: Step) -> list[HostOutcome]:
     """Measure on all of them at the same time."""
     with ThreadPoolExecutor(len(members)) as pool:
         return list(pool.map(lambda member: _run(member, named(step, member.name)), members))
 
 
-def _run(member: Member, step: Step) -> Outcome:
+def _run(member: FleetMember, step: Step) -> HostOutcome:
     found: list[tuple[Record, Path]] = []
     try:
-        with opened(member.place, step) as bench:
+        with opened(member.options, step) as bench:
             found.extend(member.sweep.run(bench, step))
     except EvmError as error:
-        return Outcome(member.name, found, error)
+        return HostOutcome(member.name, found, error)
     except OSError as error:
-        return Outcome(member.name, found, EvmError(f"{error.filename or member.name}: {error.strerror or error}"))
-    return Outcome(member.name, found, None)
+        return HostOutcome(member.name, found, EvmError(f"{error.filename or member.name}: {error.strerror or error}"))
+    return HostOutcome(member.name, found, None)
 
 
 def named(step: Step, name: str) -> Step:
@@ -100,7 +100,7 @@ def named(step: Step, name: str) -> Step:
     return with_name
 
 
-def table(outcomes: Sequence[Outcome]) -> list[str]:
+def table(outcomes: Sequence[HostOutcome]) -> list[str]:
     """One line for each record, and one for each board that failed."""
     rows = [("board", "bundle", "threads", "batch", "p50 ms", "95 %", "stable")]
     failed = []

@@ -43,7 +43,7 @@ REFUSALS = (  # what ssh says, and what to do
 
 
 @dataclass(frozen=True)
-class Host:
+class SshAddress:
     """`[user@]board[:port]`; board: a name, an alias in ssh's configuration, an address, [::1]."""
 
     text: str
@@ -51,7 +51,7 @@ class Host:
     port: int | None
 
     @classmethod
-    def parse(cls, text: str) -> Host:
+    def parse(cls, text: str) -> SshAddress:
         """Raises UsageError."""
         found = re.fullmatch(
             r"(?:ssh://)?(?P<user>[\w.+-]+@)?(?P<board>\[[\w:.%]+\]|[\w.-]+)(?::(?P<port>\d+))?/?", text
@@ -79,7 +79,7 @@ class Connection:
     process, whose end, however it comes, ends everything on the board. Raises ToolchainErrors that say what to do.
     """
 
-    def __init__(self, host: Host, ssh: str, python: str) -> None:
+    def __init__(self, host: SshAddress, ssh: str, python: str) -> None:
         self.host = host.text
         self.python = python
         source = Path(supervisor.__file__).read_bytes()

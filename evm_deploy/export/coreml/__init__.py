@@ -8,10 +8,10 @@ from pathlib import Path
 
 from evm_deploy._util.progress import Step
 from evm_deploy._util.text import size_text
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.int8 import Quantized, Ship
-from evm_deploy.calib.request import Request
+from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.int8 import OpenCandidate, Quantized
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.coreml import package
@@ -19,7 +19,7 @@ from evm_deploy.export.coreml import program as mlprogram
 from evm_deploy.export.coreml.int8 import quantize_program
 from evm_deploy.export.coreml.program import DEFAULT_MIN_TARGET, MlProgram
 from evm_deploy.export.coreml.readme import usage
-from evm_deploy.export.coreml.scans import CoreMlScanTaps, scan_site
+from evm_deploy.export.coreml.scans import CoreMlScanAccess, scan_site
 from evm_deploy.export.coreml.static_cost import static_cost
 from evm_deploy.export.hub import float16
 from evm_deploy.export.plan import MIN_TARGETS, QUANTIZED, SELFTEST_TOLERANCES, TOLERANCES, ExportPlan
@@ -39,7 +39,7 @@ def check(plan: ExportPlan) -> None:
         raise UsageError(f"--batch {plan.batch}: a Core ML program has one batch size", "use a number")
     if plan.input == "image" and plan.batch.min > 1:
         raise UsageError(
-            f"--batch {plan.batch}: an image input of Core ML takes one picture",
+            f"--batch {plan.batch}: an image input of Core ML takes one image",
             "use --input tensor, or MLBatchProvider in the app",
         )
     if plan.smooth == "on":
@@ -60,17 +60,23 @@ def check(plan: ExportPlan) -> None:
         )
 
 
-def quantize(program: MlProgram, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+def quantize(
+    program: MlProgram,
+    config: QuantizationConfig,
+    preprocessing: Preprocessing,
+    open_candidate: OpenCandidate,
+    step: Step,
+) -> Quantized:
     """In modules that other targets have as one op: the layers that it takes as int8. One choice for all targets."""
     inside = {mlprogram.network_path(path): op for path, op in fusable_modules(program.float_module)}
     return quantize_program(
         program.model,
         program.float_module,
-        request,
+        config,
         preprocessing,
         modules=program.modules,
         int8_inside={path: {f"{path}.{layer}" for layer in op.int8_layers.values()} for path, op in inside.items()},
-        ship=ship,
+        open_candidate=open_candidate,
         step=step,
     )
 
@@ -106,19 +112,19 @@ def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | N
         "static_cost": static_cost(saved),
         "scans": tuple(scan_site(saved, site.name) for site in program.scans),
     }
-    scan = Choice("portable", "standard MIL operations: Core ML takes no kernels of others")
+    scan = Decision("portable", "standard MIL operations: Core ML takes no kernels of others")
     return Artifact(path, scan, details, function=function)
 
 
 def remarks(runtime: Runtime) -> list[str]:
-    """Whether activations came near the end of float16: other pictures may go beyond it, and give Inf."""
+    """Whether activations came near the end of float16: other images may go beyond it, and give Inf."""
     largest = getattr(runtime, "largest", 0.0)
     if largest <= float16.LARGEST / 2:
         return []
-    return [f"activations reach {largest:.0f} on the test pictures, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
+    return [f"activations reach {largest:.0f} on the test images, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
 
 
-def write_scan_probe(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+def write_scan_case(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a scan of this shape in float32, with all seven tensors as inputs."""
     package.save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
 
@@ -129,8 +135,8 @@ TARGET = Target(
     packages=("torch", "coremltools"),
     install_hint=INSTALL_HINT,
     build=build,
-    taps=CoreMlScanTaps,
-    write_scan_probe=write_scan_probe,
+    taps=CoreMlScanAccess,
+    write_scan_case=write_scan_case,
     usage=usage,
     trace=mlprogram.trace,
     trace_key=mlprogram.trace_key,

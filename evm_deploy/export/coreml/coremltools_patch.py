@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.runtimes.coreml.tools import coremltools
 
 # Rewrites x * scale + shift as a batch_norm of epsilon 1e-5: off by 5e-6, more than float32 costs anywhere else.
@@ -21,7 +21,7 @@ def converter() -> Any:
     """The package, ready to convert torch modules: patched where its version needs that."""
     ct = coremltools()
     if metadata.version("coremltools") == PATCHED_VERSION and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        with quiet():
+        with silence_libraries():
             _patch_cast()
     return ct
 

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Step
-from evm_deploy._util.quiet import one_at_a_time, quiet
+from evm_deploy._util.silence import one_at_a_time, silence_libraries
+from evm_deploy.calib.candidate import QuantizationCandidate, feeds
+from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.int8 import Quantized, Ship, choose, image_sets, stacked
+from evm_deploy.calib.int8 import OpenCandidate, Quantized, choose, image_sets, stacked
 from evm_deploy.calib.quantize import Layer, activations, below_any
-from evm_deploy.calib.request import Request
-from evm_deploy.calib.source import Source, feeds
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
@@ -46,44 +46,44 @@ PAIRS = ("insert_prefix_quantize_dequantize_pair", "insert_suffix_quantize_dequa
 def quantize_program(
     model: Any,
     module: Any,
-    request: Request,
+    config: QuantizationConfig,
     preprocessing: Preprocessing,
     *,
     modules: Mapping[str, str],
     int8_inside: Mapping[str, Collection[str]],
-    ship: Ship,
+    open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
     """The int8 or w8 form of a float16 `model` (coremltools' MLModel), judged against the float `module`.
 
     modules: module path by name of a weight. int8_inside: of these modules, only the layers named get int8 activations.
-    `ship(candidate)` opens a model as it is verified. Raises CalibrationError; an accuracy out of its limit does not
-    raise, it is in the result.
+    `open_candidate(model)` opens a model as it is verified. Raises CalibrationError; an accuracy beyond its limit is in
+    the result, without an error.
     """
     from evm_deploy.runtimes.mil import MilRuntime
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float16.mlpackage"
-        with quiet():
+        with silence_libraries():
             model.save(str(path))
             saved = converter().models.MLModel(str(path), skip_model_load=True)
         with MilRuntime(path) as runtime:
-            found = layers(runtime.program, modules, request, int8_inside)
-            images = image_sets(request, preprocessing, step)
-            table = _calibrate(runtime, found, images.used, request, step) if images.used else None
-            if request.precision == "w8":
+            found = quantizable_ops(runtime.program, modules, config, int8_inside)
+            images = image_sets(config, preprocessing, step)
+            table = _calibrate(runtime, found, images.used, config, step) if images.used else None
+            if config.precision == "w8":
                 found = [replace(layer, weight_only=True) for layer in found]
-            ranges = table.ranges(request.method) if table else {}
-            source = Source(saved, found, request.blocks, table, ranges, rewrite=quantize)
+            ranges = table.ranges(config.method) if table else {}
+            source = QuantizationCandidate(saved, found, config.blocks, table, ranges, rewrite=quantize_layers)
 
             def float_outputs(judged: ImageSet) -> Outputs:
-                return stacked(_outputs(module, feed) for feed in feeds(judged, request.input, runtime))
+                return stacked(_outputs(module, feed) for feed in feeds(judged, config.input, runtime))
 
-            return choose({"": source}, images, request, float_outputs, ship, step)
+            return choose({"": source}, images, config, float_outputs, open_candidate, step)
 
 
-def layers(
-    program: Program, modules: Mapping[str, str], request: Request, int8_inside: Mapping[str, Collection[str]]
+def quantizable_ops(
+    program: Program, modules: Mapping[str, str], config: QuantizationConfig, int8_inside: Mapping[str, Collection[str]]
 ) -> list[Layer]:
     """The layers that can be quantised, as for the other targets: `calib.int8.candidates` of a program."""
     every = [op for op in program.operations if op.type in TYPES and _plain(op.weight) in modules]
@@ -92,12 +92,12 @@ def layers(
     found = []
     for op in every:
         module, writes = modules[_plain(op.weight)], op.results[0].name
-        if writes in feeding or below_any(module, request.keep_float):
+        if writes in feeding or below_any(module, config.keep_float):
             continue
         if writes in readers and readers[writes].type in ACTIVATIONS:
             writes = readers[writes].results[0].name
         inside = next((names for path, names in int8_inside.items() if module.startswith(path + ".")), None)
-        alone = below_any(module, request.weight_only) or (inside is not None and module not in inside)
+        alone = below_any(module, config.weight_only) or (inside is not None and module not in inside)
         found.append(Layer(op.name, module, str(op.variables["x"]), writes, op.weight, weight_only=alone))
     return found
 
@@ -120,7 +120,7 @@ def scan_feeding_layers(program: Program) -> set[str]:
     return found
 
 
-def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -> Any:
+def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -> Any:
     """`model` (saved and opened again) with these layers' weights int8, one scale per output channel, and their
     activations between quantize and dequantize over `ranges`, which are keyed as in a calibration table.
 
@@ -153,7 +153,7 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
     weights = cto.OptimizationConfig(op_name_configs={layer.weight: weight for layer in chosen})
     spec = model.get_spec()
     version = max(spec.specificationVersion, ct._SPECIFICATION_VERSION_IOS_17 if rounded else 0)
-    with quiet():
+    with silence_libraries():
         passes = [
             *(prepared(f"compression::{name}", config=pairs, activation_stats=stats) for name in PAIRS if rounded),
             PASS_REGISTRY["common::dequantize_quantize_pair_elimination"],
@@ -173,7 +173,7 @@ def quantize(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -
 
 
 def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
-    """The outputs of the float model (`hub.graph.deployable`) by name."""
+    """The outputs of the float model (`hub.graph.with_pre_and_postprocessing`) by name."""
     import torch
 
     with one_at_a_time, torch.inference_mode():
@@ -181,27 +181,27 @@ def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
 
 
 def _calibrate(
-    runtime: MilRuntime, found: Sequence[Layer], images: ImageSet, request: Request, step: Step
+    runtime: MilRuntime, found: Sequence[Layer], images: ImageSet, config: QuantizationConfig, step: Step
 ) -> CalibrationTable:
     keys = activations(found)
     identity = {
-        "checkpoint_sha256": request.checkpoint_sha256,
+        "checkpoint_sha256": config.checkpoint_sha256,
         "graph": "mlprogram float16",
-        "input": request.input,
+        "input": config.input,
         "images": {"count": len(images), "sha256": images.digest()},
         "activations": sorted(set(keys.values())),
     }
     (name,) = runtime.inputs
 
     def measured(start: int) -> Iterator[Activations]:
-        for feed in islice(feeds(images, request.input, runtime), start, None):
+        for feed in islice(feeds(images, config.input, runtime), start, None):
             values = runtime.run({name: feed}, list(keys))
             merged: dict[str, list[NDArray[np.float32]]] = {}
             for tensor, key in keys.items():  # a module that runs twice has one key
                 merged.setdefault(key, []).append(values[tensor][0].ravel())
             yield {key: np.concatenate(parts) for key, parts in merged.items()}
 
-    with step("calibrate", f"{len(images)} images, {request.method}, in the MIL runtime") as progress:
+    with step("calibrate", f"{len(images)} images, {config.method}, in the MIL runtime") as progress:
         return calibrate(identity, measured, progress=progress)
 
 

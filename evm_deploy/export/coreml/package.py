@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.runtimes.coreml.tools import coremltools
 
 
 def save(model: Any, path: Path) -> None:
     """Write `model`, coremltools' MLModel, with its one function `main`."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, silence_libraries():
         fresh = Path(folder) / path.name
         model.save(str(fresh))
         _write(fresh, path, model.get_spec().description.metadata)
@@ -25,7 +25,7 @@ def save(model: Any, path: Path) -> None:
 def save_functions(models: Mapping[str, Any], path: Path) -> None:
     """Write MLModels as the functions of one package, the first the default. Equal weights are there once. iOS18."""
     tools = coremltools().utils
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, silence_libraries():
         functions = tools.MultiFunctionDescriptor()
         for name, model in models.items():
             single = Path(folder) / f"{name}.mlpackage"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
@@ -56,11 +56,11 @@ def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
 
 
 def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
-    """`deployable` module -> program, float32 for the precision fp32, else float16; for each size of the plan.
+    """Convert a module to a program: float32 for the precision fp32, else float16; one for each size of the plan.
 
     Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
     """
-    with quiet():
+    with silence_libraries():
         folded = fold_batch_norm(channels_first(module, plan), example(plan))
     if plan.precision != "fp32":
         float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
@@ -74,7 +74,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
     import torch
 
     ct = converter()
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         traced = torch.jit.trace(folded, example(plan), check_trace=False)  # type: ignore[no-untyped-call]
         graph = traced.inlined_graph  # kept: its nodes are gone with it
         calls: Counter[str] = Counter()
@@ -114,7 +114,7 @@ def scan_program(shape: ScanShape, min_target: str) -> Any:
         return mb.identity(x=mil.selective_scan(u, delta, A, B, C, skip, bias), name="y")
 
     target = getattr(ct.target, min_target)
-    with quiet():
+    with silence_libraries():
         _number_from_zero()
         program = mb.program(input_specs=[mb.TensorSpec(shape) for shape in shapes.values()], opset_version=target)(
             scan
@@ -134,10 +134,10 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
     class ChannelsFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.deployable = module
+            self.with_pre_and_postprocessing = module
 
         def forward(self, x: Tensor) -> Any:
-            return self.deployable(x.permute(0, 2, 3, 1))
+            return self.with_pre_and_postprocessing(x.permute(0, 2, 3, 1))
 
     return ChannelsFirst().eval() if plan.input == "image" else module
 
@@ -197,8 +197,8 @@ def _register_scan() -> None:
 
 
 def network_path(path: str) -> str:
-    """`deployable.model.layers.0` -> `layers.0`."""
-    return path.removeprefix("deployable.").removeprefix(f"{ROOT}.")
+    """`with_pre_and_postprocessing.model.layers.0` -> `layers.0`."""
+    return path.removeprefix("with_pre_and_postprocessing.").removeprefix(f"{ROOT}.")
 
 
 def _input_type(plan: ExportPlan, shape: tuple[int, ...]) -> Any:

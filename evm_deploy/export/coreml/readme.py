@@ -70,12 +70,12 @@ let input = try MLDictionaryFeatureProvider(dictionary: ["{name}": MLFeatureValu
 let output = try model.prediction(from: input).featureValue(for: "{output}")
 
 // or let Vision crop and scale, for a classifier (--head probs with labels)
-let request = VNCoreMLRequest(model: try VNCoreMLModel(for: model)) {{ request, _ in
-    let best = (request.results as? [VNClassificationObservation])?.first
+let config = VNCoreMLRequest(model: try VNCoreMLModel(for: model)) {{ config, _ in
+    let best = (config.results as? [VNClassificationObservation])?.first
     print(best?.identifier ?? "", best?.confidence ?? 0)
 }}
-request.imageCropAndScaleOption = .centerCrop
-try VNImageRequestHandler(cgImage: picture).perform([request])
+config.imageCropAndScaleOption = .centerCrop
+try VNImageRequestHandler(cgImage: image).perform([request])
 ```
 """
 

@@ -45,7 +45,7 @@ def _constant_name(program: Program, name: str) -> str:
     return next((found for found in (name, f"{name}_to_fp16") if found in program.constants), "")
 
 
-class CoreMlScanTaps:
+class CoreMlScanAccess:
     """Per-scan access to a package in the MIL runtime, without float16 roundings: what the program says, exactly."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:

@@ -18,7 +18,7 @@ def fold_normalisation(model: onnx.ModelProto) -> int:
     after:   %1 = Cast(%image);  %4 = Transpose(%1);  %5 = Conv(%4, W * scale, b + sum(W * shift))
 
     Exact but for rounding, and only where the convolution does not pad: a padded zero is no pixel. Weights that another
-    node reads too stay as they are: this convolution gets copies. Two passes over the whole picture less.
+    node reads too stay as they are: this convolution gets copies. Two passes over the whole image less.
     """
     from onnx import numpy_helper
 

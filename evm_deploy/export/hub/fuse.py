@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SAME = 1e-6  # relative: the graph's folded constants and the module's own may differ in the last bit
 
 
-def located(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, str]) -> FusedOp:
+def match_constants(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, str]) -> FusedOp:
     """`op` with its constants in `model`, just traced from the module `path`: later passes may change what is in them.
 
     names: address of a parameter's data -> its name. Raises ToolchainError for a constant that is not there.
@@ -36,7 +36,7 @@ def located(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, 
     return replace(op, constants=found)
 
 
-def outline(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
+def fuse_module(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     """Replace the nodes of module `path` by one evm::<op_type> node and a model-local function of them.
 
     before:  %n = LayerNormalization(%x, norm.weight, norm.bias);  %1 = MatMul(%n, in_proj) ..  %out = Add(%x, %9)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
-from evm_deploy.export.hub.fuse import located
+from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCAN_INPUTS = onnx_function.INPUTS
 INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
-ROOT = "model"  # attribute of the deployable module that holds the network
+ROOT = "model"  # attribute of the with_pre_and_postprocessing module that holds the network
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Deployable(Protocol):
     outputs: tuple[str, ...]
 
 
-def deployable(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
+def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
     """The float model as it ships: pixels in (for `--input image`), the chosen head out; see Deployable.
 
     It is both what gets traced and the reference of every parity check.
@@ -152,7 +152,7 @@ def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
 
 
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
-    """`deployable` module -> hub graph. Deterministic: the same module and plan give the same bytes.
+    """`with_pre_and_postprocessing` module -> hub graph. Deterministic: the same module and plan give the same bytes.
 
     Steps: torch.export with the scan as one op, BatchNorm folded, names of nodes and values from module paths, the
     portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
@@ -176,7 +176,7 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     check(proto)
     names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
     modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
-    return Graph(proto, {path: located(proto, path, op, names) for path, op in modules})
+    return Graph(proto, {path: match_constants(proto, path, op, names) for path, op in modules})
 
 
 def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
@@ -198,7 +198,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     dynamic = None
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
-    with quiet():
+    with silence_libraries():
         program = torch.onnx.export(
             model,
             (example,),
@@ -216,7 +216,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
             "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
         )
     fold_batch_norm(program.model)
-    with quiet():
+    with silence_libraries():
         program.optimize()
     proto: onnx.ModelProto = program.model_proto
     return proto
@@ -227,7 +227,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim
 
     before = len(scan_sites(proto))
-    with quiet():
+    with silence_libraries():
         simplified, _ = onnxsim.simplify(proto)
     if len(scan_sites(simplified)) != before or not simplified.functions:
         raise ToolchainError(f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions")

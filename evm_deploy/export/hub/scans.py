@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from evm_deploy.export.target import Artifact
 
 
-class OnnxScanTaps:
+class OnnxScanAccess:
     """Per-scan access to an ONNX artifact in ONNX Runtime, whether its scans are nodes, inside nodes, or inlined."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from evm_deploy._util.onnx import inlined
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
-from evm_deploy.export.hub.fuse import outline
+from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
-from evm_deploy.export.hub.scans import OnnxScanTaps
+from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.onnx.readme import usage
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.export.target import Artifact, Libraries, Target
 from evm_deploy.runtimes.onnxruntime import INFO
-from evm_deploy.toolchain import cross
+from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 
@@ -35,13 +35,13 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     sites = scan_sites(model)
     if plan.scan == "portable":
         model = inlined(model)
-        scan = Choice("portable", "as asked, standard ops only: no function, no node of domain evm")
+        scan = Decision("portable", "as asked, standard ops only: no function, no node of domain evm")
     else:
         if plan.precision != "fp16":
             for module, op in graph.fusable.items():
-                outline(model, module, op)
+                fuse_module(model, module, op)
             sites = scan_sites(model, graph.fusable)
-        scan = Choice(
+        scan = Decision(
             "plugin+portable", "one file: evm nodes for the native kernel, portable body where it is not registered"
         )
     check(model)
@@ -57,10 +57,10 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
 
 
 def build_plugin(platform: str) -> Path:
-    return cross.library("onnxruntime", platform)
+    return cross_compile.library("onnxruntime", platform)
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     model = scan_alone(graph.model)
     if artifact.scan.value == "portable":
@@ -74,8 +74,8 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     install_hint=INSTALL_HINT,
     build=build,
-    taps=OnnxScanTaps,
-    write_scan_probe=write_scan_probe,
+    taps=OnnxScanAccess,
+    write_scan_case=write_scan_case,
     usage=usage,
     libraries=Libraries(tuple(PLATFORMS), build_plugin),
 )

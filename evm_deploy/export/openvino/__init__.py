@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.onnx import inlined
-from evm_deploy.bundle.manifest import Choice
+from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
-from evm_deploy.export.hub.fuse import outline
+from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
 from evm_deploy.export.hub.tools import check_fp16_range
 from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
 from evm_deploy.export.openvino.readme import usage
-from evm_deploy.export.openvino.scans import OpenVinoScanTaps
+from evm_deploy.export.openvino.scans import OpenVinoScanAccess
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.runtimes.base import Runtime
@@ -59,21 +59,21 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     return Artifact(folder / "model.xml", scan, details, plugins)
 
 
-def choose_lowering(plan: ExportPlan) -> tuple[Choice, Path | None]:
+def choose_lowering(plan: ExportPlan) -> tuple[Decision, Path | None]:
     """How the scans run, and the extension for it. Raises ToolchainError where it was asked for and cannot be had."""
     if plan.scan == "portable":
-        return Choice("portable", "as asked, standard operators only"), None
+        return Decision("portable", "as asked, standard operators only"), None
     try:
         library = extension()
     except ToolchainError as error:
         if plan.scan == "plugin":
             raise
-        return Choice("portable", f"standard operators only: {error.args[0]}"), None
+        return Decision("portable", f"standard operators only: {error.args[0]}"), None
     release = openvino_extension.release_of(library)
-    return Choice("plugin", f"blocks as operators of the extension in plugins/, for OpenVINO {release}"), library
+    return Decision("plugin", f"blocks as operators of the extension in plugins/, for OpenVINO {release}"), library
 
 
-def precision_hint(plan: ExportPlan, scan: Choice) -> str:
+def precision_hint(plan: ExportPlan, scan: Decision) -> str:
     """What the operations are computed in. float16 exports: whatever half a device has, f16 or bf16.
 
     Not with portable scans: OpenVINO would round their states too.
@@ -91,7 +91,7 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
     if scan == "portable":
         return unrolled(proto), scan_sites(proto)
     for module, op in graph.fusable.items():
-        outline(proto, module, op)
+        fuse_module(proto, module, op)
     return proto, scan_sites(proto, graph.fusable)
 
 
@@ -104,7 +104,7 @@ def unrolled(proto: onnx.ModelProto) -> onnx.ModelProto:
     return inlined(proto)
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
     proto, library = scan_alone(graph.model), None
     if artifact.scan.value == "portable":
@@ -128,8 +128,8 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"),
     install_hint=INSTALL_HINT,
     build=build,
-    taps=OpenVinoScanTaps,
-    write_scan_probe=write_scan_probe,
+    taps=OpenVinoScanAccess,
+    write_scan_case=write_scan_case,
     usage=usage,
     remarks=remarks,
 )

@@ -52,10 +52,10 @@ With OpenVINO alone:
 ```cpp
 ov::Core core;
 {cpp_add}auto model = core.compile_model("{artifact}", "CPU", ov::hint::inference_precision(ov::element::{hint}));
-auto request = model.create_infer_request();
-request.set_tensor("{read["name"]}", pixels);  // an ov::Tensor
-request.infer();
-auto outputs = request.get_tensor("{output["name"]}");
+auto config = model.create_infer_request();
+config.set_tensor("{read["name"]}", pixels);  // an ov::Tensor
+config.infer();
+auto outputs = config.get_tensor("{output["name"]}");
 ```
 """,
     )

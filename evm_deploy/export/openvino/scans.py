@@ -17,7 +17,7 @@ from evm_deploy.scan.fused import SCAN_OUTPUTS
 from evm_deploy.scan.onnx_function import INPUTS, OP_TYPE, OUTPUT
 
 
-class OpenVinoScanTaps:
+class OpenVinoScanAccess:
     """Per-scan access to an IR on the CPU: its scans are inside nodes of the extension, or standard operators."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:

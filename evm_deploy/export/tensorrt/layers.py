@@ -34,7 +34,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelTime:
     """One launch. kind: correlation, gemm, kgen (generated) and others. nodes: of the ONNX graph, that it computes."""
 
     kind: str
@@ -48,17 +48,17 @@ class Kernel:
         return sum(tensor.size_bytes for tensor in (*self.inputs, *self.constants, *self.outputs))
 
 
-def read_kernels(text: str) -> list[Kernel]:
+def read_kernels(text: str) -> list[KernelTime]:
     """The kernels in a layer log, in order; empty where it has none that are understood."""
     found = (KERNEL.match(line) for line in text.splitlines())
     return [
-        Kernel(match[1], _tensors(match[2]), _tensors(match[3]), _tensors(match[4]), tuple(NODE.findall(match[5])))
+        KernelTime(match[1], _tensors(match[2]), _tensors(match[3]), _tensors(match[4]), tuple(NODE.findall(match[5])))
         for match in found
         if match and match[1] not in NO_WORK
     ]
 
 
-def traffic_bytes(kernels: Iterable[Kernel]) -> int:
+def traffic_bytes(kernels: Iterable[KernelTime]) -> int:
     return sum(kernel.traffic_bytes for kernel in kernels)
 
 

@@ -1,6 +1,6 @@
 """Targets `trt` and `trt-rtx`: an ONNX file that TensorRT takes, judged in ONNX Runtime, and the engine built from it.
 
-An engine is built where it will run. Where TensorRT is not, the bundle has all but the engine, and `finish` makes it.
+An engine is built on the machine that runs it. A bundle exported without TensorRT gets its engine by `build_engine`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 
 from evm_deploy._util.onnx import inlined
 from evm_deploy._util.progress import Step
-from evm_deploy.bundle.manifest import Choice, Manifest
+from evm_deploy.bundle.manifest import Decision, Manifest
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.int8 import Quantized, Ship, quantize_graph
-from evm_deploy.calib.request import Request
+from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
-from evm_deploy.export.hub.scans import OnnxScanTaps
+from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Artifact, Emulator, Finish, Target
+from evm_deploy.export.target import Artifact, Emulator, EngineBuild, Target
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
 from evm_deploy.export.tensorrt.readme import usage
 from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.runtimes import tensorrt
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
-from evm_deploy.runtimes.tensorrt import finish as tensorrt_finish
+from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
 from evm_deploy.toolchain.plugins import find_plugin
 
 SCANS = {
@@ -63,19 +63,21 @@ def check(target: str, plan: ExportPlan) -> None:
     if not engine.defer and not can_build_engine(target):
         why = "there is no NVIDIA driver here" if installed(target) else "it is not installed"
         raise ToolchainError(
-            f"{tensorrt_finish.MODULES[target][0]} cannot build the engine that --no-defer asks for: {why}",
+            f"{engine_builder.MODULES[target][0]} cannot build the engine that --no-defer asks for: {why}",
             INSTALL_HINTS[target],
         )
 
 
-def quantize(graph: Graph, request: Request, preprocessing: Preprocessing, ship: Ship, step: Step) -> Quantized:
+def quantize(
+    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
+) -> Quantized:
     """The int8 form without zero points, which TensorRT refuses."""
     return quantize_graph(
         graph.model,
-        request,
+        config,
         preprocessing,
         fused=graph.fusable,
-        ship=ship,
+        open_candidate=open_candidate,
         plugin=find_plugin("onnxruntime"),
         step=step,
         symmetric=True,
@@ -92,19 +94,19 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     profile = None if batch.static else [list(input_shape(plan, n or 1)) for n in (batch.min, batch.opt, batch.max)]
     settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.settings)}
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(tensorrt_finish.__file__, folder / "finish.py")
+    shutil.copyfile(engine_builder.__file__, folder / "finish.py")
     if mode == "plugin":
         shutil.copytree(kernel.source().parent, folder / "plugin")
     details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites}
-    return Artifact(path, Choice(mode, SCANS[mode]), details)
+    return Artifact(path, Decision(mode, SCANS[mode]), details)
 
 
-def finish(target: str, folder: Path, library: str | None = None) -> None:
+def build_engine(target: str, folder: Path, library: str | None = None) -> None:
     """Build the engine of the bundle in `folder`, in a process of its own: some inputs end it, not only fail.
 
     Raises ToolchainError with what the builder said.
     """
-    command = [sys.executable, tensorrt_finish.__file__, str(folder), *(("--library", library) if library else ())]
+    command = [sys.executable, engine_builder.__file__, str(folder), *(("--library", library) if library else ())]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode < 0:
         raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
@@ -113,7 +115,7 @@ def finish(target: str, folder: Path, library: str | None = None) -> None:
         raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle without its engine: {folder}")
 
 
-def write_scan_probe(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
+def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write one scan with all seven tensors as inputs and any shape, in the hub's portable form."""
     model = inlined(scan_alone(graph.model))
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -138,13 +140,13 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...]) -> Target:
         packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
         install_hint=INSTALL_HINT,
         build=bound(build),
-        taps=OnnxScanTaps,
-        write_scan_probe=write_scan_probe,
+        taps=OnnxScanAccess,
+        write_scan_case=write_scan_case,
         usage=usage,
         quantize=quantize,
         check=bound(check),
         emulator=Emulator(emulator, library=lambda: find_plugin("onnxruntime")),
-        finish=Finish(bound(finish), partial(can_build_engine, info.name), summary),
+        engine=EngineBuild(bound(build_engine), partial(can_build_engine, info.name), summary),
         settings=EngineSettings,
     )
 

@@ -59,11 +59,11 @@ class CoreMlRuntime:
         found = self.model.predict(given)
         return {name: self._array(found[name]) for name in self.outputs}
 
-    def plan(self) -> dict[str, Any]:
+    def compute_plan(self) -> dict[str, Any]:
         """Operations, and share of the estimated cost, by the device that Core ML prefers for them."""
-        from evm_deploy.runtimes.coreml.compute_plan import plan
+        from evm_deploy.runtimes.coreml.compute_plan import compute_plan
 
-        return plan(self.model, self.model.compute_unit, self.function)
+        return compute_plan(self.model, self.model.compute_unit, self.function)
 
     def _array(self, value: Any) -> NDArray[Any]:
         """A dictionary of a classifier as the row of its probabilities, in the order of the labels."""
@@ -117,7 +117,7 @@ INFO = RuntimeInfo(
     needs=(Requirement("coremltools", "coremltools", "9.0"),),
     extra="coreml",
     open=open_,
-    scan_probe="scan-{K}x{L}x{D}x{N}.mlpackage",
+    scan_case="scan-{K}x{L}x{D}x{N}.mlpackage",
     obstacle=obstacle,
     refusals=dict.fromkeys(("device", "cache"), CHOSEN_ITSELF),
 )

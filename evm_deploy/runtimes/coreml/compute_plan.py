@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 
-def plan(model: Any, units: Any, function: str) -> dict[str, Any]:
+def compute_plan(model: Any, units: Any, function: str) -> dict[str, Any]:
     """Operations and share of the estimated cost by preferred device; of the scans alone, too."""
     from coremltools.models.compute_plan import MLComputePlan
 

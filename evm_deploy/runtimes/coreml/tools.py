@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import ToolchainError
 
 INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
@@ -15,7 +15,7 @@ INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
 def coremltools() -> Any:
     """The package. Raises ToolchainError where it is not installed."""
     try:
-        with quiet():
+        with silence_libraries():
             import coremltools as ct
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error

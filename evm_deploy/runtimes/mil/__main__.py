@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.runtimes.base import TensorSpec, check_feeds
 from evm_deploy.runtimes.mil.runtime import MilRuntime
@@ -28,7 +28,7 @@ def main() -> int:
     try:
         _run(args)
     except EvmError as error:
-        print(f"{parser.prog}: {printable(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {escape_controls(error)}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.quiet import quiet
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError
@@ -218,7 +218,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     if not path.exists():
         raise BundleError(f"{path} does not exist")
     try:
-        with quiet():
+        with silence_libraries():
             spec = ct.utils.load_spec(str(path))
             weights = path / "Data" / "com.apple.CoreML" / "weights"
             return spec, load(spec, spec.specificationVersion, str(weights))

@@ -25,7 +25,7 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Requirement, RuntimeInfo
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.runtimes.tensorrt.finish import MODULES, FinishError, load_tensorrt, make_logger
+from evm_deploy.runtimes.tensorrt.build_engine import MODULES, EngineBuildError, load_tensorrt, make_logger
 
 REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
@@ -53,7 +53,7 @@ def can_build_engine(target: str) -> bool:
     return installed(target) and (target == "trt-rtx" or has_driver())
 
 
-def plan_bytes(content: bytes) -> bytes:
+def engine_bytes(content: bytes) -> bytes:
     """The plan in a file: all of it, or what follows a length (int32, little-endian) and that much JSON.
 
     The second is how some exporters mark engines; TensorRT itself would refuse it.
@@ -88,14 +88,14 @@ class TensorRtRuntime:
     def __init__(self, path: Path, target: str, plugin: Path | None = None, cuda_graph: bool = False) -> None:
         try:
             self.trt = load_tensorrt(target)
-        except FinishError as error:
+        except EngineBuildError as error:
             raise ToolchainError(str(error), INSTALL_HINTS[target]) from error
         check_built_for(path, self.trt.__version__)
         self.logger = make_logger(self.trt)
         self.runtime = self.trt.Runtime(self.logger)
         if plugin:
             self.runtime.get_plugin_registry().load_library(str(plugin))
-        self.engine = self.runtime.deserialize_cuda_engine(plan_bytes(path.read_bytes()))
+        self.engine = self.runtime.deserialize_cuda_engine(engine_bytes(path.read_bytes()))
         if self.engine is None:
             raise ToolchainError(
                 f"{path} cannot be opened: {self.logger.errors()}", REBUILD if has_driver() else NO_DRIVER
@@ -273,7 +273,7 @@ def _info(
         needs=(*needs, Requirement("cuda", "cuda-python")),
         extra=name,
         open=partial(open_, name),
-        scan_probe="scan.onnx",
+        scan_case="scan.onnx",
         obstacle=obstacle,
         kernels=kernels,
         settings=TensorRtSettings,

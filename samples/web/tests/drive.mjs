@@ -20,18 +20,18 @@ const FLAGS = [
 const GPU_FLAGS = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
 
 const scenarios = {
-  /** The page with its built-in bundle: pictures to what it shows of them, then self-test and benchmark. */
-  async page(page, { pictures }) {
+  /** The page with its built-in bundle: images to what it shows of them, then self-test and benchmark. */
+  async page(page, { images }) {
     await ready(page);
     const answers = [];
-    for (const picture of pictures) answers.push(await classified(page, picture));
+    for (const image of images) answers.push(await classified(page, image));
     const checks = await table(page, "Run the self-test", "#checks");
     const latency = await table(page, "Run the benchmark", "#latency");
     return { answers, checks, latency, conditions: await page.textContent("#conditions") };
   },
 
   /** Bundles given to the page one after the other: `folder` chosen, `zip` dropped; each with a self-test. */
-  async replaced(page, { bundles, picture }) {
+  async replaced(page, { bundles, image }) {
     await ready(page);
     const seen = [];
     for (const { folder, zip } of bundles) {
@@ -40,19 +40,19 @@ const scenarios = {
       else await drop(page, zip);
       await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
       const problem = (await page.isVisible("#problem")) ? await page.innerText("#problem") : null;
-      const answer = (await page.isEnabled("#choose")) ? await classified(page, picture) : null;
+      const answer = (await page.isEnabled("#choose")) ? await classified(page, image) : null;
       const checks = await table(page, "Run the self-test", "#checks");
       seen.push({ problem, answer, checks, facts: await page.innerText("#facts"), headline: await page.innerText("h2") });
     }
     return { seen };
   },
 
-  /** What the page says of files that are no pictures; then a good one. */
-  async problems(page, { pictures, good }) {
+  /** What the page says of files that are no images; then a good one. */
+  async problems(page, { images, good }) {
     await ready(page);
     const said = [];
-    for (const picture of pictures) {
-      await page.setInputFiles("#picture-input", picture);
+    for (const image of images) {
+      await page.setInputFiles("#image-input", image);
       await page.waitForSelector("#problem:not([hidden])");
       said.push(await page.innerText("#problem"));
       await page.evaluate(() => (document.getElementById("problem").hidden = true));
@@ -61,19 +61,19 @@ const scenarios = {
   },
 
   /** Loaded once, then without a network: reload, classify, self-test. */
-  async offline(page, { picture }) {
+  async offline(page, { image }) {
     await ready(page);
     await page.waitForFunction(() => document.getElementById("offline").textContent === "Kept for offline use");
     await page.context().setOffline(true);
     const gone = await page.evaluate(() => fetch("not-kept").then(() => false, () => true));
     await page.reload();
     await enabled(page);
-    const answer = await classified(page, picture);
+    const answer = await classified(page, image);
     const checks = await table(page, "Run the self-test", "#checks");
     return { gone, answer, checks, caches: await page.evaluate(() => caches.keys()) };
   },
 
-  /** The camera (Chromium's own test picture): started, seen, stopped. By keyboard alone. */
+  /** The camera (Chromium's own test image): started, seen, stopped. By keyboard alone. */
   async camera(page) {
     await ready(page);
     const asked = await page.evaluate(() => document.getElementById("video").srcObject !== null);
@@ -103,12 +103,12 @@ const scenarios = {
     });
   },
 
-  /** A picture of the page after a classification and a self-test. */
-  async screenshot(page, { picture, file, scheme, width, height }) {
+  /** An image of the page after a classification and a self-test. */
+  async screenshot(page, { image, file, scheme, width, height }) {
     await page.emulateMedia({ colorScheme: scheme });
     await page.setViewportSize({ width, height });
     await ready(page);
-    await classified(page, picture);
+    await classified(page, image);
     await table(page, "Run the self-test", "#checks");
     await table(page, "Run the benchmark", "#latency");
     await page.evaluate(() => (document.activeElement.blur(), scrollTo(0, 0)));
@@ -130,21 +130,21 @@ const scenarios = {
   },
 
   /** WebGPU on an adapter in software, and what the page does by itself where there is no other. */
-  async gpu(page, { pictures }) {
+  async gpu(page, { images }) {
     await page.goto(URL_OF_PAGE + "?provider=webgpu");
     await enabled(page);
     const conditions = await page.textContent("#conditions");
     const answers = [];
-    for (const picture of pictures) answers.push(await classified(page, picture));
+    for (const image of images) answers.push(await classified(page, image));
     const checks = await table(page, "Run the self-test", "#checks");
     await ready(page);
     return { conditions, answers, checks, "by itself": await page.textContent("#conditions") };
   },
 
   /** The example of docs/embed/web.md: what it writes. */
-  async example(page, { picture }) {
+  async example(page, { image }) {
     await page.goto(URL_OF_PAGE + "example.html");
-    await page.setInputFiles("input", picture);
+    await page.setInputFiles("input", image);
     await page.waitForFunction(() => document.querySelector("output").textContent);
     return { output: await page.textContent("output") };
   },
@@ -174,10 +174,10 @@ async function enabled(page) {
   await page.waitForSelector("#selftest:enabled");
 }
 
-/** A picture by way of the file dialogue -> the headline and the rows below it. */
-async function classified(page, picture) {
+/** An image by way of the file dialogue -> the headline and the rows below it. */
+async function classified(page, image) {
   await page.evaluate(() => document.getElementById("bars").replaceChildren());
-  await page.setInputFiles("#picture-input", picture);
+  await page.setInputFiles("#image-input", image);
   await page.waitForSelector("#bars li");
   const rows = await page.locator("#bars li").evaluateAll((items) => items.map((item) => item.innerText.split("\n")));
   return { headline: await page.innerText("#headline"), rows, inference: await page.textContent("#inference") };

@@ -87,9 +87,9 @@ void evm_input_size(const evm_model *model, int *height, int *width) {
 
 evm_status evm_classify(const evm_model *model, const evm_image *images, size_t count, int top, evm_prediction *best, char **error) {
     return guarded(error, [&] {
-        std::vector<evm::Image> pictures(count);
-        std::transform(images, images + count, pictures.begin(), image_of);
-        const auto found = model->model.classify(pictures, top);
+        std::vector<evm::Image> rgb_images(count);
+        std::transform(images, images + count, rgb_images.begin(), image_of);
+        const auto found = model->model.classify(rgb_images, top);
         for (size_t i = 0; i < count; i++)
             for (size_t k = 0; k < static_cast<size_t>(top); k++)
                 best[i * static_cast<size_t>(top) + k] = k < found[i].size() ? evm_prediction{found[i][k].index, found[i][k].score} : evm_prediction{-1, 0};

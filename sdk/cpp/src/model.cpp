@@ -79,7 +79,7 @@ Choice lowering(const Source &source, const Manifest &manifest, const Target &ta
     const auto own = manifest.plugins.find(host);
     if (asked == "bundled") {
         if (own == manifest.plugins.end())
-            throw UsageError("this bundle has no native library for " + host + "; it has: " + (platforms.empty() ? "none" : join(platforms)), "export it with --device");
+            throw UsageError("this bundle has no native library for " + host + "; it has: " + (platforms.empty() ? "none" : join(platforms)), "export it with --platform");
         options.plugin = library_file(source, own->second);
         return {"plugin", "native kernel, " + target.isa(options.plugin) + ", from the bundle (" + host + ")"};
     }
@@ -207,8 +207,8 @@ Latency Model::bench(const BenchSettings &settings) const {
     if (count < facts.batch_min || (facts.batch_max && count > facts.batch_max))
         throw UsageError("batch " + std::to_string(count) + ": this bundle was exported with another", "export it with --batch " + std::to_string(count));
     if (settings.end_to_end) {
-        const Picture picture = read_picture(*impl_->source);
-        const std::vector<Image> images(static_cast<std::size_t>(count), Image{picture.rgb.data(), picture.width, picture.height});
+        const RgbImage rgb_image = read_test_image(*impl_->source);
+        const std::vector<Image> images(static_cast<std::size_t>(count), Image{rgb_image.rgb.data(), rgb_image.width, rgb_image.height});
         return measure([&] { classify(images); }, settings.limit_s);
     }
     const Tensor images = impl_->examples(count);

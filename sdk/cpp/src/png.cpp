@@ -7,7 +7,7 @@
 
 namespace evm {
 
-Picture read_png(const std::string &bytes) {
+RgbImage read_png(const std::string &bytes) {
     constexpr png_uint_32 MAX_SIDE = 1 << 13;
     png_image image{};
     image.version = PNG_IMAGE_VERSION;
@@ -17,9 +17,9 @@ Picture read_png(const std::string &bytes) {
         png_image_free(&image);
         throw std::runtime_error("it is no plain 8-bit RGB of a usual size");
     }
-    Picture picture{static_cast<int>(image.width), static_cast<int>(image.height), std::vector<std::uint8_t>(PNG_IMAGE_SIZE(image))};
-    if (!png_image_finish_read(&image, nullptr, picture.rgb.data(), 0, nullptr)) throw std::runtime_error(image.message);
-    return picture;
+    RgbImage rgb_image{static_cast<int>(image.width), static_cast<int>(image.height), std::vector<std::uint8_t>(PNG_IMAGE_SIZE(image))};
+    if (!png_image_finish_read(&image, nullptr, rgb_image.rgb.data(), 0, nullptr)) throw std::runtime_error(image.message);
+    return rgb_image;
 }
 
 }  // namespace evm
@@ -28,7 +28,7 @@ Picture read_png(const std::string &bytes) {
 
 namespace evm {
 
-Picture read_png(const std::string &) { throw std::runtime_error("the SDK was built without libpng"); }
+RgbImage read_png(const std::string &) { throw std::runtime_error("the SDK was built without libpng"); }
 
 }  // namespace evm
 #endif

@@ -1,4 +1,4 @@
-// The picture of the self-test, by libpng.
+// The image of the self-test, by libpng.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -6,12 +6,12 @@
 
 namespace evm {
 
-struct Picture {
+struct RgbImage {
     int width = 0, height = 0;
     std::vector<std::uint8_t> rgb;
 };
 
 // An 8-bit RGB PNG. Raises std::runtime_error with the reason, also where the SDK has no libpng.
-Picture read_png(const std::string &bytes);
+RgbImage read_png(const std::string &bytes);
 
 }  // namespace evm

@@ -1,4 +1,4 @@
-// A pixel of the result is a weighted mean of the pixels under a kernel, stretched by the scale where a picture gets smaller
+// A pixel of the result is a weighted mean of the pixels under a kernel, stretched by the scale where an image gets smaller
 // (that is the antialiasing). Weights are computed in double, normalised, and rounded to fixed point with 22 bits; the
 // horizontal pass comes first, and is rounded to 8 bits. What Pillow rounds is rounded here.
 #include "resize.h"
@@ -84,7 +84,7 @@ Bytes horizontal(const std::uint8_t *rgb, std::ptrdiff_t stride, std::size_t cou
     return result;
 }
 
-// All kept rows, of `width` columns; the first row of `rgb` is row `top` of the picture.
+// All kept rows, of `width` columns; the first row of `rgb` is row `top` of the image.
 Bytes vertical(const std::uint8_t *rgb, std::size_t width, int top, const Weights &weights) {
     std::vector<std::int32_t> sums(3 * width);
     Bytes result(weights.begin.size() * sums.size());

@@ -53,9 +53,9 @@ double limit_of(const std::map<std::string, double> &limits, const std::string &
 }
 
 Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensors &probes) {
-    const Picture picture = read_picture(source);
+    const RgbImage rgb_image = read_test_image(source);
     const Preprocessing &spec = manifest.preprocessing;
-    const std::vector<std::uint8_t> have = spec.pixels({picture.rgb.data(), picture.width, picture.height});
+    const std::vector<std::uint8_t> have = spec.pixels({rgb_image.rgb.data(), rgb_image.width, rgb_image.height});
     const Tensor &want = like(source, probes, "picture.pixels", "uint8", {spec.height, spec.width, 3});
     double most = 0;
     for (std::size_t i = 0; i < have.size(); i++) most = std::max(most, std::abs(double(have[i]) - double(want.bytes[i])));
@@ -96,7 +96,7 @@ Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &
     return found->second;
 }
 
-Picture read_picture(const Source &source) {
+RgbImage read_test_image(const Source &source) {
     try {
         return read_png(source.bytes("selftest/picture.png"));
     } catch (const Error &) {

@@ -9,7 +9,7 @@ Tensors read_probes(const Source &source);
 // The images among them. Raises BundleError where there are none.
 Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &probes);
 // selftest/picture.png as RGB. Raises BundleError.
-struct Picture read_picture(const Source &source);
+struct RgbImage read_test_image(const Source &source);
 
 // `options` as they were resolved for the model. Raises BundleError where the bundle has no self-test.
 std::vector<Check> selftest(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, Options options);

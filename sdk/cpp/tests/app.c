@@ -1,4 +1,4 @@
-/* An app in C99: app BUNDLE [selftest|leak]. Classifies one grey picture; `leak` forgets to free what went wrong. */
+/* An app in C99: app BUNDLE [selftest|leak]. Classifies one grey image; `leak` forgets to free what went wrong. */
 #include <evm/evm.h>
 
 #include <stdio.h>

@@ -2,12 +2,12 @@
 // an answer on stdout for each: `ok ..`, or `error: ` and an evm::Error's kind, code, place and text, tabs between, or `reason: `
 // and another's text, newlines as `|`.
 //
-//   picture FILE OUT                            decode as the sample does; OUT: the RGB bytes. ok W H
+//   image FILE OUT                            decode as the sample does; OUT: the RGB bytes. ok W H
 //   pixels H W CROP INTERPOLATION FILE OUT      preprocess a file; OUT: the pixels. ok
 //   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
 //   json FILE, safetensors FILE, png FILE       read what may be damaged. ok
 //   open BUNDLE SCAN                            open a bundle. ok NAME
-//   classify BUNDLE                             a white picture. ok INDEX
+//   classify BUNDLE                             a white image. ok INDEX
 //   selftest BUNDLE                             ok PASSED or FAILED
 //   overflow, race                              do what AddressSanitizer and ThreadSanitizer are for
 //   threads BUNDLE SCAN N FILE..                each of N threads classifies all files, in its own order; ok if all agree
@@ -37,8 +37,8 @@ void write(const std::string &file, const void *data, size_t size) {
     std::ofstream(file, std::ios::binary).write(static_cast<const char *>(data), static_cast<std::streamsize>(size));
 }
 
-std::string picture(const Words &words) {
-    const Picture found = read_image(words.at(1));
+std::string image(const Words &words) {
+    const RgbImage found = read_image(words.at(1));
     write(words.at(2), found.rgb.data(), found.rgb.size());
     return std::to_string(found.width) + " " + std::to_string(found.height);
 }
@@ -84,23 +84,23 @@ std::string threads(const Words &words) {
     evm::Options options;
     options.scan = words.at(2), options.threads = 1;
     const evm::Model model(words.at(1), options);
-    std::vector<Picture> pictures;
-    for (size_t i = 4; i < words.size(); i++) pictures.push_back(read_image(words[i]));
-    const auto scores = [&](const Picture &picture) {
+    std::vector<RgbImage> images;
+    for (size_t i = 4; i < words.size(); i++) images.push_back(read_image(words[i]));
+    const auto scores = [&](const RgbImage &image) {
         std::vector<double> result;
-        for (const evm::Prediction &p : model.classify(picture.rgb.data(), picture.width, picture.height, 5)) result.push_back(p.index + p.score);
+        for (const evm::Prediction &p : model.classify(image.rgb.data(), image.width, image.height, 5)) result.push_back(p.index + p.score);
         return result;
     };
     std::vector<std::vector<double>> expected;
-    for (const Picture &picture : pictures) expected.push_back(scores(picture));
+    for (const RgbImage &image : images) expected.push_back(scores(image));
     const size_t count = std::stoul(words.at(3));
     std::vector<int> wrong(count);
     std::vector<std::thread> running;
     for (size_t t = 0; t < count; t++)
         running.emplace_back([&, t] {
-            for (size_t i = 0; i < pictures.size(); i++) {
-                const size_t at = (i + t) % pictures.size();
-                wrong[t] += scores(pictures[at]) != expected[at];
+            for (size_t i = 0; i < images.size(); i++) {
+                const size_t at = (i + t) % images.size();
+                wrong[t] += scores(images[at]) != expected[at];
             }
         });
     for (std::thread &thread : running) thread.join();
@@ -128,7 +128,7 @@ std::string kind(const evm::Error &error) {
 }
 
 const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
-    {"picture", picture},
+    {"image", image},
     {"pixels", pixels},
     {"normalised", normalised},
     {"json", [](const Words &words) { return evm::parse_json(bytes_of(words.at(1))).type_name(); }},

@@ -4,7 +4,7 @@ import CoreML
 import CoreVideo
 import Foundation
 
-/// One class of a picture. `score`: probability, 0..1.
+/// One class of an image. `score`: probability, 0..1.
 public struct Prediction: Sendable {
     public let label: String
     public let index: Int
@@ -31,13 +31,13 @@ public final class Model {
         model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
     }
 
-    /// What the model reads of `picture`. Throws EvmError.
-    public func pixels(_ picture: Picture, name: String = "image") throws -> Picture {
-        try preprocessing.pixels(picture, name: name)
+    /// What the model reads of `image`. Throws EvmError.
+    public func pixels(_ image: RgbImage, name: String = "image") throws -> RgbImage {
+        try preprocessing.pixels(image, name: name)
     }
 
     /// The `top` most probable classes of `pixels`, best first. Throws EvmError.
-    public func classify(_ pixels: Picture, top: Int = 5) throws -> [Prediction] {
+    public func classify(_ pixels: RgbImage, top: Int = 5) throws -> [Prediction] {
         guard manifest.plan.classifies else {
             throw EvmError(.usage, "this bundle gives \(manifest.plan.head), not classes", hint: "use run(_:)")
         }
@@ -77,11 +77,11 @@ public final class Model {
         return outputs
     }
 
-    /// How many pictures one inference takes.
+    /// How many images one inference takes.
     var batch: Int { max(1, Int(manifest.plan.batch) ?? 1) }
 
-    /// The input for one picture.
-    func input(_ pixels: Picture) throws -> MLFeatureValue {
+    /// The input for one image.
+    func input(_ pixels: RgbImage) throws -> MLFeatureValue {
         if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels)) }
         let one = preprocessing.normalised(pixels)
         return try input(tensor: Array(repeating: one, count: batch).flatMap { $0 })
@@ -163,7 +163,7 @@ func array(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
 }
 
 /// BGRA in memory: what cameras give and Core ML reads as RGB.
-private func pixelBuffer(_ pixels: Picture) throws -> CVPixelBuffer {
+private func pixelBuffer(_ pixels: RgbImage) throws -> CVPixelBuffer {
     var made: CVPixelBuffer?
     CVPixelBufferCreate(nil, pixels.width, pixels.height, kCVPixelFormatType_32BGRA, nil, &made)
     guard let made else { throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels") }

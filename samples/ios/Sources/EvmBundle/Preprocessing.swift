@@ -1,4 +1,4 @@
-// From a picture to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased; the centre
+// From an image to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased; the centre
 // cropped. Pillow's arithmetic, so that an app sees what the export was verified with.
 // NOT COMPILED BY THIS PROJECT.
 
@@ -20,28 +20,28 @@ extension Manifest.Preprocess {
         for (i, value) in std.enumerated() { try require(value > 0, "preprocessing.std[\(i)]", "must be above 0") }
     }
 
-    /// RGB of the model's size. `name` is the picture's in errors. Throws EvmError.
-    public func pixels(_ picture: Picture, name: String = "image") throws -> Picture {
+    /// RGB of the model's size. `name` is the image's in errors. Throws EvmError.
+    public func pixels(_ image: RgbImage, name: String = "image") throws -> RgbImage {
         let (wantHeight, wantWidth) = (covered(height), covered(width))
         var (newHeight, newWidth) = (wantHeight, wantWidth)
-        if wantHeight * picture.width >= wantWidth * picture.height {  // the height decides
-            newWidth = wantHeight * picture.width / picture.height
+        if wantHeight * image.width >= wantWidth * image.height {  // the height decides
+            newWidth = wantHeight * image.width / image.height
         } else {
-            newHeight = wantWidth * picture.height / picture.width
+            newHeight = wantWidth * image.height / image.width
         }
         (newHeight, newWidth) = (max(newHeight, height), max(newWidth, width))
         guard max(newHeight, newWidth) <= 100 * max(height, width) else {
-            let shape = "\(picture.width)x\(picture.height)"
+            let shape = "\(image.width)x\(image.height)"
             let message = "\(name) is \(shape): too narrow to be cropped to \(width)x\(height)"
             throw EvmError(.image, message, code: "image.narrow")
         }
         let crop = Crop(left: centre(newWidth, width), top: centre(newHeight, height), width: width, height: height)
         let filter = Filter(rawValue: interpolation) ?? .bicubic  // validated
-        return picture.resized(toWidth: newWidth, toHeight: newHeight, crop: crop, filter: filter)
+        return image.resized(toWidth: newWidth, toHeight: newHeight, crop: crop, filter: filter)
     }
 
     /// Channels first, as a model exported with `--input tensor` reads them; others normalise themselves.
-    public func normalised(_ pixels: Picture) -> [Float] {
+    public func normalised(_ pixels: RgbImage) -> [Float] {
         (0..<3).flatMap { channel in
             let (mean, std) = (255 * Float(self.mean[channel]), 255 * Float(self.std[channel]))
             return stride(from: channel, to: pixels.rgb.count, by: 3).map { (Float(pixels.rgb[$0]) - mean) / std }

@@ -1,7 +1,7 @@
 // Resampling as Pillow does it: along rows, then along columns, in fixed point, rounded to bytes in between.
 // NOT COMPILED BY THIS PROJECT.
 
-/// A resampling filter: how far it reaches and its weight at a distance, in pixels of the smaller picture.
+/// A resampling filter: how far it reaches and its weight at a distance, in pixels of the smaller image.
 enum Filter: String {
     case bilinear, bicubic
 
@@ -22,14 +22,14 @@ private func cubic(_ x: Double) -> Double {
     return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0
 }
 
-/// A part of a resized picture.
+/// A part of a resized image.
 struct Crop {
     let left, top, width, height: Int
 }
 
-extension Picture {
+extension RgbImage {
     /// Resized to `toWidth` x `toHeight`, antialiased, of which `crop` is kept.
-    func resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter) -> Picture {
+    func resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter) -> RgbImage {
         let across = windows(from: width, to: toWidth, first: crop.left, count: crop.width, filter)
         let down = windows(from: height, to: toHeight, first: crop.top, count: crop.height, filter)
         let first = down.map(\.start).min() ?? 0
@@ -43,7 +43,7 @@ extension Picture {
         for (y, window) in down.enumerated() {
             alongColumns(narrow, window, first: first, stride: stride, into: &out, at: y * stride)
         }
-        return Picture(width: crop.width, height: crop.height, rgb: out)
+        return RgbImage(width: crop.width, height: crop.height, rgb: out)
     }
 }
 

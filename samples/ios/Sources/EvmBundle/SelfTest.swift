@@ -25,7 +25,7 @@ extension Model {
     /// Of the bundle's default size. Throws EvmError.
     public func selfTest() throws -> [Check] {
         let (tensors, scans) = try (read(probesFile), read(scansFile))
-        return try [pictureCheck(tensors)] + outputChecks(tensors) + scanChecks(scans)
+        return try [imageCheck(tensors)] + outputChecks(tensors) + scanChecks(scans)
     }
 
     private func read(_ name: String) throws -> [String: Tensor] {
@@ -49,9 +49,9 @@ extension Model {
         return tensor
     }
 
-    private func pictureCheck(_ tensors: [String: Tensor]) throws -> Check {
-        let picture = try Picture(contentsOf: folder.appendingPathComponent("selftest/picture.png"))
-        let have = try manifest.preprocessing.pixels(picture)
+    private func imageCheck(_ tensors: [String: Tensor]) throws -> Check {
+        let image = try RgbImage(contentsOf: folder.appendingPathComponent("selftest/picture.png"))
+        let have = try manifest.preprocessing.pixels(image)
         let want = try like(tensors, "picture.pixels", "uint8", [have.height, have.width, 3]).bytes
         let off = zip(have.rgb, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
         return Check(name: "preprocessing (of 255)", error: Double(off), limit: manifest.selftest?.preprocessing ?? 1)
@@ -80,7 +80,7 @@ extension Model {
 
     private func input(_ rows: [[UInt8]], shape: [Int]) throws -> MLFeatureValue {
         if manifest.plan.input == "image" {
-            return try input(Picture(width: shape[2], height: shape[1], rgb: rows[0]))
+            return try input(RgbImage(width: shape[2], height: shape[1], rgb: rows[0]))
         }
         return try input(tensor: rows.flatMap { Tensor(dtype: "F32", shape: [1], bytes: $0).floats })
     }

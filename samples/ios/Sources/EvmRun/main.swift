@@ -1,11 +1,11 @@
-// evm-run-coreml BUNDLE [picture]: self-test, then the best classes of a picture.
+// evm-run-coreml BUNDLE [image]: self-test, then the best classes of an image.
 // NOT COMPILED BY THIS PROJECT.
 import EvmBundle
 import Foundation
 
 let arguments = CommandLine.arguments
 guard arguments.count > 1 else {
-    print("usage: evm-run-coreml BUNDLE [picture]")
+    print("usage: evm-run-coreml BUNDLE [image]")
     exit(2)
 }
 do {
@@ -17,8 +17,8 @@ do {
     }
     print(checks.allSatisfy(\.ok) ? "PASSED" : "FAILED")
     if arguments.count > 2 {
-        let picture = try Picture(contentsOf: URL(fileURLWithPath: arguments[2]))
-        for found in try model.classify(model.pixels(picture)) {
+        let image = try RgbImage(contentsOf: URL(fileURLWithPath: arguments[2]))
+        for found in try model.classify(model.pixels(image)) {
             print(String(format: "%.3f ", found.score), found.label)
         }
     }

@@ -1,4 +1,4 @@
-// One screen: choose or take a picture; its five most probable classes, what they took, and the self-test.
+// One screen: choose or take an image; its five most probable classes, what they took, and the self-test.
 // NOT COMPILED BY THIS PROJECT.
 import EvmBundle
 import PhotosUI
@@ -28,14 +28,14 @@ public struct EvmScreen: View {
         }
         .onChange(of: chosen) {
             guard let item = chosen else { return }
-            session.classify(named: "picture") { try await item.loadTransferable(type: Data.self) }
+            session.classify(named: "image") { try await item.loadTransferable(type: Data.self) }
         }
         .camera(isPresented: $cameraIsOpen) { data in session.classify(named: "photo") { data } }
     }
 
     private var buttons: some View {
         HStack {
-            PhotosPicker("Picture", selection: $chosen, matching: .images)
+            PhotosPicker("Image", selection: $chosen, matching: .images)
             if hasCamera { Button("Camera") { cameraIsOpen = true } }
             Button("Self-test") { session.selfTest() }
         }

@@ -16,7 +16,7 @@ final class Session: ObservableObject {
 
     init(bundle: URL?) { worker = Worker(bundle: bundle) }
 
-    /// The picture file that `load` gives.
+    /// The image file that `load` gives.
     func classify(named name: String, _ load: @escaping @Sendable () async throws -> Data?) {
         work("classifying") { worker in
             guard let data = try await load() else { throw EvmError(.image, "image \(name) does not exist") }
@@ -44,9 +44,9 @@ final class Session: ObservableObject {
     }
 }
 
-/// A picture as the model saw it, its classes, and what they took.
+/// An image as the model saw it, its classes, and what they took.
 struct Found: Sendable {
-    let seen: Picture
+    let seen: RgbImage
     let predictions: [Prediction]
     let preprocessingMs: Double
     let inferenceMs: Double
@@ -61,9 +61,9 @@ actor Worker {
 
     func classify(_ data: Data, name: String) throws -> Found {
         let model = try self.model()
-        let picture = try Picture(data: data, name: name)
+        let image = try RgbImage(data: data, name: name)
         let start = DispatchTime.now()
-        let pixels = try model.pixels(picture, name: name)
+        let pixels = try model.pixels(image, name: name)
         let ready = DispatchTime.now()
         let predictions = try model.classify(pixels)
         let end = DispatchTime.now()

@@ -34,10 +34,10 @@ final class BundleTests: XCTestCase {
         for check in checks { XCTAssertTrue(check.ok, "\(check.name): \(check.error), limit \(check.limit)") }
     }
 
-    func testAPictureHasClasses() throws {
+    func testAnImageHasClasses() throws {
         let model = try Model(folder: bundle())
-        let picture = try Picture(contentsOf: model.folder.appendingPathComponent("selftest/picture.png"))
-        let found = try model.classify(model.pixels(picture), top: 3)
+        let image = try RgbImage(contentsOf: model.folder.appendingPathComponent("selftest/picture.png"))
+        let found = try model.classify(model.pixels(image), top: 3)
         XCTAssertEqual(found.count, 3)
         XCTAssertGreaterThanOrEqual(found[0].score, found[1].score)
         XCTAssertLessThanOrEqual(found.map(\.score).reduce(0, +), 1.000001)

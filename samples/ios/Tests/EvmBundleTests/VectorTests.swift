@@ -27,11 +27,11 @@ final class VectorTests: XCTestCase {
         try JSONDecoder().decode(Vectors.self, from: Data(contentsOf: folder.appendingPathComponent("cases.json")))
     }
 
-    private func picture(_ name: String) throws -> Picture {
-        try Picture(contentsOf: folder.appendingPathComponent(name))
+    private func rgbImage(_ name: String) throws -> RgbImage {
+        try RgbImage(contentsOf: folder.appendingPathComponent(name))
     }
 
-    private func difference(_ one: Picture, _ other: Picture) -> Int {
+    private func difference(_ one: RgbImage, _ other: RgbImage) -> Int {
         XCTAssertEqual([one.width, one.height], [other.width, other.height])
         return zip(one.rgb, other.rgb).map { abs(Int($0) - Int($1)) }.max() ?? 0
     }
@@ -40,7 +40,7 @@ final class VectorTests: XCTestCase {
         let vectors = try self.vectors()
         XCTAssertGreaterThan(vectors.cases.count, 20)
         for vector in vectors.cases {
-            let source = try picture(vector.image)
+            let source = try rgbImage(vector.image)
             XCTAssertEqual([source.width, source.height], [vector.width, vector.height], vector.name)
             guard let expected = vector.expected else {
                 XCTAssertThrowsError(try vector.preprocessing.pixels(source)) { error in
@@ -48,7 +48,7 @@ final class VectorTests: XCTestCase {
                 }
                 continue
             }
-            let want = try picture(expected)
+            let want = try rgbImage(expected)
             let have = try vector.preprocessing.pixels(source)
             XCTAssertLessThanOrEqual(difference(have, want), vectors.tolerance, vector.name)
             let tensor = vector.preprocessing.normalised(want)
@@ -60,10 +60,10 @@ final class VectorTests: XCTestCase {
         }
     }
 
-    /// The other filter, and the picture turned, are noticed.
+    /// The other filter, and the image turned, are noticed.
     func testTheLimitCanFail() throws {
-        let square = try picture("square.expected.png")
-        XCTAssertGreaterThan(difference(square, try picture("bilinear.expected.png")), 1)
+        let square = try rgbImage("square.expected.png")
+        XCTAssertGreaterThan(difference(square, try rgbImage("bilinear.expected.png")), 1)
         XCTAssertGreaterThan(difference(square, square.upright(3)), 1)
         XCTAssertEqual(difference(square, square.upright(6).upright(8)), 0)
     }

@@ -1,9 +1,9 @@
 /** From an image file or a camera's frame to upright 8-bit RGB, with the bytes that are in the file. */
 
 import { ImageError, ToolchainError, reason } from "./errors";
-import type { Picture } from "./preprocess";
+import type { RgbImage } from "./preprocess";
 
-/** Pillow's: of a picture, over which it may be a bomb. */
+/** Pillow's: of an image, over which it may be a bomb. */
 const MAX_PIXELS = 178_956_970;
 const AS_STORED: ImageBitmapOptions = { premultiplyAlpha: "none", colorSpaceConversion: "none" };
 
@@ -11,7 +11,7 @@ const AS_STORED: ImageBitmapOptions = { premultiplyAlpha: "none", colorSpaceConv
  * Decode an image as Python does: EXIF rotation applied, alpha dropped without having touched the colours, no colour
  * conversion, 16 bits scaled. `name` is for messages. Throws ImageError.
  */
-export async function decode(blob: Blob, name = blob instanceof File ? blob.name : "image"): Promise<Picture> {
+export async function decode(blob: Blob, name = blob instanceof File ? blob.name : "image"): Promise<RgbImage> {
   let bitmap: ImageBitmap;
   try {
     bitmap = await createImageBitmap(blob, AS_STORED);
@@ -31,7 +31,7 @@ export async function decode(blob: Blob, name = blob instanceof File ? blob.name
  * The pixels of a bitmap that was made without premultiplied alpha. A canvas would premultiply them; a VideoFrame hands
  * them out as they are, and says how they are still to be turned.
  */
-export async function pixelsOf(bitmap: ImageBitmap): Promise<Picture> {
+export async function pixelsOf(bitmap: ImageBitmap): Promise<RgbImage> {
   if (typeof VideoFrame === "undefined")
     throw new ToolchainError("this browser has no WebCodecs, which pixels are read with", "use one of 2024 or newer");
   const frame = new VideoFrame(bitmap, { timestamp: 0 });
@@ -63,8 +63,8 @@ interface Turn {
   readonly flip?: boolean;
 }
 
-/** 4-byte pixels as they are stored -> RGB as they are to be seen: the picture is walked with other steps. */
-function upright(bytes: Uint8Array, { width, height, stride, red }: Layout, { rotation = 0, flip = false }: Turn): Picture {
+/** 4-byte pixels as they are stored -> RGB as they are to be seen: the image is walked with other steps. */
+function upright(bytes: Uint8Array, { width, height, stride, red }: Layout, { rotation = 0, flip = false }: Turn): RgbImage {
   const last = { column: 4 * (width - 1), row: stride * (height - 1) };
   const walks: Record<number, [start: number, right: number, down: number]> = {
     0: [0, 4, stride],

@@ -6,7 +6,7 @@ export { decode, pixelsOf } from "./decode";
 export { BundleError, EvmError, ImageError, ToolchainError, UsageError } from "./errors";
 export { Manifest } from "./manifest";
 export { Model, type ModelOptions, type Prediction } from "./model";
-export { Preprocessing, type Picture, type PreprocessingFacts } from "./preprocess";
+export { Preprocessing, type RgbImage, type PreprocessingFacts } from "./preprocess";
 export { PROVIDERS, type Choice, type Provider } from "./provider";
 export type { Check } from "./selftest";
 export { folderAt, folderOf, zipped, type Source } from "./source";

@@ -6,13 +6,13 @@ import { decode } from "./decode";
 import { BundleError, UsageError } from "./errors";
 import { checkInterface, checkScores } from "./interface";
 import type { Manifest } from "./manifest";
-import type { Picture } from "./preprocess";
+import type { RgbImage } from "./preprocess";
 import { chooseProvider, type Choice, type Provider } from "./provider";
 import { Runtime, runBatched } from "./runtime";
 import { selftest, type Check } from "./selftest";
 import { float32, uint8, type Tensor, type Tensors, type TensorSpec } from "./tensor";
 
-/** One class of a picture. score: probability, 0..1. */
+/** One class of an image. score: probability, 0..1. */
 export interface Prediction {
   readonly label: string;
   readonly index: number;
@@ -27,7 +27,7 @@ export interface ModelOptions {
 
 export class Model {
   readonly manifest: Manifest;
-  /** What the last picture took, in milliseconds. */
+  /** What the last image took, in milliseconds. */
   milliseconds = { preprocessing: 0, inference: 0 };
 
   private constructor(
@@ -73,14 +73,14 @@ export class Model {
 
   /** The `top` most probable classes of an image file, best first. Throws ImageError, UsageError, BundleError. */
   async classifyBlob(blob: Blob, top = 5): Promise<Prediction[]> {
-    return this.classifyPicture(await decode(blob), top);
+    return this.classifyRgb(await decode(blob), top);
   }
 
   /** The same of 8-bit RGB, row by row. */
   classify(rgb: Uint8Array, width: number, height: number, top = 5): Promise<Prediction[]> {
     if (width < 1 || height < 1 || rgb.length !== 3 * width * height)
       throw new UsageError(`array image must be uint8 HxWx3, got ${rgb.length} bytes for [${height}, ${width}, 3]`);
-    return this.classifyPicture({ rgb, width, height }, top);
+    return this.classifyRgb({ rgb, width, height }, top);
   }
 
   /** One inference on tensors named and shaped as `inputs`. Throws UsageError naming what does not fit. */
@@ -105,12 +105,12 @@ export class Model {
     return this.runtime.close();
   }
 
-  private async classifyPicture(picture: Picture, top: number): Promise<Prediction[]> {
+  private async classifyRgb(rgbImage: RgbImage, top: number): Promise<Prediction[]> {
     const { head, batch, preprocessing } = this.manifest;
     if (!this.manifest.classifies) throw new UsageError(`this bundle gives ${head}, not classes`, "use run(feeds)");
     if (!(top >= 1)) throw new UsageError(`top is ${top}, it must be at least 1`);
     const start = performance.now();
-    const input = this.input(preprocessing.pixels(picture));
+    const input = this.input(preprocessing.pixels(rgbImage));
     const ready = performance.now();
     const outputs = await runBatched(this.runtime, batch, input);
     this.milliseconds = { preprocessing: ready - start, inference: performance.now() - ready };

@@ -1,4 +1,4 @@
-/** From a picture to the pixels a model reads, to the last bit as evm-deploy's Python makes them with Pillow. */
+/** From an image to the pixels a model reads, to the last bit as evm-deploy's Python makes them with Pillow. */
 
 import { ImageError } from "./errors";
 import { resizedCrop, type Interpolation } from "./resize";
@@ -6,7 +6,7 @@ import { resizedCrop, type Interpolation } from "./resize";
 export const MAX_SIDE = 8192;
 
 /** 8-bit RGB, row by row, upright. name: of its file, for messages. */
-export interface Picture {
+export interface RgbImage {
   readonly name?: string;
   readonly rgb: Uint8Array;
   readonly width: number;
@@ -22,7 +22,7 @@ export interface PreprocessingFacts {
   readonly std: readonly [number, number, number];
 }
 
-/** Resize so that the picture covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std. */
+/** Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std. */
 export class Preprocessing {
   readonly height: number;
   readonly width: number;
@@ -31,9 +31,9 @@ export class Preprocessing {
     [this.height, this.width] = facts.size;
   }
 
-  /** -> the model's (H, W, 3) uint8. Throws ImageError for a picture too narrow to be cropped. */
-  pixels(picture: Picture): Uint8Array {
-    const { width, height, name } = picture;
+  /** -> the model's (H, W, 3) uint8. Throws ImageError for an image too narrow to be cropped. */
+  pixels(rgbImage: RgbImage): Uint8Array {
+    const { width, height, name } = rgbImage;
     const [newHeight, newWidth] = this.covering(width, height);
     if (Math.max(newHeight, newWidth) > 100 * Math.max(this.height, this.width))
       throw new ImageError(
@@ -41,7 +41,7 @@ export class Preprocessing {
         "",
         { code: "image.narrow" },
       );
-    return resizedCrop(picture, this.facts.interpolation, {
+    return resizedCrop(rgbImage, this.facts.interpolation, {
       ...{ newWidth, newHeight, width: this.width, height: this.height },
       left: roundHalfEven((newWidth - this.width) / 2),
       top: roundHalfEven((newHeight - this.height) / 2),
@@ -60,14 +60,14 @@ export class Preprocessing {
     return tensor;
   }
 
-  /** The part of a picture that the model sees, in the picture's pixels. */
+  /** The part of an image that the model sees, in the image's pixels. */
   seen(width: number, height: number): { x: number; y: number; width: number; height: number } {
     const [newHeight, newWidth] = this.covering(width, height);
     const [w, h] = [(this.width * width) / newWidth, (this.height * height) / newHeight];
     return { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h };
   }
 
-  /** [H, W] that a picture is resized to before the crop. */
+  /** [H, W] that an image is resized to before the crop. */
   private covering(width: number, height: number): [number, number] {
     const wantHeight = roundHalfEven(this.height / this.facts.crop_pct);
     const wantWidth = roundHalfEven(this.width / this.facts.crop_pct);

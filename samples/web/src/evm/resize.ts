@@ -10,7 +10,7 @@ export type Interpolation = (typeof INTERPOLATIONS)[number];
 const PRECISION_BITS = 22;
 const HALF = 1 << (PRECISION_BITS - 1);
 
-/** What is shown of the resized picture: a rectangle of newWidth x newHeight. All in pixels. */
+/** What is shown of the resized image: a rectangle of newWidth x newHeight. All in pixels. */
 export interface Crop {
   readonly newWidth: number;
   readonly newHeight: number;
@@ -26,19 +26,19 @@ interface Taps {
   readonly weights: readonly Int32Array[];
 }
 
-/** picture: 8-bit RGB -> the crop of it resized, 8-bit RGB. */
+/** image: 8-bit RGB -> the crop of it resized, 8-bit RGB. */
 export function resizedCrop(
-  picture: { rgb: Uint8Array; width: number; height: number },
+  image: { rgb: Uint8Array; width: number; height: number },
   interpolation: Interpolation,
   crop: Crop,
 ): Uint8Array {
   const filter = FILTERS[interpolation];
-  const across = taps(picture.width, crop.newWidth, crop.left, crop.width, filter);
-  const down = taps(picture.height, crop.newHeight, crop.top, crop.height, filter);
+  const across = taps(image.width, crop.newWidth, crop.left, crop.width, filter);
+  const down = taps(image.height, crop.newHeight, crop.top, crop.height, filter);
   const top = down.first[0]!;
   const bottom = down.first.at(-1)! + down.weights.at(-1)!.length;
-  const rows = picture.rgb.subarray(3 * picture.width * top, 3 * picture.width * bottom);
-  const narrow = horizontal(rows, picture.width, across);
+  const rows = image.rgb.subarray(3 * image.width * top, 3 * image.width * bottom);
+  const narrow = horizontal(rows, image.width, across);
   return vertical(narrow, 3 * crop.width, { ...down, first: down.first.map((row) => row - top) });
 }
 

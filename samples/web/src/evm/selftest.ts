@@ -1,4 +1,4 @@
-/** The self-test in every bundle: a picture's pixels, the model's outputs, each scan alone against a float64 loop. */
+/** The self-test in every bundle: an image's pixels, the model's outputs, each scan alone against a float64 loop. */
 
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
@@ -23,8 +23,8 @@ export interface Check {
 export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOptions): Promise<Check[]> {
   const { manifest } = bundle;
   const [probes, scans] = [await tensors(bundle, PROBES), bySite(bundle, await tensors(bundle, SCANS))];
-  const picture = await decode(new Blob([await bundle.read("selftest/picture.png")]), "selftest/picture.png");
-  const pixels = manifest.preprocessing.pixels(picture);
+  const rgbImage = await decode(new Blob([await bundle.read("selftest/picture.png")]), "selftest/picture.png");
+  const pixels = manifest.preprocessing.pixels(rgbImage);
   const { height, width } = manifest.preprocessing;
   const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, 3] });
   const checks = [check("preprocessing (of 255)", distance(pixels, data), manifest.pixelLimit)];

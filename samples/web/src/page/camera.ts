@@ -10,7 +10,7 @@ export function running(): boolean {
 }
 
 /** Starts the camera; `frame` is called for as long as it runs, each time when the last call is done. */
-export async function start(started: () => void, frame: (picture: ImageBitmap) => Promise<void>): Promise<void> {
+export async function start(started: () => void, frame: (image: ImageBitmap) => Promise<void>): Promise<void> {
   const mine = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   stream = mine;
   video.srcObject = mine;

@@ -1,8 +1,8 @@
-/** What a person gave the page: a picture, or a bundle as its zip or folder. */
+/** What a person gave the page: an image, or a bundle as its zip or folder. */
 
 import type { Place } from "./worker";
 
-export type Given = { picture: File } | { bundle: Place };
+export type Given = { image: File } | { bundle: Place };
 
 /** What was dropped or pasted; null for nothing of use, and for several things. To be called while the event is handled. */
 export async function given(data: DataTransfer): Promise<Given | null> {
@@ -15,7 +15,7 @@ export async function given(data: DataTransfer): Promise<Given | null> {
 }
 
 export function ofFile(file: File): Given {
-  return file.name.endsWith(".zip") ? { bundle: { zip: file } } : { picture: file };
+  return file.name.endsWith(".zip") ? { bundle: { zip: file } } : { image: file };
 }
 
 /** Of an <input webkitdirectory>: paths begin with the folder's name. */

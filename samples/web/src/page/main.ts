@@ -7,7 +7,7 @@ import { given, ofFile, ofFolder, type Given } from "./dropped";
 import { keepOffline } from "./offline";
 import { showBundle, showChecks, showLatency, showNoProblem, showNoTop, showProblem, showTop } from "./results";
 import { Remote } from "./rpc";
-import { showNothing, showPicture, showVideo } from "./stage";
+import { showNothing, showImage, showVideo } from "./stage";
 import type { Engine, Opened, Place } from "./worker";
 
 const TOP = 5;
@@ -25,7 +25,7 @@ async function open(place: Place, options = asked()): Promise<void> {
     bundle = await engine.call("open", [place, options]);
     showNoProblem();
     showNothing();
-    showNoTop(!bundle.classes ? "Feature maps, no classes" : "No picture yet");
+    showNoTop(!bundle.classes ? "Feature maps, no classes" : "No image yet");
   } catch (error) {
     const wasm = (): void => void open(place, { ...options, provider: "wasm" });
     showProblem(error, options.provider === "wasm" ? undefined : wasm);
@@ -36,12 +36,12 @@ async function open(place: Place, options = asked()): Promise<void> {
   enable();
 }
 
-async function classify(picture: File): Promise<void> {
+async function classify(image: File): Promise<void> {
   if (!bundle) return;
   stopCamera();
   await busy(async ({ preprocessing }) => {
-    await showPicture(picture, preprocessing);
-    showTop(await engine.call("classify", [picture, TOP]));
+    await showImage(image, preprocessing);
+    showTop(await engine.call("classify", [image, TOP]));
   }, noAnswer);
 }
 
@@ -100,9 +100,9 @@ function enable(): void {
 }
 
 function take(what: Given | null): void {
-  if (!what) showProblem(new EvmError("that was neither a picture nor a bundle", "one picture, or one bundle: its zip or folder"));
+  if (!what) showProblem(new EvmError("that was neither an image nor a bundle", "one image, or one bundle: its zip or folder"));
   else if ("bundle" in what) void open(what.bundle);
-  else void classify(what.picture);
+  else void classify(what.image);
 }
 
 /** `?provider=wasm&threads=1` */
@@ -136,7 +136,7 @@ function dropped(): void {
   });
 }
 
-dialogue("choose", "picture-input", (files) => ofFile(files[0]!));
+dialogue("choose", "image-input", (files) => ofFile(files[0]!));
 dialogue("choose-zip", "zip-input", (files) => ({ bundle: { zip: files[0]! } }));
 dialogue("choose-folder", "folder-input", ofFolder);
 dropped();

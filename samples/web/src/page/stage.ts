@@ -1,9 +1,9 @@
-/** The picture or the camera, and what of it the model sees. */
+/** The image or the camera, and what of it the model sees. */
 
 import { Preprocessing, type PreprocessingFacts } from "../evm";
 import { at } from "./dom";
 
-/** Pixels a side, under which a picture is shown as squares. */
+/** Pixels a side, under which an image is shown as squares. */
 const SMALL = 64;
 const MAX_CANVAS = 1024;
 
@@ -11,8 +11,8 @@ const frame = at("frame");
 const canvas = at<HTMLCanvasElement>("canvas");
 const video = at<HTMLVideoElement>("video");
 
-/** Show a picture. Nothing happens for a file that is none: the worker says so. */
-export async function showPicture(file: Blob, facts: PreprocessingFacts): Promise<void> {
+/** Show an image. Nothing happens for a file that is none: the worker says so. */
+export async function showImage(file: Blob, facts: PreprocessingFacts): Promise<void> {
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) return;
   const { width, height } = bitmap;

@@ -122,14 +122,14 @@ struct Tensor {
 using Feeds = std::map<std::string, TensorView>;
 using Tensors = std::map<std::string, Tensor>;
 
-// Resize so that the picture covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
+// Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
 struct EVM_API Preprocessing {
     int height = 224, width = 224;
     double crop_pct = 0.875;
     std::string interpolation = "bicubic";  // or bilinear
     std::array<double, 3> mean{0.485, 0.456, 0.406}, std_dev{0.229, 0.224, 0.225};
 
-    // height x width x 3, 8-bit RGB, what Pillow makes of it. Raises ImageError for a picture too narrow, or empty.
+    // height x width x 3, 8-bit RGB, what Pillow makes of it. Raises ImageError for an image too narrow, or empty.
     std::vector<std::uint8_t> pixels(const Image &image) const;
     // n x height x width x 3 pixels -> n x 3 x height x width: what a model does itself when its input is `image`.
     std::vector<float> normalise(const std::vector<std::uint8_t> &pixels) const;
@@ -169,7 +169,7 @@ struct Check {
     bool ok() const { return error <= limit; }
 };
 
-// batch: 0, the smallest that the bundle takes. end_to_end: from the picture of the self-test, decoded, to its five best classes.
+// batch: 0, the smallest that the bundle takes. end_to_end: from the image of the self-test, decoded, to its five best classes.
 struct BenchSettings {
     int batch = 0;
     bool end_to_end = false;

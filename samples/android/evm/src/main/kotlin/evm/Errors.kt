@@ -17,7 +17,7 @@ open class EvmException(
 class BundleException(message: String, hint: String = "", code: String = "", where: String = "") :
     EvmException(message, hint, code, where)
 
-/** A picture that cannot be read. */
+/** An image that cannot be read. */
 class ImageException(message: String, hint: String = "", code: String = "") : EvmException(message, hint, code)
 
 /** The runtime, or a native library, that does not load or run. */

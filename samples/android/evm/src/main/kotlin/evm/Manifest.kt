@@ -92,7 +92,7 @@ internal class Limits(parity: Value, selftest: Value) {
     private fun limits(key: String) = told?.at(key)?.members().orEmpty().mapValues { it.value.number(0.0) }
 }
 
-/** Pictures per inference: [min] to [max], null for any number. */
+/** Images per inference: [min] to [max], null for any number. */
 class Batch private constructor(val min: Int, val max: Int?) {
     companion object {
         internal fun of(value: Value): Batch {

@@ -18,7 +18,7 @@ fun interface Runtimes {
     fun open(artifact: File, library: File?): Runtime
 }
 
-/** One class of a picture. [score]: probability, 0..1. */
+/** One class of an image. [score]: probability, 0..1. */
 data class Prediction(val label: String, val index: Int, val score: Double)
 
 /** An opened bundle: [pixels], then [classify]; [selfTest] on this device. Safe to use from several threads. */
@@ -40,11 +40,11 @@ class Model private constructor(
         }
     }
 
-    /** What the model reads of [picture]: in any thread. Throws [ImageException]. */
-    fun pixels(picture: Picture, name: String = "image"): Picture = manifest.preprocessing.pixels(picture, name)
+    /** What the model reads of [image]: in any thread. Throws [ImageException]. */
+    fun pixels(image: RgbImage, name: String = "image"): RgbImage = manifest.preprocessing.pixels(image, name)
 
     /** The [top] most probable classes of [pixels], best first. Throws [UsageException], [BundleException]. */
-    fun classify(pixels: Picture, top: Int = 5): List<Prediction> {
+    fun classify(pixels: RgbImage, top: Int = 5): List<Prediction> {
         if (!manifest.classifies) {
             throw UsageException("this bundle gives ${manifest.head}, not classes", "use run(feeds)")
         }
@@ -64,10 +64,10 @@ class Model private constructor(
         return best(if (manifest.head == "probs") scores else softmax(scores), top)
     }
 
-    /** The median of [runs] inferences of a grey picture, in milliseconds, after one that warms up. */
+    /** The median of [runs] inferences of a grey image, in milliseconds, after one that warms up. */
     fun medianMs(runs: Int): Double {
         val (height, width) = manifest.preprocessing.run { height to width }
-        val grey = input(Picture(width, height, ByteArray(3 * width * height) { 127 }))
+        val grey = input(RgbImage(width, height, ByteArray(3 * width * height) { 127 }))
         val feeds = mapOf(manifest.inputs[0].name to grey.rows(0, 1, least = manifest.batch.min))
         val times = List(runs + 1) {
             val start = System.nanoTime()
@@ -80,13 +80,13 @@ class Model private constructor(
     /** One inference on tensors as the manifest names them. */
     fun run(feeds: Map<String, Tensor>): Map<String, Tensor> = runtime.run(feeds)
 
-    /** Preprocessing, outputs and scans against the expected values in the bundle. [decode]: PNG -> upright picture. */
-    fun selfTest(decode: (File) -> Picture): List<Check> =
+    /** Preprocessing, outputs and scans against the expected values in the bundle. [decode]: PNG -> upright image. */
+    fun selfTest(decode: (File) -> RgbImage): List<Check> =
         selfTest(bundle, runtime, decode) { runtimes.open(it, library) }
 
     override fun close() = runtime.close()
 
-    private fun input(pixels: Picture): Tensor =
+    private fun input(pixels: RgbImage): Tensor =
         if (manifest.input == "image") Tensor.of(listOf(1, pixels.height, pixels.width, 3), pixels.rgb)
         else Tensor.of(listOf(1, 3, pixels.height, pixels.width), manifest.preprocessing.normalised(pixels))
 
@@ -124,7 +124,7 @@ class Model private constructor(
             manifest.plugins[platform]?.let { return bundle.file(it) }
             val has = manifest.plugins.keys.joinToString().ifEmpty { "none" }
             val message = "this bundle has no native library for $platform; it has: $has"
-            throw UsageException(message, "export it with --device")
+            throw UsageException(message, "export it with --platform")
         }
     }
 }

@@ -6,7 +6,7 @@ import kotlin.math.round
 private const val MAX_SIDE = 8192L
 
 /**
- * From a picture to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased, and the
+ * From an image to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased, and the
  * centre cropped. [mean] and [std] are of channels scaled to 0..1.
  */
 class Preprocessing private constructor(
@@ -17,28 +17,28 @@ class Preprocessing private constructor(
     private val mean: List<Float>,
     private val std: List<Float>,
 ) {
-    /** [height] x [width] RGB. [name] is the picture's in errors. Throws [ImageException]. */
-    fun pixels(picture: Picture, name: String = "image"): Picture {
+    /** [height] x [width] RGB. [name] is the image's in errors. Throws [ImageException]. */
+    fun pixels(image: RgbImage, name: String = "image"): RgbImage {
         val wantHeight = covered(height)
         val wantWidth = covered(width)
-        val heightDecides = wantHeight * picture.width >= wantWidth * picture.height
+        val heightDecides = wantHeight * image.width >= wantWidth * image.height
         val covers =
-            if (heightDecides) wantHeight to (wantHeight * picture.width / picture.height)
-            else (wantWidth * picture.height / picture.width) to wantWidth
+            if (heightDecides) wantHeight to (wantHeight * image.width / image.height)
+            else (wantWidth * image.height / image.width) to wantWidth
         val newHeight = max(covers.first, height.toLong())
         val newWidth = max(covers.second, width.toLong())
         if (max(newHeight, newWidth) > 100L * max(height, width)) {
-            val shape = "${picture.width}x${picture.height}"
+            val shape = "${image.width}x${image.height}"
             throw ImageException("$name is $shape: too narrow to be cropped to ${width}x$height", code = "image.narrow")
         }
         val crop = Crop(centre(newWidth, width), centre(newHeight, height), width, height)
-        return picture.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
+        return image.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
     }
 
     private fun covered(side: Int): Long = round(side / cropPct).coerceAtMost(1e9).toLong() // nobody resizes to more
 
     /** Channels first, as a model exported with `--input tensor` reads them; others normalise themselves. */
-    fun normalised(pixels: Picture): FloatArray {
+    fun normalised(pixels: RgbImage): FloatArray {
         val plane = pixels.width * pixels.height
         return FloatArray(3 * plane) {
             val channel = it / plane

@@ -4,7 +4,7 @@ import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.min
 
-/** How far a resampling filter reaches, and its weight at a distance, in pixels of the smaller picture. */
+/** How far a resampling filter reaches, and its weight at a distance, in pixels of the smaller image. */
 enum class Filter(val support: Double, val weight: (Double) -> Double) {
     BILINEAR(1.0, { x -> max(0.0, 1 - abs(x)) }),
     BICUBIC(2.0, { x -> cubic(abs(x)) }),
@@ -17,14 +17,14 @@ private fun cubic(x: Double) = when {
     else -> 0.0
 }
 
-/** A part of a picture of the size [width] x [height]. */
+/** A part of an image of the size [width] x [height]. */
 class Crop(val left: Int, val top: Int, val width: Int, val height: Int)
 
 /**
- * This picture resized to [toWidth] x [toHeight], antialiased, of which [crop] is kept: Pillow's arithmetic on 8-bit
- * pictures, to the bit. First along rows, then along columns, in fixed point, rounded to bytes in between.
+ * This image resized to [toWidth] x [toHeight], antialiased, of which [crop] is kept: Pillow's arithmetic on 8-bit
+ * images, to the bit. First along rows, then along columns, in fixed point, rounded to bytes in between.
  */
-fun Picture.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): Picture {
+fun RgbImage.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): RgbImage {
     val across = windows(width, toWidth, crop.left, crop.width, filter)
     val down = windows(height, toHeight, crop.top, crop.height, filter)
     val first = down.minOf { it.start }
@@ -33,7 +33,7 @@ fun Picture.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): Pi
     for (y in 0 until rows) alongRow(rgb, 3 * (first + y) * width, across, narrow, 3 * y * crop.width)
     val out = ByteArray(crop.height * crop.width * 3)
     for ((y, window) in down.withIndex()) alongColumns(narrow, window, first, 3 * crop.width, out, 3 * y * crop.width)
-    return Picture(crop.width, crop.height, out)
+    return RgbImage(crop.width, crop.height, out)
 }
 
 private const val PRECISION_BITS = 22

@@ -24,14 +24,14 @@ private const val ROUNDING = 4 * 1.1920929e-7 // of y in float32, before skip * 
 internal fun selfTest(
     bundle: Bundle,
     runtime: Runtime,
-    decode: (File) -> Picture,
+    decode: (File) -> RgbImage,
     open: (File) -> Runtime,
 ): List<Check> {
     val manifest = bundle.manifest
     val tensors = read(bundle, PROBES)
     val scans = scans(bundle)
-    val picture = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
-    val pixels = Tensor.of(listOf(picture.height, picture.width, 3), picture.rgb)
+    val rgbImage = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
+    val pixels = Tensor.of(listOf(rgbImage.height, rgbImage.width, 3), rgbImage.rgb)
     val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
     val checks = mutableListOf(Check("preprocessing (of 255)", off, manifest.limits.preprocessing))
     val images = tensors[manifest.input]?.takeIf { it.shape.isNotEmpty() && 0 !in it.shape }

@@ -15,7 +15,7 @@ import evm.Check
 import evm.EvmException
 import evm.ImageException
 import evm.Model
-import evm.Picture
+import evm.RgbImage
 import java.io.File
 import java.io.IOException
 import java.util.concurrent.Executors
@@ -23,13 +23,13 @@ import java.util.concurrent.Executors
 private const val RUNS = 20
 private const val THREADS = 4 // as the device profile `android`
 
-/** Choose or take a picture; its five most probable classes. All work is the worker's. */
+/** Choose or take an image; its five most probable classes. All work is the worker's. */
 class MainActivity : ComponentActivity() {
     private val worker = Executors.newSingleThreadExecutor()
     private lateinit var screen: Screen
     private var model: Model? = null // the worker's
 
-    private val choose = registerForActivityResult(PickVisualMedia()) { picture -> picture?.let(::classify) }
+    private val choose = registerForActivityResult(PickVisualMedia()) { image -> image?.let(::classify) }
     private val camera = registerForActivityResult(TakePicture()) { taken -> if (taken) classify(shot()) }
 
     override fun onCreate(savedInstanceState: Bundle?) {
@@ -67,9 +67,9 @@ class MainActivity : ComponentActivity() {
 
     private fun classified(uri: Uri): Found {
         val model = opened()
-        val picture = decoded(read(uri), uri.lastPathSegment ?: "picture")
+        val image = decoded(read(uri), uri.lastPathSegment ?: "image")
         val start = System.nanoTime()
-        val pixels = model.pixels(picture)
+        val pixels = model.pixels(image)
         val ready = System.nanoTime()
         val predictions = model.classify(pixels)
         return Found(bitmap(pixels), predictions, (ready - start) / 1e6, (System.nanoTime() - ready) / 1e6)
@@ -91,10 +91,10 @@ class MainActivity : ComponentActivity() {
     /** The model, opened where that did not work before; in the worker alone. */
     private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes(THREADS)).also { model = it }
 
-    /** Where camera apps put their picture. */
+    /** Where camera apps put their image. */
     private fun shot(): Uri {
         val folder = File(cacheDir, "camera").apply { mkdirs() }
-        return FileProvider.getUriForFile(this, "$packageName.pictures", File(folder, "shot.jpg"))
+        return FileProvider.getUriForFile(this, "$packageName.images", File(folder, "shot.jpg"))
     }
 
     private fun read(uri: Uri): ByteArray = try {
@@ -106,7 +106,7 @@ class MainActivity : ComponentActivity() {
 }
 
 /** What the model saw. */
-private fun bitmap(pixels: Picture): Bitmap {
+private fun bitmap(pixels: RgbImage): Bitmap {
     val colours = IntArray(pixels.width * pixels.height) { i ->
         (0..2).fold(0xFF) { colour, channel -> (colour shl 8) or (pixels.rgb[3 * i + channel].toInt() and 0xFF) }
     }

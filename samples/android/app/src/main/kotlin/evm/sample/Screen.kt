@@ -17,18 +17,18 @@ import evm.Check
 import evm.EvmException
 import evm.Prediction
 
-/** A picture as the model saw it, its classes, and what they took. */
+/** An image as the model saw it, its classes, and what they took. */
 class Found(val seen: Bitmap, val predictions: List<Prediction>, val preprocessingMs: Double, val inferenceMs: Double)
 
-/** What a person sees: the picture, three buttons, what was found. For the main thread. */
+/** What a person sees: the image, three buttons, what was found. For the main thread. */
 class Screen(private val activity: Activity, onChoose: () -> Unit, onCamera: () -> Unit, onSelfTest: () -> Unit) {
     private val image = ImageView(activity).apply {
         adjustViewBounds = true
         maxHeight = px(320)
-        contentDescription = "the picture"
+        contentDescription = "the image"
     }
     private val buttons =
-        listOf(button("Picture", onChoose), button("Camera", onCamera), button("Self-test", onSelfTest))
+        listOf(button("Image", onChoose), button("Camera", onCamera), button("Self-test", onSelfTest))
     private val status = TextView(activity).apply { setPadding(0, px(12), 0, px(12)) }
     private val results = column()
 

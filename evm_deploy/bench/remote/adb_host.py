@@ -23,9 +23,9 @@ from typing import Any
 from evm_deploy._util.progress import Step
 from evm_deploy.bench.device import State
 from evm_deploy.bench.latency import throughput
+from evm_deploy.bench.measurable import batch_size, bundle_facts
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import perf_test
-from evm_deploy.bench.subject import batch_size, bundle_facts
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.errors import ToolchainError, UsageError
@@ -63,7 +63,7 @@ class AdbError(ToolchainError):
     """A command that adb passed on failed."""
 
 
-class Phone:
+class AdbHost:
     """An Android device with the runner on it, in a folder that is removed on leaving. Called as `bench.run.bench`.
 
     Raises ToolchainError for a device that adb does not reach, a runner that fails, results that are none.
@@ -80,7 +80,7 @@ class Phone:
         atexit.register(self._clear)  # an interrupted command ends without leaving `with` blocks
         self._device = self._facts()
 
-    def __enter__(self) -> Phone:
+    def __enter__(self) -> AdbHost:
         return self
 
     def __exit__(

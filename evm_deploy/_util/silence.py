@@ -28,7 +28,7 @@ _muted = _Muted()
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Inside, of this thread only errors come through: no logging below that, no warnings, no stdout, no tqdm bars.
 
     One thread at a time, the others wait; a thread that is inside may enter again. When the last leaves, nothing is

@@ -9,7 +9,7 @@ from evm_deploy.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Request:
+class QuantizationConfig:
     """Settings of one quantisation; see ExportPlan, and ModelSpec for the last four."""
 
     precision: str

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
-from evm_deploy.bench.layers import layers
+from evm_deploy.bench.layers import measure_layers
 from evm_deploy.bench.record import Settings
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
@@ -24,7 +24,7 @@ TOP = 5  # classes, end to end
 TORCH = "torch"
 
 
-class Subject(Protocol):
+class Measurable(Protocol):
     """Opened, with its runtime loaded; closed by leaving its `with` block.
 
     facts, runtime: as the Record has them. batch: what it takes. milliseconds: parts of the last run on the device.
@@ -40,14 +40,14 @@ class Subject(Protocol):
     def milliseconds(self) -> Mapping[str, float]: ...
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
-        """The function to time, on seeded pictures: from arrays to arrays, or end to end."""
+        """The function to time, on seeded images: from arrays to arrays, or end to end."""
         ...
 
     def layers(self, batch: int) -> dict[str, Any]:
         """As the Record has them."""
         ...
 
-    def __enter__(self) -> Subject: ...
+    def __enter__(self) -> Measurable: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,7 +75,7 @@ class MeasuredBundle:
         return {
             "versions": dict(self.model.target.availability().versions),
             "scan": asdict(self.model.scan),
-            "plan": dict(self.model.plan()),
+            "plan": dict(self.model.compute_plan()),
         }
 
     @property
@@ -84,13 +84,13 @@ class MeasuredBundle:
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
         if timed == "end-to-end":
-            pictures = [self.model.bundle.path / "selftest" / "picture.png"] * batch
-            return lambda: self.model.predict(pictures, top=TOP)
+            images = [self.model.bundle.path / "selftest" / "picture.png"] * batch
+            return lambda: self.model.predict(images, top=TOP)
         feeds = examples(self.model, batch)
         return lambda: self.model.run(feeds)
 
     def layers(self, batch: int) -> dict[str, Any]:
-        return layers(self.model, examples(self.model, batch))
+        return measure_layers(self.model, examples(self.model, batch))
 
     def __enter__(self) -> MeasuredBundle:
         return self
@@ -128,13 +128,13 @@ def examples(model: LoadedBundle, batch: int) -> Feeds:
     from safetensors.numpy import load_file
 
     (name,) = model.inputs
-    probes = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
-    return {name: repeated(probes, batch)}
+    test_inputs = load_file(model.bundle.path / "selftest" / "probes.safetensors")[model.manifest.plan["input"]]
+    return {name: repeated(test_inputs, batch)}
 
 
-def repeated(probes: NDArray[Any], batch: int) -> NDArray[Any]:
-    """As many of the probes as a batch takes, one after the other."""
-    return np.resize(probes, (batch, *probes.shape[1:])).copy()
+def repeated(test_inputs: NDArray[Any], batch: int) -> NDArray[Any]:
+    """As many of the test_inputs as a batch takes, one after the other."""
+    return np.resize(test_inputs, (batch, *test_inputs.shape[1:])).copy()
 
 
 def batch_size(batch: Batch, asked: int | None) -> int:

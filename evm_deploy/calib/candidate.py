@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.onnx import constants_sha256
 from evm_deploy._util.progress import Step
+from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.quantize import Layer, activations, below_any, quantize
-from evm_deploy.calib.request import Request
-from evm_deploy.calib.smooth import foldings, smooth
+from evm_deploy.calib.quantize import Layer, activations, below_any, insert_qdq
+from evm_deploy.calib.smooth import smooth, smooth_groups
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.runtimes.base import Runtime
@@ -30,7 +30,7 @@ GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the conv
 
 
 @dataclass(frozen=True)
-class Source:
+class QuantizationCandidate:
     """A float network, its layers that can be quantised, and the ranges of their activations, where these are too.
 
     paths: modules that fall back to float as a whole (ModelSpec.blocks).
@@ -51,7 +51,7 @@ class Source:
     def quantized(self, blocks: Collection[str]) -> Any:
         """The network with these blocks quantised."""
         chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
-        return (self.rewrite or quantize)(self.model, chosen, self.ranges)
+        return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges)
 
     def block_of(self, layer: Layer) -> str:
         """The module that a layer is kept in float with: one of `paths`, else the first part of its own path."""
@@ -59,46 +59,46 @@ class Source:
         return max(around, key=len, default=layer.module.split(".")[0])
 
 
-def sources(
+def make_candidates(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
     images: ImageSet | None,
-    request: Request,
+    config: QuantizationConfig,
     plugin: Path | None,
     step: Step,
-) -> dict[str, Source]:
+) -> dict[str, QuantizationCandidate]:
     """What may be quantised: `off`, the graph as it is; `on`, smoothed; or for `auto` both. Calibrated on `images`.
 
     Only `off` where there is nothing to smooth, and without images: weights alone gain nothing by it.
     """
     if images is None:
-        return {"off": Source(model, layers, request.blocks)}
+        return {"off": QuantizationCandidate(model, layers, config.blocks)}
     keys = activations(layers)
     identity = {
-        "checkpoint_sha256": request.checkpoint_sha256,
+        "checkpoint_sha256": config.checkpoint_sha256,
         "graph": GRAPH_VERSION,
-        "input": request.input,
+        "input": config.input,
         "images": {"count": len(images), "sha256": images.digest()},
         "activations": sorted(set(keys.values())),
     }
 
     def calibrated(graph: onnx.ModelProto, what: str, axes: Mapping[str, int], **facts: Any) -> CalibrationTable:
         with step("calibrate", f"{len(images)} images, {what}") as progress:
-            measured = _activations(graph, keys, axes, images, request.input, plugin)
+            measured = _activations(graph, keys, axes, images, config.input, plugin)
             return calibrate({**identity, **facts}, measured, progress=progress)
 
-    axes = {} if request.smooth == "off" else _channel_axes(model, keys)
+    axes = {} if config.smooth == "off" else _channel_axes(model, keys)
     if not axes:
-        table = calibrated(model, request.method, axes)
-        return {"off": Source(model, layers, request.blocks, table, table.ranges(request.method))}
+        table = calibrated(model, config.method, axes)
+        return {"off": QuantizationCandidate(model, layers, config.blocks, table, table.ranges(config.method))}
     found = {}
-    table = calibrated(model, f"{request.method}, by channel", axes, channels=sorted({keys[name] for name in axes}))
-    if request.smooth == "auto":
-        found["off"] = Source(model, layers, request.blocks, table, table.ranges(request.method))
+    table = calibrated(model, f"{config.method}, by channel", axes, channels=sorted({keys[name] for name in axes}))
+    if config.smooth == "auto":
+        found["off"] = QuantizationCandidate(model, layers, config.blocks, table, table.ranges(config.method))
     smoothed = copy.deepcopy(model)
     smooth(smoothed, {name: table.channel_maxima[keys[name]] for name in axes})
-    table = calibrated(smoothed, f"{request.method}, smoothed", {}, smoothed=constants_sha256(smoothed))
-    return {**found, "on": Source(smoothed, layers, request.blocks, table, table.ranges(request.method))}
+    table = calibrated(smoothed, f"{config.method}, smoothed", {}, smoothed=constants_sha256(smoothed))
+    return {**found, "on": QuantizationCandidate(smoothed, layers, config.blocks, table, table.ranges(config.method))}
 
 
 def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:
@@ -111,7 +111,7 @@ def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any
 
 def _channel_axes(model: onnx.ModelProto, keys: Mapping[str, str]) -> dict[str, int]:
     """By activation that can be smoothed and will be int8: the axis of its channels."""
-    return {read.tensor: read.axis for each in foldings(model) for read in each.reads if read.tensor in keys}
+    return {read.tensor: read.axis for each in smooth_groups(model) for read in each.reads if read.tensor in keys}
 
 
 def _activations(

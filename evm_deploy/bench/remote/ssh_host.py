@@ -31,10 +31,10 @@ COMMON = (
     Requirement("safetensors", "safetensors", "0.4"),
     Requirement("fastjsonschema", "fastjsonschema", "2.21"),
 )
-PICTURES = Requirement("PIL", "pillow", "10")
+IMAGES = Requirement("PIL", "pillow", "10")
 
 
-class Board:
+class SshHost:
     """A board with the agent on it. Called as `bench.run.bench`; raises the same, and ToolchainErrors of the board's.
 
     platform: as in platforms.py.
@@ -85,7 +85,7 @@ class Board:
     def _require(self, bundle: Bundle, settings: Settings) -> None:
         """Raise ToolchainError, saying what to install, unless the board has what the bundle needs."""
         target = runtime_of(bundle.manifest.target, bundle.path)
-        needs = (*COMMON, *target.needs, *((PICTURES,) if settings.timed == "end-to-end" else ()))
+        needs = (*COMMON, *target.needs, *((IMAGES,) if settings.timed == "end-to-end" else ()))
         versions = self._check([module for need in needs for module in need.modules])["versions"]
         found = {need: next((v for v in map(versions.get, need.modules) if v is not None), None) for need in needs}
         wrong = {need: version for need, version in found.items() if not need.met_by(version)}
@@ -131,4 +131,4 @@ def no_library(manifest: Manifest, record: Record, platform: str) -> list[str]:
     could = "plugin" in manifest.scan["value"].split("+")
     if not could or record.runtime["scan"]["value"] != "portable" or platform in manifest.plugins:
         return []
-    return [f"scans ran in their portable form: the bundle has no native library for {platform} (evm-export --device)"]
+    return [f"portable scans: the bundle has no native library for {platform} (evm-export --platform {platform})"]

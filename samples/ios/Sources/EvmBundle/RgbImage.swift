@@ -1,4 +1,4 @@
-// RGB bytes of a picture, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as
+// RGB bytes of an image, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as
 // the file has them, whatever its colour profile.
 // NOT COMPILED BY THIS PROJECT.
 import Accelerate
@@ -6,7 +6,7 @@ import Foundation
 import ImageIO
 
 /// RGB bytes, row by row, `width` * `height` * 3 of them.
-public struct Picture: Sendable {
+public struct RgbImage: Sendable {
     public let width: Int
     public let height: Int
     public let rgb: [UInt8]
@@ -16,14 +16,14 @@ public struct Picture: Sendable {
         (self.width, self.height, self.rgb) = (width, height, rgb)
     }
 
-    /// A picture file. `name` is for errors. Throws EvmError.
+    /// An image file. `name` is for errors. Throws EvmError.
     public init(data: Data, name: String) throws {
         guard let source = CGImageSourceCreateWithData(data as CFData, nil),
             let image = CGImageSourceCreateImageAtIndex(source, 0, nil)
         else { throw EvmError(.image, "image \(name) is not an image that ImageIO can read") }
         let properties = CGImageSourceCopyPropertiesAtIndex(source, 0, nil) as? [CFString: Any]
         let orientation = properties?[kCGImagePropertyOrientation] as? Int ?? 1
-        self = try Picture(image, name: name).upright(orientation)
+        self = try RgbImage(image, name: name).upright(orientation)
     }
 
     public init(contentsOf url: URL) throws {
@@ -57,7 +57,7 @@ public struct Picture: Sendable {
     }
 
     /// Turned and flipped as `orientation`, 1 to 8 as in Exif, says of how the camera was held.
-    public func upright(_ orientation: Int) -> Picture {
+    public func upright(_ orientation: Int) -> RgbImage {
         let (right, bottom) = (width - 1, height - 1)
         switch orientation {
         case 2: return turned(width, height) { x, y in (right - x, y) }
@@ -71,7 +71,7 @@ public struct Picture: Sendable {
         }
     }
 
-    private func turned(_ newWidth: Int, _ newHeight: Int, _ source: (Int, Int) -> (Int, Int)) -> Picture {
+    private func turned(_ newWidth: Int, _ newHeight: Int, _ source: (Int, Int) -> (Int, Int)) -> RgbImage {
         var out = [UInt8]()
         out.reserveCapacity(rgb.count)
         for y in 0..<newHeight {
@@ -81,7 +81,7 @@ public struct Picture: Sendable {
                 out.append(contentsOf: rgb[at..<(at + 3)])
             }
         }
-        return Picture(width: newWidth, height: newHeight, rgb: out)
+        return RgbImage(width: newWidth, height: newHeight, rgb: out)
     }
 
     /// To be shown.
@@ -94,7 +94,7 @@ public struct Picture: Sendable {
     }
 }
 
-/// The picture's own RGB, so that nothing is converted; of what has none, such as CMYK, the usual one.
+/// The image's own RGB, so that nothing is converted; of what has none, such as CMYK, the usual one.
 private func rgbSpace(of image: CGImage) -> CGColorSpace? {
     let own = image.colorSpace?.model == .indexed ? image.colorSpace?.baseColorSpace : image.colorSpace
     return own?.model == .rgb ? own : CGColorSpace(name: CGColorSpace.sRGB)

@@ -4,13 +4,13 @@ import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
 /** RGB bytes, row by row, [width] * [height] * 3 of them. */
-class Picture(val width: Int, val height: Int, val rgb: ByteArray) {
+class RgbImage(val width: Int, val height: Int, val rgb: ByteArray) {
     init {
-        require(width > 0 && height > 0 && rgb.size == 3 * width * height) { "a picture of ${width}x$height" }
+        require(width > 0 && height > 0 && rgb.size == 3 * width * height) { "an image of ${width}x$height" }
     }
 
     /** Turned and flipped as [orientation], 1 to 8 as in Exif, says of how the camera was held. */
-    fun upright(orientation: Int): Picture {
+    fun upright(orientation: Int): RgbImage {
         val right = width - 1
         val bottom = height - 1
         return when (orientation) {
@@ -27,14 +27,14 @@ class Picture(val width: Int, val height: Int, val rgb: ByteArray) {
 
     private fun at(x: Int, y: Int) = 3 * (y * width + x)
 
-    private inline fun turned(width: Int, height: Int, source: (Int, Int) -> Int): Picture {
+    private inline fun turned(width: Int, height: Int, source: (Int, Int) -> Int): RgbImage {
         val out = ByteArray(rgb.size)
         var to = 0
         for (y in 0 until height) for (x in 0 until width) {
             rgb.copyInto(out, to, source(x, y), source(x, y) + 3)
             to += 3
         }
-        return Picture(width, height, out)
+        return RgbImage(width, height, out)
     }
 }
 

@@ -1,4 +1,4 @@
-"""Native libraries for the platforms of `--device`, compiled with the `ziglang` package and cached."""
+"""Native libraries for the platforms of `--platform`, compiled with the `ziglang` package and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def zig_version() -> str:
     """Version of the installed ziglang. Raises ToolchainError where there is none."""
     if find_spec("ziglang") is None:
         raise ToolchainError(
-            "--device compiles the native library with the package ziglang, which is not installed",
+            "--platform compiles the native library with the package ziglang, which is not installed",
             "pip install 'evm-deploy[cross]'",
         )
     return metadata.version("ziglang")

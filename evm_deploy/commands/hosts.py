@@ -1,4 +1,4 @@
-"""evm-bench on other machines: --host, --adb, --devices; and as what kind of device: --device."""
+"""evm-bench on other machines: --host, --adb, --devices; and with which device profile: --device."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.settings import help_of
-from evm_deploy._util.text import printable
+from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps
 from evm_deploy.errors import UsageError
-from evm_deploy.runtimes.registry import setting_kinds
 
 if TYPE_CHECKING:
-    from evm_deploy.bench.remote.places import Place
+    from evm_deploy.bench.remote.hosts import HostOptions
     from evm_deploy.bench.sweep import Sweep
 
 
-def place_flags(parser: argparse.ArgumentParser) -> None:
+def host_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of evm-bench that say where."""
     add = parser.add_argument_group("where to measure").add_argument
     add(
         "--device",
         metavar="D",
-        help=f"a device profile (evm-doctor lists them) or FILE.toml; or {help_of('device', setting_kinds())}",
+        dest="profile",
+        help="a device profile (evm-doctor lists them) or FILE.toml: its threads and settings, where not given",
     )
     add("--host", metavar="USER@BOARD[:PORT]", help="measure there, over ssh; needs Python and the runtime there")
     add("--python", default="python3", metavar="PATH", help="the board's Python, default python3")
@@ -35,23 +34,23 @@ def place_flags(parser: argparse.ArgumentParser) -> None:
     add("--devices", metavar="FILE", help="TOML with several boards: measure on all at the same time")
 
 
-def place_of(args: argparse.Namespace) -> Place:
+def host_options(args: argparse.Namespace) -> HostOptions:
     """Raises UsageError for what is no place."""
-    from evm_deploy.bench.remote.places import Place
+    from evm_deploy.bench.remote.hosts import HostOptions
 
     ssh = args.ssh or os.environ.get("EVM_SSH") or "ssh"
-    place = Place(args.host, args.adb, args.device, ssh, args.python, args.runner)
+    options = HostOptions(args.host, args.adb, args.profile, ssh, args.python, args.runner)
     if args.devices and (args.host or args.adb):
         raise UsageError("--devices names the boards", "leave --host and --adb out")
-    return place
+    return options
 
 
-def fleet(args: argparse.Namespace, place: Place, sweep: Sweep) -> int:
+def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
     """Measure on the boards of a file. Returns the exit code: the largest of the boards that failed."""
     from evm_deploy.bench.remote.fleet import read_fleet, run_fleet, table
     from evm_deploy.report.history import append
 
-    outcomes = run_fleet(read_fleet(Path(args.devices), place, sweep), Steps(args.quiet, live=False))
+    outcomes = run_fleet(read_fleet(Path(args.devices), options, sweep), Steps(args.quiet, live=False))
     if args.db:
         append(Path(args.db), [record for outcome in outcomes for record, _ in outcome.found])
     if args.json:
@@ -63,5 +62,5 @@ def fleet(args: argparse.Namespace, place: Place, sweep: Sweep) -> int:
         failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
         print(json.dumps([*rows, *failed], indent=1))
     else:
-        print(printable("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
+        print(escape_controls("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
     return max((outcome.error.exit_code for outcome in outcomes if outcome.error), default=0)

@@ -17,7 +17,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.toolchain.platforms import host_platform
 
 
-class Bench(Protocol):
+class Host(Protocol):
     """Measures bundles somewhere, as `bench.run.bench` does here. platform: of that place, as in platforms.py."""
 
     platform: str
@@ -30,10 +30,10 @@ class Bench(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class HostOptions:
     """host: `user@board[:port]`, and adb: serial of a phone; without either, this machine.
 
-    device: profile name, file, or a runtime's name for one. ssh, python: the command here, the interpreter there.
+    device: name or TOML file of a device profile. ssh, python: the command here, the interpreter there.
     runner: onnxruntime_perf_test for the phone.
     """
 
@@ -54,7 +54,7 @@ class Place:
             )
 
 
-class Here:
+class LocalHost:
     """This machine."""
 
     def __init__(self) -> None:
@@ -67,18 +67,18 @@ class Here:
         return bench(path, settings)
 
 
-class AsProfile:
+class ProfiledHost:
     """A place that is a kind of device: its threads and settings of the runtime, where they are not given.
 
     Raises UsageError for a place or bundle that is not of this kind.
     """
 
-    def __init__(self, there: Bench, profile: Profile) -> None:
+    def __init__(self, there: Host, profile: Profile) -> None:
         self._there, self._profile, self.platform = there, profile, there.platform
         if profile.platform != self.platform:
             raise UsageError(
                 f"device {profile.name!r} is {profile.platform}, this would be measured on {self.platform}",
-                "measure on the device: --host user@board, or --adb SERIAL" if isinstance(there, Here) else "",
+                "measure on the device: --host user@board, or --adb SERIAL" if isinstance(there, LocalHost) else "",
             )
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
@@ -96,33 +96,23 @@ class AsProfile:
         return replace(settings, threads=settings.threads or profile.threads).with_own(**own)
 
 
-def profile_of(device: str | None) -> Profile | None:
-    """The profile that `--device` names; None for a runtime's own devices, which are upper case: GPU, HETERO:GPU,CPU.
-
-    Raises UsageError.
-    """
-    if device is None or (device[:1].isupper() and not device.endswith(".toml")):
-        return None
-    return find_profile(device, also=("CPU", "GPU", "AUTO", "HETERO:GPU,CPU"))
-
-
 @contextlib.contextmanager
-def opened(place: Place, step: Step) -> Iterator[Bench]:
-    """Connect to a place. Raises UsageError, ToolchainError."""
-    profile = profile_of(place.device)
+def opened(options: HostOptions, step: Step) -> Iterator[Host]:
+    """Connect to the host of `options`. Raises UsageError, ToolchainError."""
+    profile = find_profile(options.device) if options.device else None
     with contextlib.ExitStack() as stack:
-        there: Bench = Here()
-        if place.host:
-            from evm_deploy.bench.remote.board import Board
-            from evm_deploy.bench.remote.ssh import Connection, Host
+        there: Host = LocalHost()
+        if options.host:
+            from evm_deploy.bench.remote.ssh import Connection, SshAddress
+            from evm_deploy.bench.remote.ssh_host import SshHost
 
-            host = Host.parse(place.host)
+            host = SshAddress.parse(options.host)
             with step("connect", host.text):
-                connection = stack.enter_context(Connection(host, place.ssh, place.python))
-                there = Board(connection, step)
-        elif place.adb and place.runner:
-            from evm_deploy.bench.remote.phone import Phone
+                connection = stack.enter_context(Connection(host, options.ssh, options.python))
+                there = SshHost(connection, step)
+        elif options.adb and options.runner:
+            from evm_deploy.bench.remote.adb_host import AdbHost
 
-            with step("connect", f"{place.adb}, adb"):
-                there = stack.enter_context(Phone(place.adb, Path(place.runner), step))
-        yield AsProfile(there, profile) if profile else there
+            with step("connect", f"{options.adb}, adb"):
+                there = stack.enter_context(AdbHost(options.adb, Path(options.runner), step))
+        yield ProfiledHost(there, profile) if profile else there

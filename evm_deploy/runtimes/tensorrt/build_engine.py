@@ -23,16 +23,16 @@ ENGINE = "model.engine"
 MIB = 1 << 20
 
 
-class FinishError(Exception):
+class EngineBuildError(Exception):
     """What is wrong, and what to do next."""
 
 
 def load_tensorrt(target: str) -> Any:
-    """The module of TensorRT or TensorRT-RTX. Raises FinishError."""
+    """The module of TensorRT or TensorRT-RTX. Raises EngineBuildError."""
     for name in MODULES[target]:
         if find_spec(name):
             return import_module(name)
-    raise FinishError(f"{MODULES[target][0]} is not installed on this machine: install it, or finish where it is")
+    raise EngineBuildError(f"{MODULES[target][0]} is not installed on this machine: install it, or finish where it is")
 
 
 def make_logger(trt: Any) -> Any:
@@ -58,25 +58,27 @@ def make_logger(trt: Any) -> Any:
 
 
 def parse(trt: Any, builder: Any, logger: Any, model: Path, scan: str) -> Any:
-    """The network of an ONNX file, strongly typed. Raises FinishError with all that the parser says."""
+    """The network of an ONNX file, strongly typed. Raises EngineBuildError with all that the parser says."""
     flags = trt.NetworkDefinitionCreationFlag
     chosen = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0  # always on from 11
     network = builder.create_network(chosen)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise FinishError("the parser refuses the model: " + "; ".join(f"{e.node_name()}: {e.desc()}" for e in found))
+        raise EngineBuildError(
+            "the parser refuses the model: " + "; ".join(f"{e.node_name()}: {e.desc()}" for e in found)
+        )
     if scan in ("aot", "plugin"):
         wanted = json.loads((model.parent / "manifest.json").read_text())["scan"]["nodes"]
         layers = [str(network.get_layer(i).type) for i in range(network.num_layers)]
         plugins = sum("PLUGIN" in layer for layer in layers)
         if plugins != len(wanted):
-            raise FinishError(f"{plugins} plugin layers for {len(wanted)} scans: the kernel would not be used")
+            raise EngineBuildError(f"{plugins} plugin layers for {len(wanted)} scans: the kernel would not be used")
     return network
 
 
 def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) -> Any:
-    """The builder's configuration. Raises FinishError for what this release does not have."""
+    """The builder's configuration. Raises EngineBuildError for what this release does not have."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings["workspace_mib"]:
@@ -92,7 +94,7 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
         known = [name for name in capabilities.__members__ if name.startswith("SM")]
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise FinishError(f"{', '.join(unknown)}: this release builds for {', '.join(known)}")
+            raise EngineBuildError(f"{', '.join(unknown)}: this release builds for {', '.join(known)}")
         config.num_compute_capabilities = len(names)
         for i, name in enumerate(names):
             config.set_compute_capability(getattr(capabilities, name), i)
@@ -105,33 +107,35 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
         profile.set_shape(network.get_input(0).name, *settings["profile"])
         config.add_optimization_profile(profile)
     elif any(-1 in tuple(network.get_input(i).shape) for i in range(network.num_inputs)):
-        raise FinishError("the batch is dynamic and has no profile: export with --batch MIN:OPT:MAX, such as 1:4:8")
+        raise EngineBuildError(
+            "the batch is dynamic and has no profile: export with --batch MIN:OPT:MAX, such as 1:4:8"
+        )
     return config
 
 
 def required(holder: Any, name: str, flag: str) -> Any:
     if not hasattr(holder, name):
-        raise FinishError(f"{flag}: this release has no {name}; leave the flag out")
+        raise EngineBuildError(f"{flag}: this release has no {name}; leave the flag out")
     return getattr(holder, name)
 
 
 def add_kernel(trt: Any, scan: str, library: str | None) -> None:
-    """Bring the scan's kernel: into the engine ("aot"), or from a library. Raises FinishError."""
+    """Bring the scan's kernel: into the engine ("aot"), or from a library. Raises EngineBuildError."""
     if scan == "plugin":
         if not library:
-            raise FinishError("the scans are a plugin: give --library libevm_tensorrt.so, see README.md")
+            raise EngineBuildError("the scans are a plugin: give --library libevm_tensorrt.so, see README.md")
         trt.init_libnvinfer_plugins(None, "")
         if trt.get_plugin_registry().load_library(library) is None:
-            raise FinishError(f"{library} cannot be loaded")
+            raise EngineBuildError(f"{library} cannot be loaded")
     elif scan == "aot":
         if not find_spec("tensorrt.plugin"):
-            raise FinishError(
+            raise EngineBuildError(
                 "this TensorRT has no tensorrt.plugin, needed is 10.9 or newer: export with --scan portable"
             )
         try:
             from evm_deploy.runtimes.tensorrt import kernel, plugin
         except ImportError as error:
-            raise FinishError("--scan aot compiles our kernel here: pip install evm-deploy") from error
+            raise EngineBuildError("--scan aot compiles our kernel here: pip install evm-deploy") from error
         plugin.register(kernel.compile_kernel(f"sm_{gpu()['sm']}").decode())
 
 
@@ -147,7 +151,7 @@ def gpu() -> dict[str, str]:
 
 
 def build(folder: Path, settings: dict[str, Any], library: str | None = None) -> dict[str, Any]:
-    """Build `folder`/model.engine. Returns the facts for the manifest. Raises FinishError."""
+    """Build `folder`/model.engine. Returns the facts for the manifest. Raises EngineBuildError."""
     trt = load_tensorrt(settings["target"])
     logger = make_logger(trt)
     builder = trt.Builder(logger)
@@ -156,7 +160,7 @@ def build(folder: Path, settings: dict[str, Any], library: str | None = None) ->
     config = configure(trt, builder, network, settings)
     plan = builder.build_serialized_network(network, config)  # None, not an exception, when it fails
     if plan is None:
-        raise FinishError(f"the build failed: {logger.errors()}")
+        raise EngineBuildError(f"the build failed: {logger.errors()}")
     write(folder / ENGINE, bytes(plan))
     if settings["timing_cache"]:
         write(Path(settings["timing_cache"]), bytes(config.get_timing_cache().serialize()))
@@ -226,7 +230,7 @@ def main() -> int:
         settings["timing_cache"] = args.timing_cache or settings["timing_cache"]
         facts = build(folder, settings, args.library)
         record(folder, facts, take_in(folder, args.library) if args.library else "")
-    except (FinishError, OSError, ValueError) as error:
+    except (EngineBuildError, OSError, ValueError) as error:
         print(f"finish: {error}", file=sys.stderr)
         return 3
     print(f"{folder / ENGINE}  {(folder / ENGINE).stat().st_size / 1e6:.1f} MB  TensorRT {facts['tensorrt']}")
