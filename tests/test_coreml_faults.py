@@ -35,8 +35,8 @@ def parity_of(package, coreml_fp32):
     changed = Artifact(package, artifact.scan, artifact.details)
     test_inputs = make_test_inputs(plan, Preprocessing((64, 64)), count=1)
     with MilRuntime(package) as runtime:
-        taps = CoreMlScanAccess(changed, None)
-        return verify.verify(verify.run_reference(module, test_inputs), runtime, taps, plan, CLASSIFICATION)
+        access = CoreMlScanAccess(changed, None)
+        return verify.verify(verify.run_reference(module, test_inputs), runtime, access, plan, CLASSIFICATION)
 
 
 def find(block, op_type, name=""):

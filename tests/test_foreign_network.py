@@ -122,7 +122,7 @@ def test_a_scan_that_is_wrong_in_the_artifact_is_named(toy, tmp_path, monkeypatc
         return found
 
     monkeypatch.setattr(scans.OnnxScanAccess, "in_situ", spoilt)
-    assert target.TARGET.taps is scans.OnnxScanAccess
+    assert target.TARGET.scan_access is scans.OnnxScanAccess
     with pytest.raises(ParityError, match="shared#2 is off"):
         export(toy, ExportPlan("onnx", imgsz=SIZE), tmp_path)
 

@@ -105,7 +105,7 @@ def test_every_scan_was_verified_as_it_ships(scan, bundles):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_spoilt_block_is_rejected(precision, monkeypatch, micro, tmp_path, capsys):
-    """Negative control of the taps: A of one block is 1 % off, in the artifact alone."""
+    """Negative control of ScanAccess: A of one block is 1 % off, in the artifact alone."""
     original = openvino.lowered
 
     def spoilt(graph, scan):

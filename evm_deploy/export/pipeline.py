@@ -123,7 +123,7 @@ def verified(
         parities: dict[str, verify.Parity] = {}
         for mode, plugin in modes.items():
             with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
-                parities[mode] = verify.verify(reference, runtime, target.taps(artifact, plugin), plan, task)
+                parities[mode] = verify.verify(reference, runtime, target.scan_access(artifact, plugin), plan, task)
                 outputs = run_batched(runtime, plan.batch, reference.test_inputs)
                 interface = list(runtime.inputs.values()), list(runtime.outputs.values())
                 remarks = target.remarks(runtime)
@@ -131,7 +131,7 @@ def verified(
             there, smaller = replace(plan, imgsz=size, more_imgsz=()), replace(preprocessing, size=size)
             run = source.float_run(there, smaller)
             with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
-                found = verify.verify(run, runtime, target.taps(each, None), there, task)
+                found = verify.verify(run, runtime, target.scan_access(each, None), there, task)
             parities[f"portable {size_text(size)}"] = found
     return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 

@@ -139,7 +139,7 @@ class Target:
 
     `trace(module, plan, metadata)` makes what `build` starts from; plans with the same `trace_key(plan)` share it, so
     `build` must not change it. `quantize` makes its int8 or w8 form, by default of the hub graph.
-    `taps(artifact, plugin)` runs scans on the native library `plugin`, or portably for None.
+    `scan_access(artifact, plugin)` runs scans on the native library `plugin`, or portably for None.
     `write_scan_case(traced, artifact, path, shape)` writes one scan by itself, the file `runtime.scan_case`.
     `usage(manifest)`, for the bundle's README: how to run the artifact without us. selftest_tolerances: by precision,
     against the artifact's own outputs. several_sizes: whether one artifact can take them. `remarks(runtime)`, after
@@ -152,7 +152,7 @@ class Target:
     packages: tuple[str, ...]
     install_hint: str
     build: Callable[[Any, ExportPlan, Path], Artifact]
-    taps: Callable[[Artifact, Path | None], ScanAccess]
+    scan_access: Callable[[Artifact, Path | None], ScanAccess]
     write_scan_case: Callable[[Any, Artifact, Path, ScanShape], None]
     usage: Callable[[Manifest], Usage]
     trace: Callable[[Any, ExportPlan, dict[str, str]], Any] = trace

@@ -74,7 +74,7 @@ class FloatRun:
     beyond_float16: dict[str, float]
 
 
-def verify(reference: FloatRun, runtime: Runtime, taps: ScanAccess, plan: ExportPlan, task: Task) -> Parity:
+def verify(reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: ExportPlan, task: Task) -> Parity:
     """Compare the artifact in `runtime` with the float model. Returns a Parity whose `failures` say what is off."""
     failures: list[str] = []
     test_inputs, expected = reference.test_inputs, reference.outputs
@@ -97,7 +97,7 @@ def verify(reference: FloatRun, runtime: Runtime, taps: ScanAccess, plan: Export
         cosine = min(cosine, _cosine(have, want))
     agreement = task.agree(expected, actual) if task.agree else None
     first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
-    scans = _verify_scans(taps, first, reference.scans, plan, failures)
+    scans = _verify_scans(access, first, reference.scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))
 
 
@@ -173,16 +173,16 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
 
 
 def _verify_scans(
-    taps: ScanAccess, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
+    access: ScanAccess, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
 ) -> tuple[ScanParity, ...]:
-    if len(taps.names) != len(float_scans):
-        failures.append(f"the artifact has {len(taps.names)} scans, the float model {len(float_scans)}")
+    if len(access.names) != len(float_scans):
+        failures.append(f"the artifact has {len(access.names)} scans, the float model {len(float_scans)}")
         return ()
     size = plan.batch.min
-    seen = taps.in_situ(feeds)
+    seen = access.in_situ(feeds)
     rng = np.random.default_rng(0)
     results = []
-    for index, (name, want, have) in enumerate(zip(taps.names, float_scans, seen, strict=True)):
+    for index, (name, want, have) in enumerate(zip(access.names, float_scans, seen, strict=True)):
         constants = {key: have.get(key, want[key]) for key in ("A", "skip", "bias")}
         first = {key: want[key][:1] for key in ("u", "delta", "B", "C")}
         inputs = max(
@@ -192,7 +192,7 @@ def _verify_scans(
         ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
         probe = large_delta_case({**constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
-        alone, alone_limit = ssm_error(taps.alone(index, batched)[:1], probe)
+        alone, alone_limit = ssm_error(access.alone(index, batched)[:1], probe)
         results.append(ScanParity(name, inputs, ssm, alone))
         for what, error, limit in (
             ("reads inputs", inputs, max(plan.tolerance, 1e-4)),

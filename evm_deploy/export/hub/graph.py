@@ -74,8 +74,8 @@ def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = Non
             function = next(f for f in model.functions if (f.name, f.overload) == (op_type, node.overload))
             operands = dict(zip(function.input, node.input, strict=True))
             reads = {key: operands[operand] for key, operand in op.scan_constants.items()}
-            taps = {key: f"{name}/{key}" for key in SCAN_OUTPUTS}
-            sites.append(ScanSite(name, {**reads, **taps}, taps["y"], node.name))
+            written = {key: f"{name}/{key}" for key in SCAN_OUTPUTS}
+            sites.append(ScanSite(name, {**reads, **written}, written["y"], node.name))
     return tuple(sites)
 
 

@@ -140,7 +140,7 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...]) -> Target:
         packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
         install_hint=INSTALL_HINT,
         build=bound(build),
-        taps=OnnxScanAccess,
+        scan_access=OnnxScanAccess,
         write_scan_case=write_scan_case,
         usage=usage,
         quantize=quantize,
