@@ -1,7 +1,7 @@
 """Check the prose of the package: docstrings, error messages, help texts and documentation pages, by rule.
 
-A docstring's first sentence says what is done, by verb and object; an error message says what is wrong. The rules that a
-script can check are here. CONTRIBUTING.md has all of them.
+A docstring's first sentence says what is done, by verb and object; an error message says what is wrong. CONTRIBUTING.md
+has all rules, this file those that a script can check.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_messages_begin_with_what_is_wrong():
         f"{where}: {text}"
         for module in MODULES
         for where, text in messages(module)
-        if BAD_START.match(text.capitalize())
+        if BAD_START.match(text[:1].upper() + text[1:])
     ]
     assert not found, f"{len(found)} messages:\n" + "\n".join(found)
 

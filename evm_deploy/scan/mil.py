@@ -35,7 +35,7 @@ def chunk_length(L: int) -> int:
 
 
 class NamedOps:
-    """The MIL builder, with every operation named `<prefix>_<type>_<n>`: precision, quantisation and ScanAccess find them."""
+    """MIL builder that names every operation `<prefix>_<type>_<n>`, so that later passes can find the scan's operations."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
