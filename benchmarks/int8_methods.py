@@ -41,7 +41,7 @@ CALIBRATION_SEED, VALIDATION_SEED = 5000, 7
 
 def figures(a: Accuracy) -> str:
     return (
-        f"top-1 {100 * a.top1:.2f} % (float {100 * a.top1_float:.2f} %, {0 - a.drop:+.2f})"
+        f"top-1 {100 * a.scores['top1']:.2f} % (float {100 * a.float_scores['top1']:.2f} %, {0 - a.drop:+.2f})"
         f"   same class {100 * a.agreement:.2f} %   SQNR {a.sqnr_db:.1f} dB"
     )
 

@@ -34,7 +34,6 @@ import torch
 from common import PEERS, interleave, ratio, where
 from onnx import helper
 
-from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import QUANTIZED, ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import synthetic_image
@@ -113,12 +112,13 @@ def peer(folder: Path) -> ort.InferenceSession | None:
     return session(onnx.load(str(peers.materialise("repvit_m0_9", folder / "repvit.onnx"))))
 
 
-def quantized_plan(folder: Path, float32: Bundle, precision: str) -> ExportPlan:
-    """The plan of `float32` in int8 or w8, with images, whose content does not matter to the time."""
-    height, width = float32.manifest.preprocessing["size"]
+def quantized_plan(folder: Path, float32: ExportPlan, precision: str) -> ExportPlan:
+    """Return the plan of `float32` in int8 or w8, with images, whose content does not matter to the time."""
+    assert float32.imgsz
+    height, width = float32.imgsz
     images = np.stack([synthetic_image(height, width, seed=i) for i in range(104)])
     np.savez(folder / "images.npz", images=images)
-    return replace(float32.manifest.export_plan(), precision=precision, calib=str(folder / "images.npz"))
+    return replace(float32, precision=precision, calib=str(folder / "images.npz"))
 
 
 def main() -> int:
@@ -138,7 +138,8 @@ def main() -> int:
         checkpoint = folder / f"evm_{args.variant}.pth"
         torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
         start = time.perf_counter()
-        bundle = export(checkpoint, ExportPlan("onnx", imgsz=parse_imgsz(args.imgsz)), folder)
+        plan = ExportPlan("onnx", imgsz=parse_imgsz(args.imgsz))
+        bundle = export(checkpoint, plan, folder)
         export_s = time.perf_counter() - start
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         file = bundle.path / "model.onnx"
@@ -153,7 +154,7 @@ def main() -> int:
         if plugin:
             runners["native"] = session(model, plugin=plugin)
             runners["scan node"] = session(with_scan_nodes(model), plugin=plugin)
-        others = {name: export(checkpoint, quantized_plan(folder, bundle, name), folder) for name in args.others or ()}
+        others = {name: export(checkpoint, quantized_plan(folder, plan, name), folder) for name in args.others or ()}
         for name, other in others.items():
             runners[name] = session(onnx.load(str(other.path / "model.onnx")), plugin=plugin)
         subjects = {key: lambda runner=runner: runner.run(None, feeds) for key, runner in runners.items()}

@@ -235,7 +235,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.inside:
         limit()
-        run(*args.targets, args.runs, args.seed, args.out)
+        (name,) = args.targets
+        run(name, args.runs, args.seed, args.out)
     if not importlib.util.find_spec("atheris"):
         parser.error("it needs atheris: pip install atheris")
     results = {}

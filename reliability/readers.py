@@ -193,9 +193,8 @@ def _fleet(path: Path) -> object:
 
 def _profile(path: Path) -> object:
     from evm_deploy.devices.profiles import find_profile
-    from evm_deploy.toolchain.platforms import PLATFORMS
 
-    return find_profile(str(path), also=PLATFORMS)
+    return find_profile(str(path))
 
 
 def _config(path: Path) -> object:

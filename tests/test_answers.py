@@ -19,7 +19,7 @@ from evm_deploy.bench.remote.ssh import Connection, SshAddress
 from evm_deploy.bench.remote.ssh_host import SshHost
 from evm_deploy.bench.remote.supervisor import MARK
 from evm_deploy.bench.run import record_of
-from evm_deploy.bundle.bundle import keep
+from evm_deploy.bundle.bundle import commit
 from evm_deploy.errors import EvmError, LatencyError, ToolchainError
 
 GREETING = f"{MARK} [3, 11]\n"
@@ -134,7 +134,7 @@ def test_labels_do_not_reach_the_terminal_as_they_are(demo_bundle, tmp_path, cap
     shutil.copytree(demo_bundle.path, path)
     (path / "labels.txt").write_text("\n".join(f"\x1b[31mred {i}\x07" for i in range(10)) + "\n")
     (path / "manifest.json").unlink()
-    keep(path, path.with_name("new"), replace(demo_bundle.manifest, files={}))
+    commit(path, path.with_name("new"), replace(demo_bundle.manifest, files={}))
     assert cli.run_main([str(path.with_name("new")), str(path.with_name("new") / "selftest" / "picture.png")]) == 0
     out = capsys.readouterr().out
     assert "[31mred " in out and "\x1b" not in out and "\x07" not in out

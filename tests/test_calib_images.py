@@ -39,7 +39,7 @@ def test_a_folder_is_searched_whole_and_sampled_by_seed(images):
     assert (len(everything), everything.skipped) == (120, ())
     assert all(pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 for pixels in everything.pixels())
     some = calibration_images(images, PRE, 110, seed=1)
-    names = [p.name for p in some.images]
+    names = [p.name for p in some.items]
     assert len(set(names)) == 110 and names == sorted(names)
     assert some == calibration_images(images, PRE, 110, seed=1)
     assert some != calibration_images(images, PRE, 110, seed=2)
@@ -52,17 +52,17 @@ def test_lists_and_arrays_are_the_same_images(images, tmp_path):
     arrays = tmp_path / "images.npz"
     np.savez(arrays, images=np.stack([np.asarray(Image.open(images / name)) for name in names]))
     sets = [calibration_images(source, PRE) for source in (images, listed, arrays)]
-    a, b, c = (np.stack(list(images.pixels())) for images in sets)
+    a, b, c = (np.stack(list(found.pixels())) for found in sets)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)
     assert sets[0].digest() == sets[1].digest() != sets[2].digest()
 
 
 def test_the_digest_follows_content_order_and_preprocessing(images):
-    images = calibration_images(images, PRE)
-    assert images.digest() == calibration_images(images, PRE).digest()
-    assert images.digest() != calibration_images(images, Preprocessing((32, 32), crop_pct=1.0)).digest()
-    assert images.digest() != calibration_images(images, PRE, 119).digest()
+    chosen = calibration_images(images, PRE)
+    assert chosen.digest() == calibration_images(images, PRE).digest()
+    assert chosen.digest() != calibration_images(images, Preprocessing((32, 32), crop_pct=1.0)).digest()
+    assert chosen.digest() != calibration_images(images, PRE, 119).digest()
 
 
 def test_every_kind_of_image_is_read(images, tmp_path):

@@ -16,7 +16,7 @@ from evm_deploy import cli
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.calib import table
-from evm_deploy.calib.candidate import Source
+from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
@@ -250,7 +250,7 @@ def test_memory_does_not_depend_on_the_number_of_images(micro, tmp_path):
 )
 def test_blocks_are_the_units_that_stay_in_float(module, block, micro):
     """A module that the spec does not name falls back with the first part of its path."""
-    source = Source(None, [], load_checkpoint(micro).spec.blocks)
+    source = QuantizationCandidate(None, [], load_checkpoint(micro).spec.blocks)
     assert source.block_of(Layer("", module, "", "", "")) == block
 
 

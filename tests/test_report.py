@@ -64,8 +64,8 @@ INT8 = record("openvino", "int8", 0.5, accuracy=JUDGED)
             "ship onnx fp32: it is the only candidate",
         ),
         ([FP32, replace(INT8, stable=False)], "ship onnx fp32: it is the only candidate"),
-        ([replace(FP32, stable=False)], "nothing to open_candidate: every candidate is out"),
-        ([record("torch", "fp32", 3.0)], "nothing to open_candidate: every candidate is out"),
+        ([replace(FP32, stable=False)], "nothing to ship: every candidate is out"),
+        ([record("torch", "fp32", 3.0)], "nothing to ship: every candidate is out"),
         ([record("torch", "fp32", 3.0), INT8], "ship openvino int8: 6.00x faster than torch fp32 at -0.2 points"),
         (
             [record("onnx", "int8", 1.0, accuracy=JUDGED), INT8],

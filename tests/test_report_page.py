@@ -62,8 +62,8 @@ def see(html: str, folder: Path, scheme: str = "light") -> Seen:
 
 def share(image: Path, colour: tuple[int, int, int]) -> float:
     """Of an image's pixels that have this colour."""
-    with Image.open(image) as image:
-        counts = image.convert("RGB").getcolors(image.width * image.height)
+    with Image.open(image) as opened:
+        counts = opened.convert("RGB").getcolors(opened.width * opened.height)
     return sum(count for count, found in counts if found == colour) / (WIDTH * HEIGHT)
 
 
@@ -72,7 +72,7 @@ def share(image: Path, colour: tuple[int, int, int]) -> float:
 def test_the_page_in_a_browser(html, tmp_path, scheme):
     seen = see(html, tmp_path, scheme)
     assert seen.console == []
-    assert seen.dom.count("<svg") == 4 and "OpenCandidate openvino int8: 2.00x faster than onnx fp32" in seen.dom
+    assert seen.dom.count("<svg") == 4 and "Ship openvino int8: 2.00x faster than onnx fp32" in seen.dom
     assert share(seen.image, PAPER[scheme]) > 0.5
     other = "dark" if scheme == "light" else "light"
     assert share(seen.image, PAPER[other]) == 0

@@ -35,7 +35,7 @@ def chunk_length(L: int) -> int:
 
 
 class NamedOps:
-    """MIL builder that names every operation `<prefix>_<type>_<n>`, so that later passes can find the scan's operations."""
+    """MIL builder that names every operation `<prefix>_<type>_<n>`, so that later passes find it."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix

@@ -35,7 +35,7 @@ QUICK = Settings(threads=1, limit_s=0.5)
 @pytest.fixture(autouse=True)
 def on_no_device(monkeypatch):
     """Nothing is finished: the device is another machine."""
-    monkeypatch.setattr("evm_deploy.export.pipeline.finished_here", lambda plan: False)
+    monkeypatch.setattr("evm_deploy.export.pipeline.engine_built_here", lambda plan: False)
 
 
 @pytest.fixture(scope="module")
