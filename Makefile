@@ -1,6 +1,7 @@
 # make demo   export the embedded demo checkpoint, self-test the bundles, classify its images, compare latencies
 # make quick  ruff, mypy, and the tests without compilers, browsers, JVM, sshd and networks of real size: the first line
 # make test   ruff, mypy, every test
+# make docs   the documentation site in dist/site, every link and anchor checked
 # make coverage, make sbom   how much of the package the tests run; what the run-only install consists of
 # Both set themselves up from nothing: a virtual environment in .venv with everything they need.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
-.PHONY: demo quick test check bench coverage sbom setup clean
+.PHONY: demo quick test check docs bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
@@ -37,6 +38,11 @@ quick: check
 test: check
 	rm -rf .pytest_cache/d/hub-graphs # every graph is traced anew
 	$(BIN)/python -m pytest -n 2
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(BIN)/python docs/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 coverage: setup
 	$(BIN)/coverage erase
