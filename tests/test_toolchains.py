@@ -74,3 +74,11 @@ def test_the_line_of_a_whole_run():
 def test_a_name_that_is_not_in_the_table():
     with pytest.raises(KeyError):
         need("cobol")
+
+
+@pytest.mark.xdist_group("together")
+def test_groups_stay_on_one_worker(request):
+    """The tests of a group share what is built, as long as xdist can tell them by their node id."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("not run by a worker of xdist")
+    assert request.node.nodeid.endswith("@together")
