@@ -171,7 +171,7 @@ def _convert(source: Any, **options: Any) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ToolchainError(
             f"coremltools {ct.__version__} cannot convert the network: {reason}",
-            "report this, with the versions of evm-doctor",
+            "report this, with the output of evm-doctor",
         ) from error
 
 

@@ -19,7 +19,7 @@ def usage(manifest: Manifest) -> Usage:
         else f"np.zeros({tuple(read['shape'])}, np.float32)"
     )
     swift = _swift_image(read["name"], wrote, height, width) if image else _swift_tensor(read, wrote)
-    sections = f"""On a Mac, Core ML runs the model. On other systems, evm-deploy's MIL runtime does.
+    sections = f"""On a Mac, evm-deploy runs the model in Core ML; on other systems, in its own MIL runtime.
 
 With coremltools alone, on a Mac:
 

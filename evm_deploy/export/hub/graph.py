@@ -233,7 +233,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
         simplified, _ = onnxsim.simplify(proto)
     if len(scan_sites(simplified)) != before or not simplified.functions:
         raise ToolchainError(
-            f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions of evm-doctor"
+            f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the output of evm-doctor"
         )
     result: onnx.ModelProto = simplified
     return result

@@ -103,7 +103,7 @@ def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
         lengths = [known[name][2].dim_value for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
         if not any(lengths):
             raise ToolchainError(
-                f"the length of scan {site.name} is not known", "report this, with the versions of evm-doctor"
+                f"the length of scan {site.name} is not known", "report this, with the output of evm-doctor"
             )
         found[site.writes] = int(np.max(lengths))
     return found

@@ -113,7 +113,7 @@ def build_engine(target: str, folder: Path, library: str | None = None) -> None:
         raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle is complete without the engine: {folder}")
+        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle is left without its engine: {folder}")
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
