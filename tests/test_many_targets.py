@@ -109,7 +109,7 @@ def test_a_process_that_dies_is_an_error_of_its_plans(micro, tmp_path, monkeypat
     monkeypatch.setattr(many.sys, "executable", "/bin/false")
     plans = [ExportPlan(target, imgsz=(64, 64)) for target in ("onnx", "coreml")]
     first, second = many.export_all(micro, plans, tmp_path, cores=2)
-    assert first.bundle and "ended with code 1" in str(second.error) and second.error.exit_code == 3
+    assert first.bundle and "ended with exit code 1" in str(second.error) and second.error.exit_code == 3
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
