@@ -1,4 +1,4 @@
-"""SmoothQuant: make the channels of an activation similar in size, by factors moved into the weights around it.
+"""SmoothQuant (arXiv:2211.10438): make the channels of an activation similar in size, by factors moved into weights.
 
 An activation has one int8 scale for all channels, so one large channel makes the steps too coarse for the others.
 Weights have a scale per output channel, and can absorb the factors.

@@ -85,7 +85,7 @@ def export_all(
 
 
 def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> TargetOutcome:
-    """Run one export. An EvmError is caught and returned in the outcome."""
+    """Run one export. Returns its outcome, with the EvmError if the export fails."""
     start = time.perf_counter()
     try:
         bundle = export(source, plan, out, force=force, step=step)
@@ -114,7 +114,7 @@ class Worker:
         self.thread.start()
 
     def outcomes(self) -> list[TargetOutcome]:
-        """Wait for the process. Returns the outcomes of all plans, with a ToolchainError for plans it did not reach."""
+        """Wait for the process and return all outcomes: a ToolchainError for plans that the process did not reach."""
         self.thread.join()
         code = self.process.wait()
         missing = self.job.plans[len(self.found) :]

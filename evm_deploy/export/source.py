@@ -68,7 +68,7 @@ class Source:
     def traced(
         self, target: Target, plan: ExportPlan, preprocessing: Preprocessing, metadata: Mapping[str, str]
     ) -> Any:
-        """Return the traced network that `target` builds from, such as the hub graph. Copy it before changing it."""
+        """Return the traced network that `target` builds from, such as the hub graph. Callers must not change it."""
         key = ("traced", target.trace, target.trace_key(plan), plan.weights, preprocessing, tuple(metadata.items()))
         return self._once(key, lambda: target.trace(self.reference(plan, preprocessing), plan, dict(metadata)))
 

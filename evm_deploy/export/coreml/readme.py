@@ -9,7 +9,7 @@ from evm_deploy.bundle.readme import Usage
 
 
 def usage(manifest: Manifest) -> Usage:
-    """Return the texts for Python on a Mac, and for Swift with Vision or MLModel. This project has run none of them."""
+    """Return the texts for Python on a Mac, and for Swift with Vision or MLModel. This code has not been run."""
     read, wrote = manifest.inputs[0], manifest.outputs[0]["name"]
     height, width = manifest.preprocessing["size"]
     image = read["dtype"] == "uint8"

@@ -57,7 +57,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
 
 
 def build_plugin(platform: str) -> Path:
-    """Compile the native library of ONNX Runtime for `platform`. Returns its path. Raises ToolchainError."""
+    """Compile ONNX Runtime's native library for `platform`. Returns the library's path. Raises ToolchainError."""
     return cross_compile.library("onnxruntime", platform)
 
 

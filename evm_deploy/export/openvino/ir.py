@@ -19,7 +19,7 @@ SCAN_CONSTANTS = ("A", "skip", "bias")
 
 
 def convert(core: Any, proto: onnx.ModelProto) -> Any:
-    """Convert an ONNX graph to an openvino.Model. Its functions must be inlined, or its operators known to `core`.
+    """Convert an ONNX graph to an openvino.Model. The graph's functions must be inlined or operators of `core`.
 
     The model is simplified with the passes of OpenVINO's own converter (ovc), without ovc itself, because ovc reports
     its use over the network. Tensors keep their names.
