@@ -229,12 +229,12 @@ BAD_PLANS = {
     "native library": ({"native_library": "macos-arm64"}, "has no native library for --platform; it has: none"),
     "native scan": ({"scan": "plugin"}, "has no scan lowering 'plugin'; it has: auto, portable"),
     "opset": ({"opset": 20}, "Core ML programs have no ONNX opset"),
-    "smoothing": ({"precision": "int8", "calib": "x", "smooth": "on"}, "quantised as they are"),
+    "smoothing": ({"precision": "int8", "calib": "x", "smooth": "on"}, "quantised without smoothing"),
     "sizes": ({"more_imgsz": ((32, 32),)}, "from iOS18 on(?s:.*)--min-target iOS18"),
     "a size that is too small": ({**SIZES, "more_imgsz": ((2, 64),)}, "2x64 is too small"),
     "sizes in int8": ({**SIZES, "precision": "w8"}, "a package in w8 takes one --imgsz"),
     "labels": ({"labels": ("a", "b")}, "2 labels for a head of 10 classes"),
-    "labels twice": ({"labels": ("a",) * 10, "head": "probs"}, "label 'a' is there twice"),
+    "labels twice": ({"labels": ("a",) * 10, "head": "probs"}, "label 'a' occurs twice"),
 }
 
 

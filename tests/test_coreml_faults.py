@@ -128,20 +128,20 @@ def scaled(folder, factor):
 
 
 def test_weights_that_float16_cannot_hold_are_refused_by_name(tmp_path):
-    with pytest.raises(UsageError, match=r"layers.2.1.conv_pw.0.weight reaches .*, float16 ends at 65504"):
+    with pytest.raises(UsageError, match=r"layers.2.1.conv_pw.0.weight reaches .*, the largest float16 is 65504"):
         export(scaled(tmp_path, 1e6), plan_for(imgsz=(32, 32)), tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_what_overflows_float16_is_rejected(tmp_path):
-    with pytest.raises(ParityError, match=r"reaches .*, float16 ends at 65504: use --precision fp32"):
+    with pytest.raises(ParityError, match=r"reaches .*, the largest float16 is 65504: use --precision fp32"):
         export(scaled(tmp_path, 6e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_what_comes_near_the_end_of_float16_is_noted(coreml_bundle, tmp_path):
     exported = export(scaled(tmp_path, 1e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
-    (note,) = [text for text in exported.manifest.notes if "float16 ends at 65504" in text]
+    (note,) = [text for text in exported.manifest.notes if "the largest float16 is 65504" in text]
     assert "activations reach" in note
     with MilRuntime(coreml_bundle.path / "model.mlpackage") as runtime:
         runtime.run({"image": np.full((1, 64, 64, 3), 255, np.uint8)})

@@ -198,7 +198,7 @@ def test_a_damaged_library_is_not_loaded(host_bundle, tmp_path):
 
 def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypatch):
     assert other_bundle.manifest.notes == [
-        f"plugins/{OTHER} was compiled and not run here: check it there with evm-run --selftest"
+        f"plugins/{OTHER} was compiled but not run: check it on the device with evm-run --selftest"
     ]
     with load(other_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")

@@ -109,7 +109,7 @@ def test_fp16_refuses_weights_that_overflow(tmp_path):
     state = dict(golden.model_case("micro_64")["state"])
     state["layers.2.1.conv_pw.0.weight"] = state["layers.2.1.conv_pw.0.weight"] * 1e7
     path = save_as_released(state, tmp_path / "big.ckpt")
-    with pytest.raises(UsageError, match=r"float16 ends at 65504"):
+    with pytest.raises(UsageError, match=r"the largest float16 is 65504"):
         export(path, ExportPlan("onnx", imgsz=(64, 64), precision="fp16"), tmp_path)
     assert list(tmp_path.glob("*")) == [path]
 

@@ -200,7 +200,7 @@ def test_float16_refuses_weights_that_overflow(tmp_path):
     state = {key: torch.from_numpy(value) for key, value in golden.model_case("micro_64")["state"].items()}
     state["layers.2.1.conv_pw.0.weight"] *= 1e7
     torch.save(state, tmp_path / "big.pt")
-    with pytest.raises(UsageError, match="float16 ends at 65504"):
+    with pytest.raises(UsageError, match="the largest float16 is 65504"):
         export(tmp_path / "big.pt", ExportPlan("openvino", imgsz=(64, 64), precision="fp16"), tmp_path / "out")
 
 

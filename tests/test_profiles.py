@@ -104,7 +104,7 @@ def test_what_is_given_wins(device, target, precision, scan, expected):
 def test_impossible_choices_name_what_is_possible():
     with pytest.raises(UsageError, match=r"'iphone' has no target 'onnx'; it has: coreml fp16"):
         chosen(find_profile("iphone"), target="onnx")
-    with pytest.raises(UsageError, match=r"'pi5' prefers no 'int8-fp16'; it has: onnx int8, onnx fp32"):
+    with pytest.raises(UsageError, match=r"'pi5' has no preference with 'int8-fp16'; it has: onnx int8, onnx fp32"):
         chosen(find_profile("pi5"), precision="int8-fp16")
 
 

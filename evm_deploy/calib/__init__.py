@@ -1,1 +1,1 @@
-"""INT8: images to calibrate and judge with, activation ranges, quantisation, and which blocks to keep in float."""
+"""INT8 quantisation: calibration and evaluation images, activation ranges, choice of blocks to keep in float."""

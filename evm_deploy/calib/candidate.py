@@ -1,4 +1,4 @@
-"""Float networks that quantised ones are made from: calibrated as they are, or smoothed first."""
+"""Float networks to quantise, calibrated as they are or smoothed first."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 if TYPE_CHECKING:
     import onnx
 
-GRAPH_VERSION = 1  # of what is calibrated: BatchNorm folded, biases in the convolutions
+GRAPH_VERSION = 1  # version of the calibrated graph: BatchNorm folded, biases in the convolutions
 
 
 @dataclass(frozen=True)
 class QuantizationCandidate:
-    """A float network, its layers that can be quantised, and the ranges of their activations, where these are too.
+    """A float network with the layers that can be quantised, and the ranges of their activations if these are int8 too.
 
     paths: modules that fall back to float as a whole (ModelSpec.blocks).
-    rewrite: (model, layers, ranges) -> a copy of the model with these layers quantised, by default of a hub graph.
+    rewrite: (model, layers, ranges) -> a copy of the model with these layers quantised; by default `insert_qdq`.
     """
 
     model: Any
@@ -46,15 +46,16 @@ class QuantizationCandidate:
 
     @property
     def blocks(self) -> list[str]:
+        """Blocks that hold the layers, in the order of the layers and without repeats."""
         return list(dict.fromkeys(map(self.block_of, self.layers)))
 
     def quantized(self, blocks: Collection[str]) -> Any:
-        """The network with these blocks quantised."""
+        """Return the network with the layers of these blocks quantised."""
         chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
         return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges)
 
     def block_of(self, layer: Layer) -> str:
-        """The module that a layer is kept in float with: one of `paths`, else the first part of its own path."""
+        """Return the block of a layer: the innermost of `paths` around it, else the first part of the layer's path."""
         around = [path for path in self.paths if below_any(layer.module, [path])]
         return max(around, key=len, default=layer.module.split(".")[0])
 
@@ -67,9 +68,10 @@ def make_candidates(
     plugin: Path | None,
     step: Step,
 ) -> dict[str, QuantizationCandidate]:
-    """What may be quantised: `off`, the graph as it is; `on`, smoothed; or for `auto` both. Calibrated on `images`.
+    """Return the networks to quantise, calibrated on `images`: `off` (the graph as it is), `on` (smoothed) or both.
 
-    Only `off` where there is nothing to smooth, and without images: weights alone gain nothing by it.
+    config.smooth `auto` gives both. Only `off` is returned if no activation can be smoothed, and without images,
+    because int8 weights alone gain nothing from smoothing. Raises CalibrationError.
     """
     if images is None:
         return {"off": QuantizationCandidate(model, layers, config.blocks)}
@@ -102,7 +104,7 @@ def make_candidates(
 
 
 def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:
-    """Each image as the graph reads it, repeated to its smallest batch."""
+    """Yield each image as the graph reads it, repeated to the smallest batch of the runtime's input."""
     batch = next(iter(runtime.inputs.values())).shape[0] or 1
     for pixels in images.pixels():
         one = pixels[None] if kind == "image" else images.preprocessing.normalise(pixels[None])
@@ -110,7 +112,7 @@ def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any
 
 
 def _channel_axes(model: onnx.ModelProto, keys: Mapping[str, str]) -> dict[str, int]:
-    """By activation that can be smoothed and will be int8: the axis of its channels."""
+    """Return the channel axis of each activation that can be smoothed and becomes int8, by tensor name."""
     return {read.tensor: read.axis for each in smooth_groups(model) for read in each.reads if read.tensor in keys}
 
 
@@ -122,9 +124,9 @@ def _activations(
     kind: str,
     plugin: Path | None,
 ) -> Callable[[int], Iterator[Activations]]:
-    """n -> by key, what the tensors `keys` hold on the n-th image and all after it; channels last where `axes` has it.
+    """Return a function that yields, from the n-th image on, the values of the tensors in `keys`, by key, per image.
 
-    A module that runs twice has one key: its values are joined.
+    Values of tensors in `axes` have their channels last. A module that runs twice has one key: its values are joined.
     """
     import onnx
 
@@ -145,7 +147,7 @@ def _activations(
 
 
 def _by_channel(values: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
-    """(.., channels), or flat where the axis of channels does not matter."""
+    """Reshape to (values, channels), or to one axis if `axis` is None."""
     if axis is None:
         return values.ravel()
     return np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])

@@ -1,4 +1,4 @@
-"""What a quantisation was asked to do."""
+"""Settings of a quantisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evm_deploy.tasks.task import Task
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation; see ExportPlan, and ModelSpec for the last four."""
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last four."""
 
     precision: str
     calib: Path | None

@@ -1,4 +1,4 @@
-"""How far a quantised network is from the float one: accuracy where there are labels, agreement and SQNR anywhere."""
+"""Accuracy of a quantised network against the float one: scores if there are labels, agreement and SQNR always."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from evm_deploy.tasks.task import Labels, Outputs, Task
 
-MIN_SQNR_DB = 20.0  # without labels: an error of 10 % of the outputs
+MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Quantised against float on the same images.
+    """Accuracy of a quantised network against the float one, on the same images.
 
-    sqnr_db: signal to quantisation noise of the outputs, mean over images, in dB. agreement: share of images with the
-    same answer, None for tasks that give none. scores, float_scores: the task's figures, from 0 to 1, empty without
-    labels; metric: the one that gates. limit: points of it that may be lost, or None: then the SQNR must be
-    MIN_SQNR_DB.
+    sqnr_db: signal to quantisation noise ratio of the outputs in dB, mean over images. agreement: share of images with
+    the same answer, None for tasks that give none. scores, float_scores: the task's figures, from 0 to 1, empty without
+    labels. metric: name of the figure that must stay within the limit. limit: points of the metric that may be lost;
+    None means that the SQNR must reach MIN_SQNR_DB.
     """
 
     images: int
@@ -34,36 +34,37 @@ class Accuracy:
 
     @property
     def gated(self) -> list[float]:
-        """The figure that gates, from 0 to 1; empty without labels."""
+        """Value of the metric, from 0 to 1, in a list; empty without labels."""
         return [self.scores[self.metric]] if self.metric in self.scores else []
 
     @property
     def drop(self) -> float | None:
-        """Points of the metric lost, or None without labels."""
+        """Points of the metric lost against float; None without labels."""
         if not self.gated:
             return None
         return round(100 * (self.float_scores[self.metric] - self.scores[self.metric]), 6)
 
     @property
     def ok(self) -> bool:
+        """Whether the drop is within the limit; without labels or limit, whether the SQNR reaches MIN_SQNR_DB."""
         if self.drop is not None and self.limit is not None:
             return self.drop <= self.limit
         return self.sqnr_db >= MIN_SQNR_DB
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Larger is better: points of the metric kept where there are labels, then SQNR."""
+        """Sort key, larger is better: first the points of the metric kept (with labels), then the SQNR."""
         return -(self.drop or 0.0), self.sqnr_db
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for manifests and records: the figures as `top1` and `top1_float`, for example."""
+        """Return plain data for manifests and records. Figures have keys such as `top1` and `top1_float`."""
         facts = {key: getattr(self, key) for key in ("images", "sqnr_db", "agreement", "metric", "limit", "drop", "ok")}
         of_float = {f"{name}_float": value for name, value in self.float_scores.items()}
         return {**facts, **self.scores, **of_float}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Accuracy:
-        """What `as_dict` made."""
+        """Create an Accuracy from the data of `as_dict`."""
         metric = facts.get("metric") or "top1"
         names = [name.removesuffix("_float") for name in facts if name.endswith("_float")]
         known = [name for name in names if facts.get(name) is not None]
@@ -96,7 +97,7 @@ def compare_outputs(
     *,
     limit: float | None = None,
 ) -> Accuracy:
-    """`outputs` of a quantised network against those of the float one, by name (images, ...)."""
+    """Compare the outputs of a quantised network with `reference`, those of the float one. By name: (images, ...)."""
     want, have = (flattened({name: values[name] for name in reference}) for values in (reference, outputs))
     noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
     sqnr = float(np.mean(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))))
@@ -110,14 +111,18 @@ def compare_outputs(
 
 
 def flattened(outputs: Outputs) -> NDArray[np.float64]:
-    """(images, values): all outputs of an image in one row."""
+    """Return all outputs of each image in one row: (images, values) float64."""
     return np.concatenate([value.reshape(len(value), -1).astype(np.float64) for value in outputs.values()], axis=1)
 
 
 def keep_float_until(
     evaluate: Callable[[frozenset[str]], Accuracy], ranked: list[str]
 ) -> tuple[frozenset[str], Accuracy]:
-    """Keep blocks in float, the most sensitive first, until the accuracy is within its limit; all of them at worst."""
+    """Keep blocks in float, one more at a time, until the accuracy is within its limit or no block is left.
+
+    ranked: blocks, the most sensitive first. `evaluate(kept)`: accuracy with these blocks in float. Returns the kept
+    blocks and their accuracy.
+    """
     kept: frozenset[str] = frozenset()
     accuracy = evaluate(kept)
     for block in ranked:

@@ -1,4 +1,4 @@
-"""A histogram that grows with what it is shown, and the activation ranges that can be read off it."""
+"""Histogram with a growing range, and the activation ranges computed from it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from evm_deploy.errors import CalibrationError
 SIDE = 1024  # bins on each side of zero
 LEVELS = 255  # steps of an 8-bit scale
 PERCENTILE = 99.99
-SHRINKS = np.linspace(0.2, 1.0, 81)  # of the min-max range, tried by `mse`
-SMALLEST = 1e-30  # largest size of values for which bins are still told apart
+SHRINKS = np.linspace(0.2, 1.0, 81)  # factors of the min-max range that `mse` tries
+SMALLEST = 1e-30  # the histogram covers at least -1e-30 .. 1e-30, so that its bin width is never 0
 METHODS = ("minmax", "percentile", "mse", "entropy")
 
 Array = NDArray[np.floating[Any]]
@@ -24,23 +24,23 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Range:
-    """What an activation's 8 bits cover; zero is inside, so that padding is exact."""
+    """Range of an activation that 8 bits cover. The range contains zero, so that padding is exact."""
 
     low: float
     high: float
 
     @classmethod
     def around(cls, low: float, high: float) -> Range:
-        """The smallest range with zero, `low` and `high` in it; never empty."""
+        """Return the smallest range that contains zero, `low` and `high`; never empty."""
         low, high = min(0.0, low), max(0.0, high)
         return cls(low, high) if high > low else cls(0.0, 1.0)
 
 
 class Histogram:
-    """Counts of values in 2 x SIDE bins around zero, all of one width, which doubles when a value lies outside.
+    """Counts of values in 2 x SIDE bins of equal width around zero. The width doubles when a value lies outside.
 
-    The width is a power of two and doubling merges pairs of bins: nothing is lost but resolution, and the order of the
-    values does not matter. Constant memory.
+    The width is a power of two, and doubling merges pairs of bins: only resolution is lost, and the order of the values
+    does not matter. Memory is constant.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Histogram:
         self.low, self.high = math.inf, -math.inf
 
     def add(self, values: Array) -> None:
-        """Count `values`. Raises CalibrationError for NaN and infinities."""
+        """Count `values`, of any shape. Raises CalibrationError for NaN and infinities."""
         low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CalibrationError("an activation is NaN or infinite on a calibration image", "check the checkpoint")
@@ -69,21 +69,23 @@ class Histogram:
 
     @property
     def total(self) -> int:
+        """Number of values counted."""
         return int(self.counts.sum())
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """The middle of each bin."""
+        """Middle of each bin, (2 x SIDE,)."""
         return np.asarray((np.arange(2 * SIDE) - SIDE + 0.5) * self.width, np.float64)
 
     def range(self, method: str) -> Range:
-        """The range that `method` gives: one of METHODS, or `auto`, the one of least squared error on these counts.
+        """Compute the range by `method`: one of METHODS, or `auto` for the method with the least squared error.
 
         minmax: all values. percentile: the middle 99.99 %. mse: the min-max range shrunk to the least squared error.
-        entropy: symmetric around zero as in TensorRT's calibrator, to the least Kullback-Leibler divergence.
+        entropy: clipped to +-threshold with the least Kullback-Leibler divergence, as in TensorRT's calibrator. Raises
+        CalibrationError if no values have been counted.
         """
         if not self.total:
-            raise CalibrationError("a tensor has seen no values", "calibrate with at least one image")
+            raise CalibrationError("an activation has no values", "calibrate with at least one image")
         if method == "auto":
             return min((self.range(each) for each in METHODS), key=self.squared_error)
         whole = Range.around(self.low, self.high)
@@ -99,7 +101,7 @@ class Histogram:
         raise ValueError(f"unknown calibration method {method!r}")
 
     def squared_error(self, covered: Range) -> float:
-        """Mean squared error of rounding these values to 8 bits over `covered`, clipping included."""
+        """Return the mean squared error of rounding the counted values to 8 bits over `covered`, with clipping."""
         scale = (covered.high - covered.low) / LEVELS
         zero = round(-covered.low / scale)
         centres = self.centres
@@ -115,7 +117,7 @@ class Histogram:
         return Range.around(max(whole.low, low), min(whole.high, high))
 
     def _entropy_threshold(self) -> float:
-        """The bin edge at which clipping |x| and merging it into 128 steps loses least (TensorRT's calibrator)."""
+        """Return the threshold for |x| that loses least by clipping and 128 steps, as in TensorRT's calibrator."""
         sizes = (self.counts[SIDE:] + self.counts[:SIDE][::-1]).astype(np.float64)
         best, best_edge = math.inf, SIDE
         for edge in range(128, SIDE + 1, 8):
@@ -127,7 +129,7 @@ class Histogram:
         return best_edge * self.width
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the counts from the first bin that is not empty to the last."""
+        """Return plain data, with the counts from the first bin that is not empty to the last."""
         used = np.flatnonzero(self.counts)
         first, last = (int(used[0]), int(used[-1])) if len(used) else (SIDE, SIDE - 1)
         counts = self.counts[first : last + 1].tolist()
@@ -135,20 +137,20 @@ class Histogram:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Histogram:
-        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for what is not one."""
+        """Create a histogram from the data of `to_json`. Raises ValueError, KeyError or TypeError for other data."""
         histogram = cls()
         counts, first = np.asarray(data["counts"], np.int64), int(data["first"])
         if counts.ndim != 1 or not 0 <= first <= first + len(counts) <= 2 * SIDE or (counts < 0).any():
-            raise ValueError("counts are not those of a histogram")
+            raise ValueError("counts do not form a histogram")
         histogram.counts[first : first + len(counts)] = counts
         histogram.low, histogram.high, histogram.width = (float(data[key]) for key in ("low", "high", "width"))
         if not (math.isfinite(histogram.width) and histogram.width > 0 and histogram.low <= histogram.high):
-            raise ValueError("width, low and high are not those of a histogram")
+            raise ValueError("width, low and high do not form a histogram")
         return histogram
 
 
 def _divergence(p: NDArray[np.float64], raw: NDArray[np.float64]) -> float:
-    """Kullback-Leibler divergence of `p` from `raw` merged into 128 steps and spread over its bins again."""
+    """Return the Kullback-Leibler divergence of `p` from `raw` merged into 128 steps and spread over the bins again."""
     edges = np.linspace(0, len(raw), 129).round().astype(int)
     filled = raw > 0
     sums = np.add.reduceat(raw, edges[:-1])

@@ -1,4 +1,4 @@
-"""From a float network to an int8 or w8 one: calibrate, quantise, judge, and keep in float what costs too much."""
+"""Quantisation of a float network to int8 or w8: calibrate, quantise, evaluate, keep sensitive blocks in float."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 FloatOutputs = Callable[[ImageSet], Outputs]
 Evaluate = Callable[[Any], Accuracy]
 OpenCandidate = Callable[[Any], AbstractContextManager[Runtime]]
-HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # of the calibration images, to judge with where there is no --val
+HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # calibration images held out for evaluation without --val
 
 
 class ImageSets(NamedTuple):
-    """Images to calibrate with, and images to judge with; None where there are none."""
+    """Calibration images (`used`) and evaluation images (`judged`); None for no images."""
 
     used: ImageSet | None
     judged: ImageSet | None
@@ -43,11 +43,12 @@ class ImageSets(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised network, how good it is, and which blocks stayed in float.
+    """A quantised network, its accuracy, and the blocks that stay in float.
 
-    table: of what the activations did, where they are quantised too. accuracy: None where there were no images to judge
-    with. smooth: `on`, `off`, or "" where that is no question. tried: how good these are before any block stays in
-    float. sensitivity: SQNR in dB of each block alone.
+    table: calibration table, if activations are int8 too. accuracy: None without evaluation images. smooth: `on`,
+    `off`, or "" if the target does not smooth. tried: accuracy of each candidate with all blocks quantised, by the
+    value of smooth. layers: number of quantised layers. in_float: blocks kept in float. sensitivity: SQNR in dB with
+    only this block quantised. skipped: messages on images that were left out.
     """
 
     model: Any
@@ -72,12 +73,12 @@ def quantize_graph(
     step: Step,
     symmetric: bool = False,
 ) -> Quantized:
-    """The int8 or w8 form of a hub graph; `fused`: its modules that may become one op. symmetric: no zero points.
+    """Quantise a hub graph to int8 or w8.
 
-    `open_candidate(graph)` opens a graph as the target will run it, to evaluate that. `plugin`, of ONNX Runtime, makes
-    calibration quicker.
-
-    Raises CalibrationError; an accuracy out of its limit does not raise, it is in the result.
+    fused: module path -> op, for modules that may become one op. symmetric: use no zero points.
+    `open_candidate(graph)`: open a graph as the target will run it, for evaluation. plugin: native library of ONNX
+    Runtime, which makes calibration faster. Raises CalibrationError. An accuracy beyond its limit raises no error: it
+    is in the result.
     """
     found = candidates(model, config.precision, fused, config.keep_float, config.weight_only)
     images = image_sets(config, preprocessing, step)
@@ -96,15 +97,17 @@ def choose(
     open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
-    """The best of `choices`, which go by name as in Quantized.smooth, with the blocks in float that cost too much.
+    """Choose the most accurate of `choices`, and keep its most sensitive blocks in float.
 
-    Judged as shipped, against `float_outputs` on the same images; without images it is the first, whole.
+    choices: by name, as in Quantized.smooth. Accuracy is measured on the artifact as exported, against `float_outputs`
+    on the same images. Without evaluation images the first choice is taken, with all blocks quantised. Blocks stay in
+    float only if config.max_drop is set and the accuracy is beyond its limit.
     """
     judged = images.judged
     smooth = next(iter(choices))
     tried: dict[str, Accuracy] = {}
     if judged:
-        with step("judge", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}"):
+        with step("evaluate", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}"):
             evaluate = evaluator(float_outputs(judged), judged, config, open_candidate)
             tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
         smooth = max(tried, key=lambda name: tried[name].rank)
@@ -131,7 +134,7 @@ def choose(
 
 
 def each_block(source: QuantizationCandidate, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:
-    """Every block with how good the network is when it alone is quantised."""
+    """Yield every block with the accuracy of the network when only this block is quantised."""
     for done, block in enumerate(source.blocks):
         progress(done, len(source.blocks))
         yield block, evaluate(source.quantized([block]))
@@ -144,11 +147,13 @@ def candidates(
     keep_float: Collection[str] = (),
     weight_only: Collection[str] = (),
 ) -> list[Layer]:
-    """The layers that become int8.
+    """Return the layers that become int8.
 
-    int8: of modules that may become one op, the layers that this op takes as int8; their results stay float. Of the
-    modules `weight_only` the weights alone. keep_float: paths of modules whose layers are left out.
-    w8: weights alone, all but those of modules that may become one op: that op takes them as float.
+    keep_float: paths of modules whose layers are left out.
+    Precision int8: in a module that may become one op, only the layers that the op takes as int8; their outputs stay
+    float. In the modules `weight_only` only weights become int8.
+    Precision w8: only weights become int8. Modules that may become one op are left out, because the op takes float
+    weights.
     """
     every = quantizable_layers(model, keep_float)
     if precision == "w8":
@@ -166,13 +171,13 @@ def candidates(
 
 
 def run_all(runtime: Runtime, images: ImageSet, config: QuantizationConfig) -> Outputs:
-    """The outputs of a model on every image, by name: (images, ...)."""
+    """Run a model on every image. Returns its outputs by name: (images, ...)."""
     (name,) = runtime.inputs
     return stacked(runtime.run({name: feed}) for feed in feeds(images, config.input, runtime))
 
 
 def stacked(runs: Iterable[Outputs]) -> Outputs:
-    """The first image of each run, one after the other."""
+    """Stack the first image of each run. Returns the outputs by name: (runs, ...)."""
     rows: dict[str, list[NDArray[Any]]] = {}
     for outputs in runs:
         for name, value in outputs.items():
@@ -181,20 +186,24 @@ def stacked(runs: Iterable[Outputs]) -> Outputs:
 
 
 def graph_outputs(model: onnx.ModelProto, config: QuantizationConfig, plugin: Path | None, images: ImageSet) -> Outputs:
-    """The outputs of a hub graph on every image, by name."""
+    """Run a hub graph on every image, in ONNX Runtime. Returns its outputs by name: (images, ...)."""
     with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
         return run_all(runtime, images, config)
 
 
 def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: Step) -> ImageSets:
-    """The images that a request names. Only int8 calibrates. Raises CalibrationError."""
+    """Find the calibration and evaluation images of a config. Raises CalibrationError.
+
+    Only int8 calibrates. With `val`, evaluation images are those of `val`. Without `val`, w8 is evaluated on the images
+    of `calib`, and int8 on a part of these images that is held out.
+    """
     used = judged = None
     if config.calib:
-        with step("images", f"up to {config.images} of {config.calib}"):
+        with step("images", f"up to {config.images} from {config.calib}"):
             chosen = calibration_images(config.calib, preprocessing, config.images, force=config.force)
         used, judged = _split(chosen) if config.precision == "int8" else (None, chosen)
     if config.val:
-        with step("images", f"labelled, of {config.val}"):
+        with step("images", f"labelled, from {config.val}"):
             judged = labelled_images(config.val, preprocessing, config.num_classes, config.labels)
     return ImageSets(used, judged)
 
@@ -202,7 +211,10 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
 def evaluator(
     expected: Outputs, images: ImageSet, config: QuantizationConfig, open_candidate: OpenCandidate
 ) -> Evaluate:
-    """Candidate -> its Accuracy, as shipped, against `expected`, what the float network gives on `images`."""
+    """Return a function that measures a candidate's Accuracy on `images`, on the artifact as exported.
+
+    expected: outputs of the float network on `images`.
+    """
     labels = images.labels if config.val else None
 
     def evaluate(candidate: Any) -> Accuracy:
@@ -214,7 +226,10 @@ def evaluator(
 
 
 def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Images to calibrate with, and those kept back to judge with: every eighth, as long as that leaves some."""
+    """Split into images to calibrate with and images held out for evaluation: every eighth image, up to MAX_HELD_OUT.
+
+    Of fewer than eight images the last one is held out. A single image is used for both.
+    """
     held = set(range(HELD_OUT_EVERY - 1, len(images), HELD_OUT_EVERY)[:MAX_HELD_OUT]) or {len(images) - 1}
     used = tuple(item for i, item in enumerate(images.items) if i not in held) or images.items
     return replace(images, items=used), replace(images, items=tuple(images.items[i] for i in sorted(held)))

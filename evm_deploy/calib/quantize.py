@@ -1,7 +1,7 @@
-"""int8 layers: explicit Q/DQ with our ranges, or the weights alone.
+"""int8 layers in an ONNX graph: explicit Q/DQ pairs with our ranges, or int8 weights alone.
 
-Which layers can be: convolutions and linear layers with constant weights, but for those that a network keeps in float
-and those that write a scan's delta, B and C (they feed exp and the state).
+Convolutions and linear layers with constant weights can be quantised. Exceptions: layers that a network keeps in float,
+and layers that write a scan's delta, B and C, because these tensors feed exp and the state.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be quantised. module: its path. reads, writes: activations; writes is behind a ReLU, if any.
+    """A layer that can be quantised.
 
-    float_output: what it writes is not rounded. weight_only: no activation is, its weights alone become int8.
+    module: path of the layer. reads, writes: names of its activations; a ReLU after the layer is included in it.
+    float_output: the output is not rounded. weight_only: only the weights become int8, no activation.
     """
 
     node: str
@@ -42,9 +43,9 @@ class Layer:
 
 
 def quantizable_layers(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> list[Layer]:
-    """The layers of a hub graph that can be quantised, in execution order.
+    """Return the layers of a hub graph that can be quantised, in execution order.
 
-    keep_float: paths of modules whose layers are left out, beside those that feed a scan.
+    Layers that feed a scan are left out. keep_float: paths of further modules whose layers are left out.
     """
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -60,14 +61,14 @@ def quantizable_layers(model: onnx.ModelProto, keep_float: Collection[str] = ())
         after = readers.get(node.output[0], [])
         relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
         writes = relu.output[0] if relu else node.output[0]
-        # a matrix product may give float for nothing, a convolution may not (ONNX Runtime fuses whole pairs alone)
+        # a MatMul can give float at no cost; a Conv cannot, because ONNX Runtime fuses only complete Q/DQ pairs
         as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
         found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
     return found
 
 
 def scan_feeding_layers(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes of LAYERS from which delta, B and C of a scan come with no other such node in between."""
+    """Return the names of LAYERS nodes from which a scan's delta, B and C come, with no other such node in between."""
     producers = {name: node for node in model.graph.node for name in node.output}
     places = [onnx_function.INPUTS.index(name) for name in SCAN_FEEDS]
     scans = [node for node in model.graph.node if node.op_type == onnx_function.OP_TYPE]
@@ -86,18 +87,18 @@ def scan_feeding_layers(model: onnx.ModelProto) -> set[str]:
 
 
 def below_any(module: str, paths: Iterable[str]) -> bool:
-    """Whether `module` is one of `paths`, or inside one."""
+    """Test whether `module` is one of `paths`, or inside one of them."""
     return any(module == path or module.startswith(path + ".") for path in paths)
 
 
 def _is_layer(node: onnx.NodeProto, ranks: Mapping[str, int]) -> bool:
-    """Whether a node is a convolution of any rank, or the product with a constant matrix."""
+    """Test whether a node is a convolution of any rank, or a product with a constant matrix."""
     rank = ranks.get(node.input[1]) if node.op_type in LAYERS else None
     return rank is not None and (node.op_type == "Conv" or rank == 2)
 
 
 def activations(found: Collection[Layer]) -> dict[str, str]:
-    """Tensor -> key in a calibration table, for every activation of these layers that becomes int8."""
+    """Map tensor -> key in a calibration table, for every activation of these layers that becomes int8."""
     rounded = [layer for layer in found if not layer.weight_only]
     names = {layer.writes: f"{layer.module}:output" for layer in rounded}
     return {**names, **{layer.reads: f"{layer.module}:input" for layer in rounded}}
@@ -106,10 +107,11 @@ def activations(found: Collection[Layer]) -> dict[str, str]:
 def insert_qdq(
     model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], *, symmetric: bool = False
 ) -> onnx.ModelProto:
-    """A copy of `model` with the layers `found` between Q/DQ pairs, or only their weights int8.
+    """Return a copy of `model` with the layers `found` between Q/DQ pairs, weight_only layers with int8 weights alone.
 
-    Weights int8 symmetric per output channel, activations per tensor over `ranges` (keyed as `activations`): uint8 with
-    a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for TensorRT.
+    Weights: int8, symmetric, one scale per output channel. Activations: one scale per tensor over `ranges`, which are
+    keyed as in `activations`: uint8 with a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for
+    TensorRT.
     """
     pairs = [layer for layer in found if not layer.weight_only]
     result = _insert_pairs(model, pairs, ranges, symmetric) if pairs else copy.deepcopy(model)
@@ -121,7 +123,7 @@ def insert_qdq(
 def _insert_pairs(
     model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], symmetric: bool
 ) -> onnx.ModelProto:
-    """A copy of `model` with Q/DQ around the layers `found`, of which there is at least one."""
+    """Return a copy of `model` with Q/DQ pairs around the layers `found`, which must not be empty."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -141,14 +143,14 @@ def _insert_pairs(
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-        nodes_to_quantize=[layer.node for layer in found],  # none would mean all
+        nodes_to_quantize=[layer.node for layer in found],  # an empty list would mean all
         nodes_to_exclude=[],
         op_types_to_quantize=list(LAYERS),
         extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric},
     )
     quantizer.quantize_model()
     result = in_order(quantizer.model.model)
-    del result.opset_import[len(model.opset_import) :]  # com.microsoft, which nothing uses
+    del result.opset_import[len(model.opset_import) :]  # com.microsoft: no node uses it
     float_outputs = {layer.node for layer in found if layer.float_output}
     _drop_output_pairs(result, float_outputs)
     _restore_biases(result, model, float_outputs)
@@ -156,7 +158,7 @@ def _insert_pairs(
 
 
 def _drop_output_pairs(model: onnx.ModelProto, nodes: Collection[str]) -> int:
-    """Let these nodes give float to all but quantised readers: their output is no longer rounded. Returns how many.
+    """Remove the Q/DQ pairs after these nodes, so that the outputs are no longer rounded. Returns how many.
 
     before:  %1 = MatMul(..);  %2 = QuantizeLinear(%1);  %3 = DequantizeLinear(%2);  %4 = Add(%3, ..)
     after:   %1 = MatMul(..);  %4 = Add(%1, ..)
@@ -177,7 +179,7 @@ def _drop_output_pairs(model: onnx.ModelProto, nodes: Collection[str]) -> int:
 
 
 def _restore_biases(model: onnx.ModelProto, original: onnx.ModelProto, nodes: Collection[str]) -> None:
-    """Give these nodes their float bias back: an int32 one is for those whose output is rounded."""
+    """Give these nodes their float bias back: an int32 bias is only for nodes whose output is rounded."""
     graph = model.graph
     biases = {node.name: node.input[2] for node in original.graph.node if node.name in nodes and len(node.input) > 2}
     tensors = {tensor.name: tensor for tensor in original.graph.initializer}
@@ -198,7 +200,7 @@ def _restore_biases(model: onnx.ModelProto, original: onnx.ModelProto, nodes: Co
 
 
 def _name_after_readers(model: onnx.ModelProto) -> None:
-    """Name the new nodes after the module that reads what they write: layers.2.1.conv_dw.0/DequantizeLinear."""
+    """Name the new nodes after the module that reads their output, such as layers.2.1.conv_dw.0/DequantizeLinear."""
     module_of: dict[str, str] = {}  # by tensor
     used = {node.name for node in model.graph.node}
     for node in reversed(model.graph.node):
@@ -218,9 +220,9 @@ def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequanti
     before:  Conv(%x, W float32)
     after:   %1 = Cast(W int8);  %w = Mul(%1, scale);  Conv(%x, %w)
 
-    ONNX Runtime computes these two once, when it loads the file: the network is the float one again, and as fast.
-    With `dequantize`, %w = DequantizeLinear(W int8, scale): TensorRT knows that as quantised weights, ONNX Runtime
-    would compute it at every inference.
+    ONNX Runtime computes Cast and Mul once, when it loads the file: the network is then a float one, and as fast.
+    With `dequantize` the graph has %w = DequantizeLinear(W int8, scale) instead. TensorRT recognises this node as
+    quantised weights; ONNX Runtime would compute this node at every inference.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -247,7 +249,7 @@ def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequanti
 
 
 def _output_axis(model: onnx.ModelProto, weight: str) -> int:
-    """The axis of a weight that counts output channels: the first of a convolution, the last of a matrix (in, out)."""
+    """Return the axis of output channels of a weight: 0 for a convolution or transposed matrix, 1 for (in, out)."""
     user = next(node for node in model.graph.node if weight in node.input)
     transposed = any(attribute.name == "transB" and attribute.i for attribute in user.attribute)
     return 0 if user.op_type == "Conv" or transposed else 1

@@ -1,7 +1,7 @@
-"""SmoothQuant: the channels of an activation made alike in size, by factors that move into the weights around it.
+"""SmoothQuant (arXiv:2211.10438): make the channels of an activation similar in size, by factors moved into weights.
 
-One int8 scale serves all channels of an activation, so a channel that is larger than the others makes their steps too
-coarse. Weights have a scale per output channel and can take it.
+An activation has one int8 scale for all channels, so one large channel makes the steps too coarse for the others.
+Weights have a scale per output channel, and can absorb the factors.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from evm_deploy.calib.table import channel_maxima
 if TYPE_CHECKING:
     import onnx
 
-ALPHA = 0.5  # 0: weights alike, 1: activations alike
+ALPHA = 0.5  # 0: make weights similar in size, 1: activations
 
 Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The axis of a tensor that counts channels, negative: broadcasting aligns last axes."""
+    """Channel axis of a tensor. The axis is negative, because broadcasting aligns the last axes."""
 
     tensor: str
     axis: int
@@ -33,9 +33,9 @@ class Channels:
 
 @dataclass(frozen=True)
 class SmoothGroup:
-    """Constants that may be divided by a factor per channel when others are multiplied by it: the outputs stay.
+    """Constants to divide by a factor per channel, and others to multiply by the factor, so that outputs stay the same.
 
-    node: the one whose output the factor leaves. reads: the activations that the multiplied weights read.
+    node: name of the node with the divided constants. reads: activations that the multiplied weights read.
     """
 
     node: str
@@ -45,9 +45,10 @@ class SmoothGroup:
 
 
 def smooth_groups(model: onnx.ModelProto) -> list[SmoothGroup]:
-    """The smooth_groups of a graph in execution order: from a LayerNormalization or Conv into everything that reads it.
+    """Return the smooth groups of a graph in execution order: a LayerNormalization or Conv and all layers that read it.
 
-    On the way there may only be what a positive factor passes through: Relu, Transpose, products, means over positions.
+    In between, only ops that a positive factor passes through are allowed: Relu, Transpose, products, and means over
+    positions.
     """
     view = _View(model)
     found = []
@@ -66,14 +67,15 @@ def smooth_groups(model: onnx.ModelProto) -> list[SmoothGroup]:
 
 
 def smooth(model: onnx.ModelProto, largest: Mapping[str, Array]) -> int:
-    """Make the channels of activations alike, in place; outputs move by rounding only. Returns the number of groups.
+    """Smooth the activations of a graph, in place. Outputs change by rounding only. Returns the number of groups.
 
-    largest: by tensor, max |x| per channel; a folding that reaches none of these is left alone.
+    largest: tensor -> max |x| per channel. A group that reads none of these tensors is left unchanged.
 
     before:  %1 = LayerNormalization(%0, gamma, beta);          %2 = MatMul(%1, W);             %3 = Conv(%1, D)
     after:   %1 = LayerNormalization(%0, gamma / s, beta / s);  %2 = MatMul(%1, s[:, None] W);  %3 = Conv(%1, s D)
 
-    s = max |x| ** ALPHA / max |w| ** (1 - ALPHA) of each channel, w all weights that read it; then of geometric mean 1.
+    s = max |x| ** ALPHA / max |w| ** (1 - ALPHA) of each channel, with w all weights that read the channel. Then s is
+    scaled to a geometric mean of 1.
     """
     done = 0
     for folding in smooth_groups(model):
@@ -85,7 +87,7 @@ def smooth(model: onnx.ModelProto, largest: Mapping[str, Array]) -> int:
 
 
 def fold(model: onnx.ModelProto, folding: SmoothGroup, factors: Array) -> None:
-    """Move `factors`, positive, one per channel, in place."""
+    """Divide and multiply the constants of a group by `factors`, positive, one per channel. Changes `model`."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -97,7 +99,7 @@ def fold(model: onnx.ModelProto, folding: SmoothGroup, factors: Array) -> None:
 
 
 def _factors(model: onnx.ModelProto, folding: SmoothGroup, activation: Array) -> NDArray[np.float64]:
-    """SmoothQuant's, float64; 1 for a channel that is always zero or never used."""
+    """Return SmoothQuant's factors, float64. The factor is 1 for a channel that is always zero or never used."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -110,12 +112,12 @@ def _factors(model: onnx.ModelProto, folding: SmoothGroup, activation: Array) ->
 
 
 def _along(values: Array, axis: int) -> Array:
-    """Reshaped to be broadcast along a negative axis."""
+    """Reshape `values`, one per channel, for broadcasting along a negative axis."""
     return values.reshape(-1, *[1] * (-axis - 1))
 
 
 class _View:
-    """A graph's constants, readers and ranks at hand."""
+    """Index of a graph: constants, outputs, ranks and readers by tensor name."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -128,7 +130,7 @@ class _View:
                 self.readers.setdefault(name, []).append(node)
 
     def producer(self, node: onnx.NodeProto) -> tuple[Channels, tuple[Channels, ...]]:
-        """What `node` writes, and the constants that scale it by channel; none where it does not scale."""
+        """Return the output of `node`, and the constants that scale the output by channel; () if there are none."""
         output, constants = node.output[0], [name for name in node.input[1:] if name in self.constants]
         rank = len(self.constants[constants[0]].dims) if constants else 0
         vectors = tuple(Channels(name, -1) for name in constants[1:])
@@ -140,7 +142,7 @@ class _View:
         return Channels(output, -1), ()
 
     def readers_of(self, source: Channels) -> list[tuple[Channels, Channels]] | None:
-        """Every weight that a factor in `source` reaches, with what it reads; None where a factor cannot pass."""
+        """Return every weight that a factor in `source` reaches, with its activation; None if a factor cannot pass."""
         if source.tensor in self.outputs:
             return None
         found = []
@@ -157,7 +159,7 @@ class _View:
         return found
 
     def _weight(self, node: onnx.NodeProto, source: Channels) -> Channels | None:
-        """The weight of a layer that reads `source`, by input channel."""
+        """Return the weight of a layer that reads `source`, with the axis of input channels, or None."""
         if len(node.input) < 2 or node.input[0] != source.tensor or node.input[1] not in self.constants:
             return None
         name = node.input[1]
@@ -173,7 +175,7 @@ class _View:
         return None
 
     def _onward(self, node: onnx.NodeProto, source: Channels) -> Channels | None:
-        """Where a factor in `source` comes out of `node`."""
+        """Return the output through which a factor in `source` leaves `node`. None if the factor cannot pass."""
         output, axis = node.output[0], source.axis
         if node.op_type in ("Relu", "Mul"):
             return Channels(output, axis)

@@ -1,4 +1,4 @@
-"""Calibration tables: what each activation of a network did on some images. Measured once, kept, reused by hash."""
+"""Calibration tables: histograms of a network's activations on some images. Measured once, saved, reused by hash."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Activations = Mapping[str, NDArray[np.float32]]
 
 @dataclass
 class CalibrationTable:
-    """A histogram per activation, keyed `<module path>:input` or `:output`; of which network, on which images.
+    """A histogram per activation, keyed `<module path>:input` or `:output`.
 
-    identity: what the histograms depend on: checkpoint sha256, input size and preprocessing, digest and number of the
-    images, graph preparation; `channels`: activations of which the maxima by channel are kept too. done: images seen.
-    channel_maxima: of each of these, max |x| per channel.
+    identity: everything that the histograms depend on: checkpoint sha256, input size and preprocessing, digest and
+    number of the images, graph preparation; `channels`: activations whose maxima per channel are recorded too. done:
+    number of images counted. channel_maxima: activation in `channels` -> max |x| per channel.
     """
 
     identity: dict[str, Any]
@@ -39,19 +39,24 @@ class CalibrationTable:
 
     @property
     def key(self) -> str:
-        """sha256 of the identity: tables of one key are the same table."""
+        """sha256 of the identity: tables with equal keys are the same table."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def channels(self) -> list[str]:
+        """Activations whose maxima per channel are recorded."""
         return list(self.identity.get("channels", ()))
 
     @property
     def complete(self) -> bool:
+        """Whether all images have been counted."""
         return self.done == int(self.identity["images"]["count"])
 
     def add(self, activations: Activations) -> None:
-        """Count one image's activations; those of `channels` have their channels last."""
+        """Count the activations of one image. Activations in `channels` have their channels last.
+
+        Raises CalibrationError for NaN and infinities.
+        """
         for name, values in activations.items():
             try:
                 self.histograms.setdefault(name, Histogram()).add(values)
@@ -63,10 +68,11 @@ class CalibrationTable:
         self.done += 1
 
     def ranges(self, method: str) -> dict[str, Range]:
-        """The range of each activation by one of histogram.METHODS, or `auto`."""
+        """Compute the range of each activation by one of histogram.METHODS, or `auto`. Raises CalibrationError."""
         return {name: histogram.range(method) for name, histogram in self.histograms.items()}
 
     def to_json(self) -> str:
+        """Return the table as JSON text."""
         tensors = {name: histogram.to_json() for name, histogram in sorted(self.histograms.items())}
         data = {"schema": SCHEMA, "key": self.key, "identity": self.identity, "done": self.done, "tensors": tensors}
         if self.channels:
@@ -75,7 +81,7 @@ class CalibrationTable:
 
     @classmethod
     def from_json(cls, text: str) -> CalibrationTable:
-        """Raises CalibrationError for what is not a whole table of this schema."""
+        """Create a table from JSON text. Raises CalibrationError for text that is not a valid table of this schema."""
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
@@ -84,16 +90,16 @@ class CalibrationTable:
             maxima = {str(name): _maxima(values) for name, values in data.get("channel_maxima", {}).items()}
             table = cls(dict(data["identity"]), histograms, int(data["done"]), maxima)
             if set(maxima) != (set(table.channels) if table.done else set()):
-                raise ValueError("its maxima by channel are not those of its activations")
+                raise ValueError("maxima per channel do not match the activations")
             if table.key != data["key"] or not 0 <= table.done <= int(table.identity["images"]["count"]):
-                raise ValueError("its key does not fit its content")
+                raise ValueError("the key does not match the content")
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CalibrationError(f"not a calibration table: {error}", "calibrate again") from error
         return table
 
 
 def channel_maxima(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """max |x| of each channel, which is the last axis."""
+    """Return max |x| of each channel: (.., channels) -> (channels,)."""
     largest: NDArray[np.floating[Any]] = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
     return largest
 
@@ -105,10 +111,11 @@ def calibrate(
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> CalibrationTable:
-    """The table of `identity`: from `folder` if it is there, else measured and put there.
+    """Load the table of `identity` from `folder`, else measure it and save it there.
 
-    `activations(n)` yields those of the n-th image and all after it. An interrupted calibration goes on where it was
-    saved last; a damaged file is measured again. `folder`: by default the cache.
+    `activations(n)`: yield the activations of the n-th image and of each later image. An interrupted calibration
+    continues from its last save. A damaged file is measured again. folder: by default the cache. Raises
+    CalibrationError if an image cannot be read, and for NaN and infinities.
     """
     table = CalibrationTable(identity, {})
     path = (folder or cache_folder() / "calibration") / f"{table.key}.json"
@@ -120,14 +127,17 @@ def calibrate(
         if table.done % SAVE_EVERY == 0 or table.complete:
             write_atomically(path, table.to_json())
     if not table.complete:
-        raise CalibrationError(f"only {table.done} of {total} calibration images could be read", "keep them in place")
+        raise CalibrationError(
+            f"only {table.done} of {total} calibration images could be read",
+            "keep the images in place while they are read",
+        )
     return table
 
 
 def _maxima(values: Any) -> NDArray[np.float32]:
     maxima = np.asarray(values, np.float32)
     if maxima.ndim != 1 or not ((maxima >= 0) & (maxima < np.inf)).all():
-        raise ValueError("maxima by channel are not numbers from 0")
+        raise ValueError("maxima per channel are not finite numbers from 0")
     return maxima
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified bundle.
+"""Export of a checkpoint to a verified bundle.
 
 >>> from evm_deploy.export import ExportPlan, export
 """

@@ -1,4 +1,4 @@
-"""What a device profile decides of an export, where the command line does not."""
+"""Choice of target, precision and native library from a device profile, for options that the user left open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from evm_deploy.export.targets import get_target
 
 @dataclass(frozen=True)
 class ForDevice:
-    """Settings of an ExportPlan. native_library: platform of the library in the bundle, if any."""
+    """Settings of an ExportPlan, chosen for a device.
+
+    native_library: platform of the native library in the bundle, None for no library. platform: that of the device.
+    chosen: target and precision, with the reason.
+    """
 
     target: str
     precision: str
@@ -23,9 +27,11 @@ class ForDevice:
 
 
 def choose(profile: Profile, target: str | None, precision: str | None, scan: str, images: bool) -> ForDevice:
-    """The first of the profile's preferences that fits what is given; what is given wins, None leaves it open.
+    """Choose the first of the profile's preferences that agrees with the given options.
 
-    images: whether there are any to calibrate int8 with. Raises UsageError, naming what the device has.
+    target, precision: None leaves the choice to the profile. scan: the value of --scan. images: whether there are
+    images for int8 calibration. Raises UsageError, with the profile's preferences, for a target that the profile does
+    not list, and for a precision that it does not list if no target is given.
     """
     fitting = [each for each in profile.prefer if target in (None, each[0])]
     if not fitting:
@@ -35,7 +41,9 @@ def choose(profile: Profile, target: str | None, precision: str | None, scan: st
     else:
         named = [each for each in fitting if each[1] == precision]
         if not named and target is None:
-            raise UsageError(f"device {profile.name!r} prefers no {precision!r}; it has: {profile.preferences}")
+            raise UsageError(
+                f"device {profile.name!r} has no preference with {precision!r}; it has: {profile.preferences}"
+            )
         name, why = (named or fitting)[0][0], "as asked"
     library, why_library = _library(profile, name, scan)
     reason = f"device {profile.name}: {why}; {why_library}"
@@ -43,7 +51,7 @@ def choose(profile: Profile, target: str | None, precision: str | None, scan: st
 
 
 def _first(profile: Profile, fitting: list[tuple[str, str]], images: bool) -> tuple[tuple[str, str], str]:
-    """The first preference, of those that need no images where there are none, and why."""
+    """Return the first preference and the reason. Without images, preferences that need calibration come last."""
     possible = fitting if images else [each for each in fitting if each[1] not in CALIBRATED]
     first = (possible or fitting)[0]
     of = "its first preference" if fitting[0] == profile.prefer[0] else f"its first preference with {first[0]}"
@@ -53,12 +61,12 @@ def _first(profile: Profile, fitting: list[tuple[str, str]], images: bool) -> tu
 
 
 def _library(profile: Profile, target: str, scan: str) -> tuple[str | None, str]:
-    """The platform whose native library travels, or None, and why."""
+    """Return the platform whose native library goes into the bundle, or None, and the reason."""
     if scan == "portable":
         return None, "portable scans, as asked"
     platforms = get_target(target).platforms
     if not platforms:
-        return None, f"target {target} brings its own kernel, where it has one"
+        return None, f"target {target} has no native libraries by platform"
     if profile.platform not in platforms:
         return None, f"there is no native library for {profile.platform}"
     return profile.platform, f"with the native library for {profile.platform}"

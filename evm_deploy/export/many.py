@@ -1,7 +1,8 @@
-"""Several exports of one checkpoint: one trace for all targets that trace alike, other traces at the same time.
+"""Exports of one checkpoint to several targets.
 
-`python -m evm_deploy.export.many` is the process in which another kind of trace runs. It takes a pickled job from
-stdin, gives pickled answers on stdout, and ends when stdin does: when whoever started it is gone.
+Targets that trace alike share one trace. Targets with another trace run at the same time in a second process,
+`python -m evm_deploy.export.many`. The second process reads a pickled Job from stdin and writes pickled answers to
+stdout. It ends when stdin is closed, and so does not outlive the process that started it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from evm_deploy.export.source import Source
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import Network
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit code
 
 
 @dataclass(frozen=True)
 class TargetOutcome:
-    """Result of one plan: its bundle, or the error that it ended with."""
+    """Result of one plan: the bundle, or the error that ended its export."""
 
     plan: ExportPlan
     seconds: float
@@ -43,7 +44,7 @@ class TargetOutcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Exports of one checkpoint, one after the other."""
+    """Exports of one checkpoint that one process runs one after the other."""
 
     checkpoint: str | Path
     plans: tuple[ExportPlan, ...]
@@ -60,11 +61,12 @@ def export_all(
     step: Step = silent,
     cores: int | None = None,
 ) -> Iterator[TargetOutcome]:
-    """Export every plan, and give what became of each when it is known; one that fails does not stop the others.
+    """Export every plan. Yields the outcome of each plan as soon as its export has ended.
 
-    Plans whose targets trace alike share one trace, in this process. With two `cores` or more (by default those that
-    this process may use) and a checkpoint's path, plans of another trace, such as Core ML's, run in a process of their
-    own meanwhile; their steps are entered with the target's name before the detail, from another thread.
+    A failed export does not stop the others. Plans whose targets trace alike share one trace, in this process. Plans
+    with another trace, such as Core ML's, run in a second process at the same time if `source` is a checkpoint's path
+    and there are two `cores` or more. Steps of the second process are entered from another thread, with the target's
+    name before the detail. cores: by default the number of cores that this process may use.
     """
     source = Source.of(source)
     groups: dict[Any, list[ExportPlan]] = {}
@@ -83,7 +85,7 @@ def export_all(
 
 
 def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> TargetOutcome:
-    """One export, an EvmError of it caught."""
+    """Run one export. Returns its outcome, with the EvmError if the export fails."""
     start = time.perf_counter()
     try:
         bundle = export(source, plan, out, force=force, step=step)
@@ -93,34 +95,34 @@ def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, st
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Worker:
-    """A job in a process of its own, which ends with this one; leaving the `with` block ends it, too."""
+    """A job in a separate process. The process ends with the `with` block, and with the process that started it."""
 
     def __init__(self, job: Job, step: Step) -> None:
         self.job, self.step = job, step
         self.found: list[TargetOutcome] = []
         command = [sys.executable, "-m", "evm_deploy.export.many"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        with contextlib.suppress(BrokenPipeError):  # it has died, as `outcomes` will say
+        with contextlib.suppress(BrokenPipeError):  # the process has died: `outcomes` reports it
             self._pipe(self.process.stdin).write(pickle.dumps(job))
             self._pipe(self.process.stdin).flush()
         self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
     def outcomes(self) -> list[TargetOutcome]:
-        """Results of all plans; a ToolchainError for those that the process did not reach."""
+        """Wait for the process and return all outcomes: a ToolchainError for plans that the process did not reach."""
         self.thread.join()
         code = self.process.wait()
         missing = self.job.plans[len(self.found) :]
-        died = ToolchainError(f"the process of this export ended with code {code}", "run it again, with one --target")
+        died = ToolchainError(f"the export process ended with exit code {code}", "run evm-export with one --target")
         return [*self.found, *(TargetOutcome(plan, 0.0, error=died) for plan in missing)]
 
     def _listen(self) -> None:
-        """Enter the steps that the process enters, until it ends."""
+        """Enter and leave the steps that the process reports, and collect its outcomes, until the process ends."""
         answers = self._pipe(self.process.stdout)
         entered: list[contextlib.AbstractContextManager[Progress]] = []
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
@@ -149,9 +151,9 @@ class Worker:
 
 
 def main() -> int:
-    """Run the job on stdin."""
+    """Run the job that stdin holds. Returns the exit code."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # text that libraries print goes to stderr: stdout holds answers only
     job: Job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
@@ -176,7 +178,7 @@ def main() -> int:
 
 
 def _end_with_stdin() -> None:
-    """End this process when stdin ends, unfinished files removed."""
+    """End this process when stdin is closed. Exit handlers run first and remove unfinished files."""
     while os.read(0, 1):
         pass
     atexit._run_exitfuncs()
@@ -184,6 +186,6 @@ def _end_with_stdin() -> None:
 
 
 if __name__ == "__main__":
-    from evm_deploy.export import many  # what is pickled must not be of __main__
+    from evm_deploy.export import many  # pickled classes must not belong to __main__
 
     sys.exit(many.main())

@@ -1,4 +1,4 @@
-"""export(): the whole flow, from a network to a verified bundle."""
+"""Export of a network to a verified bundle: the whole flow, step by step."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ def export(
     force: bool = False,
     step: Step = silent,
 ) -> Bundle:
-    """A network -> verified bundle `out`/<stem>-<target>-<precision>-<HxW>.
+    """Export a network to a verified bundle, `out`/<stem>-<target>-<precision>-<HxW>.
 
-    source: a checkpoint's path, a Network, or a Source that several exports share, which loads and traces once.
-    `step(name, detail)` is entered around each step, for progress. Raises EvmErrors; nothing half-written stays, and
-    an artifact that fails parity is left as `*.rejected` (ParityError).
+    source: a checkpoint's path, a Network, or a Source that several exports share (a Source loads and traces once).
+    force: replace a bundle that is already there. `step(name, detail)`: context manager around each step, for progress.
+    Raises EvmErrors. No half-written bundle is left. An artifact that fails the check of parity or accuracy is kept as
+    `*.rejected`, and the error is a ParityError or AccuracyError.
     """
     source = Source.of(source)
     target = get_target(plan.target)
@@ -64,7 +65,7 @@ def export(
         with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
         if plan.native_library:
-            with step("native", f"library for {plan.native_library}; compiling the first takes 1-2 minutes"):
+            with step("native", f"library for {plan.native_library}; the first compilation takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.native_library, folder)
         seen = verified(source, target, artifact, plan, preprocessing, step)
         manifest = describe(target, plan, spec, preprocessing, artifact, seen)
@@ -85,7 +86,8 @@ def export(
             commit(folder, rejected, replace(manifest, rejected=True))
             raise type(error)(str(error), f"the artifact is kept for inspection: {rejected}") from error
         with step("bundle", path.name):
-            # quantised: what was verified here; the float model is further away than a device may be
+            # quantised: expect the artifact's outputs from this machine. The float model's differ from them by more
+            # than the self-test allows.
             expected = seen.outputs if quantized else seen.reference.outputs
             reference = replace(seen.reference, outputs=expected)
             limits = selftest.write(folder, target, artifact, traced, plan, preprocessing, reference)
@@ -99,9 +101,9 @@ def export(
 
 @dataclass(frozen=True)
 class Seen:
-    """Results of the verification: the float model's run, the artifact's outputs and specs, and its parity.
+    """Results of the verification: the float model's run, the artifact's outputs, tensor specs and parity.
 
-    plugin: the native library of the last lowering that ran.
+    plugin: the native library of the last lowering that ran, None if that was portable. remarks: the target's notes.
     """
 
     reference: verify.FloatRun
@@ -115,7 +117,7 @@ class Seen:
 def verified(
     source: Source, target: Target, artifact: Artifact, plan: ExportPlan, preprocessing: Preprocessing, step: Step
 ) -> Seen:
-    """Compare the artifact with the float model in every lowering that can run here, and for each of its sizes."""
+    """Compare the artifact with the float model, in every lowering that runs on this machine and every image size."""
     task = get_task(source.network(plan).spec.task)
     modes = lowerings(target, artifact)
     with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
@@ -137,30 +139,36 @@ def verified(
 
 
 def engine_built_here(plan: ExportPlan) -> bool:
-    """Whether this machine may stand for the device: not where that is known to be another."""
+    """Test whether the engine may be built on this machine: not if the plan names another platform."""
     return plan.platform in (None, host_platform())
 
 
 def build_engine(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
-    """Make what is missing in the bundle at `path`, such as TensorRT's engine, on this machine.
+    """Build the engine of the bundle at `path`, such as TensorRT's, on this machine. Returns the bundle with it.
 
-    library: the plugin that its scans need, if any. Raises UsageError for a bundle that has all, BundleError,
-    ToolchainError.
+    library: path of the plugin's library, if the bundle's scans need one. Raises UsageError for a zip, and for a bundle
+    whose target has no engine. Raises BundleError for a damaged bundle, ToolchainError if the build fails.
     """
     bundle = open_bundle(path)
     if bundle.unpacked:
-        raise UsageError(f"{path} is a zip: what is made in it would be lost", f"unzip {path}")
+        raise UsageError(f"{path} is a zip: an engine built in it would be lost", f"unzip {path}")
     target = get_target(bundle.manifest.target)
     if not target.engine:
-        raise UsageError(f"{path} is for {target.name}, and finished", f"evm-run {path} --selftest")
+        raise UsageError(
+            f"{path}: bundles for '{target.name}' have no engine to build",
+            f"use it as it is: evm-run {path} --selftest",
+        )
     with step("engine", f"{bundle.path.name}, {target.name}"):
         target.engine.make(bundle.path, library)
     return open_bundle(path)
 
 
 def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path) -> Artifact:
-    """Put the native library for `platform` into the bundle in `folder`. Raises ToolchainError if it fails to build."""
-    assert target.libraries  # check_plan has seen to it
+    """Put the native library for `platform` into the bundle in `folder`. Returns the artifact with this library.
+
+    Raises ToolchainError if the library cannot be built.
+    """
+    assert target.libraries  # check_plan refuses --platform for other targets
     library = target.libraries.build(platform)
     inside = f"plugins/{platform}/{library.name}"
     (folder / inside).parent.mkdir(parents=True)
@@ -169,14 +177,17 @@ def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path)
 
 
 def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
-    """The ways in which the artifact's scans can run here, each to be verified: portably, and on a native library."""
+    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library."""
     found: dict[str, Path | None] = {"portable": None} if "portable" in artifact.scan.value.split("+") else {}
     plugin = native_library(target, artifact)
     return {**found, "plugin": plugin} if plugin else found
 
 
 def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:
-    """Fill what the plan leaves open from the checkpoint, else by default. Raises UsageError for what cannot be."""
+    """Fill the plan's open settings from the checkpoint, else with defaults. Returns the plan and its preprocessing.
+
+    Raises UsageError for settings that do not fit the network.
+    """
     saved = spec.defaults
     imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
     for size in (imgsz, *plan.more_imgsz):
@@ -196,7 +207,9 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     if head not in task.heads:
         raise UsageError(f"--head {head}: {spec.name} gives {' or '.join(task.heads)}", "leave --head out")
     if plan.val and not task.score:
-        raise UsageError(f"--val with --head {head}: its outputs have no labels to compare with", "leave --val out")
+        raise UsageError(
+            f"--val with --head {head}: outputs of this head have no labels to compare with", "leave --val out"
+        )
     labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)
     if not task.decode:
         labels = None
@@ -212,7 +225,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
-    """Raise ToolchainError unless this machine can build and verify for `target`, and compile for the plan's device."""
+    """Raise ToolchainError unless this machine can build for `target`, and compile the plan's native library if any."""
     found = target.environment()
     if not found.can_build:
         raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
@@ -221,12 +234,12 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
-    """`out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
+    """Return the path of the bundle: `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
     return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{plan.sizes}"
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
-    """What travels inside the native file, for those who have only that."""
+    """Return the metadata that the native file itself carries, for users who have only this file."""
     facts = {
         "evm_deploy": __version__,
         "model": spec.name,
@@ -241,15 +254,17 @@ def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocess
 
 
 def untested(artifact: Artifact) -> list[str]:
-    """What was compiled for other platforms and so could not be run here."""
+    """Return a note on each native library that was compiled for another platform, and so was not run here."""
     there = [name for name in artifact.plugins if name != host_platform()]
-    return [f"plugins/{name} was compiled and not run here: check it there with evm-run --selftest" for name in there]
+    return [
+        f"plugins/{name} was compiled but not run: check it on the device with evm-run --selftest" for name in there
+    ]
 
 
 def describe(
     target: Target, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, artifact: Artifact, seen: Seen
 ) -> Manifest:
-    """The manifest of an export, files still to be hashed."""
+    """Create the manifest of an export. `bundle.commit` adds the hashes of the files."""
     sites = artifact.details.get("scans", ())
     inputs, outputs = seen.interface
     return Manifest(

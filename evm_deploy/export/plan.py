@@ -1,4 +1,4 @@
-"""Everything an export was asked to do: one frozen value, complete before work starts."""
+"""Settings of an export: one frozen dataclass, complete before work starts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from evm_deploy.toolchain.platforms import PLATFORMS
 HEADS = ("logits", "probs", "features", "raw")
 INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
-CALIBRATED = ("int8", "int8-fp16")  # the second: what is not int8 is float16
+CALIBRATED = ("int8", "int8-fp16")  # int8-fp16: float16 outside the int8 layers
 QUANTIZED = (*CALIBRATED, "w8")
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
 SCANS = ("auto", "plugin", "aot", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
-# int8: gross faults, its gate is the accuracy. w8: right ones differ by 0.003 (trained T) to 0.016 (seeded T, S, B) in
-# their logits, by up to 0.04 in feature maps; an error of 10 % is what accuracy without labels allows too
+# int8: finds gross faults only; the accuracy check decides. w8: logits of correct exports differ by 0.003 (trained T)
+# to 0.016 (seeded T, S, B), feature maps by up to 0.04. The accuracy check without labels also allows a 10 % error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "int8-fp16": 0.5, "w8": 0.1}
-# against the artifact's own outputs. int8: integer kernels differ by roundings. w8: computes in float32, as fp32
+# Relative to the artifact's own outputs. int8: integer kernels round differently. w8 computes in float32, like fp32.
 SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
@@ -33,18 +33,18 @@ MAX_DROP = 1.0
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The settings of one export to one target. None means: as the checkpoint says, else the default of the target.
+    """Settings of one export to one target. None means: the checkpoint's value, else the target's default.
 
-    imgsz: (H, W) pixels; more_imgsz: further sizes that the same artifact takes (Core ML).
+    imgsz: (H, W) pixels. more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized image that the crop keeps.
     native_library: platform whose native library goes into the bundle. platform: platform that the artifact is for,
-    None for any. chosen: target and precision, where a device profile decided them, and why. min_target: oldest system
-    that must run it (Core ML).
-    calib, calib_images, calib_method, force_calib: images to calibrate int8 with, how many of them, how ranges are
-    read off, and whether unfit ones are taken; w8 is judged on them where there is no val. smooth: whether int8 makes
-    the channels of activations alike first. val: labelled images to judge int8 and w8 with; max_drop: points of top-1
-    that these may lose. settings: the target's own, `Target.settings`.
+    None for any. chosen: target and precision with the reason, if a device profile decided them. min_target: oldest
+    system that must run the artifact (Core ML).
+    calib: calibration images for int8, or evaluation images for w8 without val. calib_images: number of these images.
+    calib_method: how ranges are computed, one of CALIB_METHODS. force_calib: accept calibration images that fail the
+    checks. smooth: whether int8 applies SmoothQuant first. val: labelled evaluation images for int8 and w8. max_drop:
+    largest accepted loss of accuracy on val, in points. settings: the target's own, an instance of `Target.settings`.
     """
 
     target: str
@@ -106,20 +106,21 @@ class ExportPlan:
         one_of("--smooth", self.smooth, SMOOTHINGS)
         if self.precision in CALIBRATED and self.calib is None:
             raise UsageError(
-                "int8 needs images to calibrate with", "add --calib DIR, 512 or so as the network will see"
+                "int8 needs images to calibrate with",
+                "add --calib DIR, with about 512 images like those the network will see",
             )
         given = [flag for flag, value in (("--calib", self.calib), ("--val", self.val)) if value is not None]
         if self.precision not in QUANTIZED and given:
             raise UsageError(
                 f"{given[0]} is for int8 and w8, this export is {self.precision or 'float'}",
-                "add --int8 or --precision w8, or leave it out",
+                f"add --int8 or --precision w8, or leave {given[0]} out",
             )
         if self.precision not in CALIBRATED and self.smooth == "on":
             raise UsageError(
-                f"--smooth is for int8, this export is {self.precision or 'float'}", "add --int8, or leave it out"
+                f"--smooth is for int8, this export is {self.precision or 'float'}", "add --int8, or leave --smooth out"
             )
         if self.precision == "w8" and len(given) == 2:
-            raise UsageError("--calib has no use for w8 beside --val: it calibrates nothing", "leave --calib out")
+            raise UsageError("--calib has no use for w8 beside --val: w8 needs no calibration", "leave --calib out")
         if self.calib_images < 1:
             raise UsageError(f"--calib-images {self.calib_images}: use a number from 1")
         if self.max_drop is not None and self.val is None:
@@ -131,20 +132,21 @@ class ExportPlan:
 
     @property
     def tolerance(self) -> float:
+        """Largest accepted difference from the float model, as `tol`; by default that of the precision."""
         return self.tol if self.tol is not None else TOLERANCES[self.precision or PRECISIONS[0]]
 
     @property
     def sizes(self) -> str:
-        """`224x224`, or `192x192+224x224` of several; of a plan that has been completed."""
+        """Image sizes of a complete plan as text: `224x224`, or `192x192+224x224` for several."""
         return "+".join(size_text(size) for size in (self.imgsz, *self.more_imgsz) if size)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for manifests and records."""
+        """Return plain data for manifests and records."""
         return {**asdict(self), "batch": str(self.batch)}
 
 
 def parse_imgsz(text: str | int) -> tuple[int, int]:
-    """`224` or `HxW` -> (H, W) in pixels."""
+    """Parse `224` or `HxW`. Returns (H, W) in pixels. Raises UsageError."""
     match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(text))
     if not match:
         raise UsageError(f"--imgsz {text!r}: use 224, or HxW such as 224x288")

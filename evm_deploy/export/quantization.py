@@ -1,4 +1,4 @@
-"""int8 and w8 in an export: from the plan to a quantised graph, and what the manifest says of it."""
+"""int8 and w8 in an export: from the plan to a quantised graph, and its description in the manifest."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.tasks import get_task
 
 TABLE = "calibration.json"
-WARM_UP, TIMED = 3, 15  # runs of each precision, to tell whether int8 pays off
-WORTH_IT = 1.05
+WARM_UP, TIMED = 3, 15  # runs of each precision, to measure the gain in speed
+WORTH_IT = 1.05  # times as fast as float32; int8 below it gets a note
 
 
 def quantize(
     traced: Any, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
 ) -> tuple[Any, Quantized | None]:
-    """The quantised form of what a target traced when the plan asks for one, else itself. Raises CalibrationError."""
+    """Quantise the traced network if the plan asks for it. Returns the network, and the result or None.
+
+    Raises CalibrationError for images that cannot be used.
+    """
     if plan.precision not in QUANTIZED:
         return traced, None
     open_candidate = candidate_opener(target, traced, plan)
@@ -46,7 +49,10 @@ def quantize(
 
 
 def candidate_opener(target: Target, traced: Any, plan: ExportPlan) -> OpenCandidate:
-    """open_candidate(candidate) opens a form of what a target traced as the target ships and runs it."""
+    """Return a function that builds a candidate network exactly as an export does, and opens it.
+
+    Accuracy is then measured on the real artifact.
+    """
 
     @contextmanager
     def open_candidate(candidate: Any) -> Iterator[Runtime]:
@@ -60,7 +66,7 @@ def candidate_opener(target: Target, traced: Any, plan: ExportPlan) -> OpenCandi
 
 
 def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig:
-    """The part of a complete plan that quantisation reads."""
+    """Return the settings of quantisation, from a complete plan and the network's spec."""
     return QuantizationConfig(
         precision="int8" if plan.precision in CALIBRATED else str(plan.precision),
         calib=images_path(plan.calib, "train") if plan.calib else None,
@@ -83,7 +89,10 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
 
 @dataclass(frozen=True)
 class Gain:
-    """An artifact against the float32 export of its network. speed: times as fast here. size: share of its bytes."""
+    """Gain of an artifact over the float32 export of its network.
+
+    speed: times as fast on this machine. size: bytes of the artifact, divided by those of the float32 artifact.
+    """
 
     speed: float
     size: float
@@ -92,7 +101,10 @@ class Gain:
 def gain_over_float32(
     target: Target, traced: Any, plan: ExportPlan, artifact: Path, plugin: Path | None, test_inputs: NDArray[Any]
 ) -> Gain:
-    """The artifact against the export of the float `traced`: speed with one thread, median of pairs, and size."""
+    """Compare the artifact with the float32 export of `traced`: speed and size.
+
+    Speed: one thread, both artifacts in turn, median of the ratios. test_inputs: (n, ...); the first is run.
+    """
     feeds = {plan.input: np.repeat(test_inputs[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
         float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
@@ -112,9 +124,9 @@ def gain_over_float32(
 
 
 def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | None, folder: Path) -> Manifest:
-    """The manifest with what was quantised, how, how accurate, fast and small; a calibration table goes to `folder`.
+    """Add to the manifest how the network was quantised, and its accuracy, speed and size.
 
-    gain: None where the artifact does not run for real.
+    The calibration table, if any, is written to `folder`. gain: None if the artifact runs in an emulator only.
     """
     facts: dict[str, Any] = {
         "int8_layers": quantized.layers,
@@ -130,7 +142,7 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
         if quantized.smooth:
             facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
     if manifest.precision == "int8" and gain and gain.speed < WORTH_IT:  # w8 is for size
-        notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 here: not worth it on this machine")
+        notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 on this machine: no useful gain")
     return replace(
         manifest,
         accuracy=quantized.accuracy.as_dict() if quantized.accuracy else None,
@@ -140,7 +152,7 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
 
 
 def smoothing(quantized: Quantized, asked: str) -> Decision:
-    """Whether activations were smoothed, and why."""
+    """Return whether activations were smoothed, with the reason."""
     if asked != "auto" and asked == quantized.smooth:
         return Decision(asked, "as asked")
     if len(quantized.tried) < 2:
@@ -154,7 +166,7 @@ def smoothing(quantized: Quantized, asked: str) -> Decision:
 
 
 def require(manifest: Manifest, quantized: Quantized | None) -> None:
-    """Raise AccuracyError when an export lost more by quantisation than it may."""
+    """Raise AccuracyError if quantisation costs more accuracy than the limit allows."""
     accuracy = quantized.accuracy if quantized else None
     if accuracy and not accuracy.ok:
         limit = f"limit {accuracy.limit:g} points" if accuracy.drop is not None else f"at least {MIN_SQNR_DB:g} dB"

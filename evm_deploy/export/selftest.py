@@ -1,4 +1,4 @@
-"""Write the self-test of an export; `bundle.selftest` says what is in it, and runs it."""
+"""Writer of a bundle's self-test. `bundle.selftest` describes its files and runs it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TEST_INPUTS = 3
 
 
 def make_test_inputs(plan: ExportPlan, preprocessing: Preprocessing, count: int = TEST_INPUTS) -> NDArray[Any]:
-    """Seeded synthetic images as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
+    """Return seeded synthetic images as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
     height, width = preprocessing.size
     pixels = np.stack([synthetic_image(height, width, seed) for seed in range(count)])
     return pixels if plan.input == "image" else preprocessing.normalise(pixels)
 
 
 def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """Waves, a disc and noise over the whole range of uint8."""
+    """Return a seeded image (height, width, 3) of waves, a disc and noise, over the whole range of uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = np.stack(
@@ -48,8 +48,8 @@ def write(
 ) -> dict[str, Any]:
     """Write the self-test of an export into `folder`/selftest. Returns its limits, for the manifest.
 
-    An output may differ by the precision's tolerance times its largest value, at least 1; a scan's SSM part as in
-    `scan.reference.ssm_error`.
+    The limit of an output is the precision's tolerance times the output's largest value, or times 1 if that is larger.
+    The limit of a scan's SSM part comes from `scan.reference.ssm_error`.
     """
     from PIL import Image
     from safetensors.numpy import save_file
@@ -80,9 +80,9 @@ def write(
 
 
 def _head_of(scan: Scan) -> Scan:
-    """The first image and steps of a recorded scan."""
+    """Return the first image and the first STEPS steps of a recorded scan."""
     cut = {key: scan[key][:1, :, :STEPS] for key in ("u", "delta", "B", "C")}
     return {**scan, **cut}
 
 
-STEPS = 17  # of each scan: enough for the recurrence to matter, no multiple of any block
+STEPS = 17  # kept of each scan: enough for the recurrence to matter, and no multiple of a block of steps

@@ -1,4 +1,4 @@
-"""The settings of their own that targets have: flags of evm-export, listed here so that --help loads no target."""
+"""Settings classes of single targets, which become flags of evm-export. Listed here so that --help loads no target."""
 
 from __future__ import annotations
 

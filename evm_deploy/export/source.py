@@ -1,4 +1,4 @@
-"""A network to export, read once and traced once for all plans that trace it alike."""
+"""A network to export, loaded once and traced once for all plans that trace it alike."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ T = TypeVar("T")
 
 
 class Source:
-    """A checkpoint's path, or a Network, for any number of exports in one thread.
+    """A checkpoint's path or a Network, for any number of exports in one thread.
 
-    Loading, tracing and running the float model are most of an export's time, and the same for most targets and
-    precisions: each is done once for all plans that agree in what decides it, and kept as long as this object.
+    Loading, tracing and running the float model take most of an export's time, and are the same for most targets and
+    precisions. A Source does each of these steps once for all plans with the same settings for the step, and keeps the
+    result.
     """
 
     def __init__(self, given: str | Path | Network) -> None:
@@ -31,20 +32,21 @@ class Source:
 
     @classmethod
     def of(cls, given: str | Path | Network | Source) -> Source:
-        """`given` itself, if it is a Source."""
+        """Return `given` if it is a Source already, else a new Source of it."""
         return given if isinstance(given, Source) else cls(given)
 
     @property
     def checkpoint(self) -> str | Path | None:
-        """The path that this was made of; None for a Network."""
+        """Path of the checkpoint; None for a Network."""
         return None if isinstance(self._given, Network) else self._given
 
     @property
     def name(self) -> str:
+        """Name of the Network, or file name of the checkpoint."""
         return self._given.spec.name if isinstance(self._given, Network) else Path(self._given).name
 
     def network(self, plan: ExportPlan) -> Network:
-        """The network with the head and weights that a plan asks for. Raises CheckpointError."""
+        """Return the network with the head and weights that the plan asks for. Raises CheckpointError."""
         given = self._given
         if isinstance(given, Network):
             return given
@@ -52,12 +54,12 @@ class Source:
         return self._once(key, lambda: load_checkpoint(given, head=plan.head, weights=plan.weights))
 
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
-        """The float model of a complete plan (`hub.graph.Deployable`)."""
+        """Return the float model of a complete plan (`hub.graph.Deployable`)."""
         key = ("reference", plan.head, plan.weights, plan.input, preprocessing)
         return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 
     def float_run(self, plan: ExportPlan, preprocessing: Preprocessing) -> FloatRun:
-        """The float model's outputs and scans on the test_inputs of a complete plan."""
+        """Return the float model's outputs and scans on the test inputs of a complete plan."""
         key = ("run", plan.head, plan.weights, plan.input, preprocessing)
         return self._once(
             key, lambda: run_reference(self.reference(plan, preprocessing), make_test_inputs(plan, preprocessing))
@@ -66,7 +68,7 @@ class Source:
     def traced(
         self, target: Target, plan: ExportPlan, preprocessing: Preprocessing, metadata: Mapping[str, str]
     ) -> Any:
-        """What `target` starts from, such as the hub graph. Whoever changes it must copy it first."""
+        """Return the traced network that `target` builds from, such as the hub graph. Callers must not change it."""
         key = ("traced", target.trace, target.trace_key(plan), plan.weights, preprocessing, tuple(metadata.items()))
         return self._once(key, lambda: target.trace(self.reference(plan, preprocessing), plan, dict(metadata)))
 

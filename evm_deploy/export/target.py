@@ -1,4 +1,4 @@
-"""The build half of a target: data plus functions, in one folder of `export/`. The run half: `runtimes/info.py`."""
+"""Build half of a target: data plus functions, in one folder of `export/`. The run half is in `runtimes/info.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Environment:
-    """Can this machine build for a target, with what versions, and what to do if not."""
+    """Whether this machine can build for a target.
+
+    versions: of the installed packages, by name. hint: how to install the missing packages.
+    """
 
     can_build: bool
     versions: Mapping[str, str]
@@ -41,9 +44,9 @@ class Environment:
 
 @dataclass(frozen=True)
 class Emulator:
-    """A runtime that computes a target's artifacts on any machine, where the target's own needs a device.
+    """A runtime that computes a target's artifacts on any machine, for targets whose own runtime needs a device.
 
-    `open(path, options)` as `RuntimeInfo.open`. library(): the native library that its scans run on, if there is one.
+    `open(path, options)`: as `RuntimeInfo.open`. `library()`: the native library that its scans run on, or None.
     """
 
     open: Callable[[Path, RunOptions], Runtime]
@@ -52,7 +55,7 @@ class Emulator:
 
 @dataclass(frozen=True)
 class Libraries:
-    """Native libraries that travel in bundles: `build(platform)` compiles that of one of `platforms`."""
+    """Native libraries that bundles can carry. `build(platform)` compiles the library for one of `platforms`."""
 
     platforms: tuple[str, ...]
     build: Callable[[str], Path]
@@ -60,8 +63,10 @@ class Libraries:
 
 @dataclass(frozen=True)
 class EngineBuild:
-    """The step that only a machine like the device can do: `make(folder, library=None)` does it in a bundle and writes
-    it into the manifest. possible(): whether this machine can. summary(manifest): its lines for evm-export.
+    """The build of an engine, which needs a machine like the device.
+
+    `make(folder, library=None)`: build the engine in a bundle and record it in the manifest. `possible()`: whether this
+    machine can build engines. `summary(manifest)`: lines about the engine that evm-export prints.
     """
 
     make: Callable[..., None]
@@ -70,38 +75,43 @@ class EngineBuild:
 
 
 class Traced(Protocol):
-    """A network in the form that a target starts from, such as the hub graph: a dataclass that holds a `model`."""
+    """A network in the form that a target builds from, such as the hub graph. Every such class is a dataclass."""
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """Model that quantisation replaces, in the target's own type, such as onnx.ModelProto."""
+        ...
 
     @property
-    def scans(self) -> tuple[ScanSite, ...]: ...
+    def scans(self) -> tuple[ScanSite, ...]:
+        """Scans of the network in execution order."""
+        ...
 
 
 class ScanAccess(Protocol):
-    """The artifact's scans, opened for inspection: the seam of per-scan parity."""
+    """Access to single scans of an artifact, for the parity check of each scan. names: of the scans, in their order."""
 
     names: tuple[str, ...]
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
-        """One inference; per scan what it read (u, delta, B, C) and wrote (y).
+        """Run one inference. Returns the tensors that each scan read (u, delta, B, C) and wrote (y).
 
-        And its constants A, skip and bias, where the artifact holds them less exactly than the float model.
+        Includes the constants A, skip and bias if the artifact stores them less exactly than the float model.
         """
         ...
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
-        """Scan `index` by itself, with the artifact's own A, skip and bias, on u, delta, B, C."""
+        """Run scan `index` by itself on u, delta, B and C, with the artifact's own A, skip and bias. Returns y."""
         ...
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `build` made: the native file, and the facts that the manifest records.
+    """Result of a build: the native file, and facts for the manifest.
 
-    scan: how its scans run: plugin, portable, plugin+portable, or aot. plugins: platform -> native library, relative
-    to the bundle. function: of a file that has several, the one described here; more: by size, the others.
+    scan: how the scans run: plugin, portable, plugin+portable or aot. plugins: platform -> native library, relative to
+    the bundle. function: name of the function described here, if the file has several. more: image size (H, W) -> the
+    other functions.
     """
 
     path: Path
@@ -115,7 +125,7 @@ class Artifact:
 def quantize_hub(
     graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
 ) -> Quantized:
-    """The int8 or w8 form of a hub graph, calibrated in ONNX Runtime. Raises CalibrationError."""
+    """Quantise a hub graph to int8 or w8, calibrated in ONNX Runtime. Raises CalibrationError."""
     plugin = find_plugin("onnxruntime")
     return quantize_graph(
         graph.model, config, preprocessing, fused=graph.fusable, open_candidate=open_candidate, plugin=plugin, step=step
@@ -123,28 +133,33 @@ def quantize_hub(
 
 
 def nothing_more(plan: ExportPlan) -> None:
-    """Refuses no plan."""
+    """Accept every plan: the default of `Target.check`."""
 
 
 def no_remarks(runtime: Runtime) -> list[str]:
-    """Nothing to say."""
+    """Return no notes: the default of `Target.remarks`."""
     return []
 
 
 @dataclass(frozen=True)
 class Target:
-    """How artifacts of one deployment target are built. runtime: what runs them, with the target's name, aliases and
-    precisions. scans: lowerings of the scan. packages: what a build imports; install_hint: how to get them.
-    min_targets: oldest systems that can be asked for; `check(plan)` refuses what else the target does not have.
+    """A deployment target: how its artifacts are built.
 
-    `trace(module, plan, metadata)` makes what `build` starts from; plans with the same `trace_key(plan)` share it, so
-    `build` must not change it. `quantize` makes its int8 or w8 form, by default of the hub graph.
-    `scan_access(artifact, plugin)` runs scans on the native library `plugin`, or portably for None.
-    `write_scan_case(traced, artifact, path, shape)` writes one scan by itself, the file `runtime.scan_case`.
-    `usage(manifest)`, for the bundle's README: how to run the artifact without us. selftest_tolerances: by precision,
-    against the artifact's own outputs. several_sizes: whether one artifact can take them. `remarks(runtime)`, after
-    verification: what a user should know of the numbers that were met. libraries, emulator, engine: what some targets
-    have. settings: the target's own, a dataclass of `_util.settings` for ExportPlan.settings.
+    runtime: the runtime of its artifacts, with the target's name, aliases and precisions.
+    scans: lowerings of the scan. packages: modules that a build imports. install_hint: how to install them.
+    min_targets: values of --min-target. several_sizes: whether one artifact can take several image sizes.
+    selftest_tolerances: by precision, relative to the artifact's own outputs.
+    libraries, emulator, engine: parts that only some targets have.
+    settings: dataclass of the target's own settings (fields of `_util.settings`), the type of ExportPlan.settings.
+
+    `trace(module, plan, metadata)`: make the traced network that `build` starts from. Plans with the same
+    `trace_key(plan)` share the traced network, so `build` must not change it.
+    `quantize`: make the int8 or w8 form of the traced network, by default of a hub graph.
+    `check(plan)`: raise an EvmError for a plan that the target cannot build, beyond the fields above.
+    `scan_access(artifact, plugin)`: open the artifact's scans on the native library `plugin`, or portably for None.
+    `write_scan_case(traced, artifact, path, shape)`: write a model of one scan, the file `runtime.scan_case`.
+    `usage(manifest)`: texts for the bundle's README on running the artifact without evm-deploy.
+    `remarks(runtime)`: notes for the manifest on the verification, for users.
     """
 
     runtime: RuntimeInfo
@@ -170,19 +185,21 @@ class Target:
 
     @property
     def name(self) -> str:
+        """Name of the target, the value of --target."""
         return self.runtime.name
 
     @property
     def precisions(self) -> tuple[str, ...]:
+        """Precisions of the target, the default first."""
         return self.runtime.precisions
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Platforms whose native library can travel in a bundle."""
+        """Platforms whose native library a bundle can carry."""
         return self.libraries.platforms if self.libraries else ()
 
     def environment(self) -> Environment:
-        """Which of the packages are here, without importing them."""
+        """Find out which packages are installed, without importing them."""
         versions = package_versions(self.packages)
         missing = [name for name in self.packages if name not in versions]
         running = self.runtime.availability().versions
@@ -190,8 +207,10 @@ class Target:
 
 
 def native_library(target: Target, artifact: Artifact) -> Path | None:
-    """What the artifact's scans run on here: the library that is shipped, where it is for this platform, else the
-    installed one; None where there is none, or no use for it.
+    """Return the native library that the artifact's scans run on during verification, or None.
+
+    The library is the emulator's if the target has an emulator. Otherwise it is the one in the bundle if that fits this
+    platform, else the installed one. None: there is no library, or all scans are portable.
     """
     if not {"plugin", "aot"} & set(artifact.scan.value.split("+")):
         return None
@@ -207,12 +226,15 @@ def native_library(target: Target, artifact: Artifact) -> Path | None:
 
 
 def open_here(target: Target, path: Path, options: RunOptions) -> Runtime:
-    """The runtime in which an export is judged and verified: on this machine, whatever the device."""
+    """Open an artifact for evaluation and verification on this machine: in the target's emulator, else its runtime."""
     return (target.emulator or target.runtime).open(path, options)
 
 
 def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
-    """The plan, with the target's default precision and settings if it names none. Refuses what the target lacks."""
+    """Fill in the target's default precision and settings. Returns the plan.
+
+    Raises UsageError for settings that the target does not support.
+    """
     plan = replace(plan, precision=plan.precision or target.precisions[0])
     for what, value, choices in (
         ("precision", plan.precision, target.precisions),
@@ -226,7 +248,7 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
         has = ", ".join(target.platforms) or "none"
         raise UsageError(
             f"target '{target.name}' has no native library for --platform; it has: {has}",
-            "leave it out",
+            "leave --platform out",
         )
     if plan.more_imgsz and not target.several_sizes:
         raise UsageError(f"an artifact of target '{target.name}' takes one --imgsz", "export once for each size")
@@ -236,12 +258,12 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
 
 
 def _own_settings(target: Target, settings: Any) -> Any:
-    """The plan's settings, the target's default ones for None. Raises UsageError for those of another target."""
+    """Return the plan's settings, the target's defaults for None. Raises UsageError for another target's settings."""
     if settings is None:
         return target.settings() if target.settings else None
     if not (target.settings and isinstance(settings, target.settings)):
-        own = target.settings.__name__ if target.settings else "none of its own"
+        own = target.settings.__name__ if target.settings else "none"
         raise UsageError(
-            f"target '{target.name}' has no {type(settings).__name__}; its settings: {own}", "leave them out"
+            f"target '{target.name}' has no {type(settings).__name__}; it has: {own}", "leave the settings out"
         )
     return settings

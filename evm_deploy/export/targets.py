@@ -1,4 +1,4 @@
-"""The explicit list of targets."""
+"""List of all targets, explicit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.T
 
 
 def load_targets() -> dict[str, Target]:
-    """Every target by name."""
+    """Return every target by name."""
     return {target.name: target for target in TARGETS}
 
 
 def get_target(name: str) -> Target:
-    """A target by name or alias. Raises UsageError listing all of them."""
+    """Return the target with this name or alias. Raises UsageError with the list of all names."""
     targets = load_targets()
     names = {alias: target for target in targets.values() for alias in (target.name, *target.runtime.aliases)}
     return names[one_of("--target", name.lower(), names)]
 
 
 def resolve_names(text: str) -> list[str]:
-    """`onnx`, `onnx,trt` or `all` -> canonical names without repeats, in order."""
+    """Resolve `onnx`, `onnx,trt` or `all` to target names, in order and without repeats. Raises UsageError."""
     if text == "all":
         return list(load_targets())
     return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))

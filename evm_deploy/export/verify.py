@@ -1,8 +1,8 @@
-"""Is the artifact the float model? Outputs, and every scan by itself on its SSM part.
+"""Parity of an artifact with the float model: outputs, and the SSM part of every scan.
 
-Logits alone are not enough: where skip * u dominates, as in a freshly initialised network, a wrong scan hides behind
-it. So each scan is looked at in three ways: what it reads in situ against the float model, what it writes in situ
-against the float64 loop, and what it writes alone for large deltas, where wrong lowerings break.
+Logits alone are not enough. Where skip * u dominates, as in a freshly initialised network, they hide a wrong scan. So
+three things are compared for each scan: its inputs in situ with those of the float model, its output in situ with the
+float64 loop, and its output on large deltas with the float64 loop. Wrong lowerings fail on large deltas.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScanParity:
-    """Errors of one scan: inputs against the float model's, SSM part against the float64 loop, in situ and probed."""
+    """Relative errors of one scan.
+
+    inputs: against the float model's inputs. ssm: SSM part in situ against the float64 loop. probe: SSM part of the
+    scan alone on large deltas against the float64 loop.
+    """
 
     name: str
     inputs: float
@@ -42,7 +46,11 @@ class ScanParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """Artifact against float model. max_abs, limit: in units of the output; cosine: the worst image's."""
+    """Difference between an artifact and the float model.
+
+    max_abs, limit: in units of the output that comes closest to its limit. cosine: of the worst image and output.
+    top1_agreement: share of images with the same answer, None for tasks that give none.
+    """
 
     max_abs: float
     limit: float
@@ -54,18 +62,20 @@ class Parity:
 
     @property
     def ok(self) -> bool:
+        """Whether every difference is within its limit."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
+        """Return plain data for the manifest."""
         return {**asdict(self), "ok": self.ok}
 
 
 @dataclass(frozen=True)
 class FloatRun:
-    """Outputs and scans of the float model on the test_inputs, computed in torch alone.
+    """Outputs and scans of the float model on the test inputs, computed in torch alone.
 
-    test_inputs: (n, ...), one artifact input each. outputs: by name. scans: the seven inputs of each scan, in execution
-    order. beyond_float16: the largest output of each layer that float16 could not hold.
+    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the seven inputs of each scan, in
+    execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot hold.
     """
 
     test_inputs: NDArray[Any]
@@ -75,11 +85,11 @@ class FloatRun:
 
 
 def verify(reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: ExportPlan, task: Task) -> Parity:
-    """Compare the artifact in `runtime` with the float model. Returns a Parity whose `failures` say what is off."""
+    """Compare the artifact in `runtime` with the float model. Differences beyond a limit are in `Parity.failures`."""
     failures: list[str] = []
     test_inputs, expected = reference.test_inputs, reference.outputs
     if plan.precision == "fp16":
-        too_large = "reaches {:.2g}, float16 ends at 65504: use --precision fp32"
+        too_large = "reaches {:.2g}, the largest float16 is 65504: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
     actual = run_batched(runtime, plan.batch, test_inputs)
     max_abs = limit = 0.0
@@ -89,7 +99,7 @@ def verify(reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: Expo
         error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
         allowed = plan.tolerance * float(np.abs(want[np.isfinite(want)]).max(initial=1.0))
         if not np.isfinite(want).all():
-            failures.append(f"{name} of the float model itself hold NaN or Inf")
+            failures.append(f"{name} of the float model contain NaN or Inf")
         elif not error <= allowed:
             failures.append(f"{name} differ by {error:.2g}, limit {allowed:.2g}")
         if not limit or error / allowed > max_abs / limit:
@@ -102,7 +112,7 @@ def verify(reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: Expo
 
 
 def worst(parities: dict[str, Parity]) -> Parity:
-    """One Parity for all lowerings of an artifact: the worst figures, every failure, `scans` named per lowering."""
+    """Merge the parities of all lowerings of an artifact: the worst figures, every failure, and every scan."""
     every = list(parities.values())
     furthest = max(every, key=lambda parity: parity.max_abs / parity.limit)
     return replace(
@@ -114,18 +124,19 @@ def worst(parities: dict[str, Parity]) -> Parity:
 
 
 def require(parity: Parity) -> None:
-    """Raise ParityError with every failure, unless there is none."""
+    """Raise ParityError if there are failures. The message lists the first four and the number of the others."""
     if not parity.ok:
         shown = "; ".join(parity.failures[:4])
         rest = f"; and {len(parity.failures) - 4} more" if len(parity.failures) > 4 else ""
-        raise ParityError(f"the artifact is not the float model: {shown}{rest}")
+        raise ParityError(f"the artifact differs from the float model: {shown}{rest}")
 
 
 @contextmanager
 def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
-    """-> the largest value of each layer whose output goes beyond `limit`, while the model runs inside the `with`.
+    """Context manager that records layer name -> largest output, for outputs above `limit` while the model runs in it.
 
-    Before the runtimes here are asked: those that have no float16 arithmetic compute in float32, and hide it.
+    Finds float16 overflow in the float model. The runtimes on this machine may hide the overflow, because runtimes
+    without float16 arithmetic compute in float32.
     """
     import torch
 
@@ -150,7 +161,7 @@ def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
 
 
 def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
-    """Run the float model (of `with_pre_and_postprocessing`) on `test_inputs`, in torch alone, and record its scans."""
+    """Run the float model (of `with_pre_and_postprocessing`) on `test_inputs` in torch alone, and record its scans."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 

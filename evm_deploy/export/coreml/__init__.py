@@ -1,4 +1,4 @@
-"""Target `coreml`: an mlprogram package for iOS and macOS, verified anywhere in the MIL runtime."""
+"""Target `coreml`: an mlprogram package for iOS and macOS, verified on any system in the MIL runtime."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from evm_deploy.runtimes.coreml.tools import INSTALL_HINT
 from evm_deploy.scan.fused import fusable_modules
 
 ARTIFACT = "model.mlpackage"
-SCRIPTS = ("bench/bench_on_mac.py", "bench/latency.py", "runtimes/coreml/compute_plan.py")  # needs no evm-deploy
+SCRIPTS = ("bench/bench_on_mac.py", "bench/latency.py", "runtimes/coreml/compute_plan.py")  # run without evm-deploy
 
 
 def check(plan: ExportPlan) -> None:
-    """Refuse what Core ML does not have."""
+    """Raise UsageError for a plan that Core ML does not support."""
     if not plan.batch.static:
-        raise UsageError(f"--batch {plan.batch}: a Core ML program has one batch size", "use a number")
+        raise UsageError(f"--batch {plan.batch}: a Core ML program has one batch size", "use --batch with one number")
     if plan.input == "image" and plan.batch.min > 1:
         raise UsageError(
             f"--batch {plan.batch}: an image input of Core ML takes one image",
             "use --input tensor, or MLBatchProvider in the app",
         )
     if plan.smooth == "on":
-        raise UsageError("--smooth on: Core ML programs are quantised as they are", "leave it out")
+        raise UsageError("--smooth on: Core ML programs are quantised without smoothing", "leave --smooth out")
     if plan.opset:
-        raise UsageError(f"--opset {plan.opset}: Core ML programs have no ONNX opset", "leave it out")
+        raise UsageError(f"--opset {plan.opset}: Core ML programs have no ONNX opset", "leave --opset out")
     if plan.precision == "int8" and plan.min_target == "iOS16":
         raise UsageError("int8 activations need iOS17 or iOS18", "use --precision w8, or another --min-target")
     if plan.more_imgsz and plan.min_target != "iOS18":
@@ -55,7 +55,7 @@ def check(plan: ExportPlan) -> None:
     if plan.head == "probs" and plan.labels and len(set(plan.labels)) < len(plan.labels):
         twice = next(label for label in plan.labels if plan.labels.count(label) > 1)
         raise UsageError(
-            f"label {twice!r} is there twice: a Core ML classifier keeps probabilities by label",
+            f"label {twice!r} occurs twice: a Core ML classifier stores probabilities by label",
             "make the labels unique, or use --head logits",
         )
 
@@ -67,7 +67,11 @@ def quantize(
     open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
-    """In modules that other targets have as one op: the layers that it takes as int8. One choice for all targets."""
+    """Quantise the program. All targets use int8 activations in the same layers.
+
+    In a module that other targets replace by one op, only the layers that the op takes as int8 get int8 activations.
+    Raises CalibrationError.
+    """
     inside = {mlprogram.network_path(path): op for path, op in fusable_modules(program.float_module)}
     return quantize_program(
         program.model,
@@ -82,10 +86,11 @@ def quantize(
 
 
 def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
-    """Write `folder/model.mlpackage`, of several sizes with a function for each, and the script that measures it on a
-    Mac.
+    """Write `folder/model.mlpackage`, and the scripts that measure it on a Mac.
+
+    For several image sizes the package has a function for each size.
     """
-    check(plan)  # the labels may be the checkpoint's
+    check(plan)  # again: labels may come from the checkpoint
     path = folder / ARTIFACT
     for script in SCRIPTS:
         source = files("evm_deploy") / script
@@ -102,7 +107,7 @@ def build(program: MlProgram, plan: ExportPlan, folder: Path) -> Artifact:
 
 
 def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | None) -> Artifact:
-    """The saved package as an artifact, seen from one of its functions."""
+    """Return the artifact of a saved package. function: the one described, None for a package of one program."""
     from evm_deploy.runtimes.mil import Program
 
     saved = Program(path, function)
@@ -112,20 +117,22 @@ def describe(path: Path, program: MlProgram, plan: ExportPlan, function: str | N
         "static_cost": static_cost(saved),
         "scans": tuple(scan_site(saved, site.name) for site in program.scans),
     }
-    scan = Decision("portable", "standard MIL operations: Core ML takes no kernels of others")
+    scan = Decision("portable", "standard MIL operations: Core ML runs no third-party kernels")
     return Artifact(path, scan, details, function=function)
 
 
 def remarks(runtime: Runtime) -> list[str]:
-    """Whether activations came near the end of float16: other images may go beyond it, and give Inf."""
+    """Return a note if activations came near the largest float16: other images may exceed it and give Inf."""
     largest = getattr(runtime, "largest", 0.0)
     if largest <= float16.LARGEST / 2:
         return []
-    return [f"activations reach {largest:.0f} on the test images, float16 ends at {float16.LARGEST:.0f}: prefer fp32"]
+    return [
+        f"activations reach {largest:.0f} on the test images, the largest float16 is {float16.LARGEST:.0f}: prefer fp32"
+    ]
 
 
 def write_scan_case(program: MlProgram, artifact: Artifact, path: Path, shape: ScanShape) -> None:
-    """Write a scan of this shape in float32, with all seven tensors as inputs."""
+    """Write a float32 program of one scan of this shape, with all seven tensors as inputs."""
     package.save(mlprogram.scan_program(shape, artifact.details["min_target"]), path)
 
 

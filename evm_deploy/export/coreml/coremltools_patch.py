@@ -1,4 +1,4 @@
-"""coremltools ready to convert: with what its version 9.0 lacks for today's numpy."""
+"""coremltools for conversion, with a patch that version 9.0 needs for NumPy 2.4 and later."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.runtimes.coreml.tools import coremltools
 
-# Rewrites x * scale + shift as a batch_norm of epsilon 1e-5: off by 5e-6, more than float32 costs anywhere else.
+# Rewrites x * scale + shift as a batch_norm with epsilon 1e-5. The error of 5e-6 is larger than any other of float32.
 INEXACT_PASS = "common::fuse_elementwise_to_batchnorm"
-PATCHED_VERSION = "9.0"  # also the one whose private passes quantise activations
+PATCHED_VERSION = "9.0"  # also the version whose private passes quantise activations
 
 
 @cache
 def converter() -> Any:
-    """The package, ready to convert torch modules: patched where its version needs that."""
+    """Return coremltools, ready to convert torch modules: patched if its version needs the patch."""
     ct = coremltools()
     if metadata.version("coremltools") == PATCHED_VERSION and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         with silence_libraries():
@@ -27,22 +27,23 @@ def converter() -> Any:
 
 
 def exact_pipeline() -> Any:
-    """coremltools' own passes, but for the one that changes results."""
+    """Return coremltools' default passes, without the pass that changes results."""
     pipeline = coremltools().PassPipeline.DEFAULT
     pipeline.remove_passes({INEXACT_PASS})
     return pipeline
 
 
 def _patch_cast() -> None:
-    """coremltools 9.0 calls int() on one-element arrays, which NumPy >= 2.4 refuses: any traced shape arithmetic fails.
+    """Patch `_cast` of coremltools 9.0, which calls int() on one-element arrays. NumPy >= 2.4 refuses the call.
 
-    apple/coremltools#2633, fixed after 9.0. test_the_cast_patch_is_still_needed fails on the day this can go.
+    Without the patch, any traced shape arithmetic fails: apple/coremltools#2633, fixed after 9.0.
+    test_the_cast_patch_is_still_needed fails as soon as the patch can be removed.
     """
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
     original = ops._cast
-    if hasattr(original, "__wrapped__"):  # by another thread
+    if hasattr(original, "__wrapped__"):  # patched by another thread
         return
 
     @wraps(original)

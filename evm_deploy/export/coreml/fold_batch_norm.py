@@ -1,6 +1,6 @@
-"""BatchNorm as part of the convolution before it, in a torch module.
+"""Folding of BatchNorm into the convolution before it, in a torch module.
 
-coremltools folds it too, but gives the new weights names of its own, by which quantisation finds no module.
+coremltools folds BatchNorm too, but renames the weights, and quantisation cannot find the module of a renamed weight.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def fold_batch_norm(module: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of `module`, in eval mode, in which every convolution that a BatchNorm alone reads has it inside.
+    """Return a copy of `module`, in eval mode, with each BatchNorm folded into the convolution before it.
 
-    Which those are is read from a trace with `example`, whatever the module that holds them. A convolution or a norm
-    that runs more than once stays as it is.
+    Nothing else may read the convolution's output. A trace with `example` finds these pairs, whichever modules hold
+    them. A convolution or a norm that runs more than once stays as it is.
     """
     from torch import nn
 
@@ -36,12 +36,12 @@ def fold_batch_norm(module: nn.Module, example: Tensor) -> nn.Module:
 
 
 def module_path(node: Any) -> str:
-    """The innermost module of a node of a trace: `__module.a/__module.a.model/__module.a.model.0` -> `a.model.0`."""
+    """Return the innermost module of a traced node: `__module.a/__module.a.model/__module.a.model.0` -> `a.model.0`."""
     return str(node.scopeName().rpartition("/")[2].removeprefix("__module."))
 
 
 def _pairs(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Paths of the modules that run once and are in a row: a convolution, and a norm that is all that reads it."""
+    """Return the paths of each convolution and norm to fold: both run once, and only the norm reads the convolution."""
     import torch
 
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""int8 and w8 for Core ML programs, on any system: our ranges and blocks, coremltools' own passes, judged by computing.
+"""int8 and w8 for Core ML programs, on any system: calibrated in the MIL runtime, quantised by coremltools' passes.
 
-coremltools' calibration calls Core ML, which only a Mac has, and keeps the last sample's ranges alone
-(apple/coremltools#2704). So activations are measured in the MIL runtime, and the passes that coremltools would run
-after its calibration get these ranges.
+coremltools' own calibration calls Core ML, which only a Mac has, and keeps only the ranges of the last sample
+(apple/coremltools#2704). So the MIL runtime measures the activations, and the passes that coremltools would run after
+its calibration get these ranges.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from evm_deploy.tasks.task import Outputs
 if TYPE_CHECKING:
     from evm_deploy.runtimes.mil import MilRuntime, Program
 
-TYPES = ("conv", "linear")  # matmul is not for these passes; add would quantise the scan
-ACTIVATIONS = ("relu", "sigmoid", "tanh")  # what the passes take together with the layer before
+TYPES = ("conv", "linear")  # the passes do not take matmul; add would quantise the scan
+ACTIVATIONS = ("relu", "sigmoid", "tanh")  # quantised together with the layer before
 PAIRS = ("insert_prefix_quantize_dequantize_pair", "insert_suffix_quantize_dequantize_pair")
 
 
@@ -54,11 +54,11 @@ def quantize_program(
     open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
-    """The int8 or w8 form of a float16 `model` (coremltools' MLModel), judged against the float `module`.
+    """Quantise a float16 `model` (coremltools' MLModel) to int8 or w8. Accuracy is against the float `module`.
 
-    modules: module path by name of a weight. int8_inside: of these modules, only the layers named get int8 activations.
-    `open_candidate(model)` opens a model as it is verified. Raises CalibrationError; an accuracy beyond its limit is in
-    the result, without an error.
+    modules: weight name -> module path. int8_inside: module path -> the layers inside that get int8 activations; other
+    layers of the module do not. `open_candidate(model)`: open a model in the runtime that verifies it. Raises
+    CalibrationError. An accuracy beyond its limit raises no error: it is in the result.
     """
     from evm_deploy.runtimes.mil import MilRuntime
 
@@ -85,7 +85,7 @@ def quantize_program(
 def quantizable_ops(
     program: Program, modules: Mapping[str, str], config: QuantizationConfig, int8_inside: Mapping[str, Collection[str]]
 ) -> list[Layer]:
-    """The layers that can be quantised, as for the other targets: `calib.int8.candidates` of a program."""
+    """Return the layers of a program that can be quantised, like `calib.int8.candidates` for an ONNX graph."""
     every = [op for op in program.operations if op.type in TYPES and _plain(op.weight) in modules]
     readers = {name: op for op in reversed(program.operations) for name in op.reads}
     feeding = scan_feeding_layers(program)
@@ -103,7 +103,7 @@ def quantizable_ops(
 
 
 def scan_feeding_layers(program: Program) -> set[str]:
-    """Results of the TYPES from which delta, B and C of a scan come with no other of these in between."""
+    """Return the results of TYPES ops from which a scan's delta, B and C come, with no other such op in between."""
     producers = {result.name: op for op in program.operations for result in op.results}
     scans = re.compile(rf"{mil.PREFIX}_.*_(?:{'|'.join(mil.FEEDS)})")
     waiting = [name for op in program.operations if scans.fullmatch(op.name) for name in op.reads]
@@ -121,14 +121,14 @@ def scan_feeding_layers(program: Program) -> set[str]:
 
 
 def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -> Any:
-    """`model` (saved and opened again) with these layers' weights int8, one scale per output channel, and their
-    activations between quantize and dequantize over `ranges`, which are keyed as in a calibration table.
+    """Return `model` with the layers `chosen` quantised. `model` must have been saved and opened again.
 
-    Raises ToolchainError for another coremltools than the one whose passes are known.
+    Weights: int8, one scale per output channel. Activations: between quantize and dequantize over `ranges`, which are
+    keyed as in a calibration table. Raises ToolchainError if coremltools is not PATCHED_VERSION.
     """
     if metadata.version("coremltools") != PATCHED_VERSION:
         raise ToolchainError(
-            f"int8 for Core ML uses passes of coremltools {PATCHED_VERSION} that have no public name",
+            f"int8 and w8 for Core ML use private passes of coremltools {PATCHED_VERSION}",
             f"pip install coremltools=={PATCHED_VERSION}",
         )
     ct = converter()
@@ -140,7 +140,7 @@ def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Ra
     from coremltools.models.utils import _apply_graph_pass
 
     def prepared(name: str, **options: Any) -> Any:
-        found = copy.copy(PASS_REGISTRY[name])  # the registry's own would keep these options for whoever comes next
+        found = copy.copy(PASS_REGISTRY[name])  # the registry's own instance would keep these options for later users
         found.set_options([PassOption(key, value) for key, value in options.items()])
         return found
 
@@ -167,13 +167,13 @@ def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Ra
             specification_version=version,
             compute_units=model.compute_unit,
             model_description=spec.description,
-            pass_pipeline=ct.PassPipeline.CLEANUP,  # the float program is as the others made it
+            pass_pipeline=ct.PassPipeline.CLEANUP,  # the float program has been through the other passes
             skip_model_load=True,
         )
 
 
 def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
-    """The outputs of the float model (`hub.graph.with_pre_and_postprocessing`) by name."""
+    """Return the outputs of the float model (`hub.graph.with_pre_and_postprocessing`) by name."""
     import torch
 
     with one_at_a_time, torch.inference_mode():

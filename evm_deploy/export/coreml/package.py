@@ -1,4 +1,4 @@
-"""Core ML packages on disk: one program, or several as functions that share weights; the same bytes every time."""
+"""Core ML packages on disk: one program, or several functions that share weights. Bytes are reproducible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evm_deploy.runtimes.coreml.tools import coremltools
 
 
 def save(model: Any, path: Path) -> None:
-    """Write `model`, coremltools' MLModel, with its one function `main`."""
+    """Write `model`, coremltools' MLModel, as a package with one function, `main`."""
     with tempfile.TemporaryDirectory() as folder, silence_libraries():
         fresh = Path(folder) / path.name
         model.save(str(fresh))
@@ -23,7 +23,7 @@ def save(model: Any, path: Path) -> None:
 
 
 def save_functions(models: Mapping[str, Any], path: Path) -> None:
-    """Write MLModels as the functions of one package, the first the default. Equal weights are there once. iOS18."""
+    """Write MLModels as the functions of one package, for iOS18. The first is the default. Equal weights are shared."""
     tools = coremltools().utils
     with tempfile.TemporaryDirectory() as folder, silence_libraries():
         functions = tools.MultiFunctionDescriptor()
@@ -38,7 +38,10 @@ def save_functions(models: Mapping[str, Any], path: Path) -> None:
 
 
 def _write(fresh: Path, path: Path, metadata: Any) -> None:
-    """Copy the package `fresh`, with metadata, which several functions lose, and without coremltools' random names."""
+    """Copy the package `fresh` to `path`, with `metadata` and fixed item names.
+
+    coremltools drops the metadata of a package of several functions, and names the items of any package at random.
+    """
     shutil.copytree(fresh, path)
     spec = coremltools().utils.load_spec(str(fresh))
     spec.description.metadata.CopyFrom(metadata)
@@ -51,6 +54,5 @@ def _write(fresh: Path, path: Path, metadata: Any) -> None:
     content["itemInfoEntries"] = {names[key]: item for key, item in items.items()}
     content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
     manifest.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
-    coremltools().utils.load_spec(
-        str(path)
-    )  # whatever opens a package writes this file its way: once now, before hashes
+    # Opening a package rewrites this file in the opener's format. Open the package now, before files are hashed.
+    coremltools().utils.load_spec(str(path))

@@ -1,4 +1,4 @@
-"""From a torch module to an mlprogram: traced, converted with our scan, inputs and outputs as apps want them."""
+"""Conversion of a torch module to an mlprogram, with our scan, and with inputs and outputs that suit apps."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ if TYPE_CHECKING:
 
 OP = "evm::selective_scan"
 DEFAULT_MIN_TARGET = "iOS17"
-TENSOR_INPUT = "input_tensor"  # `tensor` is a word of MIL
-PROBABILITIES = "classLabel_probs"  # what converters name a classifier's second output
+TENSOR_INPUT = "input_tensor"  # `tensor` is a reserved word of MIL
+PROBABILITIES = "classLabel_probs"  # coremltools' name of a classifier's second output
 
 _scan_paths: ContextVar[Iterator[str]] = ContextVar("scan_paths")
 
 
 @dataclass(frozen=True)
 class MlProgram:
-    """A network as coremltools holds it before it is saved: what Core ML's targets have for a hub graph.
+    """A network as a Core ML program before it is saved, the counterpart of the hub graph.
 
-    model: coremltools' MLModel. float_module: the torch module that it is. scans: in execution order, named by module.
-    modules: module path by name of a weight in the program. more: the same network for further sizes (H, W).
+    model: coremltools' MLModel. float_module: the torch module that was converted. scans: in execution order, named
+    after modules. modules: weight name in the program -> module path. more: image size (H, W) -> the same network for
+    this size.
     """
 
     model: Any
@@ -51,14 +52,14 @@ class MlProgram:
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
-    """The part of a plan that decides the program: plans that agree in it share one trace."""
+    """Return the settings of a plan that decide the program. Plans with equal keys share one trace."""
     return *hub.trace_key(plan), plan.more_imgsz, plan.min_target, plan.precision == "fp32", plan.labels
 
 
 def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
-    """Convert a module to a program: float32 for the precision fp32, else float16; one for each size of the plan.
+    """Convert a module to a program for each image size of the plan: float32 for precision fp32, else float16.
 
-    Raises ToolchainError, and UsageError for a weight that float16 cannot hold.
+    Raises ToolchainError if coremltools fails, and UsageError for a weight that float16 cannot hold.
     """
     with silence_libraries():
         folded = fold_batch_norm(channels_first(module, plan), example(plan))
@@ -70,13 +71,13 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
 
 
 def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
-    """folded: the module as Core ML reads it."""
+    """Convert a module for one image size. folded: the module with Core ML's input layout and BatchNorm folded."""
     import torch
 
     ct = converter()
     with silence_libraries(), torch.no_grad():
         traced = torch.jit.trace(folded, example(plan), check_trace=False)  # type: ignore[no-untyped-call]
-        graph = traced.inlined_graph  # kept: its nodes are gone with it
+        graph = traced.inlined_graph  # keep a reference: nodes are freed with their graph
         calls: Counter[str] = Counter()
         paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
         labels = plan.labels if plan.head == "probs" else None
@@ -102,7 +103,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
 
 
 def scan_program(shape: ScanShape, min_target: str) -> Any:
-    """One scan by itself on seven float32 inputs of this shape, batch 1, lowered as in the artifact, output `y`."""
+    """Return a program of one scan, lowered as in the artifact: seven float32 inputs, batch 1, output `y`."""
     ct = converter()
     from coremltools.converters.mil import Builder as mb
 
@@ -123,12 +124,12 @@ def scan_program(shape: ScanShape, min_target: str) -> Any:
 
 
 def scan_prefix(path: str) -> str:
-    """What the operations of the scan in module `path` are named after."""
+    """Return the prefix of the names of all operations of the scan in module `path`."""
     return f"{mil.PREFIX}_{path.replace('.', '_').replace('#', '_call')}"
 
 
 def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
-    """The module for what Core ML reads: an image comes as float (1, 3, H, W), its pixels 0..255."""
+    """Wrap a module for Core ML's input layout: an image is float (1, 3, H, W) with pixels 0..255."""
     from torch import nn
 
     class ChannelsFirst(nn.Module):
@@ -143,7 +144,7 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
 
 
 def example(plan: ExportPlan) -> Tensor:
-    """An input as Core ML gives it to the network: channels first."""
+    """Return an example input in Core ML's layout: zeros, float32 (batch, 3, H, W)."""
     import torch
 
     height, width = plan.imgsz or (0, 0)
@@ -151,9 +152,9 @@ def example(plan: ExportPlan) -> Tensor:
 
 
 def _number_from_zero() -> None:
-    """Number the operations without a name of the next program from 0, whatever this process has converted before.
+    """Number the unnamed operations of the next program from 0, whatever this process has converted before.
 
-    coremltools 9.0 counts them for the whole process: the same network would give other bytes the second time.
+    coremltools 9.0 counts operations per process: a second conversion of the same network would give other bytes.
     """
     from coremltools.converters.mil import Builder
 
@@ -166,16 +167,17 @@ def _convert(source: Any, **options: Any) -> Any:
         return ct.convert(
             source, convert_to="mlprogram", pass_pipeline=exact_pipeline(), skip_model_load=True, **options
         )
-    except Exception as error:  # coremltools raises whatever it stumbles over
+    except Exception as error:  # coremltools raises exceptions of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ToolchainError(
-            f"coremltools {ct.__version__} cannot convert the network: {reason}", "report this, with the versions"
+            f"coremltools {ct.__version__} cannot convert the network: {reason}",
+            "report this, with the output of evm-doctor",
         ) from error
 
 
 @contextmanager
 def _scans_named(paths: Iterable[str]) -> Iterator[None]:
-    """Inside, the scans that are converted, in execution order, are those of these module paths."""
+    """Context manager in which converted scans are named after these module paths, in execution order."""
     _register_scan()
     token = _scan_paths.set(iter(paths))
     try:
@@ -186,7 +188,7 @@ def _scans_named(paths: Iterable[str]) -> Iterator[None]:
 
 @cache
 def _register_scan() -> None:
-    """Convert evm::selective_scan with our composite, from now on."""
+    """Make coremltools convert evm::selective_scan with our composite of MIL operations, in this process."""
     from coremltools.converters.mil import register_torch_op
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -197,7 +199,7 @@ def _register_scan() -> None:
 
 
 def network_path(path: str) -> str:
-    """`with_pre_and_postprocessing.model.layers.0` -> `layers.0`."""
+    """Remove the wrappers' names from a module path: `with_pre_and_postprocessing.model.layers.0` -> `layers.0`."""
     return path.removeprefix("with_pre_and_postprocessing.").removeprefix(f"{ROOT}.")
 
 

@@ -1,4 +1,4 @@
-"""What the README of a Core ML bundle says of running it without evm-deploy."""
+"""README text of a Core ML bundle: how to run the model without evm-deploy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from evm_deploy.bundle.readme import Usage
 
 
 def usage(manifest: Manifest) -> Usage:
-    """Python on a Mac, Swift with Vision or with MLModel. None of it was run by this project."""
+    """Return the texts for Python on a Mac, and for Swift with Vision or MLModel. This code has not been run."""
     read, wrote = manifest.inputs[0], manifest.outputs[0]["name"]
     height, width = manifest.preprocessing["size"]
     image = read["dtype"] == "uint8"
@@ -19,7 +19,7 @@ def usage(manifest: Manifest) -> Usage:
         else f"np.zeros({tuple(read['shape'])}, np.float32)"
     )
     swift = _swift_image(read["name"], wrote, height, width) if image else _swift_tensor(read, wrote)
-    sections = f"""On a Mac this runs Core ML; on other systems evm-deploy's MIL runtime computes what the program says.
+    sections = f"""On a Mac, evm-deploy runs the model in Core ML; on other systems, in its own MIL runtime.
 
 With coremltools alone, on a Mac:
 
@@ -33,24 +33,23 @@ outputs = model.predict({{"{read["name"]}": {given}}})
 {_functions(manifest)}
 ## Swift
 
-Add `{manifest.artifact}` to an Xcode target, which compiles it. In this project nobody has compiled or run these lines.
+Add `{manifest.artifact}` to an Xcode target, which compiles it. These lines have not been compiled or run.
 
 {swift}
-Speed on the device: `python bench_on_mac.py` in this folder, on a Mac with coremltools, writes a record of evm-deploy
-for each choice of compute units.
+To measure latency, run `python bench_on_mac.py` in this folder, on a Mac with coremltools. The script writes a record
+of evm-deploy for each choice of compute units.
 """
-    return Usage(
-        artifact="the model, a Core ML package: nothing of ours is needed to run it", library="", sections=sections
-    )
+    return Usage(artifact="the model, a Core ML package that runs without evm-deploy", library="", sections=sections)
 
 
 def _functions(manifest: Manifest) -> str:
-    """Of a package for several sizes: how to choose one."""
+    """Return the text on how to choose a function in a package for several image sizes; "" for one size."""
     names = [f"`{function['name']}`" for function in manifest.details.get("functions", ())]
     if not names:
         return ""
     return f"""
-A function for each size (iOS 18, macOS 15): {names[0]}, the default, {", ".join(names[1:])}. To choose one:
+The package has a function for each image size (iOS 18, macOS 15): {names[0]}, the default, {", ".join(names[1:])}.
+To choose a function:
 `MLModel(..., function_name=...)` in Python, `configuration.functionName = ...` in Swift.
 """
 
@@ -61,7 +60,7 @@ import CoreML
 import Vision
 
 let configuration = MLModelConfiguration()
-configuration.computeUnits = .all  // also try .cpuAndGPU, .cpuAndNeuralEngine: nobody measured which is fastest
+configuration.computeUnits = .all  // also try .cpuAndGPU, .cpuAndNeuralEngine: not measured yet
 let url = Bundle.main.url(forResource: "model", withExtension: "mlmodelc")!
 let model = try MLModel(contentsOf: url, configuration: configuration)
 
@@ -70,11 +69,11 @@ let input = try MLDictionaryFeatureProvider(dictionary: ["{name}": MLFeatureValu
 let output = try model.prediction(from: input).featureValue(for: "{output}")
 
 // or let Vision crop and scale, for a classifier (--head probs with labels)
-let config = VNCoreMLRequest(model: try VNCoreMLModel(for: model)) {{ config, _ in
-    let best = (config.results as? [VNClassificationObservation])?.first
+let request = VNCoreMLRequest(model: try VNCoreMLModel(for: model)) {{ request, _ in
+    let best = (request.results as? [VNClassificationObservation])?.first
     print(best?.identifier ?? "", best?.confidence ?? 0)
 }}
-config.imageCropAndScaleOption = .centerCrop
+request.imageCropAndScaleOption = .centerCrop
 try VNImageRequestHandler(cgImage: image).perform([request])
 ```
 """

@@ -1,4 +1,4 @@
-"""The scans of a Core ML package, for verification: where they are in the program, what they read and write."""
+"""Access to the scans of a Core ML package, for verification: their place in the program, their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def scan_site(program: Program, path: str) -> ScanSite:
-    """Where the scan of module `path` is in a saved program. Raises ToolchainError where it is not found."""
+    """Find the scan of module `path` in a saved program. Raises ToolchainError if the program does not contain it."""
     prefix = scan_prefix(path)
     ops = {}
     for op in program.operations:
@@ -28,7 +28,7 @@ def scan_site(program: Program, path: str) -> ScanSite:
         if name.startswith(prefix):
             ops[name.removeprefix(prefix + "_").removesuffix("_cast_fp16")] = op
     try:
-        delta = ops.get("delta") or ops["softplus_0"]  # a bias of zeros adds nothing, and is gone
+        delta = ops.get("delta") or ops["softplus_0"]  # a bias of zeros is optimised away
         reads = {"delta": str(delta.variables["x"]), "u": str(ops["u"].variables["y"])}
         reads |= {key: str(ops[key].variables["x"]) for key in ("B", "C")}
         writes = ops["y"].results[0].name
@@ -41,12 +41,12 @@ def scan_site(program: Program, path: str) -> ScanSite:
 
 
 def _constant_name(program: Program, name: str) -> str:
-    """The constant as the file names it, or "" where it did nothing and is gone: skip of ones, bias of zeros."""
+    """Return the constant's name in the file, or "" if it was optimised away: skip of ones, bias of zeros."""
     return next((found for found in (name, f"{name}_to_fp16") if found in program.constants), "")
 
 
 class CoreMlScanAccess:
-    """Per-scan access to a package in the MIL runtime, without float16 roundings: what the program says, exactly."""
+    """Per-scan access to a package in the MIL runtime, computed exactly: without float16 rounding."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         from evm_deploy.runtimes.mil import MilRuntime
@@ -56,6 +56,7 @@ class CoreMlScanAccess:
         self.names = tuple(site.name for site in self.sites)
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
+        """Run one inference. Returns u, delta, B, C, y and the constants (A if stored, skip, bias) of each scan."""
         variable = ("u", "delta", "B", "C")
         wanted = {name for site in self.sites for name in (*(site.reads[key] for key in variable), site.writes)}
         values = self.runtime.run(feeds, sorted(wanted))
@@ -67,16 +68,17 @@ class CoreMlScanAccess:
         ]
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        """Run scan `index` by itself on u, delta, B and C. Returns y."""
         site = self.sites[index]
         return self.runtime.run({site.reads[key]: value for key, value in feeds.items()}, [site.writes])[site.writes]
 
     def _constants(self, site: ScanSite, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """A (K, D, N), skip and bias (K, D) as the program has them; no A in a scan of one step, which needs none."""
+        """Return the program's A (K, D, N), skip and bias (K, D). A scan of a single step needs and has no A."""
         _, K, _, D = values[site.reads["u"]].shape
         program = self.runtime.program
         found = {key: program.constants[site.reads[key]].numpy() for key in ("A", "skip", "bias") if key in site.reads}
         return {
-            **({"A": found["A"][:K].reshape(K, D, -1)} if "A" in found else {}),  # tiled over the batch
+            **({"A": found["A"][:K].reshape(K, D, -1)} if "A" in found else {}),  # the program tiles A over the batch
             "skip": found["skip"].reshape(K, D) if "skip" in found else np.ones((K, D), np.float32),
             "bias": found["bias"].reshape(K, D) if "bias" in found else np.zeros((K, D), np.float32),
         }

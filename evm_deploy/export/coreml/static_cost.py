@@ -1,4 +1,4 @@
-"""The static cost of a Core ML program: what can be counted off the device. It ranks layouts; it is no latency."""
+"""Static cost of a Core ML program, counted without a device. The cost ranks layouts and is not a latency."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ BYTES = {"fp32": 4, "int32": 4, "fp16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def static_cost(program: Program) -> dict[str, Any]:
-    """operations, and those of the scans; traffic_mb: bytes of activations that the operations read and write, and
-    padded_traffic_mb with the last axis padded to 64 bytes, as the Neural Engine keeps tensors; width1_tensors: results
-    whose last axis is 1, 32 times as large there; largest_rank.
+    """Count the static cost of a program.
+
+    Returns operations and scan_operations: numbers of operations. traffic_mb: MB of activations that the operations
+    read and write. padded_traffic_mb: the same with the last axis padded to 64 bytes, as the Neural Engine stores
+    tensors. width1_tensors: number of results whose last axis is 1, which the padding makes 32 times as large.
+    largest_rank: of all results.
     """
     traffic = padded = 0.0
     results = [result for op in program.operations for result in op.results if result.shape is not None]

@@ -1,4 +1,4 @@
-"""What float16 holds."""
+"""Range of float16."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LARGEST = 65504.0
 
 
 def check_range(weights: Iterable[tuple[str, NDArray[np.floating[Any]]]]) -> None:
-    """Raise UsageError naming a weight that float16 cannot hold: converters would clip it, or make it Inf."""
+    """Raise UsageError naming a weight that float16 cannot hold: converters would clip this weight or make it Inf."""
     for name, value in weights:
         largest = float(np.abs(value).max(initial=0))
         if largest > LARGEST:
             raise UsageError(
-                f"float16: {name} reaches {largest:.4g}, float16 ends at {LARGEST:.0f}", "use --precision fp32"
+                f"{name} reaches {largest:.4g}, the largest float16 is {LARGEST:.0f}", "use --precision fp32"
             )

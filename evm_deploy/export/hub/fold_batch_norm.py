@@ -1,4 +1,4 @@
-"""BatchNorm as part of the convolution before it, in a graph as traced."""
+"""Folding of BatchNorm into the convolution before it, in a traced graph."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ EPSILON = 1e-5  # ONNX's default
 
 
 def fold_batch_norm(model: ir.Model) -> int:
-    """Fold every BatchNormalization into the Conv whose output it alone reads, in place. Returns how many.
+    """Fold every BatchNormalization into the Conv before it if nothing else reads the Conv. Returns how many.
 
     before:  %1 = Conv(%0, conv.weight);  %2 = BatchNormalization(%1, bn.weight, bn.bias, bn.mean, bn.var)
-    after:   %2 = Conv(%0, conv.weight, conv.bias)      the node is still that of the module `conv`
+    after:   %2 = Conv(%0, conv.weight, conv.bias)      the node keeps the name of the module `conv`
 
-    Convolutions of any rank and grouping, with a bias or without. Weights that another node reads too stay as they are:
-    this convolution gets copies. Constants are computed first: an absent bias is traced as an expression.
+    Changes `model`. Convolutions may have any rank and grouping, with a bias or without. Weights that another node also
+    reads stay unchanged: this convolution gets copies. Constant expressions are computed first, because an absent bias
+    is traced as an expression.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants
@@ -36,7 +37,7 @@ def fold_batch_norm(model: ir.Model) -> int:
 
 
 def _convolution(norm: ir.Node) -> ir.Node | None:
-    """The Conv that `norm` can become part of, if it is a BatchNormalization with such a one."""
+    """Return the Conv that `norm` can be folded into, or None."""
     if (norm.domain, norm.op_type) != ("", "BatchNormalization") or any(output.uses() for output in norm.outputs[1:]):
         return None
     x = norm.inputs[0]
@@ -55,7 +56,7 @@ def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
     names = (weight.name, weight.name.removesuffix("weight") + "bias")
     conv.resize_inputs(3)
     for i, (name, value) in enumerate(zip(names, values, strict=True), start=1):
-        conv.replace_input_with(i, None)  # its reader no more: where it was the only one, the name is free
+        conv.replace_input_with(i, None)  # drop this use first: if it was the only one, the name is free
         conv.replace_input_with(i, _initializer(graph, name, value))
     output, read = conv.outputs[0], norm.outputs[0]
     read.replace_all_uses_with(output, replace_graph_outputs=True)
@@ -64,7 +65,7 @@ def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
 
 
 def _initializer(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
-    """A constant of this name, or with a number after it where something in the graph has or reads that one."""
+    """Register a constant `name`. If another constant in use has the name, a number is appended."""
     import onnx_ir as ir
 
     old, unique, count = graph.initializers.get(name), name, 0
@@ -80,7 +81,7 @@ def _initializer(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
 
 
 def _array(value: ir.Value | None) -> Any:
-    """Its constant as an array, or None: it has none, or one that callers of the graph can replace."""
+    """Return the constant of a value as an array. None for no constant, and for a graph input, which callers set."""
     import onnx_ir as ir
 
     if value is None or value.is_graph_input():

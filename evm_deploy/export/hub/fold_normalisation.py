@@ -1,4 +1,4 @@
-"""Mean and std as part of the first convolution."""
+"""Folding of mean and std into the first convolution."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def fold_normalisation(model: onnx.ModelProto) -> int:
-    """Fold the scale and shift of pixels into the convolution that reads them. Returns 1, or 0 and changes nothing.
+    """Fold the scale and shift of pixels into the convolution that reads them. Returns 1, or 0 for no change.
 
     before:  %1 = Cast(%image);  %2 = Mul(%1, scale);  %3 = Add(%2, shift);  %4 = Transpose(%3);  %5 = Conv(%4, W, b)
     after:   %1 = Cast(%image);  %4 = Transpose(%1);  %5 = Conv(%4, W * scale, b + sum(W * shift))
 
-    Exact but for rounding, and only where the convolution does not pad: a padded zero is no pixel. Weights that another
-    node reads too stay as they are: this convolution gets copies. Two passes over the whole image less.
+    Exact up to rounding. Only for a convolution without padding, because a padded zero is not a normalised pixel.
+    Weights that another node also reads stay unchanged: this convolution gets copies. Saves two passes over the image.
     """
     from onnx import numpy_helper
 
@@ -56,7 +56,10 @@ def fold_normalisation(model: onnx.ModelProto) -> int:
 
 
 def _chain(graph: onnx.GraphProto) -> list[onnx.NodeProto] | None:
-    """Cast, Mul, Add, Transpose, Conv from the input on, each the only reader of the one before."""
+    """Return the nodes Cast, Mul, Add, Transpose, Conv behind the graph's input, or None.
+
+    Each must be the only reader of the node before it. The Conv must have no padding and one group.
+    """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:

@@ -1,4 +1,4 @@
-"""A module's nodes as one fused node, with those same nodes as its portable body."""
+"""Fusion of a module's nodes into one node, with the same nodes as its portable body."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp
 if TYPE_CHECKING:
     import onnx
 
-SAME = 1e-6  # relative: the graph's folded constants and the module's own may differ in the last bit
+SAME = 1e-6  # relative tolerance: the graph's folded constants and the module's own may differ in the last bit
 
 
 def match_constants(model: onnx.ModelProto, path: str, op: FusedOp, names: Mapping[int, str]) -> FusedOp:
-    """`op` with its constants in `model`, just traced from the module `path`: later passes may change what is in them.
+    """Find the constants of `op`, the module `path`, in the traced `model`. Returns `op` with their names.
 
-    names: address of a parameter's data -> its name. Raises ToolchainError for a constant that is not there.
+    Call this function right after tracing, because later passes may change the values. names: address of a parameter's
+    data -> the parameter's name. Raises ToolchainError for a constant that is not in the graph.
     """
     read = {name for node in model.graph.node if below(path, node.name) for name in node.input}
     used = [tensor for tensor in model.graph.initializer if tensor.name in read]
     found: dict[str, str] = {}
     for operand, value in sorted(op.operands.items(), key=lambda item: item[1].data_ptr() not in names):
-        own, taken = names.get(value.data_ptr()), set(found.values())  # tell equal ones apart, as norms as initialised
+        own, taken = names.get(value.data_ptr()), set(found.values())  # tell equal constants apart, as of new norms
         candidates = sorted(used, key=lambda tensor: (tensor.name != own, tensor.name in taken))
         found[operand] = _find(candidates, value.detach().numpy(), f"{path}: {operand}")
     return replace(op, constants=found)
 
 
 def fuse_module(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
-    """Replace the nodes of module `path` by one evm::<op_type> node and a model-local function of them.
+    """Replace the nodes of module `path` by one evm::<op_type> node and a model-local function that holds the nodes.
 
     before:  %n = LayerNormalization(%x, norm.weight, norm.bias);  %1 = MatMul(%n, in_proj) ..  %out = Add(%x, %9)
     after:   %out = evm::Block(%x, norm.weight, norm.bias, in_proj ..)        the function holds the nodes
 
-    A runtime that has the kernel uses it; any other runs the body. The function's further outputs, which the node does
-    not ask for, are what its scan reads and writes. Bodies that differ in attributes alone, as those of stages do in
-    their shapes, share one function, see `_share`. Returns the number of nodes replaced. Raises ToolchainError when the
-    nodes do not form such a module.
+    A runtime that has the kernel uses the kernel; any other runs the function's body. The function has further outputs,
+    which the node does not request: the tensors that its scan reads and writes. Bodies that differ only in attributes,
+    such as the blocks of different stages, share one function (see `_share`). Returns the number of nodes replaced.
+    Raises ToolchainError if the nodes do not form a module with one input and one output.
     """
     import onnx
     from onnx import helper
@@ -93,7 +94,7 @@ def fuse_module(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
 
 
 def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -> tuple[str, str]:
-    """The one tensor that the nodes read from outside, and the one that is read outside."""
+    """Return the one tensor that the nodes read from outside, and the one tensor of the nodes that is read outside."""
     constants = {tensor.name for tensor in graph.initializer}
     produced = {name for node in inside for name in node.output}
     reads = {name for node in inside for name in node.input if name} - produced - constants
@@ -108,7 +109,7 @@ def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -
 
 
 def _operands(inside: list[onnx.NodeProto], path: str, op: FusedOp) -> tuple[str, dict[str, str]]:
-    """The op's type and, by operand, the initializer; the int8 op where the module's linear layers are quantised."""
+    """Return the op's type, and the initializer of each operand. The int8 op if the module's layers are quantised."""
     producers = {name: node for node in inside for name in node.output}
     layers = {node.name.rpartition("/")[0]: node for node in inside if node.op_type in LAYERS}
     int8 = any(layers[f"{path}.{layer}"].input[1] in producers for layer in op.int8_layers.values())
@@ -125,7 +126,7 @@ def _operands(inside: list[onnx.NodeProto], path: str, op: FusedOp) -> tuple[str
 
 
 def _find(tensors: list[onnx.TensorProto], value: NDArray[np.float32], what: str) -> str:
-    """The initializer that holds `value`: exporters fold and rename weights, so it is found by what is in it."""
+    """Return the name of the initializer that holds `value`. Compares contents, because exporters rename weights."""
     from onnx import numpy_helper
 
     for tensor in tensors:
@@ -133,7 +134,7 @@ def _find(tensors: list[onnx.TensorProto], value: NDArray[np.float32], what: str
             have = numpy_helper.to_array(tensor)
             if have.dtype == value.dtype and np.allclose(have, value, rtol=SAME, atol=0, equal_nan=True):
                 return str(tensor.name)
-    raise ToolchainError(f"{what} is not among the constants of the graph", "report this, with the versions of onnxsim")
+    raise ToolchainError(f"{what} is not among the constants of the graph", "report this, with the version of onnxsim")
 
 
 def _body(
@@ -143,7 +144,7 @@ def _body(
     out: str,
     constants: dict[str, onnx.TensorProto],
 ) -> list[onnx.NodeProto]:
-    """Copies of the nodes with names of their own: `names` for inputs, other constants as Constant nodes, v0, v1 .."""
+    """Copy the nodes with new tensor names: `names` for inputs, c<n> for other constants, v<n> for values."""
     import onnx
     from onnx import helper
 
@@ -171,13 +172,13 @@ def _body(
 def _share(
     model: onnx.ModelProto, function: onnx.FunctionProto, path: str
 ) -> tuple[onnx.FunctionProto, list[onnx.AttributeProto]]:
-    """The function of the model to call for `function`, and the attributes to call it with.
+    """Return the function of the model to call in place of `function`, and the attributes of the call.
 
     before:  Block() { .. Conv<group=48>(..) .. }, called for blocks of 48 channels; `function` has group=96
     after:   Block<v5_group>() { .. Conv<group=@v5_group>(..) .. }, called with v5_group=48 and v5_group=96
 
-    A body of another structure is a function of the same name, told apart by its `overload`. ONNX Runtime 1.28 knows
-    that; up to 1.24 at least it takes the first body for all.
+    A body of another structure becomes a function of the same name with another `overload`. ONNX Runtime 1.28 supports
+    overloads; ONNX Runtime up to at least 1.24 uses the first body for every call.
     """
     others = [other for other in model.functions if other.name == function.name]
     same = next((other for other in others if _structure(other) == _structure(function)), None)
@@ -203,7 +204,7 @@ def _share(
 
 
 def _structure(function: onnx.FunctionProto) -> list[object]:
-    """What of a body is not in the values of attributes."""
+    """Return the structure of a function's body: everything except the values of attributes."""
     return [
         (n.domain, n.op_type, tuple(n.input), tuple(n.output), tuple((a.name, a.type) for a in n.attribute))
         for n in function.node

@@ -1,4 +1,4 @@
-"""The hub: a torch module traced once to an ONNX graph that every ONNX-based target starts from."""
+"""Hub graph: the ONNX graph, traced once from a torch module, that every ONNX-based target starts from."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ROOT = "model"  # attribute of the with_pre_and_postprocessing module that holds
 
 @dataclass(frozen=True)
 class ScanSite:
-    """Where one scan sits in a graph: its module path and the names of the tensors that it reads and writes.
+    """Location of one scan in a graph: its module path, and the names of the tensors that it reads and writes.
 
-    inside: the fused node that holds it, if any. Its u, delta, B, C and y exist only once the node is given these names
-    for its optional outputs.
+    inside: name of the fused node that holds the scan, if any. The tensors u, delta, B, C and y of such a scan exist
+    only after the node's optional outputs have been given these names.
     """
 
     name: str
@@ -44,9 +44,9 @@ class ScanSite:
 
 @dataclass
 class Graph:
-    """The hub graph: float32, one evm::SelectiveScan node per scan, and the function with its portable body.
+    """The hub graph: float32, with one evm::SelectiveScan node per scan and a function with the scan's portable body.
 
-    fusable: the modules, by path, that a target may replace by one op.
+    fusable: module path -> the op that a target may replace the module by.
     """
 
     model: onnx.ModelProto
@@ -54,13 +54,14 @@ class Graph:
 
     @property
     def scans(self) -> tuple[ScanSite, ...]:
+        """Scans of the graph in execution order."""
         return scan_sites(self.model)
 
 
 def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = None) -> tuple[ScanSite, ...]:
-    """The scans of `model` in execution order. `fused`: the modules, by path, that are one node.
+    """Return the scans of `model` in execution order. fused: module path -> op, for modules that are one node.
 
-    A scan is called after its module; the second call of the same module is `path#2`.
+    A scan is named after its module; the second call of the same module is `path#2`.
     """
     sites: list[ScanSite] = []
     calls: Counter[str] = Counter()
@@ -80,7 +81,7 @@ def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = Non
 
 
 def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
-    """One evm::SelectiveScan node on seven graph inputs of any shape, with the portable body that `model` has."""
+    """Return a model of one evm::SelectiveScan node: seven inputs of any size, with the portable body from `model`."""
     from onnx import TensorProto, helper
 
     ranks = {"u": 4, "delta": 4, "A": 3, "B": 4, "C": 4, "skip": 2, "bias": 2}
@@ -100,15 +101,15 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class Deployable(Protocol):
-    """The float model as it ships, a torch module in eval mode. outputs: names of what it gives, in order."""
+    """The float model as exported, a torch module in eval mode. outputs: names of its outputs, in order."""
 
     outputs: tuple[str, ...]
 
 
 def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
-    """The float model as it ships: pixels in (for `--input image`), the chosen head out; see Deployable.
+    """Wrap a network with its preprocessing (for `--input image`) and the chosen head. Returns a Deployable.
 
-    It is both what gets traced and the reference of every parity check.
+    The result is the module that is traced, and the reference of every parity check.
     """
     import torch
     from torch import nn
@@ -140,23 +141,23 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
 
 
 def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
-    """Shape of the artifact's one input for `batch` images."""
+    """Return the artifact's input shape for `batch` images: (batch, H, W, 3), or (batch, 3, H, W)."""
     if plan.imgsz is None:
         raise ValueError("the plan has not been completed")
     return (batch, *plan.imgsz, 3) if plan.input == "image" else (batch, 3, *plan.imgsz)
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
-    """The part of a plan that decides the hub graph: plans that agree in it share one trace."""
+    """Return the settings of a plan that decide the hub graph. Plans with equal keys share one trace."""
     return plan.imgsz, plan.batch, plan.input, plan.head, plan.opset
 
 
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
-    """`with_pre_and_postprocessing` module -> hub graph. Deterministic: the same module and plan give the same bytes.
+    """Trace a module of `with_pre_and_postprocessing` to the hub graph. The same module and plan give the same bytes.
 
-    Steps: torch.export with the scan as one op, BatchNorm folded, names of nodes and values from module paths, the
-    portable body as a local function, onnxsim, the oldest IR version of the opset, metadata, full check. Raises
-    ToolchainError when a package is missing or a step fails.
+    Steps: torch.export with the scan as one op; BatchNorm folded; nodes and values named after module paths; the
+    portable body added as a local function; onnxsim; the oldest IR version that the opset allows; metadata; full check.
+    Raises ToolchainError if a package is missing or a step fails.
     """
     try:
         import onnx
@@ -209,11 +210,12 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
             output_names=list(model.outputs),
             dynamic_shapes=dynamic,
             custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
-            optimize=False,  # below: the exporter's own folding would give convolutions the names of their norms
+            optimize=False,  # done below: the exporter's folding would name convolutions after their norms
         )
     if program is None:
         raise ToolchainError(
-            "torch.onnx.export returned nothing", f"torch {torch.__version__}, onnxscript: try constraints.txt's"
+            f"torch.onnx.export of torch {torch.__version__} returned nothing",
+            "install the versions of torch and onnxscript in constraints.txt",
         )
     fold_batch_norm(program.model)
     with silence_libraries():
@@ -223,20 +225,22 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
 
 
 def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """onnxsim: constants folded, shapes known; it must keep every scan node and the function."""
+    """Fold constants and infer shapes with onnxsim. Raises ToolchainError if onnxsim loses a scan or the function."""
     import onnxsim
 
     before = len(scan_sites(proto))
     with silence_libraries():
         simplified, _ = onnxsim.simplify(proto)
     if len(scan_sites(simplified)) != before or not simplified.functions:
-        raise ToolchainError(f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the versions")
+        raise ToolchainError(
+            f"onnxsim {onnxsim.__version__} lost scans of the graph", "report this, with the output of evm-doctor"
+        )
     result: onnx.ModelProto = simplified
     return result
 
 
 def check(proto: onnx.ModelProto) -> None:
-    """The full ONNX check, shape inference included. Raises ToolchainError."""
+    """Run the full ONNX check, shape inference included. Raises ToolchainError for an invalid graph."""
     import onnx
 
     try:

@@ -1,4 +1,4 @@
-"""Node names that say which module a node came from, so that ranges, masks, profiles and reports agree on blocks."""
+"""Names of nodes after their modules, so that ranges, masks, profiles and reports agree on blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def name_after_modules(model: onnx.ModelProto, root: str) -> int:
     before:  node_linear_1  scopes ['', 'model', 'model.layers.0', 'model.layers.0.downsample', 'linear_1']
     after:   layers.0.downsample/MatMul      a second one there becomes layers.0.downsample/MatMul_1
 
-    Returns the number of nodes named. Debug records hold source paths of the machine: bytes would differ by folder.
+    Returns the number of nodes named. Debug records contain source paths of the machine: with them the bytes of a file
+    would depend on the folder of the export.
     """
     graph = model.graph
     prefix = root + "."
@@ -44,12 +45,12 @@ def name_after_modules(model: onnx.ModelProto, root: str) -> int:
 
 
 def name_after_neighbours(model: onnx.ModelProto) -> int:
-    """Name the nodes that an optimiser made, which have lost their module.
+    """Name the nodes that an optimiser created, whose names do not contain their module.
 
     before:  Gemm_3(%mean, val_98, layers.0.blocks.0.se.global_reduce.bias)
     after:   layers.0.blocks.0.se.global_reduce/Gemm
 
-    The module is that of a parameter which the node reads, else that of the node it reads from. Returns how many.
+    The module is that of a parameter that the node reads, else that of the node before it. Returns how many.
     """
     parameters = {tensor.name for tensor in model.graph.initializer if "." in tensor.name}
     used = {node.name for node in model.graph.node if "/" in node.name}
@@ -70,14 +71,14 @@ def name_after_neighbours(model: onnx.ModelProto) -> int:
 
 
 def name_values_after_nodes(model: onnx.ModelProto) -> int:
-    """Name what a node writes after it, all but the graph's outputs.
+    """Name every value after the node that writes the value, except the graph's outputs.
 
-    A runtime that fuses nodes may keep the name of one of their values, and nothing else of them.
+    A runtime that fuses nodes may keep only the name of one of the nodes' values.
 
     before:  %relu_3 = Relu(%conv2d_17)       layers.2.1.conv_pw.2/Relu; in ONNX Runtime's profile relu_3_nchwc
     after:   %layers.2.1.conv_pw.2/Relu = ..  a second output is layers.2.1.conv_pw.2/Relu:1
 
-    Returns the number of values named. No node has a subgraph yet.
+    Returns the number of values named. Nodes must not have subgraphs.
     """
     graph = model.graph
     outputs = {value.name for value in graph.output}
@@ -96,18 +97,18 @@ def name_values_after_nodes(model: onnx.ModelProto) -> int:
 
 
 def call_name(path: str, calls: Counter[str]) -> str:
-    """Name one more call of the module `path`: `path`, then `path#2`, `path#3`. Counts in `calls`."""
+    """Return the name of a further call of module `path`: `path`, then `path#2`, `path#3`. Counts calls in `calls`."""
     calls[path] += 1
     return path if calls[path] == 1 else f"{path}#{calls[path]}"
 
 
 def below(path: str, name: str) -> bool:
-    """Is the node `name` in module `path`?"""
+    """Test whether the node `name` is in module `path`."""
     return name.startswith((path + "/", path + "."))
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """The innermost module path; the last entry of the record is the operation itself."""
+    """Return the innermost module path of a node, or "". The last entry of the tracer's record is the operation."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             scopes = ast.literal_eval(entry.value)

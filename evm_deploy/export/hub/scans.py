@@ -1,4 +1,4 @@
-"""The scans of an ONNX artifact, opened in ONNX Runtime: of target `onnx`, and of those that are judged in it."""
+"""Access to the scans of an ONNX artifact in ONNX Runtime, for `onnx` and other targets that are verified there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class OnnxScanAccess:
-    """Per-scan access to an ONNX artifact in ONNX Runtime, whether its scans are nodes, inside nodes, or inlined."""
+    """Per-scan access to an ONNX artifact in ONNX Runtime. Scans may be nodes, inside fused nodes, or inlined."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         import onnx
@@ -29,6 +29,7 @@ class OnnxScanAccess:
         self.names = tuple(site.name for site in self.sites)
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
+        """Run one inference. Returns u, delta, B, C and y of each scan."""
         import onnx
 
         tapped = onnx.ModelProto()
@@ -49,6 +50,7 @@ class OnnxScanAccess:
         ]
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        """Run scan `index` by itself on u, delta, B and C. Returns y."""
         from onnx import numpy_helper
         from onnx.utils import Extractor
 

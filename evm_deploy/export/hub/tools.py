@@ -1,4 +1,4 @@
-"""What several parts do with ONNX models."""
+"""Conversion of ONNX models to float16, for several targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:
-    """Raise UsageError naming a weight that float16 cannot hold. Scans stay float32."""
+    """Raise UsageError naming a weight that float16 cannot hold. Scans stay float32: their constants may be larger."""
     from onnx import TensorProto, numpy_helper
 
     scan_constants = {name for site in sites for name in site.reads.values()}
@@ -28,22 +28,22 @@ def check_fp16_range(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> None:
 
 
 def to_fp16(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> onnx.ModelProto:
-    """Weights and activations float16, inputs and outputs as before, every scan float32 between casts.
+    """Convert weights and activations to float16. Inputs and outputs keep their types; scans stay float32 with casts.
 
-    Raises UsageError naming the weights that float16 cannot hold.
+    Changes `model`; use the result. Raises UsageError naming a weight that float16 cannot hold.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     check_fp16_range(model, sites)
     constants = {tensor.name for tensor in model.graph.initializer}
     for value in [value for value in model.graph.value_info if value.name in constants]:
-        model.graph.value_info.remove(value)  # else the converter puts casts between a scan and its constants
+        model.graph.value_info.remove(value)  # otherwise the converter puts casts between a scan and its constants
     functions = list(model.functions)
     half: onnx.ModelProto = convert_float_to_float16(
         model,
         keep_io_types=True,
         disable_shape_infer=True,
-        min_positive_val=5.97e-8,  # float16's smallest; the converter's default would move smaller weights further
+        min_positive_val=5.97e-8,  # smallest float16; the converter's default would change small weights more
         op_block_list=[OP_TYPE, "Resize"],
     )
     if not half.functions:

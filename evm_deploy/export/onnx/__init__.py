@@ -1,4 +1,4 @@
-"""Target `onnx`: one file that runs on a stock ONNX Runtime, and anywhere that knows ONNX functions."""
+"""Target `onnx`: one file that runs in a stock ONNX Runtime, and in any runtime that supports ONNX functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from evm_deploy.toolchain.platforms import PLATFORMS
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering.
 
-    With `auto` whole blocks are nodes; in float16 only the scans, which stay float32 between casts.
+    With scan `auto`, each block is one node. In float16 only each scan is one node, which stays float32 between casts.
     """
     import onnx
 
@@ -57,11 +57,12 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
 
 
 def build_plugin(platform: str) -> Path:
+    """Compile ONNX Runtime's native library for `platform`. Returns the library's path. Raises ToolchainError."""
     return cross_compile.library("onnxruntime", platform)
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
-    """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
+    """Write a model of one scan, lowered as in the artifact, with all seven tensors as inputs of any size."""
     model = scan_alone(graph.model)
     if artifact.scan.value == "portable":
         model = inlined(model)

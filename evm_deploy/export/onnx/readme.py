@@ -1,4 +1,4 @@
-"""What the README of an ONNX bundle says of running it without evm-deploy."""
+"""README text of an ONNX bundle: how to run the model without evm-deploy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from evm_deploy.bundle.readme import Usage, example_pixels, shape_of
 
 
 def usage(manifest: Manifest) -> Usage:
-    """Plain ONNX Runtime, Python and C++."""
+    """Return the texts for plain ONNX Runtime, in Python and C++."""
     read = manifest.inputs[0]
     return Usage(
-        artifact="the model, a plain ONNX file: nothing of ours is needed to run it",
-        library="native kernel for {platform}, for `RegisterCustomOpsLibrary`; optional, faster",
+        artifact="the model, a plain ONNX file that runs without evm-deploy",
+        library="native kernel for {platform}, to load with `RegisterCustomOpsLibrary`; optional, for speed",
         sections=f"""With ONNX Runtime alone:
 
 ```python
@@ -27,7 +27,7 @@ outputs = session.run(None, {{"{read["name"]}": pixels}})
 
 With evm-deploy's SDK: `evm::Model model("path/to/this/folder"); auto top = model.classify(rgb, width, height, 5);`.
 
-Without: `Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with one input
-`{read["name"]}` ({read["dtype"]}, {shape_of(read)}) and the output names above.
+With ONNX Runtime alone: `Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with
+one input `{read["name"]}` ({read["dtype"]}, {shape_of(read)}) and the output names above.
 """,
     )

@@ -1,4 +1,4 @@
-"""Target `openvino`: an IR, with the blocks as operators of our extension, or with standard operators only."""
+"""Target `openvino`: an IR with the blocks as operators of our extension, or with standard operators only."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from evm_deploy.toolchain.platforms import host_platform
 if TYPE_CHECKING:
     import onnx
 
-BLOCK_STEPS = 28  # of an iteration of a portable scan: the whole model 6 % faster than with 7
+BLOCK_STEPS = 28  # per iteration of a portable scan: the whole model is 6 % faster than with 7 steps
 
 
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.xml` and `model.bin`: the hub graph in the plan's precision and scan lowering.
 
-    With the extension it goes into the bundle, under `plugins`: the model does not load without it.
+    The extension, if the blocks need it, is copied into the bundle, under `plugins`. The model does not load without
+    its extension.
     """
     scan, library = choose_lowering(plan)
     proto, sites = lowered(graph, scan.value)
@@ -60,7 +61,10 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
 
 
 def choose_lowering(plan: ExportPlan) -> tuple[Decision, Path | None]:
-    """How the scans run, and the extension for it. Raises ToolchainError where it was asked for and cannot be had."""
+    """Choose how the scans run. Returns the choice, and the extension or None.
+
+    Raises ToolchainError if --scan plugin asks for the extension and there is none.
+    """
     if plan.scan == "portable":
         return Decision("portable", "as asked, standard operators only"), None
     try:
@@ -74,15 +78,16 @@ def choose_lowering(plan: ExportPlan) -> tuple[Decision, Path | None]:
 
 
 def precision_hint(plan: ExportPlan, scan: Decision) -> str:
-    """What the operations are computed in. float16 exports: whatever half a device has, f16 or bf16.
+    """Return OpenVINO's precision hint: `f16` for float16 exports with the extension, else `f32`.
 
-    Not with portable scans: OpenVINO would round their states too.
+    With `f16` a device computes in the half precision that it has, f16 or bf16. Portable scans need `f32`, because
+    OpenVINO would round their states too.
     """
     return "f16" if plan.precision == "fp16" and scan.value == "plugin" else "f32"
 
 
 def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
-    """The hub graph with blocks as nodes (`plugin`), or with every function inlined, and where its scans are."""
+    """Return the hub graph with blocks as nodes (`plugin`) or every function inlined (`portable`), and its scans."""
     import onnx
 
     proto = onnx.ModelProto()
@@ -96,7 +101,7 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
 
 
 def unrolled(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph with its functions inlined, and scans unrolled over as many steps as suit OpenVINO. Changes `proto`."""
+    """Inline a graph's functions, with scans unrolled over BLOCK_STEPS steps per iteration. Changes `proto`."""
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for function in proto.functions:
         if function.name == onnx_function.OP_TYPE:
@@ -105,7 +110,7 @@ def unrolled(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
-    """Write one scan with all seven tensors as inputs and any shape, lowered as in the artifact."""
+    """Write a model of one scan, lowered as in the artifact, with all seven tensors as inputs of any size."""
     proto, library = scan_alone(graph.model), None
     if artifact.scan.value == "portable":
         proto = unrolled(proto)
@@ -116,7 +121,7 @@ def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanSha
 
 
 def remarks(runtime: Runtime) -> list[str]:
-    """A note where this CPU computes the operations in float16: AVX512-FP16 without AMX is slower than float32."""
+    """Return a note if this CPU computes in float16: with AVX512-FP16 but no AMX, float16 is slower than float32."""
     if isinstance(runtime, OpenVinoRuntime) and runtime.precision == "f16":
         return ["OpenVINO computes this model in float16 on this CPU; float32 may be faster: compare with evm-bench"]
     return []

@@ -1,4 +1,4 @@
-"""From an ONNX graph to an OpenVINO model, and what is done to it there."""
+"""Conversion of an ONNX graph to an OpenVINO model, and passes on that model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from evm_deploy.runtimes.openvino import RT_INFO
 if TYPE_CHECKING:
     import onnx
 
-SCAN_READS = ("u", "delta", "B", "C")  # what a scan reads that is not constant
+SCAN_READS = ("u", "delta", "B", "C")  # inputs of a scan that are not constant
 SCAN_CONSTANTS = ("A", "skip", "bias")
 
 
 def convert(core: Any, proto: onnx.ModelProto) -> Any:
-    """The openvino.Model of an ONNX graph whose functions are inlined, or whose operators `core` has.
+    """Convert an ONNX graph to an openvino.Model. The graph's functions must be inlined or operators of `core`.
 
-    Simplified as OpenVINO's own converter (ovc) does; by its passes and not by itself, because it reports its use over
-    the network. Tensors keep their names.
+    The model is simplified with the passes of OpenVINO's own converter (ovc), without ovc itself, because ovc reports
+    its use over the network. Tensors keep their names.
     """
     import onnx
     from openvino._offline_transformations import apply_moc_transformations
@@ -30,7 +30,7 @@ def convert(core: Any, proto: onnx.ModelProto) -> Any:
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     del bare.functions[:], bare.metadata_props[:]
-    for node in bare.graph.node:  # of blocks: outputs that nothing reads, which OpenVINO would ask the extension for
+    for node in bare.graph.node:  # drop unread outputs of blocks: OpenVINO would request them from the extension
         while not node.output[-1]:
             node.output.pop()
     model = core.read_model(bare.SerializeToString())
@@ -41,10 +41,10 @@ def convert(core: Any, proto: onnx.ModelProto) -> Any:
 
 
 def multiply_outer_products(model: Any) -> int:
-    """In the loops of portable scans: a column times a row without the kernel of matrix products. Returns how many.
+    """Replace each MatMul of a column and a row by a Multiply, in the loops of portable scans. Returns how many.
 
     before:  MatMul((.., N, 1), (.., 1, D))
-    after:   Multiply((.., N, 1), (.., 1, D))      the same bits, the whole model 4 % faster
+    after:   Multiply((.., N, 1), (.., 1, D))      the same bits; the whole model is 4 % faster
     """
     from openvino import opset13
 
@@ -61,9 +61,9 @@ def multiply_outer_products(model: Any) -> int:
 
 
 def number_unnamed(model: Any) -> int:
-    """Name the nodes that a pass made by their order. Returns how many.
+    """Number the nodes that a pass created without a name, in execution order. Returns how many.
 
-    before:  Constant_5094, Multiply_5102      the process has made so many nodes before
+    before:  Constant_5094, Multiply_5102      numbers count the nodes that the process has created
     after:   Constant_0, Multiply_0            the same bytes every time
     """
     numbers: Counter[str] = Counter()
@@ -78,12 +78,12 @@ def number_unnamed(model: Any) -> int:
 
 
 def outputs_by_name(model: Any) -> dict[str, Any]:
-    """Every output of a node by each of its tensor's names."""
+    """Return every output of every node, by each name of the output's tensor."""
     return {name: out for node in model.get_ops() for out in node.outputs() for name in out.get_names()}
 
 
 def halve_weights(model: Any, sites: Sequence[ScanSite]) -> None:
-    """Store the constants as float16, but for those of the scans: A, skip and bias would be off by half a thousandth.
+    """Store the constants as float16, except those of scans: A, skip and bias would change by a relative 0.0005.
 
     before:  Constant f32 -> Convolution
     after:   Constant f16 -> Convert f32 (marked as decompression) -> Convolution
@@ -106,7 +106,7 @@ def halve_weights(model: Any, sites: Sequence[ScanSite]) -> None:
 
 
 def cut_out(model: Any, site: ScanSite) -> Any:
-    """The nodes of one portable scan as a model of their own: u, delta, B, C -> y. Changes `model`."""
+    """Return the nodes of one portable scan as a separate model: u, delta, B, C -> y. Changes `model`."""
     from openvino import Model, opset13
 
     outputs = outputs_by_name(model)
@@ -124,13 +124,13 @@ def cut_out(model: Any, site: ScanSite) -> Any:
 
 
 def describe(model: Any, facts: dict[str, str]) -> None:
-    """Put facts into the metadata of a model, in a section of ours."""
+    """Write `facts` into the model's metadata, in the section RT_INFO."""
     for key, value in sorted(facts.items()):
         model.set_rt_info(value, [RT_INFO, key])
 
 
 def save(model: Any, path: Path) -> None:
-    """Write `path` (.xml) and the .bin beside it, every constant in the type that it has, and mark our operators."""
+    """Write `path` (.xml) and the .bin beside it. Constants keep their types; our operators are `marked_precise`."""
     import openvino
 
     openvino.save_model(model, str(path), compress_to_fp16=False)
@@ -140,9 +140,9 @@ def save(model: Any, path: Path) -> None:
 def marked_precise(ir: str) -> str:
     """Mark the operators of our extension in an IR's XML as precision sensitive.
 
-    A plugin that computes in float16 then keeps them and their inputs in float32, with conversions around them. Without
-    the mark OpenVINO 2026.4.1 hands them float16 on CPUs that have it (AVX512-FP16), and the model does not compile.
-    OpenVINO's Python interface cannot set the mark.
+    OpenVINO's plugin for a device that computes in float16 then keeps these operators and their inputs in float32, with
+    conversions around them. Without the mark OpenVINO 2026.4.1 passes float16 to the operators on CPUs with
+    AVX512-FP16, and the model does not compile. OpenVINO's Python interface cannot set the mark.
 
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
@@ -152,7 +152,7 @@ def marked_precise(ir: str) -> str:
 
 
 def _scan_constants(outputs: dict[str, Any], site: ScanSite) -> Iterator[Any]:
-    """The float32 constants of a scan: of a portable one all those between what it reads and what it writes."""
+    """Yield the float32 constants of a scan. For a portable scan: all constants between its inputs and its output."""
     if site.inside or "SelectiveScan" in outputs[site.writes].get_node().get_type_name():
         nodes = [outputs[site.reads[key]].get_node() for key in SCAN_CONSTANTS]
     else:
@@ -164,7 +164,7 @@ def _scan_constants(outputs: dict[str, Any], site: ScanSite) -> Iterator[Any]:
 
 
 def _behind(node: Any, ends: Sequence[Any]) -> list[Any]:
-    """`node` and every node that it depends on, as far as `ends`."""
+    """Return `node` and every node that it depends on, up to `ends` and without them."""
     stop, found, waiting = {end.friendly_name for end in ends}, {}, [node]
     while waiting:
         node = waiting.pop()

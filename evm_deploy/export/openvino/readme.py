@@ -1,4 +1,4 @@
-"""What the README of an OpenVINO bundle says of running it without evm-deploy."""
+"""README text of an OpenVINO bundle: how to run the model without evm-deploy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from evm_deploy.runtimes.openvino import PRECISION_HINT
 
 
 def usage(manifest: Manifest) -> Usage:
-    """Plain OpenVINO: Python, benchmark_app, C++."""
+    """Return the texts for plain OpenVINO: Python, benchmark_app and C++."""
     read, output, artifact = manifest.inputs[0], manifest.outputs[0], manifest.artifact
     hint, release = manifest.details[PRECISION_HINT], manifest.versions["openvino"]
     library = next(iter(manifest.plugins.values()), "")
@@ -52,10 +52,10 @@ With OpenVINO alone:
 ```cpp
 ov::Core core;
 {cpp_add}auto model = core.compile_model("{artifact}", "CPU", ov::hint::inference_precision(ov::element::{hint}));
-auto config = model.create_infer_request();
-config.set_tensor("{read["name"]}", pixels);  // an ov::Tensor
-config.infer();
-auto outputs = config.get_tensor("{output["name"]}");
+auto request = model.create_infer_request();
+request.set_tensor("{read["name"]}", pixels);  // an ov::Tensor
+request.infer();
+auto outputs = request.get_tensor("{output["name"]}");
 ```
 """,
     )

@@ -1,4 +1,4 @@
-"""The scans of an OpenVINO artifact, opened for inspection."""
+"""Access to the scans of an OpenVINO artifact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evm_deploy.scan.onnx_function import INPUTS, OP_TYPE, OUTPUT
 
 
 class OpenVinoScanAccess:
-    """Per-scan access to an IR on the CPU: its scans are inside nodes of the extension, or standard operators."""
+    """Per-scan access to an IR on the CPU. Scans are inside nodes of the extension, or made of standard operators."""
 
     def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
         self.plugin = plugin
@@ -28,6 +28,7 @@ class OpenVinoScanAccess:
         self.names = tuple(site.name for site in self.sites)
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
+        """Run one inference. Returns u, delta, B, C and y of each scan."""
         tapped = self.model.clone()
         nodes = {node.friendly_name: node for node in tapped.get_ops()}
         for site in self.sites:
@@ -50,13 +51,14 @@ class OpenVinoScanAccess:
         return [{key: values[f"{site.name}/{key}"] for key in SCAN_OUTPUTS} for site in self.sites]
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
+        """Run scan `index` by itself on u, delta, B and C. Returns y."""
         site = self.sites[index]
         model = self._node_alone(site, feeds) if site.inside else cut_out(self.model.clone(), site)
         with OpenVinoRuntime(model, RunOptions(plugin=self.plugin)) as runtime:
             return runtime.run(feeds)[OUTPUT]
 
     def _node_alone(self, site: ScanSite, feeds: Feeds) -> Any:
-        """The same scan as a node of its own, with the block's constants."""
+        """Return the scan as a model of one node, with the block's constants."""
         from openvino import Model, opset13
         from openvino.utils.node_factory import NodeFactory
 

@@ -1,1 +1,1 @@
-"""Targets `trt` and `trt-rtx`: target.py. Nothing is imported here, so that settings.py is light."""
+"""Targets `trt` and `trt-rtx`, defined in target.py. This file imports nothing, so that settings.py loads fast."""

@@ -1,4 +1,4 @@
-"""The ONNX that TensorRT parses: precision in the graph, scans as standard ops or as nodes of a plugin."""
+"""ONNX graph for TensorRT's parser: precision in the graph, scans as standard ops or as nodes of a plugin."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 
 
 def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
-    """The hub graph as TensorRT takes it, strongly typed, and where its scans are.
+    """Convert the hub graph to a strongly typed graph for TensorRT. Returns the graph and its scans.
 
-    Raises UsageError for a scan that the kernel does not do, and for weights that float16 cannot hold.
+    Raises UsageError for a scan that the kernel does not support, and for weights that float16 cannot hold.
     """
     import onnx
 
@@ -34,20 +34,23 @@ def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelPr
     fold_normalisation(model)
     if plan.precision in HALF:
         model = to_fp16(model, scan_sites(model))
-        del model.graph.value_info[:]  # the converter leaves some as they were
+        del model.graph.value_info[:]  # the converter leaves some types unchanged
         model = onnx.shape_inference.infer_shapes(model)
     sites = scan_sites(model)
     if plan.scan in ("aot", "plugin"):
         mark_for_plugin(model, plan)
     else:
         unroll(model)
-    del model.functions[:]  # the parser would prefer them, or ignore their overloads
+    del model.functions[:]  # the parser would prefer functions, or ignore their overloads
     check(model)
     return model, sites
 
 
 def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
-    """Say at every scan which plugin it is: "aot" embeds the kernel, else a library brings it. Returns how many."""
+    """Mark every scan with its plugin. Returns how many. "aot" embeds the kernel, "plugin" needs a library for it.
+
+    Raises UsageError for a scan that the kernel does not support.
+    """
     from onnx import helper
 
     shapes = constant_shapes(model)
@@ -64,7 +67,7 @@ def unroll(model: onnx.ModelProto) -> int:
     """Replace every scan by standard ops, in place. Returns how many.
 
     before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
-    after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        names start with the node's
+    after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        new names start with the old
     """
     lengths = sequence_lengths(model)
     kept: list[onnx.NodeProto] = []
@@ -85,12 +88,12 @@ def unroll(model: onnx.ModelProto) -> int:
 
 
 def constant_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of the constants of a graph, by name."""
+    """Return the shapes of a graph's constants, by name."""
     return {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
 
 
 def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
-    """L of every scan, by what it writes. Raises ToolchainError where the graph does not say."""
+    """Return the length L of every scan, by the name of its output. Raises ToolchainError for an unknown length."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model)
@@ -99,6 +102,8 @@ def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
     for site in scan_sites(model):
         lengths = [known[name][2].dim_value for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
         if not any(lengths):
-            raise ToolchainError(f"the length of scan {site.name} is not known", "report this, with the versions")
+            raise ToolchainError(
+                f"the length of scan {site.name} is not known", "report this, with the output of evm-doctor"
+            )
         found[site.writes] = int(np.max(lengths))
     return found

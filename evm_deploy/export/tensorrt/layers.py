@@ -1,7 +1,7 @@
-"""What TensorRT-RTX says that an engine consists of: `layers.txt` in a bundle, the kernels of its builder's log.
+"""Kernels of a TensorRT-RTX engine, read from its builder's log: `layers.txt` in a bundle.
 
-Bytes are what kernels read and write, added up: a static cost, no measurement of time. The format has no version: other
-releases may print another one, which gives no kernels.
+Bytes are the sum of what kernels read and write: a static cost, not a measurement of time. The format of the log has no
+version. A log of another release may have another format, and then no kernels are found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 @dataclass(frozen=True)
 class Tensor:
-    """An operand of a kernel. dtype: as the log spells it, such as Float, Half, Int8."""
+    """An operand of a kernel. dtype: in the spelling of the log, such as Float, Half, Int8."""
 
     name: str
     elements: int
@@ -30,12 +30,16 @@ class Tensor:
 
     @property
     def size_bytes(self) -> int:
+        """Size of the tensor in bytes."""
         return self.elements * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One launch. kind: correlation, gemm, kgen (generated) and others. nodes: of the ONNX graph, that it computes."""
+    """A kernel launch of the engine.
+
+    kind: correlation, gemm, kgen (generated) and others. nodes: names of the ONNX nodes that the launch computes.
+    """
 
     kind: str
     inputs: tuple[Tensor, ...]
@@ -45,11 +49,12 @@ class KernelTime:
 
     @property
     def traffic_bytes(self) -> int:
+        """Bytes that the launch reads and writes."""
         return sum(tensor.size_bytes for tensor in (*self.inputs, *self.constants, *self.outputs))
 
 
 def read_kernels(text: str) -> list[KernelTime]:
-    """The kernels in a layer log, in order; empty where it has none that are understood."""
+    """Read the kernels from a layer log, in order. Returns an empty list for an unknown format."""
     found = (KERNEL.match(line) for line in text.splitlines())
     return [
         KernelTime(match[1], _tensors(match[2]), _tensors(match[3]), _tensors(match[4]), tuple(NODE.findall(match[5])))
@@ -59,6 +64,7 @@ def read_kernels(text: str) -> list[KernelTime]:
 
 
 def traffic_bytes(kernels: Iterable[KernelTime]) -> int:
+    """Return the bytes that all kernels together read and write."""
     return sum(kernel.traffic_bytes for kernel in kernels)
 
 

@@ -1,4 +1,4 @@
-"""What the README of a TensorRT bundle says of finishing and running it without evm-deploy."""
+"""README text of a TensorRT bundle: how to build its engine and run it without evm-deploy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from evm_deploy.bundle.readme import Usage
 from evm_deploy.runtimes.tensorrt import TRT, TRT_RTX
 
 PLUGIN = """
-The scans are nodes of a plugin. Compile it first, on the device, with its own headers of TensorRT (sm_87 is Orin):
+The scans are nodes of a plugin. Compile the plugin first, on the device, with the device's TensorRT headers (sm_87 is
+Orin):
 
     nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 plugin/*.cu -o libevm_tensorrt.so
 """
 
 
 def usage(manifest: Manifest) -> Usage:
-    """finish.py, trtexec, C++."""
+    """Return the texts for finish.py, trtexec and C++."""
     mode, read = manifest.scan["value"], manifest.inputs[0]
     library = " --library libevm_tensorrt.so" if mode == "plugin" else ""
     return Usage(
@@ -22,19 +23,19 @@ def usage(manifest: Manifest) -> Usage:
         library="",
         sections=f"""## Build the engine
 
-`model.engine` is built where it runs: it fits one release of TensorRT and one kind of GPU. On the device:
+An engine fits one release of TensorRT and one kind of GPU, so build `model.engine` on the device that runs it:
 
     evm-export --finish path/to/this/folder{library}
 
-or, with nothing but {_package(manifest)} and Python, in this folder:
+Or, with only {_package(manifest)} and Python installed, in this folder:
 
     python3 finish.py{library}
 
-or without Python, which leaves `manifest.json` as it is:
+Or without Python (this command does not update `manifest.json`):
 
     {trtexec(manifest)}
 {PLUGIN if mode == "plugin" else ""}
-`manifest.json` says whether it is built (`built`), and with what (`details.engine`).
+`manifest.json` records whether the engine is built (`built`), and with which versions (`details.engine`).
 
 ## C++
 
@@ -45,7 +46,7 @@ or without Python, which leaves `manifest.json` as it is:
 
 
 def trtexec(manifest: Manifest) -> str:
-    """The equivalent command of NVIDIA's tool. Precision is in the graph: no --fp16, no --int8."""
+    """Return the equivalent trtexec command. Precision is in the graph, so the command has no --fp16 and no --int8."""
     engine = manifest.plan["settings"]
     words = ["tensorrt_rtx" if manifest.target == "trt-rtx" else "trtexec", "--onnx=model.onnx"]
     words += ["--saveEngine=model.engine"]

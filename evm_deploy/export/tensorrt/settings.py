@@ -1,4 +1,4 @@
-"""How TensorRT builds its engine."""
+"""Settings of TensorRT's engine builder."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from evm_deploy.errors import UsageError
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """None: as TensorRT does by itself.
+    """Settings of TensorRT's engine builder. None means TensorRT's own default.
 
-    workspace_mib: most scratch memory, in MiB. sms: architectures of the GPUs it is for, such as 86, with TensorRT-RTX.
-    timing_cache: file that keeps kernel timings between builds. defer: leave the engine to the device where it cannot
-    be built here.
+    workspace_mib: largest scratch memory in MiB. sms: GPU architectures that the engine is for, such as 86
+    (TensorRT-RTX). timing_cache: file that keeps kernel timings between builds. defer: if this machine cannot build the
+    engine, leave the build to the device.
     """
 
     workspace_mib: int | None = setting(
-        None, "--workspace", metavar="MIB", read=whole, help="TensorRT: most scratch memory of its builder, in MiB"
+        None, "--workspace", metavar="MIB", read=whole, help="TensorRT: largest scratch memory of the builder, in MiB"
     )
     version_compatible: bool = setting(
-        False, "--version-compatible", help="TensorRT: an engine for later releases too, slower"
+        False, "--version-compatible", help="TensorRT: engine that later releases can run too, but slower"
     )
     hardware_compatible: bool = setting(
-        False, "--hardware-compatible", help="TensorRT: an engine for every GPU since Ampere, slower"
+        False, "--hardware-compatible", help="TensorRT: engine for every GPU since Ampere, but slower"
     )
     timing_cache: str | None = setting(
-        None, "--timing-cache", metavar="FILE", help="TensorRT: timings of kernels, kept between builds"
+        None, "--timing-cache", metavar="FILE", help="TensorRT: timing cache, kept between builds"
     )
     sms: tuple[int, ...] = setting(
         (),
         "--sm",
         metavar="N[,N..]",
         read=wholes,
-        help="TensorRT-RTX: architectures that the engine is for, such as 86,89",
+        help="TensorRT-RTX: GPU architectures that the engine is for, such as 86,89",
     )
-    defer: bool = setting(True, "--no-defer", help="TensorRT: fail where the engine cannot be built here (exit 3)")
+    defer: bool = setting(True, "--no-defer", help="TensorRT: fail if the engine cannot be built here (exit 3)")
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise UsageError(f"--workspace {self.workspace_mib}: use MiB from 1")
+            raise UsageError(f"--workspace {self.workspace_mib}: use 1 MiB or more")

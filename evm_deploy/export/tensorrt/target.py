@@ -1,6 +1,6 @@
-"""Targets `trt` and `trt-rtx`: an ONNX file that TensorRT takes, judged in ONNX Runtime, and the engine built from it.
+"""Targets `trt` and `trt-rtx`: an ONNX file for TensorRT, verified in ONNX Runtime, and the engine built from the file.
 
-An engine is built on the machine that runs it. A bundle exported without TensorRT gets its engine by `build_engine`.
+An engine is built on the machine that runs it. `build_engine` adds the engine to a bundle exported without TensorRT.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ SCANS = {
 
 
 def check(target: str, plan: ExportPlan) -> None:
-    """Refuse what neither TensorRT nor its builder has. Raises UsageError, or ToolchainError with --no-defer."""
+    """Raise UsageError for a plan that TensorRT or its builder does not support.
+
+    With --no-defer, raise ToolchainError if this machine cannot build the engine.
+    """
     engine: EngineSettings = plan.settings
     if not plan.batch.static and plan.batch.max is None:
-        raise UsageError(
-            "TensorRT needs a range for a dynamic batch", "use --batch MIN:OPT:MAX, such as 1:4:8: its profile"
-        )
+        raise UsageError("TensorRT needs a range for a dynamic batch", "use --batch MIN:OPT:MAX, such as 1:4:8")
     if target == "trt" and engine.sms:
-        raise UsageError("--sm is for trt-rtx: TensorRT builds for the GPU that is there", "leave it out")
+        raise UsageError("--sm is for trt-rtx: TensorRT builds for the GPU of this machine", "leave --sm out")
     if target == "trt-rtx":
         for flag, given in (
             ("--version-compatible", engine.version_compatible),
@@ -59,7 +60,7 @@ def check(target: str, plan: ExportPlan) -> None:
             ("--timing-cache", engine.timing_cache),
         ):
             if given:
-                raise UsageError(f"TensorRT-RTX has no {flag}", "leave it out")
+                raise UsageError(f"TensorRT-RTX has no {flag}", f"leave {flag} out")
     if not engine.defer and not can_build_engine(target):
         why = "there is no NVIDIA driver here" if installed(target) else "it is not installed"
         raise ToolchainError(
@@ -71,7 +72,7 @@ def check(target: str, plan: ExportPlan) -> None:
 def quantize(
     graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
 ) -> Quantized:
-    """The int8 form without zero points, which TensorRT refuses."""
+    """Quantise the hub graph without zero points, because TensorRT refuses zero points. Raises CalibrationError."""
     return quantize_graph(
         graph.model,
         config,
@@ -85,7 +86,7 @@ def quantize(
 
 
 def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
-    """Write `folder`/model.onnx, and what finishes it: build.json and finish.py."""
+    """Write `folder`/model.onnx, and the files that build the engine from it: build.json and finish.py."""
     model, sites = tensorrt_graph(graph.model, plan)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -102,9 +103,9 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
 
 
 def build_engine(target: str, folder: Path, library: str | None = None) -> None:
-    """Build the engine of the bundle in `folder`, in a process of its own: some inputs end it, not only fail.
+    """Build the engine of the bundle in `folder`, in a separate process, because some inputs crash the builder.
 
-    Raises ToolchainError with what the builder said.
+    library: path of the plugin's library. Raises ToolchainError with the builder's message.
     """
     command = [sys.executable, engine_builder.__file__, str(folder), *(("--library", library) if library else ())]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -112,21 +113,21 @@ def build_engine(target: str, folder: Path, library: str | None = None) -> None:
         raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle without its engine: {folder}")
+        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle is left without its engine: {folder}")
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
-    """Write one scan with all seven tensors as inputs and any shape, in the hub's portable form."""
+    """Write a model of one scan in the hub's portable form, with all seven tensors as inputs of any size."""
     model = inlined(scan_alone(graph.model))
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def summary(manifest: Manifest) -> list[tuple[str, str]]:
-    """Versions that the engine was built with, or that it is still to be built."""
+    """Return the line about the engine for evm-export: the builder's version and GPU, or that the engine is missing."""
     if not manifest.built:
         return [("Engine", "not built here")]
     facts = manifest.details["engine"]
-    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: its default ones"
+    where = facts["gpu"]["name"] or ", ".join(f"sm_{sm}" for sm in facts["sms"]) or "no GPU here: default architectures"
     return [("Engine", f"TensorRT {facts['tensorrt']}, {where}, {facts['layers']} layers")]
 
 
