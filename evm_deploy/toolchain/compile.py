@@ -20,7 +20,10 @@ SHOWN_LINES = 6  # lines of a failed compiler's output in an error message
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """Build variant of the kernel sources for one instruction set. flags: compiler flags that enable its instructions."""
+    """Build variant of the kernel sources for one instruction set. flags: compiler flags that enable the instructions.
+
+    lanes, states, accumulators: sizes that the kernel is compiled for.
+    """
 
     architecture: str
     name: str
