@@ -57,7 +57,7 @@ class LoadedBundle:
             )
         own = configured(self.target, settings)
         if options.streams > 1 and not self.target.streams:
-            raise UsageError(f"target '{self.target.name}' runs only one inference at a time", "leave out --streams")
+            raise UsageError(f"target '{self.target.name}' runs only one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
         self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()

@@ -31,14 +31,15 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
     """Read an ed25519 private key from a PEM file. Raises UsageError, ToolchainError."""
     serialization, ed25519 = _cryptography()
     load = partial(serialization.load_pem_private_key, password=None)
-    key: Ed25519PrivateKey = _key(path, load, ed25519.Ed25519PrivateKey, MAKE_HINT)
+    key: Ed25519PrivateKey = _key(path, load, ed25519.Ed25519PrivateKey, "private", MAKE_HINT)
     return key
 
 
 def public_key(path: str | Path) -> Ed25519PublicKey:
     """Read an ed25519 public key from a PEM file. Raises UsageError, ToolchainError."""
     serialization, ed25519 = _cryptography()
-    key: Ed25519PublicKey = _key(path, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, PUBLIC_HINT)
+    load = serialization.load_pem_public_key
+    key: Ed25519PublicKey = _key(path, load, ed25519.Ed25519PublicKey, "public", PUBLIC_HINT)
     return key
 
 
@@ -90,7 +91,7 @@ def _cryptography() -> tuple[Any, Any]:
     return serialization, ed25519
 
 
-def _key(path: str | Path, load: Any, kind: type[Any], hint: str) -> Any:
+def _key(path: str | Path, load: Any, kind: type[Any], which: str, hint: str) -> Any:
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES)
@@ -103,7 +104,7 @@ def _key(path: str | Path, load: Any, kind: type[Any], hint: str) -> Any:
             f"key {path} is encrypted", "remove the password:  openssl pkey -in KEY -out key.pem"
         ) from error
     except Exception as error:  # untrusted file: every error means that the file holds no key
-        raise UsageError(f"{path} is not a PEM file of a {kind.__name__}", hint) from error
+        raise UsageError(f"{path} is not a PEM file of an ed25519 {which} key", hint) from error
     if not isinstance(key, kind):
         raise UsageError(f"key {path} is not an ed25519 key", hint)
     return key

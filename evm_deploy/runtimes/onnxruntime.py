@@ -136,7 +136,7 @@ INFO = RuntimeInfo(
     streams=True,
     phone="onnxruntime_perf_test",
     refusals={
-        "cache": ("ONNX Runtime keeps no compiled models", "leave out the cache"),
-        "device": ("ONNX Runtime runs only with its CPU execution provider", "leave out the device"),
+        "cache": ("ONNX Runtime keeps no compiled models", "leave the cache out"),
+        "device": ("ONNX Runtime runs only with its CPU execution provider", "leave the device out"),
     },
 )

@@ -49,7 +49,7 @@ def configured(info: RuntimeInfo, values: Mapping[str, Any]) -> Any | None:
         if name in own:
             continue
         flag = flag_of(known[name])
-        text = f"target '{info.name}' has no {flag.what or flag.name}", f"leave out {flag.name}"
+        text = f"target '{info.name}' has no {flag.what or flag.name}", f"leave {flag.name} out"
         raise UsageError(*info.refusals.get(name, text))
     return info.settings(**{name: values[name] for name in own if name in values}) if info.settings else None
 

@@ -18,7 +18,7 @@ from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.info import Requirement, RuntimeInfo
 
 EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes the same outputs, but shows no Core ML latency"
-CHOSEN_ITSELF = "Core ML chooses threads, device and cache by itself", "leave out these settings"
+CHOSEN_ITSELF = "Core ML chooses threads, device and cache by itself", "leave these settings out"
 
 
 class CoreMlRuntime:

@@ -239,7 +239,7 @@ class TensorRtSettings:
     )
 
 
-NEITHER = "TensorRT has no settings for threads, device or cache", "leave out these settings"
+NEITHER = "TensorRT has no settings for threads, device or cache", "leave these settings out"
 
 
 def open_(target: str, path: Path, options: RunOptions) -> Runtime:

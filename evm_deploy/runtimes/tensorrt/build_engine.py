@@ -121,7 +121,7 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
 def required(holder: Any, name: str, flag: str) -> Any:
     """Return the attribute `name` of `holder`. Raises EngineBuildError naming `flag` if this release lacks it."""
     if not hasattr(holder, name):
-        raise EngineBuildError(f"{flag}: this TensorRT release has no {name}; leave out {flag}")
+        raise EngineBuildError(f"{flag}: this TensorRT release has no {name}; leave {flag} out")
     return getattr(holder, name)
 
 
