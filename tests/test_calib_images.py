@@ -127,7 +127,7 @@ def test_sources_that_hold_nothing_are_named(tmp_path):
     np.savez(tmp_path / "floats.npz", images=np.zeros((3, 4, 4, 3)))
     refused(tmp_path / "floats.npz", r"uint8 \(n, H, W\)(?s:.*)float64 \[3, 4, 4, 3\]")
     np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
-    refused(tmp_path / "two.npz", "it has: a, b")
+    refused(tmp_path / "two.npz", "found: a, b")
 
 
 def test_the_demos_digits_are_fit_to_calibrate_with(tmp_path):

@@ -240,9 +240,9 @@ def test_tensors_between_operations_can_be_fed_and_wanted(chain):
     values = program.run({"x": x}, names)
     again = program.run({names[0]: values[names[0]]}, [names[1]])
     assert (again[names[1]] == values[names[1]]).all()
-    with pytest.raises(UsageError, match="missing inputs of the program: x"):
+    with pytest.raises(UsageError, match="missing tensors: x"):
         program.run({names[0]: values[names[0]]})
-    with pytest.raises(UsageError, match="needs nothing_such"):
+    with pytest.raises(UsageError, match="missing tensors: nothing_such"):
         program.run({"x": x}, ["nothing_such"])
 
 
