@@ -509,7 +509,7 @@ def test_without_an_extension(bundles, monkeypatch, micro, tmp_path, capsys):
     def none():
         raise ToolchainError("no compiler here", "install one")
 
-    with pytest.raises(BundleError, match=r"need the extension(?s:.*)--scan portable"):
+    with pytest.raises(BundleError, match=r"need the OpenVINO extension(?s:.*)--scan portable"):
         OpenVinoRuntime(bundles["plugin"].path / "model.xml")
     monkeypatch.setattr(openvino, "extension", none)
     monkeypatch.setattr(registry, "RUNTIMES", (replace(INFO, kernels=replace(INFO.kernels, installed=none)),))

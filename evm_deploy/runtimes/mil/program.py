@@ -135,7 +135,7 @@ class Program:
             else:
                 missing.add(name)
         if missing:
-            raise UsageError(f"missing tensors: {', '.join(sorted(missing))}; neither given nor computed by the program")
+            raise UsageError(f"missing tensors: {', '.join(sorted(missing))}; neither given nor computed")
         return [op for op in self.operations if op.results[0].name in needed]
 
     def _operation(self, op: Any, rules: Mapping[str, Rule]) -> Operation:
