@@ -202,7 +202,7 @@ def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypat
     ]
     with load(other_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")
-    with pytest.raises(UsageError, match=f"no native library for {HOST}; it has: {OTHER}"):
+    with pytest.raises(UsageError, match=f"no native library for {HOST} in the bundle; available: {OTHER}"):
         load(other_bundle.path, scan="bundled")
     monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
     with load(other_bundle.path) as loaded:
