@@ -1,4 +1,4 @@
-"""evm-deploy: trained visual Mambas to verified bundles, and bundles to predictions.
+"""Export trained visual Mamba networks to verified bundles, and run the bundles.
 
 >>> from evm_deploy import load
 >>> from evm_deploy.export import ExportPlan, export

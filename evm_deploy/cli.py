@@ -1,4 +1,7 @@
-"""The entry points of the commands: each is a file of `commands/`. Exit codes: `commands.console.EXIT_CODES`."""
+"""Entry points of the commands.
+
+The module `commands.<name>` implements each command. `commands.console.EXIT_CODES` lists the exit codes.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,27 @@ from importlib import import_module
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-export`: a checkpoint to verified bundles. Returns the exit code, as the others do."""
+    """Run `evm-export`: export a checkpoint to verified bundles. Returns the exit code."""
     return _main("export", argv)
 
 
 def run_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-run`: a bundle's predictions, or its self-test."""
+    """Run `evm-run`: print the predictions of a bundle, or run its self-test. Returns the exit code."""
     return _main("run", argv)
 
 
 def bench_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-bench`: a bundle's latency, on this machine or another."""
+    """Run `evm-bench`: measure the latency of a bundle on this machine or on a remote one. Returns the exit code."""
     return _main("bench", argv)
 
 
 def report_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-report`: records and bundles side by side."""
+    """Run `evm-report`: compare records and bundles in one table. Returns the exit code."""
     return _main("report", argv)
 
 
 def doctor_main(argv: Sequence[str] | None = None) -> int:
-    """`evm-doctor`: the targets that this machine can build for and run."""
+    """Run `evm-doctor`: list the targets that this machine can build and run. Returns the exit code."""
     return _main("doctor", argv)
 
 

@@ -1,13 +1,17 @@
-"""Expected failures: each says what is wrong, where, and what to do next; each class carries its exit code."""
+"""Exceptions for expected failures.
+
+Every message says what is wrong and where; the hint says what to do next. Every class has an exit code.
+"""
 
 from __future__ import annotations
 
 
 class EvmError(Exception):
-    """Base of every failure that a user can meet. `hint` is the next thing to do, shown on its own line.
+    """Base class of all expected failures.
 
-    `code`: the kind of failure, for programs; `where`: the key path in a manifest, or the file in a bundle, that is
-    wrong. Every SDK gives the same two (docs/bundle.md), in words of its own.
+    hint: the next step for the user, printed on a separate line. code: identifier of the failure for programs. where:
+    the key path in a manifest, or the file in a bundle, that is wrong. All SDKs report the same `code` and `where`
+    (docs/bundle.md); the wording of the message is free.
     """
 
     exit_code = 2
@@ -22,44 +26,44 @@ class EvmError(Exception):
 
 
 class UsageError(EvmError):
-    """A flag, value or combination that cannot work."""
+    """Invalid flag, value or combination of flags."""
 
 
 class CheckpointError(EvmError):
-    """A checkpoint that is missing, unreadable, unsafe or of another network."""
+    """Missing, unreadable or unsafe checkpoint, or checkpoint of an unknown network."""
 
 
 class ImageError(EvmError):
-    """An image that cannot be read."""
+    """Unreadable image."""
 
 
 class CalibrationError(EvmError):
-    """Images that cannot be calibrated or judged with, or a calibration table that does not fit."""
+    """Images that are unfit for calibration or evaluation, or a calibration table of another network."""
 
 
 class BundleError(EvmError):
-    """A bundle that is missing, damaged, or cannot be written."""
+    """Missing or damaged bundle, or a bundle that cannot be written."""
 
 
 class ToolchainError(EvmError):
-    """A package or tool that the target needs is not installed, or failed."""
+    """Package or tool of a target that is not installed or has failed."""
 
     exit_code = 3
 
 
 class ParityError(EvmError):
-    """The artifact does not compute what the float model computes."""
+    """Difference between the outputs of the artifact and of the float model above the tolerance."""
 
     exit_code = 4
 
 
 class AccuracyError(EvmError):
-    """The artifact is less accurate than was asked for."""
+    """Accuracy of the artifact below the requested limit."""
 
     exit_code = 5
 
 
 class LatencyError(EvmError):
-    """Slower than was asked for, or than before."""
+    """Latency above the requested limit, or above an earlier record."""
 
     exit_code = 6

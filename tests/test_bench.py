@@ -184,7 +184,7 @@ def test_the_command(micro_bundle, tmp_path, capsys):
 
 
 def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
-    with pytest.raises(UsageError, match="target 'coreml' runs one inference at a time"):
+    with pytest.raises(UsageError, match="target 'coreml' runs only one inference at a time"):
         load(coreml_bundle.path, streams=2)
 
 
@@ -197,7 +197,7 @@ def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
         (["--batch", "3"], 2, "this bundle was exported with --batch 1"),
         (["--limit", "0"], 2, "--limit 0: use seconds"),
         (["--limit", "nan"], 2, "--limit nan: use seconds"),
-        (["--openvino-device", "GPU"], 2, "CPU execution provider alone"),
+        (["--openvino-device", "GPU"], 2, "runs only with its CPU execution provider"),
         (["--scan", "fast"], 2, "fast"),
     ],
 )

@@ -97,9 +97,9 @@ def test_a_few_unreadable_ones_are_named_and_left_out(images, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda i: np.zeros((20, 20, 3), np.uint8), "120 of 120 images are of one colour"),
+        (lambda i: np.zeros((20, 20, 3), np.uint8), "120 of 120 images have a single colour"),
         (lambda i: np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8), "look like random noise"),
-        (lambda i: synthetic_image(40, 50, seed=i % 60), "60 of 120 images are copies of others"),
+        (lambda i: synthetic_image(40, 50, seed=i % 60), "60 of 120 images are copies of other images"),
     ],
 )
 def test_unfit_images_are_refused_unless_forced(make, message, tmp_path):
@@ -117,9 +117,9 @@ def test_too_few_are_refused_unless_forced(tmp_path):
 
 def test_sources_that_hold_nothing_are_named(tmp_path):
     refused(tmp_path / "nowhere", "does not exist")
-    refused(tmp_path, "holds no images")
+    refused(tmp_path, "no images found")
     (tmp_path / "notes.txt").write_text("")
-    refused(tmp_path / "notes.txt", "holds no images")
+    refused(tmp_path / "notes.txt", "no images found")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path / "bytes.txt", "not UTF-8")
     (tmp_path / "broken.npz").write_bytes(b"PK")
@@ -127,7 +127,7 @@ def test_sources_that_hold_nothing_are_named(tmp_path):
     np.savez(tmp_path / "floats.npz", images=np.zeros((3, 4, 4, 3)))
     refused(tmp_path / "floats.npz", r"uint8 \(n, H, W\)(?s:.*)float64 \[3, 4, 4, 3\]")
     np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
-    refused(tmp_path / "two.npz", "it has: a, b")
+    refused(tmp_path / "two.npz", "found: a, b")
 
 
 def test_the_demos_digits_are_fit_to_calibrate_with(tmp_path):
@@ -170,7 +170,7 @@ def test_folders_with_other_names_go_by_the_alphabet(tmp_path):
 
 
 def test_labelled_sources_without_classes_are_refused(images, tmp_path):
-    with pytest.raises(CalibrationError, match="is in no class folder"):
+    with pytest.raises(CalibrationError, match="is not in a class folder"):
         labelled_images(images, PRE, 10)
     (tmp_path / "val.csv").write_text("a.png;3\n")
     with pytest.raises(CalibrationError, match="path,class"):
@@ -192,9 +192,9 @@ def test_sampling_keeps_all_when_there_are_no_more(images):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, "needs an array `labels` of 3 whole numbers"),
-        (np.zeros(2, np.int64), "needs an array `labels` of 3 whole numbers"),
-        (np.zeros(3), "needs an array `labels` of 3 whole numbers"),
+        (None, "no array `labels` of 3 whole numbers"),
+        (np.zeros(2, np.int64), "no array `labels` of 3 whole numbers"),
+        (np.zeros(3), "no array `labels` of 3 whole numbers"),
         (np.array([0, 1, 2]), "label 2, but the head has 2 classes"),
         (np.array([0, -1, 1]), "label -1, but the head has 2 classes"),
         (np.array([1, 0, 1]), ""),

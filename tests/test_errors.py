@@ -70,7 +70,7 @@ SCENES = {
         lambda tools: cli.run_main([str(tools.bundle), str(tools.folder / "cat.jpg")]),
         ("cat.jpg", "does not exist"),
     ),
-    "CalibrationError": Scene(too_few_images, ("calib", "holds no images", "looked for .")),
+    "CalibrationError": Scene(too_few_images, ("calib", "no images found", "known suffixes: .")),
     "BundleError": Scene(
         lambda tools: cli.run_main([str(tools.folder / "none"), "--selftest"]),
         ("none", "does not exist", "make one with evm-export"),

@@ -149,7 +149,7 @@ def test_a_board_without_it_says_so(bundle, tmp_path):
     command = [sys.executable, str(tmp_path / "agent.pyz"), "measure", str(bundle), json.dumps(QUICK.as_dict())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     said = json.loads(done.stdout)["error"]
-    assert said["type"] == "BundleError" and "it knows: onnx, openvino, coreml, trt, trt-rtx" in said["text"]
+    assert said["type"] == "BundleError" and "known targets: onnx, openvino, coreml, trt, trt-rtx" in said["text"]
 
 
 @pytest.mark.slow
@@ -174,5 +174,5 @@ def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_fa
 
 def test_a_bundle_of_a_later_version_names_what_is_known(bundle, monkeypatch):
     monkeypatch.setattr(registry, "RUNTIMES", registry.RUNTIMES[:-1])
-    with pytest.raises(BundleError, match=r"for target 'fifth', .*it knows: onnx, openvino(?s:.*)pip install -U"):
+    with pytest.raises(BundleError, match=r"for target 'fifth', .*known targets: onnx, openvino(?s:.*)pip install -U"):
         load(bundle)

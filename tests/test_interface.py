@@ -65,13 +65,13 @@ OTHERS = {  # inputs, outputs, nodes of another model; what is said of it
         [VALUE("image", TensorProto.STRING, [1])],
         [VALUE("logits", TensorProto.STRING, [1])],
         [helper.make_node("Identity", ["image"], ["logits"])],
-        r"'image' of type tensor\(string\), which is no array of numbers",
+        r"'image' of the model has type tensor\(string\), not an array of numbers",
     ),
     "fails": ([IMAGE], [VALUE("logits", TensorProto.FLOAT, ["n", "k"])], OUT_OF_RANGE, "cannot run the model"),
     "more classes": ([IMAGE], [LOGITS], reshaped(20, 1, 20), "has 20 classes; labels.txt has 10"),
     "more rows": ([IMAGE], [LOGITS], reshaped(10, 2, 5), r"gives logits float32\[2, 5\] for image uint8\[1, 64, 64, 3"),
-    "NaN": ([IMAGE], [LOGITS], [constant(np.full((1, 10), np.nan, "f"))], "gives NaN or Inf here"),
-    "Inf": ([IMAGE], [LOGITS], [constant(np.full((1, 10), np.inf, "f"))], "gives NaN or Inf here"),
+    "NaN": ([IMAGE], [LOGITS], [constant(np.full((1, 10), np.nan, "f"))], "gives NaN or Inf on this device"),
+    "Inf": ([IMAGE], [LOGITS], [constant(np.full((1, 10), np.inf, "f"))], "gives NaN or Inf on this device"),
 }
 
 
@@ -129,7 +129,7 @@ def test_what_does_not_belong_together_is_refused(name, said, bundle, capsys):
 def test_a_scan_that_is_none_is_refused(bundle, capsys):
     put_another_scan(bundle)
     assert cli.run_main([str(bundle), "--selftest"]) == 2
-    assert "has no readable self-test: selftest/scan.onnx gives no y" in capsys.readouterr().err
+    assert "has no readable self-test: selftest/scan.onnx gives no output y" in capsys.readouterr().err
 
 
 def test_sizes_that_a_runtime_does_not_tell_are_no_difference(bundle):

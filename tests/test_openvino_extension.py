@@ -118,7 +118,7 @@ def test_a_library_for_another_release_names_both(tmp_path):
     release = installed_release().encode()
     other = tmp_path / extension().name
     other.write_bytes(extension().read_bytes().replace(b"OpenVINO " + release, b"OpenVINO 1999" + release[4:]))
-    message = rf"compiled for OpenVINO 1999\S+, the installed one is {re.escape(release.decode())}"
+    message = rf"compiled for OpenVINO 1999\S+, but OpenVINO {re.escape(release.decode())} is installed"
     with pytest.raises(ToolchainError, match=message):
         open_core(other)
     with pytest.raises(ToolchainError, match=message):
@@ -128,7 +128,7 @@ def test_a_library_for_another_release_names_both(tmp_path):
 def test_what_is_no_extension_of_ours(tmp_path):
     with pytest.raises(ToolchainError, match="cannot be read"):
         open_core(tmp_path / "missing.so")
-    with pytest.raises(ToolchainError, match="is not an extension of ours"):
+    with pytest.raises(ToolchainError, match="is not an OpenVINO extension of evm-deploy"):
         open_core(plugin_path("onnxruntime"))
 
 
@@ -143,7 +143,7 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
 def test_without_cmake_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(openvino_extension.shutil, "which", lambda name, path: None)
-    with pytest.raises(ToolchainError, match=r"CMake, which is not here(?s:.*)evm-deploy\[openvino\]"):
+    with pytest.raises(ToolchainError, match=r"CMake is not installed(?s:.*)evm-deploy\[openvino\]"):
         extension()
 
 

@@ -84,7 +84,7 @@ def link(bundle: Path) -> None:
     (bundle / "README.md").symlink_to(bundle.parent / "elsewhere.md")
 
 
-CHANGED = "was changed after it was signed, or signed with another key"
+CHANGED = "was changed after signing, or was signed with another key"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "not signed": (lambda bundle: (bundle / SIGNATURE).unlink(), "is not signed"),
     "manifest edited": (edit_manifest, CHANGED),
@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda bundle: ((bundle / SIGNATURE).unlink(), (bundle / SIGNATURE).mkdir()),
         "cannot be read",
     ),
-    "more in it": (lambda bundle: (bundle / "plugin.so").write_bytes(b"x"), "plugin.so is not in its manifest"),
+    "more in it": (lambda bundle: (bundle / "plugin.so").write_bytes(b"x"), "plugin.so is not in the manifest"),
     "a link": (link, "README.md is a link"),
 }
 
@@ -154,13 +154,13 @@ def not_a_key(folder: Path) -> Path:
 
 
 BAD_KEYS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "gone": (lambda folder: folder / "gone.pem", r"cannot be read: No such file or directory\n  make one:  openssl"),
-    "no key": (not_a_key, "is not a PEM file of such a key"),
+    "gone": (lambda folder: folder / "gone.pem", r"cannot be read: No such file or directory\n  create a key:"),
+    "no key": (not_a_key, "is not a PEM file of an ed25519 private key"),
     "encrypted": (encrypted, r"is encrypted\n  remove the password:  openssl pkey"),
-    "rsa": (lambda folder: write_keys(folder, "rsa", rsa.generate_private_key(65537, 1024))[0], "is no ed25519 key"),
+    "rsa": (lambda folder: write_keys(folder, "rsa", rsa.generate_private_key(65537, 1024))[0], "not an ed25519 key"),
     "public": (
         lambda folder: write_keys(folder, "k", ed25519.Ed25519PrivateKey.generate())[1],
-        "is not a PEM file of such a key",
+        "is not a PEM file of an ed25519 private key",
     ),
 }
 
@@ -176,7 +176,8 @@ def test_bad_keys_are_refused_before_any_work(name, micro, tmp_path, capsys):
 
 
 def test_a_private_key_is_not_a_public_one(keys):
-    with pytest.raises(UsageError, match="is not a PEM file of such a key\n  from the private key:  openssl"):
+    said = "is not a PEM file of an ed25519 public key\n  create it from the private key:  openssl"
+    with pytest.raises(UsageError, match=said):
         public_key(keys[0])
 
 

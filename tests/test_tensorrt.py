@@ -284,12 +284,12 @@ def test_dynamic_batch_needs_a_profile(rtx, micro, tmp_path):
     shapes = [[n, 64, 64, 3] for n in (1, 2, 4)]
     assert engine(model, tmp_path / "with", shapes).returncode == 0
     done = engine(model, tmp_path / "without")
-    assert done.returncode == 3 and "has no profile: export with --batch MIN:OPT:MAX" in done.stderr
+    assert done.returncode == 3 and "has no optimization profile: export with --batch MIN:OPT:MAX" in done.stderr
 
 
 def test_builder_errors_are_raised(rtx, tmp_path):
     done = engine(scan_model(1, 1, 5, 3, 2), tmp_path / "sm", sms=(87,))
-    assert done.returncode == 3 and "SM87: this release builds for SM75, SM80" in done.stderr
+    assert done.returncode == 3 and "SM87 unknown: this TensorRT release builds for SM75, SM80" in done.stderr
     broken = scan_model(1, 1, 5, 3, 2)
     broken.graph.node[-1].op_type, broken.graph.node[-1].domain = "Unheard", "evm"
     done = engine(broken, tmp_path / "parser")
@@ -299,7 +299,7 @@ def test_builder_errors_are_raised(rtx, tmp_path):
 
 
 def test_a_flag_that_a_release_no_longer_has_is_named():
-    with pytest.raises(EngineBuildError, match="--version-compatible: this release has no VERSION_COMPATIBLE"):
+    with pytest.raises(EngineBuildError, match="--version-compatible: this TensorRT release has no VERSION_COMPATIBLE"):
         required(SimpleNamespace(), "VERSION_COMPATIBLE", "--version-compatible")
 
 
@@ -346,7 +346,7 @@ def test_an_engine_of_another_release_is_named(key, tmp_path):
     manifest = {"details": {"engine": {"tensorrt": "10.3.0"}}, "plan": {key: {"version_compatible": False}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     check_built_for(tmp_path / "model.engine", "10.3.0")
-    with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.3\.0, here is 11\.4\.0"):
+    with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.3\.0, but 11\.4\.0 is installed"):
         check_built_for(tmp_path / "model.engine", "11.4.0")
     manifest["plan"][key]["version_compatible"] = True
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -121,12 +121,12 @@ def test_the_cpp_plugin_compiles(tmp_path):
 
 def test_limits_and_errors(monkeypatch):
     kernel.check_scan(1, 4, 96, 16)
-    with pytest.raises(UsageError, match="up to 16 states, this scan has 17"):
+    with pytest.raises(UsageError, match="up to 16 states, but the scan has 17"):
         kernel.check_scan(1, 4, 96, 17)
     with pytest.raises(UsageError, match="batch and K up to 65535"):
         kernel.check_scan(70000, 4, 96, 16)
-    with pytest.raises(UsageError, match="is no GPU architecture"):
+    with pytest.raises(UsageError, match="is not a GPU architecture"):
         kernel.compile_kernel("orin")
     monkeypatch.setattr(shutil, "which", lambda *_: None)
-    with pytest.raises(ToolchainError, match="compiled with nvcc, which is not here"):
+    with pytest.raises(ToolchainError, match="nvcc is not installed"):
         kernel.compile_kernel("sm_87")

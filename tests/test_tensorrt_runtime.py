@@ -248,7 +248,7 @@ def test_a_device_without_memory(cuda):
 def test_an_engine_of_another_release(cuda):
     manifest = '{"details": {"engine": {"tensorrt": "10.3.0"}}}'
     Path(cuda.path.parent / "manifest.json").write_text(manifest)
-    with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.3\.0, here is 11\.4\.0"):
+    with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.3\.0, but 11\.4\.0 is installed"):
         TensorRtRuntime(cuda.path, "trt")
 
 

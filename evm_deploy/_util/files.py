@@ -1,4 +1,4 @@
-"""Small helpers for files."""
+"""Helpers for files: cache folder, atomic writes, checksums."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 def package_folders() -> list[Path]:
-    """Where this package is: two folders in an editable install, of the sources and of what was compiled."""
+    """Return the folders of this package. An editable install has two: the sources and the compiled libraries."""
     return [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/evm-deploy, by default ~/.cache/evm-deploy."""
+    """Return the cache folder: $XDG_CACHE_HOME/evm-deploy, by default ~/.cache/evm-deploy."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evm-deploy"
 
 
 def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder beside `path` to write into before renaming; it goes with its `with` block, or when the process ends.
+    """Create a temporary folder `.<name>.<pid>.<random>` next to `path`, for atomic writes: fill it, then rename.
 
-    Its name says for what and by whom: `.<name>.<pid>.<random>`. Raises OSError.
+    The folder is deleted at the end of its `with` block, and at process exit. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{os.getpid()}."
@@ -30,9 +30,9 @@ def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8, beside `path` and rename it: there is the old one, or the new one, whole. OSError.
+    """Write a file atomically: `path` holds either the old content or the complete new content. Text becomes UTF-8.
 
-    A device or pipe, such as /dev/null, is written into: renaming would replace it by a file.
+    A device or pipe such as /dev/null is written directly, because a rename would replace the device. Raises OSError.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -45,13 +45,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def artifact_bytes(path: Path) -> int:
-    """Size of an artifact: a file or a folder, with the weights beside an IR."""
+    """Return the size of an artifact (file or folder) in bytes. The size of an IR includes its .bin file."""
     parts = (path, *path.rglob("*"), path.with_suffix(".bin"))
     return sum(file.stat().st_size for file in parts if file.is_file())
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content, read in pieces. Raises OSError."""
+    """Return the SHA-256 of a file as hex digits. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -60,12 +60,12 @@ def sha256(path: Path) -> str:
 
 
 def write_checksum(path: Path) -> None:
-    """Write down, beside a cached file, what it is now: `<name>.sha256`. Raises OSError."""
+    """Write the SHA-256 of a cached file to `<name>.sha256` next to the file. Raises OSError."""
     write_atomically(_checksum_path(path), sha256(path))
 
 
 def checksum_matches(path: Path) -> bool:
-    """Whether a file is what it was when it was sealed."""
+    """Test whether a file still has the SHA-256 that `write_checksum` stored. False if the checksum is missing."""
     try:
         return _checksum_path(path).read_text(encoding="ascii") == sha256(path)
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Public names of a package, imported when they are first used: importing the package loads nothing heavy."""
+"""Lazy public names: a package imports the module of a name at its first use, so that the package imports fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` (PEP 562) for the names of `homes`: name -> the module that defines it."""
+    """Return a module-level `__getattr__` (PEP 562). `homes` maps each public name to the module that defines it."""
 
     def getattr_(name: str) -> Any:
         if name not in homes:

@@ -1,4 +1,4 @@
-"""Small things that several parts do with ONNX models."""
+"""Helpers for ONNX models that several packages share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def constants_sha256(model: onnx.ModelProto) -> str:
-    """Hex digest of a graph's constants, names and values."""
+    """Return the SHA-256 of a graph's initializers (names and values) as hex digits."""
     digest = hashlib.sha256()
     for tensor in model.graph.initializer:
         digest.update(tensor.SerializeToString(deterministic=True))
@@ -18,7 +18,7 @@ def constants_sha256(model: onnx.ModelProto) -> str:
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model, its nodes in topological order: converters append theirs at the end."""
+    """Return a copy of the model with its nodes in topological order: converters append new nodes at the end."""
     import onnx_ir
 
     ordered = onnx_ir.from_proto(model)
@@ -28,7 +28,7 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the bodies of its functions in the place of their calls."""
+    """Return a copy of the model with every call of a model-local function replaced by the function's body."""
     from onnx import inliner
 
     result: onnx.ModelProto = inliner.inline_local_functions(model)

@@ -1,4 +1,4 @@
-"""Which packages are here, and in which version, without importing them."""
+"""Versions of installed packages, found without importing the packages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from importlib.util import find_spec
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those modules that can be imported."""
+    """Return the versions of all modules in `names` that are installed."""
     return {name: version(name) for name in names if find_spec(name)}
 
 
 def version(module: str) -> str:
-    """Of the distribution that brings a module: of its name, or of another, as onnxruntime-gpu brings onnxruntime.
+    """Return the version of the installed distribution that provides `module`.
 
-    `unknown` for a module that no distribution brings.
+    The distribution may have another name: onnxruntime-gpu provides onnxruntime. Returns `unknown` if no distribution
+    provides the module.
     """
     try:
         return metadata.version(module)

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: what library code reports, and what a command shows of it."""
+"""Progress of long operations: the callbacks that library code calls and commands implement."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Step = Callable[[str, str], AbstractContextManager[Progress]]  # name, detail
 
 
 def silent(name: str, detail: str) -> AbstractContextManager[Progress]:
-    """A Step that shows nothing."""
+    """Return a context manager whose progress callback shows nothing: the default `Step`."""
     return nullcontext(lambda done, total: None)

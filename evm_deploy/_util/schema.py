@@ -1,4 +1,4 @@
-"""Checks of untrusted JSON against a JSON Schema: the first fault is an InvalidError, which names the place."""
+"""Validate untrusted JSON against a JSON Schema. The first fault raises an InvalidError that names its key path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRUTH: Definition = {"type": "boolean"}
 
 
 class InvalidError(ValueError):
-    """A fault in a value, and `where`: its key path, such as inputs[0].shape."""
+    """Fault in a JSON value. `where` is its key path, such as inputs[0].shape."""
 
     def __init__(self, where: str, text: str) -> None:
         super().__init__(f"{where:.200} {text}")
@@ -25,7 +25,10 @@ class InvalidError(ValueError):
 
 @dataclass(frozen=True)
 class Schema:
-    """Called with a value, raises InvalidError unless it fits. Read and compiled at the first call."""
+    """JSON Schema that is called with a value, and raises InvalidError unless the value is valid.
+
+    The first call reads and compiles the schema.
+    """
 
     definition: Callable[[], Definition]
 
@@ -50,25 +53,25 @@ class Schema:
 
 @cache
 def _compiled(definition: Callable[[], Definition], detailed: bool) -> Callable[[Any], Any]:
-    """The check of a schema, compiled in less than half the time where its errors need not say what is wrong."""
+    """Compile the validator of a schema. Without `detailed` errors, compiling takes less than half the time."""
     import fastjsonschema
 
     return fastjsonschema.compile(definition(), use_default=False, use_formats=False, detailed_exceptions=detailed)
 
 
 def published(package: str, file: str) -> Definition:
-    """The schema in a file of a package, which may be in a zip."""
+    """Read the schema from a file of a package. The package may be inside a zip."""
     definition: Definition = json.loads(pkgutil.get_data(package, file) or b"")
     return definition
 
 
 def keys(**definitions: Definition) -> Definition:
-    """An object that has all of these keys."""
+    """Return the schema of an object in which all these keys are required."""
     return {"type": "object", "required": [*definitions], "properties": definitions}
 
 
 class _Float(float):
-    """A number that was written with a point: no integer, though JSON Schema takes 224.0 for one."""
+    """Number that was written with a decimal point. JSON Schema accepts 224.0 as an integer; this class does not."""
 
     def is_integer(self) -> bool:
         return False
@@ -76,7 +79,7 @@ class _Float(float):
 
 @dataclass(frozen=True)
 class _NotFinite:
-    """NaN or Infinity: of no type of JSON, and every bound lets NaN pass."""
+    """Stand-in for NaN and Infinity, which have no JSON type. As a float, NaN would pass every bound of a schema."""
 
     value: float
 
@@ -85,7 +88,7 @@ class _NotFinite:
 
 
 def _taken(value: Any) -> Any:
-    """The value as a schema is to take it: 1.0 is no integer, NaN and Infinity are no numbers."""
+    """Convert a value for validation, so that 1.0 is not an integer, and NaN and Infinity are not numbers."""
     if isinstance(value, dict):
         return {key: _taken(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -96,7 +99,7 @@ def _taken(value: Any) -> Any:
 
 
 def _invalid(error: Any) -> InvalidError:
-    """A JsonSchemaValueException as an InvalidError; the place of a key that is missing is the key's."""
+    """Convert a JsonSchemaValueException to an InvalidError. For a missing key, `where` is the path of that key."""
     where = error.name.removeprefix("data").removeprefix(".")
     if error.rule == "required":
         missing = next(key for key in error.definition["required"] if key not in error.value)

@@ -1,4 +1,4 @@
-"""Settings of one's own: the fields of a frozen dataclass, each of which is also a flag and a key of --config."""
+"""Settings of a runtime or target: fields of a frozen dataclass. Each field is also a flag and a key of --config."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ KEY = "flag"
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is given on a command line. read(flag, text): its value; a field that is true or false needs none.
+    """Command-line flag of a settings field.
 
-    what: as an error calls what the flag asks for, such as "CUDA graphs". here: whether it names a place on this
-    machine, which another does not have.
+    read(flag, text): converts the text to the value of the field. A boolean field does not use it. what: name of the
+    requested feature in error messages, such as "CUDA graphs". here: true if the value is a path on this machine, which
+    a remote machine does not have.
     """
 
     name: str
@@ -29,17 +30,18 @@ class Flag:
 
 
 def setting(default: Any, flag: str, **facts: Any) -> Any:
-    """A field with this default and `Flag(flag, **facts)`."""
+    """Return a dataclass field with this default and the flag `Flag(flag, **facts)`."""
     return field(default=default, metadata={KEY: Flag(flag, **facts)})
 
 
 def flag_of(each: Field[Any]) -> Flag:
+    """Return the flag that `setting` stored in a dataclass field."""
     found: Flag = each.metadata[KEY]
     return found
 
 
 def all_fields(kinds: Iterable[type | None]) -> dict[str, Field[Any]]:
-    """The fields of several settings classes by name; a field that several have is that of the first."""
+    """Return the fields of several settings classes by name. If two classes share a name, the first one wins."""
     found: dict[str, Field[Any]] = {}
     for kind in kinds:
         for each in fields(kind) if kind else ():
@@ -48,13 +50,13 @@ def all_fields(kinds: Iterable[type | None]) -> dict[str, Field[Any]]:
 
 
 def help_of(name: str, kinds: Iterable[type | None]) -> str:
-    """The help texts of every class that has a field of this name."""
+    """Return the help texts of all classes that have a field `name`, joined with semicolons, without repeats."""
     texts = [flag_of(each).help for kind in kinds if kind for each in fields(kind) if each.name == name]
     return "; ".join(dict.fromkeys(texts))
 
 
 def add_flags(parser: argparse._ActionsContainer, kinds: Iterable[type | None]) -> None:
-    """Add a flag for each field. One that is true or false turns its default round."""
+    """Add one flag per field to the parser. The flag of a boolean field inverts the default."""
     kinds = list(kinds)
     for each in all_fields(kinds).values():
         flag = flag_of(each)
@@ -66,7 +68,7 @@ def add_flags(parser: argparse._ActionsContainer, kinds: Iterable[type | None]) 
 
 
 def given(args: argparse.Namespace, kinds: Iterable[type | None]) -> dict[str, Any]:
-    """The settings that were given: values that are not the default, by field. Raises UsageError."""
+    """Return the parsed settings that differ from their default, by field name. Raises UsageError."""
     found = {}
     for name, each in all_fields(kinds).items():
         value, flag = getattr(args, name), flag_of(each)
@@ -76,12 +78,13 @@ def given(args: argparse.Namespace, kinds: Iterable[type | None]) -> dict[str, A
 
 
 def changed(values: Mapping[str, Any], kinds: Iterable[type | None]) -> dict[str, Any]:
-    """Those of `values` that are not the default of their field."""
+    """Return the entries of `values` that differ from the default of their field, and entries without a field."""
     known = all_fields(kinds)
     return {name: value for name, value in values.items() if name not in known or value != known[name].default}
 
 
 def number(flag: str, text: str) -> float:
+    """Convert the text of a flag to a float. Raises UsageError."""
     try:
         return float(text)
     except ValueError as error:
@@ -89,6 +92,7 @@ def number(flag: str, text: str) -> float:
 
 
 def whole(flag: str, text: str) -> int:
+    """Convert the text of a flag to an integer. Raises UsageError."""
     try:
         return int(text)
     except ValueError as error:
@@ -96,5 +100,5 @@ def whole(flag: str, text: str) -> int:
 
 
 def wholes(flag: str, text: str) -> tuple[int, ...]:
-    """`86,89` -> (86, 89)."""
+    """Convert a comma-separated list to integers: `86,89` -> (86, 89). Raises UsageError."""
     return tuple(whole(flag, part) for part in text.split(","))

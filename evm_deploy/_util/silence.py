@@ -1,7 +1,7 @@
-"""Converters log, warn, print and draw progress bars about themselves; what a user must know, we say.
+"""Silence the logging, warnings, prints and progress bars of converters, in one thread.
 
-They also keep state for the whole process (tracers, registries, the block that is being built), so that one thread at a
-time may be in them. Other threads are never silenced: what is put in place here asks which thread it is that speaks.
+Converters also keep process-wide state (tracers, registries, the block under construction), so only one thread at a
+time may run a converter. Output of other threads passes: every hook of this module checks the calling thread.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-#: Held by the thread that is in a converter, or runs a torch module: torch's tracer takes over what others call.
+#: Held by the thread that runs a converter or a torch module: torch's tracer also records the calls of other threads.
 one_at_a_time = threading.RLock()
 
 
 class _Muted(threading.local):
-    """depth: how many `quiet` blocks this thread is in."""
+    """Nesting depth of `silence_libraries` blocks in this thread."""
 
     depth = 0
 
@@ -29,10 +29,10 @@ _muted = _Muted()
 
 @contextlib.contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Inside, of this thread only errors come through: no logging below that, no warnings, no stdout, no tqdm bars.
+    """Context manager that hides the output of this thread, except errors.
 
-    One thread at a time, the others wait; a thread that is inside may enter again. When the last leaves, nothing is
-    left in place.
+    Hidden are log records up to WARNING, Python warnings, stdout and tqdm bars. Only one thread can be inside; other
+    threads wait. The same thread may enter again. The outermost exit removes all hooks.
     """
     with one_at_a_time:
         _muted.depth += 1
@@ -60,7 +60,7 @@ def _logging() -> Iterator[None]:
 
 
 class _ThisThread:
-    """Stands for the pattern of a warning's text in a filter: it matches every text, from a muted thread."""
+    """Message pattern of a warnings filter that matches every text in a muted thread, and no text elsewhere."""
 
     def match(self, text: str) -> bool:
         return _muted.depth > 0
@@ -71,9 +71,10 @@ _IGNORED: Any = ("ignore", _ThisThread(), Warning, None, 0)
 
 @contextlib.contextmanager
 def _warnings() -> Iterator[None]:
-    """A filter and no `catch_warnings`, which would bring back old filters under the feet of other threads.
+    """Insert a warnings filter. `catch_warnings` is no alternative: it would restore old filters for all threads.
 
-    Converters use that one themselves: where they bring ours back, it matches nothing, and goes the next time.
+    Converters use `catch_warnings` themselves. If a converter restores this filter later, the filter matches nothing,
+    and the next call removes it.
     """
     filters: Any = warnings.filters
     filters.insert(0, _IGNORED)
@@ -86,7 +87,7 @@ def _warnings() -> Iterator[None]:
 
 
 class _Stdout:
-    """A stream that drops what muted threads write."""
+    """Stream that drops all output of muted threads."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -113,7 +114,7 @@ def _stdout() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.stdout is ours:  # else another thread has put its own there
+        if sys.stdout is ours:  # otherwise another thread has replaced the stream
             sys.stdout = stream
 
 
@@ -129,7 +130,7 @@ def _bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wrapped(owner: type, name: str, function: Callable[..., None]) -> Iterator[None]:
-    """The method `name` of `owner` goes through `function`, which gets the original first."""
+    """Replace the method `name` of `owner` by `function`, whose first argument is the original method."""
     original = getattr(owner, name)
 
     def method(self: Any, *args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Text from files and boards, made fit for a terminal."""
+"""Text helpers: escaping for terminals, validated choices, sizes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from evm_deploy.errors import UsageError
 
 
 def escape_controls(text: object, keep: str = "\n") -> str:
-    """Characters that terminals obey, such as escape sequences, replaced; those in `keep` stay."""
+    """Replace control characters, which terminals interpret, by U+FFFD. Characters in `keep` stay."""
     return "".join(each if each.isprintable() or each in keep else "\N{REPLACEMENT CHARACTER}" for each in str(text))
 
 
 def one_of(what: str, value: str, choices: Iterable[str]) -> str:
-    """`value` if it is a choice, else UsageError listing them and the nearest."""
+    """Return `value` if it is one of `choices`. Raises UsageError with all choices and the closest one."""
     choices = tuple(choices)
     if value in choices:
         return value
@@ -24,5 +24,5 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
 
 
 def size_text(imgsz: tuple[int, int]) -> str:
-    """(H, W) -> `HxW`."""
+    """Format an image size: (H, W) -> `HxW`."""
     return f"{imgsz[0]}x{imgsz[1]}"

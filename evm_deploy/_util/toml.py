@@ -1,4 +1,4 @@
-"""TOML files of users: read, and checked against the keys and types that are known."""
+"""Read TOML files of users, and check their keys and types."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ TYPE_NAMES = {str: "text", int: "a whole number", list: "a list of texts"}
 
 
 class Readable(Protocol):
-    """A file, also one inside a package."""
+    """File on disk or inside a package."""
 
-    def read_text(self, encoding: str) -> str: ...
+    def read_text(self, encoding: str) -> str:
+        """Return the decoded content of the file. Raises OSError, UnicodeDecodeError."""
+        ...
 
 
 def read_toml(path: Readable, what: str) -> dict[str, Any]:
-    """What a TOML file holds. `what`: the flag that named it. Raises UsageError."""
+    """Parse a TOML file. `what`: the flag that named the file, for error messages. Raises UsageError."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -36,13 +38,13 @@ def read_toml(path: Readable, what: str) -> dict[str, Any]:
 def checked(
     where: str, content: Mapping[str, Any], keys: Mapping[str, type], required: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The values of a table, if all of its keys are known and of their type. Raises UsageError naming the key."""
+    """Return the values of a table whose keys are all known and of the right type. Raises UsageError naming the key."""
     for key in required:
         if key not in content:
-            raise UsageError(f"{where} has no {key!r}", f"it needs: {', '.join(required)}")
+            raise UsageError(f"{where} has no {key!r}", f"required keys: {', '.join(required)}")
     for key, value in content.items():
         kind = keys[one_of(f"{where}: key", key, keys)]
         parts = value if isinstance(value, list) else ()
-        if type(value) is not kind or any(type(part) is not str for part in parts):  # True is no number
+        if type(value) is not kind or any(type(part) is not str for part in parts):  # isinstance accepts True as int
             raise UsageError(f"{where}: {key} must be {TYPE_NAMES[kind]}, got {value!r}")
     return dict(content)

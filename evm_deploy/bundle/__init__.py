@@ -1,1 +1,1 @@
-"""Bundles as apps use them: no torch, no export."""
+"""Bundles on disk and in use: manifest, zip, signature, self-test, `load`. Needs neither torch nor `export`."""

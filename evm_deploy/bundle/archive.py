@@ -1,4 +1,4 @@
-"""A bundle as one zip file, for shipping: written deterministically, opened as what it is, somebody else's file."""
+"""Zip files of bundles. Writing is deterministic; reading treats the zip as untrusted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from evm_deploy.errors import BundleError
 
 SUFFIX = ".zip"
 MAX_FILES = 10_000
-MAX_BYTES = 4 << 30  # unpacked
-MAX_RATIO = 200  # of unpacked to packed, over which a file is a bomb; zeros reach 1000, weights 1.1
-SMALL = 1 << 20  # bytes, up to which any ratio is harmless
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first moment: the same bundle gives the same bytes
+MAX_BYTES = 4 << 30  # unpacked size of all files
+MAX_RATIO = 200  # largest unpacked / packed size of a file: zeros reach 1000, weights 1.1
+SMALL = 1 << 20  # bytes: a file up to this unpacked size is accepted at any ratio
+EPOCH = (1980, 1, 1, 0, 0, 0)  # earliest time of the zip format, fixed so that equal bundles give equal zip files
 
 
 def write_zip(bundle: Path) -> Path:
-    """`<bundle>.zip` beside a bundle, everything below one folder of its name. Raises BundleError."""
+    """Write `<bundle>.zip` next to the bundle, with all files below one folder of the bundle's name.
+
+    Returns the path of the zip. Raises BundleError.
+    """
     path = bundle.with_name(bundle.name + SUFFIX)
     try:
         with temporary_sibling(path) as folder:
@@ -42,11 +45,11 @@ def write_zip(bundle: Path) -> Path:
 
 
 def unpack(path: Path, into: Path) -> Path:
-    """Unpack the zip `path` below the folder `into` -> the bundle's folder. Raises BundleError.
+    """Unpack the zip `path` below the folder `into`. Returns the folder of the bundle. Raises BundleError.
 
-    Nothing is written outside `into`, and no more than MAX_BYTES: names that leave it, links, devices, encrypted and
-    doubled entries (on file systems that take Manifest for manifest, too) and bombs are refused, before or while they
-    are unpacked: what a zip says of its sizes is not believed.
+    Nothing is written outside `into`, and at most MAX_BYTES in total. Refused are names that leave `into`, links,
+    devices, encrypted entries, duplicate names (ignoring case) and zip bombs. The sizes in the zip are not trusted:
+    limits also apply to the bytes that are really unpacked.
     """
     try:
         into.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def unpack(path: Path, into: Path) -> Path:
                 left -= _unpack(path, archive, entry, into, left)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise BundleError(
-            f"{path} is damaged, or no zip file: {error}", "copy it again, whole", code="zip.damaged"
+            f"{path} is damaged or not a zip file: {error}", "copy the file again", code="zip.damaged"
         ) from error
     except (OSError, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
         raise BundleError(f"{path} cannot be unpacked: {error}", code="zip.damaged") from error
@@ -66,32 +69,35 @@ def unpack(path: Path, into: Path) -> Path:
 
 
 def unpacked(path: Path) -> tuple[Path, TemporaryDirectory[str]]:
-    """The bundle in a zip, unpacked into a temporary folder, which goes with the second of the results."""
+    """Unpack a zip into a temporary folder. Returns the folder of the bundle, and the owner of the temporary folder.
+
+    The temporary folder is deleted when the owner is closed or garbage collected. Raises BundleError.
+    """
     folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="evm-bundle-", ignore_cleanup_errors=True)
     return unpack(path, Path(folder.name)), folder
 
 
 def _check(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if len(entries) > MAX_FILES:
-        raise _refused(f"{path} holds {len(entries)} files, a bundle has at most {MAX_FILES}")
+        raise _refused(f"{path} has {len(entries)} files; a bundle has at most {MAX_FILES}")
     seen: set[str] = set()
     for entry in entries:
         name, mode = entry.filename, entry.external_attr >> 16
         if not inside_bundle(name):
             raise _refused(f"{path}: the name {name!r} leaves the bundle", name)
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise _refused(f"{path}: {name} is a link or a device, a bundle has files alone", name)
+            raise _refused(f"{path}: {name} is a link or a device; only regular files are allowed", name)
         if entry.flag_bits & 1:
             raise _refused(f"{path}: {name} is encrypted", name)
         if name.casefold() in seen:
-            raise _refused(f"{path}: {name} is there twice", name)
+            raise _refused(f"{path}: {name} occurs twice", name)
         seen.add(name.casefold())
     if sum(entry.file_size for entry in entries) > MAX_BYTES:
         raise _refused(f"{path} unpacks to more than {MAX_BYTES >> 30} GB")
 
 
 def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: Path, limit: int) -> int:
-    """Write one file -> its size."""
+    """Write one entry to a file. Returns the unpacked size in bytes. Raises BundleError beyond `limit` bytes."""
     target = into / entry.filename
     target.parent.mkdir(parents=True, exist_ok=True)
     size, most = 0, max(SMALL, min(limit, MAX_RATIO * entry.compress_size))
@@ -100,17 +106,17 @@ def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: 
             size += len(block)
             if size > most:
                 name = entry.filename
-                raise _refused(f"{path}: {name} unpacks to over {MAX_RATIO} times its size: a bomb", name)
+                raise _refused(f"{path}: {name} unpacks to over {MAX_RATIO} times its size: possible zip bomb", name)
             writer.write(block)
     return size
 
 
 def _bundle_in(path: Path, into: Path) -> Path:
-    """The folder with the manifest: the zip's root, or its only folder."""
+    """Return the folder that holds the manifest: the root of the zip, or its only folder. Raises BundleError."""
     for folder in (into, *sorted(into.iterdir())[:1]):
         if (folder / FILE).is_file():
             return folder
-    message = f"{path} holds no bundle: it has no {FILE}"
+    message = f"{path} is not a bundle: no {FILE} inside"
     raise BundleError(message, "make one with evm-export --zip", code="manifest.missing")
 
 

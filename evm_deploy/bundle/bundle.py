@@ -1,4 +1,4 @@
-"""Bundles on disk: written aside and renamed, hashed, checked on opening."""
+"""Bundles on disk: atomic writing, and checks of every file when a bundle is opened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk. unpacked: the temporary folder that it is in, if it came as a zip; it goes with this object."""
+    """Bundle on disk.
+
+    unpacked: owner of the temporary folder if the bundle came from a zip. The folder is deleted with this object.
+    """
 
     path: Path
     manifest: Manifest
@@ -33,14 +36,15 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the artifact, its weights included."""
+        """Size of the artifact in bytes, including its weights."""
         return artifact_bytes(self.path / self.manifest.artifact)
 
 
 def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> Bundle:
-    """Read the manifest of the bundle at `path`, a folder or a zip, and check the hash of every file.
+    """Read the manifest of the bundle at `path` (folder or zip), and check the SHA-256 of every file.
 
-    signed_by: the key that must have signed it; then it may hold nothing else. Raises BundleError.
+    signed_by: public key. If given, the bundle must be signed with its private key, and must not contain any file that
+    is missing from the manifest. Raises BundleError.
     """
     path, unpacked = Path(path), None
     if path.suffix == archive.SUFFIX and path.is_file():
@@ -62,12 +66,12 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
             damaged = sha256(file) != facts["sha256"]
         except FileNotFoundError as error:
             message = f"bundle {path}: {name} is missing"
-            raise BundleError(message, "copy the bundle again, whole", code="file.missing", where=name) from error
+            raise BundleError(message, "copy the whole bundle again", code="file.missing", where=name) from error
         except OSError as error:
             message = f"bundle {path}: {name} cannot be read: {error.strerror}"
             raise BundleError(message, code="file.missing", where=name) from error
         if damaged:
-            message = f"bundle {path}: {name} is damaged (its sha256 differs)"
+            message = f"bundle {path}: {name} is damaged (sha256 differs)"
             raise BundleError(message, "copy the bundle again", code="file.damaged", where=name)
     if signed_by:
         signing.check_nothing_else(path, set(manifest.files))
@@ -75,7 +79,10 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Refuse before work starts what could not be written at its end."""
+    """Check before an export that its bundle can be written to `path`.
+
+    Raises BundleError if `path` exists without `force`, is not a bundle, or cannot be accessed.
+    """
     try:
         path.exists()
     except OSError as error:
@@ -83,14 +90,14 @@ def check_free(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
     if path.exists() and not (path / FILE).is_file():
-        raise BundleError(f"{path} exists and is not a bundle: not replaced", "choose another --out")
+        raise BundleError(f"{path} exists and is not a bundle: --force does not replace it", "choose another --out")
 
 
 @contextlib.contextmanager
 def temporary_bundle(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write a bundle into; removed again unless `keep` renamed it away.
+    """Context manager: a temporary folder next to `path`, deleted on exit unless `commit` has renamed it.
 
-    Left-overs of killed exports to the same path are removed first. Raises BundleError when the disk will not have it.
+    First removes the temporary folders of killed exports to the same path. Raises BundleError if writing fails.
     """
     try:
         _sweep(path)
@@ -107,9 +114,12 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
 
 
 def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
-    """Finish `folder` with hashes and manifest, and rename it to `path`; a bundle already there is replaced."""
+    """Write the manifest with the hash of every file into `folder`, then rename the folder to `path`.
+
+    A bundle that already exists at `path` is replaced. Returns the bundle.
+    """
     for file in folder.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600: an app of another user must read it
+        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, which other users cannot read
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
@@ -122,7 +132,7 @@ def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
 
 
 def _replace(folder: Path, path: Path) -> None:
-    """Rename `folder` to `path`; what was there stays when that fails or the process ends in between."""
+    """Rename `folder` to `path`. The old bundle stays at `path` if the rename fails or the process exits meanwhile."""
     old = folder.with_name(folder.name + ".old")
 
     def restore() -> None:
@@ -141,17 +151,18 @@ def _replace(folder: Path, path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
+    """Clean up after killed exports to `path`: delete their temporary folders, and restore an old bundle."""
     for left in path.parent.glob(f".{path.name}.*"):
         pid = left.name.removeprefix(f".{path.name}.").split(".")[0]
         if pid.isdigit() and not _alive(int(pid)):
             if left.name.endswith(".old") and not path.exists():
-                left.rename(path)  # killed between the two renames: the old bundle is still good
+                left.rename(path)  # the export was killed between its two renames: restore the old bundle
             else:
                 shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
-    if sys.platform == "win32":  # signal 0 is Ctrl-C there: leave what may be somebody's
+    if sys.platform == "win32":  # signal 0 is Ctrl-C on Windows: treat every process as alive
         return True
     try:
         os.kill(pid, 0)

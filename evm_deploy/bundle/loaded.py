@@ -1,4 +1,4 @@
-"""load(): a bundle as an app uses it. Needs the bundle's runtime, numpy and Pillow; never torch."""
+"""`load`: open a bundle for inference. Needs the runtime of the bundle's target, numpy and Pillow, but not torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NO_SETTINGS: Mapping[str, Any] = {}
-DYNAMIC_BATCH = 16  # images per inference of predict(), where the bundle leaves the batch open
+DYNAMIC_BATCH = 16  # images per inference of predict() if the batch of the bundle is unbounded
 
 
 class LoadedBundle:
-    """An opened bundle: `run` on arrays, `predict` on images, `selftest` on this device. A Runtime itself."""
+    """Opened bundle: `run` takes arrays, `predict` takes images, `selftest` checks this device. Implements Runtime.
+
+    bundle: result of `open_bundle`. options, scan, settings: as in `load`. Raises the errors of `load`.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class LoadedBundle:
             )
         own = configured(self.target, settings)
         if options.streams > 1 and not self.target.streams:
-            raise UsageError(f"target '{self.target.name}' runs one inference at a time", "leave --streams out")
+            raise UsageError(f"target '{self.target.name}' runs only one inference at a time", "leave --streams out")
         self.preprocessing = self.manifest.preprocess()
         self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()
@@ -71,30 +74,34 @@ class LoadedBundle:
             raise
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        """One inference on arrays named and shaped as `inputs`. Raises UsageError naming what does not fit."""
+        """Run one inference on arrays with the names, dtypes and shapes of `inputs`. Returns the outputs by name.
+
+        Raises UsageError naming the input that does not fit.
+        """
         check_feeds(self.inputs, feeds)
         return self._runtime.run(feeds)
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
-        """Milliseconds of the last run on the device, by part, where the runtime tells them."""
+        """Device time of the last run in ms, by part (inputs, compute, outputs); empty if the runtime has no timer."""
         return getattr(self._runtime, "milliseconds", {})
 
     def compute_plan(self) -> Mapping[str, Any]:
-        """The device that each part of the model runs on, where the runtime tells it."""
+        """Return the number of operations and the estimated cost per device. Only Core ML reports them."""
         return getattr(self._runtime, "compute_plan", dict)()
 
     def profiled(self) -> Profiled | None:
-        """The artifact once more, in a runtime that counts what its nodes take; None where there is no such."""
+        """Open the artifact a second time, in a runtime that measures each node. None if the target has no profiler."""
         if not self.target.profiler:
             return None
         options = replace(self._options, streams=1, profile=True)
         return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
 
     def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
-        """The `top` most probable classes of each image (path, Pillow image or uint8 RGB array), best first.
+        """Return the `top` most probable classes of each image, best first.
 
-        Raises ImageError for an image that cannot be read, UsageError for a bundle without a classifier.
+        images: paths, Pillow images or uint8 RGB arrays. Raises ImageError for an image that cannot be read, UsageError
+        if the bundle is not a classifier, BundleError for outputs that are NaN, infinite or of a wrong shape.
         """
         self._require_answers(top)
         pixels = map(self.preprocessing.pixels, images)
@@ -104,8 +111,10 @@ class LoadedBundle:
         return results
 
     def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
-        """`predict` of images that `preprocessing.pixels` has made ready, in other threads perhaps: (n, H, W, 3)
-        uint8, n from 1, whatever the bundle's batch. Raises UsageError.
+        """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
+
+        pixels: (n, H, W, 3) uint8, with any n from 1, independent of the bundle's batch. An app can preprocess in other
+        threads and call `classify` here. Raises UsageError, BundleError.
         """
         decode = self._require_answers(top)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
@@ -115,29 +124,32 @@ class LoadedBundle:
         return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, top)]
 
     def selftest(self) -> list[selftest.Check]:
-        """Preprocessing, outputs and scans against the expected values in the bundle."""
+        """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""
         return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
 
     def _lowering(self, scan: str) -> tuple[Path | None, Decision]:
-        """How this bundle's scans run here, and why."""
+        """Decide how the scans run on this machine. Returns the native library (or None), and the reason."""
         one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
         modes = self.manifest.scan["value"].split("+")
         if scan == "portable" and "portable" not in modes:
-            raise UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable")
+            raise UsageError(
+                "portable scans are not available: the bundle has native nodes only", "export it with --scan portable"
+            )
         if "aot" in modes:
             return None, Decision("aot", "the kernel is inside the engine")
         if scan == "portable" or "plugin" not in modes:
             if scan in ("plugin", "bundled"):
                 raise UsageError(
-                    "this bundle was exported with portable scans: it has no node for a native kernel",
+                    "native kernels are not available: the bundle was exported with portable scans",
                     "export it with --scan auto",
                 )
-            return None, Decision("portable", "as asked" if scan == "portable" else "the bundle was exported so")
+            reason = "as requested" if scan == "portable" else "the bundle has portable scans only"
+            return None, Decision("portable", reason)
         plugins, host = self.manifest.plugins, host_platform()
         if scan == "bundled":
             if host not in plugins:
                 raise UsageError(
-                    f"this bundle has no native library for {host}; it has: {', '.join(plugins) or 'none'}",
+                    f"no native library for {host} in the bundle; available: {', '.join(plugins) or 'none'}",
                     "export it with --platform",
                 )
             own = self.bundle.path / plugins[host]
@@ -146,10 +158,10 @@ class LoadedBundle:
             plugin = self._kernels.installed()
         except ToolchainError as error:
             reason = error.args[0]
-            if host in plugins:  # a library is a program: it runs only for who says so
-                reason += "; the bundle brings one for this platform, which scan 'bundled' trusts"
+            if host in plugins:  # a library is a program: it runs only if the user asks for it
+                reason += "; the bundle contains a library for this platform: use scan 'bundled' to trust and run it"
             elif plugins:
-                reason += f"; the bundle's is for {', '.join(plugins)}, this is {host}"
+                reason += f"; the libraries in the bundle are for {', '.join(plugins)}, this machine is {host}"
             if scan == "plugin" or "portable" not in modes:
                 raise ToolchainError(reason, error.hint) from error
             return None, Decision("portable", reason)
@@ -159,7 +171,7 @@ class LoadedBundle:
     def _kernels(self) -> NativeKernels:
         if not self.target.kernels:
             raise BundleError(
-                f"bundle {self.bundle.path} has scans for a native kernel: target {self.target.name!r} has none",
+                f"bundle {self.bundle.path} needs a native kernel, but target {self.target.name!r} has none",
                 "export it again",
             )
         return self.target.kernels
@@ -169,22 +181,22 @@ class LoadedBundle:
         return self.manifest.batch.max or DYNAMIC_BATCH
 
     def _require_answers(self, top: int) -> Decode:
-        """How outputs become predictions. Raises UsageError for a task that has none, and for an impossible `top`."""
+        """Return the task's `decode`. Raises UsageError if the task has no predictions, or if `top` is below 1."""
         if not self.task.decode:
-            raise UsageError(f"this bundle gives {self.task.gives}, not classes", "use run(feeds)")
+            raise UsageError(f"no classes to predict: the bundle gives {self.task.gives}", "use run(feeds)")
         if top < 1:
             raise UsageError(f"top is {top}, it must be at least 1")
         return self.task.decode
 
     def _answers(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """The outputs for prepared images, finite and of the shapes that the task takes. Raises BundleError."""
+        """Return the outputs for preprocessed images. Raises BundleError if a value or a shape is invalid."""
         value = pixels if self.manifest.input == "image" else self.preprocessing.normalise(pixels)
         outputs = run_batched(self, self.manifest.batch, value)
         self._check_task({name: replace(self.outputs[name], shape=each.shape) for name, each in outputs.items()})
         if not all(np.isfinite(each).all() for each in outputs.values()):
             raise BundleError(
-                f"bundle {self.bundle.path}: the network gives NaN or Inf here",
-                f"does it compute right on this device?  evm-run {self.bundle.path} --selftest",
+                f"bundle {self.bundle.path}: the network gives NaN or Inf on this device",
+                f"run the self-test:  evm-run {self.bundle.path} --selftest",
             )
         return outputs
 
@@ -199,7 +211,10 @@ class LoadedBundle:
             raise BundleError(message, "export it again", code="file.damaged", where="labels.txt") from error
 
     def _check_interface(self) -> None:
-        """The artifact against its manifest: hashes say that both are whole, not that they belong together."""
+        """Check that the inputs and outputs of the artifact match the manifest. Raises BundleError.
+
+        Hashes only prove that each file is intact, not that artifact and manifest belong together.
+        """
         have, want = (*self.inputs.values(), *self.outputs.values()), (*self.manifest.inputs, *self.manifest.outputs)
         described = [TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in want]
         if len(have) != len(described) or not all(map(_alike, have, described)):
@@ -209,7 +224,7 @@ class LoadedBundle:
         self._check_task(self.outputs)
 
     def _check_task(self, outputs: Mapping[str, TensorSpec]) -> None:
-        """Raise BundleError for outputs that are none of the task's."""
+        """Raise BundleError unless the outputs fit the task."""
         wrong = self.task.check(outputs, self.labels) if self.task.check else None
         if wrong:
             raise self._unlike(*wrong)
@@ -231,7 +246,7 @@ class LoadedBundle:
 
 
 def _alike(have: TensorSpec, want: TensorSpec) -> bool:
-    """Whether they are the same, but for sizes that one of them does not tell."""
+    """Test whether two specs are equal, ignoring axes whose size is unknown in one of the specs."""
     sizes = zip(have.shape, want.shape, strict=False)
     same = (have.name, have.dtype, len(have.shape)) == (want.name, want.dtype, len(want.shape))
     return same and all(None in pair or pair[0] == pair[1] for pair in sizes)
@@ -246,16 +261,21 @@ def load(
     require_signature: str | Path | None = None,
     **settings: Any,
 ) -> LoadedBundle:
-    """Open a bundle, every hash checked. Raises BundleError; ToolchainError for a native library that does not load.
+    """Open a bundle (folder or zip) for inference, after checking the SHA-256 of every file.
 
-    `threads`: intra-op threads, None for the runtime's default. `scan`: `plugin` (the installed native kernel),
-    `bundled` (the native library that the bundle brings, which is a program: only for bundles that you trust),
-    `portable`, or `auto`, the installed kernel where there is one. `.scan` of the result says which and why.
-    `streams`: how many threads will call `run` at the same time, each with `threads` of its own in OpenVINO, all with
-    the same in ONNX Runtime. `require_signature`: the PEM file of the ed25519 public key that must have signed the
-    bundle. `settings`: those of the bundle's runtime (`RuntimeInfo.settings`). OpenVINO: `device`, such as GPU or
-    HETERO:GPU,CPU, None for the CPU; `cache`, a folder for compiled models, which load sooner the next time. TensorRT:
-    `cuda_graph`, launch the engine as one CUDA graph.
+    threads: threads per inference; None for the default of the runtime.
+    scan: `plugin` (installed native library), `bundled` (native library inside the bundle: use it only for bundles that
+    you trust, because a library is a program), `portable`, or `auto` (the installed library if there is one, else
+    portable). The attribute `scan` of the result has the decision and its reason.
+    streams: number of threads that will call `run` at the same time. With OpenVINO, each stream has its own `threads`;
+    with ONNX Runtime, all streams share them.
+    require_signature: PEM file of the ed25519 public key that must have signed the bundle.
+    settings: settings of the bundle's runtime (`RuntimeInfo.settings`). OpenVINO: `device`, such as GPU or
+    HETERO:GPU,CPU (None: CPU); `cache`, a folder for compiled models, which makes the next load faster. TensorRT:
+    `cuda_graph`, to launch the engine as one CUDA graph.
+
+    Raises BundleError for an invalid bundle, ToolchainError for a missing runtime or native library, UsageError for
+    invalid options.
     """
     bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
     return LoadedBundle(bundle, RunOptions(threads, streams=streams), scan, settings)

@@ -1,4 +1,4 @@
-"""manifest.json: the facts that an app, a report or a later version of this package needs about a bundle."""
+"""Read, validate and write manifest.json, the description of a bundle for apps, reports and later versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA = Schema(lambda: published("evm_deploy.bundle", "manifest.schema.json"))
 
 
 def inside_bundle(name: str) -> bool:
-    """Whether a file's name, in a manifest or a zip, stays inside the bundle on every system."""
+    """Test whether a file name from a manifest or a zip stays inside the bundle on every operating system."""
     parts = PurePosixPath(name)
     leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
     return bool(name) and not leaves
@@ -29,7 +29,7 @@ def inside_bundle(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What `auto` decided, and why."""
+    """Value that `auto` was resolved to, with the reason."""
 
     value: str
     reason: str
@@ -37,7 +37,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Schema in docs/bundle.md. `files`: path inside the bundle -> {sha256, size_bytes}."""
+    """Content of manifest.json. docs/bundle.md describes the fields.
+
+    files: path inside the bundle -> {sha256, size_bytes}.
+    """
 
     name: str
     target: str
@@ -60,19 +63,22 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
+        """Return the manifest as JSON text with sorted keys."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @property
     def plugins(self) -> dict[str, str]:
-        """Platform -> the native library inside the bundle."""
+        """Native libraries in the bundle: platform -> path inside the bundle."""
         return dict(self.scan.get("plugins", {}))
 
     @property
     def batch(self) -> Batch:
+        """Images per inference."""
         return Batch.parse(self.plan["batch"])
 
     @property
     def precision(self) -> str:
+        """Precision of the artifact, such as fp32 or int8."""
         return str(self.plan["precision"])
 
     @property
@@ -82,7 +88,7 @@ class Manifest:
 
     @property
     def task(self) -> str:
-        """Name of the Task that gives the outputs their meaning; of a bundle that names none, the one of its head."""
+        """Name of the bundle's task. Older bundles do not name a task: it follows from their head."""
         return str(self.model.get("task") or ("features" if self.head == "features" else "classification"))
 
     @property
@@ -92,13 +98,14 @@ class Manifest:
 
     @property
     def sizes(self) -> str:
-        """`224x224`, or `192x192+224x224` of an artifact for several sizes."""
+        """Input sizes (HxW): `224x224`, or `192x192+224x224` for an artifact with several sizes."""
         return "+".join(size_text(size) for size in (self.plan["imgsz"], *self.plan.get("more_imgsz", ())))
 
     def limit(self, what: str, name: str = "", otherwise: float | None = None) -> float:
-        """The limit of one check of the self-test: `preprocessing`, or of `outputs` or `scans` that of `name`.
+        """Return the error limit of one check of the self-test.
 
-        Bundles from before limits were data: 1 of 255 for pixels, the limit of the parity for outputs.
+        what: `preprocessing`, `outputs` or `scans`. name: the output or scan. otherwise: limit if the manifest has
+        none. Older bundles store no limits: their limit is 1 (of 255) for pixels, and the parity limit for outputs.
         """
         found = self.selftest.get(what)
         value = found.get(name) if isinstance(found, dict) else found
@@ -107,12 +114,16 @@ class Manifest:
         return float(value)
 
     def preprocess(self) -> Preprocessing:
+        """Return the preprocessing of the bundle. Raises ValueError for invalid values."""
         values: dict[str, Any] = {key: _frozen(v) for key, v in self.preprocessing.items()}
         return Preprocessing(**values)
 
     @classmethod
     def read(cls, bundle: Path, check: Callable[[bytes], None] | None = None) -> Manifest:
-        """Read and validate `bundle/manifest.json`; `check` sees its bytes first. Raises BundleError."""
+        """Read and validate manifest.json of the folder `bundle`. Raises BundleError.
+
+        check: called with the raw bytes before they are parsed; used to verify the signature.
+        """
         path = bundle / FILE
         try:
             if path.stat().st_size > MAX_BYTES:
@@ -122,7 +133,7 @@ class Manifest:
                 check(data)
             content = json.loads(data)
         except FileNotFoundError as error:
-            message = f"{bundle} is not a bundle: it has no {FILE}"
+            message = f"{bundle} is not a bundle: no {FILE} inside"
             raise BundleError(message, "make one with evm-export", code="manifest.missing") from error
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}", code="manifest.missing") from error
@@ -136,7 +147,7 @@ class Manifest:
             raise BundleError(f"{path} has no schema_version", code="manifest.invalid", where="schema_version")
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"{bundle} has manifest schema {version}, this evm-deploy reads up to {SCHEMA_VERSION}",
+                f"{bundle} has manifest schema {version}; this evm-deploy reads schemas up to {SCHEMA_VERSION}",
                 "upgrade: pip install -U evm-deploy",
                 code="manifest.version",
                 where="schema_version",
@@ -151,14 +162,14 @@ class Manifest:
             manifest.preprocess()
             _check_batch(manifest)
             _check_files(manifest)
-        except Exception as error:  # an untrusted file: whatever is wrong in it, it is the manifest's fault
+        except Exception as error:  # untrusted file: every error means an invalid manifest
             message, where = f"{path} is not a valid manifest: {error}", getattr(error, "where", "")
             raise BundleError(message, "export the bundle again", code="manifest.invalid", where=where) from error
         return manifest
 
 
 def _frozen(value: Any) -> Any:
-    """JSON's lists as the tuples they were written from."""
+    """Convert JSON lists to tuples, recursively."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 

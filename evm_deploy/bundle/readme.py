@@ -1,4 +1,4 @@
-"""The README inside a bundle: how to embed it."""
+"""README.md of a bundle: content of the bundle, and how to embed it in an app."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from evm_deploy.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Usage:
-    """The texts of a bundle's README that its target decides. artifact, library: of these files. sections: Markdown."""
+    """Target-specific texts of a bundle's README.
+
+    artifact: description of the artifact. library: description of a native library, with {platform}. sections: Markdown
+    sections on how to embed the bundle.
+    """
 
     artifact: str
     library: str
@@ -17,14 +21,14 @@ class Usage:
 
 
 def bundle_readme(manifest: Manifest, usage: Usage) -> str:
-    """Markdown for a person who has the bundle and nothing else."""
+    """Return the README of a bundle as Markdown. The reader may have only the bundle, without evm-deploy."""
     spec, pre, plan = manifest.model, manifest.preprocessing, manifest.plan
     height, width = pre["size"]
     read, outputs = manifest.inputs[0], ", ".join(o["name"] for o in manifest.outputs)
     contract = (
         "RGB pixels 0..255; mean and std are inside the model"
         if plan["input"] == "image"
-        else f"RGB scaled to 0..1, minus mean {list(pre['mean'])}, divided by std {list(pre['std'])}"
+        else f"RGB scaled to 0..1, then (x - mean) / std with mean {list(pre['mean'])} and std {list(pre['std'])}"
     )
     scale = f"covers {round(height / pre['crop_pct'])}x{round(width / pre['crop_pct'])}"
     kind = " ".join(filter(None, (spec["variant"], spec["family"])))
@@ -35,16 +39,18 @@ def bundle_readme(manifest: Manifest, usage: Usage) -> str:
     return f"""# {manifest.name}
 
 {kind}, {spec["parameters"]:,} parameters, {manifest.precision}, {height}x{width} (HxW).
-Against the float model: largest difference {manifest.parity["max_abs"]:.1e}, cosine {manifest.parity["cosine"]:.6f}.
+Compared with the float model, the largest difference of the outputs is {manifest.parity["max_abs"]:.1e}, the cosine
+similarity {manifest.parity["cosine"]:.6f}.
 
-| file | what |
+| file | content |
 |---|---|
 | `{manifest.artifact}` | {usage.artifact} |
 | `manifest.json` | input, output, preprocessing, versions, hashes |
-| `selftest/` | inputs with expected outputs |
+| `selftest/` | test inputs and expected outputs |
 {labels}{libraries}
 Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
-Before that: resize with {pre["interpolation"]} and antialiasing so that the image {scale}, crop the centre.
+Preprocessing by the app: resize with {pre["interpolation"]} and antialiasing so that the image {scale}, then crop the
+centre.
 Output: {outputs}.
 
 ## Python
@@ -59,19 +65,19 @@ with load("path/to/this/folder") as model:
 ```
 
 {usage.sections}
-## Check it on the device
+## Check the bundle on the device
 
     evm-run path/to/this/folder --selftest
 """
 
 
 def shape_of(value: dict[str, object]) -> str:
-    """1x224x224x3, or batchx224x224x3."""
+    """Format the shape of an input or output: 1x224x224x3, or batchx224x224x3 for a dynamic batch."""
     shape = value["shape"]
     assert isinstance(shape, (list, tuple))
     return "x".join("batch" if d is None else str(d) for d in shape)
 
 
 def example_pixels(value: dict[str, object]) -> str:
-    """Python that makes an input of zeros."""
+    """Return a Python expression that creates an input of zeros."""
     return f"np.zeros(({shape_of(value).replace('batch', '1').replace('x', ', ')}), np.{value['dtype']})"

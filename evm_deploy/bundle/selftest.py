@@ -1,9 +1,9 @@
-"""The self-test in every bundle: inputs with the float model's outputs, scans with the float64 loop's, one image.
+"""Self-test of a bundle: compare outputs with the float model, scans with a float64 loop, and the preprocessing.
 
-`selftest/probes.safetensors`   <input> and the outputs expected for it
-`selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; `large_delta.*` beside them
-`selftest/scan*`                one scan by itself, to run them with, in the target's format
-`selftest/picture.png`          an image of another size, and `picture.pixels`, what preprocessing makes of it
+`selftest/probes.safetensors`   inputs, expected outputs, and `picture.pixels`: expected pixels of picture.png
+`selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; also a case `large_delta`
+`selftest/scan*`                model with a single scan, in the target's format, that runs these cases
+`selftest/picture.png`          image of another size than the input, to test the preprocessing
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INPUT_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
 
 
 class ScanShape(NamedTuple):
-    """Directions, steps, channels, states."""
+    """Sizes of a scan: K directions, L steps, D channels, N states."""
 
     K: int
     L: int
@@ -38,7 +38,7 @@ AXES = {"u": "bKLD", "delta": "bKLD", "A": "KDN", "B": "bKLN", "C": "bKLN", "ski
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a self-test: error against limit."""
+    """Result of one check of a self-test: error and limit."""
 
     name: str
     error: float
@@ -46,11 +46,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """True if the error is within the limit."""
         return self.error <= self.limit
 
 
 def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptions) -> list[Check]:
-    """Run the bundle's self-test: preprocessing, outputs in `runtime`, scans as `options` say.
+    """Run the self-test of a bundle: preprocessing, outputs of `runtime`, and scans opened with `options`.
 
     The limits come from the manifest (`selftest`). Raises BundleError if the bundle has no readable self-test.
     """
@@ -61,7 +62,7 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     checks = [Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing"))]
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
-        raise _damaged(bundle, INPUT_FILE, f"has no {manifest.input}")
+        raise _damaged(bundle, INPUT_FILE, f"has no tensor {manifest.input}")
     for name, have in run_batched(runtime, manifest.batch, images).items():
         want = _like(have, bundle, tensors, name)
         difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
@@ -71,7 +72,7 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
             for name in found:
                 y = scan_runtime.run(cases[name]).get("y")
                 if y is None or y.shape != cases[name]["u"].shape:
-                    raise _damaged(bundle, probe, "gives no y")
+                    raise _damaged(bundle, probe, "gives no output y of the shape of u")
                 error, limit = ssm_error(y, cases[name])
                 checks.append(Check(f"scan {name}", error, manifest.limit("scans", name, limit)))
     return checks
@@ -84,12 +85,12 @@ def _read(bundle: Bundle, file: str) -> dict[str, NDArray[Any]]:
     try:
         tensors: dict[str, NDArray[Any]] = load_file(bundle.path / FOLDER / file)
         return tensors
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # types that numpy lacks, too
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # also dtypes that numpy lacks
         raise _damaged(bundle, file, f"cannot be read: {error}") from error
 
 
 def _like(have: NDArray[Any], bundle: Bundle, tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    """The tensor `name`, if it is shaped as `have`."""
+    """Return the expected tensor `name`. Raises BundleError unless its shape is that of `have`."""
     want = tensors.get(name)
     if want is None or want.shape != have.shape or want.dtype.kind not in "fiu":
         raise _damaged(bundle, INPUT_FILE, f"has no {name} of {have.dtype}{list(have.shape)}")
@@ -104,12 +105,12 @@ def _read_scans(bundle: Bundle) -> dict[str, Scan]:
             cases.setdefault(name, {})[tensor] = value
     for name, scan in cases.items():
         if not _is_scan(scan):
-            raise _damaged(bundle, SCAN_FILE, f"has no scan in the tensors of {name!r}")
+            raise _damaged(bundle, SCAN_FILE, f"has no valid scan {name!r}")
     return cases
 
 
 def _is_scan(scan: Scan) -> bool:
-    """Whether its tensors have the names, ranks and sizes that belong together."""
+    """Test whether the tensors of a scan are complete float32 arrays with consistent ranks and sizes."""
     if {tensor: value.ndim for tensor, value in scan.items()} != {tensor: len(axes) for tensor, axes in AXES.items()}:
         return False
     sizes = {axis: size for tensor, axes in AXES.items() for axis, size in zip(axes, scan[tensor].shape, strict=True)}
@@ -124,7 +125,7 @@ def _damaged(bundle: Bundle, file: str, reason: str) -> BundleError:
 
 
 def by_scan_case(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:
-    """File name of a scan by itself, from the pattern `file` -> the cases that it runs."""
+    """Group the scan cases by the file that runs them: file name, from the pattern `file`, -> names of the cases."""
     found: dict[str, list[str]] = {}
     for name, scan in cases.items():
         found.setdefault(file.format(**shape_of(scan)._asdict()), []).append(name)
@@ -132,5 +133,6 @@ def by_scan_case(file: str, cases: dict[str, Scan]) -> dict[str, list[str]]:
 
 
 def shape_of(scan: Scan) -> ScanShape:
+    """Return the sizes K, L, D, N of a scan."""
     K, L, D = scan["u"].shape[1:]
     return ScanShape(K, L, D, scan["A"].shape[2])

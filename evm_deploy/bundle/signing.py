@@ -1,6 +1,6 @@
-"""Signed bundles: ed25519 (RFC 8032) over the bytes of manifest.json, which holds the hash of every other file.
+"""Sign bundles, and verify signatures: ed25519 (RFC 8032) over manifest.json, which has the hash of every other file.
 
-The signature, 64 bytes, is `manifest.json.sig`. OpenSSL makes and checks the same:
+The file `manifest.json.sig` holds the signature, 64 bytes. The same with OpenSSL:
 
     openssl genpkey -algorithm ed25519 -out key.pem
     openssl pkey -in key.pem -pubout -out public.pem
@@ -22,28 +22,29 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = f"{FILE}.sig"
-MAX_BYTES = 1 << 16  # of a key's file
-MAKE_HINT = "make one:  openssl genpkey -algorithm ed25519 -out key.pem"
-PUBLIC_HINT = "from the private key:  openssl pkey -in key.pem -pubout -out public.pem"
+MAX_BYTES = 1 << 16  # largest size of a key file
+MAKE_HINT = "create a key:  openssl genpkey -algorithm ed25519 -out key.pem"
+PUBLIC_HINT = "create it from the private key:  openssl pkey -in key.pem -pubout -out public.pem"
 
 
 def private_key(path: str | Path) -> Ed25519PrivateKey:
-    """The key in a PEM file. Raises UsageError, ToolchainError."""
+    """Read an ed25519 private key from a PEM file. Raises UsageError, ToolchainError."""
     serialization, ed25519 = _cryptography()
     load = partial(serialization.load_pem_private_key, password=None)
-    key: Ed25519PrivateKey = _key(path, load, ed25519.Ed25519PrivateKey, MAKE_HINT)
+    key: Ed25519PrivateKey = _key(path, load, ed25519.Ed25519PrivateKey, "private", MAKE_HINT)
     return key
 
 
 def public_key(path: str | Path) -> Ed25519PublicKey:
-    """The key in a PEM file. Raises UsageError, ToolchainError."""
+    """Read an ed25519 public key from a PEM file. Raises UsageError, ToolchainError."""
     serialization, ed25519 = _cryptography()
-    key: Ed25519PublicKey = _key(path, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, PUBLIC_HINT)
+    load = serialization.load_pem_public_key
+    key: Ed25519PublicKey = _key(path, load, ed25519.Ed25519PublicKey, "public", PUBLIC_HINT)
     return key
 
 
 def sign(bundle: Path, key: Ed25519PrivateKey) -> None:
-    """Write the signature of the bundle in the folder `bundle`. Raises BundleError."""
+    """Sign the bundle in the folder `bundle`: write manifest.json.sig. Raises BundleError."""
     try:
         write_atomically(bundle / SIGNATURE, key.sign((bundle / FILE).read_bytes()))
     except OSError as error:
@@ -51,31 +52,34 @@ def sign(bundle: Path, key: Ed25519PrivateKey) -> None:
 
 
 def check(key: Ed25519PublicKey, bundle: Path, manifest: bytes) -> None:
-    """Raise BundleError unless `key` signed these bytes of the manifest in the folder `bundle`."""
+    """Verify the signature of the bundle in the folder `bundle`. `manifest`: the bytes of manifest.json.
+
+    Raises BundleError if the signature is missing, or was not made with the private key of `key`.
+    """
     from cryptography.exceptions import InvalidSignature
 
     try:
         signature = (bundle / SIGNATURE).read_bytes()
     except FileNotFoundError as error:
-        raise BundleError(f"bundle {bundle} is not signed", "evm-export --sign signs") from error
+        raise BundleError(f"bundle {bundle} is not signed", "sign it with evm-export --sign") from error
     except OSError as error:
         raise BundleError(f"{bundle / SIGNATURE} cannot be read: {error.strerror}") from error
     try:
         key.verify(signature, manifest)
     except InvalidSignature as error:
         raise BundleError(
-            f"bundle {bundle} was changed after it was signed, or signed with another key", "do not use it"
+            f"bundle {bundle} was changed after signing, or was signed with another key", "do not use the bundle"
         ) from error
 
 
 def check_nothing_else(bundle: Path, listed: set[str]) -> None:
-    """Raise BundleError for a file that the manifest, and so the signature, knows nothing of."""
+    """Raise BundleError if the bundle contains a link, or a file that is not in the manifest and thus not signed."""
     for file in sorted(bundle.rglob("*")):
         name = file.relative_to(bundle).as_posix()
         if not file.is_dir() and name not in listed | {FILE, SIGNATURE}:
-            raise BundleError(f"bundle {bundle}: {name} is not in its manifest, and so not signed", "remove it")
+            raise BundleError(f"bundle {bundle}: {name} is not in the manifest, and thus not signed", "remove the file")
         if file.is_symlink():
-            raise BundleError(f"bundle {bundle}: {name} is a link", "a signed bundle has files alone")
+            raise BundleError(f"bundle {bundle}: {name} is a link", "use regular files in signed bundles")
 
 
 def _cryptography() -> tuple[Any, Any]:
@@ -87,7 +91,7 @@ def _cryptography() -> tuple[Any, Any]:
     return serialization, ed25519
 
 
-def _key(path: str | Path, load: Any, kind: type[Any], hint: str) -> Any:
+def _key(path: str | Path, load: Any, kind: type[Any], which: str, hint: str) -> Any:
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES)
@@ -95,12 +99,12 @@ def _key(path: str | Path, load: Any, kind: type[Any], hint: str) -> Any:
         raise UsageError(f"key {path} cannot be read: {error.strerror}", hint) from error
     try:
         key = load(data)
-    except TypeError as error:  # what cryptography raises for a missing password
+    except TypeError as error:  # cryptography raises TypeError if the password is missing
         raise UsageError(
             f"key {path} is encrypted", "remove the password:  openssl pkey -in KEY -out key.pem"
         ) from error
-    except Exception as error:  # an untrusted file: whatever is wrong in it, it is no key
-        raise UsageError(f"{path} is not a PEM file of such a key", hint) from error
+    except Exception as error:  # untrusted file: every error means that the file holds no key
+        raise UsageError(f"{path} is not a PEM file of an ed25519 {which} key", hint) from error
     if not isinstance(key, kind):
-        raise UsageError(f"key {path} is no ed25519 key", hint)
+        raise UsageError(f"key {path} is not an ed25519 key", hint)
     return key

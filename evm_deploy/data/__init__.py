@@ -1,1 +1,1 @@
-"""Images and how they are prepared."""
+"""Images: reading, sampling, preprocessing."""

@@ -1,4 +1,4 @@
-"""Images from a folder, a list, a CSV or an .npz: found, sampled, labelled, and fit to calibrate with."""
+"""Find, sample, label and check images: from a folder, a list, a CSV or an .npz, for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-MIN_IMAGES = 100  # fewer leave the ranges of pooled tensors to chance
-MAX_BAD_SHARE = 0.05  # of unreadable, constant or repeated images
-MIN_CONTRAST = 2.0  # standard deviation of an image's pixels, of 255
-MIN_CORRELATION = 0.2  # of neighbouring pixels; noise has none, images 0.7 to 1
-MIN_PIXELS = 1000  # of an image, to tell noise
-LISTED = 4  # names in a message
+MIN_IMAGES = 100  # with fewer images, the activation ranges of pooled tensors are unreliable
+MAX_BAD_SHARE = 0.05  # accepted share of unreadable, constant or repeated images
+MIN_CONTRAST = 2.0  # smallest standard deviation of an image's pixels (0..255)
+MIN_CORRELATION = 0.2  # smallest correlation of neighbouring pixels: noise has about 0, real images 0.7 to 1
+MIN_PIXELS = 1000  # smallest image that is tested for noise
+LISTED = 4  # names that an error message lists
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageItem:
-    """Where one image is: a file, or an array of an .npz. label: its class in the order of the head, if known."""
+    """Source of one image: a file, or an array of an .npz. label: class index in the order of the head, if known."""
 
     name: str
     source: Path | Pixels
@@ -42,27 +42,30 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and how they are preprocessed. Nothing is decoded until it is asked for, and nothing is kept."""
+    """Set of images with their preprocessing. Images are decoded on request, and decoded pixels are not kept.
+
+    skipped: "name: reason" of each image that could not be read.
+    """
 
     items: tuple[ImageItem, ...]
     preprocessing: Preprocessing
-    skipped: tuple[str, ...] = ()  # "name: reason" of those that could not be read
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
 
     def pixels(self) -> Iterator[Pixels]:
-        """(H, W, 3) uint8 of each image, in order. Raises ImageError."""
+        """Yield the preprocessed pixels of each image, (H, W, 3) uint8, in order. Raises ImageError."""
         for item in self.items:
             yield self.preprocessing.pixels(item.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """The class of each image; only of labelled sets."""
+        """Class index of each image, (images,) int64. Only labelled sets have labels."""
         return np.array([item.label for item in self.items], np.int64)
 
     def digest(self) -> str:
-        """sha256 over what the images hold, in order, and how they are preprocessed."""
+        """Return the SHA-256 of the preprocessing and of the content of all images in order, as hex digits."""
         total = hashlib.sha256(repr(self.preprocessing).encode())
         for item in self.items:
             source = item.source
@@ -74,7 +77,10 @@ class ImageSet:
 
 
 def find_images(source: Path) -> list[ImageItem]:
-    """Images below a folder, named in a text file (one path a line), or in an .npz (`images`, uint8)."""
+    """List the images of `source`: a folder, a text file with one path per line, or an .npz with `images` (uint8).
+
+    Raises CalibrationError.
+    """
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         items = [ImageItem(path.relative_to(source).as_posix(), path) for path in files]
@@ -86,12 +92,15 @@ def find_images(source: Path) -> list[ImageItem]:
     else:
         raise CalibrationError(f"{source} does not exist", "give a folder of images, a list of paths, or an .npz")
     if not items:
-        raise CalibrationError(f"{source} holds no images", f"looked for {', '.join(sorted(SUFFIXES))}")
+        raise CalibrationError(f"{source}: no images found", f"known suffixes: {', '.join(sorted(SUFFIXES))}")
     return items
 
 
 def sample(items: Sequence[ImageItem], count: int, seed: int = 0) -> list[ImageItem]:
-    """`count` of them (all, if there are no more), drawn without replacement from `seed`, in their order."""
+    """Draw `count` items at random without replacement, with a fixed seed. The order of the items is kept.
+
+    Returns all items if there are at most `count`.
+    """
     if len(items) <= count:
         return list(items)
     chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
@@ -101,11 +110,11 @@ def sample(items: Sequence[ImageItem], count: int, seed: int = 0) -> list[ImageI
 def calibration_images(
     source: Path, preprocessing: Preprocessing, count: int = 512, *, seed: int = 0, force: bool = False
 ) -> ImageSet:
-    """Up to `count` images of `source` that are fit to calibrate with.
+    """Return up to `count` images of `source` for calibration, after checking that the images are suitable.
 
-    Unreadable ones are left out and named in `skipped`. Raises CalibrationError when over 5 % are unreadable, and,
-    unless `force`, when they are too few, or more than 5 % of them constant, repeated or noise: ranges of such
-    images are wrong for real ones.
+    Unreadable images are left out and listed in `skipped`. Raises CalibrationError if more than 5 % of the images are
+    unreadable. Unless `force` is set, raises CalibrationError also if there are fewer than 100 images, or if more than
+    5 % are constant, look like noise or repeat others: activation ranges from such images do not fit real images.
     """
     chosen = sample(find_images(source), count, seed)
     images, facts = _readable(source, chosen, preprocessing)
@@ -113,11 +122,11 @@ def calibration_images(
         return images
     total = len(images)
     if total < MIN_IMAGES:
-        _refuse(source, f"{total} images are too few, at least {MIN_IMAGES} are needed")
+        _refuse(source, f"{total} images are too few, at least {MIN_IMAGES} are required")
     kinds = {
-        "are of one colour": [fact.name for fact in facts if fact.contrast < MIN_CONTRAST],
+        "have a single colour": [fact.name for fact in facts if fact.contrast < MIN_CONTRAST],
         "look like random noise": [f.name for f in facts if f.contrast >= MIN_CONTRAST and f.alike < MIN_CORRELATION],
-        "are copies of others": _repeated(facts),
+        "are copies of other images": _repeated(facts),
     }
     for what, names in kinds.items():
         if len(names) > MAX_BAD_SHARE * total:
@@ -128,12 +137,12 @@ def calibration_images(
 def labelled_images(
     source: Path, preprocessing: Preprocessing, num_classes: int, labels: Sequence[str] | None = None
 ) -> ImageSet:
-    """Every image of class folders, of a CSV of `path,class` lines, or of an .npz (`images`, uint8; `labels`, whole
-    numbers), with its class in the order of the head.
+    """Return all images of `source` with their class index in the order of the head.
 
-    A class is named as in `labels`, or by its index. Folders of other names are taken in alphabetical order, if there
-    is one for each class. Raises CalibrationError for classes that do not fit the head, and when over 5 % of the images
-    are unreadable.
+    source: a folder with one folder per class, a CSV with `path,class` lines, or an .npz with `images` (uint8) and
+    `labels` (integers). A class is given by its name in `labels` or by its index. Other names are numbered in
+    alphabetical order, if there are as many names as classes. Raises CalibrationError if the classes do not fit the
+    head, or if more than 5 % of the images are unreadable.
     """
     if source.suffix.lower() == ".npz":
         return _readable(source, _labelled_npz(source, num_classes), preprocessing)[0]
@@ -145,7 +154,11 @@ def labelled_images(
 
 @dataclass(frozen=True)
 class _Facts:
-    """contrast: standard deviation of the pixels. alike: correlation of neighbours. content: hash of the pixels."""
+    """Statistics of one image.
+
+    contrast: standard deviation of the pixels. alike: correlation of neighbouring pixels. content: SHA-256 of the
+    preprocessed pixels.
+    """
 
     name: str
     contrast: float
@@ -154,7 +167,7 @@ class _Facts:
 
 
 def _readable(source: Path, items: Sequence[ImageItem], preprocessing: Preprocessing) -> tuple[ImageSet, list[_Facts]]:
-    """Those that can be read, and what is in them."""
+    """Return the readable images and their statistics. Raises CalibrationError if more than 5 % are unreadable."""
     good, skipped, facts = [], [], []
     for item in items:
         try:
@@ -174,16 +187,16 @@ def _readable(source: Path, items: Sequence[ImageItem], preprocessing: Preproces
 
 
 def _repeated(facts: Sequence[_Facts]) -> list[str]:
-    """Names of the images whose pixels an earlier one has."""
+    """Return the names of images whose pixels are equal to those of an earlier image."""
     first = {fact.content: i for i, fact in reversed(list(enumerate(facts)))}
     return [fact.name for i, fact in enumerate(facts) if first[fact.content] != i]
 
 
 def _correlation(image: Image) -> float:
-    """Of each pixel's brightness with its neighbour's, to the right or below: 0 for noise, near 1 for images.
+    """Return the correlation of neighbouring pixels in brightness: about 0 for noise, near 1 for real images.
 
-    Before it is resized, because that blurs; in a corner of at most 256 x 256 pixels. 1 for images that are too small
-    to tell, and for those of one colour.
+    The larger of the horizontal and the vertical correlation counts. `image` must not be resized yet, because resizing
+    blurs noise. Only the top left 256 x 256 pixels are read. Returns 1 for images that are too small or constant.
     """
     grey = np.asarray(image.crop((0, 0, *np.minimum(image.size, 256))).convert("F"), np.float64)
     if grey.size < MIN_PIXELS or min(grey.shape) < 2 or not grey.std():
@@ -199,8 +212,8 @@ def _from_npz(source: Path) -> list[ImageItem]:
     images = arrays.get(key, np.empty(0))
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise CalibrationError(
-            f"{source} needs an array `images` of uint8 (n, H, W) or (n, H, W, 3)",
-            f"it has: {', '.join(arrays) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
+            f"{source}: no array `images` of uint8 (n, H, W) or (n, H, W, 3)",
+            f"found: {', '.join(arrays) or 'nothing'}" + (f", {images.dtype} {list(images.shape)}" if key else ""),
         )
     return [ImageItem(f"{source.name}[{i}]", image) for i, image in enumerate(images)]
 
@@ -209,20 +222,22 @@ def _labelled_npz(source: Path, num_classes: int) -> list[ImageItem]:
     items, labels = _from_npz(source), _arrays(source).get("labels", np.empty(0))
     if labels.shape != (len(items),) or labels.dtype.kind not in "iu":
         raise CalibrationError(
-            f"{source} needs an array `labels` of {len(items)} whole numbers beside `images`",
-            f"it has {labels.dtype} {list(labels.shape)}" if labels.size else "it has none",
+            f"{source}: no array `labels` of {len(items)} whole numbers, one per image",
+            f"found: {labels.dtype} {list(labels.shape)}" if labels.size else "found: no `labels`",
         )
     wrong = [int(label) for label in labels if not 0 <= label < num_classes]
     if wrong:
-        raise CalibrationError(f"{source}: label {wrong[0]}, but the head has {num_classes} classes", "count from 0")
+        raise CalibrationError(
+            f"{source}: label {wrong[0]}, but the head has {num_classes} classes", "number the classes from 0"
+        )
     return [replace(item, label=int(label)) for item, label in zip(items, labels, strict=True)]
 
 
 def _arrays(source: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(source, allow_pickle=False) as data:
-            return {name: np.asarray(data[name]) for name in data}  # an entry that is no array comes as bytes
-    except Exception as error:  # an untrusted file: numpy and zipfile raise whatever they stumble over
+            return {name: np.asarray(data[name]) for name in data}  # numpy returns bytes for entries that are no arrays
+    except Exception as error:  # untrusted file: numpy and zipfile raise many types
         raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
 
 
@@ -230,18 +245,21 @@ def _from_csv(source: Path) -> list[tuple[ImageItem, str]]:
     try:
         rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
     except csv.Error as error:
-        raise CalibrationError(f"{source} cannot be read: {error}", "each line is path,class") from error
+        raise CalibrationError(f"{source} cannot be read: {error}", "write each line as path,class") from error
     if rows and len(rows[0]) == 2 and _is_heading(source.parent / rows[0][0]):
         rows = rows[1:]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong or not rows:
-        raise CalibrationError(f"{source}: {wrong or 'no lines'}", "each line is path,class; paths are relative to it")
+        raise CalibrationError(
+            f"{source}: {f'{wrong} is not path,class' if wrong else 'no lines'}",
+            "write each line as path,class; paths are relative to the folder of the CSV",
+        )
     return [(ImageItem(path, source.parent / path), name.strip()) for path, name in rows]
 
 
 def _is_heading(path: Path) -> bool:
-    """Whether it is no image, nor meant to be one."""
-    return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  takes any name
+    """Test whether the first field of a CSV is a column heading: it has no image suffix, and no such file exists."""
+    return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  accepts any name
 
 
 def _from_class_folders(source: Path) -> list[tuple[ImageItem, str]]:
@@ -249,7 +267,8 @@ def _from_class_folders(source: Path) -> list[tuple[ImageItem, str]]:
     flat = next((item.name for item in items if "/" not in item.name), None)
     if flat:
         raise CalibrationError(
-            f"{source}: {flat} is in no class folder", "use source/<class>/<image>, or a CSV of path,class"
+            f"{source}: {flat} is not in a class folder",
+            "use the layout <class>/<image>, or a CSV with path,class lines",
         )
     return [(item, item.name.split("/")[0]) for item in items]
 
@@ -264,7 +283,7 @@ def _class_index(source: Path, names: list[str], num_classes: int, labels: Seque
     unknown = [name for name in names if not labels or name not in labels]
     raise CalibrationError(
         f"{source} has {len(names)} classes ({_some(unknown or names)}), the head has {num_classes}",
-        "name the folders as in --labels, or by index from 0",
+        "name the classes as in --labels, or by index from 0",
     )
 
 
@@ -272,7 +291,7 @@ def _read_text(source: Path) -> str:
     try:
         return source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CalibrationError(f"{source} cannot be read: {reason}") from error
 
 
@@ -281,4 +300,4 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse(source: Path, reason: str) -> None:
-    raise CalibrationError(f"{source}: {reason}", "calibrate with varied real items, or insist with --force-calib")
+    raise CalibrationError(f"{source}: {reason}", "calibrate with varied real images, or add --force-calib")

@@ -1,7 +1,7 @@
-"""From an image file to the pixels a model reads: resize and crop with Pillow, as in the authors' evaluation.
+"""Preprocessing of images: resize and crop with Pillow, as in the authors' evaluation, then normalise.
 
-Mean and std are part of the artifact when its input is `image`; resize and crop stay outside, spelled out here and in
-every bundle's manifest. Neither torch nor any engine is needed.
+If the input of an artifact is `image`, the artifact normalises (mean, std) by itself. Resize and crop are never part of
+an artifact; the manifest of every bundle describes them. This module needs neither torch nor a runtime.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
+    """Preprocessing of a network: resize, crop the centre, normalise.
 
-    `size`: (H, W) in pixels. For a square size this is: shorter side to round(S / crop_pct), the longer in proportion
-    (rounded down), centre crop with the offset rounded half to even.
+    The resize is antialiased, and the resized image covers size / crop_pct. Normalisation is (x / 255 - mean) / std.
+    size: (H, W) in pixels. For a square size S, the shorter side becomes round(S / crop_pct), the longer side keeps the
+    aspect ratio (rounded down), and the offset of the crop is rounded half to even.
     """
 
     size: tuple[int, int]
@@ -39,7 +40,10 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def pixels(self, image: str | Path | Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """One image (path, Pillow image, or uint8 array HxW, HxWx3 or HxWx4) -> (H, W, 3) uint8 RGB. ImageError."""
+        """Resize and crop one image. Returns (H, W, 3) uint8 RGB.
+
+        image: path, Pillow image, or uint8 array HxW, HxWx3 or HxWx4. Raises ImageError.
+        """
         rgb = read_rgb(image)
         width, height = rgb.size
         want_h, want_w = (round(side / self.crop_pct) for side in self.size)
@@ -55,15 +59,18 @@ class Preprocessing:
         if (new_w, new_h) != rgb.size:
             import PIL.Image
 
-            # the width first, as every Pillow before 13 does in one call; 13 takes the height of tall images first,
-            # which is up to 9 of 255 apart in noise (python-pillow/Pillow#9549)
+            # Pillow before 13 resizes the width first. Pillow 13 resizes the height of tall images first, which changes
+            # noise by up to 9 of 255 (python-pillow/Pillow#9549). Two calls give the same pixels in every version.
             how = getattr(PIL.Image.Resampling, self.interpolation.upper())
             rgb = rgb.resize((new_w, height), how).resize((new_w, new_h), how)
         top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
         return np.asarray(rgb)[top : top + self.size[0], left : left + self.size[1]]
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, H, W, 3) uint8 -> (n, 3, H, W) float32: what the artifact does itself when its input is `image`."""
+        """Normalise pixels: (n, H, W, 3) uint8 -> (n, 3, H, W) float32.
+
+        Artifacts with the input `image` do this step themselves.
+        """
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
@@ -83,7 +90,10 @@ class Preprocessing:
 
 
 def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
-    """Any image as upright 8-bit RGB: EXIF rotation applied, 16-bit scaled, alpha dropped, CMYK converted."""
+    """Read an image as upright 8-bit RGB: apply EXIF rotation, scale 16-bit values, drop alpha, convert CMYK.
+
+    image: path, Pillow image, or uint8 array HxW, HxWx3 or HxWx4. Raises ImageError.
+    """
     import PIL.Image
     from PIL import UnidentifiedImageError
 
@@ -105,7 +115,7 @@ def read_rgb(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         raise ImageError(f"image {image} is not an image that Pillow can read") from error
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"image {image} is too large: {error}") from error
-    except Exception as error:  # an untrusted file: whatever Pillow's plugins raise, it is the file's fault
+    except Exception as error:  # untrusted file: Pillow's plugins raise many types
         raise ImageError(f"image {image} cannot be read: {error}") from error
 
 
@@ -114,7 +124,7 @@ def _upright_rgb(image: Image) -> Image:
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit (and 32-bit) greyscale: Pillow's own conversion would clip
+    if image.mode.startswith("I"):  # 16-bit and 32-bit greyscale: Pillow's own conversion clips
         values: NDArray[Any] = np.asarray(image).astype(np.float64)
         return PIL.Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

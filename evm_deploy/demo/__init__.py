@@ -1,4 +1,4 @@
-"""The embedded demo: a small EfficientVMamba trained on scikit-learn's digits, and the digits themselves."""
+"""Embedded demo: a small EfficientVMamba trained on scikit-learn's digits, and the images of the digits."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "evm_digits.safetensors"
 DIGITS = {split: HERE / f"{split}.npz" for split in ("train", "heldout")}
-WORD = "demo"  # as --calib and --val
+WORD = "demo"  # value of --calib and --val that stands for the embedded digits
 
 
 def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (n, 8, 8) uint8 and labels (n,) int64 of `split`: `train` (1198) or `heldout` (599, never trained on)."""
+    """Return images (n, 8, 8) uint8 and labels (n,) int64 of `split`.
+
+    split: `train` (1198 images) or `heldout` (599 images, not used in training).
+    """
     with np.load(DIGITS[split]) as data:
         return data["images"], data["labels"]
 
 
 def images_path(named: str, split: str) -> Path:
-    """The path that a user named, or for the word `demo`, where no file is called so, that of the digits of `split`."""
+    """Return the path `named`. The word `demo` means the digits of `split`, unless a file of that name exists."""
     return DIGITS[split] if named == WORD and not Path(named).exists() else Path(named)
 
 
 def write_images(folder: Path, split: str = "heldout", count: int | None = None) -> int:
-    """Write the first `count` images of `split` as PNG files in class folders, `folder/7/0012.png`."""
+    """Write the first `count` images of `split` as PNG files in class folders, such as `folder/7/0012.png`.
+
+    Returns the number of images.
+    """
     from PIL import Image
 
     images, labels = digits(split)

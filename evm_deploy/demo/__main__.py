@@ -10,6 +10,7 @@ import numpy as np
 
 
 def main() -> int:
+    """Print the predictions and the accuracies. Returns 0 if over 99.5 % of the predicted classes agree, else 4."""
     import torch
 
     from evm_deploy.bundle.loaded import load

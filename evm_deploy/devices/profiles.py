@@ -1,4 +1,4 @@
-"""Device profiles: what a kind of device prefers, `evm_deploy/devices/<name>.toml` or a file of the user's."""
+"""Device profiles: preferred targets and settings of a kind of device, from `devices/<name>.toml` or a file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ REQUIRED = ("description", "platform", "prefer")
 
 @dataclass(frozen=True)
 class Profile:
-    """A kind of device. name: of its file. platform: as in platforms.py.
+    """Profile of a kind of device.
 
-    prefer: (target, precision), best first. threads: of one inference, None as the runtime chooses. settings: by
-    target, those of its runtime. sensors: those worth a look in a record. verified: what of all this was run, and on
-    what.
+    name: file name without the suffix. platform: name as in toolchain/platforms.py. prefer: pairs (target, precision),
+    best first. threads: threads per inference; None leaves the choice to the runtime. settings: target -> settings of
+    its runtime. sensors: names of sensors that a record of this device should show. verified: the parts of the profile
+    that were tested, and the hardware of the test.
     """
 
     name: str
@@ -48,22 +49,22 @@ class Profile:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Without repeats, best first."""
+        """Preferred targets without repeats, best first."""
         return tuple(dict.fromkeys(target for target, _ in self.prefer))
 
     @property
     def preferences(self) -> str:
-        """`onnx int8, onnx fp32`."""
+        """Preferred targets and precisions as text: `onnx int8, onnx fp32`."""
         return ", ".join(map(" ".join, self.prefer))
 
 
 def profile_names() -> list[str]:
-    """Of the profiles that come with the package."""
+    """Return the names of all profiles of this package, sorted."""
     return sorted(path.name.removesuffix(SUFFIX) for path in _folder().iterdir() if path.name.endswith(SUFFIX))
 
 
 def find_profile(text: str) -> Profile:
-    """Read the device profile of this name, or of a file `*.toml`. Raises UsageError, naming file and key."""
+    """Read a device profile of this package by its name, or a file `*.toml`. Raises UsageError naming file and key."""
     if text.endswith(SUFFIX):
         return _profile(Path(text).name.removesuffix(SUFFIX), text, read_toml(Path(text), "--device"))
     name = one_of("--device", text, profile_names())
@@ -85,13 +86,13 @@ def _profile(name: str, file: str, content: dict[str, Any]) -> Profile:
         raise UsageError(f"{where}threads is {values['threads']}, use a number from 1")
     values["prefer"] = tuple(_preference(f"{where}prefer", text) for text in values["prefer"])
     if not values["prefer"]:
-        raise UsageError(f"{where}prefer is empty", 'such as prefer = ["onnx int8", "onnx fp32"]')
+        raise UsageError(f"{where}prefer is empty", 'example: prefer = ["onnx int8", "onnx fp32"]')
     values["sensors"] = tuple(values.get("sensors", ()))
     return Profile(name, **values)
 
 
 def _preference(where: str, text: str) -> tuple[str, str]:
-    """`onnx int8` -> (onnx, int8). Raises UsageError for what is no target of ours in a precision that it has."""
+    """Parse `onnx int8` -> (onnx, int8). Raises UsageError for an unknown target or precision."""
     targets = load_runtimes()
     target, _, precision = text.partition(" ")
     one_of(f"{where} {text!r}: target", target, targets)
@@ -100,7 +101,7 @@ def _preference(where: str, text: str) -> tuple[str, str]:
 
 
 def _settings(where: str, target: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A table named as a target: settings of its runtime. Raises UsageError."""
+    """Validate the settings of the runtime of `target`. Raises UsageError."""
     try:
         configured(load_runtimes()[target], table)
     except UsageError as error:

@@ -1,1 +1,1 @@
-"""One runtime per engine, all behind `base.Runtime`."""
+"""Runtimes: one module or folder per target. All runtimes implement `base.Runtime`."""

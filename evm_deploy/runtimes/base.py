@@ -1,4 +1,4 @@
-"""What every runtime is, and the checks that all of them share."""
+"""`Runtime`: the interface of all runtimes, with its data types and shared checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Feeds = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images per inference: static when min == max, else any number between; `max` None is unbounded."""
+    """Images per inference: a fixed number if min == max, else any number from min to max. max None: no upper bound."""
 
     min: int
     opt: int
@@ -27,11 +27,12 @@ class Batch:
 
     @property
     def static(self) -> bool:
+        """True if the number of images is fixed."""
         return self.min == self.max
 
     @classmethod
     def parse(cls, text: str | int) -> Batch:
-        """`4`, `dynamic`, or `min:opt:max`."""
+        """Parse the value of --batch: `4`, `dynamic`, or `min:opt:max`. Raises UsageError."""
         if str(text) == "dynamic":
             return cls(1, 1, None)
         parts = str(text).split(":")
@@ -49,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, numpy dtype name and shape of an input or output; None is the dynamic batch."""
+    """Name, numpy dtype name and shape of an input or output. None in the shape is the dynamic batch."""
 
     name: str
     dtype: str
@@ -61,12 +62,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run an artifact. None: as the runtime does by itself.
+    """Options for opening an artifact. None means the default of the runtime.
 
-    threads: of one inference. plugin: the native library to run scans on; None runs them portably. function: of an
-    artifact that has several. streams: inferences at the same time that it is opened for. profile: count what each node
-    takes. settings: the runtime's own, `RuntimeInfo.settings`. identity: what tells this artifact from others, for
-    runtimes that keep compiled models.
+    threads: threads per inference. plugin: native library that runs the scans; None for portable scans. function: name
+    of a function, for artifacts with several functions. streams: number of simultaneous inferences. profile: measure
+    the time of each node. settings: instance of `RuntimeInfo.settings`. identity: unique text of this artifact, for
+    runtimes that cache compiled models.
     """
 
     threads: int | None = None
@@ -83,8 +84,10 @@ DEFAULTS = RunOptions()
 
 @dataclass(frozen=True)
 class NodeTime:
-    """What one node takes in one inference. name, op: as the runtime calls them. inside: events in it, such as those of
-    a loop's body, whose recording is part of `ms`.
+    """Time of one node in one inference.
+
+    name, op: names that the runtime gives to the node and its type. inside: number of profiler events inside the node,
+    such as those of a loop's body. The time to record these events is part of `ms`.
     """
 
     name: str
@@ -94,7 +97,7 @@ class NodeTime:
 
 
 class Runtime(Protocol):
-    """A loaded artifact, closed by leaving its `with` block. Returned arrays belong to the caller."""
+    """Loaded artifact. Leaving its `with` block closes the artifact. Returned arrays belong to the caller."""
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
@@ -106,20 +109,23 @@ class Runtime(Protocol):
     ) -> None: ...
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        """One inference. Feeds have been checked by `check_feeds`."""
+        """Run one inference: input arrays by name -> output arrays by name. The caller has called `check_feeds`."""
         ...
 
 
 class Profiled(Runtime, Protocol):
-    """A runtime that was opened with RunOptions.profile."""
+    """Runtime that was opened with RunOptions.profile."""
 
     def node_times(self) -> list[NodeTime]:
-        """Of the inferences so far, means or the fastest, nodes in the order in which they ran. To be asked once."""
+        """Return the time of each node, in order of execution. Call this method only once.
+
+        The times are means over all inferences so far, or those of the fastest inference (`Profiler.records`).
+        """
         ...
 
 
 def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
-    """Names, dtypes and shapes of `feeds` against `inputs`. Raises UsageError naming the input and both sides."""
+    """Check names, dtypes and shapes of `feeds` against `inputs`. Raises UsageError with expected and given values."""
     if set(feeds) != set(inputs):
         raise UsageError(f"inputs are {', '.join(map(str, inputs.values()))}; got {', '.join(sorted(feeds)) or 'none'}")
     for name, spec in inputs.items():
@@ -134,9 +140,10 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
 
 
 def run_batched(runtime: Runtime, batch: Batch, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Run any number of inputs through a runtime whose batch may be static: the last batch is filled up and cut.
+    """Run any number of inputs through a runtime in batches. Returns the outputs by name, first axis as in `inputs`.
 
-    Raises BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+    If the last batch is too small, its last input is repeated, and the surplus outputs are dropped. Raises BundleError
+    if the number of outputs differs from the number of inputs, or if output sizes change between batches.
     """
     size = batch.min if batch.static else batch.max or len(inputs)
     (name,) = runtime.inputs

@@ -1,4 +1,4 @@
-"""The run half of a target: all that apps, boards and the doctor need to know of a runtime without importing it."""
+"""`RuntimeInfo`: description of a target's runtime, for apps, remote boards and evm-doctor, without importing it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from evm_deploy.runtimes.base import RunOptions, Runtime
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package that a runtime needs. module: what is imported; others: modules that do as well. least: the oldest
-    version that is known to do, empty for any.
+    """Package that a runtime needs.
+
+    module: module to import. package: name for pip. least: oldest version that is known to work; empty for any version.
+    others: alternative modules.
     """
 
     module: str
@@ -24,17 +26,18 @@ class Requirement:
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """All modules that satisfy the requirement, the preferred one first."""
         return (self.module, *self.others)
 
     def __str__(self) -> str:
         return f"{self.package}>={self.least}" if self.least else self.package
 
     def installed(self) -> str | None:
-        """The version on this machine; None where it is not there."""
+        """Return the installed version, or None if the package is not installed."""
         return next((version(module) for module in self.modules if find_spec(module)), None)
 
     def met_by(self, found: str | None) -> bool:
-        """Whether an installed version is new enough; one that does not say which it is (empty) is believed."""
+        """Test whether the installed version `found` is new enough. None fails; a version without numbers passes."""
         return found is not None and (not self.least or _numbers(found) >= _numbers(self.least) or not _numbers(found))
 
 
@@ -49,7 +52,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether this machine runs a target, on which versions of what it needs, and what to do if not."""
+    """Result of the check whether this machine can run a target.
+
+    versions: package -> installed version. hint: the reason or the next step if `can_run` is false.
+    """
 
     can_run: bool
     versions: Mapping[str, str]
@@ -58,10 +64,10 @@ class Availability:
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """Our kernels for the scans of a target, in a library that its runtime loads.
+    """Native scan kernels of evm-deploy, in a library that a runtime loads.
 
-    name: of the runtime, for `plugin_path`. installed(): the library for this machine; it raises ToolchainError, which
-    says why, where there is none. isa(library): the instruction set that it chose.
+    name: name of the runtime for `plugin_path`. installed(): return the library for this machine; raises ToolchainError
+    with the reason if there is none. isa(library): return the instruction set that the library uses on this CPU.
     """
 
     name: str
@@ -71,10 +77,10 @@ class NativeKernels:
 
 @dataclass(frozen=True)
 class Profiler:
-    """A runtime's counter of the time of nodes, where RunOptions.profile is set. name: as a record states it.
+    """Profiler of a runtime, active if RunOptions.profile is set. name: text for records.
 
-    records: whether it writes an event for each node, of which the fastest inference is taken, and which takes time
-    itself; else it counts, which gives means.
+    records: true if the profiler writes an event per node. The fastest inference is then reported, and writing events
+    adds time. If false, the profiler accumulates times, and means are reported.
     """
 
     name: str
@@ -82,20 +88,23 @@ class Profiler:
 
 
 def nothing() -> str:
-    """Nothing is in the way."""
+    """Return an empty text: the default `obstacle` of a runtime that every machine can run."""
     return ""
 
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """The run half of a target. label: its name as people write it. precisions: those that artifacts come
-    in, the default first. needs: packages, beside numpy and safetensors; extra: of evm-deploy, which brings them.
+    """Description of a target's runtime. The class `Target` in `export` describes how to build for the target.
 
-    `open(path, options)` loads an artifact. obstacle(): why it cannot run on this machine although the packages are
-    here, else an empty text. streams: whether several threads may run inferences at the same time. scan_case: file of
-    one scan by itself in the self-test, with {K}, {L}, {D} and {N} where a file is for one shape alone. phone: the
-    program that measures it on Android (bench/remote/adb_host.py). settings: its own, a dataclass of `_util.settings`
-    whose instance comes as RunOptions.settings; refusals: text and hint of the error for others' settings, by name.
+    label: name of the target for people. precisions: supported precisions, the default first. needs: required packages
+    besides numpy and safetensors. extra: the extra of evm-deploy that installs these packages.
+    open(path, options): load an artifact.
+    scan_case: file in the self-test that runs a single scan; contains {K}, {L}, {D} and {N} if each shape has its file.
+    obstacle(): return the reason why this machine cannot run the target although all packages are installed, else "".
+    streams: true if several threads may run inferences at the same time. phone: program that measures the target on
+    Android (bench/remote/adb_host.py).
+    settings: dataclass of settings (`_util.settings`) of this runtime; RunOptions.settings holds an instance.
+    refusals: setting name -> message and hint of the error if a setting of another runtime is given.
     """
 
     name: str
@@ -116,10 +125,11 @@ class RuntimeInfo:
 
     @property
     def install_hint(self) -> str:
+        """Command that installs the required packages."""
         return f"pip install 'evm-deploy[{self.extra}]'"
 
     def availability(self) -> Availability:
-        """Whether it runs here, without importing it."""
+        """Check whether this machine can run the target, without importing its packages."""
         found = {need: need.installed() for need in self.needs}
         lacks = any(not need.met_by(version) for need, version in found.items())
         hint = self.install_hint if lacks else self.obstacle()

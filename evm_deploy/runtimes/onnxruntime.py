@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU execution provider."""
+"""ONNX Runtime with the CPU execution provider."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from evm_deploy.runtimes.base import Feeds, NodeTime, RunOptions, Runtime, Tenso
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
 from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
 
-LOOPS = ("Scan", "Loop", "If")  # nodes whose bodies are recorded, too
+LOOPS = ("Scan", "Loop", "If")  # node types for whose bodies the profiler records events too
 SUFFIX = "_kernel_time"
 
 
 class OnnxRuntime:
-    """An InferenceSession over a file or serialised model.
+    """InferenceSession for a model file or a serialised model.
 
-    `threads`: intra-op threads, None for ORT's default. `plugin`: our custom-op library; without it the scans' portable
-    bodies run. `profile`: for `node_times`. Raises BundleError when the model cannot be opened, ToolchainError when the
-    library cannot.
+    threads: intra-op threads; None for the default of ONNX Runtime. plugin: custom-op library of evm-deploy; None for
+    portable scans. profile: enable `node_times`. Raises BundleError if the model cannot be opened, ToolchainError if
+    onnxruntime is not installed or the library cannot be loaded.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class OnnxRuntime:
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_outputs())}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Raises BundleError if ONNX Runtime fails."""
         try:
             outputs = self.session.run(None, dict(feeds))
         except Exception as error:
@@ -67,7 +68,7 @@ class OnnxRuntime:
         return dict(zip(self.outputs, outputs, strict=True))
 
     def node_times(self) -> list[NodeTime]:
-        """Of the fastest inference so far, which other work has disturbed least. Ends the profile."""
+        """Return the node times of the fastest inference so far: other load has disturbed it least. Ends profiling."""
         return min(_runs(Path(self.session.end_profiling())), key=lambda nodes: sum(node.ms for node in nodes))
 
     def __enter__(self) -> OnnxRuntime:
@@ -85,8 +86,8 @@ class OnnxRuntime:
 
 
 def _runs(profile: Path) -> Iterator[list[NodeTime]]:
-    """The nodes of each inference in a profile, where an event is a line and follows those that it spans."""
-    nodes: list[tuple[int, NodeTime]] = []  # with their beginnings, in microseconds
+    """Yield the node times of each inference in a profile. Each event is one line, after all events inside it."""
+    nodes: list[tuple[int, NodeTime]] = []  # (start in microseconds, node)
     with profile.open(encoding="utf-8") as lines:
         for line in lines:
             event = json.loads(line.strip("[],\n ") or "{}")
@@ -102,21 +103,22 @@ def _runs(profile: Path) -> Iterator[list[NodeTime]]:
 
 
 def _spec(value: Any) -> TensorSpec:
-    """Raises BundleError for what is no tensor of numbers."""
+    """Convert an input or output of a session to a TensorSpec. Raises BundleError unless it is a numeric tensor."""
     shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
     try:
         dtype = "float32" if value.type == "tensor(float)" else np.dtype(value.type[len("tensor(") : -1]).name
     except TypeError as error:
-        raise BundleError(f"the model has {value.name!r} of type {value.type}, which is no array of numbers") from error
+        raise BundleError(f"{value.name!r} of the model has type {value.type}, not an array of numbers") from error
     return TensorSpec(value.name, dtype, shape)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what ONNX Runtime says. It raises its own types, all derived from Exception alone."""
+    """Return the first line of an error message of ONNX Runtime, whose exceptions derive directly from Exception."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:
+    """Open an ONNX file in ONNX Runtime. Raises BundleError, ToolchainError."""
     return OnnxRuntime(path, options.threads, options.plugin, options.profile)
 
 
@@ -135,6 +137,6 @@ INFO = RuntimeInfo(
     phone="onnxruntime_perf_test",
     refusals={
         "cache": ("ONNX Runtime keeps no compiled models", "leave the cache out"),
-        "device": ("ONNX Runtime runs with its CPU execution provider alone", "leave the device out"),
+        "device": ("ONNX Runtime runs only with its CPU execution provider", "leave the device out"),
     },
 )

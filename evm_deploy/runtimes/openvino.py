@@ -1,4 +1,4 @@
-"""OpenVINO on the devices that it finds."""
+"""OpenVINO runtime, for all devices that OpenVINO finds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, Tens
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
 from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release, extension, isa
 
-VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that stand for others: HETERO:GPU,CPU
+VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # virtual devices, which delegate to other devices: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata
-PRECISION_HINT = "inference_precision"  # key there: what its operations are computed in
+PRECISION_HINT = "inference_precision"  # key in RT_INFO: data type for computing the operations
 
 
 @dataclass(frozen=True)
 class OpenVinoSettings:
-    """device: as OpenVINO names it, None for the CPU. cache: folder for compiled models, which load sooner again."""
+    """Run settings of OpenVINO.
+
+    device: OpenVINO's device name; None for the CPU. cache: folder for compiled models, which load faster.
+    """
 
     device: str | None = setting(
         None, "--openvino-device", metavar="D", help="CPU (default), GPU, NPU, AUTO, HETERO:GPU,CPU", what="devices"
@@ -40,14 +43,15 @@ class OpenVinoSettings:
 
 
 class OpenVinoRuntime:
-    """A compiled model, of an IR or of a model in memory.
+    """Compiled model from an IR file or from an openvino.Model in memory.
 
-    A model without a hint in its metadata is computed in float32: OpenVINO's default on many CPUs is bfloat16.
-    The cache keeps compiled models, apart for each extension: one that changed finds nothing of the old one. A file
-    whose compiled form is there is not read at all, which halves the time. They are apart for each bundle, too:
-    OpenVINO tells models apart by place and time, which two versions of a container's layer may share.
-    Raises UsageError for a device that is not there, ToolchainError for an extension that does not fit, BundleError for
-    a model that cannot be opened.
+    A model without a precision hint in its metadata runs in float32, because the default of OpenVINO on many CPUs is
+    bfloat16.
+    The cache has one folder per bundle and extension. A changed extension therefore never finds models that were
+    compiled with the old one. OpenVINO identifies models by path and time, which two versions of a container layer may
+    share. If the compiled model is cached, OpenVINO does not read the IR, which halves the time to open it.
+    Raises UsageError for an unknown device, ToolchainError for an extension that does not fit, BundleError for a model
+    that cannot be opened.
     """
 
     def __init__(self, model: Path | Any, options: RunOptions = DEFAULTS) -> None:
@@ -77,6 +81,7 @@ class OpenVinoRuntime:
         self._thread = threading.local()
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Several threads may call this method. Raises UsageError if OpenVINO fails."""
         if not hasattr(self._thread, "request"):  # a request serves one thread at a time
             self._thread.request = self.compiled.create_infer_request()
         try:
@@ -86,7 +91,7 @@ class OpenVinoRuntime:
         return {name: results[i] for i, name in enumerate(self.outputs)}
 
     def node_times(self) -> list[NodeTime]:
-        """Means over the inferences so far, of this thread."""
+        """Return the mean time of each node over all inferences of this thread."""
         return [
             NodeTime(info.node_name, info.node_type, info.real_time.total_seconds() * 1e3)
             for info in self._thread.request.profiling_info
@@ -95,7 +100,7 @@ class OpenVinoRuntime:
 
     @property
     def precision(self) -> str:
-        """Type that the operations are computed in, as OpenVINO calls it: f32, bf16 or f16."""
+        """Data type for computing the operations, in OpenVINO's words: f32, bf16 or f16."""
         return str(self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
     def __enter__(self) -> OpenVinoRuntime:
@@ -109,9 +114,10 @@ class OpenVinoRuntime:
 
 @contextlib.contextmanager
 def sealed(cache: Path | None) -> Iterator[None]:
-    """Inside the `with` a cache of compiled models holds what is as it was written; what is new there is written down.
+    """Context manager that protects a cache of compiled models by checksums.
 
-    OpenVINO 2026.4.1 takes changed weights for good. Raises UsageError where the cache cannot be written.
+    On entry, delete cached models whose checksum does not match; on exit, write the checksums of new models. OpenVINO
+    2026.4.1 loads a cached model with changed weights without an error. Raises UsageError if the cache is not writable.
     """
     if not cache:
         yield
@@ -122,16 +128,16 @@ def sealed(cache: Path | None) -> Iterator[None]:
             blob.unlink(missing_ok=True)
         yield
         for blob in set(cache.glob("*.blob")) - known:
-            with contextlib.suppress(FileNotFoundError):  # another process has taken it for damaged
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted the model
                 write_checksum(blob)
     except OSError as error:
         raise UsageError(f"the cache {cache} cannot be used: {error.strerror}", "give another folder") from error
 
 
 def open_core(plugin: Path | None) -> Any:
-    """An openvino.Core, with the extension `plugin` if it is given. It must outlive the models that it reads.
+    """Create an openvino.Core, and add the extension `plugin` if given. The core must outlive the models it reads.
 
-    Raises ToolchainError where OpenVINO is missing or the extension does not fit it.
+    Raises ToolchainError if OpenVINO is not installed or the extension does not fit its release.
     """
     try:
         import openvino
@@ -149,27 +155,30 @@ def open_core(plugin: Path | None) -> Any:
 
 @contextlib.contextmanager
 def opening(model: Path | Any, what: str = "read") -> Iterator[None]:
-    """Errors of OpenVINO as BundleError, with what to do where a model lacks the extension."""
+    """Context manager that converts errors of OpenVINO to BundleError.
+
+    what: verb for the message. If the model needs the extension, the hint says how to provide it.
+    """
     name = model if isinstance(model, Path) else "the model"
     try:
         yield
     except (OSError, RuntimeError) as error:
         if "opset: evm" in str(error):
             raise BundleError(
-                f"{name} holds operators of domain evm, which need the extension",
-                "give its path as plugin, or export with --scan portable",
+                f"{name} has operators of domain evm, which need the OpenVINO extension",
+                "pass the path of the extension as plugin, or export with --scan portable",
             ) from error
         raise BundleError(f"OpenVINO cannot {what} {name}: {reason(error)}") from error
 
 
 def read(core: Any, path: Path) -> Any:
-    """The openvino.Model in the IR `path`. Raises BundleError."""
+    """Read the IR `path` as an openvino.Model. Raises BundleError."""
     with opening(path):
         return core.read_model(str(path))
 
 
 def precision_hint(model: Path | Any) -> str:
-    """What the operations of a model of ours, or of its IR, are to be computed in: f32 or f16."""
+    """Return the data type for computing the operations, from the metadata of a model or IR: f32 (default) or f16."""
     if isinstance(model, Path):
         found = re.search(rf'<{PRECISION_HINT} value="(\w+)"'.encode(), model.read_bytes())
         return found[1].decode() if found else "f32"
@@ -178,23 +187,27 @@ def precision_hint(model: Path | Any) -> str:
 
 
 def check_device(device: str, available: list[str]) -> None:
-    """Raise UsageError, listing those that are there, for a device that is not: GPU, GPU.1, AUTO, HETERO:GPU,CPU."""
+    """Raise UsageError with all available devices if `device` is not among them.
+
+    device: OpenVINO's device name, such as GPU, GPU.1, AUTO or HETERO:GPU,CPU.
+    """
     name, _, behind = device.partition(":")
     wanted = behind.split(",") if behind else [] if name in VIRTUAL else [device]
     if name not in VIRTUAL and behind:
-        raise UsageError(f"device {device!r}: only {', '.join(VIRTUAL)} stand for other devices")
+        raise UsageError(f"device {device!r}: only {', '.join(VIRTUAL)} can be followed by ':' and other devices")
     for one in wanted:
         bare = re.sub(r"\(.*\)", "", one).removeprefix("-")
         if not any(bare in (there, there.split(".")[0]) for there in available):
             raise UsageError(
-                f"device {bare!r} is not here; OpenVINO finds: {', '.join(available)}", "its driver may be missing"
+                f"device {bare!r} not found; OpenVINO finds: {', '.join(available)}",
+                f"check that the driver of {bare} is installed",
             )
 
 
 def reason(error: Exception) -> str:
-    """The line of OpenVINO's message that tells the cause, and the node where OpenVINO names one.
+    """Return the line of OpenVINO's error message that states the cause, after the name of the node if there is one.
 
-    The lines around it are places in OpenVINO's sources and the types and shapes of all inputs of the node.
+    The other lines of the message are places in OpenVINO's sources, and types and shapes of the node's inputs.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for place, cause in itertools.pairwise(lines):

@@ -1,4 +1,4 @@
-"""The explicit list of runtimes, one for each target."""
+"""Registry: the explicit list of runtimes, one per target."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ RUNTIMES = (onnxruntime.INFO, openvino.INFO, coreml.INFO, tensorrt.TRT, tensorrt
 
 
 def load_runtimes() -> dict[str, RuntimeInfo]:
-    """Every runtime by the name of its target."""
+    """Return all runtimes: name of the target -> runtime."""
     return {info.name: info for info in RUNTIMES}
 
 
 def runtime_of(target: str, bundle: Path) -> RuntimeInfo:
-    """The runtime of a bundle's target. Raises BundleError for a target that a later version knows."""
+    """Return the runtime for the target of a bundle. Raises BundleError for an unknown target."""
     known = load_runtimes()
     if target not in known:
         raise BundleError(
-            f"bundle {bundle} is for target {target!r}, which this evm-deploy does not know; it knows: "
+            f"bundle {bundle} is for target {target!r}, which this evm-deploy does not know; known targets: "
             f"{', '.join(known)}",
             "upgrade: pip install -U evm-deploy",
         )
@@ -33,14 +33,14 @@ def runtime_of(target: str, bundle: Path) -> RuntimeInfo:
 
 
 def setting_kinds() -> list[type | None]:
-    """The run settings of every runtime: their fields are the flags of evm-run and evm-bench."""
+    """Return the settings classes of all runtimes. Their fields are the flags of evm-run and evm-bench."""
     return [info.settings for info in RUNTIMES]
 
 
 def configured(info: RuntimeInfo, values: Mapping[str, Any]) -> Any | None:
-    """The runtime's own settings from values by name; defaults of others' do no harm. None where it has none.
+    """Create the settings of a runtime from values by name. None if the runtime has no settings.
 
-    Raises UsageError for a setting that it does not have, saying so as the runtime would, and for one of nobody's.
+    Raises UsageError for an unknown setting, and for a setting of another runtime unless its value is the default.
     """
     known = all_fields(setting_kinds())
     own = all_fields([info.settings])
@@ -55,11 +55,12 @@ def configured(info: RuntimeInfo, values: Mapping[str, Any]) -> Any | None:
 
 
 def plugin_path(runtime: str) -> Path:
-    """The library to register with a plain `runtime`, `onnxruntime` or `openvino` (which may take a minute to compile).
+    """Return the native library to register with a runtime that an app uses without evm-deploy.
 
-    Raises ToolchainError where it was not, or cannot be, built.
+    runtime: `onnxruntime` or `openvino`. The OpenVINO library may have to be compiled first, which takes a minute.
+    Raises ToolchainError if the library was not built or cannot be built.
     """
     kernels = {info.kernels.name: info.kernels for info in RUNTIMES if info.kernels}
     if runtime not in kernels:
-        raise ToolchainError(f"no native library for {runtime!r}; there is one for: {', '.join(kernels)}")
+        raise ToolchainError(f"no native library for {runtime!r}; available: {', '.join(kernels)}")
     return kernels[runtime].installed()

@@ -1,4 +1,4 @@
-"""Tasks: the meaning of a network's outputs. One file a task, numpy alone, so that apps have them too."""
+"""Tasks: the meaning of a network's outputs. Each task is one file that needs only numpy, so that apps can use it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ TASKS: tuple[Task, ...] = (CLASSIFICATION, FEATURES, RAW)
 
 
 def get_task(name: str) -> Task:
-    """The task of this name. Raises UsageError listing all of them."""
+    """Return the task `name`. Raises UsageError listing all tasks."""
     tasks = {task.name: task for task in TASKS}
     return tasks[one_of("task", name, tasks)]

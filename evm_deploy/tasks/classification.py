@@ -1,4 +1,4 @@
-"""Classification: one row of scores by class for each image, logits or probabilities."""
+"""Classification: the outputs hold one row of class scores per image, as logits or probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOGITS, PROBABILITIES = "logits", "probs"
 
 
 def scores_name(outputs: Iterable[str]) -> str:
-    """The output that holds the scores, of all outputs. Raises KeyError where there is none."""
+    """Return the name of the output that holds the scores: `logits` or `probs`. Raises KeyError if there is none."""
     names = set(outputs)
     for name in (LOGITS, PROBABILITIES):
         if name in names:
@@ -23,7 +23,10 @@ def scores_name(outputs: Iterable[str]) -> str:
 
 
 def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[str, str] | None:
-    """Compare a classifier's outputs with what one gives: None, or the outputs as they are and what was expected."""
+    """Check names, dtypes and shapes of a classifier's outputs.
+
+    Returns None if the outputs are valid, else a pair of texts: the actual outputs, and the expectation.
+    """
     try:
         scores = outputs[scores_name(outputs)]
     except KeyError:
@@ -36,7 +39,7 @@ def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[st
 
 
 def decode(outputs: Outputs, labels: Sequence[str] | None, top: int) -> list[list[Prediction]]:
-    """The `top` most probable classes of each image, best first; classes without labels are called `class 7`."""
+    """Return the `top` most probable classes of each image, best first. Without labels, a class is named `class 7`."""
     name = scores_name(outputs)
     rows = outputs[name].astype(np.float64)
     probabilities = rows if name == PROBABILITIES else softmax(rows)
@@ -48,20 +51,20 @@ def decode(outputs: Outputs, labels: Sequence[str] | None, top: int) -> list[lis
 
 
 def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Along the last axis."""
+    """Return the softmax along the last axis."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     result: NDArray[np.float64] = e / e.sum(axis=-1, keepdims=True)
     return result
 
 
 def score(outputs: Outputs, labels: Labels) -> dict[str, float]:
-    """Shares of images whose label is the first class, and among the first five."""
+    """Return top-1 and top-5 accuracy: the shares (0..1) of images whose label is among the best 1 and 5 classes."""
     scores = outputs[scores_name(outputs)]
     return {f"top{k}": _top(scores, labels, k) for k in (1, 5)}
 
 
 def agree(expected: Outputs, actual: Outputs) -> float:
-    """The share of images with the same first class."""
+    """Return the share (0..1) of images for which both outputs have the same best class."""
     name = scores_name(expected)
     return float((actual[name].argmax(-1) == expected[name].argmax(-1)).mean())
 

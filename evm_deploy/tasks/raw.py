@@ -1,4 +1,4 @@
-"""Outputs without a meaning of their own: a backbone's feature maps, and tensors of any network."""
+"""Tasks without interpretation of the outputs: feature maps of a backbone, and raw tensors of any network."""
 
 from __future__ import annotations
 

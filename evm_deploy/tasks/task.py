@@ -1,4 +1,4 @@
-"""The seam for the meaning of outputs: Task."""
+"""`Task`: the interface between outputs of a network and their meaning."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Outputs = Mapping[str, NDArray[Any]]  # by name, the first axis counts images
+Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Labels = NDArray[np.int64]  # (images,)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of one image. `score`: probability, 0..1."""
+    """Predicted class of an image. score: probability, 0..1."""
 
     label: str
     index: int
@@ -26,24 +26,30 @@ Decode = Callable[[Outputs, Sequence[str] | None, int], list[list[Prediction]]]
 
 
 class Spec(Protocol):
-    """Type and shape of an output; None is a size that it does not tell."""
+    """Dtype and shape of an output."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Numpy dtype name."""
+        ...
 
     @property
-    def shape(self) -> tuple[int | None, ...]: ...
+    def shape(self) -> tuple[int | None, ...]:
+        """Size of each axis; None for an unknown size."""
+        ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """The meaning of a network's outputs. None: the task has no such function.
+    """Meaning of a network's outputs. A function that is None is not available for the task.
 
-    heads: what a classifier or backbone may be asked for with --head, the first by default. gives: the outputs, in a
-    word. `check(outputs, labels)`: for outputs that are none of the task's, what they are and what was expected.
-    `decode(outputs, labels, top)`: per image the `top` best answers, best first. `score(outputs, labels)`: figures from
-    0 to 1 against the truth, larger is better; `metric` is the one that gates. `agree(expected, actual)`: the share of
-    images with the same answer.
+    heads: values of --head for the task; the first one is the default. gives: short noun for the outputs, used in
+    messages.
+    `check(outputs, labels)`: return None for valid outputs, else two texts: the actual outputs and the expectation.
+    `decode(outputs, labels, top)`: return the `top` best answers per image, best first.
+    `score(outputs, labels)`: return metrics against the true labels, 0..1, larger is better. `metric` names the one
+    that accuracy limits apply to.
+    `agree(expected, actual)`: return the share of images with the same answer.
     """
 
     name: str

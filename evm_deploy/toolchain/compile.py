@@ -1,4 +1,4 @@
-"""The native sources and how they are compiled: native/kernels.txt, which CMake reads too."""
+"""Compile the native sources by the recipe native/kernels.txt, which CMake reads too."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from evm_deploy.errors import ToolchainError
 
 RECIPE = "kernels.txt"
 SETTINGS = (RECIPE, "CMakeLists.txt")
-SHOWN_LINES = 6  # of a failed compiler's output
+SHOWN_LINES = 6  # lines of a failed compiler's output in an error message
 
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One build of the kernel sources. `flags` allow its instructions."""
+    """Build variant of the kernel sources for one instruction set. flags: compiler flags that enable the instructions.
+
+    lanes, states, accumulators: sizes that the kernel is compiled for.
+    """
 
     architecture: str
     name: str
@@ -31,28 +34,32 @@ class KernelVariant:
 
     @property
     def arguments(self) -> list[str]:
+        """Compiler arguments of this variant: definitions of its name and sizes, then its flags."""
         sizes = {"LANES": self.lanes, "STATES": self.states, "ACCUMULATORS": self.accumulators}
         return [f"-DEVM_ISA={self.name}", *(f"-DEVM_{key}={value}" for key, value in sizes.items()), *self.flags]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What kernels.txt says: words by key, and the kernels. Paths are relative to `folder`."""
+    """Content of kernels.txt: lists of words by key, and the kernel variants. Paths are relative to `folder`."""
 
     folder: Path
     words: Mapping[str, tuple[str, ...]]
     kernels: tuple[KernelVariant, ...]
 
     def of(self, architecture: str) -> list[KernelVariant]:
-        """The kernels of an architecture, those of `other` where it has none."""
+        """Return the kernel variants of an architecture, or those of `other` if the architecture has none."""
         return [kernel for kernel in self.kernels if kernel.architecture == architecture] or self.of("other")
 
     def files(self) -> list[Path]:
-        """Everything that the compiled code depends on."""
+        """Return all files that the compiled code depends on, sorted."""
         return sorted(path for path in self.folder.rglob("*") if path.name in SETTINGS or path.suffix in (".cpp", ".h"))
 
     def digest(self, settings: str) -> str:
-        """Sixteen hex digits of these files and of `settings`, whatever else decides the bytes of a library."""
+        """Return 16 hex digits of the SHA-256 of `files()` and `settings`.
+
+        settings: text of everything else that changes the bytes of a library, such as compiler version and flags.
+        """
         digest = hashlib.sha256(settings.encode())
         for path in self.files():
             digest.update(f"\0{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0".encode())
@@ -61,18 +68,19 @@ class Recipe:
 
 
 def read_recipe() -> Recipe:
-    """The recipe that was installed with this package. Raises ToolchainError where there is none."""
+    """Read the recipe that was installed with this package. Raises ToolchainError if it is missing."""
     for parent in package_folders():
         folder = parent / "native"
         if (folder / RECIPE).is_file():
             return parse_recipe(folder)
     raise ToolchainError(
-        f"the native sources are not in the evm_deploy in {Path(__file__).parent}", "install it with pip install ."
+        f"the native sources are missing from the evm_deploy in {Path(__file__).parent}",
+        "install evm-deploy with pip install .",
     )
 
 
 def parse_recipe(folder: Path) -> Recipe:
-    """`folder`/kernels.txt."""
+    """Parse kernels.txt of `folder`."""
     words, kernels = {}, []
     for line in (folder / RECIPE).read_text(encoding="utf-8").splitlines():
         key, *rest = line.split() or ["#"]
@@ -86,14 +94,14 @@ def parse_recipe(folder: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command up to where flags begin, what it compiles for, and its environment (None: ours)."""
+    """C++ compiler. command: its call without flags. environment: None for the environment of this process."""
 
     command: tuple[str, ...]
     architecture: str
     environment: Mapping[str, str] | None = None
 
     def run(self, *arguments: str | Path) -> None:
-        """Raises ToolchainError with the first lines of what the compiler says."""
+        """Run the compiler. Raises ToolchainError with the first lines of its output if it fails."""
         command = [*self.command, *map(str, arguments)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=self.environment)
@@ -104,7 +112,10 @@ class Compiler:
             raise ToolchainError(f"compiling failed with exit code {done.returncode}: {' '.join(command)}", said)
 
     def objects(self, recipe: Recipe, sources: Sequence[str | Path], folder: Path) -> list[Path]:
-        """Compile `sources`, and the kernel sources once per kernel, into `folder`. Returns the object files."""
+        """Compile `sources` once, and the kernel sources once per kernel variant, into `folder`.
+
+        Returns the object files. Raises ToolchainError.
+        """
         common = [*recipe.words["flags"], *(f"-I{recipe.folder / path}" for path in recipe.words["include"])]
         made = []
         for kernel in (None, *recipe.of(self.architecture)):
@@ -116,9 +127,10 @@ class Compiler:
 
 
 def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
-    """The library `path` of a cache, if it is there whole, else what `compile_` makes in a folder and returns.
+    """Return the cached library `path`. Compile it first if it is missing or its checksum does not match.
 
-    The cache holds nothing half-made; a damaged file is compiled again. Raises ToolchainError.
+    compile_(folder): compiles the library in a temporary folder and returns its path there. The library is then moved
+    into the cache atomically. Raises ToolchainError.
     """
     if checksum_matches(path):
         return path
@@ -134,12 +146,12 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             try:
                 done.rename(path.parent)
             except OSError:
-                if not checksum_matches(path):  # not even by another process that was faster
+                if not checksum_matches(path):  # no other process has moved its library there meanwhile
                     raise
     except OSError as error:
         where = error.filename or path.parent.parent
         raise ToolchainError(
             f"cannot write the compiled library: {where}: {error.strerror}",
-            "set XDG_CACHE_HOME to a folder that can be written",
+            "set XDG_CACHE_HOME to a writable folder",
         ) from error
     return path

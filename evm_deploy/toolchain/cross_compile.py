@@ -1,4 +1,4 @@
-"""Native libraries for the platforms of `--platform`, compiled with the `ziglang` package and cached."""
+"""Compile native libraries for the platforms of `--platform` with the `ziglang` package, and cache them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import Compiler, Recipe, compiled_once, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, Platform
 
-# -s: no symbols but the exported ones. -nostdlib++: the C++ runtime is not needed, and must not be.
+# -s: strip all symbols except exported ones. -nostdlib++: the library must not depend on the C++ runtime.
 LINK = ("-shared", "-s", "-nostdlib++")
-# The same bytes everywhere: no time of compilation in a DLL, no folder of compilation as the name of a dylib.
+# Reproducible builds: a DLL without the time of compilation, a dylib whose name is not the folder of compilation.
 REPRODUCIBLE = {".so": (), ".dll": ("-Wl,-Brepro",), ".dylib": ("-Wl,-install_name,@rpath/{name}",)}
 
 
 def zig_version() -> str:
-    """Version of the installed ziglang. Raises ToolchainError where there is none."""
+    """Return the version of the installed ziglang. Raises ToolchainError if ziglang is not installed."""
     if find_spec("ziglang") is None:
         raise ToolchainError(
-            "--platform compiles the native library with the package ziglang, which is not installed",
+            "ziglang is not installed; --platform compiles the native library with it",
             "pip install 'evm-deploy[cross]'",
         )
     return metadata.version("ziglang")
 
 
 def library(runtime: str, platform: str) -> Path:
-    """The library of `runtime` (`onnxruntime`) for a platform, from the cache, else compiled into it: 1-2 minutes once.
+    """Return the native library of `runtime` (`onnxruntime`) for a platform.
 
-    Cached by sources, flags and ziglang version; a damaged file is compiled again. Raises ToolchainError.
+    The first call compiles the library, which takes 1 to 2 minutes; later calls find it in the cache. The cache key
+    covers sources, flags and ziglang version. Raises ToolchainError.
     """
 
     def compile_(work: Path) -> Path:
@@ -43,14 +44,15 @@ def library(runtime: str, platform: str) -> Path:
 
 
 def cached_path(runtime: str, platform: str) -> Path:
-    """Where the library of `runtime` for a platform is, once compiled from the sources that are here."""
+    """Return the cache path of the library of `runtime` for a platform. The file may not exist yet."""
     known = PLATFORMS[platform]
     return cache_folder() / "plugins" / _key() / platform / f"evm_{runtime}{known.suffix}"
 
 
 def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
-    """ziglang for one of its targets, which caches in the folder `cache`. Keep that for no other day: ziglang 0.17.1
-    links what was changed there.
+    """Return the compiler for one zig target, which caches in the folder `cache`.
+
+    Use a new `cache` folder per build: ziglang 0.17.1 links cached objects that were changed in the folder.
     """
     zig_version()
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
@@ -67,5 +69,5 @@ def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name:
 
 
 def _key() -> str:
-    """Everything that decides the bytes of a library, but for the platform."""
+    """Return the cache key of a library: everything that changes its bytes, except the platform."""
     return read_recipe().digest(f"{zig_version()} {LINK} {REPRODUCIBLE} {sorted(PLATFORMS.items())}")

@@ -1,4 +1,4 @@
-"""The extension for OpenVINO: a library that fits one release of it, compiled where that release is, and cached."""
+"""Compile and cache the OpenVINO extension. An extension fits exactly one OpenVINO release."""
 
 from __future__ import annotations
 
@@ -20,73 +20,78 @@ from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa
 
 RUN_HINT = "pip install 'evm-deploy[run-openvino]'"
 INSTALL_HINT = "pip install 'evm-deploy[openvino]'"
-BUILD_HINT = "install g++ or clang++ and try again; --scan portable does without"
+BUILD_HINT = "install g++ or clang++ and try again, or use --scan portable to run without the extension"
 LIBRARY = f"evm_openvino{SUFFIX}"
 MARK = re.compile(rb"evm extension for OpenVINO (\d+\.\d+\.\d+)\0")
 
 
 def installed_release() -> str:
-    """Release of the installed OpenVINO, such as 2026.4.1. Raises ToolchainError where there is none."""
+    """Return the release of the installed OpenVINO, such as 2026.4.1. Raises ToolchainError if it is not installed."""
     if find_spec("openvino") is None:
         raise ToolchainError("openvino is not installed", RUN_HINT)
     return metadata.version("openvino")
 
 
 def release_of(library: Path) -> str:
-    """The OpenVINO release that an extension was compiled for; empty where the file does not say so. Raises OSError."""
+    """Return the OpenVINO release of an extension, read from a mark in the file. Empty if there is no mark. OSError."""
     found = MARK.search(library.read_bytes())
     return found[1].decode() if found else ""
 
 
 def extension() -> Path:
-    """The extension for the installed OpenVINO, from the cache, else compiled into it, which takes a minute.
+    """Return the extension for the installed OpenVINO.
 
-    Cached by sources, OpenVINO release and platform. Raises ToolchainError where it cannot be compiled.
+    The first call compiles the extension, which takes a minute; later calls find it in the cache. The cache key covers
+    sources, OpenVINO release and platform. Raises ToolchainError if the extension cannot be compiled.
     """
     return compiled_once(cached_path(), compile_in)
 
 
 def cached_path() -> Path:
-    """Where the extension is, once compiled from the sources that are here for the OpenVINO that is."""
+    """Return the cache path of the extension for the installed OpenVINO. The file may not exist yet."""
     key = read_recipe().digest(f"{installed_release()} {host_platform()}")
     return cache_folder() / "openvino" / key / LIBRARY
 
 
 def check_release(library: Path) -> None:
-    """Raise ToolchainError unless `library` fits the installed OpenVINO: any other would not load, and not say why."""
+    """Raise ToolchainError unless the extension fits the installed OpenVINO release.
+
+    OpenVINO does not load an extension of another release, and its error does not name the reason.
+    """
     try:
         built_for, here = release_of(library), installed_release()
     except OSError as error:
         raise ToolchainError(f"the extension {library} cannot be read: {error.strerror}") from error
     if not built_for:
-        raise ToolchainError(f"{library} is not an extension of ours for OpenVINO")
+        raise ToolchainError(f"{library} is not an OpenVINO extension of evm-deploy")
     if built_for != here:
         raise ToolchainError(
-            f"the extension {library} was compiled for OpenVINO {built_for}, the installed one is {here}",
-            f"pip install openvino=={built_for}, or let evm-deploy compile another: load(scan='plugin')",
+            f"the extension {library} was compiled for OpenVINO {built_for}, but OpenVINO {here} is installed",
+            f"pip install openvino=={built_for}, or compile another extension with load(scan='plugin')",
         )
 
 
 def isa(library: Path) -> str:
-    """The instruction set that an extension chose on this CPU. Raises ToolchainError where it does not load."""
+    """Return the instruction set that an extension uses on this CPU. Raises ToolchainError if it cannot be loaded."""
     check_release(library)
-    import openvino  # noqa: F401  the library needs its libraries, which this loads
+    import openvino  # noqa: F401  loads OpenVINO's own libraries, which the extension needs
 
     return kernel_isa(library)
 
 
 def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
-    """Compile the extension in the folder `work`, with CMake: only its package of OpenVINO knows what that needs.
+    """Compile the extension in the folder `work`. Returns its path. Raises ToolchainError.
 
-    variables: of CMake's environment, such as CXXFLAGS. Raises ToolchainError.
+    Compiling uses CMake, because only OpenVINO's CMake package knows the required include folders and libraries.
+    variables: additional environment variables of CMake, such as CXXFLAGS.
     """
     from openvino.utils import get_cmake_path
 
-    scripts = str(Path(sys.executable).parent)  # where pip put cmake and ninja
+    scripts = str(Path(sys.executable).parent)  # pip installs cmake and ninja there
     path = os.pathsep.join((scripts, os.environ.get("PATH", "")))
     cmake = shutil.which("cmake", path=path)
     if not cmake:
-        raise ToolchainError("the extension for OpenVINO is compiled with CMake, which is not here", INSTALL_HINT)
+        raise ToolchainError("CMake is not installed; the OpenVINO extension is compiled with it", INSTALL_HINT)
     generator = ("-G", "Ninja") if shutil.which("ninja", path=path) else ()
     settings = (f"-DOpenVINO_DIR={get_cmake_path()}", "-DEVM_OPENVINO=ON", "-DCMAKE_BUILD_TYPE=Release")
     environment = {**os.environ, **(variables or {}), "PATH": path}
@@ -101,4 +106,4 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - SHOWN_LINES))
         said = "\n  ".join(lines[first : first + SHOWN_LINES])
-        raise ToolchainError(f"the extension for OpenVINO could not be compiled:\n  {said}", BUILD_HINT)
+        raise ToolchainError(f"the OpenVINO extension could not be compiled:\n  {said}", BUILD_HINT)

@@ -1,4 +1,4 @@
-"""The platforms that a bundle can carry a native library for, and those that it cannot yet."""
+"""Platforms: those with a native library (`PLATFORMS`), and those that run portable scans only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Platform:
-    """architecture: as in native/kernels.txt. zig: what ziglang calls the platform. suffix: of its shared libraries."""
+    """Platform with a native library.
+
+    architecture: name in native/kernels.txt. zig: target name of ziglang. suffix: suffix of shared libraries.
+    """
 
     name: str
     architecture: str
@@ -30,11 +33,14 @@ WITHOUT_LIBRARY = ("android-aarch64", "ios-arm64", "browser")
 
 
 def host_platform() -> str:
-    """This process's platform, named as in PLATFORMS; where it is none of them, a name that is not there."""
+    """Return the platform of this process: a name in PLATFORMS, or another name if the platform has no library.
+
+    Names that are not in PLATFORMS include musl systems (`linux-x86_64-musl`) and 32-bit Python (`-32bit`).
+    """
     system = {"darwin": "macos", "win32": "windows"}.get(sys.platform, sys.platform)
     machine = platform.machine().lower()
     name = f"{system}-{'x86_64' if machine == 'amd64' else machine}"
-    if sys.maxsize < 1 << 32:  # 32-bit Python on a 64-bit system, as on some Raspberry Pis
+    if sys.maxsize < 1 << 32:  # 32-bit Python on a 64-bit system, for example on some Raspberry Pis
         return f"{name}-32bit"
     if system == "linux" and platform.libc_ver()[0] != "glibc":
         return f"{name}-musl"

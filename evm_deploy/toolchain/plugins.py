@@ -1,4 +1,4 @@
-"""Where the native libraries are, and which kernel this CPU gets. `pip install` builds them (native/CMakeLists.txt)."""
+"""Find the installed native libraries, which `pip install` builds (native/CMakeLists.txt), and query their kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from evm_deploy.errors import ToolchainError
 
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 LIBRARIES = {"onnxruntime": f"evm_onnxruntime{SUFFIX}"}  # OpenVINO's: openvino_extension.py
-HINT = "install g++ or clang++, then install evm-deploy again; without it scans run in their portable form"
+HINT = "install g++ or clang++, then install evm-deploy again; without the native library, scans are portable"
 
 
 def find_plugin(runtime: str) -> Path | None:
-    """The installed native library for `runtime`, or None where it was not built."""
+    """Return the installed native library for `runtime`, or None if the library was not built."""
     for folder in package_folders():
         path = folder / "lib" / LIBRARIES[runtime]
         if path.is_file():
@@ -29,12 +29,15 @@ def find_plugin(runtime: str) -> Path | None:
 
 
 def not_built() -> str:
-    """Why there is no plugin. Names the package's folder: a source tree may shadow the installed one."""
+    """Return the reason why there is no native library.
+
+    The text names the folder of the package, because a source tree may shadow the installed package.
+    """
     return f"the native scan was not built for the evm_deploy in {Path(__file__).parent}"
 
 
 def installed_plugin(runtime: str = "onnxruntime") -> Path:
-    """`find_plugin`. Raises ToolchainError where it was not built."""
+    """Return the installed native library for `runtime`. Raises ToolchainError if the library was not built."""
     path = find_plugin(runtime)
     if path is None:
         raise ToolchainError(not_built(), HINT)
@@ -42,23 +45,26 @@ def installed_plugin(runtime: str = "onnxruntime") -> Path:
 
 
 def kernel_isa(library: Path) -> str:
-    """The instruction set that `library` chose on this CPU: avx512vnni, avx512, avx2, neon or base.
+    """Return the instruction set that `library` uses on this CPU: avx512vnni, avx512, avx2, neon or base.
 
-    Raises ToolchainError where the library cannot be loaded.
+    Raises ToolchainError if the library cannot be loaded.
     """
     try:
         name = ctypes.CDLL(str(library)).evm_scan_isa
     except (OSError, AttributeError) as error:
-        raise ToolchainError(f"the native library cannot be loaded: {error}", "--scan portable does without") from error
+        raise ToolchainError(
+            f"the native library cannot be loaded: {error}", "use --scan portable to run without the native library"
+        ) from error
     name.restype = ctypes.c_char_p
     return str(name().decode())
 
 
 @contextmanager
 def block_trace(library: Path | None, rows: int, stages: int) -> Iterator[NDArray[np.uint64]]:
-    """Ticks of each stage of each image of each block that `library` computes meanwhile, in order: (rows, stages).
+    """Context manager that records the clock ticks of the stages of every block that `library` computes meanwhile.
 
-    Rows that were not needed are zeros; all are where there is no library, or an older one, or no clock.
+    Yields an array (rows, stages) uint64, one row per block and image in order of execution. Unused rows stay zero. All
+    rows stay zero if `library` is None, or is too old to have a trace, or has no clock.
     """
     ticks = np.zeros((rows, stages), np.uint64)
     trace = getattr(ctypes.CDLL(str(library)), "evm_block_trace", None) if library else None

@@ -1,4 +1,4 @@
-"""Core ML itself, on a Mac, where this project never ran it; elsewhere programs are computed by `runtimes.mil`."""
+"""Core ML runtime for macOS. Other systems compute mlprogram packages with `runtimes.mil`. Not run on a Mac yet."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.info import Requirement, RuntimeInfo
 
-EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes what the program says, not how fast Core ML is"
-CHOSEN_ITSELF = "Core ML chooses threads, device and cache by itself", "leave them out"
+EMULATED = "Core ML runs on Apple systems only: the MIL runtime computes the same outputs, but shows no Core ML latency"
+CHOSEN_ITSELF = "Core ML chooses threads, device and cache by itself", "leave these settings out"
 
 
 class CoreMlRuntime:
-    """One function of a package, by default its default one, compiled and run by Core ML on all compute units, with the
-    inputs and outputs of MilRuntime.
+    """Function of an mlprogram package, compiled and run by Core ML on all compute units.
 
-    Raises ToolchainError anywhere but on macOS, BundleError when Core ML refuses the package.
+    function: None for the default function of the package. Inputs and outputs are the same as those of MilRuntime.
+    Raises ToolchainError on other systems than macOS, BundleError if Core ML refuses the package.
     """
 
     def __init__(self, path: Path, function: str | None = None) -> None:
         if sys.platform != "darwin":
             raise ToolchainError(
-                f"Core ML runs on Apple systems only, this is {sys.platform}",
-                f"copy the bundle to a Mac, or see what it computes:  python -m evm_deploy.runtimes.mil {path}",
+                f"Core ML runs on Apple systems only, not on {sys.platform}",
+                f"copy the bundle to a Mac, or compute its outputs here:  python -m evm_deploy.runtimes.mil {path}",
             )
         ct = coremltools()
         try:
             self.model: Any = ct.models.MLModel(str(path), function_name=function)
-        except Exception as error:  # coremltools wraps Core ML's errors in RuntimeError, or lets them through
+        except Exception as error:  # coremltools wraps some of Core ML's errors in RuntimeError
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BundleError(f"Core ML cannot open {path}: {reason}") from error
         description = self.model.get_spec().description
@@ -51,6 +51,7 @@ class CoreMlRuntime:
         self.outputs: Mapping[str, TensorSpec] = {v.name: specs[v.name] for v in description.output if v.name in specs}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Pixels (1, H, W, 3) uint8 are passed to Core ML as an image."""
         import PIL.Image
 
         given = {
@@ -60,13 +61,13 @@ class CoreMlRuntime:
         return {name: self._array(found[name]) for name in self.outputs}
 
     def compute_plan(self) -> dict[str, Any]:
-        """Operations, and share of the estimated cost, by the device that Core ML prefers for them."""
+        """Return the number of operations and the share of the estimated cost, per device that Core ML prefers."""
         from evm_deploy.runtimes.coreml.compute_plan import compute_plan
 
         return compute_plan(self.model, self.model.compute_unit, self.function)
 
     def _array(self, value: Any) -> NDArray[Any]:
-        """A dictionary of a classifier as the row of its probabilities, in the order of the labels."""
+        """Convert an output to float32. A classifier's dictionary becomes a row of probabilities in label order."""
         row = [[value[label] for label in self.labels]] if isinstance(value, dict) else value
         return np.asarray(row, np.float32)
 
@@ -80,7 +81,10 @@ class CoreMlRuntime:
 
 
 def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
-    """What an app gives or gets; None for a classifier's label."""
+    """Return the spec of an input or output in Core ML's model description; None for a classifier's label.
+
+    classes: number of labels, which is the size of a classifier's dictionary.
+    """
     kind = value.type.WhichOneof("Type")
     if kind == "imageType":
         return TensorSpec(value.name, "uint8", (1, value.type.imageType.height, value.type.imageType.width, 3))
@@ -92,20 +96,24 @@ def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:
-    """Core ML on a Mac, the MIL runtime anywhere else; `INFO.availability().hint` says so. Raises UsageError."""
+    """Open a package with Core ML on a Mac, and with the MIL runtime on other systems.
+
+    `INFO.availability().hint` explains the difference. Raises UsageError if `options` set threads.
+    """
     if options.threads:
         raise UsageError(*CHOSEN_ITSELF)
     return CoreMlRuntime(path, options.function) if sys.platform == "darwin" else emulator(path, options)
 
 
 def emulator(path: Path, options: RunOptions) -> Runtime:
-    """The MIL runtime, which of the options has use for the function alone."""
+    """Open a package with the MIL runtime. Of `options`, only `function` applies."""
     from evm_deploy.runtimes.mil import MilRuntime
 
     return MilRuntime(path, options.function)
 
 
 def obstacle() -> str:
+    """Return the reason why Core ML cannot run on this machine; empty on a Mac."""
     return "" if sys.platform == "darwin" else EMULATED
 
 

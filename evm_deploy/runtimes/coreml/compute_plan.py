@@ -1,4 +1,4 @@
-"""Where Core ML runs the operations of a program: of its own accord, it says so on a Mac. Never run by this project."""
+"""Read Core ML's compute plan: the device that Core ML prefers for each operation. Not run on a Mac yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def compute_plan(model: Any, units: Any, function: str) -> dict[str, Any]:
-    """Operations and share of the estimated cost by preferred device; of the scans alone, too."""
+    """Return the number of operations and the share of the estimated cost, per preferred device.
+
+    model: a coremltools MLModel. units: its compute units. Entries `<device> of scans` count only the scans.
+    """
     from coremltools.models.compute_plan import MLComputePlan
 
     loaded = MLComputePlan.load_from_path(path=model.get_compiled_model_path(), compute_units=units)

@@ -1,4 +1,4 @@
-"""coremltools, imported without its chatter."""
+"""Import coremltools without its log lines and warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
 
 @cache
 def coremltools() -> Any:
-    """The package. Raises ToolchainError where it is not installed."""
+    """Import and return the package coremltools. Raises ToolchainError if it is not installed."""
     try:
         with silence_libraries():
             import coremltools as ct

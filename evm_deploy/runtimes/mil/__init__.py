@@ -1,10 +1,11 @@
-"""Core ML programs (mlprogram) without Core ML: what they compute, on any system.
+"""MIL runtime: compute Core ML programs (mlprogram) on any system, without Core ML.
 
     python -m evm_deploy.runtimes.mil model.mlpackage
 
-It proves the numbers of the program in the file: graph, weights, declared shapes and types, float16 roundings,
-quantisation parameters. It does not prove that Apple's compiler takes the program, nor where or how fast it runs, nor
-the arithmetic inside an operation on the Neural Engine or GPU (here float32, rounded to the type that the file says).
+The MIL runtime verifies the content of the file: graph, weights, declared shapes and types, float16 roundings and
+quantisation parameters. It does not verify that Apple's compiler accepts the program, on which device the program runs
+and how fast, or the arithmetic inside an operation on the Neural Engine or GPU. Every operation is computed in float32
+here, and the result is rounded to the type that the file declares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m evm_deploy.runtimes.mil model.mlpackage`: what a Core ML program takes, holds and computes."""
+"""`python -m evm_deploy.runtimes.mil model.mlpackage`: print inputs, operations and outputs of a Core ML program."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from evm_deploy.runtimes.mil.runtime import MilRuntime
 
 
 def main() -> int:
+    """Parse the arguments and run the program. Returns 0, or the exit code of the error."""
     parser = argparse.ArgumentParser("evm_deploy.runtimes.mil", description="Run an mlprogram package without Core ML.")
     parser.add_argument("package", type=Path, metavar="model.mlpackage")
-    parser.add_argument("--function", metavar="F", help="of a package with several; default: its default")
-    parser.add_argument("--exact", action="store_true", help="no float16 roundings between operations")
-    parser.add_argument("--inputs", type=Path, metavar="X.npz", help="arrays by input name; without: seeded noise")
-    parser.add_argument("--outputs", type=Path, metavar="Y.npz", help="write the outputs there")
+    parser.add_argument("--function", metavar="F", help="function to run; default: the package's default")
+    parser.add_argument("--exact", action="store_true", help="skip float16 roundings between operations")
+    parser.add_argument("--inputs", type=Path, metavar="X.npz", help="arrays by input name; default: seeded noise")
+    parser.add_argument("--outputs", type=Path, metavar="Y.npz", help="write the outputs to this file")
     args = parser.parse_args()
     try:
         _run(args)
@@ -52,7 +53,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--inputs {path} is not an .npz of arrays") from error
+        raise UsageError(f"--inputs {path} is not an .npz file of arrays") from error
 
 
 def _noise(spec: TensorSpec) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Rules of the MIL operations that move values without computing."""
+"""Rules of the MIL operations that only move values: reshape, transpose, pad, split, slice and the like."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ rule = into(RULES)
 
 @rule
 def reshape(x: Any, shape: Sequence[int]) -> Any:
+    """Reshape; -1 is inferred. Raises UnsupportedError for 0, which means "copy the size" in MIL."""
     if 0 in shape:
         raise UnsupportedError("reshape that copies sizes (0 in its shape)")
     return x.reshape(shape)
@@ -20,11 +21,13 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
 
 @rule
 def transpose(x: Any, perm: Sequence[int]) -> Any:
+    """Reorder the axes: axis i of the result is axis perm[i] of `x`."""
     return x.permute(perm)
 
 
 @rule
 def expand_dims(x: Any, axes: Sequence[int]) -> Any:
+    """Insert axes of size 1. `axes` count in the shape of the result."""
     rank = x.dim() + len(axes)
     for axis in sorted(axis % rank for axis in axes):
         x = x.unsqueeze(axis)
@@ -33,16 +36,19 @@ def expand_dims(x: Any, axes: Sequence[int]) -> Any:
 
 @rule
 def squeeze(x: Any, axes: Sequence[int] | None = None) -> Any:
+    """Remove axes of size 1: all of them if `axes` is None."""
     return x.squeeze(tuple(axes) if axes is not None else tuple(range(x.dim())))
 
 
 @rule
 def tile(x: Any, reps: Sequence[int]) -> Any:
+    """Repeat the whole tensor reps[i] times along axis i."""
     return x.repeat(*reps)
 
 
 @rule
 def pad(x: Any, pad: Sequence[int], mode: str = "constant", constant_val: Any = 0.0) -> Any:
+    """Pad the last axes with a constant. pad: (before, after) per axis. Raises UnsupportedError for other modes."""
     import torch.nn.functional as F
 
     if mode != "constant":
@@ -55,13 +61,14 @@ def pad(x: Any, pad: Sequence[int], mode: str = "constant", constant_val: Any = 
 def split(
     x: Any, axis: int, num_splits: int | None = None, split_sizes: Sequence[int] | None = None
 ) -> tuple[Any, ...]:
+    """Split along an axis, into parts of `split_sizes`, or into `num_splits` equal parts."""
     sizes = list(split_sizes) if split_sizes is not None else [x.shape[axis] // (num_splits or 1)] * (num_splits or 1)
     return tuple(x.split(sizes, axis))
 
 
 @rule
 def concat(values: Sequence[Any], axis: int, interleave: bool = False) -> Any:
-    """interleave: the first slice of each, then the second of each, and so on."""
+    """Concatenate along an axis. interleave: first slices of all values, then second slices, and so on."""
     import torch
 
     if interleave:
@@ -72,6 +79,7 @@ def concat(values: Sequence[Any], axis: int, interleave: bool = False) -> Any:
 
 @rule
 def stack(values: Sequence[Any], axis: int) -> Any:
+    """Stack tensors of equal shape along a new axis."""
     import torch
 
     return torch.stack(list(values), axis)
@@ -79,6 +87,7 @@ def stack(values: Sequence[Any], axis: int) -> Any:
 
 @rule
 def slice_by_size(x: Any, begin: Sequence[int], size: Sequence[int]) -> Any:
+    """Cut out size[i] elements from begin[i] on along each axis; a size of -1 takes all remaining elements."""
     return x[tuple(slice(at, None if n == -1 else at + n) for at, n in zip(begin, size, strict=True))]
 
 
@@ -92,7 +101,11 @@ def slice_by_index(
     end_mask: Sequence[bool] | None = None,
     squeeze_mask: Sequence[bool] | None = None,
 ) -> Any:
-    """begin_mask, end_mask: up to that end; squeeze_mask: the one element at begin, its axis dropped."""
+    """Slice from begin[i] to end[i] with stride[i] along each axis.
+
+    begin_mask, end_mask: ignore begin[i] or end[i], and slice up to that end of the axis. squeeze_mask: take only the
+    element at begin[i], and drop the axis. Raises UnsupportedError for strides below 1.
+    """
     none = [False] * x.dim()
     index: list[slice | int] = []
     for i, (first, last) in enumerate(zip(begin, end, strict=True)):

@@ -1,4 +1,4 @@
-"""A saved mlprogram, ready to be computed: operations in order, each with its rule, constants and declared results."""
+"""Load an mlprogram package, and compute its operations in order with rules in torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPUTED_IN = {"fp16": "float32", "fp32": "float32", "int32": "int32", "int8": "
 
 @dataclass(frozen=True)
 class Declared:
-    """A result as the file declares it. dtype: MIL's name, `fp16`; a string or dictionary has no shape."""
+    """Declaration of an input or result in the file. dtype: MIL's name, such as `fp16`. shape: None for a string."""
 
     name: str
     dtype: str
@@ -32,9 +32,10 @@ class Declared:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation. constants, variables: its inputs by parameter name; a variable is a name, or a tuple of names.
+    """Operation of a program.
 
-    weight: name of the constant that is its weight, if it has one.
+    constants: constant inputs by parameter name. variables: other inputs by parameter name; each is the name of a
+    tensor, or a tuple of names. weight: name of the constant that is the weight; empty if there is none.
     """
 
     type: str
@@ -47,17 +48,18 @@ class Operation:
 
     @property
     def reads(self) -> Iterator[str]:
+        """Names of all tensors that the operation reads, except constants."""
         for value in self.variables.values():
             yield from (value,) if isinstance(value, str) else value
 
 
 class Program:
-    """One function of an mlprogram package, by default its default function.
+    """Function of an mlprogram package that can be computed.
 
-    Loading runs Apple's own type inference over the file and refuses operations without a rule. `inputs`: what the
-    function takes; `outputs`: names of what it gives; `constants`: float32 arrays of the weights by name.
-    `exact`: no float16 roundings between operations, only those of the stored weights. `largest`: the largest number,
-    by magnitude, that any float16 result had so far.
+    Loading runs the type inference of coremltools over the file, and refuses operations without a rule. function: None
+    for the default function of the package. exact: skip float16 roundings between operations; weights stay as stored.
+    `inputs`: declared inputs by name. `outputs`: names of the outputs. `constants`: float32 tensors of the weights by
+    name. `largest`: largest magnitude of all float16 results so far.
     Raises BundleError for a file that cannot be loaded or computed.
     """
 
@@ -75,10 +77,10 @@ class Program:
         unknown = {op.op_type for op in source.operations} - set(rules) - {"const"}
         if unknown:
             raise BundleError(
-                f"{path}: no rule for {', '.join(sorted(unknown))}", "the MIL runtime has no such operation"
+                f"{path}: no rule for {', '.join(sorted(unknown))}", "the MIL runtime does not support these operations"
             )
         for op in source.operations:
-            if op.op_type.startswith("constexpr_"):  # compressed weights: expanded once
+            if op.op_type.startswith("constexpr_"):  # compressed weights are expanded once, at loading
                 operation = self._operation(op, rules)
                 self.constants[operation.results[0].name] = self._apply(operation, {})[0]
             elif op.op_type != "const":
@@ -87,10 +89,11 @@ class Program:
         self._makers = {result.name: op for op in self.operations for result in op.results}
 
     def run(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, Any]:
-        """Values by name: of `wanted`, by default the outputs. Tensors between operations can be fed and wanted, too.
+        """Compute the tensors `wanted`, by default all outputs. Returns arrays by name; strings stay strings.
 
-        Only the operations that are needed run. Arrays are the caller's; strings stay strings. Raises UsageError for a
-        missing feed, BundleError for a result that is not what the file declares.
+        `feeds` and `wanted` may also name tensors between operations. Only required operations are computed. The
+        arrays belong to the caller. Raises UsageError for a missing feed or an unknown name, BundleError for a result
+        that differs from its declaration.
         """
         import torch
 
@@ -105,19 +108,20 @@ class Program:
             for op in needed:
                 for result, value in zip(op.results, self._apply(op, values), strict=True):
                     values[result.name] = value
-                for name in op.reads:  # dropped after the last use
+                for name in op.reads:  # free a tensor after its last use
                     uses[name] -= 1
                     if not uses[name]:
                         values.pop(name, None)
         return {name: _as_numpy(values[name]) for name in wanted}
 
     def declared(self, name: str) -> Declared:
-        """What the file says of the result `name`."""
+        """Return the declaration of the result `name`. Raises UsageError if no operation has such a result."""
         if name not in self._makers:
             raise UsageError(f"{self.path} has no tensor {name!r}")
         return next(result for result in self._makers[name].results if result.name == name)
 
     def _needed(self, wanted: Sequence[str], fed: set[str]) -> list[Operation]:
+        """Return the operations that compute `wanted` from `fed`, in order. Raises UsageError for a missing feed."""
         missing: set[str] = set()
         needed: set[str] = set()
         stack = [name for name in wanted if name not in fed]
@@ -131,7 +135,7 @@ class Program:
             else:
                 missing.add(name)
         if missing:
-            raise UsageError(f"the program needs {', '.join(sorted(missing))}, which was not given")
+            raise UsageError(f"missing tensors: {', '.join(sorted(missing))}; neither given nor computed")
         return [op for op in self.operations if op.results[0].name in needed]
 
     def _operation(self, op: Any, rules: Mapping[str, Rule]) -> Operation:
@@ -142,7 +146,7 @@ class Program:
             if var is None:
                 continue
             if key not in known:
-                raise BundleError(f"{self.path}: {op.op_type} {op.name} has {key!r}, for which there is no rule")
+                raise BundleError(f"{self.path}: {op.op_type} {op.name}: the rule does not support the input {key!r}")
             parts = var if isinstance(var, list | tuple) else [var]
             if all(_is_constant(part) for part in parts) and not any(part.name in self.constants for part in parts):
                 constants[key] = self._constant(var)
@@ -157,7 +161,10 @@ class Program:
         return Operation(op.op_type, op.name, rules[op.op_type], constants, variables, results, weight)
 
     def _constant(self, var: Any) -> Any:
-        """Floats as float32 tensors (kept in `constants`), everything else as Python values."""
+        """Convert a constant: floats to float32 tensors (kept in `constants`), other values to Python values.
+
+        Integer constants with more than 64 elements are quantised weights, and become tensors.
+        """
         import torch
 
         if isinstance(var, list | tuple):
@@ -166,11 +173,13 @@ class Program:
         if value.dtype.kind == "f":
             self.constants.setdefault(var.name, torch.from_numpy(np.array(value, np.float32)))
             return self.constants[var.name]
-        if value.dtype.kind in "iu" and value.size > 64:  # quantised weights
+        if value.dtype.kind in "iu" and value.size > 64:
             return torch.from_numpy(np.array(value))
         return value.tolist()
 
     def _apply(self, op: Operation, values: Mapping[str, Any]) -> list[Any]:
+        """Compute one operation, and check its results. Raises BundleError."""
+
         def value(name: str) -> Any:
             return values[name] if name in values else self.constants[name]
 
@@ -187,13 +196,15 @@ class Program:
             raise BundleError(f"{self.path}: {op.type} {op.name} cannot be computed: {reason}") from error
         parts = list(computed) if isinstance(computed, tuple) else [computed]
         if len(parts) != len(op.results):
-            raise BundleError(f"{self.path}: {op.type} {op.name} gives {len(parts)} results, not {len(op.results)}")
+            raise BundleError(
+                f"{self.path}: {op.type} {op.name} gives {len(parts)} results, declared are {len(op.results)}"
+            )
         return [
             self._checked(part, result, f"{op.type} {op.name}") for part, result in zip(parts, op.results, strict=True)
         ]
 
     def _checked(self, value: Any, declared: Declared, what: str) -> Any:
-        """`value` if it is what the file declares, rounded to float16 where that says so."""
+        """Return `value`, rounded to float16 if declared so. Raises BundleError for an undeclared dtype or shape."""
         import torch
 
         if declared.shape is None or not isinstance(value, torch.Tensor):
@@ -211,7 +222,7 @@ class Program:
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    """The specification, and the program as coremltools reads it."""
+    """Load a package with coremltools. Returns its specification and its program. Raises BundleError."""
     ct = coremltools()
     from coremltools.converters.mil.frontend.milproto.load import load
 
@@ -222,9 +233,9 @@ def _load(path: Path) -> tuple[Any, Any]:
             spec = ct.utils.load_spec(str(path))
             weights = path / "Data" / "com.apple.CoreML" / "weights"
             return spec, load(spec, spec.specificationVersion, str(weights))
-    except Exception as error:  # coremltools raises whatever a damaged file makes it stumble over
+    except Exception as error:  # coremltools raises many types for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(f"{path} is not an mlprogram package that can be read: {reason}") from error
+        raise BundleError(f"{path} is not a readable mlprogram package: {reason}") from error
 
 
 def _is_constant(var: Any) -> bool:

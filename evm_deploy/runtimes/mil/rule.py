@@ -1,4 +1,4 @@
-"""Parts that all rules share: how they are collected, what they raise, and how they take constants."""
+"""Shared parts of all rules: the decorator that collects rules, their exception, and the conversion of constants."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Rule = Callable[..., Any]
 
 
 class UnsupportedError(Exception):
-    """An operation, or a variant of one, for which there is no rule."""
+    """Operation, or variant of an operation, without a rule."""
 
 
 def into(table: dict[str, Rule]) -> Callable[[Rule], Rule]:
-    """A decorator that puts a rule into `table`, under its function's name."""
+    """Return a decorator that adds a rule to `table` under the name of its function."""
 
     def rule(function: Rule) -> Rule:
         table[function.__name__] = function
@@ -23,7 +23,7 @@ def into(table: dict[str, Rule]) -> Callable[[Rule], Rule]:
 
 
 def tensor(value: Any) -> Any:
-    """A constant as a tensor: integers are int32 in MIL."""
+    """Convert a constant to a torch tensor. Integers become int32, the integer type of MIL."""
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -1,8 +1,9 @@
-"""What each MIL operation computes, in torch: one rule per operation type.
+"""Rules: computation of each MIL operation type in torch.
 
-A rule's parameters are the operation's inputs by their MIL names, with MIL's defaults. Tensors come as torch tensors,
-float16 ones as float32; integer, boolean and string constants as Python values. A rule that meets a variant it does not
-know raises UnsupportedError. The table of them all has those of `layout` and `compression`, too.
+The parameters of a rule are the inputs of the operation, with MIL's names and defaults. Tensors are torch tensors, and
+float16 tensors are passed as float32. Integer, boolean and string constants are Python values. A rule raises
+UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `layout` and
+`compression`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ rule = into(RULES)
 
 
 def _elementwise() -> dict[str, Rule]:
-    """The operations on x, or x and y, that torch has as one function."""
+    """Return the rules of all elementwise operations on x, or on x and y, that are a single function in torch."""
     import torch
     import torch.nn.functional as F
 
@@ -47,6 +48,7 @@ def _elementwise() -> dict[str, Rule]:
 
 @rule
 def gelu(x: Any, mode: str = "EXACT") -> Any:
+    """Compute GELU exactly, or with its tanh or sigmoid approximation."""
     import torch
     import torch.nn.functional as F
 
@@ -59,11 +61,13 @@ def gelu(x: Any, mode: str = "EXACT") -> Any:
 
 @rule
 def softmax(x: Any, axis: int = -1) -> Any:
+    """Compute the softmax along an axis."""
     return x.softmax(axis)
 
 
 @rule
 def cast(x: Any, dtype: str) -> Any:
+    """Convert to another dtype. float16 stays float32 here: the program rounds its declared results."""
     import torch
 
     types = {"fp16": torch.float32, "fp32": torch.float32, "int32": torch.int32, "bool": torch.bool}
@@ -76,6 +80,7 @@ def cast(x: Any, dtype: str) -> Any:
 def layer_norm(
     x: Any, axes: Sequence[int] | None = None, gamma: Any = None, beta: Any = None, epsilon: Any = 1e-5
 ) -> Any:
+    """Normalise over `axes` (all axes if None), then scale by gamma and shift by beta."""
     axes = [axis % x.dim() for axis in (axes if axes is not None else range(x.dim()))]
     shape = [size if i in axes else 1 for i, size in enumerate(x.shape)]
     centred = x - x.mean(axes, keepdim=True)
@@ -86,6 +91,7 @@ def layer_norm(
 
 @rule
 def batch_norm(x: Any, mean: Any, variance: Any, gamma: Any = None, beta: Any = None, epsilon: Any = 1e-5) -> Any:
+    """Normalise each channel (axis 1) with the given mean and variance, then scale by gamma and shift by beta."""
     import torch.nn.functional as F
 
     return F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, float(epsilon))
@@ -93,6 +99,7 @@ def batch_norm(x: Any, mean: Any, variance: Any, gamma: Any = None, beta: Any = 
 
 @rule
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Compute x @ weight.T + bias."""
     import torch.nn.functional as F
 
     return F.linear(x, weight, bias)
@@ -100,6 +107,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 @rule
 def matmul(x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+    """Multiply matrices, after optionally swapping the last two axes of x or y."""
     return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
 
 
@@ -114,34 +122,37 @@ def conv(
     dilations: Sequence[int] | None = None,
     groups: int = 1,
 ) -> Any:
+    """Convolve in 1, 2 or 3 spatial dimensions. pad_type: `valid` or `custom`; UnsupportedError for others."""
     import torch.nn.functional as F
 
     convolutions = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
     if x.dim() not in convolutions or pad_type not in ("valid", "custom"):
         raise UnsupportedError(f"conv of rank {x.dim()} with pad_type {pad_type}")
-    if pad_type == "custom" and pad and any(pad):  # before and after by axis, the first axis first; torch: the last
+    if pad_type == "custom" and pad and any(pad):  # MIL pads the first axis first, torch the last
         x = F.pad(x, [side for axis in reversed(range(0, len(pad), 2)) for side in pad[axis : axis + 2]])
     return convolutions[x.dim()](x, weight, bias, strides or 1, 0, dilations or 1, groups)
 
 
 @rule
 def reduce_sum(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Compute the sum over `axes`, or over all axes if None."""
     return x.sum(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims)
 
 
 @rule
 def reduce_mean(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Compute the mean over `axes`, or over all axes if None."""
     return x.mean(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims)
 
 
 @rule
 def classify(probabilities: Any, classes: Sequence[str]) -> Any:
-    """(label, probabilities in the order of the classes)."""
+    """Return the most probable label, and the row of probabilities in the order of the classes."""
     row = probabilities.reshape(-1)
     return classes[int(row.argmax())], row
 
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """The whole table, the same each time."""
+    """Return the rules of all operations: MIL operation type -> rule. Every call returns the same table."""
     return {**_elementwise(), **RULES, **layout.RULES, **compression.RULES}

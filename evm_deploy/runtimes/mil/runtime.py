@@ -1,4 +1,4 @@
-"""An mlprogram package as a Runtime, with the inputs and outputs that an app sees."""
+"""`MilRuntime`: an mlprogram package as a Runtime, with the inputs and outputs that an app sees in Core ML."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from evm_deploy.runtimes.mil.program import Program
 
 
 class MilRuntime:
-    """A Program behind the types that its package declares.
+    """Runtime that computes a Program, with the input and output types that the package declares.
 
-    An image input takes uint8 RGB pixels (1, H, W, 3), as every target's `image` does. A classifier's dictionary comes
-    as the array (1, classes) of its probabilities, in the order of its classes; its label, which follows, is left out.
+    An image input takes uint8 RGB pixels (1, H, W, 3), like the input `image` of every target. The dictionary of a
+    classifier becomes an array (1, classes) of probabilities in the order of the classes. The label output of a
+    classifier is left out.
     """
 
     def __init__(self, path: Path, function: str | None = None, *, exact: bool = False) -> None:
@@ -36,11 +37,14 @@ class MilRuntime:
 
     @property
     def largest(self) -> float:
-        """See Program."""
+        """Largest magnitude of all float16 results so far."""
         return self.program.largest
 
     def run(self, feeds: Feeds, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """One inference; with `wanted`, these tensors of the program, and `feeds` may be such tensors, too."""
+        """Run one inference. Returns the tensors `wanted`, by default the outputs.
+
+        `feeds` and `wanted` may also name tensors between operations. Raises UsageError, BundleError.
+        """
         fed = {name: self._fed(name, value) for name, value in feeds.items()}
         values = self.program.run(fed, list(self.outputs) if wanted is None else wanted)
         return {name: value[None] if name in self.dictionaries else value for name, value in values.items()}

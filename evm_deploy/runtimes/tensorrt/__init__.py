@@ -1,6 +1,6 @@
-"""Engines of TensorRT and TensorRT-RTX. Memory and streams come from cuda-python.
+"""Run engines of TensorRT and TensorRT-RTX. cuda-python provides memory and streams.
 
-Never run on a GPU: there was none to be had. The tests run it against stand-ins for the engine and for CUDA.
+Not run on a GPU yet. The tests use fakes of the engine and of CUDA.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from evm_deploy.runtimes.info import NativeKernels, Requirement, RuntimeInfo
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt.build_engine import MODULES, EngineBuildError, load_tensorrt, make_logger
 
-REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE"
+REBUILD = "build the engine on the machine that runs it, for its release and GPU:  evm-export --finish BUNDLE"
 INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
-NO_DRIVER = "there is no NVIDIA driver on this machine"
-PARTS = ("inputs", "compute", "outputs")  # of a run on the device, between events
+NO_DRIVER = "no NVIDIA driver on this machine"
+PARTS = ("inputs", "compute", "outputs")  # parts of a run on the device, each measured between two events
 Shapes = dict[str, tuple[int, ...]]
 
 
 def installed(target: str) -> bool:
-    """Whether TensorRT, or TensorRT-RTX, is there to be imported."""
+    """Test whether the package of TensorRT (or TensorRT-RTX) is installed."""
     return any(find_spec(name) for name in MODULES[target])
 
 
 def has_driver() -> bool:
-    """Whether there is an NVIDIA driver, which everything but a build with TensorRT-RTX needs."""
+    """Test whether an NVIDIA driver is installed. Only building engines with TensorRT-RTX works without a driver."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -49,14 +49,15 @@ def has_driver() -> bool:
 
 
 def can_build_engine(target: str) -> bool:
-    """Whether engines can be built on this machine: TensorRT-RTX needs no GPU for it."""
+    """Test whether this machine can build engines. TensorRT-RTX needs no GPU to build."""
     return installed(target) and (target == "trt-rtx" or has_driver())
 
 
 def engine_bytes(content: bytes) -> bytes:
-    """The plan in a file: all of it, or what follows a length (int32, little-endian) and that much JSON.
+    """Return the serialized engine in the content of a file.
 
-    The second is how some exporters mark engines; TensorRT itself would refuse it.
+    Some exporters write a length (int32, little-endian) and JSON metadata of that length before the engine. TensorRT
+    refuses such a file, so the metadata is removed.
     """
     size = int.from_bytes(content[:4], "little", signed=True)
     if content[4:5] == b"{" and 0 < size <= len(content) - 4:
@@ -65,24 +66,28 @@ def engine_bytes(content: bytes) -> bytes:
 
 
 def check_built_for(path: Path, version: str) -> None:
-    """Compare the engine's manifest, where it has one, with the release here. Raises ToolchainError."""
+    """Raise ToolchainError if the manifest next to an engine names another TensorRT release than `version`.
+
+    Engines without a manifest and version-compatible engines pass.
+    """
     sidecar = path.parent / "manifest.json"
     if sidecar.is_file():
         manifest = json.loads(sidecar.read_text(encoding="utf-8"))
         built = manifest.get("details", {}).get("engine", {}).get("tensorrt", version)
         plan = manifest.get("plan", {})
-        settings = plan.get("settings") or plan.get("engine") or {}  # the second in bundles of before
+        settings = plan.get("settings") or plan.get("engine") or {}  # "engine" in older bundles
         compatible = settings.get("version_compatible", False)
         if built != version and not compatible:
-            raise ToolchainError(f"{path} was built with TensorRT {built}, here is {version}", REBUILD)
+            raise ToolchainError(f"{path} was built with TensorRT {built}, but {version} is installed", REBUILD)
 
 
 class TensorRtRuntime:
-    """An engine and its execution context, on one CUDA stream. plugin: the library that its scans need, if any.
+    """Engine with its execution context, on one CUDA stream.
 
-    Inputs and outputs are copied from and to the host; `milliseconds` says what the last run took on the device:
-    `inputs`, `compute`, `outputs`, between events in the stream. cuda_graph: from the second run of a shape on, the
-    engine is launched as one CUDA graph.
+    plugin: library with the kernel of the scans, if the engine needs one. cuda_graph: from the second run of a shape
+    on, launch the engine as one CUDA graph. `run` copies inputs and outputs between host and device. `milliseconds`
+    holds the device times of the last run (`inputs`, `compute`, `outputs`), measured by events in the stream.
+    Raises ToolchainError.
     """
 
     def __init__(self, path: Path, target: str, plugin: Path | None = None, cuda_graph: bool = False) -> None:
@@ -110,7 +115,7 @@ class TensorRtRuntime:
         self.context = self.engine.create_execution_context()
         self.memory: dict[str, tuple[int, int]] = {}  # by tensor: address, bytes
         self.cuda_graph = cuda_graph
-        self.captured: tuple[Shapes, Any] | None = None  # what it is for, and the graph
+        self.captured: tuple[Shapes, Any] | None = None  # input shapes, and the graph captured for them
         self.warm: Shapes | None = None
         self.milliseconds: dict[str, float] = {}
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -119,7 +124,8 @@ class TensorRtRuntime:
         self.outputs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names if name not in read}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # until the stream is through
+        """Run one inference, and measure `milliseconds`. Raises ToolchainError if CUDA or the engine fails."""
+        held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # alive until the stream is done
         results = self._bind(held)
         self._mark(0)
         for name, value in held.items():
@@ -152,7 +158,7 @@ class TensorRtRuntime:
         self._call(self.cuda.cudaStreamDestroy(self.stream))
 
     def _bind(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        """Give every tensor memory on the device. Returns arrays for the outputs."""
+        """Bind device memory to every tensor. Returns host arrays for the outputs."""
         for name, value in feeds.items():
             self.context.set_input_shape(name, value.shape)
             self._reserve(name, value.nbytes)
@@ -163,8 +169,9 @@ class TensorRtRuntime:
         return results
 
     def _compute(self, shapes: Shapes) -> None:
-        """Put one inference on the stream: as a graph, which is captured in the second run of these shapes, as
-        TensorRT asks, or call by call.
+        """Enqueue one inference on the stream: as a CUDA graph, or call by call.
+
+        A graph is captured in the second run of the same shapes: TensorRT requires a run before the capture.
         """
         if self.captured and self.captured[0] == shapes:
             self._call(self.cuda.cudaGraphLaunch(self.captured[1], self.stream))
@@ -186,7 +193,7 @@ class TensorRtRuntime:
             raise ToolchainError(f"the engine failed: {self.logger.errors()}", REBUILD)
 
     def _forget(self) -> None:
-        """Drop the captured graph: it holds addresses and shapes."""
+        """Destroy the captured graph, which contains fixed addresses and shapes."""
         if self.captured:
             self._call(self.cuda.cudaGraphExecDestroy(self.captured[1]))
             self.captured = None
@@ -197,7 +204,7 @@ class TensorRtRuntime:
         return TensorSpec(name, dtype, shape)
 
     def _reserve(self, name: str, size: int) -> None:
-        """Device memory for a tensor, at least `size` bytes, bound to it."""
+        """Bind device memory of at least `size` bytes to a tensor. Allocates memory if the present one is too small."""
         address, had = self.memory.get(name, (0, 0))
         if had < size:
             self._forget()
@@ -216,27 +223,30 @@ class TensorRtRuntime:
         self._call(self.cuda.cudaEventRecord(self.marks[index], self.stream))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
-        """The value of a CUDA call. Raises ToolchainError naming what went wrong."""
+        """Return the value of a CUDA call. Raises ToolchainError with the name of the CUDA error."""
         status, *values = result
         if status != self.cuda.cudaError_t.cudaSuccess:
-            raise ToolchainError(f"CUDA: {status.name}", "see nvidia-smi for the driver and the GPU's memory")
+            raise ToolchainError(f"CUDA: {status.name}", "check the driver and the GPU's memory with nvidia-smi")
         return values[0] if values else None
 
 
 @dataclass(frozen=True)
 class TensorRtSettings:
-    """cuda_graph: launch the engine as one CUDA graph."""
+    """Run settings of TensorRT. cuda_graph: launch the engine as one CUDA graph."""
 
     cuda_graph: bool = setting(
         False, "--cuda-graph", help="TensorRT: launch the engine as one CUDA graph", what="CUDA graphs"
     )
 
 
-NEITHER = "TensorRT takes no threads, device or cache", "leave them out"
+NEITHER = "TensorRT has no settings for threads, device or cache", "leave these settings out"
 
 
 def open_(target: str, path: Path, options: RunOptions) -> Runtime:
-    """An engine in TensorRT; a scan by itself, for which there is none, in ONNX Runtime."""
+    """Open an engine in TensorRT, or the ONNX file of a single scan (scan_case), which has no engine, in ONNX Runtime.
+
+    Raises UsageError, ToolchainError, BundleError.
+    """
     if path.suffix == ".onnx":
         return emulator(path, options)
     if options.threads:
@@ -246,15 +256,20 @@ def open_(target: str, path: Path, options: RunOptions) -> Runtime:
 
 
 def emulator(path: Path, options: RunOptions) -> Runtime:
-    """The bundle's ONNX in ONNX Runtime, its scans on our kernels for CPUs where they are nodes."""
+    """Open the ONNX file of a bundle in ONNX Runtime. `options.plugin`: native library for scans that are nodes."""
     return OnnxRuntime(path, options.threads, options.plugin)
 
 
 def no_library() -> NoReturn:
-    raise ToolchainError("TensorRT's plugin library is compiled where it will run", "see the bundle's README.md")
+    """Raise ToolchainError: no plugin library for TensorRT is installed with this package."""
+    raise ToolchainError(
+        "the TensorRT plugin library is not installed: compile it on the machine that runs the engine",
+        "see README.md in the bundle",
+    )
 
 
 def obstacle() -> str:
+    """Return the reason why this machine cannot run engines: no NVIDIA driver; empty if there is one."""
     return "" if has_driver() else NO_DRIVER
 
 

@@ -1,7 +1,8 @@
-"""Build the engine of a TensorRT bundle where it will run: python finish.py, in the bundle's folder.
+"""Build the engine of a TensorRT bundle on the machine that runs it: python finish.py, in the folder of the bundle.
 
-Needs Python (3.11 was tried), the machine's own tensorrt (or tensorrt_rtx) and nothing of evm-deploy, but for bundles
-exported with --scan aot. Writes model.engine and layers.json or layers.txt, and in manifest.json what it was made with.
+The script needs Python (tested with 3.11) and the machine's tensorrt (or tensorrt_rtx). Only bundles that were exported
+with --scan aot also need evm-deploy. The script writes model.engine, layers.json or layers.txt, and adds the versions
+and the GPU of the build to manifest.json.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ MIB = 1 << 20
 
 
 class EngineBuildError(Exception):
-    """What is wrong, and what to do next."""
+    """Failed build of an engine. The message says what is wrong and what to do next."""
 
 
 def load_tensorrt(target: str) -> Any:
-    """The module of TensorRT or TensorRT-RTX. Raises EngineBuildError."""
+    """Import the module of TensorRT or TensorRT-RTX. Raises EngineBuildError if it is not installed."""
     for name in MODULES[target]:
         if find_spec(name):
             return import_module(name)
-    raise EngineBuildError(f"{MODULES[target][0]} is not installed on this machine: install it, or finish where it is")
+    module = MODULES[target][0]
+    raise EngineBuildError(f"{module} is not installed on this machine: install it, or build where it is")
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps every message: the reason of a failed build is nowhere else."""
+    """Create a TensorRT logger that keeps all messages. Only the log has the reason of a failed build."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -58,7 +60,10 @@ def make_logger(trt: Any) -> Any:
 
 
 def parse(trt: Any, builder: Any, logger: Any, model: Path, scan: str) -> Any:
-    """The network of an ONNX file, strongly typed. Raises EngineBuildError with all that the parser says."""
+    """Parse an ONNX file to a strongly typed network. Raises EngineBuildError with all messages of the parser.
+
+    scan: `aot` or `plugin` also check that every scan became a plugin layer.
+    """
     flags = trt.NetworkDefinitionCreationFlag
     chosen = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0  # always on from 11
     network = builder.create_network(chosen)
@@ -73,12 +78,12 @@ def parse(trt: Any, builder: Any, logger: Any, model: Path, scan: str) -> Any:
         layers = [str(network.get_layer(i).type) for i in range(network.num_layers)]
         plugins = sum("PLUGIN" in layer for layer in layers)
         if plugins != len(wanted):
-            raise EngineBuildError(f"{plugins} plugin layers for {len(wanted)} scans: the kernel would not be used")
+            raise EngineBuildError(f"{plugins} plugin layers for {len(wanted)} scans: TensorRT does not use the kernel")
     return network
 
 
 def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) -> Any:
-    """The builder's configuration. Raises EngineBuildError for what this release does not have."""
+    """Create the builder's configuration from `settings`. Raises EngineBuildError for unsupported settings."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings["workspace_mib"]:
@@ -94,7 +99,7 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
         known = [name for name in capabilities.__members__ if name.startswith("SM")]
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise EngineBuildError(f"{', '.join(unknown)}: this release builds for {', '.join(known)}")
+            raise EngineBuildError(f"{', '.join(unknown)} unknown: this TensorRT release builds for {', '.join(known)}")
         config.num_compute_capabilities = len(names)
         for i, name in enumerate(names):
             config.set_compute_capability(getattr(capabilities, name), i)
@@ -108,39 +113,45 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
         config.add_optimization_profile(profile)
     elif any(-1 in tuple(network.get_input(i).shape) for i in range(network.num_inputs)):
         raise EngineBuildError(
-            "the batch is dynamic and has no profile: export with --batch MIN:OPT:MAX, such as 1:4:8"
+            "the batch is dynamic, but has no optimization profile: export with --batch MIN:OPT:MAX, such as 1:4:8"
         )
     return config
 
 
 def required(holder: Any, name: str, flag: str) -> Any:
+    """Return the attribute `name` of `holder`. Raises EngineBuildError naming `flag` if this release lacks it."""
     if not hasattr(holder, name):
-        raise EngineBuildError(f"{flag}: this release has no {name}; leave the flag out")
+        raise EngineBuildError(f"{flag}: this TensorRT release has no {name}; leave {flag} out")
     return getattr(holder, name)
 
 
 def add_kernel(trt: Any, scan: str, library: str | None) -> None:
-    """Bring the scan's kernel: into the engine ("aot"), or from a library. Raises EngineBuildError."""
+    """Register the kernel of the scans: embedded in the engine ("aot"), or from a library ("plugin").
+
+    Does nothing for portable scans. Raises EngineBuildError.
+    """
     if scan == "plugin":
         if not library:
-            raise EngineBuildError("the scans are a plugin: give --library libevm_tensorrt.so, see README.md")
+            raise EngineBuildError("--library is missing: the scans need libevm_tensorrt.so, see README.md")
         trt.init_libnvinfer_plugins(None, "")
         if trt.get_plugin_registry().load_library(library) is None:
             raise EngineBuildError(f"{library} cannot be loaded")
     elif scan == "aot":
         if not find_spec("tensorrt.plugin"):
             raise EngineBuildError(
-                "this TensorRT has no tensorrt.plugin, needed is 10.9 or newer: export with --scan portable"
+                "the installed TensorRT has no tensorrt.plugin: install 10.9 or newer, or export with --scan portable"
             )
         try:
             from evm_deploy.runtimes.tensorrt import kernel, plugin
         except ImportError as error:
-            raise EngineBuildError("--scan aot compiles our kernel here: pip install evm-deploy") from error
+            raise EngineBuildError(
+                "evm-deploy is not installed; --scan aot needs it to compile the kernel: pip install evm-deploy"
+            ) from error
         plugin.register(kernel.compile_kernel(f"sm_{gpu()['sm']}").decode())
 
 
 def gpu() -> dict[str, str]:
-    """Name and architecture of this machine's GPU, empty where there is no driver to ask."""
+    """Return name and architecture of this machine's GPU from nvidia-smi. Both are empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -151,14 +162,17 @@ def gpu() -> dict[str, str]:
 
 
 def build(folder: Path, settings: dict[str, Any], library: str | None = None) -> dict[str, Any]:
-    """Build `folder`/model.engine. Returns the facts for the manifest. Raises EngineBuildError."""
+    """Build the engine of the bundle in `folder` and write it to model.engine.
+
+    Returns version, GPU and layer count for the manifest. Raises EngineBuildError.
+    """
     trt = load_tensorrt(settings["target"])
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     add_kernel(trt, settings["scan"], library)
     network = parse(trt, builder, logger, folder / "model.onnx", settings["scan"])
     config = configure(trt, builder, network, settings)
-    plan = builder.build_serialized_network(network, config)  # None, not an exception, when it fails
+    plan = builder.build_serialized_network(network, config)  # returns None if the build fails
     if plan is None:
         raise EngineBuildError(f"the build failed: {logger.errors()}")
     write(folder / ENGINE, bytes(plan))
@@ -170,7 +184,10 @@ def build(folder: Path, settings: dict[str, Any], library: str | None = None) ->
 
 
 def write_layers(trt: Any, logger: Any, plan: Any, folder: Path) -> None:
-    """What the engine consists of: from its inspector, or where that needs a GPU that is not here, from the log."""
+    """Write the list of the engine's layers: to layers.txt from the log if it has the list, else to layers.json.
+
+    layers.json comes from the engine inspector, which needs a GPU. No file is written if the engine cannot be loaded.
+    """
     if "Layers:" in logger.text:
         write(folder / "layers.txt", logger.text[logger.text.rfind("Layers:") :].encode())
         return
@@ -181,21 +198,21 @@ def write_layers(trt: Any, logger: Any, plan: Any, folder: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Beside, then renamed: there is never half a file."""
+    """Write a file atomically: to a temporary file in the same folder, then rename."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(content)
     beside.replace(path)
 
 
 def host() -> str:
-    """This platform, as manifests name it."""
+    """Return the platform of this machine, named as in manifests: linux-x86_64."""
     machine = platform.machine().lower()
     system = {"win32": "windows"}.get(sys.platform, sys.platform)
     return f"{system}-{'x86_64' if machine == 'amd64' else machine}"
 
 
 def take_in(folder: Path, library: str) -> str:
-    """Copy the plugin library into the bundle. Returns its path there."""
+    """Copy the plugin library into the bundle. Returns its path inside the bundle."""
     inside = f"plugins/{host()}/{Path(library).name}"
     (folder / inside).parent.mkdir(parents=True, exist_ok=True)
     write(folder / inside, Path(library).read_bytes())
@@ -203,7 +220,7 @@ def take_in(folder: Path, library: str) -> str:
 
 
 def record(folder: Path, facts: dict[str, Any], library: str = "") -> None:
-    """Say in the manifest that the engine is there, and what it was built with."""
+    """Add the engine, its hash and the facts of its build to manifest.json, and mark the bundle as built."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name in (ENGINE, "layers.json", "layers.txt", library):
@@ -212,17 +229,18 @@ def record(folder: Path, facts: dict[str, Any], library: str = "") -> None:
             content = file.read_bytes()
             manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     manifest["artifact"], manifest["built"] = ENGINE, True
-    if library:  # a bundle is whole: `load` takes it from there with scan="bundled"
+    if library:  # `load` uses the library in the bundle with scan="bundled"
         manifest["scan"]["plugins"] = {host(): library}
     manifest["details"]["engine"] = facts
     write(path, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
 def main() -> int:
+    """Parse the arguments and build the engine. Returns 0, or 3 if the build failed."""
     arguments = argparse.ArgumentParser(description="Build the engine of this bundle on this machine.")
-    arguments.add_argument("bundle", nargs="?", default=str(Path(__file__).parent), help="default: where this file is")
+    arguments.add_argument("bundle", nargs="?", default=str(Path(__file__).parent), help="default: this file's folder")
     arguments.add_argument("--library", help="plugin library, for bundles exported with --scan plugin")
-    arguments.add_argument("--timing-cache", metavar="FILE", help="read and kept between builds, TensorRT only")
+    arguments.add_argument("--timing-cache", metavar="FILE", help="read and updated by each build, TensorRT only")
     args = arguments.parse_args()
     folder = Path(args.bundle)
     try:

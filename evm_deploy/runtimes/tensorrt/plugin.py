@@ -1,6 +1,7 @@
-"""evm::SelectiveScan for TensorRT from 10.9 on: the kernel is embedded in the engine, which then needs nothing of ours.
+"""AOT plugin evm::SelectiveScan for TensorRT 10.9 or newer. The engine contains the kernel and needs no evm-deploy.
 
-No `from __future__ import annotations` and no newer spelling here: tensorrt.plugin reads annotations as objects.
+This module has no `from __future__ import annotations`, because tensorrt.plugin reads annotations as objects. For the
+same reason, annotations use `typing.List` and the like.
 """
 # ruff: noqa: UP006, UP007, UP035
 
@@ -9,14 +10,15 @@ from typing import Any, List, Tuple, Union
 from evm_deploy.runtimes.tensorrt.kernel import CHANNELS, KERNELS, THREADS
 
 OP = "evm::SelectiveScan"
-TACTIC = 1  # there is one kernel
+TACTIC = 1  # number of the only tactic
 
 
 def register(code: Union[str, bytes], lazy: bool = False) -> Any:
-    """Make the op known to TensorRT. code: PTX or CUBIN of the kernels for the GPU that the engine is built for.
+    """Register the op with TensorRT. Call this function before parsing nodes that have plugin_namespace "evm".
 
-    Before parsing nodes with plugin_namespace "evm", plugin_version "1" and aot 1. lazy: not yet, at the first use from
-    Python. Returns autotune and implementation. Raises ImportError where TensorRT has no `tensorrt.plugin`.
+    These nodes also have plugin_version "1" and aot 1. code: PTX or CUBIN of the kernels, for the GPU of the engine.
+    lazy: register at the first use from Python. Returns the functions for autotuning and for the AOT implementation.
+    Raises ImportError if TensorRT has no `tensorrt.plugin`.
     """
     import tensorrt as trt
     import tensorrt.plugin as trtp
@@ -44,7 +46,7 @@ def register(code: Union[str, bytes], lazy: bool = False) -> Any:
         bias: trtp.TensorDesc,
         outputs: Tuple[trtp.TensorDesc],
     ) -> List[trtp.AutoTuneCombination]:
-        either = "FP32|FP16"  # tied: all of these are the one, or all the other
+        either = "FP32|FP16"  # all tensors with this type have the same one of the two
         types = f"{either}, {either}, FP32, {either}, {either}, FP32, FP32, {either}"
         return [trtp.AutoTuneCombination(types, "LINEAR", [TACTIC])]
 
