@@ -2,8 +2,8 @@
 
     python docs/site.py && mkdocs build --strict
 
-Pages link to each other, and to schemas, samples and pictures, by paths that work in the repository. So the site's source is a copy
-of the same tree: every page in docs/ and at the top, and every file that one of them links to.
+Pages link to each other, and to schemas and samples, by paths that work in the repository. So the site's source is a
+copy of the same tree: every page in docs/ and at the top, and every file that one of them links to.
 """
 
 from __future__ import annotations

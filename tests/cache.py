@@ -1,7 +1,7 @@
 """Hub graphs and bundles are made once for a run of the tests and shared by its workers, each under a lock.
 
 A graph is kept in `.pytest_cache`, where `make quick` finds those of the last run, by everything that decides it: the
-module with its weights, what the plan says of the graph, the metadata, our sources, the versions of the tracers. While
+module with its weights, what the plan says of the graph, our sources, the versions of the tracers. While
 anything that takes part in tracing is patched, and in tests marked `retraces`, it is traced as ever.
 """
 
@@ -14,7 +14,7 @@ import pickle
 import pkgutil
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from inspect import isclass
@@ -76,8 +76,8 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def digest_of(module: Any, plan: Any, facts: Mapping[str, str]) -> str:
-    """Digest of the module: classes, settings, weights and buffers by path; of the plan's part; of the metadata."""
+def digest_of(module: Any, plan: Any) -> str:
+    """Digest of the module (classes, settings, weights and buffers by path) and of the plan's part."""
     digest = hashlib.sha256(repr(module).encode())
     for name in sorted({type(each).__module__ for each in module.modules()}):
         if not name.startswith("torch."):  # a network that is not of ours
@@ -93,7 +93,6 @@ def digest_of(module: Any, plan: Any, facts: Mapping[str, str]) -> str:
             digest.update(f"{known} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
             digest.update(tensor.detach().contiguous().numpy().tobytes())
     digest.update(repr(graph.trace_key(plan)).encode())
-    digest.update(repr(sorted(facts.items())).encode())
     return digest.hexdigest()
 
 
@@ -124,7 +123,7 @@ def foreign(module: ModuleType, name: str) -> bool:
 
 
 class Graphs:
-    """`trace`, which remembers. folder: where; None, and it only traces."""
+    """A `graph._trace` that remembers. folder: where; without one it only traces."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
         self.real = real
@@ -139,28 +138,27 @@ class Graphs:
         loaded = [(sys.modules[module], name) for module, name in OTHERS if module in sys.modules]
         return ours or any(foreign(module, name) for module, name in loaded)
 
-    def trace(self, module: Any, plan: Any, facts: Mapping[str, str]) -> Any:
+    def trace(self, module: Any, plan: Any) -> Any:
         if self.folder is None or self.forgetful or self.patched():
-            return self.real(module, plan, facts)
-        file = self.folder / digest_of(module, plan, facts)
+            return self.real(module, plan)
+        file = self.folder / digest_of(module, plan)
         with locked(file.with_suffix(".lock")):
             if not file.exists():
-                write_atomically(file, pickle.dumps(self.real(module, plan, facts)))
+                write_atomically(file, pickle.dumps(self.real(module, plan)))
         onnx_function.register_schema()
         return pickle.loads(file.read_bytes())
 
 
 def installed() -> Graphs:
-    """The cache in the place of `trace`, before anybody imports that by its name."""
+    """Put the cache in the place of `graph._trace`."""
     load_parts()
-    assert "evm_deploy.export.target" not in sys.modules, "tests.cache comes too late"
-    graphs = Graphs(graph.trace)
+    graphs = Graphs(graph._trace)
 
     @functools.wraps(graphs.real)
-    def trace(module: Any, plan: Any, metadata: dict[str, str]) -> Any:
-        return graphs.trace(module, plan, metadata)
+    def trace(module: Any, plan: Any) -> Any:
+        return graphs.trace(module, plan)
 
-    graph.trace = trace
+    graph._trace = trace
     graphs.parts = parts()
     return graphs
 

@@ -28,7 +28,7 @@ class Counted:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, module, plan, metadata):
+    def __call__(self, module, plan):
         self.calls += 1
         return self.calls
 
@@ -49,15 +49,15 @@ def graphs(tmp_path):
 
 @pytest.mark.slow
 def test_a_graph_from_the_cache_is_the_traced_one(module):
-    fresh = cache.GRAPHS.real(module, PLAN, {"model": "x"})
+    fresh = cache.GRAPHS.real(module, PLAN)
     for _ in range(2):
-        kept = graph.trace(module, PLAN, {"model": "x"})
+        kept = graph._trace(module, PLAN)
         assert kept.model.SerializeToString() == fresh.model.SerializeToString()
         assert list(kept.fusable) == list(fresh.fusable) and kept.scans == fresh.scans
 
 
 def test_the_same_is_traced_once(module, graphs):
-    assert [graphs.trace(module, PLAN, {}) for _ in range(3)] == [1, 1, 1]
+    assert [graphs.trace(module, PLAN) for _ in range(3)] == [1, 1, 1]
 
 
 def with_one_weight(module):
@@ -82,9 +82,9 @@ CHANGES = [with_one_weight, with_another_epsilon, with_another_mean, with_anothe
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_module_is_traced(change, module, graphs):
-    graphs.trace(module, PLAN, {})
+    graphs.trace(module, PLAN)
     change(module)
-    assert graphs.trace(module, PLAN, {}) == 2
+    assert graphs.trace(module, PLAN) == 2
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_another_module_is_traced(change, module, graphs):
     ids=lambda change: next(iter(change)),
 )
 def test_another_plan_is_traced(change, module, graphs):
-    graphs.trace(module, PLAN, {})
-    assert graphs.trace(module, replace(PLAN, **change), {}) == 2
+    graphs.trace(module, PLAN)
+    assert graphs.trace(module, replace(PLAN, **change)) == 2
 
 
 def test_what_is_in_two_places_is_not_two_equal_ones():
@@ -103,7 +103,7 @@ def test_what_is_in_two_places_is_not_two_equal_ones():
         layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         layers[1].load_state_dict(layers[0].state_dict())
         change(layers)
-        return cache.digest_of(layers, PLAN, {})
+        return cache.digest_of(layers, PLAN)
 
     def one_layer(layers):
         layers[1] = layers[0]
@@ -133,7 +133,7 @@ def test_tracing_reads_no_more_of_a_plan_than_the_key_has(module):
             return getattr(PLAN, name)
 
     known, plan, key = {field.name for field in fields(ExportPlan)}, Watched(), Watched()
-    cache.GRAPHS.real(module, plan, {})
+    cache.GRAPHS.real(module, plan)
     graph.trace_key(key)
     assert plan.read and plan.read <= key.read
 
@@ -155,15 +155,15 @@ def function(*args):
 def test_while_something_is_patched_nothing_is_kept(where, name, module, graphs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(where, name, function)
-        assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [1, 2]
-    assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [3, 3]
+        assert [graphs.trace(module, PLAN) for _ in range(2)] == [1, 2]
+    assert [graphs.trace(module, PLAN) for _ in range(2)] == [3, 3]
 
 
 def test_a_patched_method_is_noticed_too(module, graphs, monkeypatch):
     network = sys.modules["evm_deploy.model.efficientvmamba.network"]
     block = next(value for value in vars(network).values() if isinstance(value, type) and hasattr(value, "fused_op"))
     monkeypatch.setattr(block, "forward", lambda self, x: x)
-    assert [graphs.trace(module, PLAN, {}) for _ in range(2)] == [1, 2]
+    assert [graphs.trace(module, PLAN) for _ in range(2)] == [1, 2]
 
 
 @pytest.mark.retraces

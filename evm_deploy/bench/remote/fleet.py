@@ -43,7 +43,7 @@ def read_fleet(path: Path, options: HostOptions, sweep: Sweep) -> list[FleetMemb
     content = read_toml(path, "--devices")
     boards = content.get("board")
     if set(content) != {"board"} or not isinstance(boards, list) or not boards:
-        raise UsageError(f"--devices {path}: it holds [[board]] tables, and nothing else", "docs/remote.md has an example")
+        raise UsageError(f"--devices {path}: it holds [[board]] tables, and nothing else", "see docs/remote.md")
     members = [_member(f"--devices {path}: board {i}", board, options, sweep) for i, board in enumerate(boards, 1)]
     names = [member.name for member in members]
     for name in names:

@@ -156,9 +156,18 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """Trace a module of `with_pre_and_postprocessing` to the hub graph. The same module and plan give the same bytes.
 
     Steps: torch.export with the scan as one op; BatchNorm folded; nodes and values named after module paths; the
-    portable body added as a local function; onnxsim; the oldest IR version that the opset allows; metadata; full check.
-    Raises ToolchainError if a package is missing or a step fails.
+    portable body added as a local function; onnxsim; the oldest IR version that the opset allows; full check;
+    metadata. Raises ToolchainError if a package is missing or a step fails.
     """
+    graph = _trace(model, plan)
+    for key in sorted(metadata):
+        graph.model.metadata_props.add(key=key, value=metadata[key])
+    graph.model.producer_name, graph.model.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
+    return graph
+
+
+def _trace(model: Any, plan: ExportPlan) -> Graph:
+    """Make the hub graph without metadata."""
     try:
         import onnx
 
@@ -171,9 +180,6 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
         proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
-    for key in sorted(metadata):
-        proto.metadata_props.add(key=key, value=metadata[key])
-    proto.producer_name, proto.producer_version = "evm-deploy", metadata.get("evm_deploy", "")
     check(proto)
     names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
     modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
