@@ -16,6 +16,7 @@ from evm_deploy.toolchain.platforms import PLATFORMS
 HEADS = ("logits", "probs", "features", "raw")
 INPUTS = ("image", "tensor")
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
+PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
 CALIBRATED = ("int8", "int8-fp16")  # the second: what is not int8 is float16
 QUANTIZED = (*CALIBRATED, "w8")
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
@@ -77,6 +78,7 @@ class ExportPlan:
     settings: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", canonical_precision(self.precision))
         if self.head is not None:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
@@ -141,6 +143,11 @@ class ExportPlan:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for manifests and records."""
         return {**asdict(self), "batch": str(self.batch)}
+
+
+def canonical_precision(name: str | None) -> str | None:
+    """Return the precision that `name` is an alias of, such as w8 for w8a16; any other name and None unchanged."""
+    return PRECISION_ALIASES.get(name, name) if name else name
 
 
 def parse_imgsz(text: str | int) -> tuple[int, int]:
