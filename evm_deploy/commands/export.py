@@ -100,7 +100,10 @@ def export_parser() -> Parser:
         help="activation ranges: mse (default), minmax, percentile, entropy, or auto",
     )
     accuracy(
-        "--smooth", default="auto", metavar="S", help="SmoothQuant for int8: on, off, or auto (default: the better)"
+        "--smooth",
+        default="auto",
+        metavar="S",
+        help="SmoothQuant for int8: on, off, or auto (default): on if accuracy is better",
     )
     accuracy("--force-calib", action="store_true", help="calibrate with images that were found unsuitable")
     accuracy(
@@ -147,7 +150,7 @@ def export_parser() -> Parser:
     device(
         "--platform",
         metavar="P",
-        help=f"put the native library for this platform into the bundle: {', '.join(PLATFORMS)}",
+        help=f"platform of the native library in the bundle: {', '.join(PLATFORMS)}",
     )
     add_flags(group, target_settings.KINDS)
     device("--finish", metavar="BUNDLE", help="build the missing engine of this bundle, on this machine")
