@@ -107,7 +107,7 @@ def test_another_targets_bundle_lacks_its_settings(micro_bundle):
 
 def test_it_is_measured_layer_by_layer_and_reported(bundle, tmp_path, capsys):
     record = worker.work(bundle, QUICK.with_own(gear="3"))
-    assert record.layers["how"].startswith("the fifth's profiler, less what recording takes") and record.samples_ms
+    assert record.layers["how"].startswith("the fifth's profiler, minus its own overhead") and record.samples_ms
     assert record.settings["gear"] == "3" and record.bundle["target"] == "fifth"
     assert set(record.runtime["versions"]) == {"onnxruntime"}
     record.write(tmp_path / "record.json")
@@ -167,7 +167,7 @@ def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_fa
         assert cli.bench_main([str(bundle), *flags, "-o", str(tmp_path / "none")]) == 3
     said = capsys.readouterr().err
     assert (
-        "lacks for target 'fifth': numpy, safetensors, fastjsonschema, onnxruntime" in said
+        "lacks packages for target 'fifth': numpy, safetensors, fastjsonschema, onnxruntime" in said
         and "'onnxruntime>=1.17'" in said
     )
 

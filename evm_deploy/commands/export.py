@@ -325,7 +325,7 @@ def _plans(args: argparse.Namespace) -> list[ExportPlan]:
         return [_plan(args, name) for name in resolve_names(args.target)]
     profile = find_profile(args.device)
     names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
-    images, precision = args.calib is not None, canonical_precision(args.precision)
+    images, precision = args.calib is not None, args.precision and canonical_precision(args.precision)
     return [_plan(args, **vars(choose(profile, name, precision, scan=args.scan, images=images))) for name in names]
 
 

@@ -78,11 +78,11 @@ class ExportPlan:
     settings: Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", canonical_precision(self.precision))
         if self.head is not None:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
         if self.precision is not None:
+            object.__setattr__(self, "precision", canonical_precision(self.precision))
             one_of("--precision", self.precision, PRECISIONS)
         if self.min_target is not None:
             one_of("--min-target", self.min_target, MIN_TARGETS)
@@ -145,9 +145,9 @@ class ExportPlan:
         return {**asdict(self), "batch": str(self.batch)}
 
 
-def canonical_precision(name: str | None) -> str | None:
-    """Return the precision that `name` is an alias of, such as w8 for w8a16; any other name and None unchanged."""
-    return PRECISION_ALIASES.get(name, name) if name else name
+def canonical_precision(name: str) -> str:
+    """Return the precision that `name` is an alias of, such as w8 for w8a16; any other name unchanged."""
+    return PRECISION_ALIASES.get(name, name)
 
 
 def parse_imgsz(text: str | int) -> tuple[int, int]:

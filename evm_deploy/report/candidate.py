@@ -40,7 +40,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of a report. All texts hold printable characters only.
+    """Row of a report. All texts hold printable characters only.
 
     name: name of the bundle. accuracy: dictionary from calib.evaluate.Accuracy.as_dict, or None. size_bytes: size of
     the artifact. rejected: reason from the manifest of a bundle that was rejected at export, else empty.

@@ -1,7 +1,7 @@
 """History of records in one SQLite file.
 
-SQLite uses its rollback journal, not WAL: the history is one file that can be copied and works on network disks. Reports
-write rarely.
+SQLite uses its rollback journal, not WAL: the history is one file that can be copied and works on network disks.
+Reports write rarely.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class ProfiledHost:
         """Return `settings` completed from the profile. Raises UsageError if the profile lacks the bundle's target."""
         profile, target = self._profile, open_bundle(path).manifest.target
         if target not in profile.targets:
-            raise UsageError(f"device {profile.name!r} has no target {target!r}; it has targets: {profile.preferences}")
+            raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
         own = {**profile.settings.get(target, {}), **dict(settings.own)}
         return replace(settings, threads=settings.threads or profile.threads).with_own(**own)
 
