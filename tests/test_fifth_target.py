@@ -84,7 +84,7 @@ def test_a_broken_one_is_rejected(micro, tmp_path, capsys):
 def test_its_flags_are_its_own(micro, bundle, tmp_path, capsys):
     flags = ["--target", "onnx", "--wheels", "3", "-o", str(tmp_path)]
     assert cli.export_main([str(micro), *flags]) == 2
-    assert "--wheels is for fifth" in capsys.readouterr().err
+    assert "--wheels only works with --target fifth" in capsys.readouterr().err
     (tmp_path / "evm.toml").write_text('target = "fifth"\nwheels = 6\nimgsz = 64\n')
     flags = ["--config", str(tmp_path / "evm.toml"), "-q", "-o", str(tmp_path), "--json"]
     assert cli.export_main([str(micro), *flags]) == 0

@@ -134,7 +134,7 @@ def test_a_board_without_the_packages(board, micro_bundle, tmp_path, capsys, bar
     shown = capsys.readouterr().err
     assert "board lacks packages for target 'onnx': numpy, safetensors, fastjsonschema, onnxruntime\n" in shown
     needs = "'numpy>=1.26' 'safetensors>=0.4' 'fastjsonschema>=2.21' 'onnxruntime>=1.17'"
-    assert f"there:  {bare_python} -m pip install {needs}" in shown
+    assert f"on the board:  {bare_python} -m pip install {needs}" in shown
     assert board.clean()
 
 

@@ -381,7 +381,7 @@ def _refuse_others_flags(args: argparse.Namespace, plans: Sequence[ExportPlan]) 
     for name in given(args, target_settings.KINDS).keys() - all_fields(kinds).keys():
         flag = flag_of(all_fields(target_settings.KINDS)[name]).name
         having = ", ".join(target.name for target in targets.values() if name in all_fields([target.settings]))
-        raise UsageError(f"{flag} only works with the targets {having}", f"leave {flag} out")
+        raise UsageError(f"{flag} only works with --target {having}", f"leave {flag} out")
 
 
 def _number(flag: str, text: str, whole: bool = False) -> float:
