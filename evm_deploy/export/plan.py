@@ -15,8 +15,8 @@ from evm_deploy.toolchain.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features", "raw")
 INPUTS = ("image", "tensor")
-PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
 PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
+PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
 CALIBRATED = ("int8", "int8-fp16")  # the second: what is not int8 is float16
 QUANTIZED = (*CALIBRATED, "w8")
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
