@@ -191,12 +191,12 @@ def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
-        (["--threads", "0"], 2, "--threads 0: must be whole numbers"),
-        (["--streams", "0"], 2, "--streams 0: must be whole numbers"),
-        (["--batch", "1,x"], 2, "--batch 1,x: must be whole numbers"),
+        (["--threads", "0"], 2, "--threads 0: use numbers from 1"),
+        (["--streams", "0"], 2, "--streams 0: use numbers from 1"),
+        (["--batch", "1,x"], 2, "--batch 1,x: use numbers from 1"),
         (["--batch", "3"], 2, "the bundle was exported with --batch 1"),
-        (["--limit", "0"], 2, "--limit 0: must be above 0"),
-        (["--limit", "nan"], 2, "--limit nan: must be above 0"),
+        (["--limit", "0"], 2, "--limit 0: use seconds"),
+        (["--limit", "nan"], 2, "--limit nan: use seconds"),
         (["--openvino-device", "GPU"], 2, "CPU execution provider alone"),
         (["--scan", "fast"], 2, "fast"),
     ],

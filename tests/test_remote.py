@@ -446,7 +446,7 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
         ('[[board]]\nhost = "x"', r"board 1 has no 'name'"),
         ('[[board]]\nname = "a"\nhots = "x"', r"board 1: key 'hots' is unknown(?s:.*)did you mean host"),
         ('[[board]]\nname = "a"\nthreads = "2"', r"board 1: threads must be a whole number"),
-        ('[[board]]\nname = "a"\nbatch = 0', r"board 1: batch 0 must be"),
+        ('[[board]]\nname = "a"\nbatch = 0', r"board 1: batch 0: use a number"),
         ('[[board]]\nname = "../a"', r"board 1: name '\.\./a' cannot be the name of a folder"),
         ('[[board]]\nname = ".."', r"cannot be the name of a folder"),
         ('[[board]]\nname = "a"\n[[board]]\nname = "a"', r"two boards are named 'a'"),

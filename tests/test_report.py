@@ -333,7 +333,7 @@ def test_no_number_is_an_error_that_names_file_and_place(tmp_path, capsys, place
         (["--compare", "{old}", "{old}", "--max-regression", "much"], "--max-regression much"),
         (["--compare", "{old}", "{old}", "--html", "x"], "--html cannot be combined with --compare"),
         (["{old}", "--max-latency", "0ms"], "--max-latency 0ms"),
-        (["{old}", "--max-latency", "-1"], "--max-latency -1: must be a time"),
+        (["{old}", "--max-latency", "-1"], "--max-latency -1: use a time"),
         (["{old}", "--max-regression", "5%"], "needs --compare"),
         (["{old}", "--max-drop", "nan"], "--max-drop nan"),
         (["{old}", "--last", "1"], "need --history"),

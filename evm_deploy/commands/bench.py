@@ -103,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> Sweep:
     from evm_deploy.bench.sweep import Sweep
 
     if not 0 < args.limit <= MAX_LIMIT_S:
-        raise UsageError(f"--limit {args.limit:g}: must be above 0 and at most {MAX_LIMIT_S} seconds")
+        raise UsageError(f"--limit {args.limit:g}: use seconds above 0, up to {MAX_LIMIT_S}")
     settings = Settings(
         scan=args.scan,
         timed="end-to-end" if args.end_to_end else "model",
@@ -125,5 +125,5 @@ def _numbers(flag: str, text: str) -> list[int | None]:
     if not text:
         return [None]
     if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10000 for part in text.split(",")):
-        raise UsageError(f"{flag} {text}: must be whole numbers of 1 or larger, such as 1,4,8")
+        raise UsageError(f"{flag} {text}: use numbers from 1, such as 1,4,8")
     return [int(part) for part in dict.fromkeys(text.split(","))]

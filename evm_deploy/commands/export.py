@@ -398,7 +398,7 @@ def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
         return None
     values = [_number(flag, part) for part in text.split(",")]
     if len(values) != 3:
-        raise UsageError(f"{flag} {text!r}: must be three numbers for red, green, blue, such as 0.485,0.456,0.406")
+        raise UsageError(f"{flag} {text!r}: use three numbers for red, green, blue, such as 0.485,0.456,0.406")
     return values[0], values[1], values[2]
 
 

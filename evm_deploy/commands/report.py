@@ -84,9 +84,9 @@ def _check(args: argparse.Namespace) -> None:
     if not args.history and any(value is not None for value in (args.model, args.target, args.last)):
         raise UsageError("--model, --target and --last need --history")
     if args.last is not None and args.last < 1:
-        raise UsageError(f"--last {args.last}: must be 1 or larger")
+        raise UsageError(f"--last {args.last}: use a number from 1")
     if not 0 <= args.max_drop <= 100:
-        raise UsageError(f"--max-drop {args.max_drop:g}: must be points from 0 to 100")
+        raise UsageError(f"--max-drop {args.max_drop:g}: use points from 0 to 100")
     if not (args.paths or args.compare or args.history):
         raise UsageError("nothing to report", "give records of evm-bench, bundles, or folders of them")
     if [args.markdown, args.csv, args.html, "-" if args.json else ""].count("-") > 1:
@@ -172,7 +172,7 @@ def milliseconds(said: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)?", said, re.ASCII)
     if not match or not float(match[1]):
-        raise UsageError(f"--max-latency {said}: must be a time, such as 20ms")
+        raise UsageError(f"--max-latency {said}: use a time such as 20ms")
     return float(match[1]) * (1000 if match[2] == "s" else 1)
 
 
@@ -182,7 +182,7 @@ def percent(said: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", said, re.ASCII)
     if not match:
-        raise UsageError(f"--max-regression {said}: must be a percentage, such as 5%")
+        raise UsageError(f"--max-regression {said}: use a percentage such as 5%")
     return float(match[1])
 
 

@@ -54,9 +54,9 @@ def _run(args: argparse.Namespace) -> int:
     if not args.images and not args.selftest:
         raise UsageError("nothing to do: no image is given", f"give images, or:  evm-run {args.bundle} --selftest")
     if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads {args.threads}: must be 1 or larger")
+        raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
-        raise UsageError(f"--top {args.top}: must be 1 or larger")
+        raise UsageError(f"--top {args.top}: use a number from 1")
     options = {name: getattr(args, name) for name in ("threads", "scan", "require_signature")}
     options |= given(args, setting_kinds())
     with load(args.bundle, **options) as model:

@@ -67,7 +67,7 @@ def _member(where: str, board: object, options: HostOptions, sweep: Sweep) -> Fl
         raise UsageError(f"{where}: name {name!r} cannot be the name of a folder", "use letters, digits, - and _")
     for key in ("threads", "batch"):
         if values.get(key, 1) < 1:
-            raise UsageError(f"{where}: {key} {values[key]} must be 1 or larger")
+            raise UsageError(f"{where}: {key} {values[key]}: use a number from 1")
     its_options = replace(options, **{key: values[key] for key in HOST_KEYS if key in values})
     its_sweep = replace(
         sweep,

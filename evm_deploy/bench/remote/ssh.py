@@ -58,7 +58,7 @@ class SshAddress:
         )
         port = int(found["port"]) if found and found["port"] else None
         if not found or text.startswith("-") or found["board"].startswith("-") or (port and port > 65535) or port == 0:
-            raise UsageError(f"--host {text!r}: must be user@board or user@board:port")
+            raise UsageError(f"--host {text!r}: use user@board or user@board:port")
         return cls(text, (found["user"] or "") + found["board"].strip("[]"), port)
 
 
