@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from dataclasses import replace
 import pytest
 
 from evm_deploy import cli
+from evm_deploy.commands.bench import bench_parser
+from evm_deploy.commands.export import export_parser
 from evm_deploy.errors import UsageError
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.plan import ExportPlan
@@ -178,6 +181,23 @@ def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, mon
 
 
 @pytest.mark.parametrize("main", [cli.export_main, cli.run_main, cli.bench_main, cli.report_main, cli.doctor_main])
+@pytest.mark.parametrize(
+    ("parser", "titles"),
+    [
+        (
+            export_parser,
+            "input and model, target and precision, calibration and accuracy, graph, preprocessing, device and engine, "
+            "output",
+        ),
+        (bench_parser, "what to measure, where to measure, output"),
+    ],
+)
+def test_every_flag_is_in_a_group_of_the_help(parser, titles):
+    shown = parser().format_help()
+    assert all(f"\n{title}:\n" in shown for title in titles.split(", "))
+    assert re.search(r"^options:\n  -h, --help .*\n\n", shown, re.M), "only --help has no group"
+
+
 @pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--version", 0), ("--no-such-flag", 2)])
 def test_every_command_answers_what_a_newcomer_types(main, flag, code, capsys):
     """A percent sign in a help text or metavar makes argparse raise, only when the help is printed."""
