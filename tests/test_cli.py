@@ -180,7 +180,6 @@ def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("main", [cli.export_main, cli.run_main, cli.bench_main, cli.report_main, cli.doctor_main])
 @pytest.mark.parametrize(
     ("parser", "titles"),
     [
@@ -198,6 +197,7 @@ def test_every_flag_is_in_a_group_of_the_help(parser, titles):
     assert re.search(r"^options:\n  -h, --help .*\n\n", shown, re.M), "only --help has no group"
 
 
+@pytest.mark.parametrize("main", [cli.export_main, cli.run_main, cli.bench_main, cli.report_main, cli.doctor_main])
 @pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--version", 0), ("--no-such-flag", 2)])
 def test_every_command_answers_what_a_newcomer_types(main, flag, code, capsys):
     """A percent sign in a help text or metavar makes argparse raise, only when the help is printed."""
