@@ -115,14 +115,14 @@ def test_several_settings_use_results_of_their_own(device, micro_bundle, tmp_pat
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
-        ("no device", "R5CX cannot be reached: error: no devices/emulators found\n  connect one"),
+        ("no device", "R5CX cannot be reached: error: no devices/emulators found\n  connect a device"),
         ("other", "adb: device 'R5CX' not found\n  adb devices  lists"),
         ("unauthorized", "error: device unauthorized.\n  allow this computer on the device's screen"),
         ("offline", "error: device offline\n  unplug it"),
         ("push", "adb push on R5CX failed with code 1: adb: error: push failed: No space left"),
         (
             "crash",
-            "perf test failed: adb shell on R5CX failed with code 134: terminating: illegal instruction\n  is it",
+            "perf test failed: adb shell on R5CX failed with code 134: terminating: illegal instruction\n  check that",
         ),
         ("pull", "adb pull on R5CX failed with code 1: adb: error: pull failed"),
         ("no result", "adb pull on R5CX failed with code 1"),
@@ -178,9 +178,9 @@ def test_a_runner_that_does_not_end_is_stopped(device, micro_bundle, monkeypatch
         (["--cuda-graph"], "--cuda-graph with --adb"),
         (["--cache", "x"], "--cache with --adb"),
         (["--openvino-device", "GPU"], "--openvino-device GPU with --adb"),
-        (["--scan", "plugin"], "no native library for Android; it has: none"),
+        (["--scan", "plugin"], "no native library for Android; it has libraries for: none"),
         (["--batch", "3"], "exported with --batch 1"),
-        (["--device", "pi5"], "device 'pi5' is linux-aarch64, this would be measured on android-aarch64"),
+        (["--device", "pi5"], "device 'pi5' has platform linux-aarch64, but the host has android-aarch64"),
     ],
 )
 def test_what_cannot_be_measured_there(device, micro_bundle, tmp_path, capsys, extra, says):
@@ -209,7 +209,7 @@ def test_a_library_for_android_is_used_where_a_bundle_has_one(device):
 def test_without_adb(device, micro_bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert bench_main([str(micro_bundle.path), *flags(device, tmp_path / "out")]) == 3
-    assert "adb is not installed\n  it is in Android's platform-tools" in capsys.readouterr().err
+    assert "adb is not installed\n  install Android's platform-tools" in capsys.readouterr().err
     with pytest.raises(UsageError, match="is not a file"):
         AdbHost("R5CX", tmp_path / "nothing", silent)
 
@@ -232,7 +232,7 @@ PRINTED = "Session creation time cost: 0.05 s\nFirst inference time cost: 3 ms\n
     ],
 )
 def test_what_is_no_result(printed, written):
-    with pytest.raises(ToolchainError, match="not those of onnxruntime_perf_test"):
+    with pytest.raises(ToolchainError, match="not that of onnxruntime_perf_test"):
         perf_test.read(printed, written)
 
 

@@ -194,7 +194,7 @@ def test_a_target_that_runs_one_inference_at_a_time(coreml_bundle):
         (["--threads", "0"], 2, "--threads 0: use numbers from 1"),
         (["--streams", "0"], 2, "--streams 0: use numbers from 1"),
         (["--batch", "1,x"], 2, "--batch 1,x: use numbers from 1"),
-        (["--batch", "3"], 2, "this bundle was exported with --batch 1"),
+        (["--batch", "3"], 2, "the bundle was exported with --batch 1"),
         (["--limit", "0"], 2, "--limit 0: use seconds"),
         (["--limit", "nan"], 2, "--limit nan: use seconds"),
         (["--openvino-device", "GPU"], 2, "runs only with its CPU execution provider"),

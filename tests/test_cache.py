@@ -116,9 +116,12 @@ def test_what_is_in_two_places_is_not_two_equal_ones():
     assert len({apart, digest(one_layer), digest(one_weight)}) == 3
 
 
-def test_other_metadata_is_traced(module, graphs):
-    graphs.trace(module, PLAN, {"labels": "a"})
-    assert graphs.trace(module, PLAN, {"labels": "b"}) == 2
+def test_metadata_are_added_to_a_kept_graph(module):
+    """One trace serves all: what a graph says of itself does not decide it."""
+    for label in ("a", "b"):
+        model = graph.trace(module, PLAN, {"labels": label, "evm_deploy": "9"}).model
+        assert [(each.key, each.value) for each in model.metadata_props] == [("evm_deploy", "9"), ("labels", label)]
+        assert (model.producer_name, model.producer_version) == ("evm-deploy", "9")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from dataclasses import replace
 import pytest
 
 from evm_deploy import cli
+from evm_deploy.commands.bench import bench_parser
+from evm_deploy.commands.export import export_parser
 from evm_deploy.errors import UsageError
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.plan import ExportPlan
@@ -175,6 +178,23 @@ def test_a_missing_package_exits_3_and_says_what_to_install(micro, tmp_path, mon
     assert run_export(micro, "--target", "onnx", "-o", tmp_path / "out") == 3
     assert "pip install 'evm-deploy[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parser", "titles"),
+    [
+        (
+            export_parser,
+            "input and model, target and precision, calibration and accuracy, graph, preprocessing, device and engine, "
+            "output",
+        ),
+        (bench_parser, "what to measure, where to measure, output"),
+    ],
+)
+def test_every_flag_is_in_a_group_of_the_help(parser, titles):
+    shown = parser().format_help()
+    assert all(f"\n{title}:\n" in shown for title in titles.split(", "))
+    assert re.search(r"^options:\n  -h, --help .*\n\n", shown, re.M), "only --help has no group"
 
 
 @pytest.mark.parametrize("main", [cli.export_main, cli.run_main, cli.bench_main, cli.report_main, cli.doctor_main])

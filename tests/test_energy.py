@@ -121,7 +121,10 @@ def test_what_may_not_be_read_is_named_once(sys, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path not in shut and allowed(path, mode))
     monkeypatch.setattr(device, "number", lambda path: None if path in shut else read(path))
     (line,) = advice()
-    assert line.startswith("energy is counted, but not for you: sudo chmod a+r ") and line.count("energy_uj") == 2
+    assert (
+        line.startswith("energy sensors found, but not readable by this user; to allow it: sudo chmod a+r ")
+        and line.count("energy_uj") == 2
+    )
     assert not any(map(readable, sensors()))
     with Meter() as meter:
         pass

@@ -84,7 +84,7 @@ def test_a_broken_one_is_rejected(micro, tmp_path, capsys):
 def test_its_flags_are_its_own(micro, bundle, tmp_path, capsys):
     flags = ["--target", "onnx", "--wheels", "3", "-o", str(tmp_path)]
     assert cli.export_main([str(micro), *flags]) == 2
-    assert "--wheels is for fifth" in capsys.readouterr().err
+    assert "--wheels only works with --target fifth" in capsys.readouterr().err
     (tmp_path / "evm.toml").write_text('target = "fifth"\nwheels = 6\nimgsz = 64\n')
     flags = ["--config", str(tmp_path / "evm.toml"), "-q", "-o", str(tmp_path), "--json"]
     assert cli.export_main([str(micro), *flags]) == 0
@@ -107,7 +107,7 @@ def test_another_targets_bundle_lacks_its_settings(micro_bundle):
 
 def test_it_is_measured_layer_by_layer_and_reported(bundle, tmp_path, capsys):
     record = worker.work(bundle, QUICK.with_own(gear="3"))
-    assert record.layers["how"].startswith("the fifth's profiler, less what recording takes") and record.samples_ms
+    assert record.layers["how"].startswith("the fifth's profiler, minus its own overhead") and record.samples_ms
     assert record.settings["gear"] == "3" and record.bundle["target"] == "fifth"
     assert set(record.runtime["versions"]) == {"onnxruntime"}
     record.write(tmp_path / "record.json")
@@ -167,7 +167,7 @@ def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_fa
         assert cli.bench_main([str(bundle), *flags, "-o", str(tmp_path / "none")]) == 3
     said = capsys.readouterr().err
     assert (
-        "lacks for target 'fifth': numpy, safetensors, fastjsonschema, onnxruntime" in said
+        "lacks packages for target 'fifth': numpy, safetensors, fastjsonschema, onnxruntime" in said
         and "'onnxruntime>=1.17'" in said
     )
 

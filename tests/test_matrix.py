@@ -80,7 +80,7 @@ def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
     ("flags", "said"),
     [
         ([], "no bundle is given"),
-        (["x", "--forms", "onnx"], "--forms is for --matrix"),
+        (["x", "--forms", "onnx"], "--forms needs --matrix"),
         (["--matrix", "a.ckpt", "b.ckpt"], "one checkpoint"),
         (["--matrix", "missing.ckpt"], "missing.ckpt"),
     ],

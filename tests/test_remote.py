@@ -92,7 +92,7 @@ def test_a_host_key_that_is_not_known(board, micro_bundle, tmp_path, capsys):
     known = tmp_path / "known_hosts"
     ssh = f"{board.ssh} -o UserKnownHostsFile={known}"
     assert bench_main([str(micro_bundle.path), *flags(board, tmp_path / "out", ssh=ssh)]) == 3
-    assert "its key is not known: connect once by hand,  ssh board" in capsys.readouterr().err
+    assert "the board's key is unknown: connect once with  ssh board" in capsys.readouterr().err
     assert not known.exists() and not (tmp_path / "out").exists() and board.clean()
 
 
@@ -102,7 +102,7 @@ def test_a_host_key_that_changed(board, micro_bundle, tmp_path, capsys):
     known.write_text(f"[127.0.0.1]:{board.port} {stranger}\n")
     ssh = f"{board.ssh} -o UserKnownHostsFile={known}"
     assert bench_main([str(micro_bundle.path), *flags(board, tmp_path / "out", ssh=ssh)]) == 3
-    assert "another key than the known one: find out why" in capsys.readouterr().err
+    assert "the board has another key than before: find out why" in capsys.readouterr().err
 
 
 def test_a_user_key_that_is_not_allowed(board, micro_bundle, tmp_path, capsys):
@@ -110,17 +110,17 @@ def test_a_user_key_that_is_not_allowed(board, micro_bundle, tmp_path, capsys):
     (tmp_path / "config").write_text(config)
     ssh = f"ssh -F {tmp_path / 'config'}"
     assert bench_main([str(micro_bundle.path), *flags(board, tmp_path / "out", ssh=ssh)]) == 3
-    assert "Permission denied (publickey).\n  passwords are not asked for: ssh-copy-id" in capsys.readouterr().err
+    assert "Permission denied (publickey).\n  evm-bench asks for no password: ssh-copy-id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["--host", "127.0.0.1:1"], "Connection refused\n  is sshd running there"),
+        (["--host", "127.0.0.1:1"], "Connection refused\n  check that sshd runs"),
         (["--ssh", "no-such-ssh"], "no-such-ssh cannot be run"),
-        (["--python", "python9"], "board has no python9 that runs"),
-        (["--device", "pi5"], "device 'pi5' is linux-aarch64, this would be measured on"),
-        (["--device", "mac"], "device 'mac' is macos-arm64"),
+        (["--python", "python9"], "board cannot run python9"),
+        (["--device", "pi5"], "device 'pi5' has platform linux-aarch64, but the host has"),
+        (["--device", "mac"], "device 'mac' has platform macos-arm64"),
     ],
 )
 def test_places_that_do_not_answer(board, micro_bundle, tmp_path, capsys, extra, says):
@@ -132,9 +132,9 @@ def test_places_that_do_not_answer(board, micro_bundle, tmp_path, capsys, extra,
 def test_a_board_without_the_packages(board, micro_bundle, tmp_path, capsys, bare_python):
     assert bench_main([str(micro_bundle.path), *flags(board, tmp_path / "out", bare_python)]) == 3
     shown = capsys.readouterr().err
-    assert "board lacks for target 'onnx': numpy, safetensors, fastjsonschema, onnxruntime\n" in shown
+    assert "board lacks packages for target 'onnx': numpy, safetensors, fastjsonschema, onnxruntime\n" in shown
     needs = "'numpy>=1.26' 'safetensors>=0.4' 'fastjsonschema>=2.21' 'onnxruntime>=1.17'"
-    assert f"there:  {bare_python} -m pip install {needs}" in shown
+    assert f"on the board:  {bare_python} -m pip install {needs}" in shown
     assert board.clean()
 
 
@@ -396,7 +396,7 @@ def test_what_the_manifest_names_is_sent_once_and_nothing_else(micro_bundle, tmp
 
 
 def test_a_python_that_is_too_old():
-    with pytest.raises(ToolchainError, match=r"board has Python 3\.9, 3\.10 or newer is needed(?s:.*)--python"):
+    with pytest.raises(ToolchainError, match=r"board has Python 3\.9, but 3\.10 or newer is needed(?s:.*)--python"):
         SshHost(FakeConnection((3, 9)), silent)
 
 
@@ -417,7 +417,7 @@ def test_a_fleet_of_which_one_fails(board, host_bundle, tmp_path, capsys):
     assert files == {f"good/{name}-tauto-b1.json", f"other/{name}-t1-b1-portable.json"}
     lines = shown.out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["board", "good", "other"]
-    assert any(line.startswith("bad: FAILED: board has no python9 that runs") for line in lines)
+    assert any(line.startswith("bad: FAILED: board cannot run python9") for line in lines)
     assert "bad: board" in shown.err and board.clean()
 
 
@@ -440,17 +440,17 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", r"it holds \[\[board\]\] tables"),
-        ("board = 1", r"it holds \[\[board\]\] tables"),
+        ("", r"must hold \[\[board\]\] tables"),
+        ("board = 1", r"must hold \[\[board\]\] tables"),
         ("board = [1]", r"board 1 is not a \[\[board\]\] table"),
         ('[[board]]\nhost = "x"', r"board 1 has no 'name'"),
         ('[[board]]\nname = "a"\nhots = "x"', r"board 1: key 'hots' is unknown(?s:.*)did you mean host"),
         ('[[board]]\nname = "a"\nthreads = "2"', r"board 1: threads must be a whole number"),
-        ('[[board]]\nname = "a"\nbatch = 0', r"board 1: batch is 0"),
-        ('[[board]]\nname = "../a"', r"board 1: name '\.\./a' becomes a folder"),
-        ('[[board]]\nname = ".."', r"becomes a folder"),
+        ('[[board]]\nname = "a"\nbatch = 0', r"board 1: batch 0: use a number"),
+        ('[[board]]\nname = "../a"', r"board 1: name '\.\./a' cannot be the name of a folder"),
+        ('[[board]]\nname = ".."', r"cannot be the name of a folder"),
         ('[[board]]\nname = "a"\n[[board]]\nname = "a"', r"two boards are named 'a'"),
-        ('[[board]]\nname = "a"\nhost = "x"\nadb = "y"', r"--host and --adb are two places"),
+        ('[[board]]\nname = "a"\nhost = "x"\nadb = "y"', r"--host and --adb cannot be combined"),
         ("[[board]", "is not TOML"),
     ],
 )

@@ -50,22 +50,25 @@ INT8 = record("openvino", "int8", 0.5, accuracy=JUDGED)
     ("records", "says"),
     [
         ([FP32, INT8], "ship openvino int8: 2.00x faster than onnx fp32 at -0.2 points"),
-        ([FP32], "ship onnx fp32: it is the only candidate"),
-        ([FP32, record("onnx", "int8", 1.04, accuracy=JUDGED)], "ship onnx fp32: onnx int8 is 0.96x of it here"),
-        ([FP32, record("onnx", "int8", 0.99, 0.02, accuracy=JUDGED)], "ship onnx fp32: onnx int8 is 1.01x of it here"),
+        ([FP32], "ship onnx fp32: the only candidate"),
+        ([FP32, record("onnx", "int8", 1.04, accuracy=JUDGED)], "ship onnx fp32: onnx int8 has 0.96x the speed here"),
+        (
+            [FP32, record("onnx", "int8", 0.99, 0.02, accuracy=JUDGED)],
+            "ship onnx fp32: onnx int8 has 1.01x the speed here",
+        ),
         ([FP32, record("openvino", "fp32", 2.0)], "ship onnx fp32: nothing is faster"),
         ([FP32, record("onnx", "fp16", 0.5)], "ship onnx fp16: 2.00x faster than onnx fp32, accuracy unknown"),
         (
             [FP32, record("onnx", "int8", 0.5, accuracy={**JUDGED, "drop": 1.2})],
-            "ship onnx fp32: it is the only candidate",
+            "ship onnx fp32: the only candidate",
         ),
         (
             [FP32, record("onnx", "int8", 0.5, accuracy={**JUDGED, "ok": False})],
-            "ship onnx fp32: it is the only candidate",
+            "ship onnx fp32: the only candidate",
         ),
-        ([FP32, replace(INT8, stable=False)], "ship onnx fp32: it is the only candidate"),
-        ([replace(FP32, stable=False)], "nothing to ship: every candidate is out"),
-        ([record("torch", "fp32", 3.0)], "nothing to ship: every candidate is out"),
+        ([FP32, replace(INT8, stable=False)], "ship onnx fp32: the only candidate"),
+        ([replace(FP32, stable=False)], "nothing to ship: every candidate is excluded"),
+        ([record("torch", "fp32", 3.0)], "nothing to ship: every candidate is excluded"),
         ([record("torch", "fp32", 3.0), INT8], "ship openvino int8: 6.00x faster than torch fp32 at -0.2 points"),
         (
             [record("onnx", "int8", 1.0, accuracy=JUDGED), INT8],
@@ -102,8 +105,8 @@ def test_what_is_out_and_int8_without_a_gain_are_named():
         ]
     )
     assert found.notes == (
-        "openvino int8 is out: its latency was not stable: measure again on an idle machine",
-        "onnx int8 is 0.96x of onnx fp32 here: int8 gains no speed",
+        "openvino int8 is excluded: latency not stable: measure again on an idle machine",
+        "onnx int8 has 0.96x the speed of onnx fp32 here: int8 gains no speed",
     )
 
 
@@ -182,7 +185,7 @@ def test_comparing(times):
 def test_a_regression_fails_when_it_is_one(old, new, limit, fails):
     pairs = compare([record(median=old[0], spread=old[1])], [record(median=new[0], spread=new[1])]).pairs
     if fails:
-        with pytest.raises(LatencyError, match=r"1\.20x the time of before"):
+        with pytest.raises(LatencyError, match=r"1\.20x the old time"):
             require(pairs, (), limit)
     else:
         require(pairs, (), limit)
@@ -203,12 +206,12 @@ def test_the_comparing_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "regression" in out and "1.20x" in out and "same" in out
     assert report_main(["--compare", str(old), str(new), "--max-regression", "5%"]) == 6
-    assert "1.20x the time of before (5 % more allowed)" in capsys.readouterr().err
+    assert "1.20x the old time (limit: 5 % more)" in capsys.readouterr().err
     assert report_main(["--compare", str(old), str(new), "--max-regression", "25%", "--json"]) == 0
     assert [pair["verdict"] for pair in json.loads(capsys.readouterr().out)["pairs"]] == ["regression", "same"]
     assert report_main(["--compare", str(old), str(new), "--max-latency", "1ms"]) == 6
     assert report_main([str(old), "--max-latency", "0.9ms"]) == 6
-    assert "p50 1.00 ms (0.9 ms allowed)" in capsys.readouterr().err
+    assert "p50 1.00 ms (limit: 0.9 ms)" in capsys.readouterr().err
     assert report_main([str(old), "--max-latency", "1.1 ms"]) == 0
 
 
@@ -323,17 +326,17 @@ def test_no_number_is_an_error_that_names_file_and_place(tmp_path, capsys, place
     [
         ([], "nothing to report"),
         (["nowhere"], "nowhere does not exist"),
-        (["{empty}"], "neither records nor bundles"),
+        (["{empty}"], "contains no records and no bundles"),
         (["{deep}"], "cannot be read"),
-        (["--compare", "{old}", "{empty}"], "neither records nor bundles"),
-        (["{old}", "--compare", "{old}", "{old}"], "OLD and NEW alone"),
+        (["--compare", "{old}", "{empty}"], "contains no records and no bundles"),
+        (["{old}", "--compare", "{old}", "{old}"], "cannot be combined with paths"),
         (["--compare", "{old}", "{old}", "--max-regression", "much"], "--max-regression much"),
-        (["--compare", "{old}", "{old}", "--html", "x"], "not for --compare"),
+        (["--compare", "{old}", "{old}", "--html", "x"], "--html cannot be combined with --compare"),
         (["{old}", "--max-latency", "0ms"], "--max-latency 0ms"),
         (["{old}", "--max-latency", "-1"], "--max-latency -1: use a time"),
         (["{old}", "--max-regression", "5%"], "needs --compare"),
         (["{old}", "--max-drop", "nan"], "--max-drop nan"),
-        (["{old}", "--last", "1"], "are for --history"),
+        (["{old}", "--last", "1"], "need --history"),
         (["--history"], "--history needs --db"),
         (["--history", "--db", "nowhere.db"], "nowhere.db does not exist"),
         (["--history", "--db", "{text}"], "cannot be used as a history"),
@@ -388,7 +391,7 @@ def test_the_history(tmp_path, capsys):
     ((first, second),) = json.loads(capsys.readouterr().out)
     assert (first["change"], second["change"]["verdict"]) == (None, "regression")
     assert report_main(["--history", "--db", str(db), "--model", "nothing"]) == 2
-    assert "has no such records" in capsys.readouterr().err
+    assert "has no records of this model and target" in capsys.readouterr().err
     assert [read.samples_ms for read in history.read(db, target="onnx")] == [run.samples_ms for run in runs]
 
 

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from evm_deploy import cli
+from evm_deploy.bench.matrix import Form, parse_forms
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
@@ -18,7 +19,7 @@ from evm_deploy.calib import candidate
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.errors import ParityError
+from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export.hub.naming import below
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.pipeline import export
@@ -39,6 +40,19 @@ def constants(model):
 @pytest.fixture(scope="module")
 def bundle(micro, bundle_of):
     return bundle_of(micro, plan(imgsz=(64, 64)))
+
+
+def test_w8a16_is_another_name_of_w8():
+    assert plan(precision="w8a16") == plan(precision="w8")
+    assert parse_forms("onnx:w8a16,onnx:w8") == (Form("onnx", "w8"),)
+    with pytest.raises(UsageError, match="'w8a8' is unknown"):
+        plan(precision="w8a8")
+
+
+def test_w8a16_from_the_command_line(tmp_path, capsys):
+    for flags in (["--target", "onnx"], ["--device", "pi5"]):
+        assert cli.export_main([*flags, "--precision", "w8a16", "--dry-run", "-o", str(tmp_path)]) == 0
+        assert "-> onnx w8, 64x64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -1,4 +1,4 @@
-"""Latency on the device itself: measured until it is stable, with what is needed to compare two numbers.
+"""Latency measurement on the device: timing until the median is stable, and the facts needed to compare two records.
 
 >>> from evm_deploy.bench import bench
 """

@@ -1,10 +1,10 @@
-"""How fast the model in this folder is on a Mac, and where its operations run. NEVER RUN BY THIS PROJECT ON A MAC.
+"""Measure the Core ML model in this folder on a Mac: latency and compute plan. NEVER RUN BY THIS PROJECT ON A MAC.
 
     pip install coremltools pillow numpy
-    python bench_on_mac.py     # a record of evm-deploy for each choice of compute units; --limit, --units to choose
+    python bench_on_mac.py     # writes one record of evm-deploy for each choice of compute units; see --help
 
-Needs macOS 14.4 or newer for the compute plan. Standard library, numpy, Pillow, coremltools, and beside it
-latency.py and compute_plan.py.
+The compute plan needs macOS 14.4 or newer. The script uses the standard library, numpy, Pillow, coremltools, and the
+files latency.py and compute_plan.py in the same folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PHONE_RUNS = 200
 
 @dataclass(frozen=True)
 class MacRun:
-    """What one choice of compute units gave: times in milliseconds, the device's facts, and the compute plan."""
+    """Result for one choice of compute units: times in ms, facts of the device, and Core ML's compute plan."""
 
     latency: Latency
     load_ms: dict[str, float]
@@ -52,13 +52,16 @@ class MacRun:
 
 
 def main() -> int:
+    """Measure with every choice of compute units and write one record each. Return the exit code; 3 if not on a Mac."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each choice of units that is not stable")
-    parser.add_argument("--units", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
     parser.add_argument(
-        "--iphone", metavar="TEAM", help="on the iPhone connected, through Xcode; your development team"
+        "--limit", type=float, default=60.0, help="longest time for one choice of units in s, default 60"
     )
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the records")
+    parser.add_argument("--units", default=",".join(UNITS), help=f"compute units: any of {', '.join(UNITS)}")
+    parser.add_argument(
+        "--iphone", metavar="TEAM", help="measure on the connected iPhone, through Xcode, as this development team"
+    )
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the records, default: the script's")
     args = parser.parse_args()
     if sys.platform != "darwin":
         print(f"bench_on_mac.py: Core ML runs on Apple systems only, this is {sys.platform}", file=sys.stderr)
@@ -79,7 +82,7 @@ def main() -> int:
 
 
 def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s: float) -> MacRun:
-    """Measure the package in `folder` on this Mac. ct: coremltools."""
+    """Measure the package in `folder` on this Mac. ct: the module coremltools. units: a ct.ComputeUnit."""
     path, spec = folder / manifest["artifact"], manifest["inputs"][0]
     fresh_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=units))
     again_ms, model = _timed(lambda: ct.models.MLModel(str(path), compute_units=units))
@@ -87,12 +90,12 @@ def on_mac(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, limit_s:
     first_ms, _ = _timed(lambda: model.predict(feeds))
     latency: Latency = measure(lambda: model.predict(feeds), limit_s=limit_s)
     where = compute_plan(model, units, function_name(manifest))
-    warning = "predict() of coremltools in Python: an app has less around it"
+    warning = "measured with predict() of coremltools in Python: an app has less overhead"
     return MacRun(latency, {"fresh": fresh_ms, "again": again_ms}, first_ms, this_mac(), where, warning)
 
 
 async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any, team: str) -> MacRun:
-    """Measure it on the iPhone that is connected, with coremltools' own app, which Xcode signs for `team`."""
+    """Measure the package in `folder` on the connected iPhone, with coremltools' app, which Xcode signs for `team`."""
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
     from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
 
@@ -110,12 +113,12 @@ async def on_iphone(ct: Any, folder: Path, manifest: dict[str, Any], units: Any,
     latency = Latency(tuple(samples), 2, agree(thirds))
     facts = {"model": phone.name, "cpu": phone.type.value, "machine": "arm64", "system": f"iOS {phone.os_version}"}
     device = {**dict.fromkeys(this_mac()), **facts}
-    warning = "prediction alone, as coremltools' app on the phone counts it"
+    warning = "only the prediction is timed, by coremltools' app on the phone"
     return MacRun(latency, {"fresh": loads[0], "again": loads[1]}, first, device, {}, warning)
 
 
 def make_record(folder: Path, ct: Any, units: str, found: MacRun, limit_s: float) -> dict[str, Any]:
-    """One record, schema 1 of evm-deploy, of the bundle in `folder`."""
+    """Return the record, schema 1 of evm-deploy, for the bundle in `folder`. ct: the module coremltools."""
     text = (folder / "manifest.json").read_bytes()
     manifest = json.loads(text)
     batch = manifest["inputs"][0]["shape"][0]
@@ -171,18 +174,19 @@ def make_record(folder: Path, ct: Any, units: str, found: MacRun, limit_s: float
 
 
 def function_name(manifest: dict[str, Any]) -> str:
-    """Of a package for several sizes the first, which is the default."""
+    """Return the name of the package's default function: the first one, if the package has several input sizes."""
     return str(manifest["details"].get("functions", [{"name": "main"}])[0]["name"])
 
 
 def _timed(call: Any) -> tuple[float, Any]:
+    """Call `call` once and return its duration in ms and its result."""
     start = time.perf_counter()
     result = call()
     return (time.perf_counter() - start) * 1e3, result
 
 
 def this_mac() -> dict[str, Any]:
-    """Model, chip and system, as the system names them."""
+    """Return model, chip, cores, memory and system of this Mac for `Record.device`."""
 
     def ask(what: str) -> str:
         try:
@@ -204,7 +208,7 @@ def this_mac() -> dict[str, Any]:
 
 
 def example(spec: dict[str, Any]) -> Any:
-    """A seeded input: an image for an image, noise for a tensor."""
+    """Return a seeded random input: a Pillow image for a uint8 input, else a float32 array."""
     import numpy as np
     import PIL.Image
 

@@ -1,4 +1,4 @@
-"""What a device is, and the state that it is in: what makes two latencies comparable, or not."""
+"""Facts and state of this device, which decide whether two latencies can be compared."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ FEATURES = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
 MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
-BUSY = 0.5  # load average per core, from which other work is named
+BUSY = 0.5  # load average per core above which a warning is given
 
 
 @dataclass(frozen=True)
 class State:
-    """Before or after a measurement. Empty or None where the system does not say.
+    """State of the device before or after a measurement. Values that the system does not report are empty or None.
 
-    clocks_mhz: of each core. temperatures_c: by sensor. throttled: events so far. load: of one minute, per core.
+    clocks_mhz: clock of each core. temperatures_c: temperature by sensor. throttled: number of throttling events so
+    far. load: load average of the last minute, per core.
     """
 
     clocks_mhz: tuple[float, ...]
@@ -33,7 +34,7 @@ class State:
 
 
 def facts() -> dict[str, Any]:
-    """Model, processor, cores, governor, memory and system of this device."""
+    """Return model, processor, cores, clock governor, memory and system of this device."""
     cpu: dict[str, str] = {}
     for line in text(PROC / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
@@ -54,15 +55,15 @@ def facts() -> dict[str, Any]:
 
 
 def cpu_features() -> list[str]:
-    """Of the processor, those that kernels for networks use; empty where the system does not say."""
-    said = {"flags", "Features"}  # on x86-64, on AArch64
+    """Return the CPU features that inference kernels use (AVX2, VNNI, dot products, ..); empty if not reported."""
+    said = {"flags", "Features"}  # key in /proc/cpuinfo on x86-64 and on AArch64
     lines = (line.partition(":") for line in text(PROC / "cpuinfo").splitlines())
     has = next((set(value.split()) for key, _, value in lines if key.strip() in said), set())
     return [feature for feature in FEATURES if feature in has]
 
 
 def gpus() -> list[str]:
-    """Names of GPUs, as NVIDIA's driver says, else maker and PCI device of graphics cards."""
+    """Return the names of the GPUs: from NVIDIA's driver, else the maker and PCI device number of each card."""
     found = []
     for file in sorted(PROC.glob("driver/nvidia/gpus/*/information")):
         found += [line.partition(":")[2].strip() for line in text(file).splitlines() if line.startswith("Model:")]
@@ -74,7 +75,7 @@ def gpus() -> list[str]:
 
 
 def state() -> State:
-    """Clocks, temperatures, throttling and load now."""
+    """Return clocks, temperatures, throttling events and load at this moment."""
     clocks = [number(path) for path in sorted(SYS.glob("devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
     zones = {path: number(path / "temp") for path in sorted(SYS.glob("class/thermal/thermal_zone*"))}
     throttles = [number(path) for path in SYS.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
@@ -88,18 +89,19 @@ def state() -> State:
 
 
 def warnings(device: dict[str, Any], before: State, after: State) -> list[str]:
-    """What may have spoilt a measurement."""
+    """Return warnings about conditions that make a measurement unreliable: load, clock governor, throttling."""
     found = []
     if before.load is not None and before.load > BUSY:
         found.append(f"other work on the machine: load {before.load:.2f} per core before the measurement")
     if device["governor"] not in (None, "performance"):
-        found.append(f"the clock governor is {device['governor']}: performance gives steadier numbers")
+        found.append(f"the clock governor is {device['governor']}: 'performance' gives steadier latencies")
     if before.throttled is not None and after.throttled is not None and after.throttled > before.throttled:
         found.append(f"throttled by heat {after.throttled - before.throttled} times")
     return found
 
 
 def text(path: Path) -> str:
+    """Read a text file; return an empty string if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -107,6 +109,7 @@ def text(path: Path) -> str:
 
 
 def number(path: Path) -> float | None:
+    """Read the number in a file; return None if the file cannot be read or holds no number."""
     try:
         return float(text(path))
     except ValueError:

@@ -1,7 +1,7 @@
-"""What an inference costs in energy, by the sensors that this machine lets us read.
+"""Energy of an inference, from the sensors that this user can read.
 
-Counters of energy: RAPL (Intel and AMD). Power, sampled: rails of an INA3221 (Jetson), a battery that is discharging.
-All of them see the whole package, board or device: idle power and other work are in it.
+Energy counters: RAPL (Intel and AMD). Power sensors, which are sampled: rails of an INA3221 (Jetson), and a battery
+while it discharges. Every sensor measures a whole package, board or device, so idle power and other work are included.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import TracebackType
 
 from evm_deploy.bench import device
 
-PERIOD_S = 0.1  # between samples of power
+PERIOD_S = 0.1  # time between two samples of power
 
 
 @dataclass(frozen=True)
 class Counter:
-    """A file that counts microjoules, and the largest number in it, after which it starts again from 0."""
+    """Sensor file that counts microjoules. largest: value after which the counter starts again from 0."""
 
     name: str
     path: Path
@@ -30,18 +30,20 @@ class Counter:
 
     @property
     def paths(self) -> tuple[Path, ...]:
+        """Files that must be readable."""
         return (self.path,)
 
 
 @dataclass(frozen=True)
 class Rail:
-    """Files whose product, times `unit`, is a power in watts."""
+    """Power sensor: the product of the numbers in `paths`, times `unit`, is a power in watts."""
 
     name: str
     paths: tuple[Path, ...]
     unit: float
 
     def watts(self) -> float | None:
+        """Return the power now in watts, or None if a file cannot be read."""
         watts = self.unit
         for path in self.paths:
             value = device.number(path)
@@ -52,25 +54,28 @@ class Rail:
 
 
 def sensors() -> list[Counter | Rail]:
-    """Those that this machine has, whether we may read them or not."""
+    """Return the energy sensors of this machine, including those that this user cannot read."""
     return [*_rapl(), *_ina3221(), *_batteries()]
 
 
 def readable(sensor: Counter | Rail) -> bool:
+    """Test whether every file of `sensor` can be read and holds a number."""
     return all(device.number(path) is not None for path in sensor.paths)
 
 
 def advice() -> list[str]:
-    """How to read the sensors that are there and are not readable: one line, or none."""
+    """Return one line with the command that makes unreadable sensors readable, or no line if there are none."""
     paths = [path for sensor in sensors() for path in sensor.paths]
     closed = [path for path in paths if path.exists() and not os.access(path, os.R_OK)]
     if not closed:
         return []
-    return [f"energy is counted, but not for you: sudo chmod a+r {' '.join(map(str, closed))}"]
+    return [
+        f"energy sensors found, but not readable by this user; to allow it: sudo chmod a+r {' '.join(map(str, closed))}"
+    ]
 
 
 class Meter:
-    """Counts energy within its `with` block; `millijoules` afterwards."""
+    """Energy meter: counts the energy used inside its `with` block. Call `millijoules` after the block."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         found = [sensor for sensor in sensors() if readable(sensor)]
@@ -97,7 +102,7 @@ class Meter:
             self.thread.join()
 
     def millijoules(self, inferences: int) -> dict[str, float]:
-        """Of one of that many inferences, by sensor."""
+        """Return the energy of one inference in mJ, by sensor. inferences: number of inferences in the block."""
         found = {}
         for sensor in self.counters:
             before, after = self.before[sensor.name], self.after[sensor.name]
@@ -111,6 +116,7 @@ class Meter:
         return {name: round(total / inferences, 4) for name, total in found.items()}
 
     def _sample(self) -> None:
+        """Sample every rail once per period, in a thread, until the block ends."""
         while True:
             for rail in self.rails:
                 watts = rail.watts()
@@ -121,7 +127,7 @@ class Meter:
 
 
 def _rapl() -> list[Counter]:
-    """Zones of the processor, `package-0`, and those within them, `package-0 core`."""
+    """Return counters for the processor's zones (`package-0`) and the zones within these (`package-0 core`)."""
     zones = sorted(device.SYS.glob("class/powercap/intel-rapl:*"))
     names = {zone.name: device.text(zone / "name").strip() or zone.name for zone in zones}
     found = []
@@ -133,7 +139,7 @@ def _rapl() -> list[Counter]:
 
 
 def _ina3221() -> list[Rail]:
-    """The rails that have a name, by hwmon (mV, mA) or the iio driver of older Jetsons (mW)."""
+    """Return the named rails of hwmon (mV, mA) or of the iio driver of older Jetsons (mW)."""
     found = []
     for chip in sorted(device.SYS.glob("class/hwmon/hwmon*")):
         if device.text(chip / "name").strip() == "ina3221":
@@ -148,7 +154,7 @@ def _ina3221() -> list[Rail]:
 
 
 def _batteries() -> list[Rail]:
-    """Those that are discharging: at any other time the power is the charger's."""
+    """Return the batteries that are discharging. A battery that is not discharging shows the charger's power."""
     found = []
     for supply in sorted(device.SYS.glob("class/power_supply/*")):
         kind, status = (device.text(supply / name).strip() for name in ("type", "status"))

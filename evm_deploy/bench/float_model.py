@@ -1,4 +1,4 @@
-"""The float network of a checkpoint in torch, eager on the CPU: the baseline of a comparison."""
+"""Float network of a checkpoint in eager torch on the CPU: the baseline of a comparison."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from evm_deploy.toolchain.plugins import find_plugin
 
 
 class FloatModel:
-    """The network of the checkpoint `path`, for images of settings.imgsz, or of the size saved with it.
+    """Float network of the checkpoint `path`, for images of size settings.imgsz or of the size saved with the weights.
 
-    Inside its `with` block torch has settings.threads threads, in the whole process. Raises CheckpointError, and
-    UsageError for what torch has no setting for.
+    Inside its `with` block torch uses settings.threads threads in the whole process. Raises CheckpointError, and
+    UsageError for settings that torch does not have (end-to-end, scan, streams).
     """
 
     batch = Batch(1, 1, None)
@@ -38,7 +38,7 @@ class FloatModel:
     def __init__(self, path: Path, settings: Settings) -> None:
         if (settings.timed, settings.scan, settings.streams) != ("model", "auto", 1):
             raise UsageError(
-                f"{path.name} is a checkpoint: in torch its network alone is timed, one inference at a time",
+                f"{path.name} is a checkpoint: torch only times its network, one inference at a time",
                 "leave --end-to-end, --scan and --streams out, or torch out of --forms",
             )
         network = load_checkpoint(path)
@@ -49,6 +49,7 @@ class FloatModel:
         self.path, self.threads = path, settings.threads
 
     def facts(self) -> dict[str, Any]:
+        """Return the checkpoint's data for `Record.bundle`."""
         return {
             "name": f"{self.spec.name}-{TORCH}-fp32-{self.plan.sizes}",
             "model": self.spec.name,
@@ -61,6 +62,7 @@ class FloatModel:
         }
 
     def runtime(self) -> dict[str, Any]:
+        """Return torch's version, and whether scans run on the native kernel, for `Record.runtime`."""
         import torch
 
         native = Decision("native", "eager, scans on the native kernel")
@@ -70,11 +72,12 @@ class FloatModel:
         return {"versions": {"torch": torch.__version__}, "scan": asdict(scan), "plan": {}}
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
+        """Return the function to time: one run on `batch` seeded images."""
         pixels = repeated(make_test_inputs(self.plan, self.preprocessing), batch)
         return lambda: self.run(pixels)
 
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Images (n, H, W, 3) uint8 -> the outputs by name."""
+        """Run the network on images (n, H, W, 3) uint8 and return its outputs by name."""
         import torch
 
         with torch.inference_mode():
@@ -82,7 +85,7 @@ class FloatModel:
         return {name: value.numpy() for name, value in zip(self.module.outputs, values, strict=True)}
 
     def layers(self, batch: int) -> dict[str, Any]:
-        """None: torch is the baseline, not what ships."""
+        """Return no times: the torch baseline is not profiled."""
         return {}
 
     def __enter__(self) -> FloatModel:

@@ -1,6 +1,6 @@
-"""Where the time of an inference goes: by module and kind of operation, from the runtime's own profiler.
+"""Time of an inference by module and kind of operation, from the runtime's own profiler.
 
-Blocks that are one node of the native library are divided by the stages that it counts (scan/fused.py).
+A block that runs as one node of the native library is divided into the stages that the library times (scan/fused.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from evm_deploy.runtimes.base import Feeds, NodeTime
 from evm_deploy.scan.fused import OP_TYPES, STAGES
 from evm_deploy.toolchain.plugins import block_trace
 
-RUNS = 30  # with the profiler, at most
-SECONDS = 2.0  # and none begins after
-ROWS = 1 << 16  # of the trace of blocks
+RUNS = 30  # largest number of profiled runs
+SECONDS = 2.0  # no profiled run starts later than this
+ROWS = 1 << 16  # capacity of the native library's trace of blocks
 SCAN = "SelectiveScan"
 
-# What operations are of a kind, as the runtimes and ONNX call them. Activations: whatever is done element by element.
+# Kinds of operations, with the operation names of ONNX and the runtimes. All elementwise operations are activations.
 KINDS = {
     "projections": "MatMul Gemm FullyConnected MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QGemm "
     "QLinearMatMul",
@@ -41,13 +41,14 @@ KINDS = {
     "scan": f"{SCAN} Scan TensorIterator Loop",
     "block": " ".join(OP_TYPES),
 }
-UNSPECIFIC = {"Subgraph": "activations"}  # what OpenVINO compiles together: its name may say more
+# OpenVINO's node for operations that it compiles together. The kind is taken from the node's name if possible.
+UNSPECIFIC = {"Subgraph": "activations"}
 KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Milliseconds of one inference in nodes of one module and kind. calls: how many such nodes."""
+    """Time in ms that one inference spends in the nodes of one module and kind. calls: number of these nodes."""
 
     module: str
     kind: str
@@ -56,9 +57,9 @@ class Part:
 
 
 def measure_layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
-    """`Record.layers` of one inference on `feeds`; empty where the runtime has no profiler.
+    """Profile inferences on `feeds` and return `Record.layers`; empty if the runtime has no profiler.
 
-    Inferences with the profiler and without take turns, so that what else the machine does hits both.
+    Inferences with and without the profiler alternate, so that other work on the machine slows both alike.
     """
     runtime, profiler = model.profiled(), model.target.profiler
     if runtime is None or profiler is None:
@@ -69,20 +70,23 @@ def measure_layers(model: LoadedBundle, feeds: Feeds) -> dict[str, Any]:
     how = profiler.name
     if profiler.records:
         nodes, node_ms, event_ms = without_recording(nodes, min(profiled) - min(plain))
-        how += f", less what recording takes: {node_ms * 1e3:.1f} us a node"
-        how += f", {event_ms * 1e3:.1f} us an event in a loop" if any(node.inside for node in nodes) else ""
+        how += f", minus its own overhead: {node_ms * 1e3:.1f} us per node"
+        how += f", {event_ms * 1e3:.1f} us per event in a loop" if any(node.inside for node in nodes) else ""
     parts = placed(nodes)
     shares = stage_shares(ticks, 2 * (1 + len(plain)), sum(part.kind == "block" for part in parts))
     if len(shares):
-        how += ", blocks by the native library's own counters"
+        how += ", blocks divided by the native library's counters"
         parts = divided(parts, shares)
-    # as node_times: of the fastest, or means
+    # node_times are those of the fastest run if the profiler records every node, else means over the runs
     inference_ms = min(plain) if profiler.records else statistics.median(plain)
     return summary(how, merged(parts), inference_ms)
 
 
 def in_turn(*runs: Callable[[], object]) -> list[list[float]]:
-    """Milliseconds of each of `runs`, up to RUNS times, once at least; the first round does not count."""
+    """Call every function of `runs` in turn, for up to RUNS rounds or SECONDS, and return their times in ms.
+
+    The first round is warm-up and not returned; at least one more round follows.
+    """
     rounds: list[list[float]] = []
     end = time.perf_counter() + SECONDS
     while len(rounds) < 2 or (len(rounds) < RUNS and time.perf_counter() < end):
@@ -95,11 +99,11 @@ def in_turn(*runs: Callable[[], object]) -> list[list[float]]:
 
 
 def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list[NodeTime], float, float]:
-    """The nodes less what it took to record them; what is taken off for a node, and for an event within one, in ms.
+    """Subtract the profiler's overhead from node times. Return the nodes, and the overhead per node and event in ms.
 
-    Recording falls partly within the time of a node: about what the shortest node takes, which does next to nothing.
-    For events in a loop's body all of it is in the loop: their part in `slower_ms`, by which an inference is slower
-    with the profiler.
+    Part of the overhead falls within each node's time. The estimate per node is the time of the shortest node, which
+    does almost no work. Events in the body of a loop have their whole overhead within the loop node. The estimate per
+    event is its share of `slower_ms`, the time by which the profiler slows one inference.
     """
     node_ms = min((node.ms for node in nodes if not node.inside), default=0.0)
     event_ms = max(0.0, slower_ms) / sum(1 + node.inside for node in nodes)
@@ -108,10 +112,10 @@ def without_recording(nodes: Sequence[NodeTime], slower_ms: float) -> tuple[list
 
 
 def placed(nodes: Sequence[NodeTime]) -> list[Part]:
-    """Module and kind of each node, in order.
+    """Return a Part with module and kind for each node, in order.
 
-    A node that the runtime made has no module: it gets that of the next one, for which it was made. Where that is a
-    norm it is a part of it, unless it moves data.
+    A node that the runtime inserted has no module, and gets the module of the next node. If that next node is a norm,
+    the inserted node counts as part of the norm, unless it only moves data (kind `layout`).
     """
     parts, near, near_op = [], "root", ""
     for node in reversed(nodes):
@@ -128,11 +132,11 @@ def placed(nodes: Sequence[NodeTime]) -> list[Part]:
 
 
 def names(node: str) -> tuple[str, str]:
-    """Module path and ONNX operation in the name of a node; empty where it says none.
+    """Parse module path and ONNX operation from the name of a node; both are empty if the name has none.
 
     layers.1.blocks.0.op/Mul_1/QuickGeluFusion/  -> layers.1.blocks.0.op, Mul
-    _inlfunc_EVSSBlock_op.in_proj/MatMul         -> EVSSBlock.op.in_proj, MatMul     a body that the runtime inlined
-    Subtract_7_acdb_abcd_patch_embed.2/Reshape   -> patch_embed.2, Reshape           a change of layout on the way
+    _inlfunc_EVSSBlock_op.in_proj/MatMul         -> EVSSBlock.op.in_proj, MatMul     function inlined by ONNX Runtime
+    Subtract_7_acdb_abcd_patch_embed.2/Reshape   -> patch_embed.2, Reshape           change of layout by OpenVINO
     """
     inlined = re.match(r"_inlfunc_([A-Za-z0-9]+)(_token_\d+)?_", node)
     if inlined:
@@ -145,9 +149,10 @@ def names(node: str) -> tuple[str, str]:
 
 
 def stage_shares(ticks: NDArray[np.uint64], runs: int, blocks: int) -> NDArray[np.float64]:
-    """Of the time of each block, that of each stage, (blocks, stages); no rows where they were not counted.
+    """Return the share of each stage in the time of its block, float64 (blocks, stages), each row with sum 1.
 
-    ticks: (rows, stages), a row for each run, block and image, in that order, and zeros after them.
+    ticks: uint64 (rows, stages), one row for each run, block and image in this order, followed by rows of zeros.
+    The result has no rows if there are no ticks, if the trace was full, or if its length does not fit runs and blocks.
     """
     used = ticks[ticks.any(axis=1)]
     if not blocks or not len(used) or len(used) == len(ticks) or len(used) % (runs * blocks):
@@ -158,7 +163,7 @@ def stage_shares(ticks: NDArray[np.uint64], runs: int, blocks: int) -> NDArray[n
 
 
 def divided(parts: Sequence[Part], shares: NDArray[np.float64]) -> list[Part]:
-    """The parts, each block as its stages."""
+    """Replace each part of kind `block` by one part for each stage, in proportion to `shares` (blocks, stages)."""
     rows, found = iter(shares), []
     for part in parts:
         stages = zip(STAGES, next(rows), strict=True) if part.kind == "block" else [(part.kind, 1.0)]
@@ -167,7 +172,7 @@ def divided(parts: Sequence[Part], shares: NDArray[np.float64]) -> list[Part]:
 
 
 def merged(parts: Sequence[Part]) -> list[Part]:
-    """One part for each module and kind, in the order in which they first ran."""
+    """Add up parts of the same module and kind; the order is that of their first appearance."""
     sums: dict[tuple[str, str], Part] = {}
     for part in parts:
         key = part.module, part.kind
@@ -177,7 +182,10 @@ def merged(parts: Sequence[Part]) -> list[Part]:
 
 
 def summary(how: str, parts: Sequence[Part], inference_ms: float) -> dict[str, Any]:
-    """`Record.layers` of these parts. The scans' share is None where blocks hold some of them."""
+    """Return `Record.layers` for these parts. `scan_share` is None if undivided blocks contain scans.
+
+    how: description of the method. inference_ms: time of an inference without the profiler.
+    """
     kinds: dict[str, float] = {}
     for part in parts:
         kinds[part.kind] = kinds.get(part.kind, 0.0) + part.ms

@@ -1,4 +1,7 @@
-"""One checkpoint in several forms, each exported and measured: `evm-bench --matrix`. What is done is not done again."""
+"""Comparison of one checkpoint in several forms (`evm-bench --matrix`): export and measure each target and precision.
+
+Bundles and records of an earlier call are reused if they are still current.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.export.pipeline import bundle_path, complete, export
-from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, canonical_precision, parse_imgsz
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Target, check_plan
 from evm_deploy.export.targets import get_target
@@ -38,13 +41,13 @@ from evm_deploy.tasks import get_task
 from evm_deploy.tasks.task import Outputs
 
 FORMS = "torch:fp32,onnx:fp32,onnx:int8,openvino:fp32,openvino:int8"
-CHUNK = 16  # images of one inference of the float model
-BUNDLES = "bundles"  # folder below the records'
+CHUNK = 16  # images per inference of the float model
+BUNDLES = "bundles"  # subfolder of the records' folder
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a checkpoint is exported to, or torch: the checkpoint itself."""
+    """Target and precision of one export in a comparison. Target `torch` is the checkpoint itself, not exported."""
 
     target: str
     precision: str
@@ -55,10 +58,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A comparison: one record for each form and setting, in `out`, the bundles below it.
+    """Settings of a comparison, which makes one record for each form and each of `settings`.
 
-    settings: with `batch`. imgsz: None as saved with the weights. calib, val: as for ExportPlan; with `val` the
-    accuracy of every form is measured.
+    settings: each with its `batch`. out: folder for the records; bundles go into its subfolder `bundles`.
+    imgsz: input size; None: saved with the weights. calib, val: as for ExportPlan; with `val` the accuracy of every
+    form is measured.
     """
 
     checkpoint: Path
@@ -72,40 +76,43 @@ class Matrix:
 
 @dataclass(frozen=True)
 class FormOutcome:
-    """records: where they are, in the order of the forms. failed: forms that could not be made or measured, and why."""
+    """Result of a comparison. records: paths in the order of the forms. failed: error of each form that failed."""
 
     records: list[Path] = field(default_factory=list)
     failed: dict[Form, EvmError] = field(default_factory=dict)
 
 
 def parse_forms(text: str) -> tuple[Form, ...]:
-    """`torch:fp32,onnx:int8` -> forms. Raises UsageError for what no target has."""
+    """Parse `torch:fp32,onnx:int8` into forms, without duplicates; aliases such as onnx:w8a16 are resolved.
+
+    A form without a precision gets the first one of its target. Raises UsageError for an unknown target or precision.
+    """
     forms = []
     for part in text.split(","):
         name, _, precision = part.strip().partition(":")
         if name == TORCH:
             if precision not in ("", "fp32"):
-                raise UsageError(f"--forms {part}: in torch the checkpoint is measured as it is", f"use {TORCH}:fp32")
+                raise UsageError(f"--forms {part}: torch measures the checkpoint unchanged", f"use {TORCH}:fp32")
             forms.append(Form(TORCH, "fp32"))
             continue
-        target = get_target(name)
+        target, precision = get_target(name), canonical_precision(precision)
         if precision and precision not in target.precisions:
             has = ", ".join(target.precisions)
-            raise UsageError(f"--forms {part}: target '{target.name}' has no such precision", f"it has: {has}")
+            raise UsageError(f"--forms {part}: target '{target.name}' has no such precision", f"choose from: {has}")
         forms.append(Form(target.name, precision or target.precisions[0]))
     return tuple(dict.fromkeys(forms))
 
 
 def no_progress(done: int, total: int) -> None:
-    """Shows nothing."""
+    """Ignore the progress of a comparison."""
 
 
 def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_progress) -> FormOutcome:
-    """Export and measure every form. One that fails does not stop the others.
+    """Export and measure every form. A form that fails does not stop the others.
 
-    `step(name, detail)` is entered around each step, `progress` told how many forms are done. A bundle is kept that the
-    same plan, checkpoint and packages made; a record, of the same bundle, settings and machine, if it was stable.
-    Raises EvmErrors for the checkpoint.
+    step: context manager `step(name, detail)` that is entered around each step. progress: called with the number of
+    forms that are done, and of all forms. A bundle from the same plan, checkpoint and package versions is reused. A
+    stable record of the same bundle, settings and machine is reused. Raises EvmError if the checkpoint cannot be used.
     """
     source = Checkpoint(matrix)
     outcome = FormOutcome()
@@ -121,7 +128,7 @@ def run_matrix(matrix: Matrix, step: Step = silent, progress: Progress = no_prog
 
 
 class Checkpoint:
-    """The checkpoint of a matrix: its bundles and records."""
+    """Checkpoint of a comparison, with methods that make its bundles and records or find current ones."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix, self.path = matrix, matrix.checkpoint
@@ -129,7 +136,7 @@ class Checkpoint:
         self.float = FloatModel(self.path, Settings(imgsz=matrix.imgsz))
 
     def exported(self, form: Form, step: Step) -> Path:
-        """The bundle of a form, made now unless it is there."""
+        """Return the path of the form's bundle; export it unless a current one exists. Raises EvmError."""
         target, plan = get_target(form.target), self.plan(form)
         path = bundle_path(self.matrix.out / BUNDLES, target, plan, self.float.spec)
         if not self.is_current(path, target, plan):
@@ -138,21 +145,21 @@ class Checkpoint:
         return path
 
     def plan(self, form: Form) -> ExportPlan:
-        """Complete, as a manifest holds it."""
-        judged = form.precision in QUANTIZED
-        calibrated = form.precision in CALIBRATED or (judged and not self.matrix.val)
+        """Return the complete plan of a form, as the bundle's manifest stores it."""
+        evaluated = form.precision in QUANTIZED
+        calibrated = form.precision in CALIBRATED or (evaluated and not self.matrix.val)
         plan = ExportPlan(
             form.target,
             form.precision,
             imgsz=parse_imgsz(self.matrix.imgsz) if self.matrix.imgsz else None,
             batch=Batch.parse("1" if all(each.batch == 1 for each in self.matrix.settings) else "dynamic"),
             calib=self.matrix.calib if calibrated else None,
-            val=self.matrix.val if judged else None,
+            val=self.matrix.val if evaluated else None,
         )
         return complete(check_plan(get_target(form.target), plan), self.float.spec)[0]
 
     def is_current(self, path: Path, target: Target, plan: ExportPlan) -> bool:
-        """Whether the bundle at `path` is what an export would make now."""
+        """Test whether the bundle at `path` was made from the same plan, checkpoint and package versions."""
         try:
             manifest = open_bundle(path).manifest
         except BundleError:
@@ -165,7 +172,10 @@ class Checkpoint:
         )
 
     def measured(self, form: Form, path: Path, settings: Settings, step: Step) -> Path:
-        """Where the record of a form is, made now unless it is there."""
+        """Return the path of the form's record; measure it unless a stable one exists. Raises EvmError.
+
+        With `matrix.val` the record also gets the accuracy of a form whose manifest has none.
+        """
         settings = replace(settings, imgsz=self.matrix.imgsz) if form.target == TORCH else settings
         subject = sha256(path if form.target == TORCH else path / MANIFEST)
         found = find_record(self.matrix.out, subject, settings)
@@ -175,14 +185,14 @@ class Checkpoint:
         with step("measure", f"{form}, {settings}"):
             record = bench(path, settings)
         if self.matrix.val and not record.bundle["accuracy"]:
-            with step("judge", f"{form}, {len(self.images)} images"):
+            with step("evaluate", f"{form}, {len(self.images)} images"):
                 record = replace(record, bundle={**record.bundle, "accuracy": self.accuracy(form, path).as_dict()})
         file = self.matrix.out / file_name(record)
         record.write(file)
         return file
 
     def accuracy(self, form: Form, path: Path) -> Accuracy:
-        """Accuracy of a float form on `val`."""
+        """Measure the accuracy of a float form on the labelled images `matrix.val`."""
         if form.target == TORCH:
             outputs = self.expected
         else:
@@ -193,7 +203,7 @@ class Checkpoint:
 
     @cached_property
     def images(self) -> ImageSet:
-        """The labelled images. Raises CalibrationError."""
+        """Labelled images of `matrix.val`. Raises CalibrationError."""
         spec, plan = self.float.spec, self.float.plan
         return labelled_images(
             images_path(str(self.matrix.val), "heldout"), self.float.preprocessing, spec.num_classes, plan.labels
@@ -209,14 +219,17 @@ class Checkpoint:
 
 
 def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:
-    """The stable record in `folder` of these settings on this machine. subject: sha256 of manifest or checkpoint."""
+    """Return the path of a stable record in `folder` with these settings from this machine, or None.
+
+    subject: sha256 of the bundle's manifest, or of the checkpoint.
+    """
     wanted = {key: value for key, value in settings.as_dict().items() if key != "limit_s"}
     here = device.facts()
     for file in sorted(folder.glob("*.json")):
         try:
             record = Record.read(file)
         except UsageError:
-            continue  # something else, or of another schema
+            continue  # not a record, or of another schema version
         same_machine = here.items() <= record.device.items()
         same_settings = wanted.items() <= record.settings.items()
         if record.stable and same_machine and same_settings and record.bundle["manifest_sha256"] == subject:

@@ -1,4 +1,4 @@
-"""What is measured: a bundle, or the float network of a checkpoint in torch, which comparisons are made with."""
+"""Objects that a benchmark can time: the protocol Measurable, and its implementation for bundles."""
 
 from __future__ import annotations
 
@@ -20,31 +20,37 @@ from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Batch, Feeds
 
-TOP = 5  # classes, end to end
+TOP = 5  # classes that an end-to-end inference returns
 TORCH = "torch"
 
 
 class Measurable(Protocol):
-    """Opened, with its runtime loaded; closed by leaving its `with` block.
+    """Model that is loaded in its runtime and ready to be timed. Leaving its `with` block closes it.
 
-    facts, runtime: as the Record has them. batch: what it takes. milliseconds: parts of the last run on the device.
+    batch: batch sizes that the model accepts.
     """
 
     batch: Batch
 
-    def facts(self) -> dict[str, Any]: ...
+    def facts(self) -> dict[str, Any]:
+        """Return the model's data for `Record.bundle`."""
+        ...
 
-    def runtime(self) -> dict[str, Any]: ...
+    def runtime(self) -> dict[str, Any]:
+        """Return the runtime's data for `Record.runtime`."""
+        ...
 
     @property
-    def milliseconds(self) -> Mapping[str, float]: ...
+    def milliseconds(self) -> Mapping[str, float]:
+        """Device time of each part of the last run, in ms; empty if the runtime does not measure parts."""
+        ...
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
-        """The function to time, on seeded images: from arrays to arrays, or end to end."""
+        """Return the function to time, on seeded images. timed: `model` (arrays to arrays) or `end-to-end`."""
         ...
 
     def layers(self, batch: int) -> dict[str, Any]:
-        """As the Record has them."""
+        """Return the times by module for `Record.layers`."""
         ...
 
     def __enter__(self) -> Measurable: ...
@@ -55,7 +61,10 @@ class Measurable(Protocol):
 
 
 class MeasuredBundle:
-    """A bundle. Raises ToolchainError where its own runtime is not on this machine: an emulator has no latency."""
+    """Bundle that is loaded in its target's own runtime.
+
+    Raises ToolchainError if this machine does not have that runtime: the latency of an emulator has no meaning.
+    """
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.model = load(
@@ -69,9 +78,11 @@ class MeasuredBundle:
         require_runnable(self.model)
 
     def facts(self) -> dict[str, Any]:
+        """Return the bundle's data for `Record.bundle`."""
         return bundle_facts(self.model.bundle)
 
     def runtime(self) -> dict[str, Any]:
+        """Return package versions, scan form and compute plan for `Record.runtime`."""
         return {
             "versions": dict(self.model.target.availability().versions),
             "scan": asdict(self.model.scan),
@@ -80,9 +91,11 @@ class MeasuredBundle:
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
+        """Device time of each part of the last run, in ms; empty if the runtime does not measure parts."""
         return self.model.milliseconds
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
+        """Return the function to time: a run on the self-test's inputs, or a prediction from its image file."""
         if timed == "end-to-end":
             images = [self.model.bundle.path / "selftest" / "picture.png"] * batch
             return lambda: self.model.predict(images, top=TOP)
@@ -90,6 +103,7 @@ class MeasuredBundle:
         return lambda: self.model.run(feeds)
 
     def layers(self, batch: int) -> dict[str, Any]:
+        """Return the times by module for `Record.layers`; empty if the runtime has no profiler."""
         return measure_layers(self.model, examples(self.model, batch))
 
     def __enter__(self) -> MeasuredBundle:
@@ -102,7 +116,7 @@ class MeasuredBundle:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """As the Record has them."""
+    """Return name, target, precision, input size, hash, artifact size and accuracy of a bundle for `Record.bundle`."""
     manifest = bundle.manifest
     return {
         "name": bundle.path.resolve().name,
@@ -117,14 +131,14 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def require_runnable(model: LoadedBundle) -> None:
-    """Raise ToolchainError where the target's own runtime is not on this machine."""
+    """Raise ToolchainError if this machine does not have the runtime of the model's target."""
     here = model.target.availability()
     if not here.can_run:
         raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
 
 
 def examples(model: LoadedBundle, batch: int) -> Feeds:
-    """The self-test's inputs, as many images of them."""
+    """Return the inputs of the bundle's self-test, repeated or cut to `batch` images."""
     from safetensors.numpy import load_file
 
     (name,) = model.inputs
@@ -133,13 +147,15 @@ def examples(model: LoadedBundle, batch: int) -> Feeds:
 
 
 def repeated(test_inputs: NDArray[Any], batch: int) -> NDArray[Any]:
-    """As many of the test_inputs as a batch takes, one after the other."""
+    """Return a new array of `batch` images, taken from `test_inputs` (n, ...) in order and repeated as needed."""
     return np.resize(test_inputs, (batch, *test_inputs.shape[1:])).copy()
 
 
 def batch_size(batch: Batch, asked: int | None) -> int:
-    """Raises UsageError for a batch that the bundle does not take."""
+    """Return the batch size to measure: `asked`, or the smallest. Raises UsageError if `batch` does not allow it."""
     size = batch.min if asked is None else asked
     if size < batch.min or (batch.max is not None and size > batch.max):
-        raise UsageError(f"--batch {size}: this bundle was exported with --batch {batch}", "export it with another")
+        raise UsageError(
+            f"--batch {size}: the bundle was exported with --batch {batch}", "export it again with another --batch"
+        )
     return size

@@ -1,4 +1,4 @@
-"""Record: one measurement of one bundle on one device, as JSON; schema in docs/latency.md."""
+"""Record of one measurement of one bundle on one device, stored as JSON; docs/latency.md explains the schema."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SCHEMA = Schema(lambda: published("evm_deploy.bench", "record.schema.json"))
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. threads: None as the runtime chooses. batch: None as the bundle's smallest.
+    """Settings of one measurement.
 
-    streams: inferences at the same time, each in a thread. timed: `model`, arrays in and out on the host, or
-    `end-to-end`, an image file to its five best classes. imgsz: of a checkpoint, which is measured in torch; None as
-    saved with it. limit_s: seconds after which an unstable measurement ends. own: settings of runtimes that were given,
-    name and value, as `load` takes them.
+    threads: intra-op threads; None: chosen by the runtime. batch: images per inference; None: the bundle's smallest.
+    streams: concurrent inferences, each in its own thread. timed: `model` (from arrays to arrays on the host) or
+    `end-to-end` (from an image file to its five best classes). imgsz: input size of a checkpoint measured in torch;
+    None: the size saved with the weights. limit_s: seconds after which an unstable measurement ends.
+    own: the given settings of the runtimes, as pairs of name and value that `load` accepts.
     """
 
     threads: int | None = None
@@ -40,22 +41,22 @@ class Settings:
     own: tuple[tuple[str, Any], ...] = ()
 
     def with_own(self, **values: Any) -> Settings:
-        """The same with these settings of runtimes, beside those that it has."""
+        """Return a copy with these settings of the runtimes added or replaced."""
         return replace(self, own=tuple(sorted({**dict(self.own), **values}.items())))
 
     def flags(self) -> dict[str, Flag]:
-        """The flags of the runtimes' settings that were given, by name."""
+        """Return the flags of those runtime settings that differ from their default, by name."""
         return {name: flag_of(_own_fields()[name]) for name, value in self.own if value != _own_fields()[name].default}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, flat: the settings of every runtime among the others, where they are not given by default."""
+        """Return plain data without nesting; runtime settings that are not given have their default value."""
         values = asdict(self)
         del values["own"]
         return {**values, **{name: each.default for name, each in _own_fields().items()}, **dict(self.own)}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
-        """The settings that `as_dict` made these of."""
+        """Return the settings that `as_dict` turned into `values`."""
         known = {each.name for each in fields(cls)}
         own = changed({key: value for key, value in values.items() if key not in known}, setting_kinds())
         return cls(**{key: value for key, value in values.items() if key in known}).with_own(**own)
@@ -66,20 +67,22 @@ class Settings:
 
 
 def _own_fields() -> dict[str, Field[Any]]:
+    """Return the fields of the settings of every runtime, by name."""
     return all_fields(setting_kinds())
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement. Times in milliseconds, memory in MB (2**20 bytes), throughput in images a second.
+    """Result of one measurement. Times are in ms, memory in MB (2**20 bytes), throughput in images per second.
 
-    bundle: name, model, target, precision, imgsz, sha256 of its manifest, artifact_bytes, and the accuracy that its
-    manifest states. device: its facts; `profile`, the device profile used, and `at`, user@host, if it is not this
-    machine. load_ms: `fresh`, in a new process, the runtime's import and the hashes included, and `again`, in the same
-    process. interval_ms: 95 % confidence of the median. device_ms: parts of a run, where the runtime counts them:
-    `inputs`, `compute`, `outputs`. layers: what `bench.layers` found, times by module, empty where the
-    runtime has no profiler. energy_mj: of one inference, by sensor. memory_mb: `before` loading, and `peak`. before,
-    after: state of the device.
+    bundle: name, model, target, precision, imgsz, sha256 of the manifest, artifact_bytes, and the manifest's accuracy.
+    device: facts of the device; `profile`: the device profile used; `at`: user@host of another machine, else None.
+    load_ms: `fresh` in a new process, including the runtime's import and the hashes; `again` in the same process.
+    interval_ms: 95 % confidence interval of the median.
+    device_ms: `inputs`, `compute` and `outputs` of a run, if the runtime measures these parts.
+    layers: times by module from `bench.layers`; empty if the runtime has no profiler.
+    energy_mj: energy of one inference, by sensor. memory_mb: `before` loading, and `peak`.
+    before, after: state of the device before and after the measurement.
     """
 
     bundle: dict[str, Any]
@@ -106,10 +109,11 @@ class Record:
 
     @property
     def latency(self) -> Latency:
+        """Statistics of the samples."""
         return Latency(tuple(self.samples_ms), self.warm_up, self.stable)
 
     def write(self, path: Path) -> None:
-        """Raises UsageError when the disk will not have it."""
+        """Write the record as JSON to `path`, atomically. Raises UsageError if the file cannot be written."""
         try:
             write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
         except OSError as error:
@@ -117,10 +121,10 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Raises UsageError, naming the file, for one that is no Record of this schema."""
+        """Read the record in the file `path`. Raises UsageError that names the file if it holds no valid record."""
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise UsageError(f"{path} is no record: larger than {MAX_BYTES >> 20} MB")
+                raise UsageError(f"{path} is not a record: larger than {MAX_BYTES >> 20} MB")
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"record {path} cannot be read: {error}") from error
@@ -128,13 +132,13 @@ class Record:
 
     @classmethod
     def parse(cls, content: Any, source: str) -> Record:
-        """A Record from what JSON gave; keys, types and numbers are checked. Raises UsageError, naming `source`."""
+        """Make a Record of decoded JSON, after checking keys, types and numbers. Raises UsageError naming `source`."""
         if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{source} is no record of schema {SCHEMA_VERSION}", "make one with evm-bench")
+            raise UsageError(f"{source} is not a record of schema {SCHEMA_VERSION}", "evm-bench writes records")
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             differing = ", ".join(sorted(names ^ set(content)))
-            raise UsageError(f"{source} is no record: fields differ: {differing:.200}")
+            raise UsageError(f"{source} is not a record: missing or unknown fields: {differing:.200}")
         try:
             SCHEMA(content)
         except (ValueError, RecursionError) as error:

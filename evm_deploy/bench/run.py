@@ -1,4 +1,4 @@
-"""bench(): a bundle's latency on this machine, measured in a process of its own."""
+"""`bench()`: measure the latency of a bundle on this machine, in a new process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from evm_deploy._util.schema import TEXT, Schema, keys
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import ToolchainError
 
-STARTUP_S = 600.0  # for loading, beside the measurement's own limit
+STARTUP_S = 600.0  # time for loading, in addition to the limit of the measurement
 DEFAULTS = Settings()
 FAILED = Schema(lambda: keys(error=keys(type=TEXT, text=TEXT, hint=TEXT)))
 
 
 def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
-    """Measure a bundle in a new process. Raises EvmErrors: BundleError, UsageError, and ToolchainError where the
-    target does not run on this machine or the process died.
+    """Measure a bundle, or a checkpoint in torch, in a new process and return the record.
+
+    Raises BundleError, UsageError, and ToolchainError if the target does not run on this machine, the process died, or
+    the measurement did not end within settings.limit_s + 600 seconds.
     """
     command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(settings.as_dict())]
     try:
@@ -30,17 +32,20 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
 
 
 def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record:
-    """What the process that measured printed. Raises the EvmError that it did, ToolchainError where it died."""
+    """Parse the output of the measuring process (bench/worker.py) into a record.
+
+    Raises the EvmError that the process reported, or ToolchainError if the process died.
+    """
     try:
         content = json.loads(stdout.splitlines()[-1])
         failed = isinstance(content, dict) and "error" in content
         if failed:
             FAILED(content)
     except (IndexError, ValueError, RecursionError) as error:
-        said = (stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ToolchainError(f"the process that measured {bundle} died with code {code}: {said}") from error
+        said = (stderr.strip().splitlines() or ["no error message"])[-1]
+        raise ToolchainError(f"the process measuring {bundle} died with code {code}: {said}") from error
     if failed:
         kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
         kind = kinds.get(content["error"]["type"], ToolchainError)
         raise kind(content["error"]["text"], content["error"]["hint"])
-    return Record.parse(content, f"what came of {bundle}")
+    return Record.parse(content, f"the result for {bundle}")

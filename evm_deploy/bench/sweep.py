@@ -1,4 +1,4 @@
-"""Every bundle with every setting, in one place: a record file for each."""
+"""Measurement of several bundles with several settings on one host; each measurement is written to a record file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from evm_deploy.bench.text import file_name
 
 @dataclass(frozen=True)
 class Sweep:
-    """threads, batches: None as the runtime and the bundle choose. streams: inferences at the same time. settings: the
-    others. out: folder for records.
+    """Bundles, and the settings to combine.
+
+    threads: None: chosen by the runtime. batches: None: the bundle's smallest. streams: concurrent inferences.
+    settings: all other settings. out: folder for the records.
     """
 
     bundles: Sequence[str]
@@ -27,12 +29,12 @@ class Sweep:
     out: Path
 
     def every(self) -> list[Settings]:
-        """Every combination."""
+        """Return the settings of every combination of threads, batches and streams."""
         numbers = itertools.product(self.threads, self.batches, self.streams)
         return [replace(self.settings, threads=t, batch=b, streams=s) for t, b, s in numbers]
 
     def run(self, bench: Host, step: Step) -> Iterator[tuple[Record, Path]]:
-        """Measure; yields each record and where it was written. Raises EvmErrors."""
+        """Measure every bundle with every combination on `bench`; yield each record and its path. Raises EvmError."""
         for bundle, settings in itertools.product(self.bundles, self.every()):
             bench.prepare(bundle, settings)
             with step("measure", f"{Path(bundle).name}, {settings}"):

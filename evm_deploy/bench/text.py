@@ -1,4 +1,4 @@
-"""A Record in words."""
+"""Text form of a record, as evm-bench prints it, and the name of its file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from evm_deploy.bench.record import Record
 
 
 def file_name(record: Record) -> str:
-    """`<bundle>-t1-b1.json`: one file for one bundle and setting; `-s2` with two streams."""
+    """Return the file name for a bundle and its settings, such as `<bundle>-t1-b1.json`; `-s2` for two streams."""
     settings = record.settings
     end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
     scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
     streams = "" if settings["streams"] == 1 else f"-s{settings['streams']}"
-    name = re.sub(r"[^\w.+-]", "_", record.bundle["name"])  # a name from another machine is no path
+    name = re.sub(r"[^\w.+-]", "_", record.bundle["name"])  # a name from another machine must not act as a path
     return f"{name}-t{settings['threads'] or 'auto'}-b{settings['batch']}{streams}{scan}{end}.json"
 
 
 def lines(record: Record, path: Path) -> list[str]:
-    """The block that a user reads."""
+    """Return the lines that evm-bench prints for a record. path: file of the record."""
     settings, times, runs = record.settings, record.summary_ms, len(record.samples_ms)
     low, high = record.interval_ms
     at = f", at {record.device['at']}" if record.device["at"] else ""
@@ -48,21 +48,21 @@ def lines(record: Record, path: Path) -> list[str]:
 
 
 def format_parts(parts: dict[str, float], unit: str = "ms") -> str:
-    """`inputs 0.02 ms, compute 0.81 ms, outputs 0.01 ms`."""
+    """Format values by name with their unit: `inputs 0.02 ms, compute 0.81 ms, outputs 0.01 ms`."""
     return ", ".join(f"{part} {value:.3g} {unit}" for part, value in parts.items())
 
 
 def shares(record: Record) -> str:
-    """`scan 43 %, projections 21 %, convolutions 18 %   sum 98 % of an inference`."""
+    """Format the share of each kind of layer: `scan 43 %, projections 21 %, norms 36 %   sum 98 % of an inference`."""
     layers = record.layers
     kinds = ", ".join(f"{kind} {ms / layers['sum_ms']:.0%}" for kind, ms in layers["kinds"].items())
     return f"{kinds}   sum {layers['of_inference']:.0%} of an inference".replace("%", " %")
 
 
 def layer_lines(record: Record) -> list[str]:
-    """A line for each block, downsampling, or other part of the network, with what it takes of which kind."""
+    """Return one line for each block or other part of the network: time in ms, share, and time by kind."""
     if not record.layers:
-        return ["No times by layer: this runtime has no profiler that evm-deploy reads."]
+        return ["No times by layer: evm-deploy reads no profiler of this runtime."]
     blocks: dict[str, dict[str, float]] = {}
     for part in record.layers["modules"]:
         kinds = blocks.setdefault(block_name(part["module"]), {})
@@ -78,6 +78,9 @@ def layer_lines(record: Record) -> list[str]:
 
 
 def block_name(module: str) -> str:
-    """layers.1.blocks.0.op.in_proj -> layers.1.blocks.0; layers.2.3.se -> layers.2.3; patch_embed.2 -> patch_embed."""
+    """Return the block that a module path belongs to.
+
+    layers.1.blocks.0.op.in_proj -> layers.1.blocks.0; layers.2.3.se -> layers.2.3; patch_embed.2 -> patch_embed.
+    """
     found = re.match(r"layers\.\d+\.(blocks\.\d+|\w+)|[^.]+", module)
     return found[0] if found else module

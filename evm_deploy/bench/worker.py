@@ -1,10 +1,10 @@
-"""The process that measures: nothing else has run in it, so its load time and peak memory are the bundle's.
+"""Measuring process: it measures one bundle and nothing else, so load time and peak memory are the bundle's.
 
     python -m evm_deploy.bench.worker SUBJECT SETTINGS
 
-SUBJECT: a bundle, or a checkpoint for torch. SETTINGS: bench.record.Settings as JSON.
+SUBJECT: path of a bundle, or of a checkpoint to measure in torch. SETTINGS: bench.record.Settings as JSON.
 
-Prints one JSON object: the Record, or `error` with the name, text and hint of an EvmError.
+The process prints one JSON object: the Record, or `error` with the type, text and hint of an EvmError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARTS_RUNS = 50
 
 
 def work(path: Path, settings: Settings) -> Record:
-    """Measure a bundle in this process. Raises EvmErrors."""
+    """Measure the bundle or checkpoint `path` in this process and return the record. Raises EvmError."""
     memory = {"before": peak_mb()}
 
     def opened() -> Measurable:
@@ -54,7 +54,7 @@ def work(path: Path, settings: Settings) -> Record:
         warnings = device.warnings(facts, before, after)
         by_layer = subject.layers(batch)
     if not latency.stable:
-        warnings.append(f"not stable after {settings.limit_s:g} s: the medians of windows differ by more than 5 %")
+        warnings.append(f"not stable after {settings.limit_s:g} s: the medians of the windows differ by more than 5 %")
     return Record(
         bundle=bundle,
         device={"at": None, "profile": None, **facts},
@@ -80,7 +80,7 @@ def work(path: Path, settings: Settings) -> Record:
 
 
 def open_subject(path: Path, settings: Settings) -> Measurable:
-    """A bundle's folder or zip, or the file of a checkpoint. Raises EvmErrors."""
+    """Load the bundle (folder or .zip) or the checkpoint file at `path`. Raises EvmError."""
     if path.is_file() and path.suffix != archive.SUFFIX:
         from evm_deploy.bench.float_model import FloatModel
 
@@ -89,14 +89,17 @@ def open_subject(path: Path, settings: Settings) -> Measurable:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Milliseconds of one call, and what it returned."""
+    """Call `call` once and return its duration in ms and its result."""
     start = time.perf_counter()
     result = call()
     return (time.perf_counter() - start) * 1e3, result
 
 
 def on_device(subject: Measurable, run: Callable[[], object]) -> dict[str, float]:
-    """Median milliseconds of each part of a run on the device; empty where the runtime does not count them."""
+    """Run PARTS_RUNS times and return the median device time of each part of a run, in ms.
+
+    Empty if the runtime does not measure parts.
+    """
     seen = []
     for _ in range(PARTS_RUNS if subject.milliseconds else 0):
         run()
@@ -105,9 +108,9 @@ def on_device(subject: Measurable, run: Callable[[], object]) -> dict[str, float
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process so far, in MB; 0 where the system does not say.
+    """Return the peak resident memory of this process so far, in MB (2**20 bytes); 0 if the system does not report it.
 
-    Linux hands ru_maxrss down from the parent, so it is read where it is not.
+    On Linux a process inherits ru_maxrss from its parent, so VmHWM in /proc/self/status is read instead.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -122,6 +125,7 @@ def peak_mb() -> float:
 
 
 def main() -> int:
+    """Measure as the command line says and print the result as JSON. Return 0, also after an EvmError."""
     path, settings = sys.argv[1:]
     try:
         print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings))))))

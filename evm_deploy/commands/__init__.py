@@ -1,1 +1,1 @@
-"""The commands: arguments in, one public function called, text out."""
+"""Command-line programs: each parses its arguments, calls one public function and prints the result."""

@@ -1,4 +1,4 @@
-"""evm-bench."""
+"""evm-bench: measure the latency of bundles, or of a checkpoint in several forms."""
 
 from __future__ import annotations
 
@@ -23,49 +23,65 @@ MAX_LIMIT_S = 3600
 
 
 def bench_parser() -> Parser:
+    """Return the argument parser of evm-bench."""
     parser = Parser(
         "evm-bench",
-        description="Measure the latency of bundles, here or on another machine, until it is stable.",
+        description="Measure the latency of bundles, on this machine or another one, until the median is stable.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("bundles", nargs="*", metavar="BUNDLE", help="with --matrix: the checkpoint")
-    add("--threads", default="", metavar="N[,N..]", help="intra-op threads, each measured; default: the runtime's")
-    add("--batch", default="", metavar="N[,N..]", help="images of one inference, each measured; default: the bundle's")
-    add("--streams", default="", metavar="N[,N..]", help="inferences at the same time, each measured; default: 1")
-    add("--scan", default="auto", metavar="S", help="auto (default), plugin, bundled, portable, as for evm-run")
-    add_flags(parser, setting_kinds())
-    add("--end-to-end", action="store_true", help="time from an image file to its five best classes")
-    add("--layers", action="store_true", help="also print the times by module")
-    add("--limit", type=float, default=60.0, metavar="S", help="seconds for each measurement, default 60")
-    add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
-    add("--db", metavar="FILE", help="add the records to this history too, for evm-report --history")
-    host_flags(parser)
+    measured = parser.add_argument_group("what to measure")
+    add = measured.add_argument
+    add("bundles", nargs="*", metavar="BUNDLE", help="folder or .zip of a bundle; with --matrix: a checkpoint")
+    add(
+        "--threads",
+        default="",
+        metavar="N[,N..]",
+        help="intra-op threads, each value is measured; default: the runtime's",
+    )
+    add("--batch", default="", metavar="N[,N..]", help="images per inference, likewise; default: the bundle's smallest")
+    add("--streams", default="", metavar="N[,N..]", help="concurrent inferences, likewise; default 1")
+    add(
+        "--scan",
+        default="auto",
+        metavar="S",
+        help="auto (default), plugin (installed native library), bundled (the bundle's own native library), or "
+        "portable (no native library)",
+    )
+    add_flags(measured, setting_kinds())
+    add("--end-to-end", action="store_true", help="time from the image file to the five best classes")
+    add("--limit", type=float, default=60.0, metavar="S", help="longest time of one measurement in s, default 60")
     matrix_flags(parser)
-    common_flags(parser)
+    host_flags(parser)
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("-o", "--out", default="bench", metavar="DIR", help="folder for the records, default bench")
+    add("--db", metavar="FILE", help="also add the records to this history, for evm-report --history")
+    add("--layers", action="store_true", help="also print the time of each block")
+    common_flags(output)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`evm-bench`. Returns the exit code."""
+    """Run `evm-bench` with `argv` and return the exit code."""
     args = bench_parser().parse_intermixed_args(argv)  # flags between bundles, too
     return run_command("evm-bench", lambda: _bench(args), args.verbose)
 
 
 def _bench(args: argparse.Namespace) -> int:
+    """Measure bundles on one host, or hand over to --matrix or --devices. Return the exit code."""
     from evm_deploy.bench.remote.hosts import opened
     from evm_deploy.bench.text import layer_lines, lines
     from evm_deploy.report.history import append
 
     options, sweep = host_options(args), _sweep(args)
     if args.db:
-        append(Path(args.db), [])  # now, not after minutes of measuring, is the time to refuse it
+        append(Path(args.db), [])  # an unusable file must fail now, not after minutes of measuring
     if args.matrix:
         return matrix(args, sweep)
     refuse_matrix_flags(args)
     if not args.bundles:
-        raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo")
+        raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo checkpoint")
     if args.devices:
         return fleet(args, options, sweep)
     steps, records = Steps(args.quiet), []
@@ -82,12 +98,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> Sweep:
-    """Every combination that was asked for. Raises UsageError."""
+    """Return the bundles and every combination of settings in `args`. Raises UsageError for an invalid number."""
     from evm_deploy.bench.record import Settings
     from evm_deploy.bench.sweep import Sweep
 
     if not 0 < args.limit <= MAX_LIMIT_S:
-        raise UsageError(f"--limit {args.limit:g}: use seconds from 0 to {MAX_LIMIT_S}")
+        raise UsageError(f"--limit {args.limit:g}: use seconds above 0, up to {MAX_LIMIT_S}")
     settings = Settings(
         scan=args.scan,
         timed="end-to-end" if args.end_to_end else "model",
@@ -105,7 +121,7 @@ def _sweep(args: argparse.Namespace) -> Sweep:
 
 
 def _numbers(flag: str, text: str) -> list[int | None]:
-    """`1,4,8` -> numbers; empty: [None]. Raises UsageError."""
+    """Parse `1,4,8` into [1, 4, 8], and empty text into [None]. Raises UsageError."""
     if not text:
         return [None]
     if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10000 for part in text.split(",")):

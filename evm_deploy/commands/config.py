@@ -1,4 +1,4 @@
-"""`--config evm.toml`: every flag as a key; what is said on the command line wins."""
+"""Reader of `--config FILE.toml`: every flag is a key of the file, and a flag on the command line overrides its key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from evm_deploy.errors import UsageError
 
 
 def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Defaults for `parser` from the TOML file at `path`; keys are flag names, `-` or `_`. Raises UsageError."""
+    """Read the TOML file `path` and return its values as defaults for `parser`, by argument name.
+
+    Keys are flag names without dashes in front, with `-` or `_` between words. Raises UsageError for an unknown key or
+    a value of the wrong type.
+    """
     content = read_toml(path, "--config")
     actions = {
         name.lstrip("-"): action
@@ -23,7 +27,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
         action = actions[one_of(f"--config {path}: key", key.replace("_", "-"), actions)]
-        if isinstance(action, argparse._StoreConstAction):  # flags, and shorthands such as fp16 = true
+        if isinstance(action, argparse._StoreConstAction):  # flags without a value, such as fp16 = true
             if not isinstance(value, bool):
                 raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
             if value:
@@ -32,6 +36,6 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if isinstance(value, dict | bool):
-            raise UsageError(f"--config {path}: {key} cannot be {value!r}")
+            raise UsageError(f"--config {path}: {key} must be a string, a number or a list, got {value!r}")
         values[action.dest] = str(value)
     return values

@@ -1,4 +1,7 @@
-"""What the commands share: streams, steps, errors, exit codes. Progress and human text on stderr, results on stdout."""
+"""Shared parts of the commands: common flags, progress lines, error messages, exit codes.
+
+Results go to stdout. Progress and messages go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 BAR_WIDTH = 30
-PLAIN_WIDTH = 200  # columns where stdout is no terminal
+PLAIN_WIDTH = 200  # columns of output when stdout is not a terminal
 SHOW_CURSOR = b"\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
@@ -31,17 +34,19 @@ EXIT_CODES = """exit codes:
 
 
 class Steps:
-    """Prints one line per step on stderr: `trace  opset 20, batch 1   ok 7.1 s`; on terminals a spinner while it runs,
-    and a bar where the step, or else the whole work (`progress`), says how far it is.
+    """Progress display on stderr: one line per finished step, such as `trace  opset 20, batch 1   ok 7.1 s`.
+
+    A terminal also shows a spinner while a step runs. The spinner becomes a bar when the step reports its progress, or
+    when `progress` has reported the progress of the whole command.
     """
 
     def __init__(self, quiet: bool, live: bool = True) -> None:
-        """live: spinner and bar, which only one step at a time can have."""
+        """Set the display up. live: show spinner and bar; only possible when steps run one at a time."""
         self.quiet, self.live = quiet, live
         self._whole: tuple[int, int] | None = None
 
     def progress(self, done: int, total: int) -> None:
-        """How far the whole work is, to which the next steps belong."""
+        """Report the progress of the whole command; the bar of the next steps shows it."""
         self._whole = (done, total)
 
     @contextlib.contextmanager
@@ -80,7 +85,7 @@ class Steps:
 
 
 def stdout_console() -> Console:
-    """For results, tables among them: markup is text, and where stdout is no terminal lines are not broken."""
+    """Return a rich console on stdout that prints markup as plain text and breaks no lines in a pipe or file."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
@@ -88,31 +93,33 @@ def stdout_console() -> Console:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors look like all others of ours."""
+    """Argument parser whose errors have the same form as every EvmError."""
 
     def error(self, message: str) -> NoReturn:
+        """Print `message` and a pointer to --help on stderr, and exit with code 2."""
         print(f"{self.prog}: {escape_controls(message)}\n  see  {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
-def common_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command that works."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+def common_flags(parser: argparse._ActionsContainer) -> None:
+    """Add --json, --verbose, --quiet and --version to a parser or an argument group."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no progress on stderr")
     parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
 
 
 @contextlib.contextmanager
 def _interruptible(prog: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once, unfinished files removed, cursor back.
+    """Context manager: on Ctrl-C and SIGTERM, delete unfinished files, show the cursor and end the process at once.
 
-    No exception is raised for them: libraries swallow one that hits inside their imports, abort on one inside their
-    callbacks, or report it as an error of their own. What is unfinished is known to atexit (see _util/files.py, aside).
+    The handler raises no exception, because libraries swallow exceptions raised inside their imports, abort on
+    exceptions inside their callbacks, or report them as errors of their own. Unfinished files are registered with
+    atexit (`aside` in _util/files.py).
     """
 
     def stop(signum: int, frame: Any) -> NoReturn:
-        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C does not wait for anything
+        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends the process without this clean-up
         atexit._run_exitfuncs()
         if sys.stderr.isatty():
             os.write(2, SHOW_CURSOR)
@@ -131,7 +138,10 @@ def _interruptible(prog: str) -> Iterator[None]:
 
 
 def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
-    """Run a command's body at the process boundary: every failure becomes one message and its exit code."""
+    """Run the body of a command and return its exit code. Every exception becomes one message on stderr.
+
+    verbose: raise exceptions again, so that Python prints their traceback.
+    """
     try:
         with _interruptible(prog):
             code = body()
@@ -155,5 +165,5 @@ def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> in
         if verbose:
             raise
         said = escape_controls(f"{prog}: internal error: {type(error).__name__}: {error}")
-        print(f"{said}\n  run again with -v, report it", file=sys.stderr)
+        print(f"{said}\n  run again with -v and report the traceback", file=sys.stderr)
         return 1

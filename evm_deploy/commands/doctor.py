@@ -1,4 +1,4 @@
-"""evm-doctor: what this machine can build, run and measure, and what to do about the rest."""
+"""evm-doctor: list the targets that this machine can build and run, its sensors, and what to install."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ if TYPE_CHECKING:
 
 
 def doctor_parser() -> Parser:
+    """Return the argument parser of evm-doctor."""
     parser = Parser(
         "evm-doctor",
-        description="What this machine can build, run and measure, and what to install for the rest.",
+        description="List what this machine can build, run and measure, and what to install for the rest.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`evm-doctor`. Returns the exit code: 0, whatever is missing."""
+    """Run `evm-doctor` with `argv` and return the exit code: 0, even if something is missing."""
     args = doctor_parser().parse_args(argv)
     return run_command("evm-doctor", lambda: _doctor(args), args.verbose)
 
 
 def examine() -> dict[str, Any]:
-    """`targets`: by name `build`, `run`, `versions`, `hint`; `kernel`; `device`; `cpu_features`; `gpus`; `state`;
-    `energy`: sensors that can be read; `advice`; `profiles`.
+    """Examine this machine and return plain data, as --json prints it.
+
+    targets: by name `build`, `run`, `versions` and `hint`. kernel: path and instruction set of the native library.
+    device, cpu_features, gpus, state: the hardware, see `bench.device`. energy: names of the readable sensors.
+    advice: changes that make measurements more reliable. profiles: the device profiles by name.
     """
     from evm_deploy.bench import device, energy
     from evm_deploy.devices.profiles import find_profile, profile_names
@@ -58,13 +62,14 @@ def examine() -> dict[str, Any]:
 
 
 def _abilities(target: Target) -> dict[str, Any]:
+    """Return whether this machine can build and run `target`, with package versions and a hint."""
     build, run = target.environment(), target.runtime.availability()
     versions = {**build.versions, **run.versions}
     return {"build": build.can_build, "run": run.can_run, "versions": versions, "hint": build.hint or run.hint}
 
 
 def _kernel() -> dict[str, str]:
-    """The native library for ONNX Runtime and the instruction set that it chose, or why there is none."""
+    """Return path and instruction set of the native library for ONNX Runtime, or a hint if none is installed."""
     from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
 
     try:
@@ -75,6 +80,7 @@ def _kernel() -> dict[str, str]:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    """Print the result of `examine` as a table or as JSON."""
     found = examine()
     if args.json:
         print(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""evm-export: parse, call one public function, print, return a code."""
+"""evm-export: export a checkpoint to one or more targets, or build the engine of an existing bundle."""
 
 from __future__ import annotations
 
@@ -28,85 +28,148 @@ if TYPE_CHECKING:
 
 
 def export_parser() -> Parser:
+    """Return the argument parser of evm-export."""
     parser = Parser(
         "evm-export",
-        description="Export a trained EfficientVMamba checkpoint to a verified bundle.",
+        description="Export a trained EfficientVMamba checkpoint to ONNX Runtime, OpenVINO, TensorRT or Core ML, as a "
+        "verified bundle.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CKPT", help=".ckpt .pth .pt .pth.tar .safetensors; without: the demo's")
-    add(
+    model = parser.add_argument_group("input and model").add_argument
+    model(
+        "checkpoint",
+        nargs="?",
+        metavar="CKPT",
+        help=".ckpt, .pth, .pt, .pth.tar or .safetensors file; default: the embedded demo checkpoint",
+    )
+    model("--weights", default="ema", metavar="W", help="ema (default, if the file has EMA weights) or raw")
+    model(
+        "--imgsz",
+        metavar="N|HxW",
+        help="input size in pixels: 224 or 224x288; Core ML also takes several: 192,224; default: the size saved with "
+        "the weights, else 224",
+    )
+    model("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
+    model(
+        "--input",
+        default="image",
+        metavar="KIND",
+        help="image (default): uint8 NHWC RGB, normalised inside the model; tensor: normalised float32 NCHW",
+    )
+    model("--head", metavar="HEAD", help="output: logits (default), probs, or features (four NCHW feature maps)")
+    model("--labels", metavar="FILE", help="class names, one per line, in the order of the model's outputs")
+
+    group = parser.add_argument_group("target and precision")
+    target = group.add_argument
+    target(
         "--target",
         metavar="T[,T2..]",
-        help="onnx (aliases: ort, onnxruntime), openvino (ov), coreml (apple, ios, mlpackage), trt (tensorrt, engine), "
-        "trt-rtx (rtx), or all",
+        help="onnx: ONNX Runtime (aliases ort, onnxruntime); openvino: OpenVINO (ov); coreml: Core ML (apple, ios, "
+        "mlpackage); trt: TensorRT (tensorrt, engine); trt-rtx: TensorRT-RTX (rtx); or all",
     )
-    precision = parser.add_mutually_exclusive_group().add_argument
-    precision("--precision", metavar="P", help="fp32, fp16, int8, int8-fp16, w8; default fp32, for coreml fp16")
+    precision = group.add_mutually_exclusive_group().add_argument
+    precision(
+        "--precision",
+        metavar="P",
+        help="fp32, fp16, int8, int8-fp16 (int8, the rest float16), or w8 (alias w8a16: weights int8, activations "
+        "float); default fp32, for Core ML fp16",
+    )
     for short in ("fp16", "int8"):
         precision(
             f"--{short}", dest="precision", action="store_const", const=short, help=f"same as --precision {short}"
         )
-    add(
+    target("--min-target", metavar="OS", help="Core ML: oldest system to support: iOS16, iOS17 (default), iOS18")
+
+    accuracy = parser.add_argument_group("calibration and accuracy").add_argument
+    accuracy(
         "--calib",
         metavar="DIR",
-        help="images to calibrate int8, or judge w8, with: folder, list of paths, .npz, demo",
+        help="images to calibrate int8, or to evaluate w8 without --val: folder, list of paths, .npz, or demo",
     )
-    add("--calib-images", default="512", metavar="N", help="how many of them, drawn by a fixed seed, default 512")
-    add("--calib-method", default="mse", metavar="M", help="ranges: mse (default), minmax, percentile, entropy, auto")
-    add("--smooth", default="auto", metavar="S", help="SmoothQuant for int8: on, off, auto (default, the better one)")
-    add("--force-calib", action="store_true", help="take images that look unfit to calibrate with")
-    add(
+    accuracy(
+        "--calib-images",
+        default="512",
+        metavar="N",
+        help="number of calibration images, chosen with a fixed seed, default 512",
+    )
+    accuracy(
+        "--calib-method",
+        default="mse",
+        metavar="M",
+        help="activation ranges: mse (default), minmax, percentile, entropy, or auto",
+    )
+    accuracy(
+        "--smooth",
+        default="auto",
+        metavar="S",
+        help="SmoothQuant for int8: on, off, or auto (default): on if accuracy is better",
+    )
+    accuracy("--force-calib", action="store_true", help="calibrate with images that were found unsuitable")
+    accuracy(
         "--val",
         metavar="DIR",
-        help="labelled images to judge int8 or w8 with: class folders, CSV of path,class, demo",
+        help="labelled images to evaluate int8 or w8: class folders, CSV of path,class, or demo",
     )
-    add("--max-drop", metavar="X", help="points of top-1 that these may lose on --val, default 1.0; exit 5 otherwise")
-    add(
-        "--imgsz",
-        metavar="N|HxW",
-        help="input pixels, 224 or 224x288; Core ML: also several, 192,224; default: saved with the weights, else 224",
+    accuracy(
+        "--max-drop",
+        metavar="X",
+        help="largest accepted top-1 drop on --val in points, default 1.0; exit code 5 if the drop is larger",
     )
-    add("--batch", default="1", metavar="N|dynamic|MIN:OPT:MAX", help="images per inference, default 1")
-    add("--input", default="image", metavar="KIND", help="image: uint8 NHWC RGB, mean/std inside (default); tensor")
-    add("--head", metavar="HEAD", help="logits (default), probs, features (four NCHW maps)")
-    add(
+    accuracy(
+        "--tol",
+        metavar="X",
+        help="largest accepted relative difference from the float model; default depends on the precision",
+    )
+
+    graph = parser.add_argument_group("graph").add_argument
+    graph(
         "--scan",
         default="auto",
         metavar="S",
-        help="auto (default), plugin (native kernel), aot (in TensorRT's engine) or portable: standard ops only",
+        help="auto (default), plugin (native kernel), aot (kernel compiled into the TensorRT engine), or portable "
+        "(standard operators only)",
     )
-    add(
+    graph("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
+
+    preprocessing = parser.add_argument_group(
+        "preprocessing", "Values saved with the weights replace the defaults."
+    ).add_argument
+    preprocessing("--mean", metavar="R,G,B", help="mean of each channel, scaled to 0..1; default ImageNet's")
+    preprocessing("--std", metavar="R,G,B", help="standard deviation of each channel, scaled to 0..1; likewise")
+    preprocessing("--crop-pct", metavar="X", help="share of the resized image kept by the centre crop, default 0.875")
+    preprocessing("--interpolation", metavar="I", help="bicubic (default) or bilinear")
+
+    group = parser.add_argument_group("device and engine")
+    device = group.add_argument
+    device(
         "--device",
         metavar="PROFILE",
-        help="a device profile (evm-doctor lists them) or FILE.toml: chooses target, precision and native library",
+        help="device profile (evm-doctor lists them) or FILE.toml: chooses target, precision and native library",
     )
-    add("--platform", metavar="P", help=f"put the native library for this platform in: {', '.join(PLATFORMS)}")
-    add("--min-target", metavar="OS", help="Core ML: oldest system to run on: iOS16, iOS17 (default), iOS18")
-    add("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
-    add("--tol", metavar="X", help="largest difference from the float model, relative; default by precision")
-    add("--weights", default="ema", metavar="W", help="ema (default, where the file has them) or raw")
-    add("--labels", metavar="FILE", help="class names, one per line, in the order of the head")
-    add("--mean", metavar="R,G,B", help="of channels scaled to 0..1; default ImageNet's")
-    add("--std", metavar="R,G,B", help="likewise")
-    add("--crop-pct", metavar="X", help="share of the resized image that the centre crop keeps, default 0.875")
-    add("--interpolation", metavar="I", help="bicubic (default) or bilinear")
-    add_flags(parser, target_settings.KINDS)
-    add("--finish", metavar="BUNDLE", help="build the engine of a bundle that has none, on this machine")
-    add("--library", metavar="FILE", help="with --finish: the plugin library of a --scan plugin bundle")
-    add("-o", "--out", default="dist", metavar="DIR", help="where bundles go, default dist")
-    add("--force", action="store_true", help="replace an existing bundle")
-    add("--sign", metavar="KEY", help="sign the bundle with an ed25519 key, a PEM file")
-    add("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
-    common_flags(parser)
-    add("--config", metavar="FILE", help="TOML with any of these flags as keys; the command line wins")
+    device(
+        "--platform",
+        metavar="P",
+        help=f"platform of the native library in the bundle: {', '.join(PLATFORMS)}",
+    )
+    add_flags(group, target_settings.KINDS)
+    device("--finish", metavar="BUNDLE", help="build the missing engine of this bundle, on this machine")
+    device("--library", metavar="FILE", help="with --finish: plugin library of a bundle exported with --scan plugin")
+
+    group = parser.add_argument_group("output")
+    output = group.add_argument
+    output("-o", "--out", default="dist", metavar="DIR", help="folder for the bundles, default dist")
+    output("--force", action="store_true", help="replace an existing bundle")
+    output("--sign", metavar="KEY", help="sign the bundle with this ed25519 private key (a PEM file)")
+    output("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")
+    output("--dry-run", action="store_true", help="run all checks, print what would be exported, write nothing")
+    common_flags(group)
+    output("--config", metavar="FILE", help="TOML file with flags as keys; the command line overrides the file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`evm-export`. Returns the exit code."""
+    """Run `evm-export` with `argv` and return the exit code."""
     parser = export_parser()
     args = parser.parse_args(argv)
 
@@ -123,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    """Export to every target; one that fails does not stop the others. Returns the largest exit code."""
+    """Export to every target and return the largest exit code. A target that fails does not stop the others."""
     from evm_deploy.bundle.signing import private_key
     from evm_deploy.export.many import export_all
     from evm_deploy.export.source import Source
@@ -133,7 +196,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.finish:
         return _finish(args)
     if args.library:
-        raise UsageError("--library is for --finish", "leave it out")
+        raise UsageError("--library needs --finish", "leave --library out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
@@ -153,9 +216,10 @@ def _export(args: argparse.Namespace) -> int:
 def _reported(
     outcome: TargetOutcome, args: argparse.Namespace, key: Ed25519PrivateKey | None, several: bool
 ) -> tuple[dict[str, Any], int]:
-    """Sign, zip and print what came of one target. Returns the facts for --json, and the exit code.
+    """Sign and zip the bundle of one target, and print its summary or its error.
 
-    Raises the error of an export to one target alone.
+    Return the data for --json and the exit code. Raises the error of a failed export, unless `several` targets are
+    exported.
     """
     from evm_deploy.bundle.archive import write_zip
     from evm_deploy.bundle.signing import sign
@@ -177,11 +241,12 @@ def _reported(
 
 
 def _finish(args: argparse.Namespace) -> int:
+    """Build the engine of the bundle --finish on this machine. Return the exit code."""
     from evm_deploy.bundle.signing import private_key, sign
     from evm_deploy.export.pipeline import build_engine
 
     if args.checkpoint or args.target:
-        raise UsageError("--finish takes a bundle, and neither a checkpoint nor --target", "leave these out")
+        raise UsageError("--finish cannot be combined with a checkpoint or --target", "evm-export --finish BUNDLE")
     key = private_key(args.sign) if args.sign else None
     start = time.perf_counter()
     bundle = build_engine(args.finish, library=args.library, step=Steps(args.quiet))
@@ -197,12 +262,13 @@ def _finish(args: argparse.Namespace) -> int:
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:
+    """Return size and manifest of a bundle for --json."""
     manifest: dict[str, Any] = json.loads(bundle.manifest.to_json())
     return {"artifact_bytes": bundle.size_bytes, "manifest": manifest}
 
 
 def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
-    """Check everything of an export that can be checked without tracing, and print what it would do."""
+    """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
     from evm_deploy.export.targets import get_target
@@ -230,6 +296,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:
+    """Return the path of the checkpoint; without one that of the embedded demo, announced on stderr."""
     if args.checkpoint:
         return Path(args.checkpoint)
     from evm_deploy.demo import CHECKPOINT
@@ -239,26 +306,31 @@ def _checkpoint(args: argparse.Namespace) -> Path:
 
 
 def _plans(args: argparse.Namespace) -> list[ExportPlan]:
-    """One for each target, those of the device profile where it decides."""
+    """Return one plan for each target. A device profile chooses what the command line leaves open.
+
+    Raises UsageError for flags that cannot be combined.
+    """
     from evm_deploy.devices.profiles import find_profile
     from evm_deploy.export.device_choice import choose
+    from evm_deploy.export.plan import canonical_precision
     from evm_deploy.export.targets import load_targets, resolve_names
 
     if args.device in PLATFORMS:
         raise UsageError(f"{args.device} is a platform, not a device profile", f"use --platform {args.device}")
     if args.device and args.platform:
-        raise UsageError("--device chooses the platform of the native library itself", "leave --platform out")
+        raise UsageError("--device and --platform cannot be combined", "leave --platform out: --device sets it")
     if args.device is None:
         if not args.target:
             raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
         return [_plan(args, name) for name in resolve_names(args.target)]
     profile = find_profile(args.device)
     names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
-    images = args.calib is not None
-    return [_plan(args, **vars(choose(profile, name, args.precision, scan=args.scan, images=images))) for name in names]
+    images, precision = args.calib is not None, args.precision and canonical_precision(args.precision)
+    return [_plan(args, **vars(choose(profile, name, precision, scan=args.scan, images=images))) for name in names]
 
 
 def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
+    """Return the plan of one target. decided: fields that a device profile has chosen. Raises UsageError."""
     from evm_deploy.export.plan import ExportPlan, parse_imgsz
     from evm_deploy.runtimes.base import Batch
 
@@ -293,7 +365,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
 
 
 def _settings(args: argparse.Namespace, target: str) -> Any:
-    """The target's own settings, of the flags that are for it; None where it has none."""
+    """Return the target's own settings, read from its flags; None if the target has no settings of its own."""
     from evm_deploy.export.targets import get_target
 
     kind = get_target(target).settings
@@ -301,7 +373,7 @@ def _settings(args: argparse.Namespace, target: str) -> Any:
 
 
 def _refuse_others_flags(args: argparse.Namespace, plans: Sequence[ExportPlan]) -> None:
-    """Raise UsageError for a flag that is given and that no target of the plans has."""
+    """Raise UsageError if a flag is given that belongs to none of the plans' targets."""
     from evm_deploy.export.targets import load_targets
 
     targets = load_targets()
@@ -309,10 +381,11 @@ def _refuse_others_flags(args: argparse.Namespace, plans: Sequence[ExportPlan]) 
     for name in given(args, target_settings.KINDS).keys() - all_fields(kinds).keys():
         flag = flag_of(all_fields(target_settings.KINDS)[name]).name
         having = ", ".join(target.name for target in targets.values() if name in all_fields([target.settings]))
-        raise UsageError(f"{flag} is for {having}", "leave it out")
+        raise UsageError(f"{flag} only works with --target {having}", f"leave {flag} out")
 
 
 def _number(flag: str, text: str, whole: bool = False) -> float:
+    """Parse a number, or a whole number. Raises UsageError that names the flag."""
     try:
         return int(text) if whole else float(text)
     except ValueError as error:
@@ -320,20 +393,22 @@ def _number(flag: str, text: str, whole: bool = False) -> float:
 
 
 def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
+    """Parse `R,G,B` into three numbers; None stays None. Raises UsageError that names the flag."""
     if text is None:
         return None
     values = [_number(flag, part) for part in text.split(",")]
     if len(values) != 3:
-        raise UsageError(f"{flag} {text!r}: three numbers, red, green, blue, such as 0.485,0.456,0.406")
+        raise UsageError(f"{flag} {text!r}: use three numbers for red, green, blue, such as 0.485,0.456,0.406")
     return values[0], values[1], values[2]
 
 
 def _labels(path: Path) -> tuple[str, ...]:
+    """Read class names, one per line, from a UTF-8 text file. Raises UsageError."""
     try:
         labels = tuple(path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--labels {path} cannot be read: {reason}") from error
     if not labels or not all(label.strip() for label in labels):
-        raise UsageError(f"--labels {path} is empty or has empty lines", "one class name per line")
+        raise UsageError(f"--labels {path} is empty or has empty lines", "write one class name on each line")
     return labels

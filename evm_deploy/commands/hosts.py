@@ -1,4 +1,4 @@
-"""evm-bench on other machines: --host, --adb, --devices; and with which device profile: --device."""
+"""Flags of evm-bench that choose the host (--host, --adb, --devices) and the device profile (--device)."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ if TYPE_CHECKING:
 
 
 def host_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of evm-bench that say where."""
+    """Add the group `where to measure` to the parser of evm-bench."""
     add = parser.add_argument_group("where to measure").add_argument
     add(
         "--device",
         metavar="D",
         dest="profile",
-        help="a device profile (evm-doctor lists them) or FILE.toml: its threads and settings, where not given",
+        help="device profile (evm-doctor lists them) or FILE.toml: gives threads and settings that no flag sets",
     )
-    add("--host", metavar="USER@BOARD[:PORT]", help="measure there, over ssh; needs Python and the runtime there")
-    add("--python", default="python3", metavar="PATH", help="the board's Python, default python3")
-    add("--ssh", metavar="COMMAND", help="such as 'ssh -F my_config'; default: $EVM_SSH, else ssh")
-    add("--adb", metavar="SERIAL", help="measure on this Android device, with --runner")
-    add("--runner", metavar="FILE", help="onnxruntime_perf_test for Android")
-    add("--devices", metavar="FILE", help="TOML with several boards: measure on all at the same time")
+    add("--host", metavar="USER@BOARD[:PORT]", help="measure on this board over ssh; it needs Python and the runtime")
+    add("--python", default="python3", metavar="PATH", help="Python interpreter on the board, default python3")
+    add("--ssh", metavar="COMMAND", help="ssh command, such as 'ssh -F my_config'; default: $EVM_SSH, else ssh")
+    add("--adb", metavar="SERIAL", help="measure on this Android device; needs --runner")
+    add("--runner", metavar="FILE", help="ONNX Runtime's onnxruntime_perf_test, compiled for Android")
+    add("--devices", metavar="FILE", help="TOML file that lists several boards: measure on all of them at once")
 
 
 def host_options(args: argparse.Namespace) -> HostOptions:
-    """Raises UsageError for what is no place."""
+    """Return the host options in `args`. Raises UsageError for flags that cannot be combined."""
     from evm_deploy.bench.remote.hosts import HostOptions
 
     ssh = args.ssh or os.environ.get("EVM_SSH") or "ssh"
     options = HostOptions(args.host, args.adb, args.profile, ssh, args.python, args.runner)
     if args.devices and (args.host or args.adb):
-        raise UsageError("--devices names the boards", "leave --host and --adb out")
+        raise UsageError("--devices cannot be combined with --host or --adb", "leave --host and --adb out")
     return options
 
 
 def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
-    """Measure on the boards of a file. Returns the exit code: the largest of the boards that failed."""
+    """Measure on every board of the file --devices, and print a table or JSON.
+
+    Return the largest exit code of the boards that failed, or 0.
+    """
     from evm_deploy.bench.remote.fleet import read_fleet, run_fleet, table
     from evm_deploy.report.history import append
 

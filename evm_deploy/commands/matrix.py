@@ -1,4 +1,4 @@
-"""evm-bench --matrix: one checkpoint in several forms, compared."""
+"""`evm-bench --matrix`: compare one checkpoint in several forms, each a target with a precision."""
 
 from __future__ import annotations
 
@@ -23,35 +23,45 @@ ONLY_HERE = ("forms", "imgsz", "calib", "val")
 
 
 def matrix_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of evm-bench that are for --matrix."""
-    add = parser.add_argument_group("comparing the forms of a checkpoint").add_argument
-    add("--matrix", action="store_true", help="export and measure a checkpoint, or the demo's, in each of --forms")
+    """Add the flags of --matrix to the parser of evm-bench."""
+    add = parser.add_argument_group("what to measure, with --matrix").add_argument
+    add(
+        "--matrix",
+        action="store_true",
+        help="export a checkpoint (default: the embedded demo) to each of --forms and measure each bundle",
+    )
     add(
         "--forms",
         metavar="T:P[,T:P..]",
-        help="targets and precisions, and torch; default onnx and openvino, fp32 and int8",
+        help="pairs of target and precision, such as onnx:fp32,openvino:int8,onnx:w8a16; torch measures the checkpoint "
+        "itself; default: torch, then ONNX and OpenVINO in fp32 and int8",
     )
-    add("--imgsz", metavar="N|HxW", help="as for evm-export")
-    add("--calib", metavar="DIR", help="images to calibrate int8 with, as for evm-export")
-    add("--val", metavar="DIR", help="labelled images to measure the accuracy of every form on, as for evm-export")
+    add("--imgsz", metavar="N|HxW", help="input size in pixels, see evm-export --help")
+    add("--calib", metavar="DIR", help="images to calibrate int8, see evm-export --help")
+    add("--val", metavar="DIR", help="labelled images to evaluate every form, see evm-export --help")
 
 
 def refuse_matrix_flags(args: argparse.Namespace) -> None:
-    """Raise UsageError for a flag that has no use without --matrix."""
+    """Raise UsageError if a flag of --matrix is given without --matrix."""
     for name in ONLY_HERE:
         if getattr(args, name) is not None:
-            raise UsageError(f"--{name} is for --matrix", "leave it out, or give a checkpoint and --matrix")
+            raise UsageError(f"--{name} needs --matrix", f"leave --{name} out, or give a checkpoint and --matrix")
 
 
 def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
-    """Compare, and print what came out. Returns the exit code: that of the first form that failed."""
+    """Export and measure every form of one checkpoint, and print the report.
+
+    Return the exit code of the first form that failed, or 0.
+    """
     from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
     from evm_deploy.demo import CHECKPOINT
 
     if len(args.bundles) > 1:
-        raise UsageError("--matrix compares one checkpoint", "give one, or none for the demo's")
+        raise UsageError("--matrix takes one checkpoint", "give one checkpoint, or none for the embedded demo")
     if args.host or args.adb or args.devices or args.profile:
-        raise UsageError("--matrix exports and measures on this machine", "elsewhere: evm-bench BUNDLE.. --host ..")
+        raise UsageError(
+            "--matrix only measures on this machine", "to measure on another one: evm-bench BUNDLE.. --host .."
+        )
     demo = not args.bundles
     wanted = Matrix(
         checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
@@ -74,7 +84,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
 
 
 def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None:
-    """The table and the verdict on stdout, the page beside the records, the records in the history if there is one."""
+    """Print table and verdict, write the HTML page into `out`, and add the records to the history --db if given."""
     from evm_deploy.report.collect import candidates, collect
     from evm_deploy.report.history import append
     from evm_deploy.report.page import page
@@ -92,4 +102,4 @@ def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None
         print(json.dumps(as_dicts(groups), indent=1))
         return
     show_groups(stdout_console(), groups)
-    print(f"Saved    {out / PAGE}, {len(records)} records beside it")
+    print(f"Saved    {out / PAGE} and {len(records)} records in the same folder")

@@ -1,4 +1,4 @@
-"""evm-report."""
+"""evm-report: compare records and bundles, recommend one, and find regressions."""
 
 from __future__ import annotations
 
@@ -21,39 +21,45 @@ if TYPE_CHECKING:
 
 
 def report_parser() -> Parser:
+    """Return the argument parser of evm-report."""
     parser = Parser(
         "evm-report",
-        description="Records and bundles side by side, what to ship, and what got slower.",
+        description="Compare records and bundles, recommend the bundle to ship, and find regressions.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="records of evm-bench, bundles, or folders of them")
-    add("--max-drop", type=float, default=1.0, metavar="X", help="points of top-1 that may be lost, default 1.0")
-    add("--markdown", metavar="FILE", help="write a Markdown table; - is stdout, here and below")
-    add("--csv", metavar="FILE", help="write one row for each candidate")
-    add("--html", metavar="FILE", help="write one page with charts, which needs nothing else")
-    add("--compare", nargs=2, metavar=("OLD", "NEW"), help="records or folders: what got slower, what faster")
-    add("--max-regression", metavar="PERCENT", help="with --compare: exit 6 where the median rose by more, such as 5%%")
-    add("--max-latency", metavar="T", help="exit 6 where a median is above this, such as 20ms")
-    add("--db", metavar="FILE", help="add the records to this history, and read --history from it")
-    add("--history", action="store_true", help="how latencies changed, from --db")
-    add("--model", metavar="M", help="with --history: of this model alone")
-    add("--target", metavar="T", help="with --history: of this target alone")
+    add("--max-drop", type=float, default=1.0, metavar="X", help="largest accepted top-1 drop in points, default 1.0")
+    add("--markdown", metavar="FILE", help="write a Markdown report; - means stdout, also for --csv and --html")
+    add("--csv", metavar="FILE", help="write a CSV file with one row for each candidate")
+    add("--html", metavar="FILE", help="write one self-contained HTML page with charts")
+    add("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the latencies of two records or folders of records")
+    add(
+        "--max-regression",
+        metavar="PERCENT",
+        help="with --compare: exit code 6 if a median rose by more than this, such as 5%%",
+    )
+    add("--max-latency", metavar="T", help="exit code 6 if a median is above this, such as 20ms")
+    add("--db", metavar="FILE", help="history of records (SQLite): add the records to it; --history reads it")
+    add("--history", action="store_true", help="print the latencies in --db over time")
+    add("--model", metavar="M", help="with --history: only records of this model")
+    add("--target", metavar="T", help="with --history: only records of this target")
     add("--last", type=int, metavar="N", help="with --history: the last N measurements of each bundle and setting")
-    add("--json", action="store_true", help="JSON on stdout")
-    add("-v", "--verbose", action="store_true", help="tracebacks")
+    add("--json", action="store_true", help="print the result as JSON on stdout")
+    add("-v", "--verbose", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"evm-deploy {__version__}")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`evm-report`. Returns the exit code."""
+    """Run `evm-report` with `argv` and return the exit code."""
     args = report_parser().parse_intermixed_args(argv)  # flags between paths, too
     return run_command("evm-report", lambda: _report(args), args.verbose)
 
 
 def _report(args: argparse.Namespace) -> int:
+    """Print a report, a comparison or a history. Raises LatencyError if a latency limit is exceeded."""
     _check(args)
     if args.compare:
         _compare(args)
@@ -65,18 +71,18 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse flags that do not go together. Raises UsageError."""
+    """Raise UsageError for flags that cannot be combined and for invalid numbers."""
     files = [flag for flag in ("markdown", "csv", "html") if getattr(args, flag)]
     if args.compare and (args.paths or args.history):
-        raise UsageError("--compare takes OLD and NEW alone", "evm-report --compare OLD NEW")
+        raise UsageError("--compare cannot be combined with paths or --history", "evm-report --compare OLD NEW")
     if files and (args.compare or args.history):
-        raise UsageError(f"--{files[0]} is for a report, not for --compare or --history", "use --json")
+        raise UsageError(f"--{files[0]} cannot be combined with --compare or --history", "use --json")
     if args.history and not args.db:
-        raise UsageError("--history needs --db FILE", "evm-report RECORD.. --db FILE makes one")
+        raise UsageError("--history needs --db FILE", "to create a history: evm-report RECORD.. --db FILE")
     if args.max_regression and not args.compare:
         raise UsageError("--max-regression needs --compare OLD NEW")
     if not args.history and any(value is not None for value in (args.model, args.target, args.last)):
-        raise UsageError("--model, --target and --last are for --history")
+        raise UsageError("--model, --target and --last need --history")
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last {args.last}: use a number from 1")
     if not 0 <= args.max_drop <= 100:
@@ -84,10 +90,11 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.paths or args.compare or args.history):
         raise UsageError("nothing to report", "give records of evm-bench, bundles, or folders of them")
     if [args.markdown, args.csv, args.html, "-" if args.json else ""].count("-") > 1:
-        raise UsageError("only one of --markdown, --csv, --html and --json can go to stdout")
+        raise UsageError("only one of --markdown, --csv, --html and --json can write to stdout")
 
 
 def _groups(args: argparse.Namespace) -> None:
+    """Print and write the report, then apply --max-latency."""
     from evm_deploy.report.collect import candidates
     from evm_deploy.report.compare import require
     from evm_deploy.report.table import grouped
@@ -111,6 +118,7 @@ def _groups(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    """Print the comparison of OLD and NEW, then apply --max-regression and --max-latency."""
     from evm_deploy.report.compare import compare, require
     from evm_deploy.report.terminal import show_comparison
 
@@ -127,6 +135,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _history(args: argparse.Namespace) -> None:
+    """Print the history, then apply --max-latency to the newest measurements."""
     from evm_deploy.report.compare import require
     from evm_deploy.report.history import as_dicts, courses, read
     from evm_deploy.report.terminal import show_history
@@ -136,7 +145,7 @@ def _history(args: argparse.Namespace) -> None:
         _collected(args, args.paths)
     found = courses(read(Path(args.db), args.model, args.target), args.last)
     if not found:
-        raise UsageError(f"{args.db} has no such records")
+        raise UsageError(f"{args.db} has no records of this model and target", "leave --model and --target out")
     if args.json:
         print(json.dumps([as_dicts(course) for course in found], indent=1))
     else:
@@ -145,20 +154,20 @@ def _history(args: argparse.Namespace) -> None:
 
 
 def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Collected:
-    """Read what is given, and add its records to the history if there is one."""
+    """Read the records and bundles at `paths`, and add the records to the history --db if given."""
     from evm_deploy.report.collect import collect
     from evm_deploy.report.history import append
 
     found = collect(paths)
     for path in found.ignored:
-        print(f"evm-report: {path} is no record: left out", file=sys.stderr)
+        print(f"evm-report: {path} is not a record: ignored", file=sys.stderr)
     if args.db:
         append(Path(args.db), found.records)
     return found
 
 
 def milliseconds(said: str | None) -> float | None:
-    """`20ms`, `0.02s` or `20` -> 20.0. Raises UsageError."""
+    """Parse `20ms`, `0.02s` or `20` into 20.0 ms; None stays None. Raises UsageError."""
     if said is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)?", said, re.ASCII)
@@ -168,12 +177,12 @@ def milliseconds(said: str | None) -> float | None:
 
 
 def percent(said: str | None) -> float | None:
-    """`5%` or `5` -> 5.0. Raises UsageError."""
+    """Parse `5%` or `5` into 5.0; None stays None. Raises UsageError."""
     if said is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", said, re.ASCII)
     if not match:
-        raise UsageError(f"--max-regression {said}: use percent such as 5%")
+        raise UsageError(f"--max-regression {said}: use a percentage such as 5%")
     return float(match[1])
 
 
@@ -184,6 +193,7 @@ def _page(groups: Sequence[Group]) -> str:
 
 
 def _write(target: str, text: str) -> None:
+    """Write `text` to the file `target`, or to stdout if `target` is `-`. Raises UsageError."""
     if target == "-":
         print(text, end="")
         return

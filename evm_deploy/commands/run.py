@@ -1,4 +1,4 @@
-"""evm-run."""
+"""evm-run: classify images with a bundle, or run the bundle's self-test."""
 
 from __future__ import annotations
 
@@ -15,41 +15,44 @@ from evm_deploy.runtimes.registry import setting_kinds
 
 
 def run_parser() -> Parser:
+    """Return the argument parser of evm-run."""
     parser = Parser(
         "evm-run",
-        description="Classify images with a bundle, or check the bundle on this device.",
+        description="Classify images with a bundle, or run the bundle's self-test on this device.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE")
-    add("images", nargs="*", metavar="IMAGE")
-    add("--top", type=int, default=5, metavar="K", help="classes per image, default 5")
-    add("--selftest", action="store_true", help="run the bundle's self-test; exit 4 when it fails")
-    add("--threads", type=int, metavar="N", help="intra-op threads; default: the runtime's")
+    add("bundle", metavar="BUNDLE", help="folder or .zip of the bundle")
+    add("images", nargs="*", metavar="IMAGE", help="image files to classify")
+    add("--top", type=int, default=5, metavar="K", help="number of classes to print per image, default 5")
+    add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
+    add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
     add(
         "--scan",
         default="auto",
         metavar="S",
-        help="auto (default), plugin (native kernel), bundled (the bundle's own), portable",
+        help="auto (default), plugin (installed native library), bundled (the bundle's own native library), or "
+        "portable (no native library)",
     )
-    add("--require-signature", metavar="PUB", help="take only what this ed25519 key has signed, a PEM file")
+    add("--require-signature", metavar="PUB", help="refuse bundles not signed with this ed25519 key (a PEM file)")
     add_flags(parser, setting_kinds())
     common_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`evm-run`. Returns the exit code."""
+    """Run `evm-run` with `argv` and return the exit code."""
     args = run_parser().parse_intermixed_args(argv)  # evm-run BUNDLE --top 3 cat.jpg
     return run_command("evm-run", lambda: _run(args), args.verbose)
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Run the self-test, the classification, or both. Return 4 if the self-test failed, else 0."""
     from evm_deploy.bundle.loaded import load
 
     if not args.images and not args.selftest:
-        raise UsageError("nothing to do", f"give images, or:  evm-run {args.bundle} --selftest")
+        raise UsageError("nothing to do: no image is given", f"give images, or:  evm-run {args.bundle} --selftest")
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:

@@ -1,4 +1,4 @@
-"""What evm-export says of a bundle when it is done."""
+"""Summary of a finished bundle, as evm-export prints it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def export_summary(bundle: Bundle, seconds: float) -> str:
-    """The last block: what was made, how exact it is, where it is, what to do next."""
+    """Return the text that ends an export: size, parity, accuracy, location and the next command to run.
+
+    seconds: wall time of the export.
+    """
     from evm_deploy.calib.evaluate import Accuracy
     from evm_deploy.export.targets import get_target
     from evm_deploy.tasks import get_task
@@ -58,6 +61,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
 
 
 def _worst(parity: dict[str, Any]) -> str:
+    """Return the largest relative error of a scan and the name of that scan."""
     scans = parity["scans"]
     if not scans:
         return "no scans"

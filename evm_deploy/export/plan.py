@@ -15,6 +15,7 @@ from evm_deploy.toolchain.platforms import PLATFORMS
 
 HEADS = ("logits", "probs", "features", "raw")
 INPUTS = ("image", "tensor")
+PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
 CALIBRATED = ("int8", "int8-fp16")  # int8-fp16: float16 outside the int8 layers
 QUANTIZED = (*CALIBRATED, "w8")
@@ -81,6 +82,7 @@ class ExportPlan:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
         if self.precision is not None:
+            object.__setattr__(self, "precision", canonical_precision(self.precision))
             one_of("--precision", self.precision, PRECISIONS)
         if self.min_target is not None:
             one_of("--min-target", self.min_target, MIN_TARGETS)
@@ -143,6 +145,11 @@ class ExportPlan:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for manifests and records."""
         return {**asdict(self), "batch": str(self.batch)}
+
+
+def canonical_precision(name: str) -> str:
+    """Return the precision that `name` is an alias of, such as w8 for w8a16; any other name unchanged."""
+    return PRECISION_ALIASES.get(name, name)
 
 
 def parse_imgsz(text: str | int) -> tuple[int, int]:

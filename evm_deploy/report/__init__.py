@@ -1,1 +1,1 @@
-"""Records and bundles side by side: tables, verdicts, one HTML page, comparisons, history. `evm-report` prints them."""
+"""Reports on records and bundles for `evm-report`: tables, verdicts, the HTML page, comparisons and the history."""

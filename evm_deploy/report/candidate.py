@@ -1,4 +1,4 @@
-"""Candidate: one thing that could ship, in one setting on one device, with all that is known of it."""
+"""Candidate: a bundle or the torch baseline, measured in one setting on one device, with its accuracy and size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from evm_deploy._util.text import escape_controls
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.bundle import Bundle
 
-FLOAT = "fp32"
-MAX_TEXT = 200
+FLOAT = "fp32"  # precision that accuracy is compared with
+MAX_TEXT = 200  # characters of a text from a file
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What two latencies must share before they are compared. device: None where nothing was measured.
+    """Conditions that two latencies must share to be compared.
 
-    threads: None as the runtime chose.
+    device: key from `device_key`; None if nothing was measured. threads: None if the runtime chose.
     """
 
     model: str
@@ -30,7 +30,7 @@ class Conditions:
     timed: str = ""
 
     def __str__(self) -> str:
-        """`evm_digits, 64x64, batch 1, 1 thread, model`."""
+        """Format as `evm_digits, 64x64, batch 1, 1 thread, model`."""
         if self.device is None:
             return f"{self.model}, {self.imgsz[0]}x{self.imgsz[1]}, not measured"
         threads = {None: "threads auto", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
@@ -40,10 +40,11 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: of the bundle. accuracy: as calib.accuracy.Accuracy.as_dict, or None. size_bytes: of the artifact.
+    """Row of a report. All texts hold printable characters only.
 
-    rejected: why it must not ship, from its manifest. record: None for a bundle that was not measured. notes: what a
-    reader should know. Texts hold printable characters only.
+    name: name of the bundle. accuracy: dictionary from calib.evaluate.Accuracy.as_dict, or None. size_bytes: size of
+    the artifact. rejected: reason from the manifest of a bundle that was rejected at export, else empty.
+    record: None for a bundle that was not measured. notes: remarks for the reader.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Candidate:
 
     @classmethod
     def of_record(cls, record: Record) -> Candidate:
+        """Make the candidate of a measurement."""
         bundle, notes = record.bundle, [plain(text) for text in record.warnings]
         return cls(
             **{key: plain(bundle[key]) for key in ("name", "model", "target", "precision")},
@@ -71,6 +73,7 @@ class Candidate:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Candidate:
+        """Make the candidate of a bundle that was not measured."""
         manifest = bundle.manifest
         height, width = manifest.plan["imgsz"]
         failures = manifest.parity.get("failures") or ["rejected at export"]
@@ -88,6 +91,7 @@ class Candidate:
 
     @property
     def conditions(self) -> Conditions:
+        """Conditions of the measurement, which decide the group."""
         if self.record is None:
             return Conditions(self.model, self.imgsz)
         settings = self.record.settings
@@ -103,7 +107,7 @@ class Candidate:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Settings that are a choice, not a condition: rows of one group may differ in them."""
+        """Settings in which candidates of one group may differ, such as `scan portable` or `CUDA graph`."""
         if self.record is None:
             return ()
         settings = self.record.settings
@@ -116,7 +120,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """`openvino int8`, with the settings that are a choice."""
+        """Target, precision and `variant`, such as `openvino int8, GPU`."""
         return ", ".join((f"{self.target} {self.precision}", *self.variant))
 
     @property
@@ -131,58 +135,59 @@ class Candidate:
 
     @property
     def stable(self) -> bool:
+        """Whether the measurement was stable; True for a bundle that was not measured."""
         return self.record is None or self.record.stable
 
     @property
     def is_float(self) -> bool:
-        """Whether it is what the others' accuracy is compared with: parity with the float model was proven."""
+        """Whether the precision is fp32. Its accuracy is the float model's: the export has checked their parity."""
         return self.precision == FLOAT
 
     @property
     def drop(self) -> float | None:
-        """Points of top-1 lost against the float model: 0 of the float model, None where nobody knows."""
+        """Top-1 drop against the float model in points: 0 for fp32, None if the accuracy is unknown."""
         if self.accuracy is None:
             return 0.0 if self.is_float else None
         return finite(self.accuracy.get("drop"))
 
     @property
     def top1(self) -> float | None:
-        """In percent."""
+        """Top-1 accuracy in percent, or None."""
         share = finite((self.accuracy or {}).get("top1"))
         return None if share is None else 100 * share
 
     @property
     def scan_share(self) -> float | None:
-        """Of the time of all layers, in percent."""
+        """Share of the scans in the time of all layers, in percent, or None."""
         share = finite(self.record.layers.get("scan_share")) if self.record else None
         return None if share is None else 100 * share
 
 
 def device_key(record: Record) -> tuple[str, ...]:
-    """What makes a device another one: where it is, model, processor, architecture, usable cores, memory, system."""
+    """Return the facts that identify a device: host, model, processor, architecture, usable cores, memory, system."""
     names = ("at", "model", "cpu", "machine", "usable_cores", "memory_mb", "system")
     return tuple(plain(str(record.device.get(name) or "")) for name in names)
 
 
 def device_name(key: tuple[str, ...]) -> str:
-    """`AMD EPYC, 2 cores` with the board in front where it has a name of its own."""
+    """Format the result of `device_key` for people: `raspberry at pi@raspberry: Cortex-A76, 4 cores`."""
     at, model, cpu, _, cores, _, _ = key
     where = f" at {at}" if at else ""
     return f"{model or 'unnamed device'}{where}: {cpu or 'processor unknown'}, {cores or '?'} cores"
 
 
 def finite(value: object) -> float | None:
-    """A number as float; None for anything else, NaN and infinities included."""
+    """Return a number as float; None for any other value, NaN and infinities included."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None  # type: ignore[arg-type]
 
 
 def milliseconds(value: float) -> str:
-    """Three digits: 0.252, 1.20, 35.0, 1240."""
+    """Format a time in ms with three digits: 0.252, 1.20, 35.0, 1240."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def plain(text: object) -> str:
-    """Printable and short: names come from files, and terminals obey control characters."""
+    """Return `text` without control characters, cut to MAX_TEXT: texts from files must not control a terminal."""
     shown = escape_controls(text, keep="")
     return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"

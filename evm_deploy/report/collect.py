@@ -1,4 +1,4 @@
-"""Files and folders to candidates: records, bundles, and which belong together."""
+"""Read records and bundles from files and folders, and match them into candidates and groups."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from evm_deploy.report.candidate import Candidate, Conditions
 
 @dataclass(frozen=True)
 class Collected:
-    """records: all that were given. bundles: by the sha256 of their manifest.
+    """Records and bundles that were read.
 
-    ignored: JSON files in folders that are no records.
+    bundles: by the sha256 of their manifest. ignored: JSON files in the folders that are not records.
     """
 
     records: tuple[Record, ...]
@@ -29,7 +29,10 @@ class Collected:
 
 
 def collect(paths: Iterable[str | Path]) -> Collected:
-    """Read records, bundles, and folders of both (bundles one level down). Raises UsageError, BundleError."""
+    """Read records and bundles at `paths`; in a folder also the bundles one level below it.
+
+    Raises UsageError and BundleError that name the file.
+    """
     records: list[Record] = []
     bundles: dict[str, Bundle] = {}
     ignored: list[Path] = []
@@ -52,20 +55,22 @@ def collect(paths: Iterable[str | Path]) -> Collected:
             records += found
             ignored += other
         if len(records) + len(bundles) == before:
-            raise UsageError(f"{path} holds neither records nor bundles", "evm-bench makes records, evm-export bundles")
+            raise UsageError(
+                f"{path} contains no records and no bundles", "evm-bench writes records, evm-export writes bundles"
+            )
     return Collected(tuple(records), bundles, tuple(ignored))
 
 
 def open_light(path: Path) -> Bundle:
-    """A bundle by its manifest, its files not hashed: a report runs nothing. Raises BundleError."""
+    """Open a bundle without hashing its files, because a report runs nothing. Raises BundleError."""
     bundle = Bundle(path, Manifest.read(path))
     if bundle.size_bytes == 0:
-        raise BundleError(f"bundle {path}: {bundle.manifest.artifact} is missing", "copy the bundle again, whole")
+        raise BundleError(f"bundle {path}: {bundle.manifest.artifact} is missing", "copy the whole bundle again")
     return bundle
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """Of records of the same bundle, setting and device, the one measured last."""
+    """Return the newest record of each bundle, setting and device."""
     latest: dict[tuple[object, ...], Record] = {}
     for record in sorted(records, key=lambda record: record.date):
         latest[identity(record)] = record
@@ -73,20 +78,20 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def identity(record: Record) -> tuple[object, ...]:
-    """The same for two measurements of one bundle's name in one setting on one device."""
+    """Return a key that is equal for two measurements of the same bundle name, setting and device."""
     candidate = Candidate.of_record(record)
     return (candidate.name, candidate.target, candidate.precision, candidate.variant, candidate.conditions)
 
 
 def candidates(found: Collected) -> list[Candidate]:
-    """The newest records, each with what its bundle adds, then the bundles that were not measured."""
+    """Make candidates of the newest records, completed from their bundles, then of the bundles not measured."""
     made = [_joined(record, found.bundles) for record in newest(found.records)]
     measured = {record.bundle.get("manifest_sha256") for record in found.records}
     return made + [Candidate.of_bundle(bundle) for sha, bundle in found.bundles.items() if sha not in measured]
 
 
 def groups(found: Iterable[Candidate]) -> dict[Conditions, list[Candidate]]:
-    """Candidates that may be compared with each other, fastest first; what was not measured comes last."""
+    """Group candidates by conditions, fastest first in each group; candidates without a measurement come last."""
     grouped: dict[Conditions, list[Candidate]] = {}
     for each in sorted(found, key=lambda each: (each.p50 is None, each.p50 or each.size_bytes, each.label)):
         grouped.setdefault(each.conditions, []).append(each)
@@ -94,22 +99,27 @@ def groups(found: Iterable[Candidate]) -> dict[Conditions, list[Candidate]]:
 
 
 def _joined(record: Record, bundles: dict[str, Bundle]) -> Candidate:
+    """Make the candidate of a record, with the rejection of its bundle, or a note if the bundle has changed."""
     candidate = Candidate.of_record(record)
     bundle = bundles.get(record.bundle.get("manifest_sha256") or "")
     if bundle:
         return replace(candidate, rejected=Candidate.of_bundle(bundle).rejected)
     if any(other.path.resolve().name == candidate.name for other in bundles.values()):
-        note = "measured on another export of this bundle than the one given: measure again"
+        note = "the record belongs to another export of this bundle: measure again"
         return replace(candidate, notes=(*candidate.notes, note))
     return candidate
 
 
 def _is_bundle(path: Path) -> bool:
+    """Test whether the folder `path` has a manifest."""
     return (path / FILE).is_file()
 
 
 def _records_in(folder: Path) -> tuple[list[Record], list[Path]]:
-    """Records directly in a folder, and JSON files that are something else. A damaged record is an error."""
+    """Read the records directly in `folder`; return them and the JSON files that are not records.
+
+    Raises UsageError for a damaged record.
+    """
     records, ignored = [], []
     own = {FILE, *Manifest.read(folder).files} if _is_bundle(folder) else set()
     for path in sorted(folder.glob("*.json")):
@@ -123,10 +133,11 @@ def _records_in(folder: Path) -> tuple[list[Record], list[Path]]:
 
 
 def _looks_like_a_record(path: Path) -> bool:
+    """Test whether a JSON file has samples, or is damaged, so that reading it explains the damage."""
     if path.stat().st_size > MAX_BYTES:
         return False
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        return True  # reading it says what is wrong
+        return True  # Record.read then raises an error that says what is wrong
     return isinstance(content, dict) and "samples_ms" in content

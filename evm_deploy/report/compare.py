@@ -1,4 +1,4 @@
-"""Two sets of measurements of the same bundles: what got slower, what faster, what cannot be told apart."""
+"""Comparison of two sets of measurements of the same bundles: regressions, improvements, and latency limits."""
 
 from __future__ import annotations
 
@@ -15,44 +15,49 @@ from evm_deploy.report.collect import identity, newest
 
 @dataclass(frozen=True)
 class Pair:
-    """The same bundle, setting and device, measured twice. ratio: new time over old; above 1 is slower."""
+    """Two measurements of the same bundle, setting and device."""
 
     old: Candidate
     new: Candidate
 
     @property
     def label(self) -> str:
+        """Name of the bundle with target, precision and settings."""
         return f"{self.new.name} ({self.new.label})"
 
     @property
     def conditions(self) -> Conditions:
+        """Conditions of the new measurement."""
         return self.new.conditions
 
     @property
     def ratio(self) -> float:
+        """New median over old median; above 1 is slower."""
         assert self.old.p50 and self.new.p50
         return self.new.p50 / self.old.p50
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the ratio, from both ends of both 95 % intervals: wider than 95 %."""
+        """Interval of the ratio from the ends of both 95 % intervals, so its confidence is above 95 %."""
         assert self.old.interval and self.new.interval
         (old_low, old_high), (low, high) = self.old.interval, self.new.interval
         return low / old_high, high / old_low
 
     @property
     def stable(self) -> bool:
+        """Whether both measurements were stable."""
         return self.old.stable and self.new.stable
 
     @property
     def verdict(self) -> str:
-        """`regression`, `improvement`, or `same` where the intervals of the medians overlap."""
+        """`regression` or `improvement`; `same` if the intervals of the medians overlap."""
         assert self.old.interval and self.new.interval
         if not apart(self.old.interval, self.new.interval):
             return "same"
         return "regression" if self.ratio > 1 else "improvement"
 
     def as_dict(self) -> dict[str, Any]:
+        """Return plain data, as --json prints it."""
         return {
             "name": self.new.name,
             "settings": str(self.conditions),
@@ -67,7 +72,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """new: all candidates of NEW. unmatched: one sentence for each record that has no counterpart."""
+    """Result of comparing OLD with NEW.
+
+    new: all candidates of NEW. unmatched: one sentence for each record without a counterpart.
+    """
 
     pairs: tuple[Pair, ...]
     new: tuple[Candidate, ...]
@@ -75,7 +83,10 @@ class Comparison:
 
 
 def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
-    """Match records by bundle, setting and device. Raises UsageError when nothing matches: that is no passed check."""
+    """Match records by bundle, setting and device, and pair them.
+
+    Raises UsageError if no record matches, so that a gate does not pass without a comparison.
+    """
     olds, news = ({identity(record): Candidate.of_record(record) for record in newest(side)} for side in (old, new))
     pairs = tuple(Pair(olds[key], news[key]) for key in olds if key in news)
     left = [("OLD", olds[key], news) for key in olds if key not in news]
@@ -96,26 +107,26 @@ def require(
     max_regression: float | None = None,
     max_latency_ms: float | None = None,
 ) -> None:
-    """Raise LatencyError for a regression of more than `max_regression` percent, or a median above `max_latency_ms`."""
+    """Raise LatencyError for a regression above `max_regression` percent or a median above `max_latency_ms`."""
     slow = []
     if max_regression is not None:
         slow += [
-            f"{pair.label}: {pair.ratio:.2f}x the time of before ({max_regression:g} % more allowed)"
+            f"{pair.label}: {pair.ratio:.2f}x the old time (limit: {max_regression:g} % more)"
             for pair in pairs
             if pair.verdict == "regression" and pair.ratio > 1 + max_regression / 100
         ]
     if max_latency_ms is not None:
         slow += [
-            f"{each.name} ({each.conditions}): p50 {milliseconds(each.p50)} ms ({max_latency_ms:g} ms allowed)"
+            f"{each.name} ({each.conditions}): p50 {milliseconds(each.p50)} ms (limit: {max_latency_ms:g} ms)"
             for each in measured
             if each.p50 is not None and each.p50 > max_latency_ms
         ]
     if slow:
-        raise LatencyError("too slow\n  " + "\n  ".join(slow))
+        raise LatencyError("latency limit exceeded\n  " + "\n  ".join(slow))
 
 
 def _elsewhere(each: Candidate, others: dict[tuple[object, ...], Candidate]) -> str:
-    """Whether the other side has the same bundle on another device."""
+    """Return a note if the other side measured the same bundle on another device, else an empty string."""
     here = each.conditions.device
     for other in others.values():
         there = other.conditions.device

@@ -1,6 +1,7 @@
-"""Records over time, in one SQLite file.
+"""History of records in one SQLite file.
 
-The rollback journal is used, not WAL: one file that can be copied, also on network disks, and a report writes rarely.
+SQLite uses its rollback journal, not WAL: the history is one file that can be copied and works on network disks.
+Reports write rarely.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from evm_deploy.report.candidate import Candidate
 from evm_deploy.report.collect import identity
 from evm_deploy.report.compare import Pair
 
-APPLICATION_ID = 0x45564D44  # "EVMD": the file is ours
+APPLICATION_ID = 0x45564D44  # "EVMD": marks files of evm-deploy
 VERSION = 1
 WAIT_S = 30.0
 SCHEMA = """CREATE TABLE records (
@@ -30,7 +31,10 @@ SCHEMA = """CREATE TABLE records (
 
 
 def append(db: Path, records: Iterable[Record]) -> int:
-    """Add records, all or none; one that is there already is left. Returns how many are new. Raises UsageError."""
+    """Add records to the history in one transaction and return the number of new ones; duplicates are skipped.
+
+    Creates the file if it does not exist. Raises UsageError if the file cannot be used.
+    """
     rows = []
     for record in records:
         content = json.dumps(asdict(record), sort_keys=True)
@@ -43,7 +47,7 @@ def append(db: Path, records: Iterable[Record]) -> int:
 
 
 def read(db: Path, model: str | None = None, target: str | None = None) -> list[Record]:
-    """Records in the order of their dates, of one model and target if given. Raises UsageError."""
+    """Return the records by date, only those of `model` and `target` if given. Raises UsageError."""
     with _opened(db, create=False) as connection:
         rows = connection.execute(
             "SELECT digest, content FROM records WHERE model = coalesce(?, model) AND target = coalesce(?, target) "
@@ -54,7 +58,7 @@ def read(db: Path, model: str | None = None, target: str | None = None) -> list[
 
 
 def courses(records: Iterable[Record], last: int | None = None) -> list[list[Candidate]]:
-    """The measurements of each bundle, setting and device, oldest first: the `last` of each."""
+    """Group the measurements by bundle, setting and device, in the order given; keep the `last` of each group."""
     found: dict[tuple[object, ...], list[Candidate]] = {}
     for record in records:
         found.setdefault(identity(record), []).append(Candidate.of_record(record))
@@ -62,12 +66,12 @@ def courses(records: Iterable[Record], last: int | None = None) -> list[list[Can
 
 
 def steps(course: list[Candidate]) -> list[Pair | None]:
-    """For each measurement, what changed since the one before; None for the first."""
+    """Pair each measurement with the one before it; None for the first one."""
     return [None, *(Pair(old, new) for old, new in pairwise(course))]
 
 
 def as_dicts(course: list[Candidate]) -> list[dict[str, Any]]:
-    """What `--history --json` prints of one course."""
+    """Return plain data of one course, as `--history --json` prints it."""
     return [
         {
             "date": each.record.date if each.record else None,
@@ -84,9 +88,9 @@ def as_dicts(course: list[Candidate]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _opened(db: Path, create: bool) -> Iterator[sqlite3.Connection]:
-    """One transaction on the database, written when it ends well. Raises UsageError, naming the file."""
+    """Context manager: one transaction, committed at the end of the block. Raises UsageError that names the file."""
     if not create and not db.is_file():
-        raise UsageError(f"{db} does not exist", f"make it:  evm-report RECORD.. --db {db}")
+        raise UsageError(f"{db} does not exist", f"to create it:  evm-report RECORD.. --db {db}")
     connection = None
     try:
         if create:
@@ -100,11 +104,11 @@ def _opened(db: Path, create: bool) -> Iterator[sqlite3.Connection]:
         raise UsageError(f"{db} cannot be used as a history: {error}", "choose another --db") from error
     finally:
         if connection:
-            connection.close()  # rolls back what was not committed
+            connection.close()  # rolls an uncommitted transaction back
 
 
 def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> None:
-    """Check whose file it is and of which version; an empty one becomes ours."""
+    """Raise UsageError unless the file is a history of this version; with `create`, set an empty file up."""
     (application,), (version,), (tables,) = (
         connection.execute(query).fetchone()
         for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
@@ -117,11 +121,12 @@ def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> Non
         raise UsageError(f"{db} is a database of another program", "choose another --db")
     elif version != VERSION:
         raise UsageError(
-            f"{db} is a history of version {version}, this evm-deploy knows {VERSION}", "upgrade evm-deploy"
+            f"{db} is a history of version {version}, but this evm-deploy reads version {VERSION}", "upgrade evm-deploy"
         )
 
 
 def _parsed(db: Path, digest: str, content: str) -> Record:
+    """Parse one row of the database. Raises UsageError that names file and row."""
     try:
         return Record.parse(json.loads(content), f"{db}, row {digest[:12]}")
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The HTML page: one file without scripts, fonts or addresses; jinja2 escapes all that comes from records."""
+"""HTML page of a report: one file without scripts, fonts or links. jinja2 escapes all text from records."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from evm_deploy.report.svg import Bar, Stack, bars, stacks
 from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, size
 
 HERE = Path(__file__).parent
-COLOURS = 8  # of kinds of layers; the last is for all that are left
-CUT = 2.0  # times the slowest bundle, from where a bar is cut off
-MODULES = 12  # of each candidate, the slowest
+COLOURS = 8  # colours for kinds of layers; all kinds after the seventh share the last colour
+CUT = 2.0  # a bar longer than this many times the slowest bundle's is cut off
+MODULES = 12  # number of slowest modules shown for each candidate
 
 
 @dataclass(frozen=True)
 class Figure:
-    """caption: what to see in it. legend: (CSS class, words)."""
+    """Chart of the page. caption: explanation below the chart. legend: pairs of CSS class and text."""
 
     title: str
     caption: str
@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A group as the template draws it."""
+    """Contents of the page for one group, as the template needs them."""
 
     group: Group
     headings: list[str]
@@ -47,7 +47,7 @@ class Section:
 
 
 def page(groups: Sequence[Group]) -> str:
-    """The whole page."""
+    """Return the HTML page for `groups`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -64,6 +64,7 @@ def page(groups: Sequence[Group]) -> str:
 
 
 def section(group: Group) -> Section:
+    """Make the section of one group: table, charts, slowest modules, device and notes."""
     headings, rows = filled(group)
     figures = [
         latency_figure(group),
@@ -84,23 +85,23 @@ def section(group: Group) -> Section:
 
 
 def mark(each: Candidate, group: Group) -> str:
-    """CSS class: what is shipped stands out, what was not stable steps back."""
+    """Return the CSS class of a candidate: `ship` for the recommended one, `unstable`, or empty."""
     if each is group.verdict.ship:
         return "ship"
     return "" if each.stable else "unstable"
 
 
 def latency_figure(group: Group) -> Figure | None:
-    """A torch baseline that is far slower than the bundles does not squeeze them: its bar is cut off."""
+    """Draw the medians as bars, or None if nothing was measured. The bar of a far slower torch baseline is cut off."""
     if not group.measured:
         return None
     rows = {
         id(each): Bar(each.label, each.p50 or 0, latency(each), mark(each, group), *(each.interval or (None, None)))
         for each in group.measured
     }
-    caption, baseline = "Median of one inference; whiskers are its 95 % confidence interval.", group.verdict.baseline
+    caption, baseline = "Median of one inference. Whiskers: 95 % confidence interval.", group.verdict.baseline
     if baseline and len(rows) > 1:
-        caption += f" The dashed line is {baseline.label}."
+        caption += f" Dashed line: {baseline.label}."
     longest = max((each.interval[1] for each in group.measured if each.interval and each.target != TORCH), default=None)
     cut = longest is not None and any(row.value > CUT * longest for row in rows.values())
     if cut:
@@ -110,7 +111,11 @@ def latency_figure(group: Group) -> Figure | None:
 
 
 def accuracy_figure(group: Group) -> Figure | None:
-    """Top-1 where it is known of all that have any accuracy, else points lost. Bundles alone: torch is far away."""
+    """Draw accuracy against latency of the bundles, or None if fewer than two have a known accuracy.
+
+    The accuracy is top-1 if it is known for all of them, else the top-1 difference to the float model. The torch
+    baseline is left out: its latency would compress the scale.
+    """
     known = [each for each in group.measured if each.drop is not None and each.target != TORCH]
     if len(known) < 2 or all(each.accuracy is None for each in known):
         return None
@@ -128,7 +133,7 @@ def accuracy_figure(group: Group) -> Figure | None:
 
 
 def layers_figure(group: Group) -> Figure | None:
-    """Time by kind of layer, the scan first."""
+    """Draw the time by kind of layer as stacked bars, the scan first; None if no candidate was profiled."""
     profiled = [each for each in group.measured if each.record and each.record.layers.get("kinds")]
     if not profiled:
         return None
@@ -150,12 +155,11 @@ def layers_figure(group: Group) -> Figure | None:
     legend = [(colour[kind], plain(kind)) for kind in order[: COLOURS - 1]]
     legend += [(f"k{COLOURS - 1}", "other")] if len(order) >= COLOURS else []
     how = ", ".join(dict.fromkeys(plain(each.record.layers["how"]) for each in profiled if each.record))
-    return Figure(
-        "Where the time goes", f"By kind of layer, from {how}.", stacks("Time by kind of layer", rows), tuple(legend)
-    )
+    return Figure("Time by kind of layer", f"Source: {how}.", stacks("Time by kind of layer", rows), tuple(legend))
 
 
 def size_figure(group: Group) -> Figure | None:
+    """Draw the sizes of the artifacts as bars, or None if no size is known."""
     rows = [
         Bar(each.label, each.size_bytes, size(each), mark(each, group)) for each in group.candidates if each.size_bytes
     ]
@@ -163,7 +167,7 @@ def size_figure(group: Group) -> Figure | None:
 
 
 def slowest(each: Candidate) -> list[dict[str, Any]]:
-    """Modules by time, each with its share of all in percent."""
+    """Return the slowest modules of a measured candidate, each with its share of the time of all modules in percent."""
     assert each.record
     modules = sorted(each.record.layers["modules"], key=lambda module: -module["ms"])
     total = sum(module["ms"] for module in modules) or 1.0
@@ -178,7 +182,7 @@ def slowest(each: Candidate) -> list[dict[str, Any]]:
 
 
 def device_facts(group: Group) -> list[tuple[str, str]]:
-    """The device as the last record found it."""
+    """Return names and values of the device's facts, from the newest record."""
     if not group.measured:
         return []
     record = max((each.record for each in group.measured if each.record), key=lambda record: record.date)
@@ -202,7 +206,7 @@ def device_facts(group: Group) -> list[tuple[str, str]]:
 
 
 def how_measured(group: Group) -> list[tuple[str, str]]:
-    """For each candidate: samples, warm-up, versions, how the scan ran, when."""
+    """Return for each measured candidate its label and a text: runs, warm-up, versions, form of the scan, date."""
     rows = []
     for each in group.measured:
         assert each.record

@@ -1,4 +1,4 @@
-"""Accuracy against latency."""
+"""Scatter chart of accuracy against latency, as SVG."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from markupsafe import Markup
 
 from evm_deploy.report.svg import chart, element, line, text
 
-HEIGHT = 300
-TOP, BOTTOM = 48, 256  # px: where the highest and the lowest values are drawn
-AXIS = 15  # px, the height of the name of y
-LEFT, RIGHT = 14.0, 96.0  # percent
-MARGIN = 0.5  # points, or percent: less than this is not worth a look
+HEIGHT = 300  # px
+TOP, BOTTOM = 48, 256  # px: y of the highest and the lowest value
+AXIS = 15  # px: height of the y axis's name
+LEFT, RIGHT = 14.0, 96.0  # percent of the width: x of the lowest and the highest value
+MARGIN = 0.5  # points or percent: smallest margin above and below the values
 APART = 17  # px between labels
 GAP = 11  # px from a point to its label
-NARROW = 340  # px, the width of a phone
-LETTER = 7.5  # px, the width of a letter, about
+NARROW = 340  # px: width of a phone
+LETTER = 7.5  # px: approximate width of a letter
 
 
 @dataclass(frozen=True)
 class Point:
-    """x in ms, y in percent or points. interval: of x."""
+    """Point of the chart: x in ms, y in percent or points. interval: 95 % interval of x. mark: CSS class."""
 
     label: str
     x: float
@@ -33,7 +33,7 @@ class Point:
 
 
 def scatter(title: str, points: Sequence[Point], x_name: str, y_name: str, y_most: float) -> Markup:
-    """Points with whiskers along x; further up and left is better. x begins at zero, and y ends at `y_most`."""
+    """Draw points with whiskers along x. The x axis begins at 0; the y axis does not go beyond `y_most`."""
     x_ticks = ticks(0.0, max(point.interval[1] for point in points) * 1.05)
     low, high = min(point.y for point in points), max(point.y for point in points)
     margin = max((high - low) * 0.1, MARGIN)
@@ -63,7 +63,7 @@ def scatter(title: str, points: Sequence[Point], x_name: str, y_name: str, y_mos
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round values, 1, 2 or 5 times a power of ten apart, around low and high; about four."""
+    """Return about four round values that cover low to high; their step is 1, 2 or 5 times a power of ten."""
     raw = max((high - low) / 4, 1e-9)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
@@ -74,7 +74,10 @@ def ticks(low: float, high: float) -> list[float]:
 def _labels(
     points: Sequence[Point], places: Sequence[tuple[float, float]], tick_heights: Sequence[float]
 ) -> list[Markup]:
-    """Each on the first free spot by its point: right, left, above, below, then further, with a line to it."""
+    """Draw each label at the first free spot near its point: right, left, above, below, then further away.
+
+    A label further away gets a line to its point.
+    """
     taken = [_Box.around(x, y, 16) for x, y in places] + [_Box(0, y - 8, LEFT * NARROW / 100, 16) for y in tick_heights]
     drawn = []
     for point, (x, y) in zip(points, places, strict=True):
@@ -103,20 +106,21 @@ def _labels(
 
 @dataclass(frozen=True)
 class _Spot:
-    """Where a label goes, in px from its point."""
+    """Position of a label, in px from its point. anchor: SVG's text-anchor."""
 
     anchor: str
     dx: float
     dy: float
 
     def box(self, x: float, y: float, width: float) -> _Box:
+        """Return the area of a label `width` px wide. x: percent, y: px of the point."""
         left = {"start": 0.0, "middle": -width / 2, "end": -width}[self.anchor]
         return _Box(x * NARROW / 100 + self.dx + left, y + self.dy - 8, width, 16)
 
 
 @dataclass(frozen=True)
 class _Box:
-    """In px, on a chart of the narrowest width: what is free there is free on all."""
+    """Rectangle in px on a chart of width NARROW. Rectangles that are apart there are apart on wider charts too."""
 
     x: float
     y: float
@@ -125,15 +129,19 @@ class _Box:
 
     @classmethod
     def around(cls, x: float, y: float, side: float) -> _Box:
+        """Return the square with its centre at x (percent), y (px)."""
         return cls(x * NARROW / 100 - side / 2, y - side / 2, side, side)
 
     def covers(self, other: _Box) -> bool:
+        """Test whether two rectangles overlap."""
         across = self.x < other.x + other.width and other.x < self.x + self.width
         return across and self.y < other.y + other.height and other.y < self.y + self.height
 
     def inside(self) -> bool:
+        """Test whether the rectangle lies in the chart, below the y axis's name."""
         return self.x >= 0 and self.x + self.width <= NARROW and self.y >= AXIS
 
 
 def _short(value: float) -> str:
+    """Format a tick value."""
     return f"{value + 0.0:.6g}"

@@ -1,7 +1,7 @@
-"""SVG elements, escaped, and the charts that are made of bars.
+"""SVG elements, with all text escaped, and bar charts.
 
-Coordinates along x are percentages and along y pixels: a chart takes the width of its place, on a phone too, and its
-text keeps its size. Colours are classes; the page's style sheet has them for light and dark.
+x coordinates are percentages and y coordinates are pixels: a chart fills the available width and its text keeps its
+size. Colours are CSS classes; page.css defines them for light and dark mode.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-ROW = 44  # px for one bar and the line of text above it
-BAR = 14
+ROW = 44  # px: height of one bar and the line of text above it
+BAR = 14  # px: height of a bar
 TEXT = 14  # px from the top of a row to its text's baseline
 
 
 @dataclass(frozen=True)
 class Bar:
-    """value: in the chart's unit; shown: in words. low, high: its interval, if it has one. mark: CSS class."""
+    """Bar of a chart. value: in the chart's unit. shown: text of the value. low, high: interval, if there is one.
+
+    mark: CSS class.
+    """
 
     label: str
     value: float
@@ -30,7 +33,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """A bar of parts (class, value), one after the other."""
+    """Stacked bar. shown: text of the whole value. parts: pairs of CSS class and value."""
 
     label: str
     shown: str
@@ -38,7 +41,10 @@ class Stack:
 
 
 def element(name: str, *children: str, **attributes: object) -> Markup:
-    """`<name key="value">children</name>`; `class_` is class, other underscores are hyphens. Everything is escaped."""
+    """Return `<name key="value">children</name>` with everything escaped.
+
+    The attribute `class_` becomes `class`; other underscores become hyphens.
+    """
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items()
     )
@@ -46,7 +52,7 @@ def element(name: str, *children: str, **attributes: object) -> Markup:
 
 
 def chart(title: str, description: str, height: float, children: Iterable[Markup]) -> Markup:
-    """An image with a name and a description for those who do not see it."""
+    """Return an SVG image with a title and a description for screen readers. height: in px."""
     return element(
         "svg",
         element("title", title),
@@ -60,15 +66,17 @@ def chart(title: str, description: str, height: float, children: Iterable[Markup
 
 
 def text(x: float, y: float, words: str, class_: str = "", anchor: str = "start") -> Markup:
+    """Return a text element. x: percent, y: px of the baseline, anchor: start, middle or end."""
     return element("text", words, x=_percent(x), y=f"{y:g}", class_=class_, text_anchor=anchor)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """Return a line element. x1, x2: percent. y1, y2: px."""
     return element("line", x1=_percent(x1), y1=f"{y1:g}", x2=_percent(x2), y2=f"{y2:g}", class_=class_)
 
 
 def rectangle(x: float, y: float, width: float, height: float, class_: str, hint: str = "") -> Markup:
-    """hint: what a pointer on it shows."""
+    """Return a rectangle element. x, width: percent. y, height: px. hint: tooltip."""
     children = (element("title", hint),) if hint else ()
     return element(
         "rect",
@@ -82,9 +90,9 @@ def rectangle(x: float, y: float, width: float, height: float, class_: str, hint
 
 
 def bars(title: str, rows: Sequence[Bar], reference: Bar | None = None, full: float | None = None) -> Markup:
-    """Horizontal bars from zero, with whiskers for intervals, and a line down from the end of the reference.
+    """Draw horizontal bars from zero, with whiskers for intervals, and a vertical line at the value of `reference`.
 
-    full: the value of a whole bar, by default the largest; a longer bar is cut off, and shows it.
+    full: value of a bar of full width, by default the largest value; a longer bar is cut off and drawn with a gap.
     """
     longest = max([row.high or row.value for row in rows if row.value] or [1.0])
     full = full or longest
@@ -111,7 +119,7 @@ def bars(title: str, rows: Sequence[Bar], reference: Bar | None = None, full: fl
 
 
 def stacks(title: str, rows: Sequence[Stack]) -> Markup:
-    """Horizontal bars of parts, all on one scale."""
+    """Draw horizontal stacked bars, all on the same scale."""
     longest = max([sum(value for _, value in row.parts) for row in rows] or [1.0]) or 1.0
     drawn: list[Markup] = []
     for i, row in enumerate(rows):
@@ -127,4 +135,5 @@ def stacks(title: str, rows: Sequence[Stack]) -> Markup:
 
 
 def _percent(value: float) -> str:
+    """Format a percentage for SVG."""
     return f"{value:.2f}%"

@@ -1,4 +1,4 @@
-"""The columns of a group, once, for every form that a table takes."""
+"""Columns and rows of a group's table, shared by terminal, Markdown, CSV, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from evm_deploy.report.candidate import Candidate, device_name, finite, millisec
 from evm_deploy.report.collect import groups
 from evm_deploy.report.verdict import MAX_DROP, Verdict, differ, speed, verdict
 
-MB = 1e6
-SUMS = (0.85, 1.05)  # of the median: what times by layer should add up to
+MB = 1e6  # bytes
+SUMS = (0.85, 1.05)  # normal range of the sum of the times by layer, relative to the time of an inference
 
 
 @dataclass(frozen=True)
 class Group:
-    """title: the conditions in words. device: its name, empty where nothing was measured."""
+    """Candidates that may be compared, and the verdict on them.
+
+    title: the conditions as text. device: name of the device; empty if nothing was measured.
+    """
 
     title: str
     device: str
@@ -26,18 +29,19 @@ class Group:
 
     @property
     def measured(self) -> tuple[Candidate, ...]:
+        """Candidates that were measured."""
         return tuple(each for each in self.candidates if each.record)
 
     @property
     def float_top1(self) -> float | None:
-        """Top-1 of the float model in percent, if the candidates that were judged agree on it."""
+        """Top-1 of the float model in percent, if all evaluated candidates state the same value, else None."""
         shares = [finite(each.accuracy.get("top1_float")) for each in self.candidates if each.accuracy]
         found = {share for share in shares if share is not None}
         return 100 * found.pop() if len(found) == 1 else None
 
 
 def grouped(candidates: Sequence[Candidate], max_drop: float = MAX_DROP) -> list[Group]:
-    """Candidates in groups that may be compared, each with its verdict."""
+    """Group candidates by conditions and give each group its verdict. max_drop: accepted top-1 drop in points."""
     return [
         Group(
             str(conditions),
@@ -50,15 +54,17 @@ def grouped(candidates: Sequence[Candidate], max_drop: float = MAX_DROP) -> list
 
 
 def latency(each: Candidate) -> str:
+    """Format the median: `0.257 ms`, with NOT STABLE if it was not stable; empty if not measured."""
     return "" if each.p50 is None else f"{milliseconds(each.p50)} ms" + ("" if each.stable else " NOT STABLE")
 
 
 def interval(each: Candidate) -> str:
+    """Format the 95 % interval of the median in ms: `0.251-0.262`."""
     return "" if each.interval is None else "-".join(map(milliseconds, each.interval))
 
 
 def ratio(each: Candidate, group: Group) -> str:
-    """Speed against the baseline; `~` where the intervals overlap."""
+    """Format the speed relative to the baseline: `1.70x`; with `~` in front if the intervals overlap."""
     baseline = group.verdict.baseline
     if each.record is None or baseline is None:
         return ""
@@ -68,11 +74,12 @@ def ratio(each: Candidate, group: Group) -> str:
 
 
 def p99(each: Candidate) -> str:
+    """Format the 99th percentile: `0.367 ms`."""
     return f"{milliseconds(each.record.summary_ms['p99'])} ms" if each.record else ""
 
 
 def top1(each: Candidate, group: Group) -> str:
-    """Of a float model that was not judged itself, what the others say of it."""
+    """Format top-1 in percent. A float candidate without its own accuracy gets the group's `float_top1`."""
     if each.top1 is not None:
         return f"{each.top1:.2f} %"
     if each.is_float and group.float_top1 is not None:
@@ -81,7 +88,7 @@ def top1(each: Candidate, group: Group) -> str:
 
 
 def points(each: Candidate) -> str:
-    """Difference to the float model."""
+    """Format the top-1 difference to the float model in points, or the SQNR if there is no top-1."""
     if each.accuracy is None:
         return "float" if each.is_float else "unknown"
     if each.drop is None:
@@ -91,22 +98,27 @@ def points(each: Candidate) -> str:
 
 
 def size(each: Candidate) -> str:
+    """Format the size of the artifact: `1.38 MB`."""
     return f"{each.size_bytes / MB:.2f} MB" if each.size_bytes else ""
 
 
 def load(each: Candidate) -> str:
+    """Format the load time in a new process: `312 ms`."""
     return _of(each, "load_ms", "fresh", "{:.0f} ms")
 
 
 def memory(each: Candidate) -> str:
+    """Format the peak memory: `75 MB`."""
     return _of(each, "memory_mb", "peak", "{:.0f} MB")
 
 
 def scan(each: Candidate) -> str:
+    """Format the share of the scans in the time of all layers: `19 %`."""
     return "" if each.scan_share is None else f"{each.scan_share:.0f} %"
 
 
 def energy(each: Candidate) -> str:
+    """Format the energy of one inference by sensor: `12.3 mJ rapl package-0`."""
     parts = each.record.energy_mj if each.record else {}
     return ", ".join(f"{value:.3g} mJ {sensor}" for sensor, value in parts.items())
 
@@ -129,12 +141,14 @@ COLUMNS: tuple[tuple[str, Callable[[Candidate, Group], str]], ...] = (
 
 @dataclass(frozen=True)
 class Row:
+    """Row of a table: the candidate and the text of its cells."""
+
     candidate: Candidate
     cells: list[str]
 
 
 def filled(group: Group) -> tuple[list[str], list[Row]]:
-    """Headings and rows; a column that would be empty is left out."""
+    """Return headings and rows of the group's table, without empty columns."""
     rows = [[show(each, group) for _, show in COLUMNS] for each in group.candidates]
     kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
     made = [Row(each, [row[i] for i in kept]) for each, row in zip(group.candidates, rows, strict=True)]
@@ -142,21 +156,24 @@ def filled(group: Group) -> tuple[list[str], list[Row]]:
 
 
 def remarks(group: Group) -> list[str]:
-    """The verdict's notes, then the candidates' own."""
+    """Return the notes of the verdict, then those of the candidates."""
     own = [f"{each.label}: {note}" for each in group.candidates for note in (*each.notes, *doubts(each))]
     return [*group.verdict.notes, *own]
 
 
 def doubts(each: Candidate) -> list[str]:
-    """A sentence where the times by layer are not those of the median: profilers cost time, most on small networks."""
+    """Return a warning if the sum of the times by layer is far from the time of an inference.
+
+    Profilers take time themselves, and most in relation to small networks.
+    """
     of_inference = finite(each.record.layers.get("of_inference")) if each.record else None
     if of_inference is None or SUMS[0] <= of_inference <= SUMS[1]:
         return []
-    return [f"its times by layer add up to {100 * of_inference:.0f} % of an inference: take them as shares"]
+    return [f"the times by layer add up to {100 * of_inference:.0f} % of an inference: only use their shares"]
 
 
 def facts(each: Candidate, group: Group) -> dict[str, Any]:
-    """One candidate in numbers, for CSV and JSON: None where it is not known."""
+    """Return the numbers of one candidate for CSV and JSON; unknown values are None."""
     record, verdict = each.record, group.verdict
     low, high = each.interval or (None, None)
     compared = record is not None and verdict.baseline is not None
@@ -190,5 +207,6 @@ def facts(each: Candidate, group: Group) -> dict[str, Any]:
 
 
 def _of(each: Candidate, times: str, key: str, form: str) -> str:
+    """Format the value `key` of the record's field `times` with `form`; empty if there is no value."""
     value = getattr(each.record, times).get(key) if each.record else None
     return form.format(value) if value else ""

@@ -1,4 +1,4 @@
-"""Reports on a terminal."""
+"""Reports, comparisons and histories as text for a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICTS = {"regression": "red", "improvement": "green", "same": ""}
 
 
 def show_groups(console: Console, groups: Sequence[Group]) -> None:
-    """Verdict, table and notes of each group."""
+    """Print title, device, table, verdict and notes of each group."""
     for group in groups:
         headings, rows = filled(group)
         console.print(group.title, style="bold")
@@ -32,6 +32,7 @@ def show_groups(console: Console, groups: Sequence[Group]) -> None:
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
+    """Print a table of all pairs, and the records without a counterpart."""
     rows = [
         [
             pair.label,
@@ -48,7 +49,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def show_history(console: Console, courses: Sequence[list[Candidate]]) -> None:
-    """One table for each bundle, setting and device."""
+    """Print a table for each bundle, setting and device."""
     for course in courses:
         last = course[-1]
         console.print(f"{last.name} ({last.label})  {last.conditions}", style="bold")
@@ -67,19 +68,20 @@ def show_history(console: Console, courses: Sequence[list[Candidate]]) -> None:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One bar for each value, from the smallest to the largest."""
+    """Return one block character for each value; its height runs from the smallest to the largest value."""
     low, high = min(values), max(values)
     return "".join(BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values)
 
 
 def _change(pair: Pair) -> list[str]:
-    """Ratio of times, its interval, and the verdict in words."""
+    """Return the cells of a change: ratio of the times, interval of the ratio, verdict."""
     low, high = pair.interval
     unstable = "" if pair.stable else ", NOT STABLE"
     return [f"{pair.ratio:.2f}x", f"{low:.2f}-{high:.2f}", f"{pair.verdict}{unstable}"]
 
 
 def _table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table without lines, the first column aligned left and the others right."""
     from rich.table import Table
     from rich.text import Text
 
@@ -92,4 +94,5 @@ def _table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[st
 
 
 def _style(cell: str) -> str:
+    """Return rich's style for a cell: the colour of a verdict, yellow for an unstable measurement."""
     return VERDICTS.get(cell, "yellow" if "NOT STABLE" in cell else "")

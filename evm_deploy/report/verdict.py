@@ -1,14 +1,14 @@
-"""What to ship, in one sentence, and why.
+"""Verdict on a group of candidates: which one to ship, in one sentence with the reason.
 
-The rule, for the candidates of one group (same model, device, image size, batch, threads, streams, and part timed):
+The rule for the candidates of one group (same model, device, image size, batch, threads, streams, and part timed):
 
-1. Out are: the torch baseline, which has no bundle; what was rejected at export, failed its accuracy gate, or lost more
-   than `max_drop` points of top-1; what was not stable.
-2. A difference in latency is one when the 95 % intervals of the medians do not overlap. Of the candidates that do not
-   differ from the fastest, the one with the least loss of accuracy is shipped (unknown counts as most), then the
-   smallest: no accuracy is given up for a speed that was not shown.
-3. The speed is given against the baseline: ONNX fp32, else the fp32 bundle that is fastest, else torch, else the
-   slowest. An int8 that is not faster than the fp32 of its own target is named.
+1. These candidates are excluded: the torch baseline, which has no bundle; a bundle that was rejected at export, failed
+   its accuracy gate, or lost more than `max_drop` points of top-1; a measurement that was not stable.
+2. Two latencies differ if the 95 % intervals of their medians do not overlap. Among the candidates that do not differ
+   from the fastest one, the rule ships the one with the smallest loss of accuracy (an unknown loss counts as the
+   largest), then the smallest one. So no accuracy is given up for a speed that was not shown.
+3. Speeds are relative to the baseline: ONNX fp32, else the fastest fp32 bundle, else torch, else the slowest candidate.
+   A note names each int8 bundle that is not faster than the fp32 bundle of its own target.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from evm_deploy.bench.latency import apart
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.report.candidate import Candidate
 
-MAX_DROP = 1.0
+MAX_DROP = 1.0  # points of top-1
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """ship: None where nothing can be recommended. notes: what else the reader must know, a sentence each."""
+    """Recommendation for a group.
+
+    ship: the recommended candidate, or None. baseline: candidate that speeds are relative to, or None. notes: further
+    remarks, one sentence each.
+    """
 
     sentence: str
     ship: Candidate | None
@@ -34,48 +38,48 @@ class Verdict:
 
 
 def verdict(group: Sequence[Candidate], max_drop: float = MAX_DROP) -> Verdict:
-    """Judge the candidates of one group by the rule above."""
+    """Choose the candidate to ship from one group, by the rule in the module's docstring."""
     measured = [each for each in group if each.record]
     baseline = baseline_of(measured)
     out = {id(each): why for each in group if (why := why_out(each, max_drop))}
     notes = tuple(
-        [f"{each.label} is out: {out[id(each)]}" for each in group if id(each) in out and each.target != TORCH]
+        [f"{each.label} is excluded: {out[id(each)]}" for each in group if id(each) in out and each.target != TORCH]
         + [text for each in measured if (text := slow_int8(each, measured))]
     )
     running = [each for each in measured if id(each) not in out]
     if not measured:
         return Verdict("nothing was measured: run evm-bench on these bundles", None, None, notes)
     if not running:
-        return Verdict("nothing to ship: every candidate is out", None, baseline, notes)
+        return Verdict("nothing to ship: every candidate is excluded", None, baseline, notes)
     ship = choose(running)
     assert baseline is not None
     return Verdict(f"ship {ship.label}: {reason(ship, baseline, running, measured)}", ship, baseline, notes)
 
 
 def why_out(each: Candidate, max_drop: float) -> str:
-    """Why it cannot be recommended; empty if it can."""
+    """Return the reason to exclude a candidate, or an empty string."""
     if each.target == TORCH:
         return "a baseline, not a bundle"
     if each.rejected:
         return f"rejected at export: {each.rejected}"
     if each.drop is not None and each.drop > max_drop:
-        return f"{-each.drop:+.2f} points of top-1, {max_drop:g} may be lost"
+        return f"{-each.drop:+.2f} points of top-1, limit {-max_drop:g}"
     if each.accuracy and each.accuracy.get("ok") is False:
-        return "it failed its accuracy gate"
+        return "accuracy gate failed"
     if not each.stable:
-        return "its latency was not stable: measure again on an idle machine"
+        return "latency not stable: measure again on an idle machine"
     return ""
 
 
 def choose(running: Sequence[Candidate]) -> Candidate:
-    """Of those that do not differ from the fastest, the most accurate, then the smallest."""
+    """Return the most accurate candidate that does not differ from the fastest; a tie goes to the smallest."""
     fastest = min(running, key=_p50)
     level = [each for each in running if each is fastest or not differ(each, fastest)]
     return min(level, key=lambda each: (_known(each.drop), each.size_bytes, _p50(each), each.label))
 
 
 def baseline_of(measured: Sequence[Candidate]) -> Candidate | None:
-    """What speeds are given against; None of nothing."""
+    """Return the candidate that speeds are relative to (rule 3), or None if nothing was measured."""
 
     def rank(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
         bundle_fp32 = each.is_float and each.target != TORCH
@@ -92,18 +96,18 @@ def baseline_of(measured: Sequence[Candidate]) -> Candidate | None:
 
 
 def differ(one: Candidate, other: Candidate) -> bool:
-    """Whether the intervals of two measured candidates do not overlap."""
+    """Test whether the latencies of two measured candidates differ: their intervals do not overlap."""
     assert one.interval and other.interval
     return apart(one.interval, other.interval)
 
 
 def speed(each: Candidate, baseline: Candidate) -> float:
-    """How many times as fast as the baseline."""
+    """Return the speed of a candidate relative to the baseline; above 1 is faster."""
     return _p50(baseline) / _p50(each)
 
 
 def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate], measured: Sequence[Candidate]) -> str:
-    """`1.7x faster than onnx fp32 at -0.2 points`."""
+    """Return the reason in the verdict's sentence: `1.70x faster than onnx fp32 at -0.2 points`."""
     slower_int8 = [each for each in running if each is not ship and each.precision == "int8" and _p50(each) > 0]
     if ship is not baseline and differ(ship, baseline):
         ratio = speed(ship, baseline)
@@ -112,13 +116,13 @@ def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate], m
         return f"no slower than {baseline.label}{at_accuracy(ship)}"
     if ship.is_float and slower_int8:
         best = min(slower_int8, key=_p50)
-        return f"{best.label} is {speed(best, ship):.2f}x of it here{at_accuracy(ship)}"
-    alone = "it is the only candidate" if len(running) == 1 else "nothing is faster"
+        return f"{best.label} has {speed(best, ship):.2f}x the speed here{at_accuracy(ship)}"
+    alone = "the only candidate" if len(running) == 1 else "nothing is faster"
     return f"{alone}{at_accuracy(ship)}"
 
 
 def at_accuracy(ship: Candidate) -> str:
-    """`at -0.2 points`; nothing of the float model, which it is compared with."""
+    """Return the accuracy part of the verdict's sentence: ` at -0.2 points`; empty for the float model."""
     if ship.drop is None:
         return ", accuracy unknown"
     if round(ship.drop, 1) == 0:
@@ -127,20 +131,22 @@ def at_accuracy(ship: Candidate) -> str:
 
 
 def slow_int8(each: Candidate, measured: Sequence[Candidate]) -> str:
-    """A sentence on an int8 that is not faster than the fp32 of its target in the same setting; else empty."""
+    """Return a sentence if an int8 bundle is not faster than the fp32 bundle of its target in the same setting."""
     if each.precision != "int8":
         return ""
     fp32 = next((o for o in measured if o.is_float and (o.target, o.variant) == (each.target, each.variant)), None)
     if fp32 is None or (differ(each, fp32) and _p50(each) < _p50(fp32)):
         return ""
-    how = "" if differ(each, fp32) else ", no difference that was shown"
-    return f"{each.label} is {speed(each, fp32):.2f}x of {fp32.label} here{how}: int8 gains no speed"
+    how = "" if differ(each, fp32) else " (no significant difference)"
+    return f"{each.label} has {speed(each, fp32):.2f}x the speed of {fp32.label} here{how}: int8 gains no speed"
 
 
 def _p50(each: Candidate) -> float:
+    """Return the median of a measured candidate in ms."""
     assert each.p50 is not None
     return each.p50
 
 
 def _known(drop: float | None) -> float:
+    """Return the drop, infinity for an unknown one."""
     return float("inf") if drop is None else drop

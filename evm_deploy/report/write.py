@@ -1,4 +1,4 @@
-"""Reports as text that other programs take: Markdown, CSV, JSON."""
+"""Reports as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from evm_deploy.report.table import Group, facts, filled, remarks
 
-FORMULA = ("=", "+", "-", "@")  # what a spreadsheet computes
+FORMULA = ("=", "+", "-", "@")  # first characters of a cell that a spreadsheet would compute
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """A heading, the verdict, a table and notes for each group."""
+    """Return a Markdown report with a heading, the verdict, a table and notes for each group."""
     lines = ["# Latency report", ""]
     for group in groups:
         headings, rows = filled(group)
@@ -32,7 +32,7 @@ def markdown(groups: Sequence[Group]) -> str:
 
 
 def table_csv(groups: Sequence[Group]) -> str:
-    """One row for each candidate, numbers in the units that the heading names."""
+    """Return a CSV table with one row for each candidate; each heading names the unit of its column."""
     rows = [facts(each, group) for group in groups for each in group.candidates]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
@@ -42,7 +42,7 @@ def table_csv(groups: Sequence[Group]) -> str:
 
 
 def as_dicts(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What `--json` prints: for each group its verdict and its candidates."""
+    """Return plain data of each group, its verdict and its candidates, as `--json` prints it."""
     return [
         {
             "group": group.title,
@@ -58,14 +58,16 @@ def as_dicts(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape `text` so that Markdown shows it unchanged."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|!#~]|_(?=\W|$)|(?<=\W)_|^_)", r"\\\1", text)
 
 
 def _row(cells: Any) -> str:
+    """Return one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def _no_formula(value: Any) -> Any:
+    """Put an apostrophe in front of text that a spreadsheet would compute."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

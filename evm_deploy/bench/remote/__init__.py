@@ -1,1 +1,1 @@
-"""Measurements on other machines."""
+"""Measurement on other machines: boards over ssh, Android devices over adb, and several boards at once."""

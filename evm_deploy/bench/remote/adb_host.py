@@ -1,6 +1,6 @@
-"""`--adb SERIAL --runner FILE`: ONNX bundles measured on an Android device, by ONNX Runtime's onnxruntime_perf_test.
+"""Host for `--adb SERIAL --runner FILE`: measure ONNX bundles on an Android device with onnxruntime_perf_test.
 
-Tested on a fake adb; not run on a device.
+The program onnxruntime_perf_test is part of ONNX Runtime. Tested with a fake adb; never run on a device.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.registry import configured, runtime_of
 
-RUN_S = 10  # the program does not know when it is stable; a record says whether it was
+RUN_S = 10  # fixed duration: onnxruntime_perf_test cannot stop when the median is stable
 ANSWER_S = 60.0
 PUSH_S = 600.0
-WHERE = "/data/local/tmp"  # where the shell user may write and run
+WHERE = "/data/local/tmp"  # folder in which adb's shell user may write and run programs
 NOTHING = State((), {}, None, None)
 STATES = {
     "unauthorized": "allow this computer on the device's screen",
     "offline": "unplug it and plug it in again, or  adb reconnect",
-    "not found": "adb devices  lists those that are there",
-    "no devices": "connect one, with USB debugging on; adb devices  lists them",
+    "not found": "adb devices  lists the connected devices",
+    "no devices": "connect a device with USB debugging switched on; adb devices  lists the connected devices",
     "no permissions": "see udev rules:  https://developer.android.com/tools/device.html",
 }
-# Ends with its stdin, which ends with adb: then the runner is killed and the folder removed.
+# Shell script on the device. The end of adb closes the script's stdin; the script then kills the runner and removes
+# the folder.
 SCRIPT = """cd {folder} || exit 1
 exec 3<&0
 LD_LIBRARY_PATH=. ./{runner} {arguments} </dev/null >printed 2>&1 & run=$!
@@ -60,24 +61,25 @@ cat /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor 2>/dev/null || echo"""
 
 
 class AdbError(ToolchainError):
-    """A command that adb passed on failed."""
+    """Failure of a command that adb started on the device."""
 
 
 class AdbHost:
-    """An Android device with the runner on it, in a folder that is removed on leaving. Called as `bench.run.bench`.
+    """Host that measures on an Android device; a call has the parameters of `bench.run.bench`.
 
-    Raises ToolchainError for a device that adb does not reach, a runner that fails, results that are none.
+    The runner lies in a temporary folder on the device, which is removed at the end of the `with` block. Raises
+    ToolchainError if adb cannot reach the device, the runner fails, or its results cannot be read.
     """
 
     platform = "android-aarch64"
 
     def __init__(self, serial: str, runner: Path, step: Step) -> None:
         if not runner.is_file():
-            raise UsageError(f"--runner {runner} is not a file", "onnxruntime_perf_test, compiled for Android")
+            raise UsageError(f"--runner {runner} is not a file", "give onnxruntime_perf_test, compiled for Android")
         self._serial, self._runner, self._step = serial, runner, step
         self._folder = f"{WHERE}/evm-bench-{secrets.token_hex(6)}"
         self._adb("get-state")
-        atexit.register(self._clear)  # an interrupted command ends without leaving `with` blocks
+        atexit.register(self._clear)  # an interrupted command does not leave its `with` blocks
         self._device = self._facts()
 
     def __enter__(self) -> AdbHost:
@@ -90,10 +92,13 @@ class AdbHost:
         atexit.unregister(self._clear)
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
-        """Refuse what cannot be measured there; send the rest. Raises UsageError, BundleError, ToolchainError."""
+        """Send runner and model to the device. Raises UsageError for a bundle or setting that it cannot measure.
+
+        Also raises BundleError and ToolchainError.
+        """
         bundle = open_bundle(path)
         for what in self._refused(runtime_of(bundle.manifest.target, bundle.path), settings):
-            raise UsageError(f"{what} with --adb: {perf_test.NAME} measures ONNX models, on the CPU")
+            raise UsageError(f"{what} with --adb: {perf_test.NAME} only measures ONNX models on the CPU")
         library = self._library(bundle.manifest, settings)
         files = [bundle.path / bundle.manifest.artifact, self._runner, *self._runner.parent.glob("libonnxruntime*.so")]
         files += [bundle.path / library] if library else []
@@ -123,7 +128,7 @@ class AdbHost:
             printed = self._shell(script, seconds=seconds + ANSWER_S)
         except AdbError as error:
             raise ToolchainError(
-                f"{self._runner.name} failed: {error}", "is it for this device's processor?"
+                f"{self._runner.name} failed: {error}", "check that it was compiled for this device's processor"
             ) from error
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / perf_test.RESULT
@@ -133,7 +138,7 @@ class AdbHost:
         return self._record(bundle, replace(settings, batch=batch), library, perf_test.read(printed, written))
 
     def _refused(self, target: RuntimeInfo, settings: Settings) -> list[str]:
-        """Refuse settings that the program does not measure."""
+        """Return the names of settings that onnxruntime_perf_test cannot measure."""
         refused = [f"a bundle for {target.name}"] if target.phone != perf_test.NAME else []
         refused += ["--end-to-end"] if settings.timed == "end-to-end" else []
         refused += ["several streams"] if settings.streams > 1 else []
@@ -146,18 +151,24 @@ class AdbHost:
         return refused
 
     def _library(self, manifest: Manifest, settings: Settings) -> str | None:
-        """The bundle's native library for Android, where it has one and it is not unwanted."""
+        """Return the bundle's native library for Android, or None without one or with --scan portable.
+
+        Raises UsageError if --scan asks for a native library that the bundle does not have.
+        """
         if settings.scan == "portable":
             return None
         library = manifest.plugins.get(self.platform)
         if library is None and settings.scan in ("plugin", "bundled"):
             has = ", ".join(manifest.plugins) or "none"
-            raise UsageError(f"--scan {settings.scan}: the bundle has no native library for Android; it has: {has}")
+            raise UsageError(
+                f"--scan {settings.scan}: the bundle has no native library for Android; it has libraries for: {has}"
+            )
         return library
 
     def _record(self, bundle: Bundle, settings: Settings, library: str | None, found: perf_test.Measured) -> Record:
+        """Make the record of a run."""
         latency = found.latency
-        unstable = [] if latency.stable else ["not stable: the medians of windows differ by more than 5 %, or are few"]
+        unstable = [] if latency.stable else ["not stable: the last windows differ by more than 5 %, or are too few"]
         return Record(
             bundle=bundle_facts(bundle),
             device={"at": f"adb {self._serial}", "profile": None, **self._device},
@@ -185,10 +196,11 @@ class AdbHost:
             memory_mb={"peak": round(found.peak_mb, 1)},
             before=asdict(NOTHING),
             after=asdict(NOTHING),
-            warnings=["measured by onnxruntime_perf_test, on inputs that it makes itself", *unstable],
+            warnings=["measured by onnxruntime_perf_test, on generated inputs", *unstable],
         )
 
     def _facts(self) -> dict[str, Any]:
+        """Return the device's facts for `Record.device`."""
         lines = [line.strip() for line in self._shell(FACTS).splitlines()] + [""] * 8
         maker, model, soc, abi, release, cores, memory, governor = lines[:8]
         megabytes = re.search(r"\d+", memory)
@@ -205,14 +217,19 @@ class AdbHost:
         }
 
     def _clear(self) -> None:
+        """Remove the folder on the device, if it can be reached."""
         with contextlib.suppress(ToolchainError):
             self._shell(f"rm -rf {self._folder}")
 
     def _shell(self, script: str, seconds: float = ANSWER_S) -> str:
+        """Run a shell script on the device and return its output."""
         return self._adb("shell", script, seconds=seconds)
 
     def _adb(self, *arguments: str, seconds: float = ANSWER_S) -> str:
-        """What an adb command prints. Its stdin is a pipe, held for as long as it runs and ending with this process."""
+        """Run an adb command and return its output. Raises ToolchainError.
+
+        The command's stdin is a pipe from this process, so the command notices when this process ends.
+        """
         command = ["adb", "-s", self._serial, *arguments]
         try:
             with subprocess.Popen(
@@ -225,9 +242,10 @@ class AdbHost:
             ) as process:
                 return self._printed(process, arguments, seconds)
         except FileNotFoundError as error:
-            raise ToolchainError("adb is not installed", "it is in Android's platform-tools") from error
+            raise ToolchainError("adb is not installed", "install Android's platform-tools") from error
 
     def _printed(self, process: subprocess.Popen[str], arguments: tuple[str, ...], seconds: float) -> str:
+        """Return the output of a running adb command; kill the command after `seconds`. Raises ToolchainError."""
         assert process.stdout
         late = threading.Timer(seconds, process.kill)
         late.start()
@@ -241,7 +259,7 @@ class AdbHost:
             return printed
         if code < 0:
             raise ToolchainError(f"adb {arguments[0]} on {self._serial} did not end within {seconds:.0f} s")
-        lines = printed.strip().splitlines() or ["it said nothing"]
+        lines = printed.strip().splitlines() or ["no error message"]
         for line in lines:
             for state, hint in STATES.items():
                 if line.startswith(("error: ", "adb: ")) and state in line:

@@ -1,9 +1,10 @@
-"""What runs on a board: a zipapp of this package's Python, built when it is needed.
+"""Agent that measures on a board: a zipapp of this package's Python files, built when a board is connected.
 
-    python3 agent.pyz check MODULE..              platform, and the versions of packages, as JSON
-    python3 agent.pyz measure BUNDLE SETTINGS     bench.worker
+    python3 agent.pyz check MODULE..              print platform and package versions as JSON
+    python3 agent.pyz measure BUNDLE SETTINGS     run bench.worker
 
-With `--tied` before these, the process and its folder go when stdin ends: when whoever started it is gone.
+With `--tied` in front of these arguments the agent ends itself and removes its folder when its stdin ends, that is,
+when the process that started the agent is gone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 
 NAME = "agent.pyz"
 PACKAGE = Path(__file__).parents[2]
-REMOVALS = 20
-# sys.path, with the zipapp at its start, before the hook of an evm_deploy that is installed there for editing
+REMOVALS = 20  # attempts to remove the folder
+# The finder of sys.path, which begins with the zipapp, goes in front of the import hook of an editable installation of
+# evm_deploy on the board.
 START = """import sys
 from importlib.machinery import PathFinder
 
@@ -41,7 +43,7 @@ UNUSED = ("demo", "lib", "__pycache__")
 
 
 def build_agent(package: Path = PACKAGE) -> bytes:
-    """The zipapp: a package's Python files and JSON Schemas; no other data, no native library."""
+    """Build the zipapp and return its bytes: the Python files and JSON Schemas of `package`, no other data."""
     archive = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(package, Path(folder) / "evm_deploy", ignore=_unused)
@@ -51,11 +53,15 @@ def build_agent(package: Path = PACKAGE) -> bytes:
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:
+    """Return the names in `folder` that the zipapp leaves out."""
     return [name for name in names if name in UNUSED or not (name.endswith(USED) or (Path(folder) / name).is_dir())]
 
 
 def check(modules: list[str]) -> dict[str, Any]:
-    """This machine's platform, and the version of each module's package: None where it is not installed."""
+    """Return the platform of this machine and the package version of each module.
+
+    A version is None if the module is not installed, and empty if the module has no package metadata.
+    """
     from evm_deploy.toolchain.platforms import host_platform
 
     packages = metadata.packages_distributions()
@@ -69,6 +75,7 @@ def check(modules: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Run the agent with the arguments of the process and return the exit code."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["--tied"]:
         arguments = arguments[1:]
@@ -83,15 +90,16 @@ def main() -> int:
 
 
 def _end_with_stdin() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+    """Wait for the end of stdin, then kill this process group and remove the agent's folder."""
+    while os.read(0, 1):  # not sys.stdin: this thread would hold the lock of sys.stdin when the interpreter ends
         pass
     folder, group = Path(sys.argv[0]).resolve().parent, os.getpgrp()
     if os.fork():
         return
-    os.setsid()  # another process: this one may end by itself meanwhile, for want of its files, and leave half of them
-    with contextlib.suppress(ProcessLookupError):  # it has ended
+    os.setsid()  # a child removes the files: the agent may end early because of missing files, and leave the others
+    with contextlib.suppress(ProcessLookupError):  # the group has ended already
         os.killpg(group, signal.SIGKILL)
-    for _ in range(REMOVALS):  # what is being killed may write while it is being removed
+    for _ in range(REMOVALS):  # a process that is being killed may still write files
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             break

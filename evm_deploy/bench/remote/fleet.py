@@ -1,4 +1,4 @@
-"""`--devices fleet.toml`: several boards at the same time, one of which may fail without stopping the others."""
+"""Measurement on several boards at the same time (`--devices fleet.toml`). A board that fails does not stop others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS: Mapping[str, type] = {"name": str, "threads": int, "batch": int, "scan": s
 
 @dataclass(frozen=True)
 class FleetMember:
-    """One `[[board]]` of the file: where it is, and what is measured there."""
+    """Board of a fleet file (a `[[board]]` table): its name, how to reach it, and what to measure on it."""
 
     name: str
     options: HostOptions
@@ -31,7 +31,7 @@ class FleetMember:
 
 @dataclass(frozen=True)
 class HostOutcome:
-    """What came of a board: its records, and the error that ended them, if one did."""
+    """Result of one board. found: records and their paths. error: failure that ended the measurements, or None."""
 
     name: str
     found: Sequence[tuple[Record, Path]]
@@ -39,11 +39,16 @@ class HostOutcome:
 
 
 def read_fleet(path: Path, options: HostOptions, sweep: Sweep) -> list[FleetMember]:
-    """The boards of a file; what one does not say is as in `options` and `sweep`. Raises UsageError."""
+    """Read the boards in the TOML file `path`. Keys that a board leaves out have the values of `options` and `sweep`.
+
+    Raises UsageError that names the file and the board.
+    """
     content = read_toml(path, "--devices")
     boards = content.get("board")
     if set(content) != {"board"} or not isinstance(boards, list) or not boards:
-        raise UsageError(f"--devices {path}: it holds [[board]] tables, and nothing else", "see docs/remote.md")
+        raise UsageError(
+            f"--devices {path}: the file must hold [[board]] tables and nothing else", "docs/remote.md has an example"
+        )
     members = [_member(f"--devices {path}: board {i}", board, options, sweep) for i, board in enumerate(boards, 1)]
     names = [member.name for member in members]
     for name in names:
@@ -53,15 +58,16 @@ def read_fleet(path: Path, options: HostOptions, sweep: Sweep) -> list[FleetMemb
 
 
 def _member(where: str, board: object, options: HostOptions, sweep: Sweep) -> FleetMember:
+    """Check one `[[board]]` table and return its board. where: start of error messages. Raises UsageError."""
     if not isinstance(board, dict):
         raise UsageError(f"{where} is not a [[board]] table")
     values = checked(where, board, KEYS, required=("name",))
     name = values["name"]
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-        raise UsageError(f"{where}: name {name!r} becomes a folder", "use letters, digits, - and _")
+        raise UsageError(f"{where}: name {name!r} cannot be the name of a folder", "use letters, digits, - and _")
     for key in ("threads", "batch"):
         if values.get(key, 1) < 1:
-            raise UsageError(f"{where}: {key} is {values[key]}, use a number from 1")
+            raise UsageError(f"{where}: {key} {values[key]}: use a number from 1")
     its_options = replace(options, **{key: values[key] for key in HOST_KEYS if key in values})
     its_sweep = replace(
         sweep,
@@ -74,12 +80,13 @@ def _member(where: str, board: object, options: HostOptions, sweep: Sweep) -> Fl
 
 
 def run_fleet(members: Sequence[FleetMember], step: Step) -> list[HostOutcome]:
-    """Measure on all of them at the same time."""
+    """Measure on all boards at the same time and return their results in order."""
     with ThreadPoolExecutor(len(members)) as pool:
         return list(pool.map(lambda member: _run(member, named(step, member.name)), members))
 
 
 def _run(member: FleetMember, step: Step) -> HostOutcome:
+    """Measure on one board; errors become part of the result."""
     found: list[tuple[Record, Path]] = []
     try:
         with opened(member.options, step) as bench:
@@ -92,7 +99,7 @@ def _run(member: FleetMember, step: Step) -> HostOutcome:
 
 
 def named(step: Step, name: str) -> Step:
-    """The same step, with the board's name before what it says."""
+    """Return a step function that puts the board's name in front of the detail of each step."""
 
     def with_name(what: str, detail: str) -> AbstractContextManager[Progress]:
         return step(what, f"{name}: {detail}")
@@ -101,7 +108,7 @@ def named(step: Step, name: str) -> Step:
 
 
 def table(outcomes: Sequence[HostOutcome]) -> list[str]:
-    """One line for each record, and one for each board that failed."""
+    """Return the lines of a table: a heading, one line for each record, and one line for each board that failed."""
     rows = [("board", "bundle", "threads", "batch", "p50 ms", "95 %", "stable")]
     failed = []
     for outcome in outcomes:

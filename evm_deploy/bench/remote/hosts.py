@@ -1,4 +1,4 @@
-"""Where to measure: this machine, a board over ssh, a phone over adb; and as what kind of device."""
+"""Hosts that measure bundles: this machine, a board over ssh, an Android device over adb, and device profiles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from evm_deploy.toolchain.platforms import host_platform
 
 
 class Host(Protocol):
-    """Measures bundles somewhere, as `bench.run.bench` does here. platform: of that place, as in platforms.py."""
+    """Machine that measures bundles; a call has the parameters of `bench.run.bench`.
+
+    platform: name of the host's platform, see toolchain/platforms.py.
+    """
 
     platform: str
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
-        """Everything before the measurement that says how far it is by itself. Raises EvmErrors."""
+        """Check and send the bundle, with progress shown as separate steps. Raises EvmError."""
         ...
 
     def __call__(self, path: str | Path, settings: Settings) -> Record: ...
@@ -31,10 +34,11 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class HostOptions:
-    """host: `user@board[:port]`, and adb: serial of a phone; without either, this machine.
+    """Choice of a host and a device profile; without `host` and `adb` it is this machine.
 
-    device: name or TOML file of a device profile. ssh, python: the command here, the interpreter there.
-    runner: onnxruntime_perf_test for the phone.
+    host: `user@board[:port]` to reach over ssh. adb: serial number of an Android device. device: name or TOML file of a
+    device profile. ssh: ssh command on this machine. python: Python interpreter on the board. runner: file of
+    onnxruntime_perf_test for the Android device. Raises UsageError for options that cannot be combined.
     """
 
     host: str | None = None
@@ -46,42 +50,45 @@ class HostOptions:
 
     def __post_init__(self) -> None:
         if self.host and self.adb:
-            raise UsageError("--host and --adb are two places", "leave one out, or list both in --devices FILE.toml")
+            raise UsageError(
+                "--host and --adb cannot be combined", "leave one out, or list both boards in --devices FILE.toml"
+            )
         if bool(self.adb) != bool(self.runner):
             raise UsageError(
-                "--adb and --runner belong together",
-                "--runner FILE: an onnxruntime_perf_test compiled for Android, from ONNX Runtime's own build",
+                "--adb and --runner must be given together",
+                "--runner FILE: onnxruntime_perf_test compiled for Android, made by ONNX Runtime's build",
             )
 
 
 class LocalHost:
-    """This machine."""
+    """Host that measures on this machine, each bundle in a new process."""
 
     def __init__(self) -> None:
         self.platform = host_platform()
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
-        """Nothing."""
+        """Do nothing: the bundle is on this machine already."""
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
         return bench(path, settings)
 
 
 class ProfiledHost:
-    """A place that is a kind of device: its threads and settings of the runtime, where they are not given.
+    """Host with a device profile, which gives threads and runtime settings that the caller leaves open.
 
-    Raises UsageError for a place or bundle that is not of this kind.
+    Raises UsageError if the host has another platform than the profile, or the profile lacks the bundle's target.
     """
 
     def __init__(self, there: Host, profile: Profile) -> None:
         self._there, self._profile, self.platform = there, profile, there.platform
         if profile.platform != self.platform:
             raise UsageError(
-                f"device {profile.name!r} is {profile.platform}, this would be measured on {self.platform}",
+                f"device {profile.name!r} has platform {profile.platform}, but the host has {self.platform}",
                 "measure on the device: --host user@board, or --adb SERIAL" if isinstance(there, LocalHost) else "",
             )
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
+        """Prepare the measurement on the host, with the profile's settings. Raises EvmError."""
         self._there.prepare(path, self._settings(path, settings))
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
@@ -89,6 +96,7 @@ class ProfiledHost:
         return replace(record, device={**record.device, "profile": self._profile.name})
 
     def _settings(self, path: str | Path, settings: Settings) -> Settings:
+        """Return `settings` completed from the profile. Raises UsageError if the profile lacks the bundle's target."""
         profile, target = self._profile, open_bundle(path).manifest.target
         if target not in profile.targets:
             raise UsageError(f"device {profile.name!r} has no target {target!r}; it has: {profile.preferences}")
@@ -98,7 +106,7 @@ class ProfiledHost:
 
 @contextlib.contextmanager
 def opened(options: HostOptions, step: Step) -> Iterator[Host]:
-    """Connect to the host of `options`. Raises UsageError, ToolchainError."""
+    """Context manager: connect to the host of `options`, disconnect at the end. Raises UsageError, ToolchainError."""
     profile = find_profile(options.device) if options.device else None
     with contextlib.ExitStack() as stack:
         there: Host = LocalHost()

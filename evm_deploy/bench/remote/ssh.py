@@ -1,4 +1,4 @@
-"""One connection to a board: the system's ssh, and the supervisor at its other end."""
+"""Connection to a board: the system's ssh command here, and the supervisor (supervisor.py) on the board."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from evm_deploy._util.schema import TEXT, TRUTH, Schema, keys
 from evm_deploy.bench.remote import supervisor
 from evm_deploy.errors import ToolchainError, UsageError
 
-# What is given by the user comes first and wins: ssh takes the first value of an option.
+# The user's options come first on the command line and win: ssh uses the first value of an option.
 OPTIONS = (
     *("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
     *("-o", "RemoteCommand=none", "-T"),
 )
 CONNECT_S = 60.0
 CLOSE_S = 10.0
-ALIVE_S = 5.0  # between signs of life: a sixth of the supervisor's patience
-MAX_NOISE = 1 << 16  # bytes that a board's login scripts may print
+ALIVE_S = 5.0  # period of keep-alive lines: a sixth of the supervisor's SILENCE_S
+MAX_NOISE = 1 << 16  # largest accepted output of a board's login scripts, in bytes
 MAX_ANSWER = 64 << 20
 VERSION = Schema(lambda: {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 0}})
 ANSWER = Schema(lambda: keys(code={"type": ["integer", "null"]}, stdout=TEXT, stderr=TEXT, late=TRUTH))
 BLOCK = 1 << 18
-REFUSALS = (  # what ssh says, and what to do
-    ("IDENTIFICATION HAS CHANGED", "another key than the known one: find out why before  ssh-keygen -R"),
-    ("Host key verification failed", "its key is not known: connect once by hand,  ssh {host},  and compare it"),
-    ("Permission denied", "passwords are not asked for: ssh-copy-id {host}, or load the key with ssh-add"),
+REFUSALS = (  # message of ssh, hint
+    ("IDENTIFICATION HAS CHANGED", "the board has another key than before: find out why, then  ssh-keygen -R"),
+    ("Host key verification failed", "the board's key is unknown: connect once with  ssh {host}  and compare the key"),
+    ("Permission denied", "evm-bench asks for no password: ssh-copy-id {host}, or load the key with ssh-add"),
     ("Could not resolve hostname", "check the name, or give an address"),
-    ("Connection refused", "is sshd running there, on this port?"),
-    ("timed out", "is it switched on and in this network?"),
-    ("No route to host", "is it switched on and in this network?"),
+    ("Connection refused", "check that sshd runs on the board, on this port"),
+    ("timed out", "check that the board is switched on and in this network"),
+    ("No route to host", "check that the board is switched on and in this network"),
 )
 
 
 @dataclass(frozen=True)
 class SshAddress:
-    """`[user@]board[:port]`; board: a name, an alias in ssh's configuration, an address, [::1]."""
+    """Address `[user@]board[:port]`. The board is a host name, an alias in ssh's configuration, or an IP address."""
 
     text: str
     destination: str
@@ -52,7 +52,7 @@ class SshAddress:
 
     @classmethod
     def parse(cls, text: str) -> SshAddress:
-        """Raises UsageError."""
+        """Parse `user@board:port`, or an IPv6 address in brackets such as `[::1]`. Raises UsageError."""
         found = re.fullmatch(
             r"(?:ssh://)?(?P<user>[\w.+-]+@)?(?P<board>\[[\w:.%]+\]|[\w.-]+)(?::(?P<port>\d+))?/?", text
         )
@@ -64,7 +64,7 @@ class SshAddress:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a run on the board ended. late: it was killed at its time limit."""
+    """Exit code and output of a run on the board. late: whether the run was killed at its time limit."""
 
     code: int | None
     stdout: str
@@ -73,10 +73,11 @@ class Answer:
 
 
 class Connection:
-    """A board that answers: files to a fresh folder there, runs of its Python in it; leaving it removes all.
+    """SSH connection to a board: sends files to a temporary folder and runs the board's Python there.
 
-    ssh: the command, such as `ssh -F my_config`. python: that of the board, taken as its shell takes it. One ssh
-    process, whose end, however it comes, ends everything on the board. Raises ToolchainErrors that say what to do.
+    Closing the connection kills the runs and removes the folder. The end of the ssh process has the same effect,
+    whatever its cause. ssh: the command, such as `ssh -F my_config`. python: the interpreter on the board, expanded by
+    the board's shell. Raises ToolchainError with a hint.
     """
 
     def __init__(self, host: SshAddress, ssh: str, python: str) -> None:
@@ -104,7 +105,7 @@ class Connection:
             raise
 
     def send(self, name: str, content: Path | bytes) -> Iterator[int]:
-        """Put a file into the folder there; yields the bytes sent so far."""
+        """Write a file into the folder on the board; yield the number of bytes sent so far. Raises ToolchainError."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         with self._lock:
             self._write_now(json.dumps({"file": name, "size": size}).encode() + b"\n")
@@ -116,7 +117,7 @@ class Connection:
                     yield min(start + BLOCK, size)
 
     def run(self, arguments: list[str], seconds: float) -> Answer:
-        """Run the board's Python on the arguments, in the folder."""
+        """Run the board's Python with `arguments` in the folder, for at most `seconds`. Raises ToolchainError."""
         self._write(json.dumps({"run": arguments, "seconds": seconds}).encode() + b"\n")
         line = self._line(seconds + CONNECT_S, MAX_ANSWER)
         try:
@@ -130,7 +131,7 @@ class Connection:
         return answer
 
     def close(self) -> None:
-        """End what is there and remove it; waits for that as long as the board may be expected to answer."""
+        """Close the connection: the board kills its runs and removes the folder. Wait at most CLOSE_S for it."""
         self._closed.set()
         with contextlib.suppress(OSError):
             self._ssh.stdin.close()  # type: ignore[union-attr]
@@ -151,7 +152,7 @@ class Connection:
         self.close()
 
     def _greeting(self) -> tuple[int, int]:
-        """Python's version, behind whatever a board's login scripts print."""
+        """Skip output of the board's login scripts and return the version of its Python. Raises ToolchainError."""
         mark, seen = supervisor.MARK.encode(), 0
         while seen < MAX_NOISE:
             line = self._line(CONNECT_S, MAX_NOISE)
@@ -160,10 +161,13 @@ class Connection:
                     VERSION(version := json.loads(line.partition(mark)[2]))
                     return version[0], version[1]
             seen += len(line)
-        raise ToolchainError(f"{self.host} prints, and does not start", "its login scripts must end without a terminal")
+        raise ToolchainError(
+            f"{self.host}: got output of a shell, but the supervisor did not start",
+            "make .bashrc and .profile return at once in shells that are not interactive",
+        )
 
     def _line(self, seconds: float, limit: int) -> bytes:
-        """The next line from the board. Raises ToolchainError where none comes in time."""
+        """Read the next line from the board. Raises ToolchainError if no line comes within `seconds`."""
         late = threading.Timer(seconds, self._ssh.kill)
         late.start()
         line = b""
@@ -178,10 +182,12 @@ class Connection:
         return line
 
     def _write(self, content: bytes) -> None:
+        """Write to the board, after any file that is being sent. Raises ToolchainError."""
         with self._lock:
             self._write_now(content)
 
     def _write_now(self, content: bytes) -> None:
+        """Write to the board; the caller holds the lock. Raises ToolchainError."""
         view = memoryview(content)
         try:
             while view:
@@ -190,6 +196,7 @@ class Connection:
             raise self._lost() from error
 
     def _stay_alive(self) -> None:
+        """Write an empty line every ALIVE_S seconds, so that the supervisor knows that this machine is there."""
         while not self._closed.wait(ALIVE_S):
             try:
                 self._write(b"\n")
@@ -197,32 +204,34 @@ class Connection:
                 return
 
     def _lost(self) -> ToolchainError:
-        """Why ssh, or the board, does not go on."""
+        """Return the error that explains why the connection was lost."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._ssh.wait(1)
         code = self._ssh.poll()
         self._stderr.seek(0)
         said = self._stderr.read().decode("utf-8", "replace").strip()
-        with contextlib.suppress(ValueError, KeyError, IndexError):  # the supervisor's own last word, if it had one
+        with contextlib.suppress(ValueError, KeyError, IndexError):  # the supervisor may have sent its own error
             last = self._ssh.stdout.read() if code is not None else b""  # type: ignore[union-attr]
             return ToolchainError(f"{self.host}: {json.loads(last.splitlines()[-1])['stderr']}")
         return explained(self.host, self.python, code, said)
 
 
 def explained(host: str, python: str, code: int | None, said: str) -> ToolchainError:
-    """The error for an ssh that ended with `code` and `said` something."""
+    """Return the error for an ssh process that ended with `code`. said: its stderr."""
     last = (said.splitlines() or [""])[-1].strip()
     if code == 255:
         for text, hint in REFUSALS:
             if text in said:
                 return ToolchainError(f"cannot connect to {host}: {last}", hint.format(host=host))
         return ToolchainError(
-            f"the connection to {host} failed: {last or 'ssh says nothing'}", f"try  ssh {host}  by hand"
+            f"the connection to {host} failed: {last or 'no message from ssh'}", f"try  ssh {host}  by hand"
         )
     if code in (126, 127):
         return ToolchainError(
-            f"{host} has no {python} that runs: {last}", "install Python 3.10 or newer there, or give --python PATH"
+            f"{host} cannot run {python}: {last}", "install Python 3.10 or newer on the board, or give --python PATH"
         )
     if code is not None and code < 0:
         return ToolchainError(f"{host} did not answer in time, or ssh was killed", f"try  ssh {host}  by hand")
-    return ToolchainError(f"{host} ended with code {code}: {last or 'it said nothing'}", f"try  ssh {host}  by hand")
+    return ToolchainError(
+        f"ssh to {host} ended with code {code}: {last or 'no error message'}", f"try  ssh {host}  by hand"
+    )

@@ -1,4 +1,4 @@
-"""`--host`: bundles measured on another machine, over ssh."""
+"""Host for `--host USER@BOARD`: measure bundles on another machine over ssh."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ IMAGES = Requirement("PIL", "pillow", "10")
 
 
 class SshHost:
-    """A board with the agent on it. Called as `bench.run.bench`; raises the same, and ToolchainErrors of the board's.
+    """Host that measures on a board with the agent; a call has the parameters and errors of `bench.run.bench`.
 
-    platform: as in platforms.py.
+    platform: name of the board's platform, see toolchain/platforms.py. Raises ToolchainError if the board lacks
+    something or the agent fails.
     """
 
     def __init__(self, connection: Connection, step: Step) -> None:
@@ -45,8 +46,8 @@ class SshHost:
         self.at = connection.host
         if connection.version < PYTHON:
             raise ToolchainError(
-                f"{self.at} has Python {'.'.join(map(str, connection.version))}, 3.10 or newer is needed",
-                "install one there, and name it with --python PATH",
+                f"{self.at} has Python {'.'.join(map(str, connection.version))}, but 3.10 or newer is needed",
+                "install a newer Python on the board, and give it with --python PATH",
             )
         for _ in connection.send(NAME, build_agent()):
             pass
@@ -54,11 +55,13 @@ class SshHost:
         self._sent: dict[str, str] = {}
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
-        """Check that the board has what the bundle needs, and send it. Raises as a call does."""
+        """Check that the board has the packages that the bundle needs, and send the bundle. Raises EvmError."""
         bundle = open_bundle(path)
         for flag in settings.flags().values():
             if flag.here:
-                raise UsageError(f"{flag.name} with --host: nothing is to stay on the board", "leave it out")
+                raise UsageError(
+                    f"{flag.name} with --host: files on the board are removed at the end", f"leave {flag.name} out"
+                )
         self._require(bundle, settings)
         self._place(path, bundle)
 
@@ -66,7 +69,7 @@ class SshHost:
         bundle = open_bundle(path)
         there = settings
         if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
-            there = replace(settings, scan="bundled")  # the user's own library, sent by the user to the user's board
+            there = replace(settings, scan="bundled")  # the bundle's library: the user sends it to the user's board
         arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(there.as_dict())]
         answer = self._connection.run([NAME, *arguments], settings.limit_s + STARTUP_S)
         if answer.late:
@@ -83,7 +86,7 @@ class SshHost:
         )
 
     def _require(self, bundle: Bundle, settings: Settings) -> None:
-        """Raise ToolchainError, saying what to install, unless the board has what the bundle needs."""
+        """Raise ToolchainError with an install command if the board lacks packages that the bundle needs."""
         target = runtime_of(bundle.manifest.target, bundle.path)
         needs = (*COMMON, *target.needs, *((IMAGES,) if settings.timed == "end-to-end" else ()))
         versions = self._check([module for need in needs for module in need.modules])["versions"]
@@ -93,23 +96,24 @@ class SshHost:
             lacks = ", ".join(f"{need.package} (has {has})" if has else need.package for need, has in wrong.items())
             install = " ".join(f"'{need}'" if need.least else need.package for need in wrong)
             raise ToolchainError(
-                f"{self.at} lacks for target '{target.name}': {lacks}",
-                f"there:  {self._connection.python} -m pip install {install}\n"
-                "  or into a virtual environment, and here --python PATH/bin/python",
+                f"{self.at} lacks packages for target '{target.name}': {lacks}",
+                f"on the board:  {self._connection.python} -m pip install {install}\n"
+                "  or install them into a virtual environment, and give --python PATH/bin/python",
             )
 
     def _check(self, modules: list[str] | tuple[()]) -> dict[str, Any]:
+        """Return the board's platform and the package versions of `modules`. Raises ToolchainError."""
         answer = self._connection.run([NAME, "--tied", "check", *modules], CHECK_S)
         try:
             content: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
             CHECKED(content)
         except (IndexError, ValueError, RecursionError) as error:
-            said = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            said = (answer.stderr.strip().splitlines() or ["no error message"])[-1]
             raise ToolchainError(f"the agent does not run on {self.at}: {said}") from error
         return content
 
     def _place(self, path: str | Path, bundle: Bundle) -> str:
-        """The bundle's folder on the board, sent when it is first asked for: what the manifest names, nothing else."""
+        """Return the bundle's folder on the board; the first call sends the files that the manifest names."""
         if str(path) in self._sent:
             return self._sent[str(path)]
         folder = f"{len(self._sent)}/{bundle.path.resolve().name}"
@@ -127,7 +131,7 @@ class SshHost:
 
 
 def no_library(manifest: Manifest, record: Record, platform: str) -> list[str]:
-    """Says so where scans could run on a native library, had the bundle one for the board."""
+    """Return a warning if the scans ran portably only because the bundle has no native library for `platform`."""
     could = "plugin" in manifest.scan["value"].split("+")
     if not could or record.runtime["scan"]["value"] != "portable" or platform in manifest.plugins:
         return []

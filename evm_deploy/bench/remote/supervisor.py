@@ -1,11 +1,12 @@
-"""The board's end of `--host`: sent as text and run by `python3 -c`, so it needs Python 3.7 and nothing else.
+"""Supervisor of the runs on a board (`--host`): sent as text and run by `python3 -c`; needs Python 3.7 alone.
 
-stdin: lines of JSON, {"file": path, "size": n} with n bytes behind it, or {"run": [arguments], "seconds": s}; empty
-lines are signs of life. stdout: MARK and [major, minor] of Python, then one line of JSON for each run.
+stdin: lines of JSON, {"file": path, "size": n} followed by n bytes, or {"run": [arguments], "seconds": s}. Empty lines
+are keep-alive signs. stdout: MARK and [major, minor] of Python, then one line of JSON for each run.
 
-All that is made is one folder and the processes of a run. Both go when stdin ends, which it does with the connection,
-when nothing was heard for SILENCE_S seconds, which is when the other machine is gone without a word, or on a signal. A
-run reads a pipe that ends with this process, so that it notices even if this one is killed (bench/remote/agent.py).
+The supervisor makes one folder and starts the processes of the runs. It kills these processes and removes the folder
+in three cases: stdin ends, because the connection has ended; no line came for SILENCE_S seconds, because the other
+machine is gone; or a signal arrives. The stdin of a run is a pipe from the supervisor, so a run notices even a
+supervisor that was killed (bench/remote/agent.py).
 """
 
 import json
@@ -26,7 +27,7 @@ SHOWN = 4000  # characters of a run's stderr
 
 
 class Supervisor:
-    """The folder, and the run that is going on in it."""
+    """Folder on the board, and the run in progress."""
 
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="evm-bench-")
@@ -34,7 +35,7 @@ class Supervisor:
         self.heard = time.monotonic()
 
     def serve(self) -> None:
-        """Do what stdin says until it ends."""
+        """Receive files and start runs as the lines of stdin ask, until stdin ends."""
         for line in iter(sys.stdin.buffer.readline, b""):
             self.heard = time.monotonic()
             order = json.loads(line.decode() or "{}") if line.strip() else {}
@@ -44,6 +45,7 @@ class Supervisor:
                 self.start(order["run"], order["seconds"])
 
     def receive(self, name: str, size: int) -> None:
+        """Read `size` bytes from stdin into the file `name` of the folder."""
         path = os.path.join(self.folder, name)  # noqa: PTH118
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
         with open(path, "wb") as file:  # noqa: PTH123
@@ -56,12 +58,12 @@ class Supervisor:
                 size -= len(block)
 
     def start(self, arguments: List[str], seconds: float) -> None:  # noqa: UP006
-        """Run this Python on the arguments, in a process group of its own, tied to this process by its stdin."""
+        """Run this Python with `arguments`, in a new process group, with a pipe from this process as stdin."""
         tied, tie = os.pipe()
         self.running = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
-            env={**os.environ, "TMPDIR": self.folder},  # ONNX Runtime, for one, leaves a file .ses there
+            env={**os.environ, "TMPDIR": self.folder},  # for example ONNX Runtime leaves a file .ses in TMPDIR
             stdin=tied,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,7 +73,7 @@ class Supervisor:
         threading.Thread(target=self.answer, args=(self.running, seconds, tie), daemon=True).start()
 
     def answer(self, run: Any, seconds: float, tie: int) -> None:
-        """Wait for a run, at most `seconds`, and say how it ended."""
+        """Wait for a run, at most `seconds`, and write its exit code and output to stdout."""
         late = False
         try:
             out, err = run.communicate(timeout=seconds)
@@ -87,11 +89,13 @@ class Supervisor:
             self.end()
 
     def watch(self) -> None:
+        """End this process when nothing was read for SILENCE_S seconds."""
         while time.monotonic() - self.heard < SILENCE_S:
             time.sleep(1)
         self.end()
 
     def kill(self) -> None:
+        """Kill the process group of the run, if there is one, and wait for its end."""
         if self.running:
             try:
                 os.killpg(self.running.pid, signal.SIGKILL)
@@ -101,18 +105,20 @@ class Supervisor:
                 self.running.wait()
 
     def end(self, *signal_and_frame: Any) -> None:
-        """Kill what runs, remove the folder, end this process."""
+        """Kill the run, remove the folder and end this process. Also the handler of signals."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         os._exit(0)
 
 
 def say(what: Dict[str, Any]) -> None:  # noqa: UP006
+    """Write one line of JSON to stdout."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 
 
 def main() -> None:
+    """Run the supervisor until stdin ends, the other machine is silent, or a signal arrives."""
     supervisor = Supervisor()
     for which in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(which, supervisor.end)
@@ -120,7 +126,7 @@ def main() -> None:
     try:
         print(MARK, list(sys.version_info[:2]), flush=True)
         supervisor.serve()
-    except Exception as error:  # such as a full disk: the other end reads why
+    except Exception as error:  # such as a full disk; the other machine shows the message
         say({"code": None, "stdout": "", "stderr": "%s: %s" % (type(error).__name__, error), "late": False})  # noqa: UP031
     finally:
         supervisor.end()
