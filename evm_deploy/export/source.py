@@ -54,7 +54,7 @@ class Source:
         return self._once(key, lambda: load_checkpoint(given, head=plan.head, weights=plan.weights))
 
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
-        """Return the float model of a complete plan (`hub.graph.Deployable`)."""
+        """Return the float model of a complete plan (`hub.graph.WrappedNetwork`)."""
         key = ("reference", plan.head, plan.weights, plan.input, preprocessing)
         return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 

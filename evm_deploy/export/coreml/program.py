@@ -135,10 +135,10 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
     class ChannelsFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.with_pre_and_postprocessing = module
+            self.wrapped = module
 
         def forward(self, x: Tensor) -> Any:
-            return self.with_pre_and_postprocessing(x.permute(0, 2, 3, 1))
+            return self.wrapped(x.permute(0, 2, 3, 1))
 
     return ChannelsFirst().eval() if plan.input == "image" else module
 
@@ -199,8 +199,8 @@ def _register_scan() -> None:
 
 
 def network_path(path: str) -> str:
-    """Remove the wrappers' names from a module path: `with_pre_and_postprocessing.model.layers.0` -> `layers.0`."""
-    return path.removeprefix("with_pre_and_postprocessing.").removeprefix(f"{ROOT}.")
+    """Remove the wrappers' names from a module path: `wrapped.model.layers.0` -> `layers.0`."""
+    return path.removeprefix("wrapped.").removeprefix(f"{ROOT}.")
 
 
 def _input_type(plan: ExportPlan, shape: tuple[int, ...]) -> Any:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCAN_INPUTS = onnx_function.INPUTS
 INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
-ROOT = "model"  # attribute of the with_pre_and_postprocessing module that holds the network
+ROOT = "model"  # attribute of the wrapped module that holds the network
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-class Deployable(Protocol):
+class WrappedNetwork(Protocol):
     """The float model as exported, a torch module in eval mode. outputs: names of its outputs, in order."""
 
     outputs: tuple[str, ...]
 
 
 def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
-    """Wrap a network with its preprocessing (for `--input image`) and the chosen head. Returns a Deployable.
+    """Wrap a network with its preprocessing (for `--input image`) and the chosen head. Returns a WrappedNetwork.
 
     The result is the module that is traced, and the reference of every parity check.
     """
