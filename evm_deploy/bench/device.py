@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.cores import usable_cores
+
 SYS = Path("/sys")
 PROC = Path("/proc")
 FEATURES = (
@@ -46,7 +48,7 @@ def facts() -> dict[str, Any]:
         "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or platform.machine(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "governor": text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         "memory_mb": int(memory) // 1024 if memory else None,
         "system": f"{platform.system()} {platform.release()}",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.progress import Progress, Step, silent
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.errors import EvmError, ToolchainError
@@ -92,11 +93,6 @@ def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, st
     except EvmError as error:
         return TargetOutcome(plan, time.perf_counter() - start, error=error)
     return TargetOutcome(plan, time.perf_counter() - start, bundle)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Worker:

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.files import checksum_matches, package_folders, write_checksum
 from evm_deploy.errors import ToolchainError
 
@@ -112,18 +114,24 @@ class Compiler:
             raise ToolchainError(f"compiling failed with exit code {done.returncode}: {' '.join(command)}", said)
 
     def objects(self, recipe: Recipe, sources: Sequence[str | Path], folder: Path) -> list[Path]:
-        """Compile `sources` once, and the kernel sources once per kernel variant, into `folder`.
+        """Compile `sources` once, and the kernel sources once per kernel variant, into `folder`; on every usable core.
 
         Returns the object files. Raises ToolchainError.
         """
         common = [*recipe.words["flags"], *(f"-I{recipe.folder / path}" for path in recipe.words["include"])]
-        made = []
-        for kernel in (None, *recipe.of(self.architecture)):
-            for source in recipe.words["kernel_sources"] if kernel else sources:
-                path = folder / f"{kernel.name if kernel else 'once'}-{Path(source).stem}.o"
-                self.run(*common, *(kernel.arguments if kernel else ()), "-c", recipe.folder / source, "-o", path)
-                made.append(path)
-        return made
+        work = [
+            (kernel, source)
+            for kernel in (None, *recipe.of(self.architecture))
+            for source in (recipe.words["kernel_sources"] if kernel else sources)
+        ]
+
+        def compiled(kernel: KernelVariant | None, source: str | Path) -> Path:
+            path = folder / f"{kernel.name if kernel else 'once'}-{Path(source).stem}.o"
+            self.run(*common, *(kernel.arguments if kernel else ()), "-c", recipe.folder / source, "-o", path)
+            return path
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            return list(pool.map(compiled, *zip(*work, strict=True)))
 
 
 def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
