@@ -41,7 +41,7 @@ struct Integers {
         return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)bits_of(weights));
     }
     static Sum total(Partial sum) { return sum; }
-    // Store `values` rounded to even, plus the zero point. The sums must be in the range of uint8.
+    // Store `values` plus the zero point, rounded to even. The results must be in the range of uint8.
     static void store_rounded(uint8_t *to, vec values, int32_t zero_point) {
         const ivec q = bits_of(values + ROUND) + zero_point;  // the bits of ROUND end in a byte of zeros
         _mm_storeu_si128((__m128i *)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)q));
