@@ -127,7 +127,7 @@ def _changed(bundle: Path, **changes: Any) -> Path:
 
 REFUSED = {
     "target": ({"target": "openvino"}, "is for target 'openvino', this app runs 'onnx'"),
-    "native nodes": ({"value": "plugin"}, "has its scans as native nodes only"),
+    "native nodes": ({"value": "plugin"}, "the bundle has native nodes only"),
 }
 
 

@@ -122,7 +122,9 @@ def test_lowerings_that_cannot_be_had(options, change, demo_bundle, tmp_path):
     bundle = changed(demo_bundle.path, tmp_path, change)
     python, cpp = python_says(bundle, **options), cpp_says(bundle, **options)
     assert (type(cpp), cpp.hint) == (type(python), python.hint)
-    assert host_platform() in str(cpp) or options["scan"] == "portable" or "native kernels are not available" in str(cpp)
+    assert (
+        host_platform() in str(cpp) or options["scan"] == "portable" or "native kernels are not available" in str(cpp)
+    )
 
 
 def test_libraries_that_are_none(demo_bundle, tmp_path):

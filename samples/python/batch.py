@@ -49,7 +49,7 @@ def main(bundle: str, folder: str) -> int:
 
 
 def read_ahead(pool: ThreadPoolExecutor, read: Callable[[Path], Any], paths: list[Path]) -> Iterator[dict[Path, Any]]:
-    """Yield the results of `read` for AT_ONCE paths at a time, as {path: result}, while the pool reads the next paths."""
+    """Yield the results of `read` for AT_ONCE paths at a time, as {path: result}; the pool already reads the next."""
     ahead: Iterator[Any] = iter(())
     for start in range(0, len(paths), AT_ONCE):
         now, ahead = ahead, pool.map(read, paths[start : start + AT_ONCE])

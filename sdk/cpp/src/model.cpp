@@ -171,7 +171,7 @@ std::vector<Prediction> Model::classify(const std::uint8_t *rgb, int width, int 
 
 std::vector<std::vector<Prediction>> Model::classify(const std::vector<Image> &images, int top) const {
     const std::string &head = impl_->manifest.head;
-    if (!impl_->manifest.classifies()) throw UsageError("the bundle's output is " + head + ", not classes", "use run(feeds)");
+    if (!impl_->manifest.classifies()) throw UsageError("no classes to predict: the bundle gives " + head, "use run(feeds)");
     if (top < 1) throw UsageError("top is " + std::to_string(top) + ", it must be at least 1");
     std::vector<std::vector<Prediction>> results;
     const std::size_t most = static_cast<std::size_t>(impl_->batch());

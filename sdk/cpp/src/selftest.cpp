@@ -80,7 +80,7 @@ Check run_scan(const Source &source, const Manifest &manifest, const Target &tar
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
     if (y.dtype != "float32" || y.shape != scan.at("u").shape)
-        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "returns no y");
+        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no output y of the shape of u");
     Check check = scan_check("scan " + name, scan, y);
     check.limit = limit_of(manifest.limits.scans, name, check.limit);
     return check;
@@ -129,7 +129,7 @@ Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tens
             std::vector<std::int64_t> wanted = start ? whole.shape : value.shape;
             if (!wanted.empty()) wanted[0] = filled;
             if (wanted.empty() || value.shape != wanted)
-                throw BundleError("the model returns " + spec_text({name, value.dtype, value.shape}) + " for " +
+                throw BundleError("the model gives " + spec_text({name, value.dtype, value.shape}) + " for " +
                                       spec_text({runtime.inputs[0].name, batch.dtype, batch.shape}), "export it again");
             value.bytes.resize(value.bytes.size() / static_cast<std::size_t>(filled) * static_cast<std::size_t>(here));
             value.shape[0] = start + here;
