@@ -401,7 +401,7 @@ def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):
         assert float(have["inference"].split()[0]) > 0
     assert seen["checks"]["caption"] == "PASSED" and [row[0] for row in seen["checks"]["rows"]] == names
     assert [row[0] for row in seen["latency"]["rows"]] == ["p50", "p90", "p99", "fastest"]
-    assert re.fullmatch(r"WebAssembly, \d threads?: WebGPU has no adapter here", seen["conditions"])
+    assert re.fullmatch(r"WebAssembly, \d threads?: WebGPU has no adapter on this device", seen["conditions"])
 
 
 def tampered(bundle: Path, folder: Path) -> Path:
@@ -480,8 +480,8 @@ def test_providers_are_as_asked_or_said(drive):
     """No silent fallback: WebGPU asked for and not there is an error that offers WebAssembly."""
     seen = drive("asked", query="?provider=webgpu")
     assert "with webgpu" in seen["problem"] and "Use WebAssembly" in seen["problem"]
-    assert re.fullmatch(r"WebAssembly, \d threads?: as asked", seen["conditions"])
-    assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as asked"
+    assert re.fullmatch(r"WebAssembly, \d threads?: as requested", seen["conditions"])
+    assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as requested"
     assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu&threads=1")["problem"]
 
 
@@ -489,7 +489,7 @@ def test_providers_are_as_asked_or_said(drive):
 def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
     """On Chromium's adapter in software, asked for: by itself the page would not take it."""
     seen = drive("gpu", console="powerPreference|No available adapters", images=digits[:1])
-    assert seen["conditions"] == "WebGPU: as asked" and seen["checks"]["caption"] == "PASSED"
+    assert seen["conditions"] == "WebGPU: as requested" and seen["checks"]["caption"] == "PASSED"
     with load(demo_bundle.path, scan="portable") as model:
         expected = model.predict(digits[:1])
     assert [have["rows"][0][0] for have in seen["answers"]] == [want[0].label for want in expected]

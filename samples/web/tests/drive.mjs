@@ -30,7 +30,7 @@ const scenarios = {
     return { answers, checks, latency, conditions: await page.textContent("#conditions") };
   },
 
-  /** Bundles given to the page one after the other: `folder` chosen, `zip` dropped; each with a self-test. */
+  /** Give several bundles to the page, one after another: choose `folder`, drop `zip`; run the self-test of each. */
   async replaced(page, { bundles, image }) {
     await ready(page);
     const seen = [];
@@ -47,7 +47,7 @@ const scenarios = {
     return { seen };
   },
 
-  /** What the page says of files that are no images; then a good one. */
+  /** Give files that are not images to the page and return its messages; then classify a good image. */
   async problems(page, { images, good }) {
     await ready(page);
     const said = [];
@@ -63,7 +63,7 @@ const scenarios = {
   /** Loaded once, then without a network: reload, classify, self-test. */
   async offline(page, { image }) {
     await ready(page);
-    await page.waitForFunction(() => document.getElementById("offline").textContent === "Kept for offline use");
+    await page.waitForFunction(() => document.getElementById("offline").textContent === "Available offline");
     await page.context().setOffline(true);
     const gone = await page.evaluate(() => fetch("not-kept").then(() => false, () => true));
     await page.reload();
@@ -117,7 +117,7 @@ const scenarios = {
     return page.evaluate(() => ({ scroll: document.documentElement.scrollWidth, width: innerWidth }));
   },
 
-  /** The page as asked by its address: what it runs on, or says instead. */
+  /** Open the page with a query; return the provider that it shows, or its error. */
   async asked(page, { query }) {
     await page.goto(URL_OF_PAGE + query);
     await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
@@ -149,7 +149,7 @@ const scenarios = {
     return { output: await page.textContent("output") };
   },
 
-  /** The library by itself: `code` is the body of an async function of it, `file(path)` (of the folder `files`) and `given`. */
+  /** Run `code` with the library, without the page: the body of an async function of `evm`, `file(path)` and `given`. */
   async library(page, { code, given, files }) {
     const fulfill = (route) => {
       const path = decodeURIComponent(new URL(route.request().url()).pathname.split("/files/")[1]);
@@ -213,9 +213,9 @@ async function changed(page, place) {
 
 const launch = (flags) => chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: flags });
 const browser = await launch(FLAGS);
-let library; // its page stays open
+let library; // the page of scenario `library` stays open
 
-/** A page of its own for a scenario, and what it has said and asked for so far. */
+/** Open a new page for a scenario; return it with its console messages and requested addresses so far. */
 async function opened(scenario) {
   const serviceWorkers = ["offline", "screenshot"].includes(scenario) ? "allow" : "block"; // each fetches 14 MB
   const own = scenario === "gpu" ? await launch([...GPU_FLAGS, ...FLAGS.filter((flag) => flag !== "--disable-gpu")]) : null;

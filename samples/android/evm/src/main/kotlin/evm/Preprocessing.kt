@@ -38,7 +38,8 @@ class Preprocessing private constructor(
         return image.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
     }
 
-    private fun covered(side: Int): Long = round(side / cropPct).coerceAtMost(1e9).toLong() // avoids overflow; pixels() refuses such sizes
+    private fun covered(side: Int): Long =
+        round(side / cropPct).coerceAtMost(1e9).toLong() // avoids overflow; pixels() refuses such sizes
 
     /**
      * Normalises pixels to channels-first floats, for a model exported with `--input tensor`. Other models normalise the
