@@ -1,9 +1,9 @@
-"""Whether evm-bench gives what the runtimes' own tools give: a bare session loop of onnxruntime, and benchmark_app.
+"""Compare evm-bench with the runtimes' own tools: a plain session loop of onnxruntime, and benchmark_app of OpenVINO.
 
     python benchmarks/bench_agreement.py ONNX_BUNDLE OPENVINO_BUNDLE [--rounds 5]
 
-One thread, batch 1. In each round evm-bench and the other tool measure once, in turn. Prints the ratio of their medians
-for each round. Exit 1 when the median ratio is off by more than 5 %.
+One thread, batch 1. In each round evm-bench and the other tool measure once, in turn. The script prints the ratio of
+their medians for each round. Exit code 1 if the median ratio differs from 1 by more than 5 %.
 """
 
 from __future__ import annotations
