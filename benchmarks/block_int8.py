@@ -34,6 +34,7 @@ SHAPES = ((56, 48, 3), (28, 96, 6))  # H = W, C, R of T's stages at 224x224
 
 
 def session(model: bytes) -> ort.InferenceSession:
+    """Open a model in ONNX Runtime with the native library and one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.register_custom_ops_library(str(plugin_path("onnxruntime")))
@@ -41,6 +42,7 @@ def session(model: bytes) -> ort.InferenceSession:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--isa", help="instruction set; default: the best of this CPU")

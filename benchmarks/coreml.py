@@ -138,6 +138,7 @@ def trained(checkpoint: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=CASES, default="T")
     parser.add_argument("--sizes", metavar="N,N..")

@@ -49,6 +49,7 @@ def latency(bundle: Path, rounds: int) -> float:
 
 
 def preprocessing(bundle: Path) -> None:
+    """Compare the pixels and the times of preprocessing, C++ with Pillow, and print the times."""
     spec = Preprocessing((224, 224))
     with tempfile.TemporaryDirectory() as folder:
         wanted = {"size": spec.size, "crop_pct": spec.crop_pct, "interpolation": spec.interpolation}
@@ -63,6 +64,7 @@ def preprocessing(bundle: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=7)

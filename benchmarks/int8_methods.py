@@ -41,6 +41,7 @@ CALIBRATION_SEED, VALIDATION_SEED = 5000, 7
 
 
 def figures(a: Accuracy) -> str:
+    """Format an accuracy as a line of text."""
     return (
         f"top-1 {100 * a.scores['top1']:.2f} % (float {100 * a.float_scores['top1']:.2f} %, {0 - a.drop:+.2f})"
         f"   same class {100 * a.agreement:.2f} %   SQNR {a.sqnr_db:.1f} dB"
@@ -64,6 +65,7 @@ def print_blocks(plan: ExportPlan) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", action="store_true", help="measure each block alone instead of each method")
     args = parser.parse_args()

@@ -33,6 +33,7 @@ IMAGES, SEED = 128, 1000
 
 
 def print_variant(variant: str, folder: Path) -> None:
+    """Print the SQNR of one variant, for all blocks and for each block alone, with and without smoothing."""
     import golden
 
     checkpoint = folder / f"{variant}.safetensors"
@@ -57,6 +58,7 @@ def print_variant(variant: str, folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=("tiny", "small", "base"), help="default: all three")
     args = parser.parse_args()

@@ -91,6 +91,7 @@ def library_without_scans(target: str, folder: Path) -> Path:
 
 
 def without_scans(stack: ExitStack, model: LoadedBundle, checkpoint: Path, plan: ExportPlan, folder: Path) -> Any:
+    """Open the network without its scans, with portable scans or native blocks as in `plan`."""
     folder.mkdir()
     if plan.scan == "portable":
         return stack.enter_context(portable_without_scans(checkpoint, plan, folder))
@@ -123,6 +124,7 @@ def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> b
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--imgsz", type=int, default=224)

@@ -62,6 +62,7 @@ def environment(folder: Path, release: str) -> Path:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--releases", nargs="+", default=RELEASES)

@@ -61,6 +61,7 @@ def with_nncf(model: Any, images: np.ndarray, folder: Path) -> Made:
 
 
 def quantize_with_nncf(folder: Path) -> Made:
+    """Quantise the IR in `folder` with NNCF, in this process."""
     import nncf
 
     nncf.set_log_level("ERROR")
@@ -77,10 +78,12 @@ def quantize_with_nncf(folder: Path) -> Made:
 
 
 def outputs(request: Any, images: np.ndarray) -> np.ndarray:
+    """Run the images one by one and return their outputs."""
     return np.concatenate([request.infer({"image": image[None]})[0].copy() for image in images])
 
 
 def rows(images: np.ndarray, run: Any) -> Iterator[np.ndarray]:
+    """Run the images one by one and yield their logits."""
     for image in images:
         yield run({"image": image[None]})["logits"]
 
@@ -134,6 +137,7 @@ def speed(core: Any, folder: Path, rounds: int) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=300, help="number of calibration images")
     parser.add_argument("--rounds", type=int, default=20)

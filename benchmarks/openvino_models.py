@@ -81,6 +81,7 @@ def compiled(core: Any, model: Any, hint: str = "f32", threads: int = 1) -> Any:
 
 
 def runner(request: Any, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """Return a function that runs one inference."""
     return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 
 
@@ -103,6 +104,7 @@ def load_times(bundle: Bundle, cache: Path) -> dict[str, list[float]]:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")

@@ -18,6 +18,7 @@ COLOURS = 128
 
 
 def main() -> None:
+    """Write the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("image", type=Path)

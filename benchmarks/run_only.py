@@ -50,6 +50,7 @@ def seconds(python: Path, code: str, *arguments: object, runs: int) -> list[floa
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runs", type=int, default=9)

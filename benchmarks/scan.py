@@ -53,6 +53,7 @@ def scan_inputs(length: int) -> list[np.ndarray]:
 
 
 def scan_session(plugin: Path | None, threads: int = 1) -> ort.InferenceSession:
+    """Open a model with one scan in ONNX Runtime; without a plugin the scan is portable."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if plugin:
@@ -91,6 +92,7 @@ def fma_peak(lanes: int, flags: list[str]) -> float | None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds

@@ -30,6 +30,7 @@ SCANS = [(784, 96, 14), (784, 96, 28), (196, 192, 7), (196, 192, 14)]  # L, D, s
 
 
 def print_engine(name: str, model, folder: Path) -> None:
+    """Build an engine and print its static cost."""
     start = time.perf_counter()
     done = engine(model, folder)
     seconds = time.perf_counter() - start
@@ -45,6 +46,7 @@ def print_engine(name: str, model, folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imgsz", type=int, default=224)
     size = parser.parse_args().imgsz

@@ -43,11 +43,13 @@ def median_ms(model: LoadedBundle, runs: int) -> float:
 
 
 def ratio(times: list[float], base: list[float]) -> str:
+    """Format the median ratio of `times` to `base`, with its range."""
     each = sorted(a / b for a, b in zip(times, base, strict=True))
     return f"{statistics.median(each):.2f}x ({each[0]:.2f} to {each[-1]:.2f})"
 
 
 def compare(browser: Browser, bundle: Path, rounds: int, runs: int) -> None:
+    """Measure a bundle in the browser and in Python and print the ratios."""
     browser.library(OPEN, files=bundle)
     with load(bundle, threads=1, scan="portable") as portable, load(bundle, threads=1) as best:
         median_ms(portable, runs), median_ms(best, runs)
@@ -83,6 +85,7 @@ def sizes(site: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=10)

@@ -61,6 +61,7 @@ def with_identity_scans(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def session(model: onnx.ModelProto, profile: str = "", plugin: Path | None = None) -> ort.InferenceSession:
+    """Open a model in ONNX Runtime with one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -122,12 +123,13 @@ def quantized_plan(folder: Path, float32: ExportPlan, precision: str) -> ExportP
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
     for precision in QUANTIZED:
-        text = f"its {precision} export beside them, calibrated or judged with made images"
+        text = f"also measure the {precision} export, calibrated or evaluated with generated images"
         parser.add_argument(f"--{precision}", dest="others", action="append_const", const=precision, help=text)
     args = parser.parse_args()
     import golden
