@@ -36,19 +36,19 @@ ORIENTATION = 0x0112  # Exif tag
 SMALL = Preprocessing((64, 64))
 GOOD = HERE.parents[1] / "reliability" / "corpus" / "manifest" / "onnx"
 CODES = {
-    "bundle.missing": "there is no folder or zip",
+    "bundle.missing": "no folder or zip exists at the path",
     "bundle.rejected": "the export failed its own checks",
-    "bundle.unfinished": "the engine is still to be built",
-    "manifest.missing": "there is no manifest.json, or it cannot be read",
-    "manifest.damaged": "manifest.json is no JSON object, or too large",
-    "manifest.version": "manifest.json is of a schema that this reader does not know",
-    "manifest.invalid": "`where`, a key path, is missing, of another type, or has a value that it cannot have",
-    "file.missing": "`where`, a file, is not there or cannot be read",
-    "file.damaged": "`where`, a file, has another hash, or is not what it must be",
-    "model.interface": "`where`, the model, has other inputs or outputs than the manifest and the labels say",
+    "bundle.unfinished": "the engine has not been built yet",
+    "manifest.missing": "manifest.json is missing or cannot be read",
+    "manifest.damaged": "manifest.json is not a JSON object, or is too large",
+    "manifest.version": "manifest.json has a newer schema version than this reader supports",
+    "manifest.invalid": "`where`, a key path, is missing, has another type, or has an invalid value",
+    "file.missing": "`where`, a file, is missing or cannot be read",
+    "file.damaged": "`where`, a file, has another hash, or invalid contents",
+    "model.interface": "`where`, the model, has inputs or outputs that do not match the manifest or the labels",
     "selftest.damaged": "`where`, a file of the self-test, cannot be read or does not belong to the model",
     "zip.damaged": "the zip cannot be unpacked",
-    "zip.refused": "`where`, a name in the zip, leaves the bundle, is a link, encrypted, there twice or a bomb",
+    "zip.refused": "`where`, a name in the zip, leaves the bundle, is a link, encrypted, a duplicate or a zip bomb",
     "image.narrow": "the image is too narrow to be cropped",
 }
 NOTHING = object()  # marks a key that is removed
