@@ -275,7 +275,7 @@ def test_the_self_test(ask, demo_bundle):
     for spoil, name in (
         ("logits", "logits"),
         ("layers.1.blocks.0.op:y", "scan layers.1.blocks.0.op"),
-        ("image", "preprocessing (of 255)"),
+        ("turned", "preprocessing (of 255)"),
     ):
         failed = [check["name"] for check in ask("selftest", bundle=demo_bundle.path, spoil=spoil) if not check["ok"]]
         assert failed == [name]

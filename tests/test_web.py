@@ -360,7 +360,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             features: () => features.classify(zeros(3), 1, 1),
             shape: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 32, 32, 3], data: zeros(3072) }} }}),
             dtype: () => demo.run({{ image: {{ dtype: "float32", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
-            name: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
+            name: () => demo.run({{ pixels: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
             bytes: async () => demo.classify(zeros(5), 1, 1),
             provider: () => evm.Model.open(demo.bundle, {{ provider: "tpu" }}),
             threads: () => evm.Model.open(demo.bundle, {{ provider: "wasm", threads: demo.threads + 1 }}),
@@ -377,7 +377,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             "features": refusal(lambda: features.predict([zeros[0]])),
             "shape": refusal(lambda: demo.run({"image": zeros[:, :32, :32]})),
             "dtype": refusal(lambda: demo.run({"image": zeros.astype(np.float32)})),
-            "name": refusal(lambda: demo.run({"image": zeros})),
+            "name": refusal(lambda: demo.run({"pixels": zeros})),
         }
     assert_refused(want, [found[name] for name in want], want)
     assert "got 5 bytes for [1, 1, 3]" in found["bytes"][-1]
