@@ -83,7 +83,7 @@ def executions(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> int:
 
 INFERENCES = """
 import sys, numpy, onnxruntime
-def peak():  # of this program: ru_maxrss would start from its parent's
+def peak():  # peak memory of this program; ru_maxrss would start from the parent's peak
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 path, height, width, plugin = sys.argv[1:]
 before, options = peak(), onnxruntime.SessionOptions()

@@ -26,6 +26,6 @@ def load_checkpoint(path: str | Path, *, head: str | None = None, weights: str =
             return family.load(raw, LoadOptions(head or "logits", weights))
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(
-        f"checkpoint {path} belongs to no supported model family ({known}): its {len(raw.tensors)} tensors are "
+        f"checkpoint {path} holds no network of a known family ({known}): its {len(raw.tensors)} tensors are "
         f"{some(sorted(raw.tensors))}"
     )

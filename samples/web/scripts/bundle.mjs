@@ -14,7 +14,7 @@ const PUBLIC = join(dirname(fileURLToPath(import.meta.url)), "..", "public");
 /** Check a bundle and return the paths of its files, manifest.json among them. Throws a message, as a string, if it is invalid. */
 function checked(bundle) {
   const file = join(bundle, "manifest.json");
-  if (!existsSync(file)) throw `${bundle} is not a bundle: no manifest.json found\n  create one with evm-export --target onnx`;
+  if (!existsSync(file)) throw `${bundle} is not a bundle: no manifest.json inside\n  make one with evm-export --target onnx`;
   const manifest = JSON.parse(readFileSync(file, "utf-8"));
   if (manifest.target !== "onnx") throw `${bundle} is for target '${manifest.target}', a browser runs 'onnx'\n  export with evm-export --target onnx`;
   if (!manifest.scan.value.split("+").includes("portable")) throw `${bundle} has no portable scans\n  export it with --scan portable`;

@@ -95,7 +95,7 @@ class Zip : public Source {
     BundleError refused(const std::string &name, const std::string &reason) const {
         return BundleError(path + (name.empty() ? " " : ": " + in_quotes(name) + " ") + reason, "", {"zip.refused", name});
     }
-    BundleError bomb(const std::string &name) const { return refused(name, "expands over " + std::to_string(MAX_RATIO) + "-fold: refused as a possible zip bomb"); }
+    BundleError bomb(const std::string &name) const { return refused(name, "unpacks to over " + std::to_string(MAX_RATIO) + " times its size: possible zip bomb"); }
 
     std::string block(std::ifstream &stream, std::uint64_t at, std::size_t size) const {
         std::string bytes(size, '\0');
@@ -116,7 +116,7 @@ class Zip : public Source {
         const std::size_t count = record.u16(10);
         const std::uint64_t size = record.u32(12), offset = record.u32(16);
         // Zips that need 64-bit records are beyond the limits below, so 64-bit records are not read.
-        if (count > MAX_FILES) throw refused("", "holds " + std::to_string(count) + " files; a bundle may have at most " + std::to_string(MAX_FILES));
+        if (count > MAX_FILES) throw refused("", "has " + std::to_string(count) + " files; a bundle has at most " + std::to_string(MAX_FILES));
         if (offset + size > length || size > MAX_DIRECTORY) throw damaged("Bad magic number for central directory");
         const std::string directory = block(stream, offset, static_cast<std::size_t>(size));
         std::set<std::string> seen;
@@ -139,7 +139,7 @@ class Zip : public Source {
         const Entry entry{record.u32(20), record.u32(24), record.u32(42), record.u16(10), record.u32(16)};
         const std::uint32_t kind = record.u32(38) >> 16 & 0170000;
         if (!inside_bundle(name)) throw refused(name, "leaves the bundle");
-        if (kind != 0 && kind != 0100000) throw refused(name, "is a symbolic link or device file; only regular files are allowed");
+        if (kind != 0 && kind != 0100000) throw refused(name, "is a link or a device; only regular files are allowed");
         if (record.u16(8) & 1) throw refused(name, "is encrypted");
         if (entry.method != 0 && entry.method != 8)
             throw damaged("compression method " + std::to_string(entry.method) + " of " + name);
@@ -161,7 +161,7 @@ class Zip : public Source {
             const std::string folder = first.substr(0, first.find('/') + 1);
             if (!folder.empty() && entries_.count(folder + MANIFEST)) return folder;
         }
-        throw BundleError(path + " holds no bundle: no " + MANIFEST + " found", "create one with evm-export --zip", {"manifest.missing"});
+        throw BundleError(path + " is not a bundle: no " + MANIFEST + " inside", "make one with evm-export --zip", {"manifest.missing"});
     }
 };
 

@@ -198,7 +198,7 @@ Manifest read_manifest(const Source &source) {
         if (source.size(FILE_NAME) > MAX_MANIFEST) throw BundleError(path + " is larger than " + std::to_string(MAX_MANIFEST) + " bytes: not a manifest", "", {"manifest.damaged"});
         json = source.bytes(FILE_NAME);
     } catch (const ReadError &error) {
-        if (error.missing) throw BundleError(source.path + " is not a bundle: no " + FILE_NAME + " found", "create one with evm-export", {"manifest.missing"});
+        if (error.missing) throw BundleError(source.path + " is not a bundle: no " + FILE_NAME + " inside", "make one with evm-export", {"manifest.missing"});
         throw BundleError(path + " cannot be read: " + error.what(), "", {"manifest.missing"});
     }
     try {

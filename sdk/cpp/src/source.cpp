@@ -64,7 +64,7 @@ std::unique_ptr<Source> open_source(const fs::path &bundle) {
     if (bundle.extension() == ".zip" && fs::is_regular_file(bundle, ignored)) return open_zip(bundle);
     if (!fs::is_directory(bundle, ignored)) {
         const char *const what = fs::exists(bundle, ignored) ? "is a file, not a bundle folder" : "does not exist";
-        throw BundleError("bundle " + bundle.string() + " " + what, "create one with evm-export", {"bundle.missing"});
+        throw BundleError("bundle " + bundle.string() + " " + what, "make one with evm-export", {"bundle.missing"});
     }
     return std::make_unique<Folder>(bundle);
 }

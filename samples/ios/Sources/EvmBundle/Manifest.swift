@@ -68,7 +68,7 @@ public struct Manifest: Decodable {
         guard isFolder.boolValue else {
             let file = "bundle \(folder.path) is a file, not a bundle folder"
             let message = exists ? file : "bundle \(folder.path) does not exist"
-            throw EvmError(.bundle, message, hint: "create one with evm-export", code: "bundle.missing")
+            throw EvmError(.bundle, message, hint: "make one with evm-export", code: "bundle.missing")
         }
         let manifest = try read(folder)
         if manifest.rejected == true {
@@ -91,8 +91,8 @@ public struct Manifest: Decodable {
     private static func read(_ folder: URL) throws -> Manifest {
         let path = folder.appendingPathComponent("manifest.json")
         guard FileManager.default.fileExists(atPath: path.path) else {
-            let message = "\(folder.path) is not a bundle: no manifest.json found"
-            throw EvmError(.bundle, message, hint: "create one with evm-export", code: "manifest.missing")
+            let message = "\(folder.path) is not a bundle: no manifest.json inside"
+            throw EvmError(.bundle, message, hint: "make one with evm-export", code: "manifest.missing")
         }
         guard let data = try? Data(contentsOf: path) else {
             throw EvmError(.bundle, "\(path.path) cannot be read", code: "manifest.missing")

@@ -16,7 +16,7 @@ export class Bundle {
   static async open(source: Source): Promise<Bundle> {
     const bytes = await source.read(MANIFEST);
     if (!bytes)
-      throw new BundleError(`${source.name} is not a bundle: no ${MANIFEST} found`, "create one with evm-export", { code: "manifest.missing" });
+      throw new BundleError(`${source.name} is not a bundle: no ${MANIFEST} inside`, "make one with evm-export", { code: "manifest.missing" });
     const manifest = Manifest.parse(bytes, source.name);
     if (manifest.rejected)
       throw new BundleError(`bundle ${source.name} was rejected at export: ${manifest.failures.join("; ")}`, "", { code: "bundle.rejected" });

@@ -59,5 +59,5 @@ export async function zipped(zip: Blob, name = zip instanceof File ? zip.name : 
       const below = [...files].filter(([path]) => path.startsWith(root));
       return folderOf(new Map(below.map(([path, file]) => [path.slice(root.length), file])), name);
     }
-  throw new BundleError(`${name} holds no bundle: no ${MANIFEST} found`, "create one with evm-export --zip", { code: "manifest.missing" });
+  throw new BundleError(`${name} is not a bundle: no ${MANIFEST} inside`, "make one with evm-export --zip", { code: "manifest.missing" });
 }

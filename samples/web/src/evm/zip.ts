@@ -44,11 +44,11 @@ export async function unzip(zip: Blob, name: string): Promise<Map<string, Blob>>
 }
 
 function check(entries: readonly Entry[], zip: string): void {
-  if (entries.length > MAX_FILES) throw refused(zip, "", `holds ${entries.length} files; a bundle may have at most ${MAX_FILES}`);
+  if (entries.length > MAX_FILES) throw refused(zip, "", `has ${entries.length} files; a bundle has at most ${MAX_FILES}`);
   const seen = new Set<string>();
   for (const { name, mode, encrypted } of entries) {
     if (!insideBundle(name)) throw refused(zip, name, "leaves the bundle");
-    if (![0, REGULAR].includes(mode & FILE_TYPE)) throw refused(zip, name, "is a symbolic link or device file; only regular files are allowed");
+    if (![0, REGULAR].includes(mode & FILE_TYPE)) throw refused(zip, name, "is a link or a device; only regular files are allowed");
     if (encrypted) throw refused(zip, name, "is encrypted");
     const folded = name.toUpperCase().toLowerCase(); // upper case first, because some file systems take the sharp s as ss
     if (seen.has(folded)) throw refused(zip, name, "occurs twice");
@@ -75,7 +75,7 @@ async function unpack(zip: Blob, entry: Entry, name: string, left: number): Prom
   let crc = ~0;
   for await (const part of read(inflated(packed, entry))) {
     size += part.length;
-    if (size > most) throw refused(name, entry.name, `expands over ${MAX_RATIO}-fold: refused as a possible zip bomb`);
+    if (size > most) throw refused(name, entry.name, `unpacks to over ${MAX_RATIO} times its size: possible zip bomb`);
     crc = crc32(crc, part);
     parts.push(part);
   }

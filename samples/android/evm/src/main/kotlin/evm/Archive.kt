@@ -36,15 +36,15 @@ fun unpack(path: File, into: File): File {
 }
 
 private fun missing(path: File): BundleException {
-    val message = "$path holds no bundle: no $MANIFEST found"
-    return BundleException(message, "create one with evm-export --zip", "manifest.missing")
+    val message = "$path is not a bundle: no $MANIFEST inside"
+    return BundleException(message, "make one with evm-export --zip", "manifest.missing")
 }
 
 private fun refused(message: String, name: String = "") = BundleException(message, code = "zip.refused", where = name)
 
 private fun check(path: File, entries: List<ZipEntry>) {
     if (entries.size > MAX_FILES) {
-        throw refused("$path holds ${entries.size} files; a bundle may have at most $MAX_FILES")
+        throw refused("$path has ${entries.size} files; a bundle has at most $MAX_FILES")
     }
     val seen = HashSet<String>()
     for (entry in entries) {
@@ -69,7 +69,7 @@ private fun unpack(path: File, zip: ZipFile, entry: ZipEntry, into: File, limit:
                 val count = reader.read(block).takeIf { it >= 0 } ?: break
                 size += count
                 if (size > most) {
-                    val reason = "expands over $MAX_RATIO-fold: refused as a possible zip bomb"
+                    val reason = "unpacks to over $MAX_RATIO times its size: possible zip bomb"
                     throw refused("$path: ${entry.name} $reason", entry.name)
                 }
                 writer.write(block, 0, count)

@@ -15,7 +15,7 @@ class Bundle private constructor(val folder: File, val manifest: Manifest) {
         fun open(folder: File): Bundle {
             if (!folder.isDirectory) {
                 val what = if (folder.exists()) "is a file, not a bundle folder" else "does not exist"
-                throw BundleException("bundle $folder $what", "create one with evm-export", "bundle.missing")
+                throw BundleException("bundle $folder $what", "make one with evm-export", "bundle.missing")
             }
             val manifest = Manifest.read(folder)
             if (manifest.rejected) {

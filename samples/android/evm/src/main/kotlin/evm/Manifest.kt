@@ -46,8 +46,8 @@ class Manifest private constructor(json: Value) {
         fun read(bundle: File): Manifest {
             val path = File(bundle, MANIFEST)
             if (!path.exists()) {
-                val message = "$bundle is not a bundle: no $MANIFEST found"
-                throw BundleException(message, "create one with evm-export", "manifest.missing")
+                val message = "$bundle is not a bundle: no $MANIFEST inside"
+                throw BundleException(message, "make one with evm-export", "manifest.missing")
             }
             if (path.length() > MAX_BYTES) throw damaged("$path is larger than $MAX_BYTES bytes: not a manifest")
             val json = Value(parsed(path) as? JsonObject ?: throw damaged("$path is not a JSON object"))
