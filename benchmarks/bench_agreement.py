@@ -1,9 +1,9 @@
-"""Whether evm-bench gives what the runtimes' own tools give: a bare session loop of onnxruntime, and benchmark_app.
+"""Compare evm-bench with the runtimes' own tools: a plain session loop of onnxruntime, and benchmark_app of OpenVINO.
 
     python benchmarks/bench_agreement.py ONNX_BUNDLE OPENVINO_BUNDLE [--rounds 5]
 
-One thread, batch 1. In each round evm-bench and the other tool measure once, in turn. Prints the ratio of their medians
-for each round. Exit 1 when the median ratio is off by more than 5 %.
+One thread, batch 1. In each round evm-bench and the other tool measure once, in turn. The script prints the ratio of
+their medians for each round. Exit code 1 if the median ratio differs from 1 by more than 5 %.
 """
 
 from __future__ import annotations
@@ -46,15 +46,18 @@ print(1e3 * statistics.median(times[len(times) // 5 :]))
 
 
 def ours(bundle: Path) -> float:
+    """Measure the median latency of a bundle with evm-bench, in milliseconds."""
     return bench(bundle, Settings(threads=1, limit_s=30)).summary_ms["p50"]
 
 
 def session_loop(bundle: Path) -> float:
+    """Measure the median latency of an ONNX bundle in a plain session loop, in milliseconds."""
     command = [sys.executable, "-c", LOOP, bundle / "model.onnx", plugin_path("onnxruntime"), str(SECONDS)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def benchmark_app(bundle: Path) -> float:
+    """Measure the median latency of an OpenVINO bundle with benchmark_app, in milliseconds."""
     library = next(iter(open_bundle(bundle).manifest.plugins.values()))
     tool = shutil.which("benchmark_app", path=str(Path(sys.executable).parent)) or "benchmark_app"
     flags = "-d CPU -infer_precision f32 -hint none -nstreams 1 -nthreads 1 -api sync"
@@ -65,6 +68,7 @@ def benchmark_app(bundle: Path) -> float:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("onnx", type=Path)
     parser.add_argument("openvino", type=Path)

@@ -1,11 +1,12 @@
-"""A fused EVSS block with int8 linear layers beside the same block in float32: native kernels in ONNX Runtime.
+"""Compare a fused EVSS block with int8 linear layers with the same block in float32: native kernels in ONNX Runtime.
 
     python benchmarks/block_int8.py [--rounds 40] [--isa avx2]
 
-The two kinds of block of T at 224x224, batch 1, one thread. Weights are random, ranges those of the block's own input.
-The bound of avx512vnni is the ratio if in_proj, out_proj and local_proj took a quarter of their multiply-adds, at the
-rate that a loop of nothing else reaches on this core (fma_peak.cpp), and quantising nothing. Other instruction sets
-multiply integers held in floats: 1. On a busy machine the rate is too low, and the bound too high.
+The blocks are those of T's two scan stages at 224x224, batch 1, one thread. The weights are random; the ranges are of
+the block's own input. The bound for avx512vnni is the ratio if in_proj, out_proj and local_proj needed a quarter of
+their multiply-adds, at the rate of a pure multiply-add loop on this core (fma_peak.cpp), and quantising took no time.
+The bound for other instruction sets, which multiply integers held in floats, is 1. On a busy machine the measured rate
+is too low, and the bound too high.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SHAPES = ((56, 48, 3), (28, 96, 6))  # H = W, C, R of T's stages at 224x224
 
 
 def session(model: bytes) -> ort.InferenceSession:
+    """Open a model in ONNX Runtime with the native library and one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.register_custom_ops_library(str(plugin_path("onnxruntime")))
@@ -40,9 +42,10 @@ def session(model: bytes) -> ort.InferenceSession:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--isa", help="instead of this CPU's best")
+    parser.add_argument("--isa", help="instruction set; default: the best of this CPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kernel = native.open_kernel(plugin_path("onnxruntime"))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, ratios taken round by round, where and when they ran."""
+"""Shared code of the benchmarks: interleaved rounds, ratios by round, and a line about the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEERS = Path(__file__).resolve().parents[2] / "shared" / "benchmarks" / "peers"
 
 
 def where() -> str:
-    """Date, machine and CPU, for the first line of every benchmark."""
+    """Return date, machine and CPU, for the first line of every benchmark."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -25,9 +25,10 @@ def where() -> str:
 
 
 def interleave(subjects: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Milliseconds of each subject, `rounds` times: all in turn, so that a drifting machine hits all.
+    """Measure each subject `rounds` times, in milliseconds.
 
-    Before each timed run an untimed one of the same subject: caches are its own, not its predecessor's.
+    The subjects run in turn, so that a change of the machine's speed affects all of them. An untimed run before each
+    timed run fills the caches with the subject's own data.
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for i in range(warm_up + rounds):
@@ -41,7 +42,7 @@ def interleave(subjects: Mapping[str, Callable[[], Any]], rounds: int, warm_up: 
 
 
 def ratio(times: Mapping[str, list[float]], name: str, to: str) -> tuple[float, str]:
-    """(median, text with the 10-90 % band) of `name` / `to`, round by round."""
+    """Return the median of the ratios `name` / `to` of each round, and a text with the median and the 10-90 % band."""
     ratios = sorted(a / b for a, b in zip(times[name], times[to], strict=True))
     median, tenth = statistics.median(ratios), len(ratios) // 10
     return median, f"{median:.2f}  (10-90 %: {ratios[tenth]:.2f}-{ratios[-tenth - 1]:.2f})"

@@ -1,12 +1,12 @@
-"""Core ML packages as they can be judged without a Mac: error against the golden logits, size, static cost, conversion.
+"""Evaluate Core ML packages without a Mac: error against the golden logits, size, static cost, time of conversion.
 
     python benchmarks/coreml.py --variant T                     float32, float16 and w8 of seeded weights; S, B, odd
     python benchmarks/coreml.py --sizes 192,224,256             T in float16, one package for all against one for each
     python benchmarks/coreml.py --trained ../shared/trained     top-1 of the trained T: float16, w8, int8
 
-Computed in the MIL runtime, one thread. Static cost is counted, not timed: it ranks layouts and is no latency.
-Conversion: tracing, converting and writing. Seconds are of the process on its core, which a busy machine changes least;
-the memory is that of the whole process up to then.
+The packages run in the MIL runtime, with one thread. The static cost is counted, not measured: it ranks layouts but is
+not a latency. Conversion includes tracing, converting and writing. Seconds are CPU time of the process, which depends
+little on other load. Memory is the peak of the whole process up to that point.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VALIDATION = 1000
 
 
 def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float]:
-    """(artifact, seconds) of a golden case."""
+    """Export a golden case; return the artifact and the seconds."""
     from evm_deploy import load_checkpoint
     from evm_deploy._util.progress import silent
     from evm_deploy.export import coreml
@@ -45,7 +45,7 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     network = load_checkpoint(folder / "seeded.pt")
     plan, preprocessing = complete(check_plan(coreml.TARGET, plan), network.spec)
     module = with_pre_and_postprocessing(network, plan, preprocessing)
-    coremltools_patch.converter()  # imported before the clock starts
+    coremltools_patch.converter()  # import coremltools before the clock starts
     start = time.process_time()
     program = mlprogram.trace(module, plan, {})
     program, _ = quantize(program, plan, network.spec, preprocessing, coreml.TARGET, silent)
@@ -53,7 +53,7 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
 
 
 def seeded(variant: str) -> None:
-    """Each precision of one variant with the golden weights, on the golden images."""
+    """Print the figures of each precision of one variant, with the golden weights and images."""
     import golden
 
     from evm_deploy._util.files import artifact_bytes
@@ -82,7 +82,7 @@ def seeded(variant: str) -> None:
 
 
 def sizes(sides: list[int]) -> None:
-    """T in float16 for several sizes in one package, and for each of them alone."""
+    """Print the sizes of packages of T in float16: one package for several image sizes, and one for each size."""
     import golden
 
     from evm_deploy._util.files import artifact_bytes
@@ -102,7 +102,7 @@ def sizes(sides: list[int]) -> None:
 
 
 def trained(checkpoint: Path) -> None:
-    """Top-1 of the trained T in each precision."""
+    """Print the top-1 accuracy of the trained T in each precision."""
     from evm_deploy.export import ExportPlan, export
 
     sys.path.insert(0, str(checkpoint))
@@ -138,6 +138,7 @@ def trained(checkpoint: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=CASES, default="T")
     parser.add_argument("--sizes", metavar="N,N..")

@@ -1,10 +1,11 @@
-"""The C++ SDK against Python: latency of the same bundle, preprocessing of the same image.
+"""Compare the C++ SDK with Python: latency of the same bundle, preprocessing of the same image.
 
     python benchmarks/cpp_sdk.py BUNDLE.. [--rounds 7]
 
-One thread, batch 1. In each round evm-bench and evm-classify --bench measure once, in turn; the scans are portable or,
-where the bundle has no such, on its own library. Preprocessing of noise in memory to 224x224, C++ and Pillow in turn.
-Exit 1 when a median ratio of latencies is off by more than 5 %. Builds the SDK in build/sdk-cpp.
+One thread, batch 1. In each round evm-bench and evm-classify --bench measure once, in turn. The scans are portable or,
+if the bundle has no portable scans, run on the bundle's native library. Preprocessing is measured on noise images in
+memory, resized to 224x224, with C++ and Pillow in turn. Exit code 1 if a median ratio of latencies differs from 1 by
+more than 5 %. The script builds the SDK in build/sdk-cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ IMAGES = ((4000, 3000), (3000, 4000), (640, 480), (100, 80))  # width, height
 
 
 def latency(bundle: Path, rounds: int) -> float:
-    """Median over the rounds of C++ over Python; prints all."""
+    """Print the ratios of latency, C++ over Python, of all rounds and return their median."""
     scan = "portable" if "portable" in open_bundle(bundle).manifest.scan["value"] else "bundled"
     ratios, medians = [], []
     for _ in range(rounds):
@@ -48,6 +49,7 @@ def latency(bundle: Path, rounds: int) -> float:
 
 
 def preprocessing(bundle: Path) -> None:
+    """Compare the pixels and the times of preprocessing, C++ with Pillow, and print the times."""
     spec = Preprocessing((224, 224))
     with tempfile.TemporaryDirectory() as folder:
         wanted = {"size": spec.size, "crop_pct": spec.crop_pct, "interpolation": spec.interpolation}
@@ -62,6 +64,7 @@ def preprocessing(bundle: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,9 +1,9 @@
-// Fused multiply-adds per nanosecond of one core, with vectors of LANES floats: the ceiling that scan.py measures against.
+// Measurement of a core's fused multiply-adds per nanosecond, with vectors of LANES floats: the upper limit for scan.py.
 #include <stdio.h>
 #include <time.h>
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
-constexpr int CHAINS = 12;  // independent, so that latency is hidden
+constexpr int CHAINS = 12;  // number of independent chains, enough to hide the latency
 
 int main() {
     vec a[CHAINS] = {}, b = a[0] + 0.999f, c = a[0] + 0.5f;

@@ -1,9 +1,9 @@
-"""int8 on the seeded weights of T, S and B at 224x224: SQNR of the logits, whole and with each block alone in int8.
+"""Measure int8 with seeded weights of T, S and B at 224x224: SQNR of the logits, for all blocks and each block alone.
 
     python benchmarks/int8_seeded.py [--variant tiny|small|base]
 
-128 generated images, of which every eighth is kept back to judge with. These weights were never trained: the SQNR
-shows what rounding does to the network, not what it costs in accuracy (that is int8_methods.py).
+Of 128 generated images, every eighth is used for evaluation, the others for calibration. The weights are not trained:
+the SQNR shows the effect of rounding on the network, not the loss of accuracy (int8_methods.py measures the loss).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ IMAGES, SEED = 128, 1000
 
 
 def print_variant(variant: str, folder: Path) -> None:
+    """Print the SQNR of one variant, for all blocks and for each block alone, with and without smoothing."""
     import golden
 
     checkpoint = folder / f"{variant}.safetensors"
@@ -57,6 +58,7 @@ def print_variant(variant: str, folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=("tiny", "small", "base"), help="default: all three")
     args = parser.parse_args()

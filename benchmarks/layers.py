@@ -1,12 +1,12 @@
-"""Whether the times by layer add up to the model's, and whether the scans' share is what their absence saves.
+"""Check that times by layer add up to the model's latency, and that the scans' share equals the time saved by removal.
 
     python benchmarks/layers.py [CHECKPOINT] [--imgsz 224] [--rounds 40]
 
-ONNX Runtime and OpenVINO, one thread, with portable scans and with blocks on the native kernel. The same model without
-its scans is timed in turn with the real one: portable scans give u + delta + mean(B) + mean(C), for which everything
-before them is still computed; blocks run on a library that is compiled without the call of the recurrence: y is u. Of
-five profiles the one with the middle sum counts. Exit 1 where the sum is not 85-105 % of an inference's median, or the
-shares are more than 5 points apart.
+ONNX Runtime and OpenVINO, one thread, with portable scans and with blocks on the native kernel. The model and a copy
+without scans are timed in turn. In the copy, portable scans are replaced by u + delta + mean(B) + mean(C), so that all
+layers before them are still computed; blocks run on a library compiled without the recurrence, which returns y = u. Of
+five profiles the script uses the one with the middle sum. Exit code 1 if the sum is not 85-105 % of the median latency,
+or if the shares differ by more than 5 points.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CASES = [(target, scan) for target in ("onnx", "openvino") for scan in ("portabl
 
 
 def no_scan(opset: int, block_steps: int = 0) -> Any:
-    """evm::SelectiveScan as hardly anything, of all its inputs."""
+    """Return a function for evm::SelectiveScan that reads all inputs and costs almost nothing."""
     from onnx import helper
 
     f = onnx_function.Body("SelectiveScan/")
@@ -58,7 +58,7 @@ def no_scan(opset: int, block_steps: int = 0) -> Any:
 
 @contextmanager
 def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> Iterator[Any]:
-    """A runtime of the same network, its scans replaced."""
+    """Context manager: a runtime of the same network with its portable scans replaced by `no_scan`."""
     with patch.object(onnx_function, "selective_scan_function", no_scan):
         network = load_checkpoint(checkpoint, head=plan.head)
         plan, preprocessing = complete(plan, network.spec)
@@ -73,14 +73,14 @@ def portable_without_scans(checkpoint: Path, plan: ExportPlan, folder: Path) -> 
 
 
 def library_without_scans(target: str, folder: Path) -> Path:
-    """The native library for `target`, compiled into `folder` without the recurrence in its blocks."""
+    """Compile the native library for `target` into `folder`, without the recurrence in its blocks."""
     from openvino.utils import get_cmake_path
 
     sources = shutil.copytree(read_recipe().folder, folder / "native")
     block = sources / "scan" / "block.cpp"
     text = block.read_text()
     if text.count(CALL) != 1:
-        raise SystemExit(f"layers.py: {block} calls the recurrence in another way")
+        raise SystemExit(f"layers.py: the call of the recurrence was not found in {block}")
     block.write_text(text.replace(CALL, ""))
     name = {"onnx": "evm_onnxruntime", "openvino": "evm_openvino"}[target]
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
@@ -91,6 +91,7 @@ def library_without_scans(target: str, folder: Path) -> Path:
 
 
 def without_scans(stack: ExitStack, model: LoadedBundle, checkpoint: Path, plan: ExportPlan, folder: Path) -> Any:
+    """Open the network without its scans, with portable scans or native blocks as in `plan`."""
     folder.mkdir()
     if plan.scan == "portable":
         return stack.enter_context(portable_without_scans(checkpoint, plan, folder))
@@ -99,7 +100,7 @@ def without_scans(stack: ExitStack, model: LoadedBundle, checkpoint: Path, plan:
 
 
 def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> bool:
-    """Print one line. Returns whether both hold."""
+    """Measure one target and scan, print one line, and return whether both checks pass."""
     target, scan = case
     asked = "auto" if case == ("onnx", "plugin") else scan
     plan = ExportPlan(target, scan=asked, imgsz=(imgsz, imgsz), precision="fp32")
@@ -118,11 +119,12 @@ def judge(case: tuple[str, str], checkpoint: Path, imgsz: int, rounds: int) -> b
     right = share is not None and SUM[0] <= whole <= SUM[1] and abs(share - saved) <= POINTS
     kinds = ", ".join(f"{kind} {ms / found['sum_ms']:.0%}" for kind, ms in found["kinds"].items())
     print(f"{target:<9}{scan:<9} p50 {median_ms:6.2f} ms   sum {whole:6.1%}   scan {share:6.1%}", end="   ")
-    print(f"by leaving it out {saved:6.1%}   {'ok ' if right else 'OFF'}   {kinds}", flush=True)
+    print(f"saved without it {saved:6.1%}   {'ok ' if right else 'OFF'}   {kinds}", flush=True)
     return right
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--imgsz", type=int, default=224)

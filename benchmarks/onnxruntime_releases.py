@@ -1,9 +1,10 @@
-"""Which releases of ONNX Runtime run a bundle, on the native library and without it, nothing of ours installed.
+"""Test which releases of ONNX Runtime run a bundle, with and without the native library, without evm-deploy installed.
 
     python benchmarks/onnxruntime_releases.py BUNDLE [--releases 1.17.3 1.22.1 ..]
 
-Each release in a virtual environment of its own, from the package index. Prints the largest difference from the
-bundle's expected outputs, and the portable form's time by the native one's, one thread. Exit 1 when a release fails.
+Each release is installed from the package index into its own virtual environment. The script prints the largest
+difference from the bundle's expected outputs, and the ratio of latencies, portable over native, with one thread. Exit
+code 1 if a release fails.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ print(f"portable / native {medians[None] / medians[library]:.2f}")
 
 
 def environment(folder: Path, release: str) -> Path:
-    """The python of a new virtual environment with that release of onnxruntime."""
+    """Make a virtual environment with a release of onnxruntime and return the path of its python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     numpy = ["numpy<2"] if tuple(map(int, release.split(".")[:2])) < (1, 19) else ["numpy"]
@@ -61,6 +62,7 @@ def environment(folder: Path, release: str) -> Path:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--releases", nargs="+", default=RELEASES)

@@ -1,12 +1,12 @@
-"""Two ways to an int8 EfficientVMamba in OpenVINO: our Q/DQ graph, which exports hold, and NNCF on the float IR.
+"""Compare two int8 EfficientVMambas in OpenVINO: the Q/DQ graph of evm-export, and NNCF applied to the float IR.
 
     pip install nncf
     python benchmarks/openvino_int8.py [--images 300]
 
-The trained T of ../shared/trained at 64x64: accuracy of both on 2000 images that neither saw, calibrated with the
-same ones; then T at 224x224 with seeded weights, time of both and of float32, one thread, one run. NNCF gets the IR
-with one node per scan and the rest in OpenVINO's operators (a block as one node leaves it nothing to quantise inside),
-and leaves additions, products, concatenations and means in float.
+First the trained T of ../shared/trained at 64x64: accuracy of both on 2000 evaluation images; both are calibrated with
+the same other images. Then T at 224x224 with seeded weights: latency of both and of float32, one thread, interleaved.
+NNCF gets an IR with one node per scan and the other layers in OpenVINO's operators, because it could not quantise
+inside a block that is one node. NNCF leaves additions, products, concatenations and means in float.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FLOAT_TYPES = ["Add", "Multiply", "Concat", "ReduceSum", "ReduceMean"]
 
 @dataclass(frozen=True)
 class Made:
-    """What NNCF made: an IR, the seconds that it took, and the peak memory in MB of a process that did nothing else."""
+    """Result of NNCF: the IR, the seconds, and the peak memory in MB of the process, which did nothing else."""
 
     model: Path
     seconds: float
@@ -53,7 +53,7 @@ class Made:
 
 
 def with_nncf(model: Any, images: np.ndarray, folder: Path) -> Made:
-    """The int8 form that NNCF makes of a float model, in a process of its own."""
+    """Quantise a float model with NNCF in a new process."""
     ov.save_model(model, folder / "float.xml", compress_to_fp16=False)
     np.save(folder / "images.npy", images)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -61,6 +61,7 @@ def with_nncf(model: Any, images: np.ndarray, folder: Path) -> Made:
 
 
 def quantize_with_nncf(folder: Path) -> Made:
+    """Quantise the IR in `folder` with NNCF, in this process."""
     import nncf
 
     nncf.set_log_level("ERROR")
@@ -77,16 +78,18 @@ def quantize_with_nncf(folder: Path) -> Made:
 
 
 def outputs(request: Any, images: np.ndarray) -> np.ndarray:
+    """Run the images one by one and return their outputs."""
     return np.concatenate([request.infer({"image": image[None]})[0].copy() for image in images])
 
 
 def rows(images: np.ndarray, run: Any) -> Iterator[np.ndarray]:
+    """Run the images one by one and yield their logits."""
     for image in images:
         yield run({"image": image[None]})["logits"]
 
 
 def accuracy(core: Any, folder: Path, count: int) -> None:
-    """Of the trained T."""
+    """Print the accuracy of the trained T with both methods."""
     from glyphs import glyphs
 
     calibration, _ = glyphs(count, CALIBRATION_SEED, 64)
@@ -111,7 +114,7 @@ def accuracy(core: Any, folder: Path, count: int) -> None:
 
 
 def speed(core: Any, folder: Path, rounds: int) -> None:
-    """Of T at 224x224."""
+    """Print the latency of T at 224x224 with both methods and in float32."""
     import golden
 
     state = golden.model_case("tiny_224")["state"]
@@ -134,12 +137,13 @@ def speed(core: Any, folder: Path, rounds: int) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=300, help="to calibrate with")
+    parser.add_argument("--images", type=int, default=300, help="number of calibration images")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     if not TRAINED.is_dir():
-        print(f"{TRAINED} is not there", file=sys.stderr)
+        print(f"{TRAINED} not found", file=sys.stderr)
         return 2
     sys.path.insert(0, str(TRAINED))
     core = ov.Core()

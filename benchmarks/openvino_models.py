@@ -1,4 +1,4 @@
-"""EfficientVMamba in OpenVINO on the CPU, beside its graph with no scan, and beside RepViT-M0.9 in the same precision.
+"""Compare EfficientVMamba in OpenVINO on the CPU with its graph without scans, and with RepViT-M0.9.
 
     python benchmarks/openvino_models.py [--variant tiny] [--imgsz 224] [--rounds 30]
 
@@ -6,12 +6,13 @@ One thread, batch 1, seeded weights, all in one interleaved run.
 
     identity   the graph in OpenVINO's own operators with every scan replaced by an identity
     plugin     the bundle of `--scan plugin`: whole EVSS blocks on the native kernel, in the extension
-    scan node  the same with only the scans in the extension, the blocks around them in OpenVINO's operators
+    scan node  the graph with only the scans in the extension, the blocks around them in OpenVINO's operators
     portable   the bundle of `--scan portable`: standard operators
 
-Each in float32; plugin and identity in bfloat16 too (hint bf16); int8 exports of both lowerings, calibrated with made
-images. RepViT-M0.9 in float32 and bfloat16, where its graph is (../shared/benchmarks/peers). Also: two threads, load
-time, with and without a cache of compiled models. Exit 1 when a limit of the project is missed.
+All forms run in float32; plugin and identity also in bfloat16 (hint bf16). The int8 exports of both lowerings are
+calibrated with generated images. RepViT-M0.9 runs in float32 and bfloat16 if its graph exists
+(../shared/benchmarks/peers). The script also measures two threads, and the load time with and without a cache of
+compiled models. Exit code 1 if a limit of the project is missed.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ LOADS = 15
 
 
 def hub(checkpoint: Path, plan: ExportPlan) -> Graph:
-    """The float graph that every form starts from."""
+    """Return the float graph that all forms are made from."""
     network = load_checkpoint(checkpoint)
     plan, preprocessing = complete(plan, network.spec)
     return trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
 
 
 def scan_nodes(graph: Graph) -> onnx.ModelProto:
-    """The graph with a node for each scan and nothing fused."""
+    """Return the graph with a node for each scan and no fused blocks."""
     model, _ = lowered(replace(graph, fusable={}), "plugin")
     return model
 
 
 def with_identity_scans(graph: Graph) -> onnx.ModelProto:
-    """The graph, every scan passing u through."""
+    """Return the graph with every scan replaced by an identity of u."""
     model = scan_nodes(graph)
     for node in model.graph.node:
         if node.op_type == onnx_function.OP_TYPE:
@@ -73,18 +74,19 @@ def with_identity_scans(graph: Graph) -> onnx.ModelProto:
 
 
 def compiled(core: Any, model: Any, hint: str = "f32", threads: int = 1) -> Any:
-    """An inference request of a model, or of a file."""
+    """Compile a model, or a file, and return an inference request."""
     model = core.read_model(str(model)) if isinstance(model, Path) else model
     settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     return core.compile_model(model, "CPU", settings).create_infer_request()
 
 
 def runner(request: Any, feeds: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """Return a function that runs one inference."""
     return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 
 
 def load_times(bundle: Bundle, cache: Path) -> dict[str, list[float]]:
-    """Milliseconds from a file to a compiled model, compiled anew and from the cache, in turn."""
+    """Measure the milliseconds of loading a file, compiled anew and from the cache, in turn."""
     library = bundle.manifest.plugins
     plugin = bundle.path / next(iter(library.values())) if library else None
 
@@ -94,7 +96,7 @@ def load_times(bundle: Bundle, cache: Path) -> dict[str, list[float]]:
             options = RunOptions(1, plugin, settings=OpenVinoSettings(cache=folder))
             start = time.perf_counter()
             runtime = OpenVinoRuntime(bundle.path / "model.xml", options)
-            if i:  # the first time fills the cache
+            if i:  # the first round fills the cache
                 times[name].append((time.perf_counter() - start) * 1e3)
             with runtime:
                 pass
@@ -102,6 +104,7 @@ def load_times(bundle: Bundle, cache: Path) -> dict[str, list[float]]:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")

@@ -1,4 +1,4 @@
-"""A image of evm-report's page, for docs/report.md.
+"""Make a screenshot of evm-report's page, for docs/report.md.
 
 python benchmarks/report_page.py report.html docs/report.png      needs chromium
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT, SHOWN = 1200, 1800, 1560  # px; what is below `SHOWN` is cut off
+WIDTH, HEIGHT, SHOWN = 1200, 1800, 1560  # pixels; the part below `SHOWN` is cut off
 COLOURS = 128
 
 
 def main() -> None:
+    """Write the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("image", type=Path)

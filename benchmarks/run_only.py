@@ -1,10 +1,10 @@
-"""What `pip install evm-deploy[run-onnx]` brings, in a new virtual environment: size, import time, modules.
+"""Measure `pip install evm-deploy[run-onnx]` in a new virtual environment: size, import time, imported modules.
 
     python benchmarks/run_only.py BUNDLE [--runs 9]
 
-Sizes are of the installed files, without the byte code that pip writes. The import and the first prediction are timed
-in new processes, less what Python alone takes. Exit 1 over 150 MB beside the runtime's own wheel or half a second, and
-when torch is imported.
+Sizes are those of the installed files, without the byte code that pip writes. The times of the import and of the first
+prediction are measured in new processes, minus the start of Python. Exit code 1 if the packages beside the runtime's
+wheel are larger than 150 MB, if the import takes over half a second, or if torch is imported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PREDICT = f"import sys; {IMPORT}; load(sys.argv[1]).predict([sys.argv[2]]); prin
 
 
 def seconds(python: Path, code: str, *arguments: object, runs: int) -> list[float]:
-    """Of new processes, the first of which fills the caches and does not count."""
+    """Measure a command in new processes, in seconds; a first process fills the caches and is not counted."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()
@@ -50,6 +50,7 @@ def seconds(python: Path, code: str, *arguments: object, runs: int) -> list[floa
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runs", type=int, default=9)

@@ -1,18 +1,18 @@
-"""The selective scan alone: native kernel, best portable form, eager torch; threads, length, error, floor.
+"""Measure the selective scan alone: native kernel, portable form and eager torch; threads, length, error, lower bound.
 
     python benchmarks/scan.py [--rounds 20]
 
-One stage-0 scan of T at 224x224: L 784, K 4, D 96, N 16, batch 1, float32, one thread unless said.
+The scan is a stage-0 scan of T at 224x224: L 784, K 4, D 96, N 16, batch 1, float32, one thread unless stated.
 
-    native     an evm::SelectiveScan node in ONNX Runtime, library registered
+    native     an evm::SelectiveScan node in ONNX Runtime, with the library registered
     portable   the same file without the library
-    eager      the recurrence in torch, one step at a time, as Mamba's reference code has it
+    eager      the recurrence in torch, one step at a time, as in Mamba's reference code
     torch      the torch op without the kernel, block by block
 
-The floor: for each state and step nine multiplications or fused multiply-adds (five for exp, dt A, dt u B, h, y) at the
-rate that a loop of nothing else reaches on this core with vectors of the same width (fma_peak.cpp, compiled here), and
-for the memory every input and output once, at the rate of a copy of an array of that size. Exit 1 when a limit of the
-project is missed.
+The lower bound of arithmetic: for each state and step nine multiplications or fused multiply-adds (five for exp, dt A,
+dt u B, h, y), at the rate of a pure multiply-add loop on this core with vectors of the same width (fma_peak.cpp). The
+lower bound of memory: every input and output once, at the rate of a copy of an array of that size. Exit code 1 if a
+limit of the project is missed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from evm_deploy.scan import native, onnx_function, reference
 from evm_deploy.scan.op import selective_scan
 
 K, D, N, L = 4, 96, 16, 784
-OPERATIONS = 9  # multiplications or multiply-adds of a state and step
+OPERATIONS = 9  # multiplications or multiply-adds for each state and step
 MIN_TO_PORTABLE, MIN_TO_EAGER, MAX_ERROR, MIN_TWO_THREADS, MAX_NONLINEAR = 5.5, 30, 3e-6, 1.7, 0.10
 ISAS = {"base": (4, []), "avx2": (8, ["-mavx2", "-mfma"]), "avx512": (16, ["-march=skylake-avx512"])}
 
 
 def scan_inputs(length: int) -> list[np.ndarray]:
-    """Seven inputs with dt like a trained network's, 0.001 to 1."""
+    """Return the seven inputs, with dt from 0.001 to 1 as in trained networks."""
     g = np.random.default_rng(0)
     shapes = ((1, K, length, D), (1, K, length, D), (K, D, N), (1, K, length, N), (1, K, length, N), (K, D), (K, D))
     arrays = [g.standard_normal(shape) for shape in shapes]
@@ -53,6 +53,7 @@ def scan_inputs(length: int) -> list[np.ndarray]:
 
 
 def scan_session(plugin: Path | None, threads: int = 1) -> ort.InferenceSession:
+    """Open a model with one scan in ONNX Runtime; without a plugin the scan is portable."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if plugin:
@@ -65,7 +66,7 @@ def scan_session(plugin: Path | None, threads: int = 1) -> ort.InferenceSession:
 
 
 def eager_loop(u, delta, A, B, C, skip, bias):
-    """One step at a time in torch, channels first, the decays and inflows of all steps computed before."""
+    """Compute the scan in torch, channels first, one step at a time, after the decays and inflows of all steps."""
     dt = torch.nn.functional.softplus(delta + bias[:, None]).transpose(2, 3)  # (b, K, D, L)
     u = u.transpose(2, 3).contiguous()
     decay = torch.exp(torch.einsum("bkdl,kdn->bkdln", dt, A))
@@ -78,7 +79,7 @@ def eager_loop(u, delta, A, B, C, skip, bias):
 
 
 def fma_peak(lanes: int, flags: list[str]) -> float | None:
-    """Multiply-adds per nanosecond, or None without a compiler."""
+    """Measure the multiply-adds per nanosecond; None without a compiler."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         source = Path(__file__).with_name("fma_peak.cpp")
@@ -91,6 +92,7 @@ def fma_peak(lanes: int, flags: list[str]) -> float | None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
@@ -133,7 +135,7 @@ def main() -> int:
 
 
 def print_lengths(session: ort.InferenceSession, rounds: int) -> bool:
-    """Time per step from L 196 to 12 544. True when it is not linear."""
+    """Print the time per step for L from 196 to 12 544; return whether the total time is not linear in L."""
     lengths = (196, 784, 3136, 12544)
     feeds = {n: dict(zip(onnx_function.INPUTS, scan_inputs(n), strict=True)) for n in lengths}
     times = interleave({str(n): lambda n=n: session.run(None, feeds[n]) for n in lengths}, rounds)
@@ -144,7 +146,7 @@ def print_lengths(session: ort.InferenceSession, rounds: int) -> bool:
 
 
 def print_floors(session: ort.InferenceSession, feeds: dict[str, np.ndarray], rounds: int) -> None:
-    """How far each instruction set is from the multiply-adds it cannot do without, and from the bytes it must move."""
+    """Print the time of each instruction set over the lower bounds of arithmetic and memory."""
     kernel = native.open_kernel(plugin_path("onnxruntime"))
     moved = sum(a.nbytes for a in feeds.values()) + feeds["u"].nbytes
     block = np.zeros(moved // 8, np.float32)

@@ -1,9 +1,10 @@
-"""Static cost of TensorRT's portable graphs: what TensorRT-RTX builds from them without a GPU. No times.
+"""Count the static cost of engines that TensorRT-RTX builds from portable graphs without a GPU; no latency is measured.
 
     python benchmarks/tensorrt_static.py [--imgsz 224]
 
-Per network and precision: kernels, those of them whose first input is int8, bytes that all kernels read and write, size
-of the engine, seconds to build. The same of single scans, by steps of a chunk. Ranges are made up: structure alone.
+For each network and precision the script prints the number of kernels, how many of them have an int8 first input, the
+bytes that all kernels read and write, the size of the engine, and the seconds of the build; then the same for single
+scans, by steps per chunk. The int8 ranges are arbitrary: only the structure of the engine matters.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from evm_deploy.export.tensorrt.layers import read_kernels, traffic_bytes
 from tests.tensorrt import engine, network, scan_model, traced
 
 NETWORKS = [(f"{v}_224", p) for v in ("tiny",) for p in ("fp32", "fp16", "int8", "int8-fp16")] + [("base_224", "fp16")]
-SCANS = [(784, 96, 14), (784, 96, 28), (196, 192, 7), (196, 192, 14)]  # L, D, steps of a chunk
+SCANS = [(784, 96, 14), (784, 96, 28), (196, 192, 7), (196, 192, 14)]  # L, D, steps per chunk
 
 
 def print_engine(name: str, model, folder: Path) -> None:
+    """Build an engine and print its static cost."""
     start = time.perf_counter()
     done = engine(model, folder)
     seconds = time.perf_counter() - start
@@ -44,6 +46,7 @@ def print_engine(name: str, model, folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imgsz", type=int, default=224)
     size = parser.parse_args().imgsz

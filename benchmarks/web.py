@@ -1,9 +1,10 @@
-"""ONNX Runtime Web in Chromium against ONNX Runtime in Python: latency, one thread each, and what a page downloads.
+"""Compare ONNX Runtime Web in Chromium with ONNX Runtime in Python: latency with one thread, and size of the download.
 
     python benchmarks/web.py BUNDLE.. [--rounds 10] [--runs 10]
 
-Inference alone, without preprocessing. Each round takes the median of `runs` in the browser, of as many in Python with
-portable scans, and with native kernels; the ratios are those of rounds. Sizes are of the built sample, plain and gzip.
+Latency is that of inference, without preprocessing. Each round takes the median of `runs` inferences in the browser, in
+Python with portable scans, and in Python with native kernels; the script prints the ratios of the rounds. Sizes are
+those of the built sample, plain and with gzip.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ await window.model.bench({ warmUp: 5, runs: 5 });"""
 
 
 def median_ms(model: LoadedBundle, runs: int) -> float:
-    """Of one bundle in Python."""
+    """Measure the latency of one bundle in Python."""
     ((name, spec),) = model.inputs.items()
     value = np.full([1 if side is None else side for side in spec.shape], 127, spec.dtype)
     times = []
@@ -42,11 +43,13 @@ def median_ms(model: LoadedBundle, runs: int) -> float:
 
 
 def ratio(times: list[float], base: list[float]) -> str:
+    """Format the median ratio of `times` to `base`, with its range."""
     each = sorted(a / b for a, b in zip(times, base, strict=True))
     return f"{statistics.median(each):.2f}x ({each[0]:.2f} to {each[-1]:.2f})"
 
 
 def compare(browser: Browser, bundle: Path, rounds: int, runs: int) -> None:
+    """Measure a bundle in the browser and in Python and print the ratios."""
     browser.library(OPEN, files=bundle)
     with load(bundle, threads=1, scan="portable") as portable, load(bundle, threads=1) as best:
         median_ms(portable, runs), median_ms(best, runs)
@@ -65,7 +68,7 @@ def compare(browser: Browser, bundle: Path, rounds: int, runs: int) -> None:
 
 
 def sizes(site: Path) -> None:
-    """What is downloaded: the page without WebGPU's half, and that half."""
+    """Print the size of the download: the page without the files for WebGPU, and these files."""
     files = [file for file in (site / "dist").rglob("*") if file.is_file() and "library" not in file.name]
     groups = {
         "page": [f for f in files if f.suffix in (".html", ".css", ".js", ".svg") and "ort" not in f.name],
@@ -82,6 +85,7 @@ def sizes(site: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=10)

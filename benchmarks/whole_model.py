@@ -1,4 +1,4 @@
-"""EfficientVMamba on the native kernels and on portable scans, beside its graph with no scan, and beside RepViT-M0.9.
+"""Compare EfficientVMamba with native kernels and portable scans, its graph without scans, and RepViT-M0.9.
 
     python benchmarks/whole_model.py [--variant tiny] [--imgsz 224] [--rounds 30]
 
@@ -6,12 +6,12 @@ One thread, float32, batch 1, seeded weights.
 
     identity   the graph in ONNX Runtime's own operators with every scan replaced by an identity
     native     the bundle's file with the library registered: whole EVSS blocks on the native kernel
-    scan node  the same with only the scans on the native kernel, the blocks around them in ONNX Runtime's operators
+    scan node  the graph with only the scans on the native kernel, the blocks around them in ONNX Runtime's operators
     portable   the bundle's file without the library
 
-RepViT-M0.9, a network of about the same MACs as T, runs beside them where its graph is (../shared/benchmarks/peers).
-Also printed: operator executions of one portable inference (loops unrolled by counting), load time, and the memory of
-an inference, loading included. Exit 1 when a limit of the project is missed.
+RepViT-M0.9, a network with about as many MACs as T, is measured too if its graph exists (../shared/benchmarks/peers).
+The script also prints the operator executions of one portable inference (every iteration of a loop is counted), the
+load time, and the memory of loading and inference. Exit code 1 if a limit of the project is missed.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ MAX_NATIVE, MAX_TO_PEER = 1.12, 1.35
 
 
 def with_scan_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph, fused blocks as their nodes; the scans stay nodes of their own."""
+    """Return the same graph with fused blocks expanded; each scan stays one node."""
     scan = [(onnx_function.DOMAIN, onnx_function.OP_TYPE)]
     return onnx.inliner.inline_selected_functions(model, scan, exclude=True)
 
 
 def with_identity_scans(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph, every scan passing u through."""
+    """Return the same graph with every scan replaced by an identity of u."""
     copy = with_scan_nodes(model)
     for node in copy.graph.node:
         if node.op_type == onnx_function.OP_TYPE:
@@ -61,6 +61,7 @@ def with_identity_scans(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def session(model: onnx.ModelProto, profile: str = "", plugin: Path | None = None) -> ort.InferenceSession:
+    """Open a model in ONNX Runtime with one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -72,7 +73,7 @@ def session(model: onnx.ModelProto, profile: str = "", plugin: Path | None = Non
 
 
 def executions(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> int:
-    """Kernels executed in one inference, as ONNX Runtime's profiler counts them."""
+    """Count the kernels that one inference executes, with ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         profiled = session(model, str(Path(folder) / "profile"))
         profiled.run(None, feeds)
@@ -82,7 +83,7 @@ def executions(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> int:
 
 INFERENCES = """
 import sys, numpy, onnxruntime
-def peak():  # of this program: ru_maxrss would start from its parent's
+def peak():  # peak memory of this program; ru_maxrss would start from the parent's peak
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 path, height, width, plugin = sys.argv[1:]
 before, options = peak(), onnxruntime.SessionOptions()
@@ -97,13 +98,13 @@ print(peak() - before)
 
 
 def inference_memory(path: Path, size: tuple[int, int], plugin: Path | None) -> float:
-    """MB of peak resident memory that loading `path` and ten inferences add to a process with onnxruntime imported."""
+    """Measure the peak resident memory in MB of loading `path` and ten inferences, beyond an imported onnxruntime."""
     command = [sys.executable, "-c", INFERENCES, str(path), *map(str, size), str(plugin or "")]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def peer(folder: Path) -> ort.InferenceSession | None:
-    """RepViT-M0.9 with random weights, where its graph is to be had."""
+    """Return RepViT-M0.9 with random weights, or None if its graph does not exist."""
     if not PEERS.is_dir():
         return None
     sys.path.insert(0, str(PEERS))
@@ -122,12 +123,13 @@ def quantized_plan(folder: Path, float32: ExportPlan, precision: str) -> ExportP
 
 
 def main() -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=("tiny", "small", "base"))
     parser.add_argument("--imgsz", default="224")
     parser.add_argument("--rounds", type=int, default=30)
     for precision in QUANTIZED:
-        text = f"its {precision} export beside them, calibrated or judged with made images"
+        text = f"also measure the {precision} export, calibrated or evaluated with generated images"
         parser.add_argument(f"--{precision}", dest="others", action="append_const", const=precision, help=text)
     args = parser.parse_args()
     import golden

@@ -1,4 +1,4 @@
-"""What was tried to break evm-deploy: docs/reliability.md."""
+"""Scripts that try to break evm-deploy; docs/reliability.md has the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def chosen(parser: argparse.ArgumentParser, names: list[str], known: Iterable[str]) -> list[str]:
-    """The names that were asked for, else all that are known. Ends the program for others."""
+    """Return the given names, or all known names if none is given. Ends the program if a name is unknown."""
     for name in names:
         if name not in known:
             parser.error(f"{name!r} is unknown; choose from: {', '.join(known)}")

@@ -1,10 +1,10 @@
-"""The oldest and the newest releases that are supported: the demo exported, self-tested and classified in each.
+"""Test the oldest and the newest supported releases: export, self-test and classify the demo with each.
 
     python -m reliability.compatibility [NAME..] [-o dist/reliability]
 
-A new virtual environment for each, from the package index, for this Python. `oldest` has every package at the lower
-bound of pyproject.toml, `newest` whatever the index has; torch is the release of constraints.txt in all. Meant for a
-scheduler, weekly: what breaks with a new release is found before users find it. Exit 1 when one fails.
+Each environment is a new virtual environment for this Python, with packages from the package index. `oldest` has every
+package at the lower bound of pyproject.toml; `newest` has the newest releases of the index. torch is always the release
+of constraints.txt. A weekly run finds breaking releases before users do. Exit code 1 if an environment fails.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ BASE = (
     "jinja2==3.1.0",
     "fastjsonschema==2.21.0",
 )
-LONGEST_S = 600  # of one command
-# 2026.4: an extension is compiled for one release, and the portable IR has operators of opset 16
+LONGEST_S = 600  # longest time of one command, in seconds
+# 2026.4 is the lower bound: an extension is compiled for one release, and the portable IR has operators of opset 16.
 OPENVINO = "openvino==2026.4.0"
 ONNX = ("onnx==1.20.0", "onnxscript==0.7.0", "onnx-ir==0.1.16", "onnxsim==0.8.1", "onnxruntime==1.20.0")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """extra: of evm-deploy. pins: what else pip must take. exports: whether it can; else it runs what this one made."""
+    """An environment to test.
+
+    extra: extra of evm-deploy to install. pins: further requirements for pip. exports: whether the environment can
+    export; if not, it runs a bundle that the current environment exports.
+    """
 
     extra: str
     pins: tuple[str, ...] = ()
@@ -58,7 +62,7 @@ ENVIRONMENTS = {
 
 
 def attempt(environment: Environment, folder: Path) -> list[str]:
-    """Install, export, self-test, classify -> versions that it ran with. Raises CalledProcessError."""
+    """Install, export, self-test and classify; return the versions of the packages. Raises CalledProcessError."""
     venv.create(folder / "venv", with_pip=True)
     bin_, target = folder / "venv" / "bin", "openvino" if "openvino" in environment.extra else "onnx"
     call([bin_ / "python", "-m", "pip", "install", "--quiet", f"{ROOT}[{environment.extra}]", *environment.pins])
@@ -78,6 +82,7 @@ def attempt(environment: Environment, folder: Path) -> list[str]:
 
 
 def call(command: list[object]) -> str:
+    """Run a command and return its stdout. Raises CalledProcessError or TimeoutExpired."""
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=LONGEST_S)
     done.check_returncode()
@@ -85,6 +90,7 @@ def call(command: list[object]) -> str:
 
 
 def main() -> int:
+    """Test the chosen environments; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ENVIRONMENTS))
     parser.add_argument("-o", "--out", type=Path, default=Path("dist/reliability"))

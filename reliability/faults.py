@@ -1,13 +1,12 @@
-"""Faults at random points: afterwards no half bundle and no wrong reuse, and the next run succeeds.
+"""Inject faults at random points: no incomplete bundle may remain, no wrong cache entry be used, the next run succeed.
 
     python -m reliability.faults [FAULT..] [--runs N] [--seed 1] [-o dist/reliability]
 
-Each run does its work in a child process: exports of the embedded demo, in float, with a calibration, with a library
-for another platform, measurements, inferences from a cache of compiled models. What is cached must give what it gave
-first.
-What it leaves is then looked at: every name that does not begin with a dot must be a whole bundle, or a whole record.
-After the runs the same work, undisturbed, must succeed with what was left, and clear it away. Exit 1 when anything
-else is seen.
+Each run does its work in a child process: an export of the embedded demo (in float, with a calibration, or with a
+library for another platform), a measurement, or inferences from a cache of compiled models. A cached result must equal
+the first result. After each run every file or folder whose name does not begin with a dot must be a complete bundle or
+a complete record. After all runs the same work without faults must succeed and remove the temporary files that the
+faults left. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -41,30 +40,34 @@ from evm_deploy.export.plan import ExportPlan
 from reliability import chosen
 
 NOBODY = 65534
-CRASH = 70  # exit code of a child that met what it should not
+CRASH = 70  # exit code of a child process with an unexpected error
 
 
 def export_float(folder: Path) -> None:
+    """Export the demo in float32."""
     export(CHECKPOINT, ExportPlan("onnx"), folder, force=True)
 
 
 def export_int8(folder: Path) -> None:
+    """Export the demo in int8."""
     export(CHECKPOINT, ExportPlan("onnx", precision="int8", calib="demo", calib_images=100), folder, force=True)
 
 
 def export_cross(folder: Path) -> None:
+    """Export the demo with a native library for another platform, and compare the library with the first one."""
     plan = ExportPlan("onnx", precision="fp16", native_library="linux-aarch64")
     bundle = export(CHECKPOINT, plan, folder, force=True)
     unchanged(folder, bundle.path / bundle.manifest.plugins["linux-aarch64"])
 
 
 def export_int8_again(folder: Path) -> None:
+    """Export the demo in int8 and compare the model with the first one."""
     export_int8(folder)
     unchanged(folder, folder / "evm_digits-onnx-int8-64x64" / "model.onnx")
 
 
 def infer_openvino(folder: Path) -> None:
-    """Through the extension and the cache of compiled models."""
+    """Run an inference with the OpenVINO extension and the cache of compiled models; compare it with the first one."""
     bundle = next(folder.glob("evm_digits-openvino-*"), None) or export(CHECKPOINT, ExportPlan("openvino"), folder).path
     with load(bundle, cache=cache() / "models", threads=2) as model, tempfile.TemporaryDirectory() as work:
         logits = model.run({"image": np.full((1, 64, 64, 3), 90, np.uint8)})["logits"]
@@ -73,22 +76,25 @@ def infer_openvino(folder: Path) -> None:
 
 
 def unchanged(folder: Path, result: Path) -> None:
-    """Raise AssertionError unless a file is what it was the first time."""
+    """Raise AssertionError if a file differs from the file of the first call."""
     first = folder.parent / f"{result.name}.sha256"
     if first.exists():
-        assert first.read_text() == sha256(result), f"{result.name} is another than at first"
+        assert first.read_text() == sha256(result), f"{result.name} differs from the first one"
     write_atomically(first, sha256(result))
 
 
 def measure(folder: Path) -> None:
+    """Measure the latency of the demo and write a record."""
     bundle = next(folder.glob("evm_digits-onnx-*"), None) or export(CHECKPOINT, ExportPlan("onnx"), folder).path
     bench(bundle, Settings(threads=1, limit_s=2.0)).write(folder / "record.json")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """disturb(rng, folder, pid): from the parent, while the child works. hobble(rng, folder): in the child, before it
-    works. prepare(rng, folder): before each run. A `work` each, in turn.
+    """A fault to inject, and the works that are run with it, in turn.
+
+    disturb(rng, folder, pid): called in the parent while the child works. hobble(rng, folder): called in the child
+    before the work. prepare(rng, folder): called before each run. twice: run two children at the same time.
     """
 
     works: tuple[Callable[[Path], None], ...]
@@ -101,7 +107,7 @@ class Fault:
 
 @dataclass
 class Tally:
-    """What came of the runs of one fault."""
+    """Counts and findings of the runs of one fault."""
 
     runs: int = 0
     succeeded: int = 0
@@ -111,13 +117,14 @@ class Tally:
 
 
 def kill(rng: random.Random, folder: Path, pid: int) -> None:
+    """Kill the child at a random time."""
     time.sleep(rng.uniform(0, DURATION[0]))
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 def remove_files(rng: random.Random, folder: Path, pid: int) -> None:
-    """Somebody cleans up the hidden folders, while the child writes into them."""
+    """Delete files in the hidden folders while the child writes into them."""
     end = time.monotonic() + rng.uniform(0, DURATION[0])
     while time.monotonic() < end and alive(pid):
         time.sleep(0.02)
@@ -127,13 +134,14 @@ def remove_files(rng: random.Random, folder: Path, pid: int) -> None:
 
 
 def no_space(rng: random.Random, folder: Path) -> None:
-    """A disk that is full after so many bytes of a file."""
+    """Simulate a full disk: limit the size of files to a random number of bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = int(10 ** rng.uniform(1, 6.3))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def not_allowed(rng: random.Random, folder: Path) -> None:
+    """Work as a user who may not write into the folder."""
     folder.chmod(0o755)
     folder.parent.chmod(0o755)
     os.setgid(NOBODY)
@@ -141,11 +149,13 @@ def not_allowed(rng: random.Random, folder: Path) -> None:
 
 
 def jumping_clock(rng: random.Random, folder: Path) -> None:
+    """Let time.time() jump back and forth."""
     real = time.time
     time.time = lambda: real() + rng.choice((-1e9, -3600, 0, 3600, 1e9))  # type: ignore[assignment]
 
 
 def spoil_caches(rng: random.Random, folder: Path) -> None:
+    """Truncate, change or delete up to three files in the cache."""
     files = [path for path in cache().rglob("*") if path.is_file()]
     for path in rng.sample(files, min(len(files), rng.randint(1, 3))):
         content = path.read_bytes()
@@ -173,19 +183,24 @@ FAULTS = {
     "two at once": Fault((export_float,), 6, twice=True),
     "caches corrupted": Fault((export_int8_again, export_cross, infer_openvino), 24, prepare=spoil_caches),
 }
-DURATION = [0.0]  # seconds that the work takes undisturbed
+DURATION = [0.0]  # seconds that the work takes without faults
 
 
 def cache() -> Path:
+    """Return the cache folder of the test."""
     return Path(os.environ["XDG_CACHE_HOME"])
 
 
 def alive(pid: int) -> bool:
+    """Test whether a child process still runs."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def fork(work: Callable[[Path], None], folder: Path, hobble: Callable[[], None] | None = None) -> int:
-    """The work in a child -> its pid. It ends with 0, the code of an EvmError, or CRASH."""
+    """Start the work in a child process and return its pid.
+
+    The exit code of the child is 0, the exit code of an EvmError, or CRASH.
+    """
     if pid := os.fork():
         return pid
     code = CRASH
@@ -204,11 +219,12 @@ def fork(work: Callable[[Path], None], folder: Path, hobble: Callable[[], None] 
 
 
 def ended(pid: int) -> int:
+    """Wait for a child process and return its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def wrong_in(folder: Path) -> Iterator[str]:
-    """What of the names that a user would take for results is none."""
+    """Yield an error for every visible file or folder that is not a complete bundle or record."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name.endswith(".rejected"):
             continue
@@ -219,6 +235,7 @@ def wrong_in(folder: Path) -> Iterator[str]:
 
 
 def run(fault: Fault, rng: random.Random, folder: Path, tally: Tally) -> None:
+    """Run the works of a fault and add the results to `tally`."""
     for i in range(fault.runs):
         work = fault.works[i % len(fault.works)]
         if fault.prepare:
@@ -238,7 +255,7 @@ def run(fault: Fault, rng: random.Random, folder: Path, tally: Tally) -> None:
 
 
 def afterwards(fault: Fault, folder: Path) -> Iterator[str]:
-    """The same work again, undisturbed."""
+    """Run the same works without faults and yield every error."""
     for work in fault.works:
         if ended(fork(work, folder)) != 0:
             yield f"afterwards {work.__name__} fails"
@@ -255,16 +272,17 @@ def afterwards(fault: Fault, folder: Path) -> Iterator[str]:
 
 
 def main() -> int:
+    """Inject the chosen faults; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
-    parser.add_argument("--runs", type=int, help="of each fault; default: as in the table")
+    parser.add_argument("--runs", type=int, help="number of runs of each fault; default: the number in FAULTS")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--out", type=Path, default=Path("dist/reliability"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     import torch
 
-    torch.set_num_threads(1)  # children of a fork have no threads of their parent
+    torch.set_num_threads(1)  # a forked child does not have the threads of its parent
     results: dict[str, Any] = {}
     for name in chosen(parser, args.faults, FAULTS):
         fault = FAULTS[name]
@@ -277,8 +295,8 @@ def main() -> int:
             out.mkdir()
             cache().mkdir()
             first = [ended(fork(work, out)) for work in fault.works]
-            assert first == [0] * len(fault.works), f"the work itself fails: {first}"
-            start = time.monotonic()  # once more, with what the first left in the caches
+            assert first == [0] * len(fault.works), f"the work fails without faults: {first}"
+            start = time.monotonic()  # a second time, with the caches that the first run filled
             for work in fault.works:
                 ended(fork(work, out))
             DURATION[0] = (time.monotonic() - start) / len(fault.works)

@@ -1,12 +1,12 @@
-"""Every reader of other people's files, given broken ones: it accepts or raises an EvmError, within time and memory.
+"""Fuzz every reader of untrusted files: accept a file or raise an EvmError, within limits of time and memory.
 
     python -m reliability.fuzz [TARGET..] [--runs 20000] [--seed 1] [-o dist/reliability]
 
-Needs atheris: `pip install atheris`. Inputs come from `corpus/<target>/` by mutation: libFuzzer's, which builds on what
-reached new Python code, and ours, for JSON above all: values replaced by odd ones, of other types. Findings are written
-to `<out>/findings/<target>/`, and go to `regressions/<target>/` once they are mended: tests/test_fuzz.py replays all of
-both, and some hundred new mutations. A target has a process of its own, so that a crash is a finding, too. Exit 1 with
-findings.
+Needs atheris: `pip install atheris`. Inputs are mutations of the files in `corpus/<target>/`. libFuzzer's mutations are
+guided by coverage of Python code. The script's own mutations also replace values in JSON by unusual values and types.
+Findings are written to `<out>/findings/<target>/`; after a fix they are added to `regressions/<target>/`.
+tests/test_fuzz.py replays the corpus and the regressions, and some hundred new mutations. Each target runs in its own
+process, so that a crash is a finding too. Exit code 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from reliability.readers import TARGETS, Target, bundle_into
 
 CORPUS = Path(__file__).parent / "corpus"
 REGRESSIONS = Path(__file__).parent / "regressions"
-SECONDS = 20  # that one input may take
-MEMORY = 8 << 30  # bytes of address space
+SECONDS = 20  # longest time of one input
+MEMORY = 8 << 30  # limit of the address space in bytes
 GUIDES = ("evm_deploy", "json", "zipfile", "csv", "tomllib", "PIL", "torch.serialization", "torch._weights_only")
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.5, 1e-320, 1e308, float("nan"), float("inf"),
@@ -62,14 +62,14 @@ BYTES = [
 
 
 def attempt(target: Target, data: bytes, folder: Path) -> bool:
-    """Whether it was accepted. Raises what a reader should not: anything but an EvmError."""
+    """Return whether the reader accepts the data. Any error but an EvmError is a finding and is raised."""
     path = folder / target.name
     path.write_bytes(data)
     signal.alarm(SECONDS)
     try:
         target.read(path)
     except EvmError as error:
-        assert str(error).strip(), "an error without words"
+        assert str(error).strip(), "an error without a message"
         return False
     finally:
         signal.alarm(0)
@@ -77,19 +77,20 @@ def attempt(target: Target, data: bytes, folder: Path) -> bool:
 
 
 def seeds(name: str) -> list[bytes]:
-    """What is committed for a target: the corpus, then what once broke it."""
+    """Return the committed inputs of a target: the corpus, then the regressions."""
     files = [*sorted((CORPUS / name).glob("*")), *sorted((REGRESSIONS / name).glob("*"))]
     return [file.read_bytes() for file in files]
 
 
 def mutations(target: Target, corpus: list[bytes], seed: int) -> Iterator[bytes]:
-    """Without end, the same for the same seed."""
+    """Yield mutations without end; the same seed gives the same mutations."""
     rng = random.Random(seed)
     while True:
         yield mutated(rng, target, rng.choice(corpus), corpus)
 
 
 def mutated(rng: random.Random, target: Target, data: bytes, corpus: list[bytes]) -> bytes:
+    """Return `data` with one or more random changes."""
     for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
         structured = target.structured and rng.random() < 0.7
         data = _odd_value(rng, data) if structured else _odd_bytes(rng, data, corpus)
@@ -117,7 +118,7 @@ def _odd_bytes(rng: random.Random, data: bytes, corpus: list[bytes]) -> bytes:
 
 
 def _odd_value(rng: random.Random, data: bytes) -> bytes:
-    """One value of a JSON document, or one key, replaced or removed."""
+    """Replace or remove one value or key of a JSON document."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
@@ -145,8 +146,9 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def run(name: str, runs: int, seed: int, out: Path) -> NoReturn:
-    """Inputs for one target, guided by what they reach in the interpreter's code -> counts in `out`/<name>.json;
-    findings, the first of each kind, beside them. Ends the process, as libFuzzer does.
+    """Fuzz one target, guided by coverage, and end the process, as libFuzzer does.
+
+    Writes counts to `out`/<name>.json, and the first finding of each kind to `out`/findings.
     """
     import atheris
 
@@ -162,7 +164,7 @@ def run(name: str, runs: int, seed: int, out: Path) -> NoReturn:
 
     def one_input(data: bytes) -> None:
         nonlocal tried, accepted
-        (out / f"{name}.last").write_bytes(data)  # what to blame when the process dies
+        (out / f"{name}.last").write_bytes(data)  # the input to report if the process dies
         try:
             accepted += attempt(target, data, folder)
         except KeyboardInterrupt:
@@ -186,18 +188,19 @@ def run(name: str, runs: int, seed: int, out: Path) -> NoReturn:
             return atheris.Mutate(data, max_size)
         return mutated(rng, target, rng.choice((data, rng.choice(known))), known)[:max_size]
 
-    attempt(target, known[0], folder)  # imports what it needs
+    attempt(target, known[0], folder)  # imports the modules of the reader, which are instrumented below
     for function in [each for each in gc.get_objects() if isinstance(each, FunctionType)]:
         if (function.__module__ or "").startswith(GUIDES):
             atheris.instrument_func(function)
     options = ("-runs=-1", f"-seed={seed}", f"-max_len={1 << 20}", "-mutate_depth=2", "-timeout=0")
-    options += (f"-artifact_prefix={out}/",)  # what was slow, which nobody asked for
+    options += (f"-artifact_prefix={out}/",)  # folder for slow inputs, which are not used
     atheris.Setup(["fuzz", *options, str(corpus)], one_input, custom_mutator=mutator)
     atheris.Fuzz()
     raise SystemExit("libFuzzer ended early")
 
 
 def keep(data: bytes, name: str, out: Path) -> Path:
+    """Write a finding below `out` and return its path."""
     path = out / "findings" / name / hashlib.sha256(data).hexdigest()[:16]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -205,7 +208,7 @@ def keep(data: bytes, name: str, out: Path) -> Path:
 
 
 def counts(out: Path, name: str, code: int) -> dict[str, Any]:
-    """What a target's process has written; a crash of it is a finding."""
+    """Read the counts that a target's process has written; a crash of the process is a finding."""
     if code == 0:
         return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     kept = keep((out / f"{name}.last").read_bytes(), name, out)
@@ -213,10 +216,12 @@ def counts(out: Path, name: str, code: int) -> dict[str, Any]:
 
 
 class Late(BaseException):
-    """An input took too long; not an Exception, so that no reader swallows it."""
+    """Raised if an input takes too long. It is not an Exception, so that no reader catches it."""
 
 
 def limit() -> None:
+    """Limit the time of each input and the memory of the process."""
+
     def late(*_: object) -> None:
         raise Late(f"over {SECONDS} s")
 
@@ -225,6 +230,7 @@ def limit() -> None:
 
 
 def main() -> int:
+    """Fuzz the chosen targets; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--runs", type=int, default=20_000)
@@ -238,7 +244,7 @@ def main() -> int:
         (name,) = args.targets
         run(name, args.runs, args.seed, args.out)
     if not importlib.util.find_spec("atheris"):
-        parser.error("it needs atheris: pip install atheris")
+        parser.error("atheris is not installed: pip install atheris")
     results = {}
     for name in chosen(parser, args.targets, TARGETS):
         command = [sys.executable, "-W", "ignore", "-m", "reliability.fuzz", name, "--inside", "--runs", str(args.runs)]

@@ -1,10 +1,10 @@
-"""Load: many inferences, many threads, many openings of the embedded demo; memory flat, results the same to the bit.
+"""Load test with the embedded demo: many inferences, threads and openings; memory must not grow, results not change.
 
     python -m reliability.load [JOB..] [--scale 1.0] [-o dist/reliability]
 
-A job runs in a process of its own, until its count is done, or for an hour. Resident memory and descriptors are read
-after the first tenth and at the end. Exit 1 when memory grew by over 4 MB, a descriptor or a folder was left open, or
-any result differed. `--scale 0.01` for a short look.
+Each job runs in its own process until its count is reached, or for one hour. Resident memory and file descriptors are
+read after the first tenth and at the end. Exit code 1 if memory grew by more than 4 MB, a descriptor or a temporary
+folder was not closed, or a result differed in any bit. Use `--scale 0.01` for a short run.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import LoadedBundle
 
 MAX_GROWTH_MB = 4.0
-IMAGES = 16  # different inputs, in turn
+IMAGES = 16  # number of different inputs, used in turn
 THREADS = 8
 LONGEST_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """count: of what `work` yields after each. plan, options: of the bundle and of `load`."""
+    """A load test.
+
+    work: yields after each step whether the result differs. count: number of steps. plan: plan of the bundle. options:
+    options of `load`.
+    """
 
     work: Callable[[Path, int, dict[str, Any]], Iterator[int]]
     count: int
@@ -49,7 +53,7 @@ class Job:
 
 
 def infer(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
-    """Inferences by one thread -> after each, whether its result differs from the first of its image."""
+    """Run inferences in one thread; yield after each whether the result differs from the first of the same image."""
     with load(bundle, **{"threads": 1, **options}) as model:
         inputs = images(model)
         first = [result(model, each) for each in inputs]
@@ -58,7 +62,7 @@ def infer(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
 
 
 def infer_together(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
-    """The same by threads that share the bundle, a tenth of the count at a time."""
+    """Run inferences in threads that share the bundle, a tenth of the count at a time; yield as `infer`."""
     with load(bundle, threads=1, streams=THREADS, **options) as model, ThreadPoolExecutor(THREADS) as pool:
         inputs = images(model)
         first = [result(model, each) for each in inputs]
@@ -73,7 +77,7 @@ def infer_together(bundle: Path, count: int, options: dict[str, Any]) -> Iterato
 
 
 def open_and_close(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
-    """Openings, each with one inference."""
+    """Open the bundle again and again, with one inference each; yield whether the result differs from the first."""
     with load(bundle, threads=1, **options) as model:
         image, *_ = images(model)
         first = result(model, image)
@@ -83,6 +87,7 @@ def open_and_close(bundle: Path, count: int, options: dict[str, Any]) -> Iterato
 
 
 def open_and_close_zip(bundle: Path, count: int, options: dict[str, Any]) -> Iterator[int]:
+    """Run `open_and_close` with the zip of the bundle."""
     yield from open_and_close(write_zip(bundle), count, options)
 
 
@@ -104,6 +109,7 @@ JOBS = {
 
 
 def images(model: LoadedBundle) -> list[dict[str, Any]]:
+    """Return random inputs for the model."""
     (spec,) = model.inputs.values()
     shape = [side or 1 for side in spec.shape]
     rng = np.random.default_rng(0)
@@ -111,21 +117,23 @@ def images(model: LoadedBundle) -> list[dict[str, Any]]:
 
 
 def result(model: LoadedBundle, feeds: dict[str, Any]) -> bytes:
+    """Run one inference and return the bytes of all outputs."""
     return b"".join(value.tobytes() for value in model.run(feeds).values())
 
 
 def resident_mb() -> float:
-    """Resident memory of this process now. Linux only."""
+    """Return the resident memory of this process in MB. Linux only."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
 
 
 def held() -> int:
-    """Descriptors of this process, and folders that zips are unpacked into."""
+    """Return the number of open file descriptors, plus the number of folders with unpacked zips."""
     return len(list(Path("/proc/self/fd").iterdir())) + len(list(Path(tempfile.gettempdir()).glob("evm-bundle-*")))
 
 
 def run(job: Job, count: int, bundle: Path) -> dict[str, Any]:
+    """Run a job and return its counts and its verdict."""
     work = job.work(bundle, count, job.options)
     done = differ = 0
     early: tuple[float, int] | None = None
@@ -149,9 +157,10 @@ def run(job: Job, count: int, bundle: Path) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Run the chosen jobs; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the counts")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the counts of all jobs")
     parser.add_argument("-o", "--out", type=Path, default=Path("dist/reliability"))
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)  # in the process of one job
     args = parser.parse_args()
@@ -173,6 +182,7 @@ def main() -> int:
 
 
 def count_of(job: Job, scale: float) -> int:
+    """Return the scaled count of a job, a multiple of 10 * THREADS."""
     return max(100, int(job.count * scale)) // (10 * THREADS) * (10 * THREADS)
 
 

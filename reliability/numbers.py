@@ -1,10 +1,10 @@
-"""Weights that break careless exports: every one is refused, or exported exactly; never a silent NaN.
+"""Test exports with extreme weights: each must be refused or exported exactly; no export may give NaN silently.
 
     python -m reliability.numbers [CASE..] [--forms onnx:fp32,..] [-o dist/reliability]
 
-Each case changes the embedded demo's weights. `exact`: the export has passed its parity gate, in every lowering, and
-the bundle its self-test. `refused`: an EvmError, which names the tensor where weights are no numbers, or none in the
-precision. Exit 1 for anything else.
+Each case changes weights of the embedded demo. `exact`: the export passed its parity gate in every lowering, and the
+bundle passed its self-test. `refused`: the export raised an EvmError; the message names the tensor if its weights are
+not finite, or not finite in the precision. Exit code 1 for any other outcome.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ STATE = dict[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Case:
-    """change: what is done to the tensors whose name ends with `suffix`. refused: forms in which it must be, with the
-    tensor's name if `named`; in those of `either` it may be; in all others it must be exact.
+    """A change of weights, and the expected outcomes.
+
+    change: applied to the tensors whose names end with `suffix`. refused: forms in which the export must be refused; if
+    `named`, with the tensor's name in the message. either: forms in which the export may be refused or exact. In all
+    other forms the export must be exact.
     """
 
     suffix: str
@@ -52,7 +55,7 @@ class Case:
 
 
 def _one(value: float) -> Callable[[Tensor], Tensor]:
-    """One weight of the tensor."""
+    """Return a change that sets one weight of a tensor to `value`."""
 
     def change(tensor: Tensor) -> Tensor:
         changed = tensor.clone()
@@ -105,7 +108,7 @@ CASES: Mapping[str, Case] = {
 
 
 def write(case: Case, path: Path) -> str:
-    """A checkpoint of the demo with the case's weights -> the first tensor that was changed."""
+    """Write a checkpoint of the demo with the case's weights; return the name of the first changed tensor."""
     from safetensors.torch import load_file, save_file
 
     from evm_deploy.demo import CHECKPOINT
@@ -119,7 +122,7 @@ def write(case: Case, path: Path) -> str:
 
 
 def attempt(case: Case, form: str, folder: Path) -> tuple[str, str]:
-    """(exact or refused, what was said)."""
+    """Export a case in one form -> ("exact" or "refused", details). Raises AssertionError for any other outcome."""
     from evm_deploy.bundle.loaded import load
     from evm_deploy.export.pipeline import export
     from evm_deploy.export.plan import ExportPlan
@@ -135,19 +138,21 @@ def attempt(case: Case, form: str, folder: Path) -> tuple[str, str]:
             raise AssertionError(f"refused without naming {tensor}: {said}") from error
         return "refused", said
     if not bundle.manifest.built:
-        return "exact", "judged in ONNX Runtime"
+        return "exact", "verified in ONNX Runtime"
     with load(bundle.path) as model:
         wrong = [check for check in model.selftest() if not check.ok]
     if wrong:
-        raise AssertionError(f"exported, and its self-test fails: {wrong}")
+        raise AssertionError(f"exported, but the self-test fails: {wrong}")
     return "exact", f"max|d| {bundle.manifest.parity['max_abs']:.1e}"
 
 
 def expected(case: Case, form: str) -> tuple[str, ...]:
+    """Return the accepted outcomes of a case in a form."""
     return ("refused",) if form in case.refused else ("exact", "refused") if form in case.either else ("exact",)
 
 
 def main() -> int:
+    """Test the chosen cases in all forms; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--forms", default=",".join(FORMS))

@@ -1,11 +1,11 @@
-"""The native operators in their runtimes, given any sizes and values, under Address- and UndefinedBehaviorSanitizer.
+"""Test the native operators in their runtimes with random sizes and values, under Address- and UBSanitizer.
 
     python -m reliability.operators [onnxruntime|openvino ..] [--runs 5000] [--seed 1] [-o dist/reliability]
 
-A problem is one node: sizes from 0 up, values that are NaN, Inf, denormal or huge among them. In half of the problems
-one input has another size, a huge one beside a zero, or another rank. What fits must be computed: for scans the values
-of the float64 loop, everywhere NaN where a NaN came in; what does not fit must be refused, with a message of the
-operator's. Exit 1 otherwise, or when a sanitizer speaks. Needs Linux and g++.
+A problem is one node with sizes from 0 up and values that may be NaN, Inf, denormal or huge. In half of the problems
+one input has a wrong size, a huge size beside a zero, or a wrong rank. A problem that fits must be computed: scans must
+give the values of the float64 loop, and NaN inputs must give NaN outputs. A problem that does not fit must be refused
+with the operator's message. Exit code 1 if a check fails or a sanitizer reports an error. Needs Linux and g++.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from evm_deploy.toolchain.compile import Compiler, read_recipe
 from reliability import chosen
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
-CHECKED = ("-O1", "-g", *SANITIZE)  # -O1: a fraction of the time of -O3 to compile, the same loads and stores to check
-# What the operators promise, once more. A letter is a size, a digit itself; Z is 2 d, X is R + 2 N.
+CHECKED = ("-O1", "-g", *SANITIZE)  # -O1 compiles much faster than -O3 and has the same loads and stores
+# Inputs of the operators, as in native/scan/ops.h. A letter stands for a size, a digit for itself. Z: 2 d. X: R + 2 N.
 SCAN = "u:bKLD delta:bKLD A:KDN B:bKLN C:bKLN skip:KD bias:KD"
 BLOCK = (
     "x:bHWC norm_weight:C norm_bias:C in_proj:CZ conv_weight:d133 conv_bias:d x_proj:4dX dt_proj:4Rd A:4dN skip:4d "
@@ -45,8 +45,9 @@ for layer, weight, columns in (("in_proj", "CZ", "Z"), ("out_proj", "dC", "C"), 
     there = f"{layer}:{weight}:int8 {layer}_scale:{columns} {layer}_input_scale: {layer}_input_zero_point::uint8"
     INT8 = INT8.replace(f" {layer}:{weight} ", f" {there} ")
 OPERATORS = {"SelectiveScan": SCAN, "EVSSBlock": BLOCK, "EVSSBlockInt8": INT8}
-LARGEST = {**dict.fromkeys("bKLHW", 5), "D": 70, "C": 40, "d": 50, "N": 20, "R": 5, "G": 6}  # of sizes that fit
-WIDEST = 65536  # of channels, states and ranks that the operators take
+# Largest sizes of problems that fit.
+LARGEST = {**dict.fromkeys("bKLHW", 5), "D": 70, "C": 40, "d": 50, "N": 20, "R": 5, "G": 6}
+WIDEST = 65536  # largest number of channels, states and ranks that the operators accept
 WILD = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 3e38, -3e38, 88.8, -104.0]
 HUGE = (2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**46)
 
@@ -55,24 +56,30 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Operand:
+    """An input of an operator: name, axes (one character each) and dtype."""
+
     name: str
     axes: str
     dtype: str
 
     @classmethod
     def parse(cls, text: str) -> Operand:
+        """Parse `name:axes` or `name:axes:dtype`."""
         name, axes, dtype = (*text.split(":"), "float32")[:3]
         return cls(name, axes, dtype)
 
 
 @dataclass(frozen=True)
 class Problem:
+    """An operator and its inputs. tame: all values have a moderate size."""
+
     op: str
     arrays: Arrays
-    tame: bool  # values of moderate size alone
+    tame: bool
 
     @property
     def fits(self) -> bool:
+        """Whether the operator must accept the inputs."""
         sizes: dict[str, int] = {}
         for operand in operands(self.op):
             shape = self.arrays[operand.name].shape
@@ -91,11 +98,12 @@ class Problem:
 
 @cache
 def operands(op: str) -> list[Operand]:
+    """Return the inputs of an operator."""
     return [Operand.parse(text) for text in OPERATORS[op].split()]
 
 
 def problems(seed: int) -> Iterator[Problem]:
-    """Without end, the same for the same seed."""
+    """Yield problems without end; the same seed gives the same problems."""
     for i in range(1 << 62):
         g = np.random.default_rng((seed, i))
         op, tame = list(OPERATORS)[i % len(OPERATORS)], bool(g.random() < 0.6)
@@ -112,7 +120,7 @@ def problems(seed: int) -> Iterator[Problem]:
 
 
 def emptied(g: np.random.Generator, op: str, sizes: dict[str, int]) -> dict[str, int]:
-    """Some sizes 0, and one of those huge that appear beside one of these in every operand."""
+    """Set one or two sizes to 0, and one other size to a huge value if every operand with that size stays empty."""
     zero = set(g.choice(list(sizes), 2))
     lone = {
         axis
@@ -125,6 +133,7 @@ def emptied(g: np.random.Generator, op: str, sizes: dict[str, int]) -> dict[str,
 
 
 def values(g: np.random.Generator, operand: Operand, shape: Sequence[int], tame: bool) -> NDArray[Any]:
+    """Return random values for an operand; unless `tame`, some may be NaN, Inf, denormal or huge."""
     if operand.dtype != "float32":
         limits = np.iinfo(operand.dtype)
         return g.integers(limits.min, limits.max + 1, shape, operand.dtype)
@@ -138,7 +147,7 @@ def values(g: np.random.Generator, operand: Operand, shape: Sequence[int], tame:
 
 
 def misshapen(g: np.random.Generator, array: NDArray[Any]) -> NDArray[Any]:
-    """Another size on one axis, a huge one beside a zero, or another rank."""
+    """Return the array with another size on one axis, a huge size beside a zero, or another rank."""
     shape = list(array.shape)
     kind = g.integers(4)
     if kind == 0 or not shape:
@@ -157,7 +166,7 @@ def misshapen(g: np.random.Generator, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def wrong(problem: Problem, out: NDArray[Any]) -> str:
-    """What is wrong with a result, or nothing."""
+    """Describe the error in a result; an empty string if there is none."""
     first = next(iter(problem.arrays.values()))
     if (out.shape, out.dtype) != (first.shape, np.float32):
         return f"the output is {out.dtype} {out.shape}"
@@ -166,7 +175,7 @@ def wrong(problem: Problem, out: NDArray[Any]) -> str:
     if problem.op == "SelectiveScan" and out.size:
         from evm_deploy.scan.reference import selective_scan
 
-        # the NaNs that come from NaNs alone, not from Inf - Inf or 0 Inf
+        # Clipped inputs give only the NaNs that come from NaNs, not those from Inf - Inf or 0 * Inf.
         bounded = {name: np.clip(array, -50, 0 if name == "A" else 50) for name, array in problem.arrays.items()}
         want = selective_scan(*bounded.values())
         if not np.isnan(out[np.isnan(want)]).all():
@@ -174,13 +183,13 @@ def wrong(problem: Problem, out: NDArray[Any]) -> str:
         if problem.tame and not np.allclose(out, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(initial=1.0)):
             return f"off by {np.abs(out - want).max()}"
     elif problem.tame and not np.isfinite(out).all():
-        return "NaN or Inf out of moderate numbers"
+        return "NaN or Inf from inputs of moderate size"
     return ""
 
 
 @cache
 def model(op: str, ranks: tuple[int, ...]) -> bytes:
-    """One node whose inputs are the graph's, of any size."""
+    """Return an ONNX model with one node, whose inputs have the given ranks and any size."""
     from onnx import TensorProto, helper
 
     kinds = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
@@ -196,6 +205,7 @@ def model(op: str, ranks: tuple[int, ...]) -> bytes:
 
 
 def in_onnxruntime(library: Path) -> Callable[[Problem], NDArray[Any]]:
+    """Return a function that computes a problem in ONNX Runtime."""
     import onnxruntime as ort
 
     @cache
@@ -213,6 +223,7 @@ def in_onnxruntime(library: Path) -> Callable[[Problem], NDArray[Any]]:
 
 
 def in_openvino(library: Path) -> Callable[[Problem], NDArray[Any]]:
+    """Return a function that computes a problem in OpenVINO."""
     import openvino as ov
 
     core = ov.Core()
@@ -220,7 +231,7 @@ def in_openvino(library: Path) -> Callable[[Problem], NDArray[Any]]:
 
     @cache
     def request(op: str, ranks: tuple[int, ...]) -> Any:
-        # with one thread OpenVINO 2026.4.1 swallows errors of dynamic shapes
+        # With one thread OpenVINO 2026.4.1 does not report errors of dynamic shapes.
         properties = {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "f32"}
         return core.compile_model(core.read_model(model(op, ranks)), "CPU", properties).create_infer_request()
 
@@ -235,7 +246,10 @@ RUNTIMES = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
 
 
 def run(runtime: str, library: Path, runs: int, seed: int, last: Path) -> dict[str, Any]:
-    """In a process with the sanitizers' libraries -> counts and what was wrong. `last`: the problem at hand."""
+    """Run problems in a process with the sanitizers' libraries; return counts and findings.
+
+    last: file for the description of the current problem, which is read after a crash.
+    """
     compute = RUNTIMES[runtime](library)
     counts: Counter[str] = Counter()
     findings = []
@@ -244,20 +258,20 @@ def run(runtime: str, library: Path, runs: int, seed: int, last: Path) -> dict[s
         last.write_text(f"seed {seed}, problem {i}: {problem.op} {shapes}", encoding="utf-8")
         try:
             out = compute(problem)
-        except Exception as error:  # each runtime has its own
+        except Exception as error:  # each runtime raises its own types
             counts["refused"] += 1
             if problem.fits or f"evm::{problem.op}" not in str(error):
                 findings.append(f"{last.read_text()}: {error}")
             continue
         counts["computed"] += 1
-        said = wrong(problem, out) if problem.fits else "what does not fit was computed"
+        said = wrong(problem, out) if problem.fits else "inputs that do not fit were accepted"
         if said:
             findings.append(f"{last.read_text()}: {said}")
     return {"inputs": runs, **counts, "findings": findings}
 
 
 def sanitized(runtime: str, folder: Path) -> Path:
-    """The runtime's library, compiled with the sanitizers into `folder`."""
+    """Compile the runtime's native library with the sanitizers into `folder` and return its path."""
     if runtime == "openvino":
         from evm_deploy.toolchain.openvino_extension import compile_in
 
@@ -272,19 +286,19 @@ def sanitized(runtime: str, folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that loads a library with sanitizers."""
+    """Return the environment variables of a process that loads a library with sanitizers."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
-    options = "detect_leaks=0:allocator_may_return_null=1"  # a size that is too large is an error of the runtime's
-    # oneTBB would open libraries with RTLD_DEEPBIND, which AddressSanitizer refuses
+    options = "detect_leaks=0:allocator_may_return_null=1"  # the runtime reports sizes that are too large
+    # oneTBB would open libraries with RTLD_DEEPBIND, which AddressSanitizer refuses.
     tbb = {"TBB_ENABLE_SANITIZERS": "1"}
     return {**os.environ, **tbb, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
 def attempt(runtime: str, library: Path, runs: int, seed: int, folder: Path) -> dict[str, Any]:
-    """`run` in a process of its own; a sanitizer's report is a finding."""
+    """Call `run` in a new process; a report of a sanitizer is a finding."""
     command = [sys.executable, "-m", "reliability.operators", runtime, "--inside", str(library)]
     command += ["--runs", str(runs), "--seed", str(seed), "-o", str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, errors="replace")
@@ -297,6 +311,7 @@ def attempt(runtime: str, library: Path, runs: int, seed: int, folder: Path) -> 
 
 
 def main() -> int:
+    """Test the operators in the chosen runtimes; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runtimes", nargs="*", metavar="RUNTIME", help=", ".join(RUNTIMES))
     parser.add_argument("--runs", type=int, default=5000)

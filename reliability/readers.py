@@ -1,4 +1,4 @@
-"""The readers of other people's files: what fuzz.py gives broken ones to."""
+"""Readers of untrusted files, which fuzz.py tests with broken files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ PROGRAM = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
 
 @dataclass(frozen=True)
 class Target:
-    """`read(path)` opens what is at `path`, a file named `name`. structured: JSON whose values are worth replacing.
-    bundle: the folder that it lies in is a bundle for this target. prepare: puts what else must be there into it, and
-    gives good files, beside those of the corpus.
+    """A reader to fuzz: `read(path)` reads a file named `name`.
+
+    structured: the file is JSON, and mutations replace its values. bundle: the file's folder is a bundle for this
+    target. prepare(folder): writes further files that the reader needs, and returns good inputs beside the corpus.
     """
 
     name: str
@@ -37,7 +38,7 @@ def _manifest(path: Path) -> object:
 
 
 def _bundle(path: Path) -> object:
-    """The bundle that the file is in: opened, run and self-tested."""
+    """Open, run and self-test the bundle that contains the file."""
     from evm_deploy.bundle.loaded import load
 
     with load(path.parent) as model:
@@ -57,7 +58,7 @@ def bundle_into(folder: Path, target: str) -> None:
 
 
 def rehash(bundle: Path, name: str) -> None:
-    """Let the manifest say of a file what it is now."""
+    """Update the hash and size of a file in the manifest."""
     from evm_deploy._util.files import sha256
 
     file, manifest = bundle / name, json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
@@ -70,7 +71,7 @@ def _read(name: str) -> Callable[[Path], list[bytes]]:
 
 
 def _selftest(path: Path) -> object:
-    """The tensors of a self-test, described in JSON, in a bundle that is good otherwise: hashes too."""
+    """Write the tensors of a self-test that the JSON file describes into a valid bundle, then open and test it."""
     from safetensors.numpy import save_file
 
     from evm_deploy.errors import BundleError
@@ -83,7 +84,7 @@ def _selftest(path: Path) -> object:
         for file, arrays in files.items():
             save_file(arrays, path.parent / file)
     except Exception as error:
-        raise BundleError(f"describes no tensors: {error}") from error
+        raise BundleError(f"no tensors are described: {error}") from error
     for file in files:
         rehash(path.parent, file)
     return _bundle(path)
@@ -103,7 +104,7 @@ def _described_selftest(folder: Path) -> list[bytes]:
 
 
 def _package(path: Path) -> object:
-    """The program of a Core ML package, in a bundle that is good otherwise, in the MIL runtime."""
+    """Put the program of a Core ML package into a valid bundle, then open and test it in the MIL runtime."""
     shutil.copyfile(path, path.parent / PROGRAM)
     rehash(path.parent, PROGRAM)
     return _bundle(path)
@@ -129,7 +130,7 @@ def _checkpoint(path: Path) -> object:
 
 
 def _tiny_network(depth: int) -> dict[str, Any]:
-    """Weights of the smallest network there is, with `depth` scanning blocks."""
+    """Return the state dict of the smallest possible network, with `depth` scan blocks."""
     import torch
 
     from evm_deploy.model.efficientvmamba.network import Architecture, EfficientVMamba
@@ -140,7 +141,7 @@ def _tiny_network(depth: int) -> dict[str, Any]:
 
 
 def _saved_by_torch(folder: Path) -> list[bytes]:
-    """In both of torch's formats; the older one has no checksums, so that changes of it are read."""
+    """Save tiny networks in both formats of torch. The older format has no checksums, so that mutations are read."""
     import torch
 
     files = []
@@ -172,7 +173,7 @@ def _table(path: Path) -> object:
 
 
 def _record(path: Path) -> object:
-    """Through the whole of evm-report: what is read is also shown."""
+    """Read a record and render it with all outputs of evm-report."""
     from evm_deploy.report.collect import candidates, collect
     from evm_deploy.report.page import page
     from evm_deploy.report.table import grouped
@@ -212,14 +213,14 @@ def _perf_test(path: Path) -> object:
 
 
 def _listed(path: Path) -> object:
-    """A list of images, or an .npz."""
+    """Read a list of images, or an .npz file."""
     from evm_deploy.data.images import find_images
 
     return find_images(path)
 
 
 def _two_images(folder: Path) -> list[bytes]:
-    """A list of images that are there, in class order, by name, and with what spreadsheets do to such files."""
+    """Write two images; return lists of them with class numbers, with class names, and in spreadsheets' formats."""
     from PIL import Image
 
     for name in ("a.png", "b.png"):

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from what the other scripts wrote.
+"""Print the tables of docs/reliability.md from the results of the other scripts.
 
 python -m reliability.table [dist/reliability]
 """
@@ -16,7 +16,8 @@ from reliability import fuzz
 
 
 def fuzzed(results: dict[str, Any]) -> Iterator[str]:
-    yield "| reader | inputs | accepted | refused | findings | found before, mended |"
+    """Yield the lines of the table of fuzz.py."""
+    yield "| reader | inputs | accepted | refused | findings | found before and fixed |"
     yield "|---|---|---|---|---|---|"
     for name, each in results.items():
         mended = len(list((fuzz.REGRESSIONS / name).glob("*")))
@@ -27,6 +28,7 @@ def fuzzed(results: dict[str, Any]) -> Iterator[str]:
 
 
 def operators(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of operators.py."""
     yield "| runtime | inputs | computed | refused | findings |"
     yield "|---|---|---|---|---|"
     for name, each in results.items():
@@ -35,7 +37,8 @@ def operators(results: dict[str, Any]) -> Iterator[str]:
 
 
 def faults(results: dict[str, Any]) -> Iterator[str]:
-    yield "| fault | runs | killed | refused | succeeded all the same | findings |"
+    """Yield the lines of the table of faults.py."""
+    yield "| fault | runs | killed | refused | succeeded | findings |"
     yield "|---|---|---|---|---|---|"
     for name, each in results.items():
         columns = (each["runs"], each["killed"], each["refused"], each["succeeded"], len(each["findings"]))
@@ -44,6 +47,7 @@ def faults(results: dict[str, Any]) -> Iterator[str]:
 
 
 def numbers(results: list[dict[str, str]]) -> Iterator[str]:
+    """Yield the lines of the table of numbers.py."""
     forms = list(dict.fromkeys(each["form"] for each in results))
     found = {(each["case"], each["form"]): each["outcome"] for each in results}
     yield f"| weights | {' | '.join(forms)} |"
@@ -55,6 +59,7 @@ def numbers(results: list[dict[str, str]]) -> Iterator[str]:
 
 
 def load(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of load.py."""
     yield "| job | done | results that differ | resident MB after a tenth, at the end | descriptors and folders | |"
     yield "|---|---|---|---|---|---|"
     for name, each in results.items():
@@ -69,6 +74,7 @@ def load(results: dict[str, Any]) -> Iterator[str]:
 
 
 def compatibility(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of compatibility.py."""
     yield "| environment | versions | |"
     yield "|---|---|---|"
     for name, each in results.items():
@@ -77,6 +83,7 @@ def compatibility(results: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> int:
+    """Print all tables; return the exit code."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "dist/reliability")
     for table in (fuzzed, operators, faults, numbers, load, compatibility):
         name = "fuzz" if table is fuzzed else table.__name__

@@ -127,7 +127,7 @@ def _changed(bundle: Path, **changes: Any) -> Path:
 
 REFUSED = {
     "target": ({"target": "openvino"}, "is for target 'openvino', this app runs 'onnx'"),
-    "native nodes": ({"value": "plugin"}, "has its scans as native nodes only"),
+    "native nodes": ({"value": "plugin"}, "the bundle has native nodes only"),
 }
 
 
@@ -275,7 +275,7 @@ def test_the_self_test(ask, demo_bundle):
     for spoil, name in (
         ("logits", "logits"),
         ("layers.1.blocks.0.op:y", "scan layers.1.blocks.0.op"),
-        ("image", "preprocessing (of 255)"),
+        ("turned", "preprocessing (of 255)"),
     ):
         failed = [check["name"] for check in ask("selftest", bundle=demo_bundle.path, spoil=spoil) if not check["ok"]]
         assert failed == [name]

@@ -126,14 +126,14 @@ BAD_STATES = {
     ),
     "nan": ({**STATE, "classifier.norm.bias": torch.full((128,), float("nan"))}, "classifier.norm.bias holds NaN"),
     "vmamba": ({**STATE, "layers.2.blocks.0.op.Ds": torch.zeros(2)}, "plain VMamba"),
-    "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "no network of a known family"),
+    "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "holds no network of a known family"),
     "gap": ({k.replace("blocks.0", "blocks.3"): v for k, v in STATE.items()}, "gaps"),
-    "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 1, 4, 4)}, "patch_embed.0.weight is"),
+    "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 1, 4, 4)}, "patch_embed.0.weight has shape"),
     "unfolds": ({**STATE, "classifier.norm.bias": torch.zeros(1).expand(128)}, "more values than the file holds"),
-    "sparse": ({**STATE, "classifier.norm.bias": torch.zeros(128).to_sparse()}, "expected plain floats"),
+    "sparse": ({**STATE, "classifier.norm.bias": torch.zeros(128).to_sparse()}, "expected a dense float tensor"),
     "no tensors": ({"epoch": 3}, "holds no state dict"),
     "a list": ([1, 2], "holds a list"),
-    "two keys": ({**STATE, "head.bias": torch.zeros(10)}, "two keys mean 'classifier.head.bias'"),
+    "two keys": ({**STATE, "head.bias": torch.zeros(10)}, "two keys stand for 'classifier.head.bias'"),
 }
 
 

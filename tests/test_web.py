@@ -360,7 +360,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             features: () => features.classify(zeros(3), 1, 1),
             shape: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 32, 32, 3], data: zeros(3072) }} }}),
             dtype: () => demo.run({{ image: {{ dtype: "float32", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
-            name: () => demo.run({{ image: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
+            name: () => demo.run({{ pixels: {{ dtype: "uint8", shape: [1, 64, 64, 3], data: zeros(12288) }} }}),
             bytes: async () => demo.classify(zeros(5), 1, 1),
             provider: () => evm.Model.open(demo.bundle, {{ provider: "tpu" }}),
             threads: () => evm.Model.open(demo.bundle, {{ provider: "wasm", threads: demo.threads + 1 }}),
@@ -377,7 +377,7 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
             "features": refusal(lambda: features.predict([zeros[0]])),
             "shape": refusal(lambda: demo.run({"image": zeros[:, :32, :32]})),
             "dtype": refusal(lambda: demo.run({"image": zeros.astype(np.float32)})),
-            "name": refusal(lambda: demo.run({"image": zeros})),
+            "name": refusal(lambda: demo.run({"pixels": zeros})),
         }
     assert_refused(want, [found[name] for name in want], want)
     assert "got 5 bytes for [1, 1, 3]" in found["bytes"][-1]
@@ -401,7 +401,7 @@ def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):
         assert float(have["inference"].split()[0]) > 0
     assert seen["checks"]["caption"] == "PASSED" and [row[0] for row in seen["checks"]["rows"]] == names
     assert [row[0] for row in seen["latency"]["rows"]] == ["p50", "p90", "p99", "fastest"]
-    assert re.fullmatch(r"WebAssembly, \d threads?: WebGPU has no adapter here", seen["conditions"])
+    assert re.fullmatch(r"WebAssembly, \d threads?: WebGPU has no adapter on this device", seen["conditions"])
 
 
 def tampered(bundle: Path, folder: Path) -> Path:
@@ -480,8 +480,8 @@ def test_providers_are_as_asked_or_said(drive):
     """No silent fallback: WebGPU asked for and not there is an error that offers WebAssembly."""
     seen = drive("asked", query="?provider=webgpu")
     assert "with webgpu" in seen["problem"] and "Use WebAssembly" in seen["problem"]
-    assert re.fullmatch(r"WebAssembly, \d threads?: as asked", seen["conditions"])
-    assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as asked"
+    assert re.fullmatch(r"WebAssembly, \d threads?: as requested", seen["conditions"])
+    assert drive("asked", query="?provider=wasm&threads=2")["conditions"] == "WebAssembly, 2 threads: as requested"
     assert "choose from: auto, wasm, webgpu" in drive("asked", query="?provider=tpu&threads=1")["problem"]
 
 
@@ -489,7 +489,7 @@ def test_providers_are_as_asked_or_said(drive):
 def test_webgpu_gives_what_python_gives(drive, demo_bundle, digits):
     """On Chromium's adapter in software, asked for: by itself the page would not take it."""
     seen = drive("gpu", console="powerPreference|No available adapters", images=digits[:1])
-    assert seen["conditions"] == "WebGPU: as asked" and seen["checks"]["caption"] == "PASSED"
+    assert seen["conditions"] == "WebGPU: as requested" and seen["checks"]["caption"] == "PASSED"
     with load(demo_bundle.path, scan="portable") as model:
         expected = model.predict(digits[:1])
     assert [have["rows"][0][0] for have in seen["answers"]] == [want[0].label for want in expected]

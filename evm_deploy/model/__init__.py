@@ -1,4 +1,4 @@
-"""Networks and how they are loaded: the seam (Network, ModelSpec, Family) and one folder a family.
+"""Networks and the loading of their checkpoints: the common types, and one folder for each family.
 
 >>> from evm_deploy.model import Network
 """

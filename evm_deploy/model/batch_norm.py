@@ -1,4 +1,4 @@
-"""BatchNorm as part of the convolution before it: the arithmetic, in one place for modules and for graphs."""
+"""Folding of BatchNorm into the convolution before it, shared by torch modules and ONNX graphs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Array = NDArray[np.floating[Any]]
 def folded(
     weight: Array, bias: Array | None, scale: Array, shift: Array, mean: Array, variance: Array, epsilon: float
 ) -> tuple[Array, Array]:
-    """Weight (out, ..) and bias (out,) of a convolution with its BatchNorm inside, computed in float64.
+    """Return the weight (out, ..) and the bias (out,) of a convolution with the BatchNorm after it folded in.
 
-    The same bits from a module and from a graph, whose epsilon is a float32. Dtype of the weight.
+    The result has the dtype of `weight`; the arithmetic is float64. `epsilon` is rounded to float32, the type that ONNX
+    stores, so that a module and its graph give the same bits.
     """
     dtype = weight.dtype
     wide = [value.astype(np.float64) for value in (scale, shift, mean, variance)]
@@ -29,7 +30,7 @@ def folded(
 
 
 def folded_modules(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """`folded` for a torch convolution of any rank and the BatchNorm in eval mode that reads it."""
+    """Apply `folded` to a torch convolution of any rank and the BatchNorm, in eval mode, that follows it."""
     import torch
 
     def array(value: Any, default: float = 0.0) -> Array:

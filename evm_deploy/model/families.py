@@ -1,4 +1,4 @@
-"""The explicit list of families, and loading a checkpoint of any of them."""
+"""The list of supported model families, and the loading of a checkpoint of any family."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ FAMILIES: tuple[Family, ...] = (EFFICIENTVMAMBA,)
 def load_checkpoint(path: str | Path, *, head: str | None = None, weights: str = "ema") -> Network:
     """Load a trained network from a checkpoint file -> (float32 module in eval mode, its ModelSpec).
 
-    `head`: `logits` (or None) and `probs` build the classifier, `features` the backbone. `weights`: `ema` prefers
-    averaged weights, `raw` the others, where a file has both. The first family that claims the file loads it. Raises
-    CheckpointError for a file that no family claims, or with every missing, unexpected and misshapen key.
+    head: `logits` (or None) and `probs` build the classifier, `features` builds the backbone. weights: where the file
+    has both kinds, `ema` takes the averaged weights and `raw` the other weights. The first family that claims the file
+    loads it. Raises CheckpointError if no family claims the file, or if keys are missing, unexpected or misshapen; the
+    message lists them.
     """
     raw = read_checkpoint(Path(path), weights)
     for family in FAMILIES:
@@ -25,6 +26,6 @@ def load_checkpoint(path: str | Path, *, head: str | None = None, weights: str =
             return family.load(raw, LoadOptions(head or "logits", weights))
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(
-        f"checkpoint {path} is no network of a known family ({known}): its {len(raw.tensors)} tensors are "
+        f"checkpoint {path} holds no network of a known family ({known}): its {len(raw.tensors)} tensors are "
         f"{some(sorted(raw.tensors))}"
     )

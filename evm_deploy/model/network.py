@@ -1,4 +1,4 @@
-"""A network to export and the plain facts about it: what every step after loading works with."""
+"""The network to export, the facts about it (ModelSpec), and the interface of a model family."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Plain facts about a network: all that export, calibration, manifests and reports need to know of it.
+    """Facts about a network that export, calibration, manifests and reports use.
 
-    name: of its bundles. family: the kind of network, as people write it; variant: its size in the family, or empty.
-    task: name of a Task in `tasks`. outputs: names, in the order in which the module gives them. num_classes: of a
-    classifier, else 0. checkpoint: file, sha256, container and weights that it came from. min_pixels: least image side.
-    blocks: paths of the modules that fall back to float as a whole. keep_float: paths of modules whose layers are never
-    quantised; weight_only: the same, but their weights become int8. The layers that write a scan's delta, B and C stay
-    in float in every network. defaults: imgsz, crop_pct, mean, std, labels saved with the weights. details: facts of
-    the family's own.
+    name: name of the network's bundles. family: the kind of network, as people write it. variant: the size within the
+    family, or empty. task: name of a Task in `tasks`. outputs: names of the module's outputs, in order. num_classes:
+    number of classes of a classifier, else 0. checkpoint: file, sha256, container and weights that the network was
+    loaded from. min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
+    keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the modules whose weights
+    become int8 while their inputs stay in float. In every network the layers that write a scan's delta, B and C stay in
+    float. defaults: imgsz, crop_pct, mean, std and labels saved with the weights. details: further facts of the family.
     """
 
     name: str
@@ -44,7 +44,10 @@ class ModelSpec:
 
 
 class Network(NamedTuple):
-    """A float32 module in eval mode, normalised images (b, 3, H, W) in, one tensor or a tuple out; and its facts."""
+    """A float32 module in eval mode and the facts about it.
+
+    The module takes normalised images (b, 3, H, W) and returns one tensor or a tuple of tensors.
+    """
 
     module: nn.Module
     spec: ModelSpec
@@ -53,9 +56,10 @@ class Network(NamedTuple):
     def of(
         cls, module: nn.Module, *, outputs: Sequence[str], name: str = "", task: str = "raw", **facts: Any
     ) -> Network:
-        """A network of any module. facts: further fields of ModelSpec; `blocks` are by default `default_blocks`.
+        """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
-        outputs: names of what the module gives, in order. name: of its bundles, by default the class in lower case.
+        outputs: names of the module's outputs, in order. name: name of the bundles, by default the class name in lower
+        case. facts: further fields of ModelSpec; `blocks` is by default `default_blocks(module)`.
         """
         family = type(module).__name__
         spec = ModelSpec(
@@ -72,7 +76,11 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a checkpoint is loaded. head: logits, probs or features. weights: `ema` prefers averaged ones, or `raw`."""
+    """Options of loading a checkpoint.
+
+    head: `logits`, `probs` or `features`. weights: `ema` takes averaged weights where the file has them, `raw` the
+    other weights.
+    """
 
     head: str = "logits"
     weights: str = "ema"
@@ -80,10 +88,10 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of network that comes as a checkpoint file.
+    """A kind of network that is loaded from a checkpoint file.
 
-    `claims(raw)`: the task that the file holds, or None where it is of another family. `load(raw, options)` raises
-    CheckpointError for what is damaged, or misses a part of the network.
+    `claims(raw)` returns the task of the checkpoint, or None if the checkpoint belongs to another family.
+    `load(raw, options)` raises CheckpointError if the checkpoint is damaged or lacks a part of the network.
     """
 
     name: str
@@ -92,7 +100,10 @@ class Family:
 
 
 def default_blocks(module: nn.Module) -> Iterator[str]:
-    """Paths of the children of the innermost ModuleLists and Sequentials in them: layers.0.blocks.1, layers.3."""
+    """Yield the paths of the children of the innermost ModuleLists: layers.0.blocks.1, layers.3.
+
+    A child that contains a further ModuleList is replaced by the children of that list.
+    """
     from torch import nn
 
     lists = [path for path, each in module.named_modules() if isinstance(each, nn.ModuleList)]
@@ -102,7 +113,7 @@ def default_blocks(module: nn.Module) -> Iterator[str]:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hex digest of a module's parameters and buffers, names and values."""
+    """Return the SHA-256 hex digest of a module's parameters and buffers: names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -1,4 +1,7 @@
-"""From a checkpoint file to a plain state dict: container, prefixes, stray keys. Nothing is executed."""
+"""Read a checkpoint file into a plain state dict: find the container, remove prefixes and stray keys.
+
+No code in the file is executed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ CONTAINERS = {
     "raw": ("model", "raw", "state_dict"),
 }
 PREFIXES = ("module.", "_orig_mod.")
-STRAY = ("total_ops", "total_params")  # left behind by the profiler thop
-LISTED = 6  # keys shown of each kind in an error
+STRAY = ("total_ops", "total_params")  # buffers that the profiler thop leaves in a model
+LISTED = 6  # number of keys of each kind that an error message shows
 CONVERT_HINT = (
     "if you trust the file, convert it once:  python -c \"import torch; c = torch.load('{name}', weights_only=False); "
     "torch.save({{'state_dict': c.get('model_ema') or c.get('model') or c['state_dict']}}, 'clean.pth')\""
@@ -32,7 +35,10 @@ CONVERT_HINT = (
 
 @dataclass
 class RawCheckpoint:
-    """A state dict without the prefixes of training tools, and how it was found in the file."""
+    """A state dict without the prefixes of training tools, and facts about its file.
+
+    container: key of the state dict in the file. dropped: keys that were removed.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
@@ -44,9 +50,10 @@ class RawCheckpoint:
 
 
 def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
-    """Read `path` (.ckpt .pth .pt .pth.tar .safetensors) safely; `weights`: `ema` prefers averaged weights, or `raw`.
+    """Read the checkpoint `path` (.ckpt .pth .pt .pth.tar .safetensors) without executing code.
 
-    Raises CheckpointError for a missing, empty, damaged or unsafe file, or one that holds no state dict.
+    weights: `ema` takes averaged weights where the file has them, `raw` the other weights. Raises CheckpointError if
+    the file is missing, empty, damaged or unsafe, or holds no state dict.
     """
     if not path.is_file():
         what = "is a directory, not a checkpoint" if path.is_dir() else "does not exist"
@@ -54,7 +61,7 @@ def read_checkpoint(path: Path, weights: str = "ema") -> RawCheckpoint:
     if path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes)", "copy or download it again")
     if not path.name.endswith(SUFFIXES):
-        raise CheckpointError(f"checkpoint {path}: unknown file type", f"known are: {' '.join(SUFFIXES)}")
+        raise CheckpointError(f"checkpoint {path}: unknown file type", f"supported types: {' '.join(SUFFIXES)}")
     try:
         digest = sha256(path)
     except OSError as error:
@@ -83,14 +90,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = json.loads(header.get("evm_deploy", "{}"))
         _check_settings(metadata)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path}: its metadata 'evm_deploy' is wrong: {error}") from error
+        raise CheckpointError(f"checkpoint {path}: metadata 'evm_deploy' is wrong: {error}") from error
     return tensors, metadata
 
 
 def _check_settings(settings: Any) -> None:
-    """The types of docs/checkpoints.md; values are checked where they are used."""
+    """Check the types that docs/checkpoints.md states; later code checks the values. Raises ValueError."""
     if not isinstance(settings, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("not a JSON object")
     kinds: dict[str, type | tuple[type, ...]] = {
         **dict.fromkeys(("labels", "mean", "std"), list),
         "imgsz": (int, str),
@@ -101,7 +108,7 @@ def _check_settings(settings: Any) -> None:
         if key in settings and (not isinstance(settings[key], kind) or isinstance(settings[key], bool)):
             raise ValueError(f"{key} cannot be {settings[key]!r}")
     if not all(isinstance(value, int | float) for key in ("mean", "std") for value in settings.get(key, [])):
-        raise ValueError("mean and std are lists of numbers")
+        raise ValueError("mean and std must be lists of numbers")
 
 
 def _read_pickle(path: Path) -> Any:
@@ -110,7 +117,7 @@ def _read_pickle(path: Path) -> Any:
     import torch
 
     try:
-        with warnings.catch_warnings():  # torch warns about old pickle protocols, which do load
+        with warnings.catch_warnings():  # torch warns about old pickle protocols, but loads them
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -118,11 +125,11 @@ def _read_pickle(path: Path) -> Any:
         if unsafe or "Unsupported" in str(error):
             name = unsafe[1] if unsafe else "objects other than tensors"
             raise CheckpointError(
-                f"checkpoint {path} needs code to load ({name}); refused, nothing of it was executed",
+                f"checkpoint {path} needs code to load ({name}); refused, no code was executed",
                 CONVERT_HINT.format(name=path.name),
             ) from error
         raise CheckpointError(f"checkpoint {path} is not a torch checkpoint, or is damaged") from error
-    except Exception as error:  # an untrusted file: torch's readers raise whatever they stumble over
+    except Exception as error:  # torch's readers raise errors of any type for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {path} is truncated or damaged: {reason}", "copy or download it again"
@@ -130,7 +137,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _container(path: Path, content: Any, weights: str) -> tuple[str, dict[str, Tensor]]:
-    """The first mapping of tensors under the known keys, else the file itself."""
+    """Return (key, state dict): the first dict of tensors under a known key, else ("file", the top-level dict).
+
+    Raises CheckpointError if neither holds tensors.
+    """
     import torch
 
     def tensors_of(value: Any) -> dict[str, Tensor] | None:
@@ -166,26 +176,29 @@ def _normalise_names(path: Path, tensors: dict[str, Tensor], raw: RawCheckpoint)
 
 
 def rename(raw: RawCheckpoint, patterns: Sequence[tuple[re.Pattern[str], str]]) -> RawCheckpoint:
-    """The checkpoint under a network's own names: every pattern replaced, in order. CheckpointError for a clash."""
+    """Return the checkpoint with its keys renamed: the replacement of every pattern is applied, in order.
+
+    Raises CheckpointError if two keys get the same name.
+    """
     renamed: dict[str, Tensor] = {}
     for key, tensor in raw.tensors.items():
         name = key
         for pattern, replacement in patterns:
             name = pattern.sub(replacement, name)
         if name in renamed:
-            raise CheckpointError(f"checkpoint {raw.path}: two keys mean '{name}', one of them '{key}'")
+            raise CheckpointError(f"checkpoint {raw.path}: two keys stand for '{name}', one of them is '{key}'")
         renamed[name] = tensor
     return replace(raw, tensors=renamed)
 
 
 def some(keys: list[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first LISTED names as text, and the number of the others."""
     rest = f", and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
     return ", ".join(keys[:LISTED]) + rest
 
 
 def _strip_prefixes(names: dict[str, str]) -> dict[str, str]:
-    """Remove a prefix as long as every name has it."""
+    """Remove a known prefix while every name begins with it; repeat for nested prefixes."""
     while names:
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names.values())), None)
         if prefix is None:

@@ -1,1 +1,1 @@
-"""`evm::selective_scan`: the op, the float64 loop that defines it, and its lowerings to standard ops."""
+"""The selective scan: the op `evm::selective_scan`, its float64 reference, and its lowerings to standard ops."""

@@ -1,4 +1,4 @@
-"""Modules that the native library also has as one fused op: how the model tells the exporter."""
+"""Fused ops: the interface by which a module tells the exporter that the native library has it as one op."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: What a fused op may give beside its output, for verification: what its scan read and wrote.
+#: Optional further outputs of a fused op, for verification: the inputs and the output of the op's scan.
 SCAN_OUTPUTS = ("u", "delta", "B", "C", "y")
-#: The fused ops that the native library has, as profilers of runtimes name their nodes (native/scan/evm_block.h).
+#: Fused ops of the native library (native/scan/evm_block.h), by the type that the runtimes' profilers print.
 OP_TYPES = ("EVSSBlock", "EVSSBlockInt8")
-#: Kinds of work of the stages of one, in the order in which the library counts their ticks. Norms and activations are
-#: in the products and convolutions around them.
+#: Kind of work of each stage of a fused op, in the order in which the library counts ticks. The time of norms and
+#: activations is counted with the products and convolutions around them.
 STAGES = ("layout", "projections", "convolutions", "projections", "scan", "projections", "projections", "activations")
 
 
 @dataclass(frozen=True)
 class FusedOp:
-    """evm::`op_type`(x, *operands) -> out, and optionally `SCAN_OUTPUTS`.
+    """The op evm::`op_type`(x, *operands) -> out, with `SCAN_OUTPUTS` as optional further outputs.
 
-    operands: by name, in the op's order and layout. scan: path of the scan inside the module. scan_constants: which
-    operands are the scan's A (K, D, N), skip and bias (K, D). int8_layers: operand -> path of the linear layer inside
-    the module whose weight it is; where these are int8, the op is evm::`op_type`Int8, and each of the operands is
-    followed by <name>_scale, <name>_input_scale and <name>_input_zero_point. constants: operand -> its constant in a
-    graph, where there is one (export/hub/fuse.py, match_constants).
+    operands: tensors by name, in the op's order and layout. scan: path of the scan inside the module. scan_constants:
+    names of the operands that are the scan's A (K, D, N), skip and bias (K, D). int8_layers: operand -> path, inside
+    the module, of the linear layer whose weight the operand is. If these layers are int8, the op is
+    evm::`op_type`Int8, and each of their operands is followed by <name>_scale, <name>_input_scale and
+    <name>_input_zero_point. constants: operand -> name of its constant in a graph, where the graph has one
+    (match_constants in export/hub/fuse.py).
     """
 
     op_type: str
@@ -39,13 +40,15 @@ class FusedOp:
 
 @runtime_checkable
 class Fusable(Protocol):
-    """A module with one tensor in, one out, whose computation is a fused op of the native library."""
+    """A module with one input and one output tensor that the native library computes as one fused op."""
 
-    def fused_op(self) -> FusedOp: ...
+    def fused_op(self) -> FusedOp:
+        """Return the op that computes the module, with its operands."""
+        ...
 
 
 def fusable_modules(model: nn.Module) -> Iterator[tuple[str, FusedOp]]:
-    """(module path, op) of every module of `model` that the native library has as one op."""
+    """Yield (module path, op) of every module of `model` that the native library has as one op."""
     for path, module in model.named_modules():
         if isinstance(module, Fusable):
             yield path, module.fused_op()

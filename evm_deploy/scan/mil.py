@@ -1,9 +1,9 @@
 """The selective scan as standard MIL operations, for Core ML: the exact two-level scan, shapes static, rank at most 4.
 
-Channels last becomes steps last: a state is (b K, D, N, chunks), so that the axis that the Neural Engine pads to 64
-bytes holds the chunks, which advance side by side. T steps are unrolled over all chunks; a carry over the chunks
-(Hillis and Steele, ceil(log2 chunks) rounds) gives the state that enters each; then y = <C, h + P h0>, P the decay
-since its chunk began. Decays are only multiplied, never divided by.
+L is cut into chunks of T steps. A state is (b K, D, N, chunks): the last axis, which the Neural Engine pads to 64
+bytes, holds the chunks. T steps are unrolled; each step advances all chunks side by side. A carry over the chunks
+(Hillis and Steele, ceil(log2 chunks) rounds) gives the state h0 at the start of each chunk. Then y = <C, h + P h0>,
+where P is the decay since the start of the chunk. Decays are only multiplied; there is no division by a decay.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 PREFIX = "evm_scan"
-FEEDS = ("delta", "B", "C")  # of the operations that read a scan's inputs: those whose writers stay in float
+FEEDS = ("delta", "B", "C")  # inputs of a scan; the layers that write them stay in float
 LANES = 32  # float16 values in 64 bytes
-OVERHEAD = 128  # what an operation costs beside its lanes, in lanes: weighs few operations against few bytes
+OVERHEAD = 128  # fixed cost of an operation, in lanes: weighs few operations against few bytes
 MAX_STEPS = 32
-STEP_OPS, ROUND_OPS = 10, 7  # state-sized operations per step of a chunk, per round of the carry
+STEP_OPS, ROUND_OPS = 10, 7  # state-sized operations per step of a chunk and per round of the carry
 
 
 def chunk_length(L: int) -> int:
-    """Steps per chunk with the least static cost: operations times their padded width. T 7 for L 784."""
+    """Return the steps per chunk with the least static cost: operations times their padded width. L 784 gives T 7."""
 
     def cost(T: int) -> int:
         chunks = -(-L // T)
@@ -35,7 +35,7 @@ def chunk_length(L: int) -> int:
 
 
 class NamedOps:
-    """MIL builder that names every operation `<prefix>_<type>_<n>`, so that later passes find it."""
+    """MIL builder that names every operation `<prefix>_<type>_<n>`, so that later passes find the operation."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -55,10 +55,11 @@ class NamedOps:
 def selective_scan(
     u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any, *, prefix: str = PREFIX, T: int | None = None
 ) -> Any:
-    """`reference.selective_scan` on MIL variables, any L: the last chunk is filled with steps that change nothing.
+    """Append the operations of `reference.selective_scan` to the MIL program and return y. Any L.
 
-    The operations that read u, delta, A, B, C, skip and bias, and the one that writes y, are named `<prefix>_<what>`,
-    the rest by type and number. T: steps per chunk, by default `chunk_length`.
+    The last chunk is padded with steps that leave the state as it is. The operations that read u, delta, A, B, C, skip
+    and bias, and the operation that writes y, are named `<prefix>_<name of the tensor>`; the others by type and number.
+    T: steps per chunk, by default `chunk_length(L)`.
     """
     mb = NamedOps(prefix)
     batch, K, L, D = u.shape
@@ -67,7 +68,7 @@ def selective_scan(
     G = batch * K
 
     def split(x: Any, name: str, axis: int) -> Any:
-        """(b, K, L, X) -> T tensors, of shape (G, X, 1, chunks) for axis 2, (G, 1, X, chunks) for axis 1."""
+        """Split (b, K, L, X) into T tensors: (G, X, 1, chunks) for axis 2, (G, 1, X, chunks) for axis 1."""
         named = {"name": name}  # the first operation that reads x
         if chunks * T > L:
             fill = [0, 0, 0, 0, 0, chunks * T - L, 0, 0]
@@ -102,7 +103,7 @@ def selective_scan(
 
 
 def _carry(mb: NamedOps, h: Any, P: Any, chunks: int) -> Any:
-    """The state that enters each chunk, from the states at the chunks' ends and the decays over them."""
+    """Return the state at the start of each chunk, from the chunks' end states h and their total decays P."""
     shape = tuple(h.shape)
 
     def shift(x: Any, by: int, fill: float) -> Any:
@@ -119,12 +120,12 @@ def _carry(mb: NamedOps, h: Any, P: Any, chunks: int) -> Any:
 
 
 def _per_direction(mb: NamedOps, x: Any, K: int, D: int, name: str) -> Any:
-    """(K, D) -> (1, K, 1, D)."""
+    """Reshape (K, D) -> (1, K, 1, D)."""
     return mb.reshape(x=x, shape=(1, K, 1, D), name=name)
 
 
 def _per_group(mb: NamedOps, A: Any, batch: int) -> Any:
-    """(K, D, N) -> (b K, D, N, 1), the last of these operations named A."""
+    """Tile (K, D, N) -> (b K, D, N, 1); the last operation is named A."""
     if batch > 1:
         A = mb.tile(x=A, reps=(batch, 1, 1))
     return mb.reshape(x=A, shape=(*A.shape, 1), name="A")

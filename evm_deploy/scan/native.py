@@ -1,4 +1,4 @@
-"""The native kernel (native/scan/evm_scan.h) on arrays in memory, without any runtime."""
+"""Call of the native scan kernel (native/scan/evm_scan.h) on torch tensors, without any runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _allowed: ContextVar[bool] = ContextVar("native_scan_allowed", default=True)
 
 
 class Arguments(ctypes.Structure):
-    """evm_scan_args."""
+    """The C struct evm_scan_args of native/scan/evm_scan.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*INPUTS, OUTPUT)),
@@ -31,7 +31,7 @@ class Arguments(ctypes.Structure):
 
 @cache
 def open_kernel(library: Path) -> ctypes.CDLL:
-    """The library with its scan functions declared."""
+    """Open the native library and declare the types of its scan functions."""
     kernel = ctypes.CDLL(str(library))
     kernel.evm_scan_num_tiles.argtypes = [ctypes.c_void_p]
     kernel.evm_scan_num_tiles.restype = ctypes.c_int64
@@ -42,7 +42,10 @@ def open_kernel(library: Path) -> ctypes.CDLL:
 
 @contextmanager
 def without_native_scan() -> Iterator[None]:
-    """Inside, the eager torch op runs in torch alone: a reference must not share the kernel that it judges."""
+    """Context manager in which the eager torch op does not use the native kernel.
+
+    A reference result must not come from the same kernel that it is compared with.
+    """
     token = _allowed.set(False)
     try:
         yield
@@ -51,7 +54,10 @@ def without_native_scan() -> Iterator[None]:
 
 
 def native_kernel(inputs: Sequence[Tensor]) -> ctypes.CDLL | None:
-    """The kernel, if it can take these tensors: installed, allowed here, all float32 on the CPU."""
+    """Return the native library if it can scan these tensors, else None.
+
+    The library must be installed, `without_native_scan` not active, and all tensors float32 on the CPU.
+    """
     import torch
 
     if not _allowed.get() or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in inputs):
@@ -61,7 +67,10 @@ def native_kernel(inputs: Sequence[Tensor]) -> ctypes.CDLL | None:
 
 
 def run_native_scan(kernel: ctypes.CDLL, inputs: Sequence[Tensor]) -> Tensor:
-    """The scan of seven float32 CPU tensors whose shapes fit each other, on as many threads as torch uses."""
+    """Run the scan on seven float32 CPU tensors, in the order of INPUTS, whose shapes fit each other; return y.
+
+    The kernel uses as many threads as torch does.
+    """
     import torch
 
     tensors = [x.contiguous() for x in inputs]

@@ -1,12 +1,13 @@
-"""The selective scan as a model-local ONNX function of standard ops: what runs where no kernel is registered.
+"""The selective scan as a model-local ONNX function of standard ops, for runtimes without a native kernel.
 
-One ONNX `Scan` whose iteration unrolls `block_steps` steps, for any shape and batch:
+The function is one ONNX `Scan`, each iteration of which unrolls `block_steps` steps, for any shape and batch:
 
     dt = softplus(delta + bias);  per block:  a = Exp(dt * A);  x = dt u B  (outer product);
     h_i = a_i * h_(i-1) + x_i  for each step;  y = C h  (one MatMul over the block's states)
 
-Padding along L comes after softplus: a padded step has dt = 0, decay 1 and inflow 0. States are (b, K, N, D), channels
-innermost. The body captures nothing from outside (A is passed through as a state), which other importers require.
+L is padded after softplus: a padded step has dt = 0, decay 1 and inflow 0. States are (b, K, N, D), channels
+innermost. The body reads no values from the outer graph (A is passed through as a state): some importers refuse a body
+that does.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BLOCK_STEPS = 7
 
 
 def register_schema() -> None:
-    """Make evm::SelectiveScan known to the ONNX checker and to the exporter, once per process."""
+    """Register the schema of evm::SelectiveScan, for the ONNX checker and the exporter, once per process."""
     import onnx
 
     schema = onnx.defs.OpSchema(
@@ -39,7 +40,7 @@ def register_schema() -> None:
         inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in INPUTS],
         outputs=[onnx.defs.OpSchema.FormalParameter(OUTPUT, "T")],
         type_constraints=[("T", ["tensor(float)"], "State and exp are float32.")],
-        attributes=[  # TensorRT's parser reads them, nobody else
+        attributes=[  # only TensorRT's parser reads the attributes
             onnx.defs.OpSchema.Attribute("plugin_namespace", onnx.defs.OpSchema.AttrType.STRING, required=False),
             onnx.defs.OpSchema.Attribute("plugin_version", onnx.defs.OpSchema.AttrType.STRING, required=False),
             onnx.defs.OpSchema.Attribute("aot", onnx.defs.OpSchema.AttrType.INT, required=False),
@@ -49,7 +50,7 @@ def register_schema() -> None:
     with one_at_a_time:
         if not onnx.defs.has(OP_TYPE, DOMAIN):
             onnx.defs.register_schema(schema)
-            # onnx before 1.23 would call into Python once that is gone, and crash
+            # onnx before 1.23 would call the inference function after Python has ended, and crash
             atexit.register(onnx.defs.deregister_schema, OP_TYPE, VERSION, DOMAIN)
 
 
@@ -58,13 +59,14 @@ def _infer_like_u(context: Any) -> None:
 
 
 class Body:
-    """Appends nodes and hands back the names of their outputs. prefix: of all names."""
+    """Builder that appends ONNX nodes and returns the names of their outputs. prefix: prefix of all new names."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
 
     def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Append a node and return the name of its output, or the list of names if `outputs` is greater than 1."""
         from onnx import helper
 
         name = f"{self.prefix}{op_type}_{len(self.nodes)}"
@@ -73,29 +75,33 @@ class Body:
         return names[0] if outputs == 1 else names
 
     def write(self, op_type: str, inputs: list[str], output: str) -> None:
-        """The last node, whose output has its name from outside."""
+        """Append the last node, whose output is named `output`."""
         from onnx import helper
 
         name = f"{self.prefix}{op_type}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=name))
 
     def const(self, value: Any, dtype: Any = np.int64) -> str:
+        """Append a Constant node with `value` and return the name of its output."""
         from onnx import numpy_helper
 
         return str(self.op("Constant", value=numpy_helper.from_array(np.array(value, dtype))))
 
     def dim(self, tensor: str, axis: int) -> str:
+        """Append nodes that read the size of an axis, shape (1), and return the name of the result."""
         return str(self.op("Gather", self.op("Shape", tensor), self.const([axis])))
 
     def reshape(self, tensor: str, *dims: str) -> str:
+        """Append nodes that reshape `tensor`; each of `dims` names a 1-D int64 tensor of sizes."""
         return str(self.op("Reshape", tensor, self.op("Concat", *dims, axis=0)))
 
 
 def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.FunctionProto:
-    """The function evm::SelectiveScan for models that import the default domain at `opset`, at least 18 (Split).
+    """Return the function evm::SelectiveScan for models that import the default domain at `opset`.
 
-    The checker refuses a function whose opset differs from the model's, so it is built per model. Its nodes are named
-    SelectiveScan/..: where a runtime or an exporter inlines it, profiles still tell them from the rest.
+    opset: at least 18, for Split. The ONNX checker refuses a function whose opset differs from the model's, so the
+    function is built per model. The nodes are named SelectiveScan/..; profiles show these names even where a runtime
+    or an exporter has inlined the function.
     """
     from onnx import helper
 
@@ -105,7 +111,7 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     dt = softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
 
     missing = f.op("Mod", f.op("Sub", steps, f.op("Mod", L, steps)), steps)
-    # of all axes: ONNX Runtime 1.32 moves a Transpose through a Pad that has `axes` as if it had none, and fails
+    # Pads for all axes: ONNX Runtime 1.32 moves a Transpose through a Pad and ignores the Pad's `axes`, then fails.
     pads = f.op("Concat", f.const([0] * 6), missing, zero, axis=0)
     blocks = f.op("Div", f.op("Add", L, missing), steps)
 
@@ -131,7 +137,10 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
 
 
 def softplus_series(f: Body, x: str) -> str:
-    """`portable.softplus_series` in ONNX: ORT's Softplus and Log are slow, OpenVINO's lose small deltas."""
+    """Append `portable.softplus_series` as ONNX nodes and return the name of the result.
+
+    ONNX Runtime's Softplus and Log are slow; OpenVINO's lose small deltas.
+    """
     e = f.op("Exp", f.op("Neg", f.op("Abs", x)))
     s = f.op("Div", e, f.op("Add", e, f.const(2, np.float32)))
     square, series = f.op("Mul", s, s), f.const(2 / 13, np.float32)
@@ -141,7 +150,10 @@ def softplus_series(f: Body, x: str) -> str:
 
 
 def _block_graph(block_steps: int) -> onnx.GraphProto:
-    """One Scan iteration: states (h, A), inputs dt, inflow (steps, b, K, 1, D), B (.., N, 1), C (.., 1, N)."""
+    """Return the body of the Scan, `block_steps` steps of the recurrence.
+
+    The states are h and A. The scan inputs are dt and inflow (steps, b, K, 1, D), B (.., N, 1) and C (.., 1, N).
+    """
     from onnx import TensorProto, helper
 
     node, steps = helper.make_node, range(block_steps)

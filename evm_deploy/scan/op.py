@@ -1,4 +1,4 @@
-"""`evm::selective_scan` as a torch custom op: eager on CPU, opaque to torch.export, differentiable.
+"""The torch custom op `evm::selective_scan`: eager on the CPU, opaque to torch.export, differentiable.
 
 Importing this module registers the op. Contract and symbols: `evm_deploy.scan.reference.selective_scan`.
 """
@@ -20,10 +20,10 @@ BLOCK_ELEMENTS = 1 << 18
 
 @torch.library.custom_op("evm::selective_scan", mutates_args=())
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
-    """The selective scan of `reference.selective_scan` in float32 (or float64).
+    """Compute `reference.selective_scan` on torch tensors, in float32 or float64.
 
-    float32 on the CPU runs on the native kernel where it is installed, everything else in torch.
-    Raises ValueError when the shapes do not fit each other.
+    float32 tensors on the CPU run on the native kernel if the library is installed; other tensors run in torch. Raises
+    ValueError if the shapes do not fit each other.
     """
     inputs = (u, delta, A, B, C, skip, bias)
     _check_shapes(*inputs)
@@ -32,8 +32,10 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, sk
 
 
 def _scan_in_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
-    """Block by block along L: the decays and inflows of a block are computed at once, the recurrence is one fused
-    multiply-add per step into the block's buffer, and the outputs are one product per block.
+    """Compute the scan block by block along L.
+
+    The decays and inflows of a block are computed at once. The recurrence is one fused multiply-add per step into the
+    block's buffer. The outputs are one product per block.
     """
     batch, K, L, D = u.shape
     dt = F.softplus(delta + bias[:, None])
@@ -65,7 +67,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    """Recompute with the portable form, which autograd can follow."""
+    """Compute the gradients with the portable scan, which autograd can differentiate."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         return torch.autograd.grad(two_level_scan(*inputs), inputs, grad)
@@ -90,4 +92,4 @@ def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, ski
     }
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} has shape {list(tensor.shape)}, u and A ask for {list(shape)}")
+            raise ValueError(f"selective_scan: {name} has shape {list(tensor.shape)}, u and A require {list(shape)}")

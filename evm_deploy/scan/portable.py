@@ -1,8 +1,8 @@
-"""The selective scan in plain torch ops: loop-free after tracing, differentiable, exact for any delta.
+"""The portable scan: the selective scan in plain torch ops, loop-free after tracing, differentiable, exact.
 
 Two levels ("sqrt" scan): L is cut into chunks of T steps. Pass 1 runs T steps of all chunks side by side and keeps
-the chunks' end states; a carry runs over the chunks; pass 2 restarts every chunk from its carried state.
-Never a division by a cumulated decay: that form breaks on trained networks (spec, section 6).
+the chunks' end states. A carry runs over the chunks. Pass 2 restarts every chunk from its carried state.
+There is no division by a cumulated decay, because that form breaks on trained networks (spec, section 6).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 
 def softplus_series(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) = max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): no log, relative error 3e-7.
+    """Compute log(1 + exp(x)) without a log; relative error 3e-7.
 
-    Spelled out because runtimes' own Softplus (and log(1 + exp)) lose small deltas or are slow.
+    The formula is max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|). The runtimes' own Softplus and log(1 + exp)
+    lose small deltas or are slow.
     """
     e = torch.exp(-x.abs())
     s = e / (e + 2)
@@ -29,17 +30,20 @@ def softplus_series(x: Tensor) -> Tensor:
 
 
 def chunk_length(L: int) -> int:
-    """Steps per chunk with about the fewest sequential steps, 2 T + L / T."""
+    """Return the steps per chunk T that about minimise the number of sequential steps, 2 T + L / T."""
     return max(1, round(math.sqrt(L / 2)))
 
 
 def two_level_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
-    """`reference.selective_scan` in standard ops, shapes static, no in-place writes. Dtype of the inputs."""
+    """Compute `reference.selective_scan` in standard ops, with static shapes and no in-place writes.
+
+    The result has the dtype of the inputs.
+    """
     batch, K, L, D = u.shape
     T = chunk_length(L)
     chunks = -(-L // T)
     dt = softplus_series(delta + bias[:, None])
-    pad = (0, 0, 0, chunks * T - L)  # after softplus: a padded step has dt = 0 and leaves the state alone
+    pad = (0, 0, 0, chunks * T - L)  # padded after softplus: a padded step has dt = 0 and keeps the state
 
     def split(x: Tensor) -> Tensor:  # (b, K, L, X) -> (T, b, K, chunks, X)
         return F.pad(x, pad).reshape(batch, K, chunks, T, x.shape[-1]).permute(3, 0, 1, 2, 4)

@@ -1,4 +1,4 @@
-"""The float64 loop that every lowering of the selective scan is compared with."""
+"""The float64 reference of the selective scan, and the error of a lowering against it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
-SCAN_TOLERANCE = 2e-5  # of the SSM part, float32 against the float64 loop: ten times what right lowerings measure
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of y, before skip * u is taken off
+SCAN_TOLERANCE = 2e-5  # error of the SSM part, float32 against the float64 loop: ten times that of correct lowerings
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # relative rounding error of y, before skip * u is subtracted
 LARGEST_DT = 20.0
 Scan = dict[str, NDArray[Any]]
 
 
 def softplus(x: Array) -> Array:
-    """log(1 + exp(x)) without overflow and without losing small values; dtype of x."""
+    """Compute log(1 + exp(x)) without overflow and without loss of small values, in the dtype of x."""
     result: Array = np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
     return result
 
@@ -23,11 +23,12 @@ def softplus(x: Array) -> Array:
 def selective_scan(
     u: Array, delta: Array, A: Array, B: Array, C: Array, skip: Array, bias: Array
 ) -> NDArray[np.float64]:
-    """The Mamba-1 selective scan in float64, one step at a time.
+    """Compute the Mamba-1 selective scan in float64, one step at a time.
 
     Shapes, channels last: u, delta (b, K, L, D); A (K, D, N), negative; B, C (b, K, L, N); skip, bias (K, D).
-    `delta` is taken before softplus. Returns y like u, float64. Cost O(b K L D N): for checks, not for use.
-    Why a loop: cumsum-and-divide breaks once exp(sum(dt * A)) underflows, which trained networks reach.
+    `delta` is the value before softplus. Returns y with the shape of u, in float64. The cost is O(b K L D N): for
+    checks only. The scan is a loop because cumsum-and-divide breaks once exp(sum(dt * A)) underflows, which trained
+    networks reach.
 
         dt = softplus(delta + bias);  h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = <C_t, h_t> + skip u_t
     """
@@ -43,7 +44,7 @@ def selective_scan(
 
 
 def large_delta_case(scan: Scan, rng: np.random.Generator) -> Scan:
-    """Random u, B, C and deltas for which softplus(delta + bias) is log-uniform in 0.1..20, shaped as `scan`."""
+    """Return scan inputs shaped as `scan`: random u, B and C, and softplus(delta + bias) log-uniform in 0.1..20."""
     dt = np.exp(rng.uniform(np.log(0.1), np.log(LARGEST_DT), scan["delta"].shape))
     delta = dt + np.log(-np.expm1(-dt)) - scan["bias"][:, None]
     random = {key: rng.standard_normal(scan[key].shape).astype(np.float32) for key in ("u", "B", "C")}
@@ -51,9 +52,10 @@ def large_delta_case(scan: Scan, rng: np.random.Generator) -> Scan:
 
 
 def ssm_error(y: NDArray[Any], inputs: Scan) -> tuple[float, float]:
-    """(error, limit): y's SSM part, y - skip * u, against the float64 loop, relative to its largest value.
+    """Compare the SSM part of y, y - skip * u, with the float64 loop -> (error, limit).
 
-    The error is inf for NaN or Inf. The limit grows by the rounding of y in float32 where skip * u dwarfs the SSM part.
+    Both are relative to the largest value of the SSM part. The error is inf if y has another shape, NaN or Inf. The
+    limit includes the rounding of y in float32, which dominates where skip * u is much larger than the SSM part.
     """
     want = selective_scan(**inputs)
     skip_part = inputs["skip"].astype(np.float64)[:, None] * inputs["u"]

@@ -1,11 +1,11 @@
-"""The selective scan as standard ONNX ops with no loop, function or sequence: for TensorRT, which knows no others.
+"""The selective scan as standard ONNX ops without loop, function or sequence, which TensorRT does not support.
 
-Two levels: L is cut into chunks of T steps. All chunks run their T steps side by side from a zero state, keeping state
-and decay of every step; then a carry runs over the chunks, and every state is put right by it:
+Two levels: L is cut into chunks of T steps. All chunks run their T steps side by side from a zero state and keep state
+and decay of every step. A carry then runs over the chunks and corrects every state:
 
     h_t = a_t h_(t-1) + x_t;   P_t = a_t P_(t-1);   carry_(c+1) = P_T carry_c + h_T;   y_t = <C_t, h_t + P_t carry_c>
 
-States are (b, K, chunks, N, D). Never a division by a cumulated decay. L is static, the batch need not be.
+States are (b, K, chunks, N, D). There is no division by a cumulated decay. L is static; the batch may be dynamic.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from evm_deploy.scan.onnx_function import Body, softplus_series
 if TYPE_CHECKING:
     import onnx
 
-CHUNKS = 2  # axis of a state
+CHUNKS = 2  # index of the axis of chunks in a state
 MAX_STEPS = 14  # 98 MB instead of 101 for L = 784, D = 96 (docs/targets/tensorrt.md)
 
 
 def chunk_length(L: int) -> int:
-    """Steps per chunk: about as many as there are chunks, but each is written and read again: at most MAX_STEPS."""
+    """Return the steps per chunk: about the number of chunks, at most MAX_STEPS.
+
+    The limit saves memory traffic: the states of every step are written and read again.
+    """
     return max(1, min(MAX_STEPS, round(math.sqrt(L))))
 
 
 def unrolled_scan(
     reads: dict[str, str], writes: str, L: int, prefix: str, steps: int | None = None
 ) -> list[onnx.NodeProto]:
-    """Nodes that compute `writes` from the tensors `reads` (u, delta, A, B, C, skip, bias), for a sequence of length L.
+    """Return nodes that compute the tensor `writes` from the tensors `reads`, for sequences of length L.
 
-    prefix: of the names of everything new. steps: T, by default `chunk_length(L)`; L need not be a multiple.
+    reads: names of the tensors for u, delta, A, B, C, skip and bias. prefix: prefix of all new names. steps: steps per
+    chunk T, by default `chunk_length(L)`; L need not be a multiple of T.
     """
     f = Body(prefix)
     T = steps or chunk_length(L)
     chunks = -(-L // T)
 
     def split(tensor: str, *dims: int) -> list[str]:  # (b, K, L, X) -> T times (b, K, chunks, *dims)
-        if chunks * T > L:  # after softplus: a padded step has dt = 0 and leaves the state alone
+        if chunks * T > L:  # padded after softplus: a padded step has dt = 0 and keeps the state
             tensor = f.op("Pad", tensor, f.const([0, 0, 0, 0, 0, 0, chunks * T - L, 0]))
         cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, *dims]))
         parts = f.op("Split", cut, axis=3, num_outputs=T, outputs=T) if T > 1 else [cut]
@@ -72,7 +76,10 @@ def unrolled_scan(
 
 
 def _carry(f: Body, end: str, decay: str, chunks: int) -> str:
-    """The state that enters each chunk, from those that leave them having started from zero: (b, K, chunks, N, D)."""
+    """Return the state at the start of each chunk, (b, K, chunks, N, D).
+
+    end: end states of chunks that start from zero. decay: total decay over each chunk.
+    """
     ends = f.op("Split", end, axis=CHUNKS, num_outputs=chunks, outputs=chunks)
     decays = f.op("Split", decay, axis=CHUNKS, num_outputs=chunks, outputs=chunks)
     entering = [f.op("Mul", ends[0], f.const(0, np.float32)), ends[0]]

@@ -1,4 +1,4 @@
-// evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: read tensors, fill the struct, call the kernel stage by stage.
+// Custom ops evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: read tensors, fill the struct, run each stage.
 #include "op.h"
 
 using namespace ort;

@@ -1,5 +1,5 @@
-// The custom-op library: domain evm, for ONNX Runtime >= 1.17.
-// Register with SessionOptions.register_custom_ops_library(path), or the same in C, C++, C#, Java.
+// Custom-op library for ONNX Runtime >= 1.17: the ops of domain evm.
+// Register it with SessionOptions.register_custom_ops_library(path), or the equivalent call in C, C++, C# or Java.
 #include "op.h"
 
 namespace ort {
@@ -11,8 +11,8 @@ using namespace ort;
 
 namespace {
 
-// Sessions share a domain, which must outlive them all: one for each ONNX Runtime in the process that asks, not one for each
-// session, which nobody would release.
+// Return the custom-op domain, which all sessions share and which must outlive them. There is one domain for each ONNX
+// Runtime in the process; a domain per session would never be released.
 Status domain_of(const ApiBase *base, Handle *domain) {
     static char lock;
     static const ApiBase *owner;
@@ -37,7 +37,7 @@ Status domain_of(const ApiBase *base, Handle *domain) {
 
 ORT_EXPORT Status ORT_CALL RegisterCustomOps(Handle options, const ApiBase *base) {
     api = base->GetApi(API_VERSION);
-    if (!api) {  // older than 1.17: CreateStatus sits in the same place in every version
+    if (!api) {  // older than 1.17; CreateStatus has the same index in every version
         api = base->GetApi(1);
         return api ? fail("the operators of domain evm need ONNX Runtime 1.17 or newer") : nullptr;
     }

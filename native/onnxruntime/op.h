@@ -1,11 +1,11 @@
-// What the custom ops share: reading and writing tensors, the table of callbacks.
+// Shared code of the custom ops: reading and writing tensors, and the table of callbacks.
 #pragma once
 #include "ops.h"
 #include "ort_abi.h"
 
 namespace ort {
 
-extern Api api;  // of the runtime that loaded the library
+extern Api api;  // the API of the runtime that loaded the library
 
 #define RETURN_IF(status)                                        \
     do {                                                         \
@@ -16,7 +16,7 @@ inline Status fail(const char *message) { return call<Status>(api, CreateStatus,
 
 inline Status read_shape(Handle info, evm::Tensor *tensor) {
     RETURN_IF(call<Status>(api, GetDimensionsCount, info, &tensor->rank));
-    if (tensor->rank > evm::MAX_RANK) return nullptr;  // fits no op
+    if (tensor->rank > evm::MAX_RANK) return nullptr;  // no op takes this rank: fit() reports it
     return call<Status>(api, GetDimensions, info, (int64_t *)tensor->dims, tensor->rank);
 }
 
@@ -30,7 +30,7 @@ inline Status read(Handle context, size_t index, evm::Tensor *tensor) {
     return call<Status>(api, GetTensorMutableData, value, (Handle *)&tensor->data);
 }
 
-// An output of evm::MAX_RANK axes; null where the node does not ask for it.
+// Allocate an output with evm::MAX_RANK axes. `data` stays unchanged if the node does not have this output.
 inline Status write(Handle context, size_t index, const int64_t *dims, float **data) {
     Handle value = nullptr;
     RETURN_IF(call<Status>(api, KernelContext_GetOutput, context, index, dims, evm::MAX_RANK, &value));
@@ -43,7 +43,7 @@ inline Status read_inputs(Handle context, const evm::Op &op, evm::Tensor *tensor
     return nullptr;
 }
 
-// An operator as a custom op for the CPU provider.
+// Custom op for the CPU execution provider, made from the description of an operator.
 struct Op : CustomOp {
     const evm::Op &op;
 
@@ -63,7 +63,7 @@ struct Op : CustomOp {
         GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = GetVariadicInputMinArity;
         CreateKernel = [](const CustomOp *, Api, Handle) ORT_CALL -> Handle { return nullptr; };  // V2 is preferred
         KernelCompute = [](Handle, Handle) ORT_CALL {};
-        // A kernel is the description of CPU memory, for its workspace.
+        // The kernel handle is an OrtMemoryInfo of CPU memory, which the op's workspace is allocated from.
         CreateKernelV2 = [](const CustomOp *, Api, Handle, Handle *kernel) ORT_CALL -> Status {
             return call<Status>(api, CreateCpuMemoryInfo, ARENA_ALLOCATOR, DEFAULT_MEMORY, kernel);
         };
@@ -75,7 +75,7 @@ struct Op : CustomOp {
             RETURN_IF(call<Status>(api, ShapeInferContext_GetInputTypeShape, context, (size_t)0, &info));
             RETURN_IF(read_shape(info, &first));
             for (size_t i = 0; i < first.rank && i < evm::MAX_RANK; i++)
-                if (first.dims[i] < 0) return nullptr;  // unknown until run time: a -1 would be taken for a size
+                if (first.dims[i] < 0) return nullptr;  // unknown until run time; the runtime would take -1 as a size
             return call<Status>(api, ShapeInferContext_SetOutputTypeShape, context, (size_t)0, (const void *)info);
         };
         GetStartVersion = [](const CustomOp *) ORT_CALL -> int { return 1; };

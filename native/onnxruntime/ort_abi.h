@@ -1,6 +1,7 @@
-// The little of ONNX Runtime's C ABI that a custom op needs, declared by hand: the pip wheel ships no headers, and so the
-// library has no dependency at all. OrtApi is a table of function pointers that is only ever appended to; OrtCustomOp is a
-// struct of callbacks. Offsets: API version 17 (ONNX Runtime 1.17), the first with ParallelFor and shape inference.
+// Declarations of the part of ONNX Runtime's C ABI that a custom op needs. They are written by hand because the pip wheel
+// ships no headers, so that the library has no dependency. OrtApi is a table of function pointers; new versions only append
+// to it. OrtCustomOp is a struct of callbacks. Offsets: API version 17 (ONNX Runtime 1.17), the first version with
+// ParallelFor and shape inference.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -21,7 +22,7 @@ typedef const Handle *Api;     // OrtApi as an array of pointers
 
 constexpr uint32_t API_VERSION = 17;
 constexpr int INVALID_ARGUMENT = 2;
-constexpr int REQUIRED = 0, OPTIONAL = 1;                // of an input or output
+constexpr int REQUIRED = 0, OPTIONAL = 1;                // characteristic of an input or output
 constexpr int ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;   // OrtAllocatorType, OrtMemType
 
 enum Function {  // index in OrtApi
@@ -81,7 +82,7 @@ struct CustomOp {
     Status(ORT_CALL *InferOutputShapeFn)(const CustomOp *, Handle);
     int(ORT_CALL *GetStartVersion)(const CustomOp *);
     int(ORT_CALL *GetEndVersion)(const CustomOp *);
-    Handle maps[4];  // in-place and alias maps, newer than API 17: null
+    Handle maps[4];  // in-place and alias maps, added after API 17: null
 };
 static_assert(sizeof(Handle) != 8 || sizeof(CustomOp) == 208, "OrtCustomOp of API 17 and later");
 

@@ -1,4 +1,4 @@
-// evm::SelectiveScan for ONNX Runtime: reads tensors, fills the struct, calls the kernel.
+// Custom op evm::SelectiveScan for ONNX Runtime: read tensors, fill the struct, call the kernel.
 #include "op.h"
 
 using namespace ort;
@@ -16,7 +16,7 @@ Status ORT_CALL compute(Handle, Handle context) {
     RETURN_IF(write(context, 0, in[0].dims, &args.y));
     const size_t tiles = (size_t)evm_scan_num_tiles(&args);
     if (!tiles) return nullptr;
-    // the session's own intra-op thread pool; 0: as many batches as it likes
+    // ParallelFor uses the session's own intra-op thread pool; 0 lets the pool choose the number of batches.
     return call<Status>(api, KernelContext_ParallelFor, context, &run_tile, tiles, (size_t)0, (void *)&args);
 }
 

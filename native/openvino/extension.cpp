@@ -1,5 +1,6 @@
-// The operators of domain evm for OpenVINO: types SelectiveScan, EVSSBlock and EVSSBlockInt8 of opset "evm", evaluated on the CPU by
-// the native kernels, and their conversion from ONNX. Load with ov::Core::add_extension(path). Fits one release of OpenVINO.
+// OpenVINO extension with the operators of domain evm: types SelectiveScan, EVSSBlock and EVSSBlockInt8 of opset "evm", which
+// the native kernels evaluate on the CPU, and the conversion of these operators from ONNX. Load it with
+// ov::Core::add_extension(path). The library fits only the OpenVINO release that it was built with.
 #include "ops.h"
 
 #include <memory>
@@ -16,14 +17,15 @@
 #define EVM_TEXT_(x) #x
 #define EVM_TEXT(x) EVM_TEXT_(x)
 
-// What the library was built for, to be found in the file: loading it into another release fails before it can say so.
+// Release of OpenVINO that the library was built for, as text that can be found in the file: loading the library into another
+// release fails before any code of it could report the mismatch.
 extern "C" EVM_API const char evm_openvino_release[];
 const char evm_openvino_release[] = "evm extension for OpenVINO " EVM_TEXT(OPENVINO_VERSION_MAJOR) "." EVM_TEXT(OPENVINO_VERSION_MINOR) "." EVM_TEXT(OPENVINO_VERSION_PATCH);
 
 namespace {
 
-// Memory for blocks, kept between inferences: as many buffers as blocks ever ran at once. Fresh pages would cost more than the
-// smaller blocks take.
+// Pool of workspaces for blocks, kept between inferences. It holds as many buffers as blocks have run at once. Without the pool,
+// getting fresh pages from the system would take longer than a small block computes.
 class Workspaces {
     static constexpr size_t ALIGNMENT = 64;
     struct Buffer {
@@ -34,7 +36,7 @@ class Workspaces {
     std::vector<std::unique_ptr<Buffer>> unused;
 
   public:
-    // Calls `use` with `size` bytes.
+    // Call use(workspace) with an aligned workspace of at least `size` bytes.
     template <class Use>
     void with(size_t size, Use use) {
         std::unique_ptr<Buffer> buffer = take();
@@ -85,7 +87,8 @@ ov::element::Type element(evm::Type type) {
     return type == evm::FLOAT ? ov::element::f32 : type == evm::INT8 ? ov::element::i8 : ov::element::u8;
 }
 
-// An operator as a node. Attribute scan_outputs, of blocks: it also gives what its scan reads and writes, for verification.
+// OpenVINO node of an operator. Attribute scan_outputs (blocks only): the node also returns the inputs and the output of its scan,
+// for verification.
 template <const evm::Op &OP, class Arguments>
 class Node : public ov::op::Op {
     bool scan_outputs = false;

@@ -1,8 +1,9 @@
 // The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp.
 //
-// Everything between two matrix products happens on rows that are still in cache: norms and activations where the product
-// is stored, the atrous split where the convolution writes, dt_proj inside the scan, the merge where out_proj reads.
-// Rows of the workspace are padded with zeros to whole vectors, so that only x and out need partial loads and stores.
+// All work between two matrix products is done on rows that are still in cache. Norms and activations are computed where the
+// product stores its result, the atrous split where the convolution writes, dt_proj inside the scan, and the merge where
+// out_proj reads. Rows of the workspace are padded with zeros to whole vectors, so that only x and out need partial loads and
+// stores.
 #include "block_layout.h"
 #include "gemm.h"
 #include "scan.h"
@@ -12,7 +13,8 @@ namespace {
 constexpr float EPSILON = 1e-5f;
 static_assert(GROUP == IN_PLACE_STATES, "y over u needs all states in one group");
 
-// Padded vectors of the workspace, of C floats and of d. Scales: of int8 layers.
+// Padded vectors in the workspace: first those of C floats, from OUT_WEIGHT on those of d floats. The SCALE vectors are used by
+// int8 layers only.
 enum Vector {
     NORM_WEIGHT, NORM_BIAS, GATE_WEIGHT, GATE_BIAS, LOCAL_BIAS, OUT_PROJ_SCALE, LOCAL_SCALE,
     OUT_WEIGHT, OUT_BIAS, IN_X_SCALE, IN_Z_SCALE,
@@ -35,18 +37,19 @@ struct Job {
     const float *x(int64_t token) const { return a.x + (image * l.tokens + token) * a.C; }
 };
 
-// How in_proj, out_proj and local_proj compute: what they make of a vector of their input, and of their sums.
+// Arithmetic of in_proj, out_proj and local_proj. put(): store a vector of the layer's input. result(): make the layer's output
+// from a vector of sums.
 struct FloatLayer : Floats {
     FloatLayer(const evm_int8_linear &, const float *) {}
     void put(float *to, vec value) const { store(to, value); }
     vec result(vec sum, int64_t) const { return sum; }
 };
 
-// Times the inverse of the scale, where ONNX divides: a value within one rounding error of half a step may go the other way,
-// as after any other rounding on the way to it. NaN becomes 0, the integer.
+// Multiply by the inverse of the scale, where ONNX divides by the scale: a value within one rounding error of half a step may
+// round to the other integer. NaN becomes the integer 0.
 struct Int8Layer : Integers {
-    const float inverse, low, high;  // of the input's scale; of its integers, less the zero point
-    const float *const scales;       // of the input times those of the weights, padded
+    const float inverse, low, high;  // inverse of the input's scale; range of the input's integers minus the zero point
+    const float *const scales;       // scale of the input times the scales of the weights, padded
 
     Int8Layer(const evm_int8_linear &layer, const float *of_columns)
         : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
@@ -57,7 +60,7 @@ struct Int8Layer : Integers {
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
 
-// Mean and 1 / standard deviation of the `channels` floats of a row.
+// Mean and 1 / standard deviation of a row of `channels` floats.
 struct Moments {
     float mean, scale;
 
@@ -80,7 +83,7 @@ void pack_vector(float *to, const float *from, int64_t channels, int64_t padded)
     memset(to + channels, 0, (padded - channels) * sizeof(float));
 }
 
-// (channels, 3, 3), (channels) -> ten rows: the nine taps, the bias.
+// Pack a depthwise convolution, weight (channels, 3, 3) and bias (channels), as ten rows: nine taps and the bias.
 void pack_convolution(float *to, const float *weight, const float *bias, int64_t channels, int64_t padded) {
     for (int tap = 0; tap < 10; tap++)
         for (int64_t c = 0; c < padded; c++)
@@ -97,7 +100,7 @@ void pack_layers(const Job &job) {
     pack(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
 }
 
-// A matrix of `columns` columns whose element (k, c) is weight[k * row + c * column], and its scales.
+// Pack the matrix with `columns` columns whose element (k, c) is weight[k * row + c * column], and the scales of its columns.
 void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int64_t columns, const evm_int8_linear &layer,
                int64_t first, int64_t row, int64_t column) {
     const int8_t *weight = layer.weight + first;
@@ -124,7 +127,7 @@ void pack_weights(const Job &job) {
     if (a.in_proj_int8.weight) pack_int8_layers(job);
     else pack_layers(job);
     const int64_t columns = a.R + 2 * a.N;
-    for (int64_t k = 0; k < K; k++) {  // x_proj gives dt, B, C; rows of p are B, C, dt
+    for (int64_t k = 0; k < K; k++) {  // the columns of x_proj are dt, B, C; the rows of p are B, C, dt
         const float *weight = a.x_proj + k * a.d * columns;
         pack(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
             return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
@@ -141,7 +144,7 @@ void pack_weights(const Job &job) {
     memset(ws + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
-// to = (from - mean) / deviation * weight + bias. All but `from` are padded.
+// Compute to = (from - mean) / deviation * weight + bias. All arrays but `from` are padded.
 inline void normalise(float *to, const float *from, int64_t channels, const float *weight, const float *bias) {
     const Moments m(from, channels);
     for (int64_t c = 0; c < channels; c += LANES)
@@ -155,12 +158,12 @@ inline void add_normalised(float *total, const float *row, int64_t channels) {
         store(total + c, load(total + c) + (load(row + c) - m.mean) * m.scale);
 }
 
-struct Tokens {  // those of a chunk
+struct Tokens {  // the tokens of one chunk
     int64_t begin, count;
     Tokens(const Layout &l, int64_t tile) : begin(tile * CHUNK), count(l.tokens - begin < CHUNK ? l.tokens - begin : CHUNK) {}
 };
 
-// n = LayerNorm(x); the x half of in_proj.
+// Stage PROJECT: n = LayerNorm(x), and the x half of in_proj.
 template <class Layer>
 void project(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
@@ -181,9 +184,10 @@ void project(const Job &job, int64_t tile) {
     });
 }
 
-constexpr int COLUMNS = 4;  // tokens of a row that are convolved together: 18 loads for 36 products
+constexpr int COLUMNS = 4;  // number of tokens of a row that are convolved together: 18 loads for 36 products
 
-// Row i of a depthwise 3x3 convolution of a (H, W, stride) map: use(j, channel, vector). `zeros`: stride zeros.
+// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call use(j, channel, vector) with the results.
+// `zeros`: `stride` zeros, read outside the map.
 template <class Use>
 void convolve_row(const float *map, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros, Use use) {
     for (int64_t first = 0; first < W; first += COLUMNS) {
@@ -212,7 +216,7 @@ void convolve_row(const float *map, int64_t H, int64_t W, int64_t stride, int64_
     }
 }
 
-// Row i of u = atrous split of SiLU(conv(x)).
+// Compute row i of the map SiLU(conv(x)) and store it, by the atrous split, in u.
 void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
@@ -225,7 +229,7 @@ void convolve_scan_input(const Job &job, int64_t i) {
         for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
 }
 
-// u; the local branch, and its sums for the gate.
+// Stage CONVOLVE: u, the local branch, and the local branch's sums for the gate.
 template <class Layer>
 void convolve(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
@@ -254,7 +258,7 @@ void convolve(const Job &job, int64_t tile) {
     }
 }
 
-// p = B, C, dt of a stretch of one direction.
+// Stage PARAMETERS: p = B, C, dt for CHUNK steps of one direction.
 void parameters(const Job &job, int64_t tile) {
     const Layout &l = job.l;
     const int64_t per_direction = ceil_div(l.L, CHUNK), k = tile / per_direction, begin = tile % per_direction * CHUNK;
@@ -270,6 +274,7 @@ void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64
     for (int64_t t = 0; t < rows; t++) memcpy(to + t * to_stride, from + t * stride, count * sizeof(float));
 }
 
+// Stage SCAN: the selective scan of up to EVM_TILE channels of one direction, and its inputs and output for verification.
 void scan(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
@@ -282,7 +287,7 @@ void scan(const Job &job, int64_t tile) {
     rows.A = a.A + constant * a.N, rows.skip = a.skip + constant, rows.bias = a.dt_bias + constant;
     rows.dt = p + 2 * a.N, rows.dt_weight = job.ws + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
     rows.L = l.L, rows.N = a.N;
-    const int64_t row = (job.image * K + k) * l.L;  // of the outputs for verification
+    const int64_t row = (job.image * K + k) * l.L;  // first row in the outputs for verification
     if (channel == 0 && a.scan_B) copy_rows(a.scan_B + row * a.N, p, l.L, l.P, a.N, a.N);
     if (channel == 0 && a.scan_C) copy_rows(a.scan_C + row * a.N, p + a.N, l.L, l.P, a.N, a.N);
     if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
@@ -291,8 +296,8 @@ void scan(const Job &job, int64_t tile) {
     if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
 
-// Merge, out_norm, times SiLU(z), out_proj; sums for the gate. What out_proj reads overwrites y, from the left: an element
-// is not longer than the float that it comes from.
+// Stage OUTPUT: merge, out_norm, product with SiLU(z), out_proj, and the scan branch's sums for the gate. The input of out_proj
+// overwrites y from the left; this is safe because an element is not longer than the float that it is made from.
 template <class Layer>
 void output(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
@@ -320,7 +325,7 @@ void output(const Job &job, int64_t tile) {
     for (int64_t t = 0; t < tokens.count; t++) add_normalised(sums, s + t * l.C, a.C);
 }
 
-// The factors of both branches: sigmoid(select(GELU(reduce(mean of the normalised tokens)))).
+// Stage GATE: the factors of both branches, sigmoid(select(GELU(reduce(mean of the normalised tokens)))).
 void gate(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
@@ -341,7 +346,7 @@ void gate(const Job &job) {
     }
 }
 
-// out = x + (scan branch * its gate + local branch * its gate)
+// Stage SUM: out = x + (scan branch * gate of the scan branch + local branch * gate of the local branch).
 void add_branches(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;

@@ -1,4 +1,4 @@
-// How a block is cut into tiles and where things lie in its workspace: the same for every instruction set.
+// Tiles of a block and layout of its workspace, the same for every instruction set.
 #pragma once
 #include "isa.h"
 
@@ -7,19 +7,19 @@ namespace {
 enum Stage { PACK, PROJECT, CONVOLVE, PARAMETERS, SCAN, OUTPUT, GATE, SUM };
 static_assert(SUM + 1 == EVM_BLOCK_STAGES, "stages");
 
-constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // tokens of a tile: a multiple of the rows of every micro-kernel
-constexpr int64_t IN_PLACE_STATES = 64;                  // up to here the scan may write y over u
+constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // CHUNK: tokens of a tile, a multiple of the rows of every micro-kernel
+constexpr int64_t IN_PLACE_STATES = 64;                  // with up to this number of states the scan may write y over u
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pad(int64_t channels) { return ceil_div(channels, EVM_PAD) * EVM_PAD; }
 
 struct Layout {
-    int64_t tokens, h, w, L;         // of the map; of one direction
-    int64_t C, d, G, P;              // padded rows; P: of B, C and dt side by side
-    int64_t chunks, map_rows, strips; // token tiles; rows of the map in a convolution tile, and how many such tiles
+    int64_t tokens, h, w, L;         // tokens of the map; height, width and length of one direction
+    int64_t C, d, G, P;              // lengths of padded rows; P: row of B, C and dt side by side
+    int64_t chunks, map_rows, strips; // number of token tiles; rows of the map in a convolution tile, number of such tiles
     // offsets into the workspace, in floats
     int64_t in_x, in_z, x_proj, out_proj, local_proj, dt_proj, conv, local_conv, vectors, zeros;  // packed weights
-    int64_t n, n_in, x, u, y, p, s, local, sums, gates;  // activations of one image; n_in: n as in_proj reads it
+    int64_t n, n_in, x, u, y, p, s, local, sums, gates;  // activations of one image; n_in: n in the type that in_proj reads
     int64_t size;
 
     explicit Layout(const evm_block_args &a) {
@@ -28,7 +28,7 @@ struct Layout {
         chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? ceil_div(CHUNK, a.W) : 1, strips = ceil_div(a.H, map_rows);
         int64_t end = 0;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
-        const bool int8 = a.in_proj_int8.weight;  // packed with one row more, at most; activations may be floats still
+        const bool int8 = a.in_proj_int8.weight;  // packed int8 weights have at most one row more; activations may be floats
         in_x = take((a.C + int8) * d), in_z = take((a.C + int8) * d), x_proj = take(K * a.d * P);
         out_proj = take((a.d + int8) * C), local_proj = take((a.C + int8) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
         vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
@@ -44,7 +44,8 @@ struct Layout {
         return count[stage];
     }
 
-    // Row of token (i, j) in u and y. Direction k reads phase (row k % 2, column k / 2); even k row-major, odd k column-major.
+    // Return the row of token (i, j) in u and y. Direction k reads phase (row k % 2, column k / 2). Even k read it row-major, odd k
+    // column-major.
     int64_t place(int64_t i, int64_t j) const {
         const int64_t k = (i & 1) + 2 * (j & 1);
         return k * L + (i & 1 ? j / 2 * h + i / 2 : i / 2 * w + j / 2);

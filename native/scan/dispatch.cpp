@@ -1,7 +1,8 @@
-// Picks the best kernel that this CPU can run, once, when the library is loaded.
+// Choice of the best kernel that this CPU can run, made once, when the library is loaded.
 //
-// CPUID and XGETBV are read directly: __builtin_cpu_supports() answers 0 to everything in libraries cross-compiled with
-// ziglang 0.17.1 (silently four times slower). No function-local statics: they would need the C++ runtime.
+// The code reads CPUID and XGETBV directly: in libraries cross-compiled with ziglang 0.17.1, __builtin_cpu_supports() returns 0
+// for every feature, and the scan would run four times slower without an error. The code has no function-local statics,
+// because they would need the C++ runtime.
 #include "block_layout.h"
 
 #include <string.h>
@@ -32,10 +33,10 @@ int cpu_level() {
     if (!fma || !osxsave || !avx) return 0;
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0x06) != 0x06) return 0;  // the system saves XMM and YMM
+    if ((low & 0x06) != 0x06) return 0;  // the system must save XMM and YMM
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
-    if ((b & avx512) != avx512 || (low & 0xe6) != 0xe6) return 1;       // the system saves masks and ZMM
+    if ((b & avx512) != avx512 || (low & 0xe6) != 0xe6) return 1;       // the system must save masks and ZMM
     return c >> 11 & 1 ? 3 : 2;                                         // VNNI
 }
 #elif defined(__aarch64__)
@@ -80,7 +81,7 @@ void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->scan_til
 int64_t evm_block_workspace_bytes(const evm_block_args *a) { return Layout(*a).size * (int64_t)sizeof(float); }
 
 int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
-    return image && stage == PACK ? 0 : Layout(*a).tiles(stage);  // weights are packed once for all images
+    return image && stage == PACK ? 0 : Layout(*a).tiles(stage);  // the first image packs the weights for all images
 }
 
 void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {

@@ -1,4 +1,4 @@
-/* One EVSS block of EfficientVMamba (arXiv 2403.09977) on a CPU, fused: a C interface that knows no runtime.
+/* C interface of a fused EVSS block of EfficientVMamba (arXiv 2403.09977) on a CPU, independent of any runtime.
  *
  *   n    = LayerNorm(x)
  *   xz   = n in_proj;  x, z = its halves;  u = atrous split of SiLU(conv(x))           (2 x 2 phases, odd sizes zero-padded)
@@ -7,16 +7,17 @@
  *   local branch = local_proj(GELU(local_conv(n)))
  *   out  = x + (gate(scan branch) + gate(local branch)),  gate(t) = t * sigmoid(select(GELU(reduce(mean(LayerNorm(t))))))
  *
- * Channels last, contiguous, float32; d inner channels, N states, rank R, G gate channels; LayerNorm epsilon is 1e-5, GELU
- * the exact one. Matrices are (in, out); convolution weights are (out, in / groups, h, w). Any b, H, W and widths.
+ * Arrays are channels last, contiguous and float32. d: inner channels, N: states, R: rank of dt, G: gate channels. The epsilon of
+ * LayerNorm is 1e-5; GELU is the exact one. Matrices are (in, out); convolution weights are (out, in / groups, h, w). b, H, W
+ * and the widths may have any size.
  *
- * in_proj, out_proj and local_proj may have int8 weights and inputs quantised to uint8, computed as ONNX's QuantizeLinear,
- * DequantizeLinear and MatMul define it: q = saturate(round half to even(input / input_scale) + input_zero_point), int32
- * sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column). local_conv reads n as it is.
- * The sums are the same integers on every instruction set. C and d up to 65536.
+ * in_proj, out_proj and local_proj may have int8 weights and inputs quantised to uint8. They are then computed as ONNX's
+ * QuantizeLinear, DequantizeLinear and MatMul define: q = saturate(round half to even(input / input_scale) + input_zero_point),
+ * int32 sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column). local_conv reads the
+ * float n. The sums are the same integers on every instruction set. C and d up to 65536.
  *
- * An image is computed in EVM_BLOCK_STAGES stages, in order; the tiles of a stage are independent, so that the host
- * runtime's own thread pool can distribute them. The result does not depend on how. Nothing is allocated, nothing is thrown.
+ * An image is computed in EVM_BLOCK_STAGES stages, in order. The tiles of a stage are independent, so that the host runtime's
+ * own thread pool can distribute them; the result does not depend on the distribution. No function allocates memory or throws.
  */
 #pragma once
 #include "evm_scan.h"
@@ -28,9 +29,9 @@ extern "C" {
 enum { EVM_BLOCK_DIRECTIONS = 4, EVM_BLOCK_STAGES = 8 };
 
 typedef struct {
-    const int8_t *weight;  /* laid out as the float layer's; -128 too */
-    const float *scale;    /* of each output channel */
-    float input_scale;     /* positive, its inverse finite */
+    const int8_t *weight;  /* same layout as the weight of the float layer; -128 is allowed */
+    const float *scale;    /* scale of the weights of each output channel */
+    float input_scale;     /* positive, with a finite inverse */
     uint8_t input_zero_point;
 } evm_int8_linear;
 
@@ -50,24 +51,28 @@ typedef struct {
     const float *gate_reduce_weight, *gate_reduce_bias; /* (C, G), (G) */
     const float *gate_select_weight, *gate_select_bias; /* (G, C), (C) */
     float *out;                                   /* (b, H, W, C) */
-    /* What the scan read and wrote, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
+    /* Inputs and output of the scan, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
     float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
-    float *workspace; /* evm_block_workspace_bytes, aligned to 64 bytes; its contents need not be kept between calls */
+    float *workspace; /* evm_block_workspace_bytes bytes, aligned to 64; the contents need not be kept between calls */
     int64_t b, H, W, C, d, N, R, G;
-    /* Instead of in_proj, out_proj and local_proj_weight, all three of them. In a float block their weights are null. */
+    /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three. In a float block their weights are null. */
     evm_int8_linear in_proj_int8, out_proj_int8, local_proj_int8;
 } evm_block_args;
 
+/* Size of the workspace in bytes. */
 EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);
+/* Number of tiles of one stage of one image. */
 EVM_API int64_t evm_block_num_tiles(const evm_block_args *args, int64_t image, int stage);
+/* Compute one tile of one stage of one image. Tiles of the same stage may run in any order, in any threads. */
 EVM_API void evm_block_run_tile(const evm_block_args *args, int64_t image, int stage, int64_t tile);
 
-/* Hosts call it before each stage of an image, and with EVM_BLOCK_STAGES after the last. Without a trace a comparison. */
+/* Mark the time between stages, for evm_block_trace. The host calls it before each stage of an image, and with EVM_BLOCK_STAGES
+ * after the last stage. Without a trace it costs one comparison. */
 EVM_API void evm_block_mark(int stage);
 
-/* Where the time of blocks goes: from now on what each stage takes is written to `ticks`, (rows, EVM_BLOCK_STAGES), a row for
- * each image of each block, in order, until it is full. In ticks of the CPU's constant counter, 0 where none is known. With
- * rows = 0 it ends. While it is on, one block at a time. */
+/* Start a trace: from now on the time of each stage is written to `ticks`, (rows, EVM_BLOCK_STAGES), one row for each image of
+ * each block, in order, until the array is full. The unit is ticks of the CPU's constant counter; 0 where the counter is unknown.
+ * rows = 0 ends the trace. During a trace only one block may run at a time. */
 EVM_API void evm_block_trace(uint64_t *ticks, int64_t rows);
 
 #ifdef __cplusplus

@@ -1,10 +1,10 @@
-/* The selective scan (Mamba-1) on a CPU: a C interface that knows no runtime.
+/* C interface of the selective scan (Mamba-1) on a CPU, independent of any runtime.
  *
  *   dt = softplus(delta + bias);  h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = <C_t, h_t> + skip u_t
  *
- * Channels last, contiguous, float32. Work is cut into independent tiles (up to 48 channels of one direction of one image), so
- * that the host runtime's own thread pool can distribute them. Any b, K, L, D, N, none of them a multiple of anything.
- * A must not be positive: A = -exp(A_log) never is. Nothing is allocated, nothing is thrown.
+ * Arrays are channels last, contiguous and float32. Work is cut into independent tiles (up to 48 channels of one direction of one
+ * image), so that the host runtime's own thread pool can distribute them. b, K, L, D and N may have any size.
+ * A must not be positive; A = -exp(A_log) never is. No function allocates memory or throws.
  */
 #pragma once
 #include <stdint.h>
@@ -28,13 +28,15 @@ typedef struct {
     int64_t b, K, L, D, N;
 } evm_scan_args;
 
-/* Tiles of a problem; evm_scan_run_tile may be called for each of them from any thread. */
+/* Number of tiles of a scan. */
 EVM_API int64_t evm_scan_num_tiles(const evm_scan_args *args);
+/* Compute one tile. Tiles may run in any order, in any threads. */
 EVM_API void evm_scan_run_tile(const evm_scan_args *args, int64_t tile);
 
-/* The instruction set in use: "avx512vnni", "avx512", "avx2", "neon" or "base". */
+/* Name of the instruction set in use: "avx512vnni", "avx512", "avx2", "neon" or "base". */
 EVM_API const char *evm_scan_isa(void);
-/* Choose one by name, NULL for the best. Returns 0, and changes nothing, where it is not built or this CPU lacks it. */
+/* Choose an instruction set by name, NULL for the best. Returns 0 and changes nothing if the library does not contain the
+ * instruction set or this CPU lacks it. */
 EVM_API int evm_scan_force_isa(const char *name);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// Small matrix products: rows of activations, wherever they lie, times packed weights; in float32, or exact in integers.
+// Small matrix products: rows of activations, given by pointers, times packed weights, in float32 or exactly in integers.
 //
 // Weights (K, columns) are packed into panels of up to three vectors of columns, K rows each, so that the inner loop reads
 // them in order; columns are padded with zeros. The micro-kernel keeps EVM_ACCUMULATORS vectors of results in registers.
@@ -9,9 +9,10 @@ namespace {
 
 inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : vectors_left < 3 ? (int)vectors_left : 3; }
 
-// What products are computed in: Element, an activation; Partial, a vector of columns' sums in registers; Sum, their totals;
-// DEPTH, rows of weights that one vector of a panel holds, and of a row's elements that are read at once; START, whether a
-// panel begins with what its sums start from; piece(), how deep partial sums stay exact. Base: of those who derive from it.
+// Arithmetic of a product. Element: type of an activation. Partial: vector of partial sums, one per column, in registers.
+// Sum: vector of total sums. DEPTH: rows of weights in one vector of a panel, and elements of a row read at once. START: whether
+// a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class
+// itself, for classes derived from it.
 struct Floats {
     typedef Floats Base;
     typedef float Element;
@@ -25,13 +26,13 @@ struct Floats {
 };
 
 #if defined(__AVX512VNNI__)
-// uint8 activations, int8 weights, int32 sums; none saturates.
+// Products of uint8 activations and int8 weights with int32 sums; no intermediate result saturates.
 struct Integers {
     typedef Integers Base;
     typedef uint8_t Element;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 4;
-    static constexpr bool START = true;  // minus the zero point times the sum of a column's weights
+    static constexpr bool START = true;  // start value: minus the zero point times the sum of the column's weights
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *panel) { return bits_of(load(panel)); }
     static Partial add(Partial sum, const uint8_t *row, vec weights) {
@@ -40,14 +41,14 @@ struct Integers {
         return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)bits_of(weights));
     }
     static Sum total(Partial sum) { return sum; }
-    // Round to even; `values` are less the zero point, and in range with it.
+    // Store `values` plus the zero point, rounded to even. The results must be in the range of uint8.
     static void store_rounded(uint8_t *to, vec values, int32_t zero_point) {
         const ivec q = bits_of(values + ROUND) + zero_point;  // the bits of ROUND end in a byte of zeros
         _mm_storeu_si128((__m128i *)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)q));
     }
 };
 #else
-// The same sums from integers held in floats: activations less their zero point, of up to 255, times weights of up to 128.
+// The same sums, computed with integers in floats: activations minus the zero point (up to 255) times weights (up to 128).
 struct Integers : Floats {
     typedef Integers Base;
     typedef ivec Sum;
@@ -57,7 +58,7 @@ struct Integers : Floats {
 };
 #endif
 
-// weight(k, column) for column < columns -> packed, K x (columns rounded up to vectors).
+// Pack weight(k, column), column < columns, into `packed`: `depth` rows of `columns` columns rounded up to whole vectors.
 template <class Weight>
 void pack(float *packed, int64_t depth, int64_t columns, Weight weight) {
     const int64_t vectors = (columns + LANES - 1) / LANES;
@@ -71,7 +72,7 @@ void pack(float *packed, int64_t depth, int64_t columns, Weight weight) {
     }
 }
 
-// The same for Integers: `weight` is an int8_t. One row more at most.
+// Pack int8_t weight(k, column) for Integers. The result has at most one row more than that of pack().
 template <class Weight>
 void pack_integers(float *packed, int64_t depth, int64_t columns, int zero_point, Weight weight) {
 #if defined(__AVX512VNNI__)
@@ -101,7 +102,7 @@ void pack_integers(float *packed, int64_t depth, int64_t columns, int zero_point
 #endif
 }
 
-// The sums of a few rows and one panel. A function of its own, so that all registers are here for it, and to be compiled once.
+// Compute the sums of a few rows and one panel. The function is not inlined, so that it has all registers and is compiled once.
 template <class Numbers, int WIDTH, int ROWS>
 __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *const *rows, int64_t depth, const float *panel,
                                              typename Numbers::Sum (*sums)[WIDTH]) {
@@ -148,7 +149,7 @@ inline void multiply_panel(const typename Numbers::Element *const *rows, int64_t
     }
 }
 
-// For each of `count` rows of `depth` elements and each vector of columns: use(row, first column, sums).
+// Multiply `count` rows of `depth` elements by the packed weights: call use(row, first column, sums) for each vector of columns.
 template <class Numbers, class Use>
 inline void multiply(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *packed,
                      int64_t columns, Use use) {

@@ -1,11 +1,11 @@
-/* What the files compiled per instruction set share with dispatch.cpp. */
+/* Constants and functions that dispatch.cpp shares with the files compiled per instruction set. */
 #pragma once
 #include "evm_block.h"
 #include "evm_scan.h"
 
 enum {
-    EVM_PAD = 16,  /* rows of the workspace are padded to a multiple of it: one AVX-512 vector, two of AVX2, four of NEON */
-    EVM_TILE = 48, /* channels of a scan tile: rows long enough to be read well, tiles enough for eight threads */
+    EVM_PAD = 16,  /* rows of the workspace have a multiple of EVM_PAD floats: one AVX-512 vector, two of AVX2, four of NEON */
+    EVM_TILE = 48, /* channels of a scan tile: long rows for fast reads, and enough tiles for eight threads */
 };
 
 #define EVM_NAME_(function, isa) function##_##isa

@@ -1,5 +1,5 @@
-// The operators of domain evm, as every runtime has them: their inputs, how these must fit each other, and how they become the
-// kernels' arguments. An adapter brings the tensors, memory and threads of its runtime.
+// Operators of domain evm, described once for all runtimes: inputs, checks of their shapes, and conversion to the kernels'
+// arguments. The adapter of a runtime provides tensors, memory and threads.
 #pragma once
 #include "evm_block.h"
 #include "evm_scan.h"
@@ -11,12 +11,13 @@
 
 namespace evm {
 
-enum Type { FLOAT = 1, UINT8 = 2, INT8 = 3 };  // of elements, numbered as in ONNX
+enum Type { FLOAT = 1, UINT8 = 2, INT8 = 3 };  // element types, numbered as in ONNX
 
 constexpr size_t MAX_RANK = 4, MAX_INPUTS = 40;
 
-// Sizes beyond these are refused: tensors without elements can have any, and sizes of workspaces would overflow.
-constexpr int64_t LONGEST = INT32_MAX, WIDEST = 65536;  // of images, directions, rows, columns and steps; of all others
+// Largest sizes that are accepted. Tensors without elements can have any size, and the size of a workspace would overflow.
+constexpr int64_t LONGEST = INT32_MAX;  // for axes of images, directions, rows, columns and steps
+constexpr int64_t WIDEST = 65536;       // for all other axes
 
 inline int64_t limit(char axis) { return strchr("bKLHW", axis) ? LONGEST : strchr("XZ", axis) ? 3 * WIDEST : WIDEST; }
 
@@ -29,21 +30,21 @@ struct Tensor {
     const T *as() const { return static_cast<const T *>(data); }
 };
 
-// An input: its name, its axes, one letter each, and its elements' type. The first input that has a letter sets its size; a
-// digit is a size.
+// Description of an input: name, axes (one character each) and element type. A letter stands for a size, which the first input
+// with this letter sets. A digit is the size itself.
 struct Input {
     const char *name, *axes;
     Type type = FLOAT;
 };
 
-// An operator: float32 outputs, of which the first is shaped like the first input and the others are optional.
+// Description of an operator. All outputs are float32. The first output has the shape of the first input; the others are optional.
 struct Op {
     const char *name;
     const Input *inputs;
     size_t input_count, output_count;
 };
 
-// Sizes by letter, once every input has fitted.
+// Sizes of the axes by letter, filled by fit().
 class Sizes {
     int64_t size[128];
     const char *owner[128] = {};
@@ -53,7 +54,7 @@ class Sizes {
 
     int64_t operator[](char axis) const { return size[(int)axis]; }
 
-    // False, and a message, when `tensor` does not fit the inputs before it.
+    // Check that `tensor` fits `input` and the inputs checked before. If not, set `message` and return false.
     bool fit(const Op &op, const Input &input, const Tensor &tensor) {
         if (tensor.rank != strlen(input.axes)) {
             snprintf(message, sizeof message, "evm::%s: %s has rank %zu, expected %zu", op.name, input.name, tensor.rank, strlen(input.axes));
@@ -77,21 +78,22 @@ class Sizes {
         return true;
     }
 
-    // The same for all inputs.
+    // Check all inputs; see above.
     bool fit(const Op &op, const Tensor *tensors) {
         for (size_t i = 0; i < op.input_count; i++)
             if (!fit(op, op.inputs[i], tensors[i])) return false;
         return true;
     }
 
-    // The same for a size that others determine.
+    // Check a size that other sizes determine. If it is wrong, set `message` and return false.
     bool equal(const Op &op, const char *what, int64_t have, int64_t want) {
         if (have == want) return true;
         snprintf(message, sizeof message, "evm::%s: %s is %lld, expected %lld", op.name, what, (long long)have, (long long)want);
         return false;
     }
 
-    // The same for the scale of quantised values: positive, finite, and so is its inverse.
+    // Check the scale of quantised values: the scale and its inverse must be positive and finite. If not, set `message` and return
+    // false.
     bool scale(const Op &op, const char *what, float have) {
         if (have >= FLT_MIN && have <= FLT_MAX) return true;
         snprintf(message, sizeof message, "evm::%s: %s is %g, expected a positive number", op.name, what, (double)have);
@@ -101,7 +103,7 @@ class Sizes {
 
 constexpr Input SCAN_INPUTS[] = {{"u", "bKLD"}, {"delta", "bKLD"}, {"A", "KDN"}, {"B", "bKLN"}, {"C", "bKLN"}, {"skip", "KD"}, {"bias", "KD"}};
 
-// Z: 2 d. X: R + 2 N. LINEAR: name, axes, output channels.
+// Inputs of a block. Axis Z has size 2 d, axis X has size R + 2 N. LINEAR(name, axes, output channels) is a linear layer.
 #define EVM_BLOCK_INPUTS(LINEAR)                                                                                             \
     {"x", "bHWC"}, {"norm_weight", "C"}, {"norm_bias", "C"}, LINEAR("in_proj", "CZ", "Z"), {"conv_weight", "d133"},          \
     {"conv_bias", "d"}, {"x_proj", "4dX"}, {"dt_proj", "4Rd"}, {"A", "4dN"}, {"skip", "4d"}, {"dt_bias", "4d"},              \
@@ -127,7 +129,8 @@ inline constexpr Op SELECTIVE_SCAN = operator_of("SelectiveScan", SCAN_INPUTS, 1
 inline constexpr Op EVSS_BLOCK = operator_of("EVSSBlock", BLOCK_INPUTS, BLOCK_OUTPUTS);
 inline constexpr Op EVSS_BLOCK_INT8 = operator_of("EVSSBlockInt8", INT8_BLOCK_INPUTS, BLOCK_OUTPUTS);
 
-// Inputs in their order, which is that of the struct. All but outputs. False, and a message, when they do not fit.
+// Fill all fields of the scan's arguments but the outputs. The inputs have the same order as the fields. If an input does not fit,
+// set size.message and return false.
 inline bool fill(evm_scan_args &args, const Op &op, const Tensor *in, Sizes &size) {
     if (!size.fit(op, in)) return false;
     static_assert(offsetof(evm_scan_args, y) == sizeof SCAN_INPUTS / sizeof *SCAN_INPUTS * sizeof(float *), "inputs");
@@ -136,7 +139,8 @@ inline bool fill(evm_scan_args &args, const Op &op, const Tensor *in, Sizes &siz
     return true;
 }
 
-// The same for a block, float or int8. All but outputs and workspace.
+// Fill all fields of a block's arguments, float or int8, but the outputs and the workspace. If an input does not fit, set
+// size.message and return false.
 inline bool fill(evm_block_args &args, const Op &op, const Tensor *in, Sizes &size) {
     if (!size.fit(op, in)) return false;
     if (!size.equal(op, "axis 1 of in_proj", size['Z'], 2 * size['d'])) return false;
@@ -158,12 +162,12 @@ inline bool fill(evm_block_args &args, const Op &op, const Tensor *in, Sizes &si
     return true;
 }
 
-// Where output `output` of a block goes. They follow each other in the struct from scan_u on.
+// Return the field for output `output` of a block. From scan_u on, the fields have the order of the outputs.
 inline float **output_field(evm_block_args &args, size_t output) { return output == OUT ? &args.out : &args.scan_u + (output - SCAN_U); }
 
 inline bool empty(const evm_block_args &args) { return !(args.b && args.H && args.W && args.C); }
 
-// Shape of output `output` of a block, any but OUT. H or W -1: unknown.
+// Return the shape of output `output` of a block; not for OUT. H or W of -1 means unknown.
 struct Shape { int64_t dims[MAX_RANK]; };
 inline Shape scan_shape(size_t output, int64_t b, int64_t H, int64_t W, int64_t d, int64_t N) {
     const int64_t L = H < 0 || W < 0 ? -1 : (H + 1) / 2 * ((W + 1) / 2);

@@ -1,4 +1,5 @@
-// One tile of evm_scan, compiled once per instruction set: EVM_ISA (name), EVM_LANES, EVM_STATES, EVM_ACCUMULATORS.
+// Computation of one tile of evm_scan. The file is compiled once per instruction set, with the macros EVM_ISA (name), EVM_LANES,
+// EVM_STATES and EVM_ACCUMULATORS.
 #include "scan.h"
 
 extern "C" void EVM_NAME(evm_scan_tile, EVM_ISA)(const evm_scan_args *a, int64_t tile) {

@@ -1,31 +1,31 @@
-// The recurrence for some channels of one direction, shared by the scan op and the fused block.
+// Recurrence of the scan for some channels of one direction, shared by the scan op and the fused block.
 //
-// Lanes are channels, so nothing is ever summed across a vector, and a row of u, delta or y is one load. The states of one
-// vector of channels stay in registers for a block of steps; B and C are scalars that are broadcast. Softplus, dt * u and
-// skip * u are computed once per block into small buffers that stay in L1.
+// A lane of a vector is a channel, so there is no sum across a vector, and a row of u, delta or y is one load. The states of one
+// vector of channels stay in registers for a block of steps. B and C are scalars that are broadcast. Softplus, dt * u and
+// skip * u are computed once per block into small buffers that stay in the L1 cache.
 #pragma once
 #include "isa.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int STATES = EVM_STATES;  // kept in registers at once: half of the register file
+constexpr int STATES = EVM_STATES;  // states kept in registers at once: half of the register file
 constexpr int STEPS = 32, GROUP = 64;
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
 static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % EVM_LANES == 0, "vectors do not divide a tile");
 
-// One direction of one image, from one channel on. y may be u when N <= GROUP.
+// Rows of one direction of one image, from one channel on. y may be the same array as u if N <= GROUP.
 struct ScanRows {
     const float *u;
     float *y;
-    int64_t stride;               // of a step of u, delta and y
+    int64_t stride;               // floats between two steps of u, delta and y
     const float *B, *C;
-    int64_t state_stride;         // of a step of B, C and dt
-    const float *A, *skip, *bias; // of these channels: A (channels, N)
-    const float *delta;           // before softplus; null: dt_weight (R, stride) times dt
+    int64_t state_stride;         // floats between two steps of B, C and dt
+    const float *A, *skip, *bias; // constants of these channels; A is (channels, N)
+    const float *delta;           // delta before softplus; if null, delta = dt times dt_weight (R, stride)
     const float *dt, *dt_weight;
     int64_t R, L, N;
-    float *delta_out;             // where to write delta for verification, laid out as u without padding, or null
+    float *delta_out;             // output array of delta for verification, laid out as u without padding, or null
     int64_t delta_out_stride;
 };
 
@@ -40,9 +40,9 @@ struct Rows {
     int64_t stride;
 };
 
-// Advance STATES states through a block, in registers. A2: A * log2(e). stride: of a step of B and C.
-// next: what the next block will read and write in these channels, a cache line every `next.stride` floats; too far apart
-// for the hardware to see it coming, and spread over the steps so that memory works while the states do.
+// Advance STATES states through a block, in registers. A2: A * log2(e). stride: floats between two steps of B and C.
+// next: rows that the next block reads and writes in these channels. They are prefetched here because their cache lines are
+// too far apart for the hardware prefetcher; the prefetches are spread over the steps, so that memory and arithmetic overlap.
 inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
     vec h[STATES];
     for (int n = 0; n < STATES; n++) h[n] = states[n];
@@ -73,7 +73,8 @@ inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t co
     return delta;
 }
 
-// dt, dt u and what y starts from, of one vector of channels: the skip term, or what earlier states have given.
+// Compute dt, dt * u and the start value of y for one vector of channels. y starts from the skip term or, after the first group
+// of states, from the sum of the earlier groups.
 inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, bool first_group) {
     const vec bias = load_some(rows.bias + channel, count), skip = load_some(rows.skip + channel, count);
     for (int t = 0; t < block.steps; t++) {
@@ -86,13 +87,13 @@ inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t c
     }
 }
 
-// `channels` channels (at most EVM_TILE) with the states from `first` on (at most GROUP of them). The first group writes y,
-// the others add to it: N has no limit. Steps are outermost, so that memory is read and written row by row.
+// Scan `channels` channels (at most EVM_TILE) with at most GROUP states, from state `first` on. The first group writes y and the
+// later groups add to y, so that N has no limit. The loop over steps is outermost, so that memory is accessed row by row.
 void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
     constexpr int VECTORS = EVM_TILE / LANES;
     const int64_t N = rows.N;
     const int used = (int)(N - first < GROUP ? N - first : GROUP), padded = (used + STATES - 1) / STATES * STATES;
-    const bool in_place = used == padded;  // B and C can be read where they are
+    const bool in_place = used == padded;  // B and C need no padded copy
     vec A2[VECTORS][GROUP], h[VECTORS][GROUP];
     for (int v = 0; v * LANES < channels; v++)
         for (int n = 0; n < padded; n++) {

@@ -1,7 +1,7 @@
 // Vectors of EVM_LANES floats and the elementwise functions of the network, for the instruction set of the including file.
 //
-// GCC and Clang vector extensions. Everything is in the anonymous namespace, and only
-// C headers are included: an inline function with external linkage, compiled for AVX-512, could be the copy the linker keeps.
+// The code uses the vector extensions of GCC and Clang. Everything is in the anonymous namespace, and only C headers are
+// included: of an inline function with external linkage the linker keeps one copy, which could be the one compiled for AVX-512.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -24,10 +24,10 @@ inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 inline ivec bits_of(vec v) { ivec bits; memcpy(&bits, &v, sizeof bits); return bits; }
 inline vec of_bits(ivec bits) { vec v; memcpy(&v, &bits, sizeof v); return v; }
 
-// A NaN of `a` stays.
+// Elementwise maximum. A NaN in `a` stays NaN.
 inline vec largest(vec a, vec b) {
 #if defined(__AVX512F__)
-    return _mm512_maskz_max_ps(0xffff, b, a);  // GCC 12 makes a comparison and a blend of the line below
+    return _mm512_maskz_max_ps(0xffff, b, a);  // GCC 12 compiles the line below to a comparison and a blend
 #else
     return b > a ? b : a;
 #endif
@@ -41,7 +41,7 @@ inline vec smallest(vec a, vec b) {
 }
 inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
 
-inline vec load_some(const float *p, int64_t count) {  // the missing lanes are 0
+inline vec load_some(const float *p, int64_t count) {  // lanes from `count` on are 0
     if (count >= LANES) return load(p);
     float lanes[LANES] = {};
     for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
@@ -57,7 +57,7 @@ inline void store_some(float *p, vec v, int64_t count) {
 inline float sum(vec v) {
     typedef float half __attribute__((vector_size(LANES * 2)));
     typedef float quad __attribute__((vector_size(16)));
-#if defined(__AVX512F__)  // of the lines below GCC 12 makes a store that the loads have to wait for
+#if defined(__AVX512F__)  // GCC 12 compiles the lines below to a store and loads that wait for it
     half low = _mm512_maskz_extractf32x8_ps(0xff, v, 0) + _mm512_maskz_extractf32x8_ps(0xff, v, 1);
 #else
     half low, high;
@@ -66,7 +66,7 @@ inline float sum(vec v) {
     low += high;
 #endif
     quad total = {};
-    for (unsigned i = 0; i < sizeof low; i += sizeof total) {  // once or twice; of half a SSE or NEON vector, two lanes stay 0
+    for (unsigned i = 0; i < sizeof low; i += sizeof total) {  // runs once or twice; half a SSE or NEON vector leaves two lanes 0
         quad part = {};
         memcpy(&part, reinterpret_cast<const char *>(&low) + i, sizeof low < sizeof part ? sizeof low : sizeof part);
         total += part;
@@ -75,10 +75,10 @@ inline float sum(vec v) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr float ROUND = 12582912.f;  // 1.5 * 2^23, added, rounds to an integer, which is then in the low mantissa bits
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and puts the integer into the low mantissa bits
 
-// 2^t for t <= 100. t = n + r with |r| <= 1/2; 2^r = 1 + r q(r), relative error 9e-8 and exact at r = 0: a bias near decay 1
-// would add up over a long memory. The floor is 2^-100, because denormal products are slow.
+// Compute 2^t for t <= 100: t = n + r with |r| <= 1/2 and 2^r = 1 + r q(r). The relative error is 9e-8, and 0 at r = 0: an error
+// of decays near 1 would accumulate over many steps. The smallest result is 2^-100, because products of denormals are slow.
 inline vec exp2_above_floor(vec t) {
     t = largest(t, broadcast(-100.f));
     const vec shifted = t + ROUND;
@@ -92,7 +92,8 @@ inline vec exp2_above_floor(vec t) {
     return of_bits((ivec)((uvec)bits_of(p) + ((uvec)bits_of(shifted) << 23)));  // the bits of ROUND itself are shifted out
 }
 
-// max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): full relative accuracy for very negative x too, and no log.
+// Compute softplus as max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): no log, and full relative accuracy for very
+// negative x too.
 inline vec softplus(vec x) {
     const vec e = exp2_above_floor(magnitude(x) * -LOG2_E), s = e / (e + 2.f), q = s * s;
     vec p = broadcast(1.f / 13);
@@ -109,7 +110,8 @@ inline vec sigmoid_denominator(vec x) { return exp2_above_floor(smallest(x * -LO
 inline vec sigmoid(vec x) { return 1.f / sigmoid_denominator(x); }
 inline vec silu(vec x) { return x / sigmoid_denominator(x); }
 
-// max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with a polynomial for log2 of erfc. Absolute error of the second term 1e-8.
+// Compute GELU as max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with a polynomial for log2 of erfc. The absolute error of the second
+// term is 1e-8.
 inline vec gelu(vec x) {
     const vec size = magnitude(x), a = smallest(size, broadcast(5.6f));
     vec p = broadcast(-1.90098626e-6f);

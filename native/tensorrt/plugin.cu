@@ -1,7 +1,8 @@
-// evm::SelectiveScan as an IPluginV3, for TensorRT before 10.9 (JetPack 6 has 10.3). Compile it where it will run, against
-// that machine's own TensorRT headers; it links with none of TensorRT's libraries:
+// TensorRT plugin (IPluginV3) of evm::SelectiveScan, for TensorRT before 10.9 (JetPack 6 has 10.3). Compile it on the machine
+// that runs it, with that machine's TensorRT headers. The plugin links with no TensorRT library:
 //   nvcc -std=c++17 -shared -Xcompiler -fPIC -arch=sm_87 -I <TensorRT headers> plugin.cu selective_scan.cu -o libevm_tensorrt.so
-// An adapter: no arithmetic. u, delta, B, C and y are float or half together; A, skip and bias are float; all row-major.
+// The plugin is an adapter without arithmetic. u, delta, B, C and y are all float or all half; A, skip and bias are float. All
+// tensors are row-major.
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 

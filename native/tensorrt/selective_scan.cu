@@ -1,11 +1,11 @@
-// The Mamba-1 selective scan, channels last, for TensorRT: inside an engine (AOT plugin) or in a library (C++ plugin).
+// CUDA kernels of the Mamba-1 selective scan, channels last, for TensorRT: in an engine (AOT plugin) or a library (C++ plugin).
 //   u, delta, y (b, K, L, D), B, C (b, K, L, N): T is float or half;  A (K, D, N), skip, bias (K, D): float.  State: float.
 //
-// A block of 128 threads scans 8 channels of one direction, 16 steps at a time. In the recurrence a thread is one state of
-// one channel; around it, one step of one channel, so that 8 channels are one sector of memory. Sums over the states go
-// through shared memory, in rows of 17 words: whoever adds up 32 rows at once meets no bank twice.
+// A block of 128 threads scans 8 channels of one direction, 16 steps at a time. In the recurrence a thread computes one state of
+// one channel. Before and after it, a thread computes one step of one channel, so that 8 channels are one sector of memory.
+// Sums over the states go through shared memory, in rows of 17 words: 32 rows that are summed at once have no bank conflict.
 // Launch: grid (ceil(D / 8), K, b), block 128, no dynamic shared memory. Any b, K, L, D; N from 1 to 16.
-// The next tile is loaded while this one is computed. Only cuda_fp16.h is included: NVRTC has no system headers.
+// The next tile is loaded while the current one is computed. Only cuda_fp16.h is included: NVRTC has no system headers.
 #include "selective_scan.h"
 #ifndef EVM_EMULATED
 #include <cuda_fp16.h>
@@ -45,12 +45,12 @@ __device__ inline void scan(const T* u, const T* delta, const float* A, const T*
     u += sequence * L * D, delta += sequence * L * D, y += sequence * L * D;
     B += sequence * L * N, C += sequence * L * N;
 
-    const int step = thread / kChannels, channel = thread % kChannels;  // around the recurrence
-    const int state = thread % kStates, row = thread / kStates;         // in it: of channel first + row
+    const int step = thread / kChannels, channel = thread % kChannels;  // work before and after the recurrence
+    const int state = thread % kStates, row = thread / kStates;         // work in the recurrence: channel first + row
     const bool mine = first + channel < D;
     const size_t own = (size_t)direction * D + first;
     const float channel_bias = mine ? bias[own + channel] : 0.0f, channel_skip = mine ? skip[own + channel] : 0.0f;
-    const bool real = first + row < D && state < N;  // a state that is not: A = B = C = 0
+    const bool real = first + row < D && state < N;  // if false, the thread's state has A = B = C = 0
     const float a = real ? A[(own + row) * N + state] * 1.44269504088896341f : 0.0f;  // exp(x) = 2^(x log2 e)
 
     float next_u, next_delta, next_B[2], next_C[2];
@@ -71,7 +71,7 @@ __device__ inline void scan(const T* u, const T* delta, const float* A, const T*
     fetch(0);
     for (int start = 0; start < L; start += kSteps) {
         const bool inside = mine && start + step < L;
-        const float now_u = next_u, dt = inside ? softplus(next_delta + channel_bias) : 0.0f;  // 0: leaves h as it is
+        const float now_u = next_u, dt = inside ? softplus(next_delta + channel_bias) : 0.0f;  // dt = 0 keeps h
         rate[step][channel] = dt;
         inflow[step][channel] = dt * now_u;
         for (int half = 0; half < 2; half++) {

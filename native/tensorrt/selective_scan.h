@@ -1,10 +1,10 @@
-// Launch geometry and signature of the kernels in selective_scan.cu. Arguments in the order of an AOT plugin: inputs,
+// Launch geometry and signature of the kernels in selective_scan.cu. The arguments have the order of an AOT plugin: inputs,
 // integers, output.
 #pragma once
 
-constexpr int kChannels = 8;   // per block
-constexpr int kStates = 16;    // at most
-constexpr int kThreads = 128;  // per block
+constexpr int kChannels = 8;   // channels per block
+constexpr int kStates = 16;    // largest number of states N
+constexpr int kThreads = 128;  // threads per block
 
 #define EVM_SCAN_KERNEL(name, T)                                                                              \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                    \

@@ -1,6 +1,7 @@
-// Runs the CUDA kernels of native/tensorrt/selective_scan.cu, that very file, on a CPU: a fiber per thread of a block, which
-// runs up to its next __syncthreads() and hands over to its neighbour. Forwards or backwards through the block: a missing
-// barrier shows in one of the orders. Proves indices, barriers and tails; not ex2.approx, bank conflicts or speed.
+// CPU emulator of the CUDA kernels; it includes native/tensorrt/selective_scan.cu itself. Each thread of a block is a fiber, which
+// runs up to its next __syncthreads() and then yields to the next fiber. The fibers run forwards or backwards through the block: a
+// missing barrier gives wrong results in one of the orders. The emulator tests indices, barriers and tails, but not ex2.approx,
+// bank conflicts or speed.
 #include <ucontext.h>
 
 #include <cmath>

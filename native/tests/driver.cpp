@@ -1,11 +1,12 @@
-// Runs scans and blocks without any runtime: problems on stdin, results on stdout, as raw bytes.
+// Test driver that runs scans and blocks without any runtime: problems on stdin, results on stdout, as raw bytes.
 //
-//   driver [ISA] < problems > results          exit 0 ok, 2 bad usage or input, 3 something was written out of bounds
+//   driver [ISA] < problems > results          exit 0 ok, 2 bad usage or input, 3 a kernel wrote out of bounds
 //
-// A problem: int64 op (0 scan, 1 block, 2 int8 block), its dimensions as int64 and its input arrays, both in the order of
-// evm_scan_args or evm_block_args; in place of in_proj, out_proj and local_proj_weight an int8 block has the fields of
-// evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results: the outputs in the order of the struct. Outputs and workspace start as NaN,
-// so that what was forgotten shows, and lie between guard bands. Tiles run backwards, because their order must not matter.
+// A problem is: int64 op (0 scan, 1 block, 2 int8 block), the dimensions as int64 and the input arrays, both in the order of
+// evm_scan_args or evm_block_args. In place of in_proj, out_proj and local_proj_weight an int8 block has the fields of
+// evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results are the outputs in the order of
+// the struct. Outputs and workspace start as NaN, so that a value that is not written shows, and lie between guard bands. Tiles
+// run backwards, because their order must not matter.
 #include "evm_block.h"
 #include "evm_scan.h"
 
@@ -37,7 +38,7 @@ void *allocate(size_t bytes) {
 
 bool read_bytes(void *to, size_t bytes) { return fread(to, 1, bytes, stdin) == bytes; }
 
-// An array of exactly its size, so that AddressSanitizer sees reads beyond its end.
+// Read an array into an allocation of exactly its size, so that AddressSanitizer sees reads beyond the end.
 template <class T = float>
 T *read_array(int64_t count, const char *name) {
     T *data = (T *)allocate((size_t)count * sizeof(T));
@@ -48,7 +49,7 @@ T *read_array(int64_t count, const char *name) {
 constexpr int64_t GUARD = 64;  // floats; keeps the alignment
 constexpr float CANARY = 12345.f;
 
-struct Guarded {  // `count` floats, NaN, aligned to 64 bytes, between two guard bands
+struct Guarded {  // array of `count` floats, all NaN, aligned to 64 bytes, between two guard bands
     const char *name;
     void *memory;
     float *data;
@@ -64,7 +65,7 @@ struct Guarded {  // `count` floats, NaN, aligned to 64 bytes, between two guard
         ASAN_POISON_MEMORY_REGION(data + count, GUARD * sizeof(float));
     }
 
-    void finish(bool print) {  // check, write, free
+    void finish(bool print) {  // check the guard bands, write the array to stdout if `print`, free the memory
         const float *const start = data - GUARD;
         ASAN_UNPOISON_MEMORY_REGION(start, GUARD * sizeof(float));
         ASAN_UNPOISON_MEMORY_REGION(data + count, GUARD * sizeof(float));

@@ -17,7 +17,7 @@
 namespace {
 
 using Bytes = std::vector<unsigned char>;
-constexpr long long MAX_PIXELS = 178'956'970;  // Pillow's
+constexpr long long MAX_PIXELS = 178'956'970;  // limit of Pillow
 
 Bytes read_file(const std::string &path) {
     if (!std::filesystem::exists(path)) throw evm::ImageError("image " + path + " does not exist");
@@ -28,7 +28,7 @@ Bytes read_file(const std::string &path) {
     return {std::istreambuf_iterator<char>(stream), {}};
 }
 
-// A number of `size` bytes; 0 beyond the end.
+// Read a number of `size` bytes; 0 beyond the end of the file.
 unsigned number(const Bytes &bytes, size_t at, size_t size, bool little) {
     if (at > bytes.size() || size > bytes.size() - at) return 0;
     unsigned value = 0;
@@ -40,7 +40,7 @@ bool text_at(const Bytes &bytes, size_t at, const char *text, size_t size) {
     return at <= bytes.size() && size <= bytes.size() - at && std::memcmp(bytes.data() + at, text, size) == 0;
 }
 
-// The orientation (1 to 8) in the EXIF data that starts at `start`: its first directory, tag 0x0112.
+// Return the orientation (1 to 8) from the EXIF data at `start`: tag 0x0112 of the first directory.
 unsigned orientation_at(const Bytes &bytes, size_t start) {
     const bool little = text_at(bytes, start, "II", 2);
     if (!little && !text_at(bytes, start, "MM", 2)) return 1;
@@ -55,7 +55,8 @@ unsigned orientation_at(const Bytes &bytes, size_t start) {
     return 1;
 }
 
-// Walks the segments in front of a JPEG's pixels. truncated: whether no end follows them, which stb_image does not mind.
+// Read the orientation from the segments before a JPEG's pixels. truncated: whether the end marker is missing, which stb_image does
+// not report.
 unsigned jpeg_orientation(const Bytes &bytes, bool &truncated) {
     unsigned orientation = 1;
     size_t at = 2;
@@ -78,7 +79,7 @@ unsigned png_orientation(const Bytes &bytes) {
     return 1;
 }
 
-// Turned and mirrored as EXIF says.
+// Rotate and mirror an image to the EXIF orientation 1.
 RgbImage upright(const RgbImage &image, unsigned orientation) {
     if (orientation == 1) return image;
     const bool turned = orientation >= 5;

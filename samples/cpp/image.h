@@ -1,4 +1,4 @@
-// Image files as upright 8-bit RGB, as the Python package reads them.
+// Reading of image files as upright 8-bit RGB, as the Python package reads them.
 #pragma once
 #include <evm/evm.hpp>
 
@@ -12,8 +12,8 @@ struct RgbImage {
     evm::Image view() const { return {rgb.data(), width, height, 0, name}; }
 };
 
-// EXIF rotation applied, 16-bit grey scaled, alpha dropped. Raises evm::ImageError.
+// Read an image file: apply the EXIF rotation, scale 16-bit grey to 8 bits, drop alpha. Throws evm::ImageError.
 RgbImage read_image(const std::string &path);
 
-// The pixels of a JPEG into an image of its size; whether libjpeg could.
+// Decode a JPEG with libjpeg into an image of the same size. Returns false if libjpeg cannot decode it.
 bool decode_jpeg(const std::vector<unsigned char> &bytes, RgbImage &image);

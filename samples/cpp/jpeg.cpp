@@ -1,5 +1,5 @@
-// JPEGs by libjpeg, where CMake finds it: the library of Pillow and the browsers, whose pixels these are to the bit. Those of
-// stb_image are up to 2 of 255 off.
+// Decoding of JPEGs with libjpeg, if CMake finds it. Pillow and the browsers use the same library, so the pixels are equal to the
+// bit. Pixels from stb_image differ by up to 2 of 255.
 #include "image.h"
 
 #include <csetjmp>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// How libjpeg reports: it calls error_exit, which must not return.
+// Error handler of libjpeg. libjpeg calls error_exit, which must not return.
 struct Reporter {
     jpeg_error_mgr manager;
     std::jmp_buf back;
@@ -35,7 +35,7 @@ bool decode_jpeg(const std::vector<unsigned char> &bytes, RgbImage &image) {
     jpeg_read_header(&decoder, TRUE);
     const bool fits = decoder.num_components != 4 && static_cast<int>(decoder.image_width) == image.width &&
                       static_cast<int>(decoder.image_height) == image.height;
-    if (fits) {  // of four inks stb_image makes RGB, libjpeg does not
+    if (fits) {  // images with four components (CMYK) are left to stb_image, which converts them to RGB
         decoder.out_color_space = JCS_RGB;
         jpeg_start_decompress(&decoder);
         while (decoder.output_scanline < decoder.output_height) {

@@ -1,4 +1,4 @@
-// evm-classify: what evm-run does, in C++. Flags, output and exit codes are the same.
+// evm-classify: the command evm-run in C++, with the same flags, output and exit codes.
 #include "image.h"
 
 #include <algorithm>
@@ -11,8 +11,8 @@ namespace {
 constexpr const char *USAGE =
     "usage: evm-classify BUNDLE [IMAGE ..] [--top K] [--selftest] [--bench] [--threads N] [--scan auto|plugin|bundled|portable]\n"
     "                    [--plugin LIBRARY] [--device D] [--cache DIR] [--batch N] [--seconds S] [--json]\n"
-    "exit codes: 0 ok, 1 crash, 2 usage, bundle or image, 3 runtime missing, 4 self-test failed\n";
-constexpr size_t AT_ONCE = 16;  // images in memory
+    "exit codes: 0 ok, 1 internal error, 2 wrong usage, bundle or image, 3 runtime missing, 4 self-test failed\n";
+constexpr size_t AT_ONCE = 16;  // number of images in memory at the same time
 
 struct Arguments {
     std::string bundle;
@@ -63,7 +63,7 @@ Arguments parse(const std::vector<std::string> &words) {
     return args;
 }
 
-// Text and numbers as JSON has them.
+// Format a text as a JSON string.
 std::string quoted(const std::string &text) {
     std::string result = "\"";
     for (const char c : text) {

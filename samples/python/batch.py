@@ -1,7 +1,8 @@
-"""A folder of images to CSV:  python batch.py BUNDLE FOLDER > classes.csv
+"""Classify a folder of images and write a CSV table:  python batch.py BUNDLE FOLDER > classes.csv
 
-Threads read and scale images while the bundle classifies those before; an export with `--batch dynamic` or `--batch
-1:4:8` takes several in one inference. An image that cannot be read is reported and left out, and the exit code is 1.
+Threads read and scale the next images while the bundle classifies the current ones. A bundle exported with `--batch
+dynamic` or `--batch 1:4:8` runs several images in one inference. An image that cannot be read is reported on stderr and
+left out; the exit code is then 1.
 """
 
 import csv
@@ -21,6 +22,7 @@ AT_ONCE = 64
 
 
 def main(bundle: str, folder: str) -> int:
+    """Classify all images below `folder` and return the exit code."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     table = csv.writer(sys.stdout)
     table.writerow(["file", "label", "score"])
@@ -47,7 +49,7 @@ def main(bundle: str, folder: str) -> int:
 
 
 def read_ahead(pool: ThreadPoolExecutor, read: Callable[[Path], Any], paths: list[Path]) -> Iterator[dict[Path, Any]]:
-    """What `read` gives for the paths, AT_ONCE of them at a time, while the next are being read."""
+    """Yield the results of `read` for AT_ONCE paths at a time, as {path: result}; the pool already reads the next."""
     ahead: Iterator[Any] = iter(())
     for start in range(0, len(paths), AT_ONCE):
         now, ahead = ahead, pool.map(read, paths[start : start + AT_ONCE])

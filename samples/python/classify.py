@@ -1,4 +1,4 @@
-"""The best classes of an image:  python classify.py BUNDLE cat.jpg"""
+"""Print the most probable classes of an image:  python classify.py BUNDLE cat.jpg"""
 
 import sys
 

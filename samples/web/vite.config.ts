@@ -3,27 +3,27 @@ import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { defineConfig, type Plugin } from "vite";
 
-/** What a server must send: without the first two WebAssembly has one thread; a worker has no policy but the header's. */
+/** Headers that a server must send. Without the first two WebAssembly has one thread. A worker takes its policy from the header only. */
 const headers = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
   "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; object-src 'none'; base-uri 'none'; form-action 'none'",
 };
 
-/** WebGPU's half of ONNX Runtime is large: it is kept once it was used. */
+/** Files of ONNX Runtime for WebGPU. They are large, so they are cached at their first use only. */
 const LATER = /asyncify/;
 
-/** Writes into sw.js which files are to be there offline, and a version that changes with any of them. */
+/** Vite plugin that writes into sw.js the list of files for offline use, and a version that changes with any of the files. */
 function offline(): Plugin {
   let publicDir: string;
   return {
     name: "offline",
     apply: "build",
-    enforce: "post", // when the pages are there, too
+    enforce: "post", // run after the pages have been generated
     configResolved: (config) => void (publicDir = config.publicDir),
     generateBundle(_, bundle) {
       const worker = bundle["sw.js"];
-      if (worker?.type !== "chunk") throw new Error("there is no sw.js");
+      if (worker?.type !== "chunk") throw new Error("sw.js is missing in the build");
       const files = new Map<string, string | Uint8Array>();
       for (const [name, file] of Object.entries(bundle))
         if (file !== worker && !LATER.test(name)) files.set(name, file.type === "chunk" ? file.code : file.source);
@@ -44,7 +44,7 @@ function filesIn(folder: string): string[] {
 
 export default defineConfig({
   base: "./",
-  appType: "mpa", // what is not there is a 404
+  appType: "mpa", // answer 404 for missing files
   resolve: { conditions: ["onnxruntime-web-use-extern-wasm", "module", "browser", "development|production"] },
   worker: { format: "es" },
   server: { headers },

@@ -1,14 +1,15 @@
-"""Write the vectors of every SDK: images of every awkward kind, the pixels a model must be given, refused manifests.
+"""Write the test vectors of all SDKs: unusual images with the expected pixels, and manifests that must be refused.
 
     python sdk/vectors/make.py
 
-`cases` of `cases.json`: `name`; `image`, the file; `width`, `height`, of the upright image; `preprocessing`, as in a
-bundle's manifest; then `expected`, the file with the pixels (within `tolerance` of 255), or `code`, of the error that
-must be raised instead. `normalised`: [channel, y, x, value] of what a model with `--input tensor` reads. The images are
-lossless, or JPEG without subsampling, on which decoders agree.
+Entries of `cases` in `cases.json`: `name`; `image`: the file; `width` and `height` of the upright image;
+`preprocessing`: as in a bundle's manifest; `expected`: the file with the pixels that preprocessing must give, within
+`tolerance` of 255, or instead `code`: the code of the error that must be raised; `normalised`: samples [channel, y, x,
+value] of the tensor for a model with `--input tensor`. The images are lossless, or JPEG without subsampling, for which
+all decoders give the same pixels.
 
-`manifests`: changes to the manifest of a good ONNX bundle that make it a refused one: `name`; `at`, a key path;
-`value`, to be put there, or none, to remove the key; `code` and `where` of the error. `codes`: what each code means.
+Entries of `manifests`, each a change that makes the manifest of a good ONNX bundle invalid: `name`; `at`: a key path;
+`value`: the new value, or absent to remove the key; `code` and `where` of the error. `codes`: the meaning of each code.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from evm_deploy.errors import BundleError, ImageError
 from evm_deploy.export.selftest import synthetic_image
 
 HERE = Path(__file__).parent
-TOLERANCE = 1  # of 255
+TOLERANCE = 1  # largest difference of a pixel, of 255
 ORIENTATION = 0x0112  # Exif tag
 SMALL = Preprocessing((64, 64))
 GOOD = HERE.parents[1] / "reliability" / "corpus" / "manifest" / "onnx"
 CODES = {
-    "bundle.missing": "there is no folder or zip",
+    "bundle.missing": "no folder or zip exists at the path",
     "bundle.rejected": "the export failed its own checks",
-    "bundle.unfinished": "the engine is still to be built",
-    "manifest.missing": "there is no manifest.json, or it cannot be read",
-    "manifest.damaged": "manifest.json is no JSON object, or too large",
-    "manifest.version": "manifest.json is of a schema that this reader does not know",
-    "manifest.invalid": "`where`, a key path, is missing, of another type, or has a value that it cannot have",
-    "file.missing": "`where`, a file, is not there or cannot be read",
-    "file.damaged": "`where`, a file, has another hash, or is not what it must be",
-    "model.interface": "`where`, the model, has other inputs or outputs than the manifest and the labels say",
+    "bundle.unfinished": "the engine has not been built yet",
+    "manifest.missing": "manifest.json is missing or cannot be read",
+    "manifest.damaged": "manifest.json is not a JSON object, or is too large",
+    "manifest.version": "manifest.json has a newer schema version than this reader supports",
+    "manifest.invalid": "`where`, a key path, is missing, has another type, or has an invalid value",
+    "file.missing": "`where`, a file, is missing or cannot be read",
+    "file.damaged": "`where`, a file, has another hash, or invalid contents",
+    "model.interface": "`where`, the model, has inputs or outputs that do not match the manifest or the labels",
     "selftest.damaged": "`where`, a file of the self-test, cannot be read or does not belong to the model",
     "zip.damaged": "the zip cannot be unpacked",
-    "zip.refused": "`where`, a name in the zip, leaves the bundle, is a link, encrypted, there twice or a bomb",
+    "zip.refused": "`where`, a name in the zip, leaves the bundle, is a link, encrypted, a duplicate or a zip bomb",
     "image.narrow": "the image is too narrow to be cropped",
 }
-NOTHING = object()  # the key is removed
+NOTHING = object()  # marks a key that is removed
 REFUSED: list[tuple[str, tuple[object, ...]]] = [
     ("schema_version", (NOTHING, None, "1", 0, 2)),
     *((key, (NOTHING, None, 3)) for key in ("name", "target", "plan.head", "plan.input", "plan.batch", "scan.value")),
@@ -87,7 +88,7 @@ REFUSED: list[tuple[str, tuple[object, ...]]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be made of an image."""
+    """An image and the preprocessing to test with it."""
 
     name: str
     image: str
@@ -95,6 +96,7 @@ class Case:
 
 
 def save(folder: Path, name: str, image: NDArray[np.uint8] | Image.Image, orientation: int = 1) -> str:
+    """Save an image as `folder`/`name`, with an Exif orientation other than 1, and return `name`."""
     opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
     exif = Image.Exif()
     if orientation > 1:
@@ -105,7 +107,7 @@ def save(folder: Path, name: str, image: NDArray[np.uint8] | Image.Image, orient
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """Write the images into `folder`."""
+    """Write the images into `folder` and yield their cases."""
     photo = synthetic_image(117, 183, seed=1)
     odd = save(folder, "odd.png", photo)
     yield Case("square", odd)
@@ -143,14 +145,14 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def smooth(height: int, width: int) -> NDArray[np.uint8]:
-    """Colours without noise, other in every corner: JPEG and PNG make little of it."""
+    """Return an image without noise and with another colour in every corner, which JPEG and PNG compress well."""
     y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
     planes = [255 * x * (1 - y / 2), 255 * y * (1 - x / 3), 127 + 100 * np.cos(7 * x + 4 * y)]
     return np.stack(planes, -1).astype(np.uint8)
 
 
 def entry(case: Case, folder: Path) -> dict[str, Any]:
-    """Write the pixels that a case expects -> its entry of cases.json."""
+    """Write the expected pixels of a case and return its entry of cases.json."""
     path = folder / case.image
     width, height = read_rgb(path).size
     facts = {**asdict(case), "width": width, "height": height}
@@ -164,6 +166,7 @@ def entry(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def samples(preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> list[list[float]]:
+    """Return three samples [channel, y, x, value] of the normalised pixels."""
     tensor = preprocessing.normalise(pixels[None])[0]
     _, height, width = tensor.shape
     at = [(0, 0, 0), (1, height // 2, width // 3), (2, height - 1, width - 1)]
@@ -171,7 +174,7 @@ def samples(preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> list[lis
 
 
 def changed(content: dict[str, Any], at: Sequence[str | int], value: object) -> dict[str, Any]:
-    """A copy of a manifest with `value` at a key path."""
+    """Return a copy of a manifest with `value` at a key path, or without the key if `value` is NOTHING."""
     copy = json.loads(json.dumps(content))
     inner = copy
     for key in at[:-1]:
@@ -184,7 +187,7 @@ def changed(content: dict[str, Any], at: Sequence[str | int], value: object) -> 
 
 
 def manifests() -> Iterator[dict[str, Any]]:
-    """Every change of REFUSED -> its entry of cases.json."""
+    """Yield the entry of cases.json for every change in REFUSED."""
     good = json.loads(GOOD.read_text(encoding="utf-8"))
     good["selftest"] = {"preprocessing": 1, "outputs": {"logits": 1e-4}, "scans": {"large_delta": 1e-4}}
     with TemporaryDirectory() as name:
@@ -207,6 +210,7 @@ def _refusal(bundle: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    """Write all images and cases.json."""
     for old in (*HERE.glob("*.png"), *HERE.glob("*.jpg")):
         old.unlink()
     entries = [entry(case, HERE) for case in cases(HERE)]

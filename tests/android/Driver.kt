@@ -117,7 +117,7 @@ private fun selfTested(request: JsonObject): JsonElement {
     val spoil = request.string("spoil")
     val probes = recorded(good, spoil)
     Model.load(bundle, { file, _ -> if (file.name.startsWith("scan")) scans(good, spoil) else probes }).use { model ->
-        val turn = if (spoil == "image") 3 else 1
+        val turn = if (spoil == "turned") 3 else 1
         return JsonArray(model.selfTest { decoded(it).upright(turn) }.map { check ->
             buildJsonObject {
                 put("name", check.name)

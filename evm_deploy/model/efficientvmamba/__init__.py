@@ -1,1 +1,1 @@
-"""EfficientVMamba: the network and its checkpoints."""
+"""EfficientVMamba: the network and the loading of its checkpoints."""

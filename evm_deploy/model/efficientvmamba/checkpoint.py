@@ -1,4 +1,4 @@
-"""From a checkpoint to a float model: the architecture is inferred from shapes, the state dict loaded strictly."""
+"""Load an EfficientVMamba checkpoint: infer the architecture from tensor shapes, load the state dict strictly."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.network import Architecture
 
 MIN_PIXELS = 4  # one patch of the embedding
-EMBEDDING = {"patch_embed.0.weight", "patch_embed.proj.weight"}  # today's name, and one from before
+EMBEDDING = {"patch_embed.0.weight", "patch_embed.proj.weight"}  # the current name and an older one
 HEADS = {"classifier.head.weight", "head.weight"}
-# pixels in, 0.7 % of the work, hardly any bytes, and mean and std are folded into its weights later
+# The patch embedding reads pixels, does 0.7 % of the work and has few weights. Mean and std are folded into them later.
 KEEP_FLOAT = ("patch_embed.0",)
-WEIGHT_ONLY = ("classifier.head",)  # its pooled input has too few values to calibrate a range
+WEIGHT_ONLY = ("classifier.head",)  # the head's pooled input has too few values to calibrate a range
 RENAMES = (
     (re.compile(r"^patch_embed\.proj\."), "patch_embed.0."),
     (re.compile(r"^patch_embed\.norm\."), "patch_embed.2."),
@@ -35,18 +35,21 @@ RENAMES = (
 
 
 def claims(raw: RawCheckpoint) -> str | None:
-    """The task of a checkpoint that has EfficientVMamba's patch embedding. Relatives have it too: `load` names them."""
+    """Return the task of a checkpoint that has EfficientVMamba's patch embedding, else None.
+
+    Related networks have the same embedding; `load` refuses them by name.
+    """
     if not EMBEDDING & set(raw.tensors):
         return None
     return "classification" if HEADS & set(raw.tensors) else "features"
 
 
 def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
-    """An EfficientVMamba of any width and depth, the classifier or, for the head `features`, the backbone.
+    """Load an EfficientVMamba of any width and depth: the classifier or, for head `features`, the backbone.
 
-    A classification checkpoint has no `outnorm*`, so asking for its features means unit norms, as in the authors'
-    backbone, and is noted in the spec. Raises CheckpointError with every missing, unexpected and misshapen key.
-    Source: spec, sections 7 to 9.
+    A classification checkpoint has no `outnorm*` weights. For head `features` these norms get weight 1 and bias 0, as
+    in the authors' backbone, and the spec gets a note. Raises CheckpointError with every missing, unexpected and
+    misshapen key. Source: spec, sections 7 to 9.
     """
     import torch
 
@@ -56,7 +59,9 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
     arch = infer_architecture(path, raw.tensors)
     features = options.head == "features"
     if not features and not arch.num_classes:
-        raise CheckpointError(f"checkpoint {path} has no classifier head", "export its maps with --head features")
+        raise CheckpointError(
+            f"checkpoint {path} has no classifier head", "export its feature maps with --head features"
+        )
     with torch.device("meta"):
         model: nn.Module = EfficientVMambaBackbone(arch) if features else EfficientVMamba(arch)
     expected = model.state_dict()
@@ -98,7 +103,7 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: Loa
 
 
 def _blocks(model: nn.Module) -> Iterator[str]:
-    """layers.0.blocks.0 .. and layers.0.downsample of the stages that scan; layers.2.0, layers.2.1 .. of the others."""
+    """Yield block paths: layers.0.blocks.0 .. and layers.0.downsample of scan stages, layers.2.0 .. of the others."""
     for path, stage in model.get_submodule("layers").named_children():
         for name, child in stage.named_children():
             inner = [f"{name}.{each}" for each, _ in child.named_children()] if name == "blocks" else [name]
@@ -106,14 +111,17 @@ def _blocks(model: nn.Module) -> Iterator[str]:
 
 
 def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
-    """Widths, depths, classes, d_state and dt_rank from keys and shapes. Raises CheckpointError with the reason."""
+    """Infer widths, depths, number of classes, d_state and dt_rank from keys and shapes.
+
+    Raises CheckpointError if the tensors belong to a related network or if blocks are missing.
+    """
     from evm_deploy.model.efficientvmamba.network import Architecture
 
     _refuse_relatives(path, tensors)
     stem = tuple(tensors["patch_embed.0.weight"].shape)
     if len(stem) != 4 or stem[1:] != (3, 4, 4) or stem[0] < 8:
         raise CheckpointError(
-            f"checkpoint {path}: patch_embed.0.weight is {list(stem)}, supported is [dim >= 8, 3, 4, 4]"
+            f"checkpoint {path}: patch_embed.0.weight has shape {list(stem)}, supported: [dim >= 8, 3, 4, 4]"
         )
     dim = stem[0]
     depths = (
@@ -141,7 +149,7 @@ def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
 
 
 def _refuse_relatives(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Name what the file is, when it is a relative of EfficientVMamba or something else altogether."""
+    """Raise CheckpointError, with the network's name, if the tensors are of a related network."""
     signs = (
         (r"layers\.2\.blocks\.", "plain VMamba (scan blocks in stage 2)"),
         (r"layers\.\d\.blocks\.\d+\.(norm2|mlp)\.", "a variant with an MLP in its blocks"),
@@ -161,7 +169,7 @@ def _count(path: Path, tensors: Iterable[str], pattern: str, first: int) -> int:
 
 
 def _fit_to_head(raw: RawCheckpoint, expected: dict[str, Tensor], features: bool) -> None:
-    """Drop what the other head needs; give a classification checkpoint the unit norms that `features` asks for."""
+    """Drop the tensors of the other head; add unit norms where head `features` needs them and the file has none."""
     import torch
 
     other = "classifier." if features else "outnorm"
@@ -190,7 +198,9 @@ def _check_strictly(path: Path, tensors: dict[str, Tensor], expected: dict[str, 
         if keys
     ]
     if problems:
-        raise CheckpointError(f"checkpoint {path} does not fit the network its shapes describe; " + "; ".join(problems))
+        raise CheckpointError(
+            f"checkpoint {path} does not fit the network that its shapes describe: " + "; ".join(problems)
+        )
 
 
 def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
@@ -206,13 +216,15 @@ def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
         counter = key.endswith("num_batches_tracked")
         value = tensor.to(torch.int64 if counter else torch.float32).contiguous()
         if not counter and (odd := _odd_values(key, value)):
-            raise CheckpointError(f"checkpoint {path}: {key} {odd}", "the training run diverged there")
+            raise CheckpointError(
+                f"checkpoint {path}: {key} {odd}", "the training run diverged; use a checkpoint from before that"
+            )
         state[key] = value
     return state
 
 
 def _odd_values(key: str, value: Tensor) -> str:
-    """What makes every output of the network NaN, or nothing."""
+    """Describe values of a weight that would make every output NaN; an empty string if there are none."""
     import torch
 
     if not torch.isfinite(value).all():
@@ -220,17 +232,19 @@ def _odd_values(key: str, value: Tensor) -> str:
     if key.endswith(".running_var") and (value < 0).any():
         return "holds negative variances"
     if key.endswith(".A_logs") and not torch.isfinite(value.exp()).all():
-        return f"reaches {value.max():.4g}: its exp is Inf"
+        return f"reaches {value.max():.4g}, whose exp is Inf"
     return ""
 
 
 def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
-    """Sparse, quantised and complex tensors, and views that would unfold into more memory than the file holds."""
+    """Raise CheckpointError for a sparse, quantised or complex tensor, or a view larger than its storage."""
     import torch
 
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
     if not plain:
-        raise CheckpointError(f"checkpoint {path}: {key} is {tensor.dtype}, {tensor.layout}; expected plain floats")
+        raise CheckpointError(
+            f"checkpoint {path}: {key} is {tensor.dtype}, {tensor.layout}; expected a dense float tensor"
+        )
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         raise CheckpointError(f"checkpoint {path}: {key} claims more values than the file holds")
 

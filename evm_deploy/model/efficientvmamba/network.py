@@ -1,8 +1,8 @@
 """EfficientVMamba (arXiv 2403.09977), written for export: MatMul projections, reshape + permute scans, channels last.
 
-`state_dict()` has exactly the keys of the authors' checkpoints. Inference only: no dropout, no drop path.
-Activations are NHWC in stages 0 and 1, NCHW inside stages 2 and 3; no tensor has more than 5 axes, which is all that
-Core ML takes. Written from the architecture description alone.
+`state_dict()` has exactly the keys of the authors' checkpoints. The network is for inference only: it has no dropout
+and no drop path. Activations are NHWC in stages 0 and 1, and NCHW inside stages 2 and 3. No tensor has more than
+5 axes, the limit of Core ML. The code is written from the architecture description alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ DIRECTIONS = 4  # one per phase of the 2 x 2 atrous grid
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a checkpoint say. `dim`: channels of the patch embedding; `num_classes` 0: no head."""
+    """Sizes of a network, inferred from a checkpoint's shapes.
+
+    dim: channels of the patch embedding. num_classes: 0 if there is no classifier head.
+    """
 
     dim: int
     depths: tuple[int, int, int, int]
     num_classes: int
-    dt_ranks: tuple[int, int]  # of stages 0 and 1; ceil(C / 16) in every released model
+    dt_ranks: tuple[int, int]  # rank of dt in stages 0 and 1; ceil(C / 16) in every released model
     d_state: int = 16
 
     @property
@@ -38,34 +41,37 @@ class Architecture:
 
     @property
     def variant(self) -> str:
-        """`tiny`, `small`, `base` when the widths and depths are the published ones, else `custom`."""
+        """Name of the published size (`tiny`, `small`, `base`) with these widths and depths, else `custom`."""
         published = {(48, (2, 2, 4, 2)): "tiny", (64, (2, 2, 4, 2)): "small", (96, (2, 2, 9, 2)): "base"}
         return published.get((self.dim, self.depths), "custom")
 
 
 def to_nchw(x: Tensor) -> Tensor:
+    """Permute (b, H, W, C) -> (b, C, H, W)."""
     return x.permute(0, 3, 1, 2)
 
 
 def to_nhwc(x: Tensor) -> Tensor:
+    """Permute (b, C, H, W) -> (b, H, W, C)."""
     return x.permute(0, 2, 3, 1)
 
 
 class Permute(nn.Module):
-    """A parameterless slot that keeps the authors' numbering of modules."""
+    """Permutation of axes as a module without parameters; keeps the numbers of the authors' modules."""
 
     def __init__(self, *order: int) -> None:
         super().__init__()
         self.order = order
 
     def forward(self, x: Tensor) -> Tensor:
+        """Permute the axes of x to `order`."""
         return x.permute(self.order)
 
 
 def split_directions(x: Tensor) -> Tensor:
-    """Atrous split: (b, d, H, W), H and W even -> (b, 4, L, d) with L = H W / 4.
+    """Split a map into four scan sequences (atrous): (b, d, H, W), H and W even -> (b, 4, L, d), L = H W / 4.
 
-    Direction k reads phase (row k % 2, column k // 2) of the 2 x 2 grid; even k row-major, odd k column-major.
+    Direction k reads phase (row k % 2, column k // 2) of the 2 x 2 grid. Even k read it row-major, odd k column-major.
     """
     b, d, H, W = x.shape
     x = x.reshape(b, d, H // 2, 2, W)
@@ -76,7 +82,10 @@ def split_directions(x: Tensor) -> Tensor:
 
 
 def merge_directions(y: Tensor, H: int, W: int) -> Tensor:
-    """The inverse of `split_directions`: (b, 4, L, d) -> (b, H, W, d), H and W even."""
+    """Merge four scan sequences into a map, the inverse of `split_directions`: (b, 4, L, d) -> (b, H, W, d).
+
+    H and W are even.
+    """
     b, d = y.shape[0], y.shape[3]
     h, w = H // 2, W // 2
     y = y.reshape(b, 2, 2, h * w, d)
@@ -103,6 +112,7 @@ class ES2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, n: Tensor) -> Tensor:
+        """Compute in_proj, depthwise convolution, scan in four directions, out_norm, gate and out_proj."""
         H, W = n.shape[1:3]
         x, z = self.in_proj(n).chunk(2, dim=-1)
         x = F.silu(self.conv2d(to_nchw(x)))
@@ -114,7 +124,10 @@ class ES2D(nn.Module):
         return out
 
     def scan(self, u: Tensor) -> Tensor:
-        """Project u (b, 4, L, d) to delta, B, C and run the selective scan; float32 inside whatever u is."""
+        """Project u (b, 4, L, d) to delta, B and C and run the selective scan -> (b, 4, L, d).
+
+        The scan computes in float32; the result has the dtype of u.
+        """
         projected = torch.matmul(u, self.x_proj_weight.transpose(1, 2))
         dt, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))
@@ -123,13 +136,13 @@ class ES2D(nn.Module):
         return y.to(u.dtype)
 
     def scan_constants(self) -> tuple[Tensor, Tensor]:
-        """A (4, d, N), negative, and skip (4, d), float32."""
+        """Return A (4, d, N), negative, and skip (4, d), both float32."""
         A = -torch.exp(self.A_logs.float()).reshape(DIRECTIONS, -1, self.d_state)
         return A, self.Ds.float().reshape(DIRECTIONS, -1)
 
 
 class Gate(nn.Module):
-    """Channel gate of an EVSS block: (b, H, W, C) scaled by a vector computed from its normalised tokens."""
+    """Channel gate of an EVSS block: scales (b, H, W, C) by one factor per channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -138,13 +151,14 @@ class Gate(nn.Module):
         self.channel_select = nn.Linear(dim // 8, dim)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Multiply t by sigmoid(channel_select(GELU(global_reduce(mean of the normalised tokens))))."""
         g = self.norm(t).mean((1, 2), keepdim=True)
         gated: Tensor = t * torch.sigmoid(self.channel_select(F.gelu(self.global_reduce(g))))
         return gated
 
 
 class EVSSBlock(nn.Module):
-    """Scan branch and convolution branch over the same normalised input, both gated by one shared gate."""
+    """EVSS block: a scan branch and a convolution branch read the same normalised input and share one gate."""
 
     def __init__(self, dim: int, dt_rank: int, d_state: int) -> None:
         super().__init__()
@@ -156,13 +170,14 @@ class EVSSBlock(nn.Module):
         self.se = Gate(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x plus both gated branches, (b, H, W, C)."""
         n = self.norm(x)
         local = to_nhwc(self.conv_branch(to_nchw(n)))
         out: Tensor = x + (self.se(self.op(n)) + self.se(local))
         return out
 
     def fused_op(self) -> FusedOp:
-        """The whole block as evm::EVSSBlock (native/scan/evm_block.h), its BatchNorm folded."""
+        """Return the whole block as the op evm::EVSSBlock (native/scan/evm_block.h), with BatchNorm folded."""
         op, gate, (local_conv, local_norm, _, local_proj) = self.op, self.se, self.conv_branch
         local_weight, local_bias = folded_modules(local_conv, local_norm)
         A, skip = op.scan_constants()
@@ -201,7 +216,7 @@ class EVSSBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve H and W, double the channels; odd sizes are zero-padded at the bottom and right. NHWC."""
+    """Patch merging, NHWC: halves H and W, doubles the channels; pads odd sizes with zeros, bottom and right."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -209,6 +224,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (b, H, W, C) -> (b, ceil(H / 2), ceil(W / 2), 2 C)."""
         b, H, W, C = x.shape
         if H % 2 or W % 2:
             x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
@@ -227,12 +243,13 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(dim // 8, dim, 1)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Scale the channels of h (b, C, H, W) by factors computed from their means."""
         g = F.relu(self.conv_reduce(h.mean((2, 3), keepdim=True)))
         return h * torch.sigmoid(self.conv_expand(g))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up, depthwise 3x3, squeeze-excite, 1x1 down, residual; NCHW, hidden width 4 C, ReLU."""
+    """Inverted residual, NCHW: 1x1 up to 4 C, depthwise 3x3, squeeze-excite, 1x1 down to C, residual; ReLU."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -245,12 +262,13 @@ class InvertedResidual(nn.Module):
         self.conv_pw2 = nn.Sequential(nn.Conv2d(hidden, dim, 1, bias=False), nn.BatchNorm2d(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (b, C, H, W) -> (b, C, H, W)."""
         out: Tensor = x + self.conv_pw2(self.se(self.conv_dw(self.conv_pw(x))))
         return out
 
 
 class ScanStage(nn.Module):
-    """Stages 0 and 1: EVSS blocks. `forward` gives the map that the downsampling reads."""
+    """Stages 0 and 1: EVSS blocks and a downsampling, which `forward` leaves to `Trunk.maps`."""
 
     def __init__(self, dim: int, depth: int, dt_rank: int, d_state: int) -> None:
         super().__init__()
@@ -258,13 +276,14 @@ class ScanStage(nn.Module):
         self.downsample = PatchMerging(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks, without the downsampling: (b, H, W, C) -> (b, H, W, C)."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 class ConvStage(nn.Sequential):
-    """Stages 2 and 3: permute, inverted residuals, permute, and in stage 2 the downsampling, as one numbered list."""
+    """Stages 2 and 3 as one numbered list: permute, inverted residuals, permute and, in stage 2, the downsampling."""
 
     def __init__(self, dim: int, depth: int, *, downsample: bool) -> None:
         blocks: list[nn.Module] = [InvertedResidual(dim) for _ in range(depth)]
@@ -273,17 +292,19 @@ class ConvStage(nn.Sequential):
         self.depth = depth
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the residuals, without the downsampling: (b, H, W, C) -> (b, H, W, C)."""
         for module in list(self)[: self.depth + 2]:
             x = module(x)
         return x
 
     @property
     def downsample(self) -> nn.Module | None:
+        """Downsampling after the stage, or None for the last stage."""
         return self[self.depth + 2] if len(self) > self.depth + 2 else None
 
 
 class Classifier(nn.Module):
-    """LayerNorm on every position, then the mean over the map, then the linear head. (b, H, W, C) -> (b, classes)."""
+    """Classifier head: LayerNorm of every position, mean over the map, linear layer."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -291,6 +312,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (b, H, W, C) -> logits (b, classes)."""
         out: Tensor = self.head(self.norm(x).mean((1, 2)))
         return out
 
@@ -315,7 +337,10 @@ class Trunk(nn.Module):
         )
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The four stages' maps before their downsampling, NHWC, strides 4, 8, 16, 32. x: (b, 3, H, W) normalised."""
+        """Return the maps of the four stages before downsampling, NHWC, with strides 4, 8, 16 and 32.
+
+        x: normalised images (b, 3, H, W).
+        """
         x = self.patch_embed(x)
         maps = []
         for stage in self.layers:
@@ -326,19 +351,20 @@ class Trunk(nn.Module):
 
 
 class EfficientVMamba(Trunk):
-    """The classifier: (b, 3, H, W) float32, normalised, H and W at least 4 -> logits (b, classes)."""
+    """EfficientVMamba classifier. Source: arXiv 2403.09977."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__(arch)
         self.classifier = Classifier(arch.dims[3], arch.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images (b, 3, H, W), float32, H and W at least 4 -> logits (b, classes)."""
         out: Tensor = self.classifier(self.maps(x)[-1])
         return out
 
 
 class EfficientVMambaBackbone(Trunk):
-    """Four normalised feature maps, NCHW, strides 4 to 32: what detection and segmentation heads take."""
+    """EfficientVMamba backbone for detection and segmentation heads: returns four normalised feature maps."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__(arch)
@@ -346,4 +372,5 @@ class EfficientVMambaBackbone(Trunk):
             self.add_module(f"outnorm{i}", nn.LayerNorm(dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map normalised images (b, 3, H, W) -> four maps (b, C, h, w) with strides 4, 8, 16 and 32."""
         return tuple(to_nchw(self.get_submodule(f"outnorm{i}")(m)) for i, m in enumerate(self.maps(x)))

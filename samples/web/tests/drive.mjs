@@ -1,9 +1,10 @@
 /**
- * Drives the built page in Chromium for tests/test_web.py: a line of JSON in, {scenario, ...what it needs}, a line out.
+ * Test driver that runs the built page in Chromium for tests/test_web.py. It reads one line of JSON for each scenario,
+ * {scenario, ...arguments}, and writes one line of JSON with the answer.
  *
  *     node tests/drive.mjs URL
  *
- * Every scenario has a profile of its own, and its answer says what the console said and which addresses were asked.
+ * Every scenario has its own browser profile. The answer includes the console messages and the requested addresses.
  */
 
 import { readFileSync } from "node:fs";
@@ -20,7 +21,7 @@ const FLAGS = [
 const GPU_FLAGS = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
 
 const scenarios = {
-  /** The page with its built-in bundle: images to what it shows of them, then self-test and benchmark. */
+  /** Classify images on the page with its built-in bundle, then run the self-test and the benchmark; return the results. */
   async page(page, { images }) {
     await ready(page);
     const answers = [];
@@ -30,7 +31,7 @@ const scenarios = {
     return { answers, checks, latency, conditions: await page.textContent("#conditions") };
   },
 
-  /** Bundles given to the page one after the other: `folder` chosen, `zip` dropped; each with a self-test. */
+  /** Give several bundles to the page, one after another: choose `folder`, drop `zip`; run the self-test of each. */
   async replaced(page, { bundles, image }) {
     await ready(page);
     const seen = [];
@@ -47,7 +48,7 @@ const scenarios = {
     return { seen };
   },
 
-  /** What the page says of files that are no images; then a good one. */
+  /** Give files that are not images to the page and return its messages; then classify a good image. */
   async problems(page, { images, good }) {
     await ready(page);
     const said = [];
@@ -60,10 +61,10 @@ const scenarios = {
     return { said, answer: await classified(page, good), problem: await page.isVisible("#problem") };
   },
 
-  /** Loaded once, then without a network: reload, classify, self-test. */
+  /** Load the page once, switch the network off, reload, classify an image and run the self-test. */
   async offline(page, { image }) {
     await ready(page);
-    await page.waitForFunction(() => document.getElementById("offline").textContent === "Kept for offline use");
+    await page.waitForFunction(() => document.getElementById("offline").textContent === "Available offline");
     await page.context().setOffline(true);
     const gone = await page.evaluate(() => fetch("not-kept").then(() => false, () => true));
     await page.reload();
@@ -73,7 +74,7 @@ const scenarios = {
     return { gone, answer, checks, caches: await page.evaluate(() => caches.keys()) };
   },
 
-  /** The camera (Chromium's own test image): started, seen, stopped. By keyboard alone. */
+  /** Start the camera (Chromium's test image), read the result, stop the camera, all by keyboard. */
   async camera(page) {
     await ready(page);
     const asked = await page.evaluate(() => document.getElementById("video").srcObject !== null);
@@ -88,7 +89,7 @@ const scenarios = {
     return { asked, first, later, state: await track.evaluate((each) => each.readyState), pressed: await page.getAttribute("#camera", "aria-pressed") };
   },
 
-  /** Whether the page's policy refuses what it should, and the page is what a screen reader needs. */
+  /** Test the page's content security policy, and that the page has the names that a screen reader needs. */
   async policy(page) {
     await ready(page);
     return page.evaluate(async () => {
@@ -103,7 +104,7 @@ const scenarios = {
     });
   },
 
-  /** An image of the page after a classification and a self-test. */
+  /** Take a screenshot of the page after a classification and a self-test. */
   async screenshot(page, { image, file, scheme, width, height }) {
     await page.emulateMedia({ colorScheme: scheme });
     await page.setViewportSize({ width, height });
@@ -117,7 +118,7 @@ const scenarios = {
     return page.evaluate(() => ({ scroll: document.documentElement.scrollWidth, width: innerWidth }));
   },
 
-  /** The page as asked by its address: what it runs on, or says instead. */
+  /** Open the page with a query; return the provider that it shows, or its error. */
   async asked(page, { query }) {
     await page.goto(URL_OF_PAGE + query);
     await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
@@ -129,7 +130,7 @@ const scenarios = {
     return { problem, conditions: await page.textContent("#conditions") };
   },
 
-  /** WebGPU on an adapter in software, and what the page does by itself where there is no other. */
+  /** Run WebGPU on a software adapter; also return the provider that the page chooses if there is no other adapter. */
   async gpu(page, { images }) {
     await page.goto(URL_OF_PAGE + "?provider=webgpu");
     await enabled(page);
@@ -141,7 +142,7 @@ const scenarios = {
     return { conditions, answers, checks, "by itself": await page.textContent("#conditions") };
   },
 
-  /** The example of docs/embed/web.md: what it writes. */
+  /** Run the example of docs/embed/web.md and return its output. */
   async example(page, { image }) {
     await page.goto(URL_OF_PAGE + "example.html");
     await page.setInputFiles("input", image);
@@ -149,7 +150,7 @@ const scenarios = {
     return { output: await page.textContent("output") };
   },
 
-  /** The library by itself: `code` is the body of an async function of it, `file(path)` (of the folder `files`) and `given`. */
+  /** Run `code` with the library, without the page: the body of an async function of `evm`, `file(path)` and `given`. */
   async library(page, { code, given, files }) {
     const fulfill = (route) => {
       const path = decodeURIComponent(new URL(route.request().url()).pathname.split("/files/")[1]);
@@ -174,7 +175,7 @@ async function enabled(page) {
   await page.waitForSelector("#selftest:enabled");
 }
 
-/** An image by way of the file dialogue -> the headline and the rows below it. */
+/** Choose an image in the file dialogue and return the headline and the rows below it. */
 async function classified(page, image) {
   await page.evaluate(() => document.getElementById("bars").replaceChildren());
   await page.setInputFiles("#image-input", image);
@@ -183,7 +184,7 @@ async function classified(page, image) {
   return { headline: await page.innerText("#headline"), rows, inference: await page.textContent("#inference") };
 }
 
-/** Press a button that fills a table -> its caption and rows. */
+/** Press a button that fills a table and return the caption and the rows of the table. */
 async function table(page, button, place) {
   await page.getByRole("button", { name: button }).click();
   await page.waitForSelector(`${place} table`);
@@ -213,15 +214,15 @@ async function changed(page, place) {
 
 const launch = (flags) => chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: flags });
 const browser = await launch(FLAGS);
-let library; // its page stays open
+let library; // the page of scenario `library` stays open
 
-/** A page of its own for a scenario, and what it has said and asked for so far. */
+/** Open a new page for a scenario; return it with its console messages and requested addresses so far. */
 async function opened(scenario) {
   const serviceWorkers = ["offline", "screenshot"].includes(scenario) ? "allow" : "block"; // each fetches 14 MB
   const own = scenario === "gpu" ? await launch([...GPU_FLAGS, ...FLAGS.filter((flag) => flag !== "--disable-gpu")]) : null;
   const context = await (own ?? browser).newContext({ permissions: ["camera"], serviceWorkers });
   context.on("close", () => own?.close());
-  context.setDefaultTimeout(own ? 120_000 : 60_000); // a machine may be busy, and a GPU in software is slow
+  context.setDefaultTimeout(own ? 120_000 : 60_000); // the machine may be busy, and software WebGPU is slow
   const [said, addresses] = [[], []];
   context.on("console", (message) => {
     if (!message.text().includes("blocked by Playwright")) said.push(`${message.type()}: ${message.text()}`);

@@ -14,13 +14,13 @@ namespace evm {
 namespace {
 
 constexpr std::size_t MAX_FILES = 10'000;
-constexpr std::uint64_t MAX_BYTES = std::uint64_t{4} << 30;  // unpacked
-constexpr std::uint64_t MAX_RATIO = 200;                     // of unpacked to packed, over which a file is a bomb
-constexpr std::uint64_t SMALL = 1 << 20;                     // bytes, up to which any ratio is harmless
-constexpr std::uint64_t MAX_DIRECTORY = 64 << 20;            // bytes of the list of files
+constexpr std::uint64_t MAX_BYTES = std::uint64_t{4} << 30;  // largest unpacked size of a bundle
+constexpr std::uint64_t MAX_RATIO = 200;                     // largest ratio of unpacked to packed size; more is a zip bomb
+constexpr std::uint64_t SMALL = 1 << 20;                     // files up to this size in bytes may have any ratio
+constexpr std::uint64_t MAX_DIRECTORY = 64 << 20;            // largest size of the list of files, in bytes
 constexpr const char *MANIFEST = "manifest.json";
 
-// Little-endian fields of a record.
+// Reader of the little-endian fields of a record.
 struct Record {
     const unsigned char *bytes;
     std::uint32_t u16(std::size_t at) const { return bytes[at] | bytes[at + 1] << 8; }
@@ -28,13 +28,13 @@ struct Record {
 };
 
 struct Entry {
-    std::uint64_t packed, size, offset;  // offset: of its header in the file
+    std::uint64_t packed, size, offset;  // offset: position of the entry's header in the file
     std::uint32_t method, crc;
 };
 
 class Zip : public Source {
     std::map<std::string, Entry> entries_;
-    std::string root_;  // the bundle's folder inside, with its slash
+    std::string root_;  // folder of the bundle inside the zip, with a slash; empty for the root
 
   public:
     explicit Zip(const std::filesystem::path &file) : Source(file.string()) {
@@ -46,7 +46,7 @@ class Zip : public Source {
     void read(const std::string &name, const Sink &sink) const override {
         const Entry &entry = find(name);
         std::ifstream stream = opened();
-        // The header in front of the content repeats what the directory says, with fields of its own length.
+        // The header before the content repeats the fields of the directory; its variable fields may have other lengths.
         const std::string header = block(stream, entry.offset, 30);
         const Record local{reinterpret_cast<const unsigned char *>(header.data())};
         if (local.u32(0) != 0x04034b50) throw damaged("Bad magic number for file header");
@@ -65,7 +65,7 @@ class Zip : public Source {
         std::vector<char> packed(1 << 16);
         for (std::uint64_t left = entry.packed; left > 0;) {
             const std::size_t take = static_cast<std::size_t>(std::min<std::uint64_t>(left, packed.size()));
-            if (!stream.read(packed.data(), static_cast<std::streamsize>(take))) throw damaged("it ends inside " + name);
+            if (!stream.read(packed.data(), static_cast<std::streamsize>(take))) throw damaged("the file ends inside " + name);
             if (!inflate.add(packed.data(), take, counted)) throw damaged(name + ": " + inflate.reason());
             left -= take;
         }
@@ -85,26 +85,26 @@ class Zip : public Source {
 
     std::ifstream opened() const {
         std::ifstream stream(path, std::ios::binary);
-        if (!stream) throw damaged("it cannot be opened");
+        if (!stream) throw damaged("the file cannot be opened");
         return stream;
     }
 
     BundleError damaged(const std::string &reason) const {
-        return BundleError(path + " is damaged, or no zip file: " + reason, "copy it again, whole", {"zip.damaged"});
+        return BundleError(path + " is damaged or not a zip file: " + reason, "copy the zip again", {"zip.damaged"});
     }
     BundleError refused(const std::string &name, const std::string &reason) const {
         return BundleError(path + (name.empty() ? " " : ": " + in_quotes(name) + " ") + reason, "", {"zip.refused", name});
     }
-    BundleError bomb(const std::string &name) const { return refused(name, "unpacks to over " + std::to_string(MAX_RATIO) + " times its size: a bomb"); }
+    BundleError bomb(const std::string &name) const { return refused(name, "unpacks to over " + std::to_string(MAX_RATIO) + " times its size: possible zip bomb"); }
 
     std::string block(std::ifstream &stream, std::uint64_t at, std::size_t size) const {
         std::string bytes(size, '\0');
         stream.seekg(static_cast<std::streamoff>(at));
-        if (!stream.read(bytes.data(), static_cast<std::streamsize>(size))) throw damaged("it ends too soon");
+        if (!stream.read(bytes.data(), static_cast<std::streamsize>(size))) throw damaged("the file ends too soon");
         return bytes;
     }
 
-    // The directory at the end of the file, every entry checked.
+    // Read the directory at the end of the file and check every entry.
     void list(std::ifstream &stream) {
         stream.seekg(0, std::ios::end);
         const std::uint64_t length = static_cast<std::uint64_t>(stream.tellg());
@@ -115,8 +115,8 @@ class Zip : public Source {
         const Record record{reinterpret_cast<const unsigned char *>(end.data() + at)};
         const std::size_t count = record.u16(10);
         const std::uint64_t size = record.u32(12), offset = record.u32(16);
-        // 64-bit records stand where these fields do not suffice, which is beyond all limits below
-        if (count > MAX_FILES) throw refused("", "holds " + std::to_string(count) + " files, a bundle has at most " + std::to_string(MAX_FILES));
+        // Zips that need 64-bit records are beyond the limits below, so 64-bit records are not read.
+        if (count > MAX_FILES) throw refused("", "has " + std::to_string(count) + " files; a bundle has at most " + std::to_string(MAX_FILES));
         if (offset + size > length || size > MAX_DIRECTORY) throw damaged("Bad magic number for central directory");
         const std::string directory = block(stream, offset, static_cast<std::size_t>(size));
         std::set<std::string> seen;
@@ -128,7 +128,7 @@ class Zip : public Source {
         }
     }
 
-    // One entry of the directory -> where the next one starts.
+    // Check and add one entry of the directory; return the position of the next entry.
     std::size_t add(const std::string &directory, std::size_t at, std::set<std::string> &seen, std::uint64_t &sum) {
         const Record record{reinterpret_cast<const unsigned char *>(directory.data() + at)};
         if (directory.size() - at < 46 || record.u32(0) != 0x02014b50) throw damaged("Bad magic number for central directory");
@@ -139,21 +139,21 @@ class Zip : public Source {
         const Entry entry{record.u32(20), record.u32(24), record.u32(42), record.u16(10), record.u32(16)};
         const std::uint32_t kind = record.u32(38) >> 16 & 0170000;
         if (!inside_bundle(name)) throw refused(name, "leaves the bundle");
-        if (kind != 0 && kind != 0100000) throw refused(name, "is a link or a device, a bundle has files alone");
+        if (kind != 0 && kind != 0100000) throw refused(name, "is a link or a device; only regular files are allowed");
         if (record.u16(8) & 1) throw refused(name, "is encrypted");
         if (entry.method != 0 && entry.method != 8)
             throw damaged("compression method " + std::to_string(entry.method) + " of " + name);
         std::string folded = name;
         for (char &c : folded)
             if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-        if (!seen.insert(folded).second) throw refused(name, "is there twice");
+        if (!seen.insert(folded).second) throw refused(name, "occurs twice");
         if (entry.size > std::max(SMALL, MAX_RATIO * entry.packed)) throw bomb(name);
         sum += entry.size;
         entries_[name] = entry;
         return next;
     }
 
-    // The folder with the manifest: the zip's root, or its first.
+    // Return the folder that contains the manifest: the root of the zip, or its first folder.
     std::string root() const {
         if (entries_.count(MANIFEST)) return "";
         if (!entries_.empty()) {
@@ -161,7 +161,7 @@ class Zip : public Source {
             const std::string folder = first.substr(0, first.find('/') + 1);
             if (!folder.empty() && entries_.count(folder + MANIFEST)) return folder;
         }
-        throw BundleError(path + " holds no bundle: it has no " + MANIFEST, "make one with evm-export --zip", {"manifest.missing"});
+        throw BundleError(path + " is not a bundle: no " + MANIFEST + " inside", "make one with evm-export --zip", {"manifest.missing"});
     }
 };
 
@@ -169,7 +169,7 @@ class Zip : public Source {
 
 std::unique_ptr<Source> open_zip(const std::filesystem::path &file) {
     if (!Inflate::available())
-        throw ToolchainError("the SDK was built without zlib: it opens no zip", "install zlib1g-dev and build it again, or unpack " + file.string());
+        throw ToolchainError("the SDK was built without zlib and cannot open zips", "install zlib1g-dev and build the SDK again, or unpack " + file.string());
     return std::make_unique<Zip>(file);
 }
 

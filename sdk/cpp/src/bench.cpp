@@ -8,9 +8,9 @@
 namespace evm {
 namespace {
 
-constexpr int WINDOW = 25;          // runs at least
-constexpr double WINDOW_S = 0.2;    // and seconds
-constexpr std::size_t WINDOWS = 3;  // in a row that must agree
+constexpr int WINDOW = 25;          // smallest number of runs in a window
+constexpr double WINDOW_S = 0.2;    // shortest time of a window in seconds
+constexpr std::size_t WINDOWS = 3;  // number of consecutive windows that must agree
 constexpr double AGREE = 0.05, WARM_UP_S = 0.5;
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -22,7 +22,7 @@ double percentile_of(std::vector<double> values, double q) {
     return values[i] + (at - below) * (values[next] - values[i]);
 }
 
-// Milliseconds of one window's runs; at least one, and none begun after `until`.
+// Measure the runs of one window in milliseconds: at least one run, and no run that begins after `until`.
 std::vector<double> window(const std::function<void()> &run, double until) {
     std::vector<double> times;
     const double begun = now_s();

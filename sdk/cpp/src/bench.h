@@ -1,4 +1,4 @@
-// Timing one function until its median is stable, as evm_deploy/bench/latency.py does.
+// Measurement of a function's latency until the median is stable, by the method of evm_deploy/bench/latency.py.
 #pragma once
 #include "evm/evm.hpp"
 
@@ -6,6 +6,7 @@
 
 namespace evm {
 
+// Measure the latency of run() in milliseconds, for at most about limit_s seconds.
 Latency measure(const std::function<void()> &run, double limit_s);
 
 }  // namespace evm

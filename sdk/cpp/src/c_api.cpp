@@ -1,4 +1,4 @@
-// The C ABI: no exception leaves it.
+// C interface of the SDK. No exception leaves its functions.
 #include "evm/evm.h"
 
 #include "evm/evm.hpp"
@@ -46,8 +46,8 @@ evm::Image image_of(const evm_image &image) { return {image.rgb, image.width, im
 evm::Options options_of(const evm_options *given) {
     evm::Options options;
     if (!given) return options;
-    if (given->size == 0) throw evm::UsageError("evm_options.size is 0", "set it to sizeof(evm_options)");
-    evm_options known{};  // a program may have been compiled when there were fewer
+    if (given->size == 0) throw evm::UsageError("evm_options.size is 0", "set size to sizeof(evm_options)");
+    evm_options known{};  // a program may have been compiled for a version with fewer options
     std::memcpy(&known, given, std::min(given->size, sizeof known));
     options.threads = known.threads;
     if (known.streams) options.streams = known.streams;

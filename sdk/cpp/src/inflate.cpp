@@ -46,7 +46,7 @@ bool Inflate::add(const char *data, std::size_t size, const Sink &sink) {
         if (status != Z_OK && status != Z_STREAM_END && status != Z_BUF_ERROR) return false;
         give(state.out.data(), state.out.size() - stream.avail_out);
         state.ended = status == Z_STREAM_END;
-        if (stream.avail_out > 0) break;  // it wants more
+        if (stream.avail_out > 0) break;  // all input is consumed
     }
     return true;
 }

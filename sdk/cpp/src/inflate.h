@@ -1,4 +1,4 @@
-// Decompression by zlib, an optional component: without it, zips cannot be read.
+// Decompression with zlib, which is an optional dependency. Without zlib the SDK cannot read zips.
 #pragma once
 #include "source.h"
 
@@ -16,11 +16,11 @@ class Inflate {
     ~Inflate();
     static bool available();
 
-    // Gives `sink` what comes out. False, and a reason, for a stream that is damaged.
+    // Decompress data and pass the result to `sink`. Returns false if the stream is damaged; reason() then tells why.
     bool add(const char *data, std::size_t size, const Sink &sink);
     bool ended() const;
     const char *reason() const;
-    std::uint32_t crc() const;  // of what came out
+    std::uint32_t crc() const;  // CRC-32 of the decompressed data
 };
 
 }  // namespace evm

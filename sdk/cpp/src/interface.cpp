@@ -13,7 +13,7 @@ const TensorSpec *find(const std::vector<TensorSpec> &specs, const std::string &
     return found == specs.end() ? nullptr : &*found;
 }
 
-// Whether they are the same, but for sizes that one of them does not tell.
+// Test whether two specs agree. An unknown size agrees with any size.
 bool alike(const TensorSpec &have, const TensorSpec &want) {
     const auto same = [](std::int64_t a, std::int64_t b) { return a < 0 || b < 0 || a == b; };
     return have.name == want.name && have.dtype == want.dtype &&
@@ -38,7 +38,7 @@ std::vector<std::string> read_labels(const Source &source, const Manifest &manif
     std::vector<std::string> labels;
     std::string text = source.bytes("labels.txt");
     try {
-        Json(text).dump();  // which takes UTF-8 alone
+        Json(text).dump();  // fails unless the text is UTF-8
     } catch (const Json::exception &) {
         throw BundleError("bundle " + source.path + ": labels.txt is not UTF-8 text", "export it again", {"file.damaged", "labels.txt"});
     }
@@ -57,17 +57,17 @@ void check_interface(const Source &source, const Manifest &manifest, const std::
     want.insert(want.end(), manifest.outputs.begin(), manifest.outputs.end());
     if (!std::equal(have.begin(), have.end(), want.begin(), want.end(), alike))
         throw unlike(source, manifest, specs_text(have), "the manifest says " + specs_text(want));
-    if (runtime.inputs.size() != 1) throw unlike(source, manifest, specs_text(have), "a bundle's model has one input");
+    if (runtime.inputs.size() != 1) throw unlike(source, manifest, specs_text(have), "the model of a bundle must have one input");
     if (!manifest.classifies()) return;
     const TensorSpec *const scores = find(runtime.outputs, manifest.head);
-    if (!scores) throw unlike(source, manifest, specs_text(have), "a classifier has " + manifest.head);
+    if (!scores) throw unlike(source, manifest, specs_text(have), "a classifier must have the output " + manifest.head);
     check_scores(source, manifest, labels, *scores);
 }
 
 void check_scores(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const TensorSpec &scores) {
     const std::vector<std::int64_t> &shape = scores.shape;
     if (scores.dtype != "float32" || shape.size() != 2 || std::count(shape.begin(), shape.end(), 0))
-        throw unlike(source, manifest, spec_text(scores), "a classifier has rows of float32 scores");
+        throw unlike(source, manifest, spec_text(scores), "a classifier must return rows of float32 scores");
     if (!labels.empty() && shape[1] >= 0 && static_cast<std::uint64_t>(shape[1]) != labels.size())
         throw unlike(source, manifest, std::to_string(shape[1]) + " classes", "labels.txt has " + std::to_string(labels.size()));
 }

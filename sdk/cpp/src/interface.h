@@ -1,16 +1,16 @@
-// Whether the parts of a bundle belong together, which their hashes do not say: as evm_deploy/bundle/loaded.py.
+// Checks that the parts of a bundle belong together, as in evm_deploy/bundle/loaded.py. Hashes only prove that each file is intact.
 #pragma once
 #include "runtime.h"
 
 namespace evm {
 
-// The class names, none where the export had none. Raises BundleError for what is no text.
+// Read the class names; empty if the bundle has no labels.txt. Throws BundleError if the file is not UTF-8 text.
 std::vector<std::string> read_labels(const Source &source, const Manifest &manifest);
 
-// The artifact against its manifest and its labels. Raises BundleError.
+// Check the inputs and outputs of the artifact against the manifest and the labels. Throws BundleError.
 void check_interface(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const Runtime &runtime);
 
-// What a classifier gives against its labels. Raises BundleError.
+// Check the scores of a classifier: float32, one row per image, as many columns as labels. Throws BundleError.
 void check_scores(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const TensorSpec &scores);
 
 }  // namespace evm

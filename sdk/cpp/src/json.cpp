@@ -7,7 +7,7 @@ namespace {
 
 constexpr int DEPTH = 100;
 
-// NaN, Infinity and -Infinity outside of strings as null.
+// Replace NaN, Infinity and -Infinity outside of strings by null.
 std::string strict(const std::string &text) {
     std::string result;
     bool inside = false;

@@ -1,4 +1,4 @@
-// JSON of files that may come from anybody: no deeper than DEPTH, NaN and Infinity, which Python writes, read as null.
+// Parser of JSON from untrusted files. The nesting is limited to DEPTH. NaN and Infinity, which Python writes, are read as null.
 #pragma once
 #include <nlohmann/json.hpp>
 
@@ -8,7 +8,7 @@ namespace evm {
 
 using Json = nlohmann::json;
 
-// Raises std::runtime_error with the reason.
+// Parse a text. Throws std::runtime_error with the reason.
 Json parse_json(const std::string &text);
 
 }  // namespace evm

@@ -13,18 +13,18 @@ constexpr std::uint64_t MAX_MANIFEST = 4 << 20;
 constexpr int MAX_SIDE = 8192;
 constexpr const char *FILE_NAME = "manifest.json";
 
-constexpr double HUGE_NUMBER = 1e15;  // more than can be meant
-const Json NOTHING;                   // the value of a key that is not there
+constexpr double HUGE_NUMBER = 1e15;  // bound of all numbers
+const Json NOTHING;                   // the value of a missing key
 
 std::string printed(const Json &json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60); }
 
-// What is wrong in a manifest, and at which key path; becomes a BundleError.
+// Error in a manifest, with its key path; becomes a BundleError.
 struct Invalid : std::runtime_error {
     std::string where;
     Invalid(const std::string &path, const std::string &what) : std::runtime_error(path + " " + what), where(path) {}
 };
 
-// A value and its key path. Its functions raise Invalid where it is not what they give.
+// A JSON value and its key path. The functions convert the value, and throw Invalid if it has another type or is out of range.
 struct Value {
     const Json &json;
     std::string where;
@@ -92,7 +92,7 @@ Preprocessing preprocessing_of(const Value &value) {
     return result;
 }
 
-// `4`, `dynamic` or `min:opt:max`.
+// Read the batch: `4`, `dynamic` or `min:opt:max`.
 void read_batch(const Value &value, Manifest &manifest) {
     const std::string batch = value.text();
     if (batch == "dynamic") {
@@ -149,7 +149,7 @@ std::map<std::string, double> limits_by_name(const Value &value) {
     return found;
 }
 
-// Bundles from before limits were data have that of the parity alone.
+// Read the limits of the self-test. Older bundles have only the limit of the parity.
 Limits limits_of(const Value &manifest) {
     Limits limits;
     limits.otherwise = manifest.at("parity").at("limit").number(0);
@@ -198,7 +198,7 @@ Manifest read_manifest(const Source &source) {
         if (source.size(FILE_NAME) > MAX_MANIFEST) throw BundleError(path + " is larger than " + std::to_string(MAX_MANIFEST) + " bytes: not a manifest", "", {"manifest.damaged"});
         json = source.bytes(FILE_NAME);
     } catch (const ReadError &error) {
-        if (error.missing) throw BundleError(source.path + " is not a bundle: it has no " + FILE_NAME, "make one with evm-export", {"manifest.missing"});
+        if (error.missing) throw BundleError(source.path + " is not a bundle: no " + FILE_NAME + " inside", "make one with evm-export", {"manifest.missing"});
         throw BundleError(path + " cannot be read: " + error.what(), "", {"manifest.missing"});
     }
     try {
@@ -210,7 +210,7 @@ Manifest read_manifest(const Source &source) {
     try {
         const Value root{content, ""};
         if (root.at("schema_version").count() > SCHEMA_VERSION)
-            throw BundleError(source.path + " has manifest schema " + printed(content["schema_version"]) + ", this SDK reads up to " + std::to_string(SCHEMA_VERSION),
+            throw BundleError(source.path + " has manifest schema " + printed(content["schema_version"]) + "; this SDK reads versions up to " + std::to_string(SCHEMA_VERSION),
                               "upgrade the SDK", {"manifest.version", "schema_version"});
         manifest = manifest_of(root);
     } catch (const Invalid &error) {
@@ -228,7 +228,7 @@ void check_bundle(const Source &source, const Manifest &manifest) {
         try {
             hash = source.sha256(name);
         } catch (const ReadError &error) {
-            if (error.missing) throw BundleError(bundle + ": " + name + " is missing", "copy the bundle again, whole", {"file.missing", name});
+            if (error.missing) throw BundleError(bundle + ": " + name + " is missing", "copy the whole bundle again", {"file.missing", name});
             throw BundleError(bundle + ": " + name + " cannot be read: " + error.what(), "", {"file.missing", name});
         }
         if (hash != sha256) throw BundleError(bundle + ": " + name + " is damaged (its sha256 differs)", "copy the bundle again", {"file.damaged", name});

@@ -15,12 +15,12 @@
 namespace evm {
 namespace {
 
-constexpr int DYNAMIC_BATCH = 16;  // images in one inference, where the bundle leaves the batch open
+constexpr int DYNAMIC_BATCH = 16;  // images in one inference, for bundles with a dynamic batch
 
 bool has(const std::vector<std::string> &names, const std::string &name) { return std::find(names.begin(), names.end(), name) != names.end(); }
 
-// A library of a bundle as a file. One of a zip becomes a file that lasts as long as the process, as loaded libraries do: one for
-// each content, because loaders take what has the name of a library that they have loaded for that library.
+// Return the path of a library of the bundle. A library in a zip is written to a file that exists as long as the process, because a
+// library stays loaded. There is one file for each content: a loader takes a file with the name of a loaded library for that library.
 std::filesystem::path library_file(const Source &source, const std::string &name) {
     if (source.on_disk()) return std::filesystem::path(source.path) / name;
     static std::mutex mutex;
@@ -58,7 +58,7 @@ std::vector<Prediction> best(const std::vector<double> &scores, const std::vecto
     return result;
 }
 
-// How the scans run here, and why; sets options.plugin to the library that they run on, or empties it.
+// Decide how the scans run, and set options.plugin to the library that runs them, or to an empty path.
 Choice lowering(const Source &source, const Manifest &manifest, const Target &target, Options &options) {
     const std::string asked = options.scan;
     if (!has({"auto", "plugin", "bundled", "portable"}, asked))
@@ -66,12 +66,12 @@ Choice lowering(const Source &source, const Manifest &manifest, const Target &ta
     const std::filesystem::path given = std::exchange(options.plugin, {});
     const bool portable = has(manifest.scan_modes, "portable"), plugin = has(manifest.scan_modes, "plugin");
     if (asked == "portable" && !portable)
-        throw UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable");
+        throw UsageError("portable scans are not available: the bundle has native nodes only", "export it with --scan portable");
     if (has(manifest.scan_modes, "aot")) return {"aot", "the kernel is inside the engine"};
     if (asked == "portable" || !plugin) {
         if (asked == "plugin" || asked == "bundled")
-            throw UsageError("this bundle was exported with portable scans: it has no node for a native kernel", "export it with --scan auto");
-        return {"portable", asked == "portable" ? "as asked" : "the bundle was exported so"};
+            throw UsageError("native kernels are not available: the bundle was exported with portable scans", "export it with --scan auto");
+        return {"portable", asked == "portable" ? "as requested" : "the bundle has portable scans only"};
     }
     const std::string host = host_platform();
     std::vector<std::string> platforms;
@@ -79,7 +79,7 @@ Choice lowering(const Source &source, const Manifest &manifest, const Target &ta
     const auto own = manifest.plugins.find(host);
     if (asked == "bundled") {
         if (own == manifest.plugins.end())
-            throw UsageError("this bundle has no native library for " + host + "; it has: " + (platforms.empty() ? "none" : join(platforms)), "export it with --platform");
+            throw UsageError("no native library for " + host + " in the bundle; available: " + (platforms.empty() ? "none" : join(platforms)), "export it with --platform");
         options.plugin = library_file(source, own->second);
         return {"plugin", "native kernel, " + target.isa(options.plugin) + ", from the bundle (" + host + ")"};
     }
@@ -89,9 +89,9 @@ Choice lowering(const Source &source, const Manifest &manifest, const Target &ta
         return {"plugin", "native kernel, " + isa + ", installed"};
     }
     std::string reason = "no native library was given";
-    if (own != manifest.plugins.end()) reason += "; the bundle brings one for this platform, which scan 'bundled' trusts";
-    else if (!platforms.empty()) reason += "; the bundle's is for " + join(platforms) + ", this is " + host;
-    if (asked == "plugin" || !portable) throw ToolchainError(reason, "give its path as plugin");
+    if (own != manifest.plugins.end()) reason += "; the bundle contains a library for this platform: use scan 'bundled' to trust and run it";
+    else if (!platforms.empty()) reason += "; the libraries in the bundle are for " + join(platforms) + ", this machine is " + host;
+    if (asked == "plugin" || !portable) throw ToolchainError(reason, "set `plugin` to the path of a native library");
     return {"portable", reason};
 }
 
@@ -123,12 +123,12 @@ struct Model::Impl {
             scan = lowering(*source, manifest, *target, options);
             runtime = target->open(*source, manifest.artifact, options);
             check_interface(*source, manifest, labels, *runtime);
-        } catch (const ReadError &error) {  // it was there when its hash was checked
+        } catch (const ReadError &error) {  // the file was readable when its hash was checked
             throw BundleError("bundle " + source->path + " cannot be read: " + error.what());
         }
     }
 
-    // One batch of pixels -> the scores of as many images.
+    // Run one batch of pixels and return the scores of its images.
     Tensor scores(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
         const Preprocessing &spec = manifest.preprocessing;
         Tensor images{"uint8", {count, spec.height, spec.width, 3}, pixels};
@@ -141,14 +141,14 @@ struct Model::Impl {
         check_scores(*source, manifest, labels, {manifest.head, found.dtype, found.shape});
         const float *const end = found.data<float>() + found.bytes.size() / sizeof(float);
         if (!std::all_of(found.data<float>(), end, [](float x) { return std::isfinite(x); }))
-            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf here",
-                              "does it compute right on this device?  evm-run " + source->path + " --selftest");
+            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf on this device",
+                              "run the self-test:  evm-run " + source->path + " --selftest");
         return found;
     }
 
     int batch() const { return manifest.batch_max ? manifest.batch_max : DYNAMIC_BATCH; }
 
-    // The self-test's inputs, as many images of them.
+    // Return `count` images, repeated from the inputs of the self-test.
     Tensor examples(int count) const {
         Tensor images = images_of(*source, manifest, read_probes(*source));
         const std::size_t size = images.bytes.size() / static_cast<std::size_t>(images.shape[0]) * static_cast<std::size_t>(count);
@@ -171,7 +171,7 @@ std::vector<Prediction> Model::classify(const std::uint8_t *rgb, int width, int 
 
 std::vector<std::vector<Prediction>> Model::classify(const std::vector<Image> &images, int top) const {
     const std::string &head = impl_->manifest.head;
-    if (!impl_->manifest.classifies()) throw UsageError("this bundle gives " + head + ", not classes", "use run(feeds)");
+    if (!impl_->manifest.classifies()) throw UsageError("no classes to predict: the bundle gives " + head, "use run(feeds)");
     if (top < 1) throw UsageError("top is " + std::to_string(top) + ", it must be at least 1");
     std::vector<std::vector<Prediction>> results;
     const std::size_t most = static_cast<std::size_t>(impl_->batch());
@@ -205,7 +205,7 @@ Latency Model::bench(const BenchSettings &settings) const {
     const Manifest &facts = manifest();
     const int count = settings.batch ? settings.batch : facts.batch_min;
     if (count < facts.batch_min || (facts.batch_max && count > facts.batch_max))
-        throw UsageError("batch " + std::to_string(count) + ": this bundle was exported with another", "export it with --batch " + std::to_string(count));
+        throw UsageError("batch " + std::to_string(count) + " is not supported: the bundle was exported with another batch", "export it with --batch " + std::to_string(count));
     if (settings.end_to_end) {
         const RgbImage rgb_image = read_test_image(*impl_->source);
         const std::vector<Image> images(static_cast<std::size_t>(count), Image{rgb_image.rgb.data(), rgb_image.width, rgb_image.height});

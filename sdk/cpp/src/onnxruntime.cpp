@@ -1,4 +1,5 @@
-// ONNX Runtime on the CPU execution provider. Its library is loaded when the first model is opened: nothing is linked.
+// Runtime of target onnx: ONNX Runtime on the CPU execution provider. The SDK does not link with its library, but loads it when the
+// first model is opened.
 #include "onnxruntime_abi.h"
 #include "platform.h"
 #include "runtime.h"
@@ -13,7 +14,7 @@ namespace {
 
 using ort::Handle;
 
-// The runtime's functions, checked: what fails raises std::runtime_error with the first line of the reason.
+// Functions of ONNX Runtime's C API. A function that fails throws std::runtime_error with the first line of the reason.
 class Api {
     ort::Table table_ = nullptr;
 
@@ -27,10 +28,10 @@ class Api {
 
     explicit Api(const Library &library) {
         const auto base = reinterpret_cast<const ort::ApiBase *(ORT_CALL *)()>(library.find("OrtGetApiBase"));
-        if (!base) throw std::runtime_error("it has no OrtGetApiBase");
+        if (!base) throw std::runtime_error("OrtGetApiBase is missing");
         version = base()->GetVersionString();
         table_ = base()->GetApi(ort::API_VERSION);
-        if (!table_) throw std::runtime_error("it is release " + version + ", 1.17 or newer is needed");
+        if (!table_) throw std::runtime_error("release " + version + " is too old, 1.17 or newer is needed");
     }
 
     template <class... Args, class... Given>
@@ -50,7 +51,7 @@ class Api {
 Library find_library() {
     std::vector<std::filesystem::path> places;
     if (const char *const chosen = std::getenv("EVM_ONNXRUNTIME")) places = {chosen};
-    else places = {EVM_ONNXRUNTIME_LIBRARY,  // where it was when the SDK was configured; empty if nowhere
+    else places = {EVM_ONNXRUNTIME_LIBRARY,  // path from the configuration of the SDK, may be empty
 #if defined(_WIN32)
                    "onnxruntime.dll"};
 #elif defined(__APPLE__)
@@ -67,7 +68,7 @@ Library find_library() {
             reason += std::string("\n  ") + error.what();
         }
     }
-    throw ToolchainError("onnxruntime is not installed", "put its library where the system finds it, or its path into EVM_ONNXRUNTIME" + reason);
+    throw ToolchainError("onnxruntime is not installed", "put its library into a folder that the system searches, or set EVM_ONNXRUNTIME to its path" + reason);
 }
 
 const Api &api() {
@@ -76,13 +77,13 @@ const Api &api() {
         try {
             return Api(library);
         } catch (const std::runtime_error &error) {
-            throw ToolchainError(std::string("the library of onnxruntime does not fit: ") + error.what());
+            throw ToolchainError(std::string("the onnxruntime library cannot be used: ") + error.what());
         }
     }();
     return loaded;
 }
 
-// An object of the runtime, released with this one.
+// Owner of an object of ONNX Runtime; releases the object.
 class Owned {
     Handle handle_ = nullptr;
     ort::Function<void(Handle)> release_;
@@ -104,7 +105,7 @@ int type_of(const std::string &dtype) {
     return static_cast<int>(found - std::begin(ort::DTYPES));
 }
 
-// dtype and shape of a tensor, from what describes it.
+// Return dtype and shape from an OrtTensorTypeAndShapeInfo.
 std::pair<std::string, std::vector<std::int64_t>> described(const void *info) {
     int type = 0;
     std::size_t rank = 0;
@@ -156,7 +157,7 @@ class OnnxRuntime : public Runtime {
         for (std::size_t i = 0; i < found.size(); i++) {
             Owned value(ort::ReleaseValue);
             *value.out() = found[i];
-            values.push_back(std::move(value));  // all of them are released, whatever fails
+            values.push_back(std::move(value));  // all outputs are released, also if a later step fails
         }
         for (std::size_t i = 0; i < found.size(); i++) results[outputs[i].name] = copied(found[i]);
         return results;
@@ -164,7 +165,7 @@ class OnnxRuntime : public Runtime {
 
   private:
     static void register_ops(const Owned &settings, const std::filesystem::path &library) {
-        Handle loaded = nullptr;  // stays loaded, as libraries do
+        Handle loaded = nullptr;  // the library stays loaded
         try {
             api().call(ort::RegisterCustomOpsLibrary, settings.get(), library.string().c_str(), &loaded);
         } catch (const std::runtime_error &error) {
@@ -174,7 +175,7 @@ class OnnxRuntime : public Runtime {
 
     template <class Count, class Name, class Type>
     std::vector<TensorSpec> specs(Count count_of, Name name_of, Type type_info_of) const {
-        Handle allocator = nullptr;  // the runtime's own
+        Handle allocator = nullptr;  // ONNX Runtime's default allocator
         std::size_t count = 0;
         api().call(ort::GetAllocatorWithDefaultOptions, &allocator);
         api().call(count_of, session_.get(), &count);
@@ -185,20 +186,20 @@ class OnnxRuntime : public Runtime {
             const void *info = nullptr;
             api().call(type_info_of, session_.get(), i, type.out());
             api().call(ort::CastTypeInfoToTensorInfo, type.get(), &info);
-            if (!info) throw BundleError("the model has an input or output that is no tensor");
+            if (!info) throw BundleError("the model has an input or output that is not a tensor");
             const auto [dtype, shape] = described(info);
             api().call(name_of, session_.get(), i, allocator, &name);
             found.push_back({name, dtype, shape});
             api().call(ort::AllocatorFree, allocator, static_cast<void *>(name));
             if (dtype == "string" || dtype == "unknown")
-                throw BundleError("the model has " + in_quotes(found.back().name) + " of type tensor(" + dtype + "), which is no array of numbers");
+                throw BundleError("the model has " + in_quotes(found.back().name) + " of type tensor(" + dtype + "); only numeric tensors are supported");
         }
         return found;
     }
 
     Owned value_of(const TensorView &tensor) const {
         Owned value(ort::ReleaseValue);
-        void *const data = const_cast<void *>(tensor.data);  // an input, which is read only
+        void *const data = const_cast<void *>(tensor.data);  // ONNX Runtime only reads inputs
         api().call(ort::CreateTensorWithDataAsOrtValue, memory_.get(), data, byte_size(tensor.dtype, tensor.shape), tensor.shape.data(),
                    tensor.shape.size(), type_of(tensor.dtype), value.out());
         return value;

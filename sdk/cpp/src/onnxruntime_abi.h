@@ -1,6 +1,6 @@
-// The little of ONNX Runtime's C ABI that running a model needs, declared by hand: release archives ship headers, the Python wheel
-// does not, and one library serves both. OrtApi is a table of function pointers that is only ever appended to; the functions here
-// are of its first version. The order is that of onnxruntime_c_api.h.
+// Declarations of the part of ONNX Runtime's C ABI that running a model needs. They are written by hand because the Python wheel ships
+// no headers, so that the SDK works with the wheel as with a release archive. OrtApi is a table of function pointers; new versions only
+// append to it. The functions below are in its first version, in the order of onnxruntime_c_api.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@ using Handle = void *;         // any opaque object
 using Status = Handle;         // null: ok
 using Table = void *const *;   // OrtApi
 
-constexpr std::uint32_t API_VERSION = 17;  // ONNX Runtime 1.17, which our custom ops need; the functions below are older
+constexpr std::uint32_t API_VERSION = 17;  // ONNX Runtime 1.17, which the custom ops of domain evm need; the functions below are older
 constexpr int ERROR_LEVEL = 3;
 constexpr int ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;
 

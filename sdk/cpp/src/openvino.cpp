@@ -1,4 +1,4 @@
-// OpenVINO on the devices that it finds.
+// Runtime of target openvino: OpenVINO on any of its devices.
 #include "runtime.h"
 #include "sha256.h"
 #include "text.h"
@@ -15,12 +15,12 @@
 namespace evm {
 namespace {
 
-const std::vector<std::string> VIRTUAL{"AUTO", "HETERO", "MULTI", "BATCH"};  // devices that stand for others
+const std::vector<std::string> VIRTUAL{"AUTO", "HETERO", "MULTI", "BATCH"};  // devices that stand for other devices
 constexpr const char *MARK = "evm extension for OpenVINO ";
 
 bool has(const std::vector<std::string> &names, const std::string &name) { return std::find(names.begin(), names.end(), name) != names.end(); }
 
-// The line of OpenVINO's message that says something: the first ones are places in its sources.
+// Return the line of OpenVINO's message that tells the reason; the lines before it are places in OpenVINO's sources.
 std::string reason(const std::string &message) {
     for (const std::string &line : split(message, '\n')) {
         const std::size_t start = line.find_first_not_of(" \t\r");
@@ -41,24 +41,24 @@ std::string file_bytes(const std::filesystem::path &file) {
     return {std::istreambuf_iterator<char>(stream), {}};
 }
 
-// Raises ToolchainError unless an extension fits this OpenVINO: any other would not load, and not say why.
+// Throw ToolchainError unless an extension was compiled for this release of OpenVINO. OpenVINO refuses others without a reason.
 void check_release(const std::filesystem::path &library) {
     const std::string bytes = file_bytes(library);
     const std::size_t mark = bytes.find(MARK);
-    if (mark == std::string::npos) throw ToolchainError(library.string() + " is not an extension of ours for OpenVINO");
+    if (mark == std::string::npos) throw ToolchainError(library.string() + " is not an OpenVINO extension of evm-deploy");
     const std::string built_for = bytes.c_str() + mark + std::strlen(MARK);
     if (built_for != release_here())
-        throw ToolchainError("the extension " + library.string() + " was compiled for OpenVINO " + built_for + ", the installed one is " + release_here(),
-                             "build the SDK with OpenVINO " + built_for + ", or take the extension of another export");
+        throw ToolchainError("the extension " + library.string() + " was compiled for OpenVINO " + built_for + ", but the installed release is " + release_here(),
+                             "build the SDK with OpenVINO " + built_for + ", or use the extension of an export for " + release_here());
 }
 
-// Raises UsageError, listing those that are there, for a device that is not: GPU, GPU.1, AUTO, HETERO:GPU,CPU.
+// Throw UsageError, with the list of available devices, unless OpenVINO finds the device: GPU, GPU.1, AUTO, HETERO:GPU,CPU.
 void check_device(const std::string &device, const std::vector<std::string> &available) {
     const std::size_t colon = device.find(':');
     const std::string name = device.substr(0, colon), behind = colon == std::string::npos ? "" : device.substr(colon + 1);
     const bool stands_for_others = has(VIRTUAL, name);
     if (!stands_for_others && !behind.empty())
-        throw UsageError("device " + in_quotes(device) + ": only " + join(VIRTUAL) + " stand for other devices");
+        throw UsageError("device " + in_quotes(device) + ": only " + join(VIRTUAL) + " take a list of devices");
     std::vector<std::string> wanted = split(behind, ',');
     if (behind.empty() && !stands_for_others) wanted = {device};
     for (const std::string &one : wanted) {
@@ -66,25 +66,25 @@ void check_device(const std::string &device, const std::vector<std::string> &ava
         bare = bare.substr(0, bare.find('('));
         const auto same = [&](const std::string &there) { return bare == there || bare == there.substr(0, there.find('.')); };
         if (std::none_of(available.begin(), available.end(), same))
-            throw UsageError("device " + in_quotes(bare) + " is not here; OpenVINO finds: " + join(available), "its driver may be missing");
+            throw UsageError("device " + in_quotes(bare) + " not found; OpenVINO finds: " + join(available), "check that the driver of the device is installed");
     }
 }
 
-// What the operations of an IR of ours are to be computed in: OpenVINO's default on many CPUs is bfloat16.
+// Return the precision hint of an IR, which evm-export writes into its metadata. OpenVINO's default on many CPUs is bfloat16.
 std::string precision_hint(const std::string &xml) {
     const std::string key = "<inference_precision value=\"";
     const std::size_t at = xml.find(key);
     return at == std::string::npos ? "f32" : xml.substr(at + key.size(), xml.find('"', at + key.size()) - at - key.size());
 }
 
-// The weights beside an IR; they live as long as the tensor.
+// Read the weights file of an IR into a tensor; an empty tensor if there is no such file.
 ov::Tensor weights_of(const Source &source, const std::string &name) {
     try {
         const std::uint64_t size = source.size(name);
         ov::Tensor weights(ov::element::u8, ov::Shape{static_cast<std::size_t>(size)});
         std::uint64_t at = 0;
         source.read(name, [&](const char *data, std::size_t count) {
-            if (count > size - at) throw BundleError("bundle " + source.path + ": " + name + " has changed", "open it again");
+            if (count > size - at) throw BundleError("bundle " + source.path + ": " + name + " has changed since it was checked", "open the bundle again");
             std::memcpy(static_cast<char *>(weights.data()) + at, data, count);
             at += count;
         });
@@ -112,7 +112,7 @@ class OpenVino : public Runtime {
     ov::Core core_;
     ov::CompiledModel compiled_;
     mutable std::mutex mutex_;
-    mutable std::vector<ov::InferRequest> idle_;  // a request serves one inference at a time: as many as ever ran at once
+    mutable std::vector<ov::InferRequest> idle_;  // unused requests; there are as many requests as inferences have run at once
 
   public:
     OpenVino(const Source &source, const std::string &name, const Options &options) {
@@ -129,8 +129,9 @@ class OpenVino : public Runtime {
             compiled_ = core_.compile_model(xml, weights, device, properties);
         } catch (const std::exception &error) {
             if (std::string(error.what()).find("opset: evm") != std::string::npos)
-                throw BundleError(path + " holds operators of domain evm, which need the extension", "give its path as plugin, or export with --scan portable");
-            throw BundleError("OpenVINO cannot compile for " + device + " " + path + ": " + reason(error.what()));
+                throw BundleError(path + " contains operators of domain evm, which need the OpenVINO extension",
+                                  "set `plugin` to the path of the extension, or export with --scan portable");
+            throw BundleError("OpenVINO cannot compile " + path + " for " + device + ": " + reason(error.what()));
         }
         for (const auto &port : compiled_.inputs()) inputs.push_back(spec_of(port));
         for (const auto &port : compiled_.outputs()) outputs.push_back(spec_of(port));
@@ -143,7 +144,7 @@ class OpenVino : public Runtime {
             for (std::size_t i = 0; i < inputs.size(); i++) {
                 const TensorView &value = feeds.at(inputs[i].name);
                 const ov::Shape shape(value.shape.begin(), value.shape.end());
-                // an input, which is read only
+                // OpenVINO only reads inputs
                 request.set_input_tensor(i, ov::Tensor(compiled_.inputs()[i].get_element_type(), shape, const_cast<void *>(value.data)));
             }
             request.infer();
@@ -165,7 +166,7 @@ class OpenVino : public Runtime {
         }
     }
 
-    // A folder for this bundle and this extension: OpenVINO does not tell what differs in them.
+    // Return a cache folder for this bundle and this extension. OpenVINO does not notice when the content of either changes.
     static std::filesystem::path cache_folder(const Source &source, const Options &options) {
         std::string extension = "portable";
         if (!options.plugin.empty()) {

@@ -28,7 +28,7 @@ std::string host_platform() {
     uname(&system);
     std::string name = std::string(system.sysname) == "Darwin" ? "macos-" : "linux-";
     name += system.machine;
-    if (sizeof(void *) < 8) return name + "-32bit";  // a 32-bit process on a 64-bit system, as on some Raspberry Pis
+    if (sizeof(void *) < 8) return name + "-32bit";  // a 32-bit process, which may run on a 64-bit system (some Raspberry Pis)
 #if defined(__ANDROID__)
     return std::string("android-") + system.machine;
 #elif defined(__linux__) && !defined(__GLIBC__)

@@ -15,7 +15,7 @@ RgbImage read_png(const std::string &bytes) {
     const bool fits = image.format == PNG_FORMAT_RGB && image.width <= MAX_SIDE && image.height <= MAX_SIDE;
     if (!fits) {
         png_image_free(&image);
-        throw std::runtime_error("it is no plain 8-bit RGB of a usual size");
+        throw std::runtime_error("not an 8-bit RGB image of at most 8192 x 8192 pixels");
     }
     RgbImage rgb_image{static_cast<int>(image.width), static_cast<int>(image.height), std::vector<std::uint8_t>(PNG_IMAGE_SIZE(image))};
     if (!png_image_finish_read(&image, nullptr, rgb_image.rgb.data(), 0, nullptr)) throw std::runtime_error(image.message);

@@ -1,4 +1,4 @@
-// The image of the self-test, by libpng.
+// Decoding of the self-test's image with libpng.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -11,7 +11,7 @@ struct RgbImage {
     std::vector<std::uint8_t> rgb;
 };
 
-// An 8-bit RGB PNG. Raises std::runtime_error with the reason, also where the SDK has no libpng.
+// Decode an 8-bit RGB PNG. Throws std::runtime_error with the reason, also if the SDK was built without libpng.
 RgbImage read_png(const std::string &bytes);
 
 }  // namespace evm

@@ -6,9 +6,9 @@
 namespace evm {
 namespace {
 
-constexpr int TOO_NARROW = 100;  // times the size that is cropped
+constexpr int TOO_NARROW = 100;  // largest ratio of the resized side to the cropped side
 
-// Python's round(): halves to even, in the default rounding mode.
+// Round as Python's round() does, halves to even. Needs the default rounding mode.
 double round_even(double x) { return std::nearbyint(x); }
 
 }  // namespace
@@ -16,7 +16,7 @@ double round_even(double x) { return std::nearbyint(x); }
 std::vector<std::uint8_t> Preprocessing::pixels(const Image &image) const {
     if (!image.rgb || image.width < 1 || image.height < 1)
         throw ImageError("array image is empty: [" + std::to_string(image.height) + ", " + std::to_string(image.width) + ", 3]");
-    // double throughout: products of sizes do not fit int, and a size of nothing is not yet refused
+    // All sizes are double: products of sizes do not fit int, and a size can be too large until the check below.
     const double want_h = round_even(height / crop_pct), want_w = round_even(width / crop_pct);
     double new_h = want_h, new_w = want_w;
     if (want_h * image.width >= want_w * image.height)  // the height decides

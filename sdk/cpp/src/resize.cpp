@@ -1,6 +1,6 @@
-// A pixel of the result is a weighted mean of the pixels under a kernel, stretched by the scale where an image gets smaller
-// (that is the antialiasing). Weights are computed in double, normalised, and rounded to fixed point with 22 bits; the
-// horizontal pass comes first, and is rounded to 8 bits. What Pillow rounds is rounded here.
+// A pixel of the result is a weighted mean of the pixels under a kernel. Where the image gets smaller, the kernel is stretched by the
+// scale, which is the antialiasing. Weights are computed in double, normalised, and rounded to fixed point with 22 bits. The horizontal
+// pass comes first and is rounded to 8 bits. Every rounding is the same as Pillow's.
 #include "resize.h"
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 namespace evm {
 namespace {
 
-constexpr int BITS = 22;  // of a weight's fraction: 32, less 8 of the pixel and 2 for overshoot
+constexpr int BITS = 22;  // bits of a weight's fraction: 32 minus 8 for the pixel and 2 for overshoot
 
-// Weights of the pixels that each kept pixel is made of: `taps` of them for each, from begin[i] on, zeros behind.
+// Weights for each kept pixel i: `taps` weights of the source pixels from begin[i] on, of which the first count[i] are used.
 struct Weights {
     int taps = 0;
     std::vector<int> begin, count;
@@ -62,7 +62,7 @@ std::uint8_t rounded(std::int32_t sum) { return static_cast<std::uint8_t>(std::c
 
 using Bytes = std::vector<std::uint8_t>;
 
-// All kept columns of `count` rows of packed RGB.
+// Compute all kept columns of `count` rows of packed RGB.
 Bytes horizontal(const std::uint8_t *rgb, std::ptrdiff_t stride, std::size_t count, const Weights &weights) {
     const std::size_t width = weights.begin.size();
     Bytes result(count * width * 3);
@@ -84,7 +84,7 @@ Bytes horizontal(const std::uint8_t *rgb, std::ptrdiff_t stride, std::size_t cou
     return result;
 }
 
-// All kept rows, of `width` columns; the first row of `rgb` is row `top` of the image.
+// Compute all kept rows, of `width` columns. The first row of `rgb` is row `top` of the image.
 Bytes vertical(const std::uint8_t *rgb, std::size_t width, int top, const Weights &weights) {
     std::vector<std::int32_t> sums(3 * width);
     Bytes result(weights.begin.size() * sums.size());
@@ -105,7 +105,7 @@ Bytes vertical(const std::uint8_t *rgb, std::size_t width, int top, const Weight
 Bytes resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic) {
     const Weights across = weights_of(image.width, columns, bicubic), down = weights_of(image.height, rows, bicubic);
     const std::ptrdiff_t stride = image.stride ? image.stride : 3 * static_cast<std::ptrdiff_t>(image.width);
-    // the rows that the kept ones are made of; both ends grow from row to row
+    // The source rows of all kept rows: begin and end grow from row to row, so the first and the last kept row suffice.
     const int top = down.begin.front(), bottom = down.begin.back() + down.count.back();
     const Bytes narrow = horizontal(image.rgb + top * stride, stride, static_cast<std::size_t>(bottom - top), across);
     return vertical(narrow.data(), across.begin.size(), top, down);

@@ -1,15 +1,16 @@
-// Antialiased resizing of 8-bit RGB, bit for bit as Pillow does it.
+// Antialiased resizing of 8-bit RGB images, bit for bit equal to Pillow.
 #pragma once
 #include "evm/evm.hpp"
 
 namespace evm {
 
-// One axis of a resize to `full` pixels, of which the `count` from `first` on are kept.
+// One axis of a resize to `full` pixels, of which `count` pixels from `first` on are kept.
 struct Axis {
     int full, first, count;
 };
 
-// The part `rows` x `columns` of `image` resized to rows.full x columns.full, count x count x 3. bicubic: else bilinear.
+// Resize an image to rows.full x columns.full and return the kept part, rows.count x columns.count x 3 bytes. The interpolation is bicubic
+// or, if `bicubic` is false, bilinear.
 std::vector<std::uint8_t> resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic);
 
 }  // namespace evm

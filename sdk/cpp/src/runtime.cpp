@@ -41,8 +41,8 @@ const Target &find_target(const std::string &name) {
     }
     const std::map<std::string, std::string> options{{"onnx", "ONNXRUNTIME"}, {"openvino", "OPENVINO"}, {"trt", "TENSORRT"}};
     const auto option = options.find(name);
-    throw ToolchainError("this build of the SDK does not run target '" + name + "'; it runs: " + (names.empty() ? "none" : join(names)),
-                         option == options.end() ? "" : "configure it with -DEVM_" + option->second + "=ON");
+    throw ToolchainError("target '" + name + "' is not in this build of the SDK; available: " + (names.empty() ? "none" : join(names)),
+                         option == options.end() ? "" : "configure the SDK with -DEVM_" + option->second + "=ON");
 }
 
 void check_feeds(const std::vector<TensorSpec> &inputs, const Feeds &feeds) {
@@ -62,7 +62,7 @@ std::size_t element_size(const std::string &dtype) {
     static const std::map<std::string, std::size_t> sizes{{"uint8", 1},   {"int8", 1},    {"bool", 1},  {"float16", 2}, {"int32", 4},
                                                           {"float32", 4}, {"float64", 8}, {"int64", 8}};
     const auto found = sizes.find(dtype);
-    if (found == sizes.end()) throw BundleError("the model has a tensor of type " + dtype + ", which the SDK does not know");
+    if (found == sizes.end()) throw BundleError("the model has a tensor of type " + dtype + ", which the SDK does not support");
     return found->second;
 }
 
@@ -75,14 +75,14 @@ std::size_t byte_size(const std::string &dtype, const std::vector<std::int64_t> 
 std::string first_line(const std::string &message) { return message.substr(0, message.find('\n')); }
 
 std::string kernel_isa(const std::filesystem::path &library) {
-    const char *const hint = "scan portable does without";
+    const char *const hint = "use scan 'portable' to run without the native library";
     try {
         const auto isa = reinterpret_cast<const char *(*)()>(Library(library).find("evm_scan_isa"));
         if (isa) return isa();
     } catch (const std::runtime_error &error) {
         throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what(), hint);
     }
-    throw ToolchainError("the native library cannot be loaded: " + library.string() + " is none of ours", hint);
+    throw ToolchainError("the native library cannot be loaded: " + library.string() + " is not a library of evm-deploy", hint);
 }
 
 }  // namespace evm

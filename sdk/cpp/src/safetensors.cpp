@@ -22,7 +22,7 @@ Tensor tensor_of(const std::string &name, const Json &facts, const std::string &
         size *= extent;
         tensor.shape.push_back(static_cast<std::int64_t>(extent));
     }
-    if (size != offsets[1] - offsets[0]) throw std::runtime_error(name + " has not the size of its shape");
+    if (size != offsets[1] - offsets[0]) throw std::runtime_error(name + " has a size that differs from its shape");
     const auto data = bytes.begin() + static_cast<std::ptrdiff_t>(start + offsets[0]);
     tensor.bytes.assign(data, data + static_cast<std::ptrdiff_t>(size));
     return tensor;
@@ -32,17 +32,17 @@ Tensor tensor_of(const std::string &name, const Json &facts, const std::string &
 
 Tensors read_safetensors(const std::string &bytes) {
     std::uint64_t length = 0;
-    if (bytes.size() < 8) throw std::runtime_error("it ends inside its header");
+    if (bytes.size() < 8) throw std::runtime_error("the file ends inside its header");
     for (std::size_t i = 8; i-- > 0;) length = length << 8 | static_cast<unsigned char>(bytes[i]);
-    if (length > bytes.size() - 8) throw std::runtime_error("it ends inside its header");
+    if (length > bytes.size() - 8) throw std::runtime_error("the file ends inside its header");
     Tensors tensors;
     try {
         const Json header = parse_json(bytes.substr(8, static_cast<std::size_t>(length)));
-        if (!header.is_object()) throw std::runtime_error("its header is no object");
+        if (!header.is_object()) throw std::runtime_error("the header is not a JSON object");
         for (const auto &[name, facts] : header.items())
             if (name != "__metadata__") tensors[name] = tensor_of(name, facts, bytes, 8 + length);
     } catch (const Json::exception &error) {
-        throw std::runtime_error(std::string("its header: ") + error.what());
+        throw std::runtime_error(std::string("the header is invalid: ") + error.what());
     }
     return tensors;
 }

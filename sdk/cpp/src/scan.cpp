@@ -7,8 +7,8 @@ namespace evm {
 namespace {
 
 using Shape = std::vector<std::int64_t>;
-constexpr double TOLERANCE = 2e-5;        // of the SSM part, float32 against the loop
-constexpr double ROUNDING = 4 * 0x1p-23;  // of y, before skip * u is taken off
+constexpr double TOLERANCE = 2e-5;        // error of the SSM part, float32 against the float64 loop
+constexpr double ROUNDING = 4 * 0x1p-23;  // relative rounding error of y, before skip * u is subtracted
 
 struct Scan {
     std::size_t b, K, L, D, N;
@@ -23,10 +23,10 @@ Scan scan_of(const Tensors &tensors) {
             data("u"), data("delta"), data("A"), data("B"), data("C"), data("skip"), data("bias")};
 }
 
-// log(1 + exp(x)) without overflow and without losing small values.
+// Compute log(1 + exp(x)) without overflow and without loss of small values.
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
 
-// Calls visit(index in u, y without skip * u, skip * u) for every element.
+// Compute the scan and call visit(index in u, y without skip * u, skip * u) for every element.
 template <class Visit>
 void loop(const Scan &scan, Visit visit) {
     std::vector<double> state(scan.N);

@@ -1,4 +1,4 @@
-// The float64 loop that every lowering of the selective scan is compared with.
+// Float64 reference of the selective scan, for the self-test.
 #pragma once
 #include "evm/evm.hpp"
 
@@ -6,13 +6,13 @@
 
 namespace evm {
 
-constexpr double INFINITE = std::numeric_limits<double>::infinity();  // the error of what is not even a number
+constexpr double INFINITE = std::numeric_limits<double>::infinity();  // error of NaN, Inf or another dtype
 
-// Whether they are u, delta (b, K, L, D); A (K, D, N); B, C (b, K, L, N); skip, bias (K, D), float32.
+// Test whether the tensors are u, delta (b, K, L, D); A (K, D, N); B, C (b, K, L, N); skip, bias (K, D), all float32.
 bool is_scan(const Tensors &tensors);
 
-// Error of y's part without skip * u against the loop, relative to its largest value, and the limit, as evm_deploy/export/verify.py.
-// scan: what is_scan takes. y: shaped as u, float32.
+// Compare the SSM part of y, y - skip * u, with the float64 loop. The error is relative to the largest value of the SSM part; the limit is
+// the same as in evm_deploy/scan/reference.py. scan: tensors for which is_scan is true. y: float32 with the shape of u.
 Check scan_check(const std::string &name, const Tensors &scan, const Tensor &y);
 
 }  // namespace evm

@@ -28,7 +28,7 @@ Tensors tensors_in(const Source &source, const std::string &name) {
     }
 }
 
-// The tensor `name`, if it is of this dtype and shape.
+// Return the tensor `name`. Throws BundleError unless it has this dtype and shape.
 const Tensor &like(const Source &source, const Tensors &probes, const std::string &name, const std::string &dtype, const std::vector<std::int64_t> &shape) {
     const auto found = probes.find(name);
     if (found == probes.end() || found->second.dtype != dtype || found->second.shape != shape)
@@ -36,7 +36,7 @@ const Tensor &like(const Source &source, const Tensors &probes, const std::strin
     return found->second;
 }
 
-// Largest difference of two tensors of one shape; infinite for others than float32.
+// Return the largest difference of two tensors with the same shape; infinite unless both are float32.
 double difference(const Tensor &have, const Tensor &want) {
     if (have.dtype != "float32" || want.dtype != "float32") return INFINITE;
     double most = 0;
@@ -62,7 +62,7 @@ Check preprocessing_check(const Source &source, const Manifest &manifest, const 
     return {"preprocessing (of 255)", most, manifest.limits.preprocessing};
 }
 
-// Scans by name, out of tensors named <scan>:<tensor>; y is what the loop gives, which is computed again.
+// Read the scans by name from tensors named <scan>:<tensor>. The expected y is skipped, because the self-test computes it again.
 std::map<std::string, Tensors> read_scans(const Source &source) {
     std::map<std::string, Tensors> scans;
     for (auto &[key, value] : tensors_in(source, SCANS)) {
@@ -80,7 +80,7 @@ Check run_scan(const Source &source, const Manifest &manifest, const Target &tar
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
     if (y.dtype != "float32" || y.shape != scan.at("u").shape)
-        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no y");
+        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no output y of the shape of u");
     Check check = scan_check("scan " + name, scan, y);
     check.limit = limit_of(manifest.limits.scans, name, check.limit);
     return check;

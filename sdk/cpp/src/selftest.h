@@ -1,21 +1,21 @@
-// The self-test in every bundle: files as evm_deploy/bundle/selftest.py, limits of the manifest.
+// Self-test of a bundle. The files are those of evm_deploy/bundle/selftest.py; the manifest contains the limits.
 #pragma once
 #include "runtime.h"
 
 namespace evm {
 
-// selftest/probes.safetensors. Raises BundleError.
+// Read selftest/probes.safetensors. Throws BundleError.
 Tensors read_probes(const Source &source);
-// The images among them. Raises BundleError where there are none.
+// Return the input images among the probes. Throws BundleError if there are none.
 Tensor images_of(const Source &source, const Manifest &manifest, const Tensors &probes);
-// selftest/picture.png as RGB. Raises BundleError.
+// Read selftest/picture.png as RGB. Throws BundleError.
 struct RgbImage read_test_image(const Source &source);
 
-// `options` as they were resolved for the model. Raises BundleError where the bundle has no self-test.
+// Run the self-test. options: the resolved options of the model. Throws BundleError if the bundle has no readable self-test.
 std::vector<Check> selftest(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, Options options);
 
-// The tensors of several images, batch by batch: the last one is filled up and cut, as a static batch asks.
-// Raises BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+// Run several images, in batches of at most `most`, and return the outputs of all. For a static batch the last batch is filled up and its
+// outputs are cut. Throws BundleError if the outputs have another number of images than the inputs, or sizes that change between batches.
 Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tensor &images, std::int64_t most);
 
 }  // namespace evm

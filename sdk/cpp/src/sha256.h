@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4).
+// SHA-256 hash (FIPS 180-4).
 #pragma once
 #include <array>
 #include <cstddef>
@@ -16,7 +16,7 @@ class Sha256 {
 
   public:
     void add(const void *data, std::size_t size);
-    std::string hex();  // ends it
+    std::string hex();  // finish the hash and return it; call once, after the last add()
 };
 
 }  // namespace evm

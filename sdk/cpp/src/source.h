@@ -1,4 +1,4 @@
-// Where a bundle's files are: in a folder, or in a zip, which is never unpacked onto the disk.
+// Access to the files of a bundle in a folder or a zip. A zip is never unpacked to disk.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -11,7 +11,7 @@ namespace evm {
 
 using Sink = std::function<void(const char *data, std::size_t size)>;
 
-// Why a file of a bundle cannot be read.
+// Reason why a file of a bundle cannot be read.
 struct ReadError : std::runtime_error {
     bool missing;
     ReadError(const std::string &reason, bool is_missing) : std::runtime_error(reason), missing(is_missing) {}
@@ -19,25 +19,27 @@ struct ReadError : std::runtime_error {
 
 class Source {
   public:
-    const std::string path;  // of the bundle, for messages
+    const std::string path;  // path of the bundle, for messages
     explicit Source(const std::string &shown_path) : path(shown_path) {}
     virtual ~Source() = default;
 
-    // A file, piece by piece. Raises ReadError, BundleError for a zip that is damaged there.
+    // Read a file and pass it to `sink` in pieces. Throws ReadError, or BundleError if the file is damaged in the zip.
     virtual void read(const std::string &name, const Sink &sink) const = 0;
-    // Its size, or what a zip says of it. Raises ReadError.
+    // Return the size of a file in bytes; for a zip, the size that its directory states. Throws ReadError.
     virtual std::uint64_t size(const std::string &name) const = 0;
-    // Whether files have paths of their own, path + '/' + name.
+    // Test whether the files exist on disk, as path + '/' + name.
     virtual bool on_disk() const = 0;
 
+    // Read a whole file. Throws as read() does.
     std::string bytes(const std::string &name) const;
+    // Return the SHA-256 hex digest of a file. Throws as read() does.
     std::string sha256(const std::string &name) const;
 };
 
-// Raises BundleError where there is no bundle.
+// Open a bundle, a folder or a zip. Throws BundleError if the path is neither.
 std::unique_ptr<Source> open_source(const std::filesystem::path &bundle);
 
-// Whether a file's name, in a manifest or a zip, stays inside the bundle on every system.
+// Test whether a file name, from a manifest or a zip, stays inside the bundle on every system.
 bool inside_bundle(const std::string &name);
 
 }  // namespace evm

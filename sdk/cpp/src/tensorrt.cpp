@@ -1,5 +1,5 @@
-// Engines of TensorRT 10 and later. Never run on a GPU: there was none to be had. The tests compile it against NVIDIA's headers
-// where they are, and run it against stand-ins for the engine and for CUDA.
+// Runtime of target trt: engines of TensorRT 10 and later. This file has never run on a GPU. The tests compile it against NVIDIA's headers,
+// if these are installed, and run it against stand-ins for the engine and for CUDA.
 #include "runtime.h"
 #include "text.h"
 
@@ -12,9 +12,9 @@
 namespace evm {
 namespace {
 
-constexpr const char *REBUILD = "an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE";
+constexpr const char *REBUILD = "an engine fits one TensorRT release and one kind of GPU; build it on this device: evm-export --finish BUNDLE";
 
-// Keeps what TensorRT says of errors: its functions return no reason.
+// Logger that keeps TensorRT's error messages, because its functions return no reason.
 class Logger : public nvinfer1::ILogger {
     std::mutex mutex_;
     std::string errors_;
@@ -27,16 +27,16 @@ class Logger : public nvinfer1::ILogger {
     }
     std::string errors() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return errors_.empty() ? "it gave no reason" : errors_;
+        return errors_.empty() ? "TensorRT gave no reason" : errors_;
     }
 };
 
 void check(cudaError_t status) {
     if (status != cudaSuccess)
-        throw ToolchainError(std::string("CUDA: ") + cudaGetErrorName(status), "see nvidia-smi for the driver and the GPU's memory");
+        throw ToolchainError(std::string("CUDA: ") + cudaGetErrorName(status), "check the driver and the GPU's memory with nvidia-smi");
 }
 
-// Memory on the device.
+// A buffer in the GPU's memory.
 class Buffer {
     void *address_ = nullptr;
     std::size_t size_ = 0;
@@ -66,7 +66,7 @@ struct Stream {
     Stream &operator=(const Stream &) = delete;
 };
 
-// Waits for the stream when its block ends: what fails in between must not free what is still copied.
+// Guard that waits for the stream at the end of its scope, so that an error does not free memory that is still being copied.
 struct Synchronised {
     cudaStream_t stream;
     ~Synchronised() { cudaStreamSynchronize(stream); }
@@ -87,7 +87,7 @@ std::string dtype_of(nvinfer1::DataType type) {
 
 std::vector<std::int64_t> shape_of(const nvinfer1::Dims &dims) { return {dims.d, dims.d + dims.nbDims}; }
 
-// The plan in a file: all of it, or what follows a length (int32, little-endian) and that much JSON, which some exporters put there.
+// Return the serialized engine in a file. Some exporters write a length (int32, little-endian) and JSON of this length before it.
 std::pair<const char *, std::size_t> plan_of(const std::string &file) {
     std::uint32_t size = 0;
     for (std::size_t i = 4; i-- > 0 && file.size() > 4;) size = size << 8 | static_cast<unsigned char>(file[i]);
@@ -96,7 +96,7 @@ std::pair<const char *, std::size_t> plan_of(const std::string &file) {
     return {file.data() + start, file.size() - start};
 }
 
-// One engine, one context, one stream: inferences of several threads wait for each other.
+// An engine with one context and one stream. Inferences of several threads run one after another.
 class TensorRt : public Runtime {
     mutable Logger logger_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
@@ -109,9 +109,9 @@ class TensorRt : public Runtime {
   public:
     TensorRt(const std::string &file, const std::string &path, const Options &options) {
         if (options.threads || !options.device.empty() || !options.cache.empty())
-            throw UsageError("TensorRT takes no threads, device or cache", "leave them out");
+            throw UsageError("TensorRT takes no threads, device or cache", "leave these options out");
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
-        if (!runtime_) throw ToolchainError("TensorRT does not start: " + logger_.errors(), "is there an NVIDIA driver?");
+        if (!runtime_) throw ToolchainError("TensorRT does not start: " + logger_.errors(), "check that an NVIDIA driver is installed");
         if (!options.plugin.empty() && !runtime_->getPluginRegistry().loadLibrary(options.plugin.string().c_str()))
             throw ToolchainError("TensorRT refuses " + options.plugin.string() + ": " + logger_.errors());
         const auto [data, size] = plan_of(file);
@@ -152,7 +152,7 @@ class TensorRt : public Runtime {
     }
 
   private:
-    // Device memory for a tensor, at least `size` bytes.
+    // Reserve at least `size` bytes of GPU memory for a tensor and bind the memory to the context.
     void *bound(const std::string &name, std::size_t size) const {
         void *const address = memory_[name].reserve(size);
         if (!context_->setTensorAddress(name.c_str(), address)) throw ToolchainError("the engine failed: " + logger_.errors(), REBUILD);

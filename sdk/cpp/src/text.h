@@ -1,4 +1,4 @@
-// Texts for messages.
+// Formatting of texts for messages.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -6,12 +6,12 @@
 
 namespace evm {
 
-// A string in quotes, control characters escaped.
+// Return a string in quotes, with control characters escaped.
 std::string in_quotes(const std::string &text);
 std::string join(const std::vector<std::string> &parts, const char *between = ", ");
-// The non-empty parts of a text.
+// Split a text at a character; empty parts are left out.
 std::vector<std::string> split(const std::string &text, char at);
-// [1, 224, 224, 3]
+// Format a shape, such as "[1, 224, 224, 3]".
 std::string shape_text(const std::vector<std::int64_t> &shape);
 
 }  // namespace evm

@@ -1,4 +1,4 @@
-/* An app in C99: app BUNDLE [selftest|leak]. Classifies one grey image; `leak` forgets to free what went wrong. */
+/* Test app in C99: app BUNDLE [selftest|leak]. It classifies one grey image; `leak` does not free the error text. */
 #include <evm/evm.h>
 
 #include <stdio.h>

@@ -1,15 +1,15 @@
-// What tests/test_sdk_cpp.py asks for, many cases in one process, so that sanitizers see them all. Commands on stdin, one a line,
-// an answer on stdout for each: `ok ..`, or `error: ` and an evm::Error's kind, code, place and text, tabs between, or `reason: `
-// and another's text, newlines as `|`.
+// Test driver for tests/test_sdk_cpp.py, which runs many cases in one process, so that sanitizers see all of them. It reads commands from
+// stdin, one per line, and writes an answer to stdout for each: `ok ..`, or `error: ` and the kind, code, place and text of an evm::Error,
+// separated by tabs, or `reason: ` and the text of another exception. Newlines are written as `|`.
 //
 //   image FILE OUT                            decode as the sample does; OUT: the RGB bytes. ok W H
 //   pixels H W CROP INTERPOLATION FILE OUT      preprocess a file; OUT: the pixels. ok
 //   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
-//   json FILE, safetensors FILE, png FILE       read what may be damaged. ok
+//   json FILE, safetensors FILE, png FILE       read a file that may be damaged. ok
 //   open BUNDLE SCAN                            open a bundle. ok NAME
 //   classify BUNDLE                             a white image. ok INDEX
 //   selftest BUNDLE                             ok PASSED or FAILED
-//   overflow, race                              do what AddressSanitizer and ThreadSanitizer are for
+//   overflow, race                              make an error that AddressSanitizer or ThreadSanitizer reports
 //   threads BUNDLE SCAN N FILE..                each of N threads classifies all files, in its own order; ok if all agree
 #include "../../../samples/cpp/image.h"
 #include "../src/json.h"
@@ -107,7 +107,7 @@ std::string threads(const Words &words) {
     return std::to_string(std::count_if(wrong.begin(), wrong.end(), [](int n) { return n > 0; })) + " threads differ";
 }
 
-// What sanitizers are for, so that the tests see that they see it.
+// Errors that sanitizers must report: a check that the sanitizers are on.
 std::string overflow(const Words &words) {
     const std::vector<char> bytes(words.size());
     const volatile char *const end = bytes.data();
@@ -154,7 +154,7 @@ int main() {
             answer = "ok " + COMMANDS.at(words.at(0))(words);
         } catch (const evm::Error &error) {
             answer = "error: " + kind(error) + "\t" + error.code() + "\t" + error.where() + "\t" + error.what();
-        } catch (const std::runtime_error &error) {  // what the SDK makes an evm::Error of
+        } catch (const std::runtime_error &error) {  // an internal error, which the SDK turns into an evm::Error
             answer = std::string("reason: ") + error.what();
         }
         std::replace(answer.begin(), answer.end(), '\n', '|');

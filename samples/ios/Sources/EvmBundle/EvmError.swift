@@ -1,8 +1,8 @@
-// A failure that a user can meet; its code and place are those of Python (docs/bundle.md).
+// Expected errors of the package. Code and place are the same as in Python (docs/bundle.md).
 // NOT COMPILED BY THIS PROJECT.
 
-/// `hint` is the next thing to do. `code` is the kind of failure, `place` the key path in the manifest or the file in the
-/// bundle that is wrong.
+/// An expected error. `hint`: the next step for the user. `code`: the code of the error. `place`: the key path in the
+/// manifest, or the file in the bundle, that is wrong.
 public struct EvmError: Error, CustomStringConvertible {
     public enum Kind: Sendable { case bundle, image, usage, toolchain }
 

@@ -1,4 +1,4 @@
-// manifest.json: what an app needs of it, read and checked; then every file's hash.
+// Reading of manifest.json: the parts that an app uses, their checks, and the check of every file's hash.
 // NOT COMPILED BY THIS PROJECT.
 import CryptoKit
 import Foundation
@@ -6,14 +6,15 @@ import Foundation
 private let schemaVersion = 1
 private let maxBytes = 4 << 20
 
-/// Schema 1. The properties are named as the keys are; `tests/test_ios.py` compares them with a bundle's.
+/// A manifest of schema version 1. The properties have the names of the keys; `tests/test_ios.py` compares them with those
+/// of a bundle.
 public struct Manifest: Decodable {
     public struct Plan: Decodable {
         public let head: String
         public let input: String
         public let precision: String
         public let batch: String
-        /// Whether one output holds scores by class.
+        /// Whether the model is a classifier: one output holds a score for each class.
         public var classifies: Bool { head == "logits" || head == "probs" }
     }
     public struct Preprocess: Decodable {
@@ -38,7 +39,7 @@ public struct Manifest: Decodable {
         public let failures: [String]?
         public let limit: Double
     }
-    /// Limits of the self-test by name; none of them in bundles from before limits were data.
+    /// Limits of the self-test by name. Older bundles have none.
     public struct Limits: Decodable {
         public let preprocessing: Double?
         public let outputs: [String: Double]?
@@ -60,7 +61,7 @@ public struct Manifest: Decodable {
     public let parity: Parity
     public let selftest: Limits?
 
-    /// Reads and validates the manifest of the bundle in `folder` and checks every hash. Throws EvmError.
+    /// Reads and checks the manifest of the bundle in `folder`, and checks the hash of every file. Throws EvmError.
     public static func open(_ folder: URL) throws -> Manifest {
         var isFolder: ObjCBool = false
         let exists = FileManager.default.fileExists(atPath: folder.path, isDirectory: &isFolder)
@@ -82,7 +83,7 @@ public struct Manifest: Decodable {
         }
         guard manifest.target == "coreml" else {
             let message = "bundle \(folder.path) is for target '\(manifest.target)', this app runs 'coreml'"
-            throw EvmError(.bundle, message, hint: "evm-export --target coreml")
+            throw EvmError(.bundle, message, hint: "export with evm-export --target coreml")
         }
         return manifest
     }
@@ -90,7 +91,7 @@ public struct Manifest: Decodable {
     private static func read(_ folder: URL) throws -> Manifest {
         let path = folder.appendingPathComponent("manifest.json")
         guard FileManager.default.fileExists(atPath: path.path) else {
-            let message = "\(folder.path) is not a bundle: it has no manifest.json"
+            let message = "\(folder.path) is not a bundle: no manifest.json inside"
             throw EvmError(.bundle, message, hint: "make one with evm-export", code: "manifest.missing")
         }
         guard let data = try? Data(contentsOf: path) else {
@@ -130,8 +131,8 @@ public struct Manifest: Decodable {
             throw invalid(path, "schema_version", "must be a whole number from 1")
         }
         if version > schemaVersion {
-            let message = "\(folder.path) has manifest schema \(version), this app reads up to \(schemaVersion)"
-            let hint = "upgrade: take EvmBundle of a newer evm-deploy"
+            let message = "\(folder.path) has manifest schema \(version); this app reads versions up to \(schemaVersion)"
+            let hint = "use EvmBundle of a newer evm-deploy"
             throw EvmError(.bundle, message, hint: hint, code: "manifest.version", place: "schema_version")
         }
     }
@@ -144,7 +145,7 @@ public struct Manifest: Decodable {
             try require(insideBundle(name), "files.\(name)", "leaves the bundle")
             let hash = file.sha256.utf8
             let isHash = hash.count == 64 && hash.allSatisfy { (48...57).contains($0) || (97...102).contains($0) }
-            try require(isHash, "files.\(name).sha256", "is no sha256")
+            try require(isHash, "files.\(name).sha256", "is not a sha256")
         }
         let found = files.keys.contains { $0 == artifact || $0.hasPrefix(artifact + "/") }
         try require(found, "artifact", "is not among the files")
@@ -153,18 +154,18 @@ public struct Manifest: Decodable {
     }
 }
 
-/// What is wrong in a manifest, and at which key path.
+/// An error in a manifest, with its key path.
 struct Invalid: Error {
     let place: String
     let what: String
 }
 
-/// Throws Invalid.
+/// Throws Invalid unless `good` is true.
 func require(_ good: Bool, _ place: String, _ what: String) throws {
     if !good { throw Invalid(place: place, what: what) }
 }
 
-/// Where a decoder stopped, as `inputs[0].shape`.
+/// Returns the key path at which a decoder failed, such as `inputs[0].shape`.
 private func keyPath(_ error: DecodingError) -> String {
     let path: [CodingKey]
     switch error {
@@ -179,7 +180,7 @@ private func keyPath(_ error: DecodingError) -> String {
     }
 }
 
-/// Whether a file's name stays inside the bundle on every system.
+/// Tests whether a file name stays inside the bundle on every system.
 private func insideBundle(_ name: String) -> Bool {
     let leaves = name.hasPrefix("/") || name.split(separator: "/").contains("..")
     return !name.isEmpty && !leaves && !name.contains { "\\:\0".contains($0) }
@@ -189,7 +190,7 @@ private func check(_ folder: URL, _ name: String, _ file: Manifest.File) throws 
     let path = folder.appendingPathComponent(name)
     guard FileManager.default.fileExists(atPath: path.path) else {
         let message = "bundle \(folder.path): \(name) is missing"
-        throw EvmError(.bundle, message, hint: "copy the bundle again, whole", code: "file.missing", place: name)
+        throw EvmError(.bundle, message, hint: "copy the whole bundle again", code: "file.missing", place: name)
     }
     let have: String
     do {

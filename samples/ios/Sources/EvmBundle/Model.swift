@@ -1,4 +1,4 @@
-// A Core ML bundle of evm-deploy in an app: pixels, then classes.
+// Running of a Core ML bundle of evm-deploy in an app.
 // NOT COMPILED BY THIS PROJECT.
 import CoreML
 import CoreVideo
@@ -11,7 +11,7 @@ public struct Prediction: Sendable {
     public let score: Double
 }
 
-/// An opened bundle. Not for several threads at the same time.
+/// An opened bundle. Only one thread may use a model at a time.
 public final class Model {
     public let folder: URL
     public let manifest: Manifest
@@ -20,8 +20,8 @@ public final class Model {
     private let model: MLModel
     private let units: MLComputeUnits
 
-    /// Opens the bundle in `folder`, every hash checked, and compiles its package on this device. `function`: of a
-    /// bundle for several sizes, such as `imgsz_224x224`, by default the first. Throws EvmError.
+    /// Opens the bundle in `folder`, checks the hash of every file, and compiles the package on this device. `function`:
+    /// function of a bundle for several sizes, such as `imgsz_224x224`; by default the first. Throws EvmError.
     public init(folder: URL, function: String? = nil, units: MLComputeUnits = .all) throws {
         self.folder = folder
         self.units = units
@@ -31,23 +31,24 @@ public final class Model {
         model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
     }
 
-    /// What the model reads of `image`. Throws EvmError.
+    /// Resizes and crops `image` to the pixels that the model reads. `name` names the image in errors. Throws EvmError.
     public func pixels(_ image: RgbImage, name: String = "image") throws -> RgbImage {
         try preprocessing.pixels(image, name: name)
     }
 
-    /// The `top` most probable classes of `pixels`, best first. Throws EvmError.
+    /// Returns the `top` most probable classes of `pixels`, most probable first. Throws EvmError if the model is not a
+    /// classifier, or if the network gives NaN or Inf.
     public func classify(_ pixels: RgbImage, top: Int = 5) throws -> [Prediction] {
         guard manifest.plan.classifies else {
-            throw EvmError(.usage, "this bundle gives \(manifest.plan.head), not classes", hint: "use run(_:)")
+            throw EvmError(.usage, "no classes to predict: the bundle gives \(manifest.plan.head)", hint: "use run(_:)")
         }
         guard top >= 1 else { throw EvmError(.usage, "top is \(top), it must be at least 1") }
         let values = try run(input(pixels))[manifest.plan.head] ?? []
         let count = values.count / batch
         let row = values.prefix(count).map(Double.init)
         guard !row.isEmpty, row.allSatisfy(\.isFinite) else {
-            let hint = "does it compute right on this device?  evm-run \(folder.path) --selftest"
-            throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf here", hint: hint)
+            let hint = "run the self-test on this device"
+            throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf on this device", hint: hint)
         }
         let scores = manifest.plan.head == "probs" ? row : softmax(row)
         let best = scores.indices.sorted { scores[$0] > scores[$1] || (scores[$0] == scores[$1] && $0 < $1) }
@@ -56,7 +57,8 @@ public final class Model {
         }
     }
 
-    /// One inference -> the values of every output, row by row, a classifier's in the order of labels.txt.
+    /// Runs one inference and returns the values of every output, row by row. The scores of a classifier have the order of
+    /// labels.txt. Throws EvmError.
     func run(_ input: MLFeatureValue) throws -> [String: [Float]] {
         let feeds = try MLDictionaryFeatureProvider(dictionary: [manifest.inputs[0].name: input])
         let found: MLFeatureProvider
@@ -77,22 +79,22 @@ public final class Model {
         return outputs
     }
 
-    /// How many images one inference takes.
+    /// Number of images in one inference.
     var batch: Int { max(1, Int(manifest.plan.batch) ?? 1) }
 
-    /// The input for one image.
+    /// Makes the model's input from one image.
     func input(_ pixels: RgbImage) throws -> MLFeatureValue {
         if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels)) }
         let one = preprocessing.normalised(pixels)
         return try input(tensor: Array(repeating: one, count: batch).flatMap { $0 })
     }
 
-    /// The input of a package exported with `--input tensor`.
+    /// Makes the input of a package exported with `--input tensor`.
     func input(tensor: [Float]) throws -> MLFeatureValue {
         MLFeatureValue(multiArray: try array(tensor, shape: [batch, 3, preprocessing.height, preprocessing.width]))
     }
 
-    /// One scan by itself, on float32 tensors.
+    /// Runs the package `file`, which contains a single scan, on float32 tensors and returns y.
     func scan(_ file: String, _ feeds: [String: MLMultiArray]) throws -> [Float] {
         let scan = try compiled(folder.appendingPathComponent(file), function: nil, units: units)
         let provider = try MLDictionaryFeatureProvider(dictionary: feeds.mapValues { MLFeatureValue(multiArray: $0) })
@@ -107,7 +109,7 @@ public final class Model {
 }
 
 extension Manifest {
-    /// The class names of the bundle in `folder`, none where the export had none. Throws EvmError.
+    /// Reads the class names of the bundle in `folder`; empty if the bundle has no labels.txt. Throws EvmError.
     func labels(in folder: URL) throws -> [String] {
         guard files["labels.txt"] != nil else { return [] }
         guard let text = try? String(contentsOf: folder.appendingPathComponent("labels.txt"), encoding: .utf8) else {
@@ -125,13 +127,14 @@ extension Manifest {
         return names
     }
 
-    /// Of a function of a bundle for several sizes, or of its default.
+    /// Returns the preprocessing for a function of a bundle for several sizes, by default that of the manifest.
     func preprocessing(of function: String?) throws -> Preprocess {
         guard let function else { return preprocessing }
         let functions = details.functions ?? []
         guard let found = functions.first(where: { $0.name == function }) else {
             let has = functions.map(\.name).joined(separator: ", ")
-            throw EvmError(.usage, "this bundle has no function '\(function)'; it has: \(has.isEmpty ? "none" : has)")
+            let available = has.isEmpty ? "none" : has
+            throw EvmError(.usage, "no function '\(function)' in the bundle; available: \(available)")
         }
         return Preprocess(
             size: found.imgsz, crop_pct: preprocessing.crop_pct, interpolation: preprocessing.interpolation,
@@ -155,14 +158,14 @@ private func compiled(_ package: URL, function: String?, units: MLComputeUnits) 
     }
 }
 
-/// Values in C order as an array for Core ML.
+/// Makes a Core ML array from values in C order.
 func array(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
     let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float32)
     for (i, value) in values.enumerated() { array[i] = NSNumber(value: value) }
     return array
 }
 
-/// BGRA in memory: what cameras give and Core ML reads as RGB.
+/// Makes a pixel buffer with BGRA bytes, the format of cameras, which Core ML reads as RGB.
 private func pixelBuffer(_ pixels: RgbImage) throws -> CVPixelBuffer {
     var made: CVPixelBuffer?
     CVPixelBufferCreate(nil, pixels.width, pixels.height, kCVPixelFormatType_32BGRA, nil, &made)

@@ -1,5 +1,5 @@
-// From an image to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased; the centre
-// cropped. Pillow's arithmetic, so that an app sees what the export was verified with.
+// Preprocessing of a bundle: resize the image, with antialiasing, until it covers size / crop_pct, and crop the centre. The
+// arithmetic is Pillow's, so that an app reads the pixels that the export was verified with.
 // NOT COMPILED BY THIS PROJECT.
 
 private let maxSide = 8192
@@ -20,7 +20,8 @@ extension Manifest.Preprocess {
         for (i, value) in std.enumerated() { try require(value > 0, "preprocessing.std[\(i)]", "must be above 0") }
     }
 
-    /// RGB of the model's size. `name` is the image's in errors. Throws EvmError.
+    /// Resizes and crops `image` to the model's size. `name` names the image in errors. Throws EvmError if the image is too
+    /// narrow to be cropped.
     public func pixels(_ image: RgbImage, name: String = "image") throws -> RgbImage {
         let (wantHeight, wantWidth) = (covered(height), covered(width))
         var (newHeight, newWidth) = (wantHeight, wantWidth)
@@ -40,7 +41,8 @@ extension Manifest.Preprocess {
         return image.resized(toWidth: newWidth, toHeight: newHeight, crop: crop, filter: filter)
     }
 
-    /// Channels first, as a model exported with `--input tensor` reads them; others normalise themselves.
+    /// Normalises pixels to channels-first floats, for a model exported with `--input tensor`. Other models normalise the
+    /// pixels themselves.
     public func normalised(_ pixels: RgbImage) -> [Float] {
         (0..<3).flatMap { channel in
             let (mean, std) = (255 * Float(self.mean[channel]), 255 * Float(self.std[channel]))
@@ -49,7 +51,7 @@ extension Manifest.Preprocess {
     }
 
     private func covered(_ side: Int) -> Int {
-        Int(min((Double(side) / crop_pct).rounded(.toNearestOrEven), 1e9))  // nobody resizes to more
+        Int(min((Double(side) / crop_pct).rounded(.toNearestOrEven), 1e9))  // avoids overflow; pixels(_:) refuses such sizes
     }
 }
 

@@ -1,7 +1,7 @@
-// Resampling as Pillow does it: along rows, then along columns, in fixed point, rounded to bytes in between.
+// Resampling equal to Pillow's: rows first, then columns, in fixed point, with rounding to bytes in between.
 // NOT COMPILED BY THIS PROJECT.
 
-/// A resampling filter: how far it reaches and its weight at a distance, in pixels of the smaller image.
+/// A resampling filter. `support`: reach; `weight`: weight at a distance; both in pixels of the smaller image.
 enum Filter: String {
     case bilinear, bicubic
 
@@ -28,7 +28,7 @@ struct Crop {
 }
 
 extension RgbImage {
-    /// Resized to `toWidth` x `toHeight`, antialiased, of which `crop` is kept.
+    /// Resizes the image to `toWidth` x `toHeight`, with antialiasing, and returns the part `crop`.
     func resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter) -> RgbImage {
         let across = windows(from: width, to: toWidth, first: crop.left, count: crop.width, filter)
         let down = windows(from: height, to: toHeight, first: crop.top, count: crop.height, filter)
@@ -50,16 +50,16 @@ extension RgbImage {
 private let precisionBits = 22
 private let half: Int32 = 1 << (precisionBits - 1)
 
-/// What one output is the weighted sum of: inputs from `start` on; weights in units of 2^-22.
+/// The weights of the input pixels from `start` on that make one output pixel, in units of 2^-22.
 private struct Window {
     let start: Int
     let weights: [Int32]
 }
 
-/// Windows of the outputs `first`, `first` + 1, .. of an axis of `from` pixels resized to `to`.
+/// Returns the windows of `count` output pixels from `first` on, for an axis of `from` pixels resized to `to`.
 private func windows(from: Int, to: Int, first: Int, count: Int, _ filter: Filter) -> [Window] {
     let scale = Double(from) / Double(to)
-    let stretch = max(scale, 1)  // a filter as wide as an output pixel: antialiasing
+    let stretch = max(scale, 1)  // antialiasing: the filter is at least as wide as an output pixel
     let support = filter.support * stretch
     return (first..<(first + count)).map { output in
         let center = (Double(output) + 0.5) * scale
@@ -71,7 +71,7 @@ private func windows(from: Int, to: Int, first: Int, count: Int, _ filter: Filte
     }
 }
 
-/// Rounded half away from zero.
+/// Converts a weight to fixed point, rounding halves away from zero.
 private func fixed(_ weight: Double) -> Int32 {
     Int32(weight * Double(1 << precisionBits) + (weight < 0 ? -0.5 : 0.5))
 }

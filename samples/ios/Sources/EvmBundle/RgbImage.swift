@@ -1,11 +1,11 @@
-// RGB bytes of an image, as evm-deploy reads them in Python: upright, alpha dropped and not multiplied in, values as
-// the file has them, whatever its colour profile.
+// Reading of images as upright RGB bytes, as evm-deploy does in Python: alpha is dropped without multiplication, and the
+// values are those in the file, without conversion of the colour profile.
 // NOT COMPILED BY THIS PROJECT.
 import Accelerate
 import Foundation
 import ImageIO
 
-/// RGB bytes, row by row, `width` * `height` * 3 of them.
+/// An RGB image: `rgb` has `width` * `height` * 3 bytes, row by row.
 public struct RgbImage: Sendable {
     public let width: Int
     public let height: Int
@@ -16,7 +16,7 @@ public struct RgbImage: Sendable {
         (self.width, self.height, self.rgb) = (width, height, rgb)
     }
 
-    /// An image file. `name` is for errors. Throws EvmError.
+    /// Decodes an image file and makes it upright. `name` names the image in errors. Throws EvmError.
     public init(data: Data, name: String) throws {
         guard let source = CGImageSourceCreateWithData(data as CFData, nil),
             let image = CGImageSourceCreateImageAtIndex(source, 0, nil)
@@ -26,6 +26,7 @@ public struct RgbImage: Sendable {
         self = try RgbImage(image, name: name).upright(orientation)
     }
 
+    /// Reads an image file and makes it upright. Throws EvmError.
     public init(contentsOf url: URL) throws {
         guard let data = try? Data(contentsOf: url) else {
             throw EvmError(.image, "image \(url.path) does not exist")
@@ -33,16 +34,16 @@ public struct RgbImage: Sendable {
         try self.init(data: data, name: url.path)
     }
 
-    /// As it lies in memory, whatever its orientation.
+    /// Copies the pixels of an image as they are in memory, without rotation. Throws EvmError.
     public init(_ image: CGImage, name: String = "image") throws {
         let grey = image.colorSpace?.model == .monochrome
-        let channels = grey ? 2 : 4  // with an alpha channel, to be dropped: without one it would be multiplied in
+        let channels = grey ? 2 : 4  // the format has an alpha channel, which is dropped; without it alpha is multiplied in
         guard let space = grey ? image.colorSpace : rgbSpace(of: image),
             let format = vImage_CGImageFormat(
                 bitsPerComponent: 8, bitsPerPixel: 8 * channels, colorSpace: space,
                 bitmapInfo: CGBitmapInfo(rawValue: CGImageAlphaInfo.last.rawValue)),
             let buffer = try? vImage_Buffer(cgImage: image, format: format)
-        else { throw EvmError(.image, "image \(name) cannot be read: its format is not known") }
+        else { throw EvmError(.image, "image \(name) cannot be read: unknown pixel format") }
         defer { buffer.free() }
         let bytes = buffer.data.assumingMemoryBound(to: UInt8.self)
         var rgb = [UInt8]()
@@ -56,7 +57,7 @@ public struct RgbImage: Sendable {
         self.init(width: image.width, height: image.height, rgb: rgb)
     }
 
-    /// Turned and flipped as `orientation`, 1 to 8 as in Exif, says of how the camera was held.
+    /// Rotates and mirrors the image from the Exif `orientation`, 1 to 8, to upright.
     public func upright(_ orientation: Int) -> RgbImage {
         let (right, bottom) = (width - 1, height - 1)
         switch orientation {
@@ -84,7 +85,7 @@ public struct RgbImage: Sendable {
         return RgbImage(width: newWidth, height: newHeight, rgb: out)
     }
 
-    /// To be shown.
+    /// The image as a CGImage, for display.
     public var cgImage: CGImage? {
         guard let provider = CGDataProvider(data: Data(rgb) as CFData) else { return nil }
         return CGImage(
@@ -94,7 +95,7 @@ public struct RgbImage: Sendable {
     }
 }
 
-/// The image's own RGB, so that nothing is converted; of what has none, such as CMYK, the usual one.
+/// Returns the image's own RGB colour space, so that no value is converted. Images in other spaces, such as CMYK, get sRGB.
 private func rgbSpace(of image: CGImage) -> CGColorSpace? {
     let own = image.colorSpace?.model == .indexed ? image.colorSpace?.baseColorSpace : image.colorSpace
     return own?.model == .rgb ? own : CGColorSpace(name: CGColorSpace.sRGB)

@@ -1,4 +1,4 @@
-// A safetensors file: eight bytes of header length, a JSON header, the data.
+// Reading of safetensors files: eight bytes with the length of the header, a JSON header, the data.
 // NOT COMPILED BY THIS PROJECT.
 import Foundation
 
@@ -7,21 +7,21 @@ struct Tensor {
     let shape: [Int]
     let bytes: [UInt8]
 
-    /// Of a float32 tensor.
+    /// The values of a float32 tensor.
     var floats: [Float] {
         bytes.withUnsafeBytes { raw in
             (0..<(raw.count / 4)).map { raw.loadUnaligned(fromByteOffset: 4 * $0, as: Float.self) }
         }
     }
 
-    /// The bytes of row `i` of `count` of the first axis.
+    /// Returns the bytes of row `i` of the first axis.
     func row(_ i: Int) -> [UInt8] {
         let length = bytes.count / shape[0]
         return Array(bytes[(i * length)..<((i + 1) * length)])
     }
 }
 
-/// The tensors of a file by name. Throws for what is no such file.
+/// Reads the tensors of a file by name. Throws an error if the file is damaged.
 func safetensors(_ url: URL) throws -> [String: Tensor] {
     struct Entry: Decodable {
         let dtype: String
@@ -36,12 +36,12 @@ func safetensors(_ url: URL) throws -> [String: Tensor] {
     let data = 8 + Int(length)
     let header = try JSONDecoder().decode([String: Entry].self, from: file.subdata(in: 8..<data))
     return try header.mapValues { entry in
-        let size = entry.shape.reduce(entry.dtype == "F32" ? 4.0 : 1.0) { $0 * Double($1) }  // which does not overflow
+        let size = entry.shape.reduce(entry.dtype == "F32" ? 4.0 : 1.0) { $0 * Double($1) }  // a Double does not overflow
         guard ["U8", "F32"].contains(entry.dtype), entry.data_offsets.count == 2,
             let from = entry.data_offsets.first, let end = entry.data_offsets.last,
             0 <= from, from <= end, end <= file.count - data,
             entry.shape.allSatisfy({ $0 >= 0 }), Double(end - from) == size
-        else { throw EvmError(.bundle, "\(url.path) is cut") }
+        else { throw EvmError(.bundle, "\(url.path) is damaged: a tensor does not fit the file") }
         let bytes = [UInt8](file.subdata(in: (data + from)..<(data + end)))
         return Tensor(dtype: entry.dtype, shape: entry.shape, bytes: bytes)
     }

@@ -1,9 +1,9 @@
-// The self-test of a bundle, as `evm-run --selftest`: preprocessing, outputs, and each scan by itself.
+// Self-test of a bundle, as `evm-run --selftest` does it: preprocessing, outputs, and each scan alone.
 // NOT COMPILED BY THIS PROJECT.
 import CoreML
 import Foundation
 
-/// One line of a self-test: error against limit.
+/// Result of one check of a self-test. The check has passed if `error` <= `limit`.
 public struct Check: Sendable {
     public let name: String
     public let error: Double
@@ -14,15 +14,16 @@ public struct Check: Sendable {
 
 private let probesFile = "selftest/probes.safetensors"
 private let scansFile = "selftest/scans.safetensors"
-private let scanTolerance = 2e-5  // of the part that the states give
-private let rounding = 4 * 1.1920929e-7  // of y in float32, before skip * u is taken off
+private let scanTolerance = 2e-5  // error of y - skip * u, relative to its largest value
+private let rounding = 4 * 1.1920929e-7  // relative rounding error of y in float32, before skip * u is subtracted
 private let scanInputs = ["u", "delta", "A", "B", "C", "skip", "bias"]
 private let scanAxes = [
     "u": "bKLD", "delta": "bKLD", "A": "KDN", "B": "bKLN", "C": "bKLN", "skip": "KD", "bias": "KD", "y": "bKLD",
 ]
 
 extension Model {
-    /// Of the bundle's default size. Throws EvmError.
+    /// Compares preprocessing, outputs and scans, at the bundle's default size, with the expected values in the bundle.
+    /// Throws EvmError if the bundle has no readable self-test.
     public func selfTest() throws -> [Check] {
         let (tensors, scans) = try (read(probesFile), read(scansFile))
         return try [imageCheck(tensors)] + outputChecks(tensors) + scanChecks(scans)
@@ -104,7 +105,8 @@ extension Model {
         }
     }
 
-    /// The error relative to what the states give, y - skip * u; the limit grows where skip * u dwarfs it.
+    /// Compares y - skip * u of a scan with the expected values, relative to its largest value. The limit includes the
+    /// rounding of y, which dominates where skip * u is much larger.
     private func check(name: String, y: [Float], want: [Float], skipPart: [Double]) -> Check {
         let states = zip(want, skipPart).map { abs(Double($0) - $1) }.max() ?? 0
         let largest = max(states, Double(Float.leastNormalMagnitude))
@@ -113,7 +115,7 @@ extension Model {
     }
 }
 
-/// Whether a scan's tensors are float32, and their ranks and sizes belong together.
+/// Tests whether the tensors are float32 and have the ranks and sizes of one scan.
 private func isScan(_ tensors: [String: Tensor]) -> Bool {
     var sizes: [Character: Int] = [:]
     for (name, axes) in scanAxes {
@@ -126,12 +128,12 @@ private func isScan(_ tensors: [String: Tensor]) -> Bool {
     return true
 }
 
-/// skip (K, D) times u (1, K, L, D).
+/// Returns skip (K, D) times u (1, K, L, D).
 private func skipPart(_ u: [Float], _ skip: [Float], L: Int, D: Int) -> [Double] {
     u.indices.map { Double(skip[$0 / (L * D) * D + $0 % D]) * Double(u[$0]) }
 }
 
-/// The largest difference; infinite for another count, and for values that are no numbers.
+/// Returns the largest difference; infinite if the counts differ or a value is NaN or Inf.
 private func worst(_ have: [Float], _ want: [Float]) -> Double {
     guard have.count == want.count, have.allSatisfy(\.isFinite) else { return .infinity }
     return zip(have, want).map { abs(Double($0) - Double($1)) }.max() ?? 0

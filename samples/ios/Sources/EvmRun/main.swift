@@ -1,4 +1,4 @@
-// evm-run-coreml BUNDLE [image]: self-test, then the best classes of an image.
+// evm-run-coreml BUNDLE [image]: run the self-test, then print the most probable classes of an image.
 // NOT COMPILED BY THIS PROJECT.
 import EvmBundle
 import Foundation

@@ -1,4 +1,4 @@
-// The system's camera on iOS; nothing on a Mac.
+// The system's camera on iOS. On a Mac the camera is not available.
 // NOT COMPILED BY THIS PROJECT.
 import SwiftUI
 
@@ -8,7 +8,7 @@ import UIKit
 @MainActor var hasCamera: Bool { UIImagePickerController.isSourceTypeAvailable(.camera) }
 
 extension View {
-    /// A sheet that takes a photo and hands it over as a file with its orientation.
+    /// Shows the camera while `isPresented` is true, and calls `onPhoto` with the photo as a JPEG file with its orientation.
     func camera(isPresented: Binding<Bool>, onPhoto: @escaping @MainActor (Data) -> Void) -> some View {
         fullScreenCover(isPresented: isPresented) {
             CameraPicker(isPresented: isPresented, onPhoto: onPhoto).ignoresSafeArea()

@@ -1,16 +1,18 @@
-// One screen: choose or take an image; its five most probable classes, what they took, and the self-test.
+// The sample's screen: choose or take an image, see its five most probable classes and the times, run the self-test.
 // NOT COMPILED BY THIS PROJECT.
 import EvmBundle
 import PhotosUI
 import SwiftUI
 
+/// Screen that classifies images with a Core ML bundle.
 @MainActor
 public struct EvmScreen: View {
     @StateObject private var session: Session
     @State private var chosen: PhotosPickerItem?
     @State private var cameraIsOpen = false
 
-    /// `bundle`: the folder of a Core ML bundle, such as one in the app's resources; nil says that there is none.
+    /// Makes the screen. `bundle`: folder of a Core ML bundle, such as one in the app's resources. If it is nil, the screen
+    /// shows that the app has no bundle.
     public init(bundle: URL?) { _session = StateObject(wrappedValue: Session(bundle: bundle)) }
 
     public var body: some View {

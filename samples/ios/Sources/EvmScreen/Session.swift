@@ -1,4 +1,4 @@
-// What the screen shows, and the model, which works in a background of its own.
+// State of the screen, and the actor that runs the model in the background.
 // NOT COMPILED BY THIS PROJECT.
 import Combine
 import CoreGraphics
@@ -16,7 +16,7 @@ final class Session: ObservableObject {
 
     init(bundle: URL?) { worker = Worker(bundle: bundle) }
 
-    /// The image file that `load` gives.
+    /// Classifies the image file that `load` returns. `name` names the image in errors.
     func classify(named name: String, _ load: @escaping @Sendable () async throws -> Data?) {
         work("classifying") { worker in
             guard let data = try await load() else { throw EvmError(.image, "image \(name) does not exist") }
@@ -29,7 +29,7 @@ final class Session: ObservableObject {
     }
 
     func selfTest() {
-        work("testing itself") { worker in
+        work("running the self-test") { worker in
             self.checks = try await worker.selfTest()
             self.status = self.checks.allSatisfy(\.ok) ? "PASSED" : "FAILED"
         }
@@ -44,7 +44,7 @@ final class Session: ObservableObject {
     }
 }
 
-/// An image as the model saw it, its classes, and what they took.
+/// Result of a classification: `seen`, the pixels that the model read, the classes, and the times in milliseconds.
 struct Found: Sendable {
     let seen: RgbImage
     let predictions: [Prediction]
@@ -52,7 +52,7 @@ struct Found: Sendable {
     let inferenceMs: Double
 }
 
-/// Owns the model: one call at a time, never on the main thread.
+/// Actor that owns the model. It runs one call at a time, and never on the main thread.
 actor Worker {
     private let bundle: URL?
     private var opened: Model?

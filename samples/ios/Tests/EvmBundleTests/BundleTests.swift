@@ -1,4 +1,4 @@
-// A bundle on this device: EVM_BUNDLE names a Core ML bundle's folder.
+// Tests of a bundle on this device. EVM_BUNDLE is the folder of a Core ML bundle.
 // NOT COMPILED BY THIS PROJECT.
 import XCTest
 
@@ -12,7 +12,7 @@ final class BundleTests: XCTestCase {
         return URL(fileURLWithPath: path)
     }
 
-    /// A copy of the bundle, damaged by `damage`.
+    /// Copies the bundle, damages the copy with `damage`, and returns its folder.
     private func damaged(_ damage: (URL) throws -> Void) throws -> URL {
         let copy = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
         try FileManager.default.copyItem(at: bundle(), to: copy)

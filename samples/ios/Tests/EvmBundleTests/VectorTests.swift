@@ -1,4 +1,4 @@
-// The preprocessing vectors of sdk/vectors, which every SDK must reproduce within 1 of 255.
+// Tests with the preprocessing vectors of sdk/vectors, which every SDK must reproduce within 1 of 255.
 // NOT COMPILED BY THIS PROJECT.
 import XCTest
 
@@ -60,7 +60,7 @@ final class VectorTests: XCTestCase {
         }
     }
 
-    /// The other filter, and the image turned, are noticed.
+    /// Negative control: another filter and a rotated image exceed the limit.
     func testTheLimitCanFail() throws {
         let square = try rgbImage("square.expected.png")
         XCTAssertGreaterThan(difference(square, try rgbImage("bilinear.expected.png")), 1)

@@ -1,6 +1,6 @@
-/** Latency: some runs to warm up, then the times of the others. */
+/** Measurement of latency: warm-up runs, then timed runs. */
 
-/** Milliseconds; percentiles interpolated between the nearest samples. */
+/** Latency in milliseconds. Percentiles are interpolated between the nearest samples. */
 export interface Latency {
   readonly runs: number;
   readonly mean: number;
@@ -10,6 +10,7 @@ export interface Latency {
   readonly p99: number;
 }
 
+/** Call `run` `warmUp` times, then measure `runs` calls. */
 export async function latency(
   run: () => Promise<unknown>,
   { warmUp, runs }: { warmUp: number; runs: number },

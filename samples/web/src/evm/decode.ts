@@ -1,15 +1,16 @@
-/** From an image file or a camera's frame to upright 8-bit RGB, with the bytes that are in the file. */
+/** Decoding of image files and camera frames to upright 8-bit RGB, without changing the values in the file. */
 
 import { ImageError, ToolchainError, reason } from "./errors";
 import type { RgbImage } from "./preprocess";
 
-/** Pillow's: of an image, over which it may be a bomb. */
+/** Largest number of pixels, as in Pillow; a larger image may be a decompression bomb. */
 const MAX_PIXELS = 178_956_970;
 const AS_STORED: ImageBitmapOptions = { premultiplyAlpha: "none", colorSpaceConversion: "none" };
 
 /**
- * Decode an image as Python does: EXIF rotation applied, alpha dropped without having touched the colours, no colour
- * conversion, 16 bits scaled. `name` is for messages. Throws ImageError.
+ * Decode an image as Python does: apply the EXIF rotation, drop alpha without multiplying it in, scale 16 bits to 8, and
+ * convert no colours. `name` names the image in errors. Throws ImageError if the browser cannot decode the image, or the
+ * image is too large.
  */
 export async function decode(blob: Blob, name = blob instanceof File ? blob.name : "image"): Promise<RgbImage> {
   let bitmap: ImageBitmap;
@@ -28,28 +29,29 @@ export async function decode(blob: Blob, name = blob instanceof File ? blob.name
 }
 
 /**
- * The pixels of a bitmap that was made without premultiplied alpha. A canvas would premultiply them; a VideoFrame hands
- * them out as they are, and says how they are still to be turned.
+ * Return the pixels of a bitmap that was made without premultiplied alpha. A canvas would premultiply alpha; a VideoFrame
+ * returns the pixels unchanged, with the rotation that is still to be applied. Throws ToolchainError if the browser has no
+ * WebCodecs.
  */
 export async function pixelsOf(bitmap: ImageBitmap): Promise<RgbImage> {
   if (typeof VideoFrame === "undefined")
-    throw new ToolchainError("this browser has no WebCodecs, which pixels are read with", "use one of 2024 or newer");
+    throw new ToolchainError("this browser has no WebCodecs, which are needed to read pixels", "use a browser of 2024 or newer");
   const frame = new VideoFrame(bitmap, { timestamp: 0 });
   try {
     const bytes = new Uint8Array(frame.allocationSize());
     const [plane] = await frame.copyTo(bytes);
     const { width, height } = frame.visibleRect ?? { width: frame.codedWidth, height: frame.codedHeight };
     const red = frame.format?.startsWith("RGB") ? 0 : frame.format?.startsWith("BGR") ? 2 : undefined;
-    if (red === undefined || !plane) throw new Error(`pixels come as ${frame.format}`);
+    if (red === undefined || !plane) throw new Error(`unsupported pixel format ${frame.format}`);
     return upright(bytes.subarray(plane.offset), { width, height, stride: plane.stride, red }, frame as VideoFrame & Turn);
   } catch (error) {
-    throw new ToolchainError(`this browser does not hand out an image's pixels: ${reason(error)}`, "", { cause: error });
+    throw new ToolchainError(`this browser cannot read the pixels of an image: ${reason(error)}`, "", { cause: error });
   } finally {
     frame.close();
   }
 }
 
-/** Of 4-byte pixels. stride: bytes from row to row. red: 0 for RGBA, 2 for BGRA. */
+/** Layout of 4-byte pixels. stride: bytes from row to row. red: index of red in a pixel, 0 for RGBA, 2 for BGRA. */
 interface Layout {
   readonly width: number;
   readonly height: number;
@@ -57,13 +59,13 @@ interface Layout {
   readonly red: 0 | 2;
 }
 
-/** How a frame is to be shown: turned clockwise by `rotation` degrees, then mirrored left to right. */
+/** Orientation of a frame: rotate it clockwise by `rotation` degrees, then mirror it left to right if `flip` is true. */
 interface Turn {
   readonly rotation?: number;
   readonly flip?: boolean;
 }
 
-/** 4-byte pixels as they are stored -> RGB as they are to be seen: the image is walked with other steps. */
+/** Convert stored 4-byte pixels to upright RGB: read the pixels with the steps of the rotation. */
 function upright(bytes: Uint8Array, { width, height, stride, red }: Layout, { rotation = 0, flip = false }: Turn): RgbImage {
   const last = { column: 4 * (width - 1), row: stride * (height - 1) };
   const walks: Record<number, [start: number, right: number, down: number]> = {

@@ -1,4 +1,4 @@
-/** Bundles of evm-deploy in a browser: a folder of this name can be lifted into an app. Needs onnxruntime-web alone. */
+/** Library that runs bundles of evm-deploy in a browser. To use it in an app, copy this folder; it needs only onnxruntime-web. */
 
 export type { Latency } from "./bench";
 export { Bundle } from "./bundle";

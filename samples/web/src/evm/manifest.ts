@@ -1,4 +1,4 @@
-/** manifest.json, schema 1 (docs/bundle.md): what an app reads of it, validated as Python validates it. */
+/** Reading of manifest.json, schema 1 (docs/bundle.md): the parts that an app uses, with the same checks as in Python. */
 
 import { BundleError, reason } from "./errors";
 import { MAX_SIDE, Preprocessing, type PreprocessingFacts } from "./preprocess";
@@ -10,7 +10,7 @@ export const SCHEMA_VERSION = 1;
 const MAX_BYTES = 4 << 20;
 export type Head = "logits" | "probs" | "features" | "raw";
 
-/** Images per inference: static where min equals max; max null is unbounded. */
+/** Number of images in one inference. A static batch has min equal to max; max is null for any number. */
 export interface Batch {
   readonly min: number;
   readonly max: number | null;
@@ -21,13 +21,14 @@ export interface FileFacts {
   readonly size_bytes: number;
 }
 
-/** Limits of the self-test by name; empty in bundles from before limits were data. */
+/** Limits of the self-test by name; empty in older bundles. */
 interface Limits {
   readonly preprocessing?: number;
   readonly outputs?: ReadonlyMap<string, number>;
   readonly scans?: ReadonlyMap<string, number>;
 }
 
+/** The parts of a manifest that an app uses. */
 export class Manifest {
   readonly name: string;
   readonly target: string;
@@ -48,7 +49,7 @@ export class Manifest {
   private readonly limits: Limits;
   private readonly parityLimit: number;
 
-  /** Whether one output holds scores by class. */
+  /** Whether the model is a classifier: one output holds a score for each class. */
   get classifies(): boolean {
     return this.head === "logits" || this.head === "probs";
   }
@@ -79,7 +80,7 @@ export class Manifest {
       library.require(this.files.has(library.text()), "among the files");
   }
 
-  /** Largest accepted difference of the self-test's pixels, of 255. */
+  /** Largest accepted difference of a pixel in the self-test, of 255. */
   get pixelLimit(): number {
     return this.limits.preprocessing ?? 1;
   }
@@ -89,7 +90,7 @@ export class Manifest {
     return this.limits.outputs?.get(name) ?? this.parityLimit;
   }
 
-  /** Largest accepted error of a scan in the self-test; undefined in bundles from before limits were data. */
+  /** Largest accepted error of a scan in the self-test; undefined in older bundles. */
   scanLimit(name: string): number | undefined {
     return this.limits.scans?.get(name);
   }
@@ -106,8 +107,8 @@ export class Manifest {
       const version = root.at("schema_version").count();
       if (version > SCHEMA_VERSION)
         throw new BundleError(
-          `${bundle} has manifest schema ${version}, this page reads up to ${SCHEMA_VERSION}`,
-          "upgrade the page: take src/evm of a newer evm-deploy",
+          `${bundle} has manifest schema ${version}; this page reads versions up to ${SCHEMA_VERSION}`,
+          "use src/evm of a newer evm-deploy",
           { code: "manifest.version", where: "schema_version" },
         );
       return new Manifest(root);
@@ -119,7 +120,7 @@ export class Manifest {
   }
 }
 
-/** What is wrong in a manifest, and at which key path. */
+/** An error in a manifest, with its key path. */
 class Invalid extends Error {
   constructor(
     readonly where: string,
@@ -129,9 +130,9 @@ class Invalid extends Error {
   }
 }
 
-const HUGE = 1e15; // more than can be meant
+const HUGE = 1e15; // bound of all numbers
 
-/** A value and its key path. Its methods throw Invalid where it is not what they give. */
+/** A JSON value and its key path. The methods convert the value, and throw Invalid if it has another type or is out of range. */
 class Value {
   constructor(
     readonly value: unknown,
@@ -204,7 +205,7 @@ function isObject(value: unknown): boolean {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Whether a file's name, in a manifest or a zip, stays inside the bundle on every system. */
+/** Test whether a file name, from a manifest or a zip, stays inside the bundle on every system. */
 export function insideBundle(name: string): boolean {
   return name !== "" && !name.startsWith("/") && !name.split("/").includes("..") && !/[\\:\0]/.test(name);
 }

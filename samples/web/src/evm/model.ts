@@ -1,4 +1,4 @@
-/** A bundle as an app uses it. */
+/** The model of a bundle: classification, inference, self-test and benchmark. */
 
 import { latency, type Latency } from "./bench";
 import type { Bundle } from "./bundle";
@@ -19,34 +19,41 @@ export interface Prediction {
   readonly score: number;
 }
 
+/** Options of opening a model. */
 export interface ModelOptions {
-  /** `auto`, the default: WebGPU where there is an adapter, else WebAssembly. `.provider` says which and why. */
+  /** Execution provider. `auto`, the default: WebGPU if there is an adapter, else WebAssembly. See `Model.provider`. */
   readonly provider?: Provider | "auto";
+  /** Threads of WebAssembly; see RunOptions. */
   readonly threads?: number;
 }
 
+/** A loaded model. */
 export class Model {
   readonly manifest: Manifest;
-  /** What the last image took, in milliseconds. */
+  /** Times of the last image in milliseconds. */
   milliseconds = { preprocessing: 0, inference: 0 };
 
   private constructor(
     readonly bundle: Bundle,
+    /** The execution provider and the reason for it. */
     readonly provider: Choice,
-    /** Class names, none where the export had none. */
+    /** Class names; empty if the bundle has none. */
     readonly labels: readonly string[],
     private readonly runtime: Runtime,
   ) {
     this.manifest = bundle.manifest;
   }
 
-  /** Load a bundle's model. Throws BundleError; it never runs on another provider than `.provider` says. */
+  /**
+   * Load the model of a bundle. The model never runs on another provider than `provider`. Throws BundleError if the bundle
+   * is damaged or the provider cannot run the model, UsageError if the bundle is for another target or an option is wrong.
+   */
   static async open(bundle: Bundle, { provider = "auto", threads }: ModelOptions = {}): Promise<Model> {
     const { target, scans, artifact } = bundle.manifest;
     if (target !== "onnx")
-      throw new UsageError(`bundle ${bundle.name} is for target '${target}', a browser runs 'onnx'`, "evm-export --target onnx");
+      throw new UsageError(`bundle ${bundle.name} is for target '${target}', a browser runs 'onnx'`, "export with evm-export --target onnx");
     if (!scans.includes("portable"))
-      throw new UsageError("this bundle's model has its scans as native nodes only", "export it with --scan portable");
+      throw new UsageError("portable scans are not available: the bundle has native nodes only", "export it with --scan portable");
     const choice = await chooseProvider(provider);
     const [labels, file] = [await bundle.labels(), await bundle.read(artifact)];
     const runtime = await Runtime.open(file, { provider: choice.value, ...(threads !== undefined && { threads }) });
@@ -59,55 +66,61 @@ export class Model {
     return new Model(bundle, choice, labels, runtime);
   }
 
+  /** Inputs of the model. */
   get inputs(): readonly TensorSpec[] {
     return this.runtime.inputs;
   }
 
+  /** Outputs of the model. */
   get outputs(): readonly TensorSpec[] {
     return this.runtime.outputs;
   }
 
+  /** Number of threads of WebAssembly. */
   get threads(): number {
     return this.runtime.threads;
   }
 
-  /** The `top` most probable classes of an image file, best first. Throws ImageError, UsageError, BundleError. */
+  /**
+   * Return the `top` most probable classes of an image file, most probable first. Throws ImageError if the image cannot be
+   * read or cropped, UsageError if the model is not a classifier, and BundleError if the network gives NaN or Inf.
+   */
   async classifyBlob(blob: Blob, top = 5): Promise<Prediction[]> {
     return this.classifyRgb(await decode(blob), top);
   }
 
-  /** The same of 8-bit RGB, row by row. */
+  /** Return the `top` most probable classes of an 8-bit RGB image, given row by row. Throws as classifyBlob does. */
   classify(rgb: Uint8Array, width: number, height: number, top = 5): Promise<Prediction[]> {
     if (width < 1 || height < 1 || rgb.length !== 3 * width * height)
       throw new UsageError(`array image must be uint8 HxWx3, got ${rgb.length} bytes for [${height}, ${width}, 3]`);
     return this.classifyRgb({ rgb, width, height }, top);
   }
 
-  /** One inference on tensors named and shaped as `inputs`. Throws UsageError naming what does not fit. */
+  /** Run one inference on tensors with the names and shapes of `inputs`. Throws UsageError if a tensor does not fit. */
   run(feeds: Tensors): Promise<Record<string, Tensor>> {
     return this.runtime.run(feeds);
   }
 
-  /** Preprocessing, outputs and scans against the expected values in the bundle. */
+  /** Compare preprocessing, outputs and scans with the expected values in the bundle. Throws BundleError if there are none. */
   selftest(): Promise<Check[]> {
     return selftest(this.bundle, this.runtime, { provider: this.provider.value, threads: this.threads });
   }
 
-  /** Latency of inferences of one batch, without preprocessing. */
+  /** Measure the latency of inferences of one batch, without preprocessing. */
   bench({ warmUp = 5, runs = 50 } = {}): Promise<Latency> {
     const { height, width } = this.manifest.preprocessing;
     const input = this.input(new Uint8Array(3 * height * width).fill(127));
     return latency(() => runBatched(this.runtime, this.manifest.batch, input), { warmUp, runs });
   }
 
-  /** The memory that the runtime holds. */
+  /** Release the memory of the runtime. */
   close(): Promise<void> {
     return this.runtime.close();
   }
 
   private async classifyRgb(rgbImage: RgbImage, top: number): Promise<Prediction[]> {
     const { head, batch, preprocessing } = this.manifest;
-    if (!this.manifest.classifies) throw new UsageError(`this bundle gives ${head}, not classes`, "use run(feeds)");
+    if (!this.manifest.classifies) throw new UsageError(`no classes to predict: the bundle gives ${head}`, "use run(feeds)");
     if (!(top >= 1)) throw new UsageError(`top is ${top}, it must be at least 1`);
     const start = performance.now();
     const input = this.input(preprocessing.pixels(rgbImage));
@@ -119,13 +132,13 @@ export class Model {
     const values = Array.from(scores.data);
     if (!values.every(Number.isFinite))
       throw new BundleError(
-        `bundle ${this.bundle.name}: the network gives NaN or Inf here`,
-        `does it compute right on this device?  evm-run ${this.bundle.name} --selftest`,
+        `bundle ${this.bundle.name}: the network gives NaN or Inf on this device`,
+        "run the self-test in this browser",
       );
     return this.best(head === "probs" ? values : softmax(values), top);
   }
 
-  /** Pixels (H, W, 3) as a batch of one. */
+  /** Make the model's input, a batch of one, from pixels (H, W, 3). */
   private input(pixels: Uint8Array): Tensor {
     const { preprocessing, input } = this.manifest;
     const { height, width } = preprocessing;

@@ -1,4 +1,4 @@
-/** ONNX Runtime Web, its wasm files served beside the page. The one file that speaks to the bundler (Vite's `?url`). */
+/** Loading of ONNX Runtime Web, whose wasm files the page's server serves. Only this file depends on the bundler (Vite's `?url`). */
 
 import gpuModule from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url";
 import gpuWasm from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url";
@@ -13,22 +13,25 @@ export type Ort = typeof import("onnxruntime-web/wasm");
 const MAX_THREADS = 4;
 const loaded = new Map<Provider, Promise<Ort>>();
 
-/** Threads that WebAssembly may have: more than one needs a page that is cross-origin isolated. */
+/** Default number of threads of WebAssembly. More than one thread needs a page that is cross-origin isolated. */
 export function defaultThreads(): number {
   if (!globalThis.crossOriginIsolated) return 1;
   return Math.max(1, Math.min(MAX_THREADS, Math.ceil(navigator.hardwareConcurrency / 2)));
 }
 
-/** The runtime for a provider, loaded once. Throws UsageError where it runs already with other threads. */
+/**
+ * Return the runtime for a provider, which is loaded once. Throws UsageError if `threads` is invalid, or if the runtime
+ * already runs with another number of threads.
+ */
 export async function loadOrt(provider: Provider, threads: number): Promise<Ort> {
   if (!Number.isInteger(threads) || threads < 1)
     throw new UsageError(`threads is ${threads}, it must be a whole number from 1`);
   if (threads > 1 && !globalThis.crossOriginIsolated)
-    throw new UsageError(`${threads} threads: the page is not cross-origin isolated`, "send COOP and COEP, docs/embed/web.md");
+    throw new UsageError(`${threads} threads: the page is not cross-origin isolated`, "send the headers COOP and COEP (docs/embed/web.md)");
   if (!loaded.has(provider)) loaded.set(provider, start(provider, threads));
   const ort = await loaded.get(provider)!;
   if (ort.env.wasm.numThreads !== threads)
-    throw new UsageError(`ONNX Runtime Web runs with ${ort.env.wasm.numThreads} threads already`, "open it in another worker");
+    throw new UsageError(`ONNX Runtime Web runs with ${ort.env.wasm.numThreads} threads already`, "open the model in another worker");
   return ort;
 }
 

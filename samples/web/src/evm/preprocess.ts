@@ -1,11 +1,11 @@
-/** From an image to the pixels a model reads, to the last bit as evm-deploy's Python makes them with Pillow. */
+/** Preprocessing of images to the pixels that a model reads, bit for bit equal to Python with Pillow. */
 
 import { ImageError } from "./errors";
 import { resizedCrop, type Interpolation } from "./resize";
 
 export const MAX_SIDE = 8192;
 
-/** 8-bit RGB, row by row, upright. name: of its file, for messages. */
+/** An upright 8-bit RGB image, row by row. name: name of the image in errors. */
 export interface RgbImage {
   readonly name?: string;
   readonly rgb: Uint8Array;
@@ -13,7 +13,7 @@ export interface RgbImage {
   readonly height: number;
 }
 
-/** As in the manifest. size: [H, W]. mean, std: of channels scaled to 0..1. */
+/** Preprocessing in a manifest. size: [H, W]. mean, std: for channels scaled to 0..1. */
 export interface PreprocessingFacts {
   readonly size: readonly [number, number];
   readonly crop_pct: number;
@@ -22,7 +22,10 @@ export interface PreprocessingFacts {
   readonly std: readonly [number, number, number];
 }
 
-/** Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std. */
+/**
+ * Preprocessing of a bundle: resize the image, with antialiasing, until it covers size / crop_pct; crop the centre;
+ * normalise to (x / 255 - mean) / std.
+ */
 export class Preprocessing {
   readonly height: number;
   readonly width: number;
@@ -31,7 +34,7 @@ export class Preprocessing {
     [this.height, this.width] = facts.size;
   }
 
-  /** -> the model's (H, W, 3) uint8. Throws ImageError for an image too narrow to be cropped. */
+  /** Resize and crop an image to (H, W, 3) uint8. Throws ImageError if the image is too narrow to be cropped. */
   pixels(rgbImage: RgbImage): Uint8Array {
     const { width, height, name } = rgbImage;
     const [newHeight, newWidth] = this.covering(width, height);
@@ -48,7 +51,7 @@ export class Preprocessing {
     });
   }
 
-  /** (H, W, 3) uint8 -> (3, H, W) float32: what a model does itself when its input is `image`. */
+  /** Normalise (H, W, 3) uint8 -> (3, H, W) float32. A model whose input is `image` does this itself. */
   normalise(pixels: Uint8Array): Float32Array {
     const plane = this.height * this.width;
     const tensor = new Float32Array(3 * plane);
@@ -60,14 +63,14 @@ export class Preprocessing {
     return tensor;
   }
 
-  /** The part of an image that the model sees, in the image's pixels. */
+  /** Return the part of an image that the crop keeps, in pixels of the image. */
   seen(width: number, height: number): { x: number; y: number; width: number; height: number } {
     const [newHeight, newWidth] = this.covering(width, height);
     const [w, h] = [(this.width * width) / newWidth, (this.height * height) / newHeight];
     return { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h };
   }
 
-  /** [H, W] that an image is resized to before the crop. */
+  /** Return the size [H, W] to which an image is resized before the crop. */
   private covering(width: number, height: number): [number, number] {
     const wantHeight = roundHalfEven(this.height / this.facts.crop_pct);
     const wantWidth = roundHalfEven(this.width / this.facts.crop_pct);
@@ -79,7 +82,7 @@ export class Preprocessing {
   }
 }
 
-/** Halves go to the even neighbour, as Python rounds. */
+/** Round halves to the even neighbour, as Python does. */
 function roundHalfEven(x: number): number {
   const below = Math.floor(x);
   const rest = x - below;

@@ -1,16 +1,16 @@
 /**
- * Antialiased resizing in 8-bit fixed point: the horizontal pass, rounded and clipped to bytes, then the vertical one.
- * Only what the crop shows is computed.
+ * Antialiased resizing in fixed point: the horizontal pass, rounded and clipped to bytes, then the vertical pass. Only the
+ * pixels of the crop are computed.
  */
 
 export const INTERPOLATIONS = ["bicubic", "bilinear"] as const;
 export type Interpolation = (typeof INTERPOLATIONS)[number];
 
-/** Of a coefficient, after the point: with 8 bits of pixel and the sign of an int32, 2 are left for overshoot. */
+/** Bits of a coefficient's fraction. Of the 32 bits of an int32, 8 are for the pixel and 2 for sign and overshoot. */
 const PRECISION_BITS = 22;
 const HALF = 1 << (PRECISION_BITS - 1);
 
-/** What is shown of the resized image: a rectangle of newWidth x newHeight. All in pixels. */
+/** The rectangle, in pixels, that is kept of an image resized to newWidth x newHeight. */
 export interface Crop {
   readonly newWidth: number;
   readonly newHeight: number;
@@ -20,13 +20,13 @@ export interface Crop {
   readonly height: number;
 }
 
-/** For each place along one side: the first source pixel it reads, and the weights of that one and the next ones. */
+/** For each output pixel along one axis: the first source pixel, and the weights of the source pixels from there on. */
 interface Taps {
   readonly first: Int32Array;
   readonly weights: readonly Int32Array[];
 }
 
-/** image: 8-bit RGB -> the crop of it resized, 8-bit RGB. */
+/** Resize an 8-bit RGB image and return the crop, 8-bit RGB. */
 export function resizedCrop(
   image: { rgb: Uint8Array; width: number; height: number },
   interpolation: Interpolation,
@@ -42,7 +42,7 @@ export function resizedCrop(
   return vertical(narrow, 3 * crop.width, { ...down, first: down.first.map((row) => row - top) });
 }
 
-/** Rows of `width` RGB pixels -> rows of as many as there are taps. */
+/** Resample rows of `width` RGB pixels to rows with one pixel for each tap. */
 function horizontal(rows: Uint8Array, width: number, { first, weights }: Taps): Uint8Array {
   const height = rows.length / (3 * width);
   const out = new Uint8Array(height * first.length * 3);
@@ -65,7 +65,7 @@ function horizontal(rows: Uint8Array, width: number, { first, weights }: Taps): 
   return out;
 }
 
-/** Rows of `bytes` bytes -> as many rows as there are taps. */
+/** Resample rows of `bytes` bytes to one row for each tap. */
 function vertical(rows: Uint8Array, bytes: number, { first, weights }: Taps): Uint8Array {
   const out = new Uint8Array(first.length * bytes);
   const sums = new Int32Array(bytes);
@@ -85,10 +85,10 @@ function byte(sum: number): number {
   return value < 0 ? 0 : value > 255 ? 255 : value;
 }
 
-/** Places from..from + count of a side of `size` pixels made `newSize` long. */
+/** Return the taps of output pixels from..from + count, for an axis of `size` pixels resized to `newSize`. */
 function taps(size: number, newSize: number, from: number, count: number, filter: Filter): Taps {
   const scale = size / newSize;
-  const stretch = Math.max(1, scale); // antialiasing: when it shrinks, the filter covers all of the source
+  const stretch = Math.max(1, scale); // antialiasing: when the image shrinks, the filter covers all source pixels
   const support = filter.support * stretch;
   const first = new Int32Array(count);
   const weights: Int32Array[] = [];
@@ -104,12 +104,12 @@ function taps(size: number, newSize: number, from: number, count: number, filter
   return { first, weights };
 }
 
-/** Halves away from zero. */
+/** Convert a weight to fixed point, rounding halves away from zero. */
 function fixed(value: number): number {
   return Math.trunc(value * 2 ** PRECISION_BITS + (value < 0 ? -0.5 : 0.5));
 }
 
-/** A window, 0 beyond `support` source pixels. */
+/** A resampling filter. `at(x)`: weight at distance x, which is 0 beyond `support`. */
 interface Filter {
   readonly support: number;
   at(x: number): number;

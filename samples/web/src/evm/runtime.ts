@@ -1,4 +1,4 @@
-/** A loaded ONNX file: named tensors in, named tensors out. */
+/** Running of an ONNX file in ONNX Runtime Web. */
 
 import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-web/wasm";
 
@@ -7,12 +7,14 @@ import { defaultThreads, loadOrt, type Ort } from "./ort";
 import type { Provider } from "./provider";
 import { checkFeeds, concatenate, isDtype, rows, specText, type Tensor, type Tensors, type TensorSpec } from "./tensor";
 
+/** Options of running an ONNX file. */
 export interface RunOptions {
   readonly provider: Provider;
-  /** Of WebAssembly; by default half the cores, at most 4, where the page is cross-origin isolated, else 1. */
+  /** Threads of WebAssembly. Default: half the cores, at most 4, if the page is cross-origin isolated, else 1. */
   readonly threads?: number;
 }
 
+/** A loaded ONNX file. */
 export class Runtime {
   readonly inputs: readonly TensorSpec[];
   readonly outputs: readonly TensorSpec[];
@@ -27,7 +29,7 @@ export class Runtime {
     this.outputs = session.outputMetadata.map(spec);
   }
 
-  /** Throws BundleError for a model that the provider does not take. */
+  /** Load a model. Throws BundleError if the provider cannot run the model, UsageError if `threads` is invalid. */
   static async open(model: Uint8Array, { provider, threads = defaultThreads() }: RunOptions): Promise<Runtime> {
     const ort = await loadOrt(provider, threads);
     try {
@@ -35,18 +37,19 @@ export class Runtime {
       return new Runtime(ort, await ort.InferenceSession.create(model, options), threads);
     } catch (error) {
       const what = `ONNX Runtime Web ${ort.env.versions.web} cannot open the model`;
-      const hint = provider === "webgpu" ? "WebAssembly may: provider 'wasm'" : "";
+      const hint = provider === "webgpu" ? "try WebAssembly: provider 'wasm'" : "";
       throw new BundleError(`${what} with ${provider}: ${reason(error)}`, hint, { cause: error });
     }
   }
 
-  /** One inference; calls wait for one another. Throws UsageError for feeds that do not fit. */
+  /** Run one inference. Calls run one after another. Throws UsageError if a tensor does not fit the inputs. */
   run(feeds: Tensors): Promise<Record<string, Tensor>> {
     const next = this.last.then(() => this.runNow(feeds));
     this.last = next.catch(() => undefined);
     return next;
   }
 
+  /** Release the memory of the session, after the calls of run(). */
   async close(): Promise<void> {
     await this.last;
     await this.session.release();
@@ -67,8 +70,8 @@ export class Runtime {
 }
 
 /**
- * Run any number of inputs through a model whose batch may be static: the last batch is filled up and cut. Throws
- * BundleError for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+ * Run any number of images, batch by batch. For a static batch the last batch is filled up and its outputs are cut. Throws
+ * BundleError if the outputs have another number of images than the inputs, or sizes that change between batches.
  */
 export async function runBatched(
   runtime: Runtime,
@@ -98,12 +101,12 @@ export async function runBatched(
 
 function spec(metadata: InferenceSession.ValueMetadata): TensorSpec {
   if (!metadata.isTensor) return { name: metadata.name, dtype: "no tensor", shape: [] };
-  // a side without a name comes as -1 in 32 bits without a sign (onnxruntime-web 1.30.0)
+  // onnxruntime-web 1.30.0 gives an unnamed dynamic size as -1 in 32 unsigned bits
   const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
   return { name: metadata.name, dtype: metadata.type, shape };
 }
 
 function owned(value: OrtTensor): Tensor {
-  if (!isDtype(value.type)) throw new Error(`it gives ${value.type}`);
+  if (!isDtype(value.type)) throw new Error(`the model gives a tensor of unsupported type ${value.type}`);
   return { dtype: value.type, shape: value.dims, data: (value.data as Float32Array).slice() };
 }

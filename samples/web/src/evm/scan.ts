@@ -1,15 +1,16 @@
-/** The selective scan one step at a time in float64, which every lowering is compared with. */
+/** Float64 reference of the selective scan, for the self-test. */
 
 import type { Tensor, Tensors } from "./tensor";
 
-/** Of the SSM part: ten times what right lowerings measure. */
+/** Largest error of the SSM part: ten times that of correct lowerings. */
 const TOLERANCE = 2e-5;
 const EPSILON = 2 ** -23;
 const TINY = 2 ** -126;
 
 /**
- * error: of y's SSM part, y - skip * u, relative to its largest value; infinite for NaN or Inf. limit grows by the
- * rounding of y in float32 where skip * u dwarfs the SSM part.
+ * Compare the SSM part of y, y - skip * u, with the float64 reference. error: relative to the largest value of the SSM
+ * part; infinite if y has NaN or Inf. limit: includes the rounding of y in float32, which dominates where skip * u is much
+ * larger than the SSM part.
  */
 export function ssmError(y: Tensor, scan: Tensors): { error: number; limit: number } {
   const { want, skipPart } = selectiveScan(scan);
@@ -23,8 +24,8 @@ export function ssmError(y: Tensor, scan: Tensors): { error: number; limit: numb
 }
 
 /**
- * u, delta (b, K, L, D); A (K, D, N), negative; B, C (b, K, L, N); skip, bias (K, D). `delta` is taken before softplus.
- * want: y like u; skipPart: skip * u.
+ * Compute the selective scan in float64, one step at a time. u, delta (b, K, L, D); A (K, D, N), negative; B, C (b, K, L,
+ * N); skip, bias (K, D). `delta` is the value before softplus. want: y with the shape of u; skipPart: skip * u.
  */
 function selectiveScan(scan: Tensors): { want: Float64Array; skipPart: Float64Array } {
   const of = (name: string): Tensor["data"] => scan[name]!.data;

@@ -1,4 +1,4 @@
-/** The self-test in every bundle: an image's pixels, the model's outputs, each scan alone against a float64 loop. */
+/** Self-test of a bundle: pixels of an image, outputs of the model, and each scan alone against a float64 reference. */
 
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
@@ -11,7 +11,7 @@ import type { Tensor, Tensors } from "./tensor";
 const [PROBES, SCANS] = ["probes.safetensors", "scans.safetensors"];
 const AXES = { u: "bKLD", delta: "bKLD", A: "KDN", B: "bKLN", C: "bKLN", skip: "KD", bias: "KD" };
 
-/** One line of a self-test: error against limit. */
+/** Result of one check of a self-test. The check has passed if error <= limit. */
 export interface Check {
   readonly name: string;
   readonly error: number;
@@ -19,7 +19,7 @@ export interface Check {
   readonly ok: boolean;
 }
 
-/** Throws BundleError where the bundle has no self-test that can be read. */
+/** Run the self-test of a bundle. Throws BundleError if the bundle has no readable self-test. */
 export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOptions): Promise<Check[]> {
   const { manifest } = bundle;
   const [probes, scans] = [await tensors(bundle, PROBES), bySite(bundle, await tensors(bundle, SCANS))];
@@ -45,7 +45,7 @@ async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: 
   try {
     for (const [name, scan] of scans) {
       const { y } = await runtime.run(scan);
-      if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx", "gives no y");
+      if (y?.shape.join() !== scan["u"]!.shape.join()) throw damaged(bundle, "scan.onnx", "gives no output y of the shape of u");
       const { error, limit } = ssmError(y, scan);
       checks.push(check(`scan ${name}`, error, bundle.manifest.scanLimit(name) ?? limit));
     }
@@ -55,7 +55,7 @@ async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: 
   return checks;
 }
 
-/** `<module path>:<tensor>` -> module path -> what its scan reads. y, what it wrote at export, is left out. */
+/** Group tensors named `<module path>:<tensor>` by module path. The expected y is left out: the self-test computes it again. */
 function bySite(bundle: Bundle, tensors: Tensors): Map<string, Tensors> {
   const scans = new Map<string, Tensors>();
   for (const key of Object.keys(tensors).sort()) {
@@ -67,7 +67,7 @@ function bySite(bundle: Bundle, tensors: Tensors): Map<string, Tensors> {
   return scans;
 }
 
-/** Whether its tensors have the names, ranks and sizes that belong together. */
+/** Test whether the tensors have the names, ranks and sizes of one scan. */
 function isScan(scan: Tensors): boolean {
   if (Object.keys(scan).sort().join() !== Object.keys(AXES).sort().join()) return false;
   const sizes = new Map<string, number>();
@@ -87,7 +87,7 @@ async function tensors(bundle: Bundle, name: string): Promise<Tensors> {
   }
 }
 
-/** The tensor `name`, if it is of this dtype and shape. */
+/** Return the tensor `name`. Throws BundleError unless it has this dtype and shape. */
 function like(bundle: Bundle, probes: Tensors, name: string, { dtype, shape }: Pick<Tensor, "dtype" | "shape">): Tensor {
   const found = probes[name];
   if (found?.dtype !== dtype || found.shape.join() !== shape.join())
@@ -104,7 +104,7 @@ function check(name: string, error: number, limit: number): Check {
   return { name, error, limit, ok: error <= limit };
 }
 
-/** Largest difference; infinite for NaN and Inf. */
+/** Return the largest difference; infinite for NaN and Inf. */
 function distance(have: ArrayLike<number>, want: ArrayLike<number>): number {
   let most = 0;
   for (let i = 0; i < have.length; i++) most = Math.max(most, Number.isFinite(have[i]) ? Math.abs(have[i]! - want[i]!) : Infinity);

@@ -1,24 +1,24 @@
-/** Where a bundle's files come from: a folder on a server, a dropped folder, a zip. */
+/** Sources of a bundle's files: a folder on a server, a dropped folder, or a zip. */
 
 import { BundleError, reason } from "./errors";
 import { MANIFEST } from "./manifest";
 import { unzip } from "./zip";
 
-/** `name`: of the bundle, for messages. */
+/** Access to the files of a bundle. `name`: name of the bundle in messages. */
 export interface Source {
   readonly name: string;
-  /** A file of the bundle; null where there is none. */
+  /** Read a file of the bundle; null if there is no such file. Throws BundleError if the file cannot be read. */
   read(path: string): Promise<Uint8Array<ArrayBuffer> | null>;
 }
 
-/** A folder that a server hands out, such as `/bundle/`. */
+/** Return a source for a folder on a server, such as `/bundle/`. */
 export function folderAt(url: string): Source {
   const name = url.replace(/\/$/, "");
   return {
     name,
     async read(path) {
       const failed = (why: string, cause?: unknown): BundleError =>
-        new BundleError(`bundle ${name}: ${path} cannot be read: ${why}`, "is the server there?", { code: "file.missing", where: path, cause });
+        new BundleError(`bundle ${name}: ${path} cannot be read: ${why}`, "check that the server is running", { code: "file.missing", where: path, cause });
       let response: Response;
       try {
         response = await fetch([name, ...path.split("/").map(encodeURIComponent)].join("/"));
@@ -32,7 +32,7 @@ export function folderAt(url: string): Source {
   };
 }
 
-/** Files by their path inside the bundle, such as those of a dropped folder. */
+/** Return a source for files by their path inside the bundle, such as the files of a dropped folder. */
 export function folderOf(files: ReadonlyMap<string, Blob>, name: string): Source {
   return {
     name,
@@ -47,7 +47,10 @@ export function folderOf(files: ReadonlyMap<string, Blob>, name: string): Source
   };
 }
 
-/** A bundle as one file, its root or its only folder. Throws BundleError for a zip that holds no bundle. */
+/**
+ * Return a source for a bundle in a zip, at the root of the zip or in its folder. Throws BundleError if the zip is damaged,
+ * is refused (see unzip), or holds no bundle.
+ */
 export async function zipped(zip: Blob, name = zip instanceof File ? zip.name : "zip"): Promise<Source> {
   const files = await unzip(zip, name);
   const top = [...files.keys()].map((path) => path.split("/")[0]).sort()[0];
@@ -56,5 +59,5 @@ export async function zipped(zip: Blob, name = zip instanceof File ? zip.name : 
       const below = [...files].filter(([path]) => path.startsWith(root));
       return folderOf(new Map(below.map(([path, file]) => [path.slice(root.length), file])), name);
     }
-  throw new BundleError(`${name} holds no bundle: it has no ${MANIFEST}`, "make one with evm-export --zip", { code: "manifest.missing" });
+  throw new BundleError(`${name} is not a bundle: no ${MANIFEST} inside`, "make one with evm-export --zip", { code: "manifest.missing" });
 }

@@ -1,15 +1,16 @@
-/** Arrays with a shape, and what a model reads and writes. */
+/** Tensors, and the specs of a model's inputs and outputs. */
 
 import { UsageError } from "./errors";
 
 const ARRAYS = { float32: Float32Array, uint8: Uint8Array } as const;
 export type Dtype = keyof typeof ARRAYS;
 
+/** Test whether a dtype is supported. */
 export function isDtype(name: string): name is Dtype {
   return Object.hasOwn(ARRAYS, name);
 }
 
-/** Row-major. */
+/** A row-major array with a shape. */
 export interface Tensor {
   readonly dtype: Dtype;
   readonly shape: readonly number[];
@@ -18,22 +19,24 @@ export interface Tensor {
 
 export type Tensors = Readonly<Record<string, Tensor>>;
 
-/** An input or output; null in a shape is the batch. */
+/** Name, dtype and shape of an input or output; a dynamic batch is null in the shape. */
 export interface TensorSpec {
   readonly name: string;
   readonly dtype: string;
   readonly shape: readonly (number | null)[];
 }
 
+/** Make a float32 tensor. */
 export function float32(data: Float32Array, shape: readonly number[]): Tensor {
   return { dtype: "float32", shape, data };
 }
 
+/** Make a uint8 tensor. */
 export function uint8(data: Uint8Array, shape: readonly number[]): Tensor {
   return { dtype: "uint8", shape, data };
 }
 
-/** Along the first axis; `parts` are alike in everything else. */
+/** Concatenate tensors along the first axis. The parts have the same dtype and the same other axes. */
 export function concatenate(parts: readonly Tensor[]): Tensor {
   const [{ dtype, shape }, length] = [parts[0]!, parts.reduce((sum, part) => sum + part.data.length, 0)];
   const data = new ARRAYS[dtype](length);
@@ -45,14 +48,14 @@ export function concatenate(parts: readonly Tensor[]): Tensor {
   return { dtype, shape: [parts.reduce((sum, part) => sum + part.shape[0]!, 0), ...shape.slice(1)], data };
 }
 
-/** Rows begin..end of the first axis. */
+/** Return rows begin..end of the first axis, as a view. */
 export function rows(tensor: Tensor, begin: number, end: number): Tensor {
   const row = tensor.data.length / tensor.shape[0]!;
   const data = tensor.data.subarray(begin * row, end * row);
   return { ...tensor, shape: [data.length / row, ...tensor.shape.slice(1)], data };
 }
 
-/** Names, dtypes and shapes of feeds. Throws UsageError naming the input and both sides. */
+/** Check names, dtypes and shapes of feeds. Throws UsageError that names the input, the expected and the given tensor. */
 export function checkFeeds(inputs: readonly TensorSpec[], feeds: Tensors): void {
   const names = Object.keys(feeds).sort();
   if (names.join() !== inputs.map((spec) => spec.name).sort().join())
@@ -68,6 +71,7 @@ export function checkFeeds(inputs: readonly TensorSpec[], feeds: Tensors): void 
   }
 }
 
+/** Format a spec, such as "image uint8[1, 224, 224, 3]". */
 export function specText({ name, dtype, shape }: TensorSpec): string {
   return `${name} ${dtype}[${shape.map((side) => side ?? "batch").join(", ")}]`;
 }

@@ -1,15 +1,15 @@
-/** The zip of a bundle, opened as what it is: somebody else's file. The limits are those of evm-deploy's archive.py. */
+/** Reading of a bundle from an untrusted zip. The limits are the same as in evm_deploy/bundle/archive.py. */
 
 import { BundleError, reason } from "./errors";
 import { insideBundle } from "./manifest";
 
 const MAX_FILES = 10_000;
 const MAX_BYTES = 4 * 2 ** 30;
-/** Of unpacked to packed, over which a file is a bomb, unless it is small: in bytes. */
+/** Largest ratio of unpacked to packed size; more is a zip bomb. Files up to SMALL bytes may have any ratio. */
 const MAX_RATIO = 200;
 const SMALL = 1 << 20;
 
-/** An entry of a zip's directory. mode: of Unix, 0 where there is none. offset: of its local header. */
+/** An entry of a zip's directory. mode: Unix file mode, 0 if unknown. offset: position of the local header. */
 interface Entry {
   readonly name: string;
   readonly method: number;
@@ -22,8 +22,8 @@ interface Entry {
 }
 
 /**
- * Name -> content of every file in a zip called `name`. Names that leave the bundle, links, encrypted and doubled entries
- * and bombs are refused, by what comes out and not by what the zip says of itself. Throws BundleError.
+ * Unpack a zip: name -> content of every file. `name` names the zip in errors. Names that leave the bundle, links, encrypted
+ * and duplicate entries, and zip bombs are refused, by the real sizes and not by those that the zip states. Throws BundleError.
  */
 export async function unzip(zip: Blob, name: string): Promise<Map<string, Blob>> {
   try {
@@ -39,26 +39,26 @@ export async function unzip(zip: Blob, name: string): Promise<Map<string, Blob>>
     return files;
   } catch (error) {
     if (error instanceof BundleError) throw error;
-    throw new BundleError(`${name} is damaged, or no zip file: ${reason(error)}`, "copy it again, whole", { code: "zip.damaged", cause: error });
+    throw new BundleError(`${name} is damaged or not a zip file: ${reason(error)}`, "copy the file again", { code: "zip.damaged", cause: error });
   }
 }
 
 function check(entries: readonly Entry[], zip: string): void {
-  if (entries.length > MAX_FILES) throw refused(zip, "", `holds ${entries.length} files, a bundle has at most ${MAX_FILES}`);
+  if (entries.length > MAX_FILES) throw refused(zip, "", `has ${entries.length} files; a bundle has at most ${MAX_FILES}`);
   const seen = new Set<string>();
   for (const { name, mode, encrypted } of entries) {
     if (!insideBundle(name)) throw refused(zip, name, "leaves the bundle");
-    if (![0, REGULAR].includes(mode & FILE_TYPE)) throw refused(zip, name, "is a link or a device, a bundle has files alone");
+    if (![0, REGULAR].includes(mode & FILE_TYPE)) throw refused(zip, name, "is a link or a device; only regular files are allowed");
     if (encrypted) throw refused(zip, name, "is encrypted");
-    const folded = name.toUpperCase().toLowerCase(); // both: the sharp s is ss in some file systems
-    if (seen.has(folded)) throw refused(zip, name, "is there twice");
+    const folded = name.toUpperCase().toLowerCase(); // upper case first, because some file systems take the sharp s as ss
+    if (seen.has(folded)) throw refused(zip, name, "occurs twice");
     seen.add(folded);
   }
   if (entries.reduce((sum, entry) => sum + entry.unpacked, 0) > MAX_BYTES)
     throw refused(zip, "", `unpacks to more than ${MAX_BYTES / 2 ** 30} GB`);
 }
 
-/** `where`: the name in the zip, or none of them. */
+/** Make the error for a refused zip. `where`: the name in the zip, or empty. */
 function refused(zip: string, where: string, why: string): BundleError {
   return new BundleError(`${zip}${where && `: ${JSON.stringify(where)}`} ${why}`, "", { code: "zip.refused", where });
 }
@@ -75,7 +75,7 @@ async function unpack(zip: Blob, entry: Entry, name: string, left: number): Prom
   let crc = ~0;
   for await (const part of read(inflated(packed, entry))) {
     size += part.length;
-    if (size > most) throw refused(name, entry.name, `unpacks to over ${MAX_RATIO} times its size: a bomb`);
+    if (size > most) throw refused(name, entry.name, `unpacks to over ${MAX_RATIO} times its size: possible zip bomb`);
     crc = crc32(crc, part);
     parts.push(part);
   }
@@ -89,7 +89,7 @@ function inflated(packed: Blob, { method, name }: Entry): ReadableStream<Uint8Ar
   throw new Error(`${name} is compressed by method ${method}`);
 }
 
-/** Not every browser iterates streams by itself. */
+/** Iterate over a stream, which not every browser supports by `for await`. */
 async function* read<T>(stream: ReadableStream<T>): AsyncGenerator<T> {
   const reader = stream.getReader();
   try {
@@ -103,14 +103,14 @@ const REGULAR = 0o100000;
 const FILE_TYPE = 0o170000;
 const STORED = 0;
 const DEFLATED = 8;
-/** Records of the format: their first four bytes, and their size before what varies. */
+/** Records of the zip format. magic: first four bytes; size: bytes before the fields of variable length. */
 const LOCAL = { magic: 0x04034b50, size: 30 };
 const CENTRAL = { magic: 0x02014b50, size: 46 };
 const END = { magic: 0x06054b50, size: 22 };
 const MAX_COMMENT = 0xffff;
 const ZIP64 = 0xffffffff;
 
-/** The directory at a zip's end. A zip with 64-bit places is over 4 GB, which no bundle here is: refused. */
+/** Read the directory at the end of a zip. A zip with 64-bit fields is over 4 GB and is refused. */
 async function directory(zip: Blob): Promise<Entry[]> {
   const tailStart = Math.max(0, zip.size - END.size - MAX_COMMENT);
   const tail = await view(zip, tailStart, zip.size - tailStart);
@@ -128,7 +128,7 @@ async function directory(zip: Blob): Promise<Entry[]> {
     entries.push(entryAt(records, at, named));
     at += CENTRAL.size + named + extra + comment;
   }
-  if (entries.length !== count) throw new Error(`the directory holds ${entries.length} files and says ${count}`);
+  if (entries.length !== count) throw new Error(`the directory lists ${entries.length} files but states ${count}`);
   return entries;
 }
 
@@ -154,7 +154,7 @@ const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, i) => {
   return i;
 });
 
-/** crc and result inverted, so that parts follow each other. */
+/** Continue a CRC-32 over `bytes`. Both `crc` and the result are inverted, so that calls can be chained. */
 function crc32(crc: number, bytes: Uint8Array): number {
   for (let i = 0; i < bytes.length; i++) crc = CRC_TABLE[(crc ^ bytes[i]!) & 255]! ^ (crc >>> 8);
   return crc;

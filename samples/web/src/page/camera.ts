@@ -1,15 +1,16 @@
-/** The camera, from when it is asked for until it is stopped: one frame after the other. */
+/** Access to the camera, frame by frame. */
 
 import { at } from "./dom";
 
 const video = at<HTMLVideoElement>("video");
 let stream: MediaStream | null = null;
 
+/** Test whether the camera is on. */
 export function running(): boolean {
   return stream !== null;
 }
 
-/** Starts the camera; `frame` is called for as long as it runs, each time when the last call is done. */
+/** Start the camera and call `frame` with one image after another until the camera is stopped. */
 export async function start(started: () => void, frame: (image: ImageBitmap) => Promise<void>): Promise<void> {
   const mine = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   stream = mine;
@@ -23,6 +24,7 @@ export async function start(started: () => void, frame: (image: ImageBitmap) => 
   }
 }
 
+/** Stop the camera. */
 export function stop(): void {
   stream?.getTracks().forEach((track) => track.stop());
   video.srcObject = stream = null;

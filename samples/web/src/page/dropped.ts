@@ -1,10 +1,10 @@
-/** What a person gave the page: an image, or a bundle as its zip or folder. */
+/** Reading of dropped, pasted or chosen files: an image, or a bundle as a zip or folder. */
 
 import type { Place } from "./worker";
 
 export type Given = { image: File } | { bundle: Place };
 
-/** What was dropped or pasted; null for nothing of use, and for several things. To be called while the event is handled. */
+/** Return the dropped or pasted image or bundle; null for anything else, or several items. Call it while the event is handled. */
 export async function given(data: DataTransfer): Promise<Given | null> {
   const items = [...data.items].filter((item) => item.kind === "file");
   const folder = items.map((item) => item.webkitGetAsEntry()).find((entry) => entry?.isDirectory);
@@ -14,11 +14,12 @@ export async function given(data: DataTransfer): Promise<Given | null> {
   return file ? ofFile(file) : null;
 }
 
+/** Take a file as a bundle if its name ends in .zip, else as an image. */
 export function ofFile(file: File): Given {
   return file.name.endsWith(".zip") ? { bundle: { zip: file } } : { image: file };
 }
 
-/** Of an <input webkitdirectory>: paths begin with the folder's name. */
+/** Take the files of an <input webkitdirectory> as a bundle. Their paths begin with the folder's name. */
 export function ofFolder(files: FileList): Given {
   const folder = files[0]!.webkitRelativePath.split("/")[0]!;
   const inside = [...files].map((file) => [file.webkitRelativePath.slice(folder.length + 1), file] as const);
@@ -36,7 +37,7 @@ async function filesBelow(folder: FileSystemDirectoryEntry, prefix = ""): Promis
   return files;
 }
 
-/** A reader hands them out in portions, and an empty one at the end. */
+/** List a folder. A reader returns the entries in portions, and an empty portion at the end. */
 async function entriesOf(folder: FileSystemDirectoryEntry): Promise<FileSystemEntry[]> {
   const reader = folder.createReader();
   const all: FileSystemEntry[] = [];

@@ -1,4 +1,4 @@
-/** The page: what a person does, and which of the worker's answers is shown where. */
+/** Main script of the page: handles the user's actions, calls the worker, and shows the results. */
 
 import { EvmError, type ModelOptions } from "../evm";
 import * as camera from "./camera";
@@ -32,7 +32,7 @@ async function open(place: Place, options = asked()): Promise<void> {
     if (!bundle) showNoTop("No bundle");
   }
   if (bundle) showBundle(bundle);
-  else at("conditions").textContent = "Nothing runs";
+  else at("conditions").textContent = "No model is loaded";
   enable();
 }
 
@@ -63,7 +63,7 @@ function stopCamera(): void {
   showNothing();
 }
 
-/** While the camera runs, a screen reader is not told of every frame. */
+/** Show the state of the camera button. While the camera is on, screen readers do not announce the class of every frame. */
 function pressed(on: boolean): void {
   const button = at("camera");
   button.setAttribute("aria-pressed", String(on));
@@ -75,7 +75,7 @@ function noAnswer(): void {
   showNoTop("No answer");
 }
 
-/** Do something with the bundle; what goes wrong is said. */
+/** Call `act` with the bundle and show errors on the page. */
 async function busy(act: (bundle: Opened) => Promise<void>, failed: () => void = () => {}): Promise<void> {
   if (!bundle) return;
   showNoProblem();
@@ -100,19 +100,19 @@ function enable(): void {
 }
 
 function take(what: Given | null): void {
-  if (!what) showProblem(new EvmError("that was neither an image nor a bundle", "one image, or one bundle: its zip or folder"));
+  if (!what) showProblem(new EvmError("dropped files are neither an image nor a bundle", "drop one image, or one bundle as a zip or folder"));
   else if ("bundle" in what) void open(what.bundle);
   else void classify(what.image);
 }
 
-/** `?provider=wasm&threads=1` */
+/** Read the options from the address, such as `?provider=wasm&threads=1`. */
 function asked(): ModelOptions {
   const query = new URLSearchParams(location.search);
-  const provider = (query.get("provider") ?? "auto") as NonNullable<ModelOptions["provider"]>; // checked when it is used
+  const provider = (query.get("provider") ?? "auto") as NonNullable<ModelOptions["provider"]>; // chooseProvider checks the value
   return { provider, ...(query.has("threads") && { threads: Number(query.get("threads")) }) };
 }
 
-/** A button that opens a file dialogue. */
+/** Make a button open a file dialogue, and use the chosen files. */
 function dialogue(button: string, input: string, taken: (files: FileList) => Given): void {
   const element = at<HTMLInputElement>(input);
   at(button).addEventListener("click", () => element.click());

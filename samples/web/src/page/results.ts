@@ -1,4 +1,4 @@
-/** What the page shows of results: bars, tables, facts, and what went wrong. */
+/** Display of results: bars, tables, facts about the bundle, and errors. */
 
 import { EvmError, type Check, type Latency } from "../evm";
 import { at, make } from "./dom";
@@ -6,6 +6,7 @@ import type { Classified, Opened } from "./worker";
 
 const NAMES = { wasm: "WebAssembly", webgpu: "WebGPU" } as const;
 
+/** Show the classes of an image and the times. */
 export function showTop({ top, milliseconds }: Classified): void {
   headline(top[0]!.label, percent(top[0]!.score));
   at("bars").replaceChildren(
@@ -21,12 +22,14 @@ export function showTop({ top, milliseconds }: Classified): void {
   at("timing").hidden = false;
 }
 
+/** Show a text in place of the classes. */
 export function showNoTop(text: string): void {
   headline("", text);
   at("bars").replaceChildren();
   at("timing").hidden = true;
 }
 
+/** Show facts about the opened bundle. */
 export function showBundle(opened: Opened): void {
   const { name, precision, input, classes, bytes, preprocessing, provider, threads, loadMs } = opened;
   const where = NAMES[provider.value] + (provider.value === "wasm" ? `, ${count(threads, "thread")}` : "");
@@ -42,19 +45,21 @@ export function showBundle(opened: Opened): void {
   at("latency").replaceChildren();
 }
 
+/** Show the checks of the self-test. */
 export function showChecks(checks: readonly Check[]): void {
   const passed = checks.every((check) => check.ok);
   const rows = checks.map(({ name, error, limit, ok }) => [ok ? "" : "bad", name, exponent(error), exponent(limit)] as const);
   at("checks").replaceChildren(table(passed ? "PASSED" : "FAILED", passed ? "good" : "bad", ["", "error", "limit"], rows));
 }
 
+/** Show the result of the benchmark. */
 export function showLatency({ runs, p50, p90, p99, min }: Latency): void {
   const rows = [["p50", p50], ["p90", p90], ["p99", p99], ["fastest", min]] as const;
   const cells = rows.map(([name, value]) => ["", name, ms(value)] as const);
   at("latency").replaceChildren(table(`${ms(p50)}, the median of ${runs}`, "", ["", "latency"], cells));
 }
 
-/** Says what went wrong, and what to do; `useWasm`, where that may help. */
+/** Show an error and its hint. If `useWasm` is given, show the button that calls it. */
 export function showProblem(error: unknown, useWasm?: () => void): void {
   if (!(error instanceof EvmError)) console.error(error);
   at("message").textContent = error instanceof Error ? error.message : String(error);
@@ -65,6 +70,7 @@ export function showProblem(error: unknown, useWasm?: () => void): void {
   at("problem").hidden = false;
 }
 
+/** Hide the error. */
 export function showNoProblem(): void {
   at("problem").hidden = true;
 }

@@ -1,4 +1,4 @@
-/** Calls from the page to its worker: a method's name and arguments there, its value or its error back. */
+/** Calls from the page to its worker. A call sends a method's name and arguments; the answer is a value or an error. */
 
 import { EvmError } from "../evm";
 
@@ -10,7 +10,7 @@ interface Call {
 }
 type Answer = { readonly id: number } & ({ readonly value: unknown } | { readonly error: { message: string; hint: string } });
 
-/** In the worker: answer calls of `functions`, one after the other. */
+/** Answer calls of `functions` in the worker, one after another. */
 export function serve(functions: Functions): void {
   let last = Promise.resolve();
   addEventListener("message", ({ data }: MessageEvent<Call>) => {
@@ -23,12 +23,12 @@ async function answered(functions: Functions, { id, method, args }: Call): Promi
     return { id, value: await functions[method]!(...(args as never[])) };
   } catch (error) {
     const { message, hint = "" } = error as Error & { hint?: string };
-    if (!(error instanceof EvmError)) console.error(error); // a bug of ours
+    if (!(error instanceof EvmError)) console.error(error); // an unexpected error: a bug in the page or the library
     return { id, error: { message, hint } };
   }
 }
 
-/** In the page: a worker whose functions are F. */
+/** The page's side of a worker whose functions are F. */
 export class Remote<F extends Functions> {
   private readonly waiting = new Map<number, PromiseWithResolvers<unknown>>();
   private calls = 0;
@@ -46,7 +46,7 @@ export class Remote<F extends Functions> {
     });
   }
 
-  /** `moved`: what of the arguments the page gives away. Rejects with EvmError. */
+  /** Call a function of the worker. `moved`: arguments that are transferred, not copied. Rejects with EvmError. */
   call<M extends keyof F & string>(
     method: M,
     args: Parameters<F[M]>,

@@ -1,9 +1,9 @@
-/** The image or the camera, and what of it the model sees. */
+/** Display of the image or the camera, with a frame around the part that the model reads. */
 
 import { Preprocessing, type PreprocessingFacts } from "../evm";
 import { at } from "./dom";
 
-/** Pixels a side, under which an image is shown as squares. */
+/** Longest side, in pixels, of images that are shown with visible square pixels. */
 const SMALL = 64;
 const MAX_CANVAS = 1024;
 
@@ -11,7 +11,7 @@ const frame = at("frame");
 const canvas = at<HTMLCanvasElement>("canvas");
 const video = at<HTMLVideoElement>("video");
 
-/** Show an image. Nothing happens for a file that is none: the worker says so. */
+/** Show an image. A file that the browser cannot decode is not shown; the worker reports the error. */
 export async function showImage(file: Blob, facts: PreprocessingFacts): Promise<void> {
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) return;
@@ -25,10 +25,12 @@ export async function showImage(file: Blob, facts: PreprocessingFacts): Promise<
   show(canvas, width, height, facts);
 }
 
+/** Show the camera. */
 export function showVideo(facts: PreprocessingFacts): void {
   show(video, video.videoWidth, video.videoHeight, facts);
 }
 
+/** Show the prompt in place of an image. */
 export function showNothing(): void {
   frame.hidden = true;
   at("prompt").hidden = false;

@@ -1,4 +1,4 @@
-/** The worker that does all of the work, so that the page never waits: a function for each thing a page asks for. */
+/** The worker. It does all work, so that the page stays responsive; `engine` has one function for each call of the page. */
 
 import {
   Bundle,
@@ -17,10 +17,10 @@ import {
 } from "../evm";
 import { serve } from "./rpc";
 
-/** Where a bundle is. */
+/** Location of a bundle. */
 export type Place = { url: string } | { zip: File } | { folder: string; files: ReadonlyMap<string, File> };
 
-/** What a page shows of an opened bundle. */
+/** Facts about an opened bundle that the page shows. */
 export interface Opened {
   readonly name: string;
   readonly precision: string;
@@ -34,6 +34,7 @@ export interface Opened {
   readonly loadMs: number;
 }
 
+/** Classes of an image, and the times. */
 export interface Classified {
   readonly top: Prediction[];
   readonly milliseconds: { readonly preprocessing: number; readonly inference: number };
@@ -44,7 +45,7 @@ export type Engine = typeof engine;
 let model: Model | null = null;
 
 const engine = {
-  /** Open a bundle and run it once, which is slow the first time; the one before goes when this one is there. */
+  /** Open a bundle and run the model once, because the first run is slow. Closes the previous model after that. */
   async open(place: Place, options: ModelOptions): Promise<Opened> {
     const start = performance.now();
     const next = await Model.open(await Bundle.open(await sourceOf(place)), options);

@@ -1,8 +1,8 @@
-/** The service worker: after the first visit the page, the runtime and the built-in bundle are there without a network. */
+/** The service worker. After the first visit the page, the runtime and the built-in bundle are available without a network. */
 
 export {};
 declare const self: ServiceWorkerGlobalScope;
-/** Written by the build. */
+/** Inserted by the build (vite.config.ts). */
 declare const __PRECACHE__: { version: string; files: string[] };
 
 const { version, files } = __PRECACHE__;
@@ -16,14 +16,14 @@ self.addEventListener("fetch", (event) => {
   if (method === "GET" && new URL(url).origin === self.location.origin) event.respondWith(answer(event.request));
 });
 
-/** Names in assets/ change with their content: what the browser has of them is right. */
+/** Fill the cache. Names in assets/ change with their content, so the browser's cached copies of them are valid. */
 async function fill(): Promise<void> {
   const cache = await caches.open(CACHE);
   const fresh = (file: string): RequestCache => (file.startsWith("assets/") ? "default" : "no-cache");
   await cache.addAll(files.map((file) => new Request(file, { cache: fresh(file) })));
 }
 
-/** Runs when no page uses the version before. */
+/** Delete the caches of older versions. Runs when no page uses the previous version any more. */
 async function takeOver(): Promise<void> {
   const old = (await caches.keys()).filter((name) => name.startsWith(PREFIX) && name !== CACHE);
   await Promise.all(old.map((name) => caches.delete(name)));

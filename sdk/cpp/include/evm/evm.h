@@ -1,4 +1,4 @@
-/* Bundles of evm-deploy in C, and from there in any language: evm.hpp without its classes.
+/* C interface to bundles of evm-deploy, for C and for languages that call C. The functions correspond to the methods of evm.hpp.
  *
  *     evm_model *model = NULL;
  *     char *error = NULL;
@@ -8,8 +8,9 @@
  *     if (evm_classify(model, &image, 1, 5, best, &error) == EVM_OK) printf("%s\n", evm_label(model, best[0].index));
  *     evm_close(model);
  *
- * Functions that can fail return an evm_status and, where `error` is not null and they do, a text there, which evm_free releases.
- * They can be called by several threads at the same time, but for evm_close. What is added later is added behind. */
+ * A function that can fail returns an evm_status. If it fails and `error` is not null, it stores a text in `error`, which the caller
+ * releases with evm_free. Several threads may call all functions but evm_close at the same time. Later versions only append fields
+ * and functions. */
 #ifndef EVM_H
 #define EVM_H
 #include <stddef.h>
@@ -29,70 +30,82 @@ typedef struct evm_model evm_model;
 
 typedef enum evm_status {
     EVM_OK = 0,
-    EVM_INTERNAL = 1,  /* a fault of the SDK, or no memory */
-    EVM_USAGE = 2,     /* a value or combination that cannot work */
-    EVM_IMAGE = 3,     /* an image that cannot be cropped */
+    EVM_INTERNAL = 1,  /* an error in the SDK, or out of memory */
+    EVM_USAGE = 2,     /* an invalid value or combination of values */
+    EVM_IMAGE = 3,     /* an image that is empty or cannot be cropped */
     EVM_BUNDLE = 4,    /* a bundle that is missing or damaged */
-    EVM_TOOLCHAIN = 5  /* a runtime or library that is not there, or does not fit */
+    EVM_TOOLCHAIN = 5  /* a runtime or library that is missing or does not fit */
 } evm_status;
 
-/* Zeros and nulls leave a choice to the runtime. size: sizeof(evm_options), so that it can grow. */
+/* Options of opening a bundle; see evm::Options. Fields that are 0 or null have their default values. size: sizeof(evm_options), which
+ * lets later versions append fields. */
 typedef struct evm_options {
     size_t size;
     int threads, streams;
     const char *scan, *plugin, *device, *cache;
 } evm_options;
 
-/* Packed 8-bit RGB; stride: bytes from row to row, 0 where they follow each other. */
+/* Packed 8-bit RGB image. stride: bytes from row to row, 0 for rows without gaps. */
 typedef struct evm_image {
     const uint8_t *rgb;
     int width, height;
     ptrdiff_t stride;
 } evm_image;
 
+/* One class of one image. */
 typedef struct evm_prediction {
     int index;
     double score; /* probability, 0..1 */
 } evm_prediction;
 
+/* Result of one check of the self-test. */
 typedef struct evm_check {
     char name[120];
-    double error, limit; /* passed where error <= limit */
+    double error, limit; /* the check has passed if error <= limit */
 } evm_check;
 
-/* Milliseconds of one run. */
+/* Latency of one run in milliseconds. runs: number of measured runs. warm_up: number of runs before them. stable: 1 if the medians
+ * of the last windows agreed. */
 typedef struct evm_latency {
     double p50, p90, p95, p99, mean, std, min, max;
     size_t runs, warm_up;
     int stable;
 } evm_latency;
 
+/* Version of the SDK. */
 EVM_C_API const char *evm_version(void);
+/* Release an error text. */
 EVM_C_API void evm_free(char *text);
 
-/* options may be null. */
+/* Open a bundle, a folder or a zip, and check all hashes. options may be null. Fails with EVM_BUNDLE, EVM_USAGE or EVM_TOOLCHAIN. */
 EVM_C_API evm_status evm_open(const char *bundle, const evm_options *options, evm_model **model, char **error);
+/* Close a model and release its memory. No other call may use the model at the same time. */
 EVM_C_API void evm_close(evm_model *model);
 
-/* These belong to the model. evm_label: null for an index without a label. */
+/* Return the text of manifest.json. The model owns the text. */
 EVM_C_API const char *evm_manifest(const evm_model *model);
+/* Return the name of a class, or null if the class has no name. The model owns the text. */
 EVM_C_API const char *evm_label(const evm_model *model, int index);
+/* Return the size, in pixels, to which images are preprocessed. */
 EVM_C_API void evm_input_size(const evm_model *model, int *height, int *width);
 
-/* best: `top` for each image, best first; where there are fewer classes, index is -1. */
+/* Classify images. best: array of count * top predictions, `top` for each image, most probable first. If the model has fewer than
+ * `top` classes, the remaining entries have index -1. Fails with EVM_IMAGE, or with EVM_USAGE if the model is not a classifier. */
 EVM_C_API evm_status evm_classify(const evm_model *model, const evm_image *images, size_t count, int top, evm_prediction *best, char **error);
 
-/* pixels: height x width x 3 bytes of evm_input_size. */
+/* Resize and crop an image. pixels: array of height x width x 3 bytes, of the size that evm_input_size returns. Fails with EVM_IMAGE. */
 EVM_C_API evm_status evm_preprocess(const evm_model *model, const evm_image *image, uint8_t *pixels, char **error);
 
-/* One inference on the model's input as it is; `output` is called with each output before evm_run returns. */
+/* Run one inference on the model's input tensor, without preprocessing. batch: number of images in `input`. Before evm_run returns, it
+ * calls output(context, ..) with each output. Fails with EVM_USAGE if the model does not take this batch. */
 typedef void evm_output(void *context, const char *name, const char *dtype, const int64_t *shape, size_t rank, const void *data);
 EVM_C_API evm_status evm_run(const evm_model *model, const void *input, int64_t batch, evm_output *output, void *context, char **error);
 
-/* Writes up to `room` checks, and their number to `count`. */
+/* Run the self-test of the bundle. Writes up to `room` checks to `checks`, and the number of all checks to `count`. */
 EVM_C_API evm_status evm_selftest(const evm_model *model, evm_check *checks, size_t room, size_t *count, char **error);
 
-/* As evm-bench; batch 0: the smallest. */
+/* Measure the latency of one inference by the method of evm-bench. batch: images in one inference, 0 for the smallest batch of the
+ * bundle. limit_s: longest time of the measurement in seconds. */
 EVM_C_API evm_status evm_bench(const evm_model *model, int batch, double limit_s, evm_latency *latency, char **error);
 
 #ifdef __cplusplus

@@ -1,10 +1,11 @@
-// Bundles of evm-deploy in C++17.
+// C++17 interface to bundles of evm-deploy.
 //
 //     evm::Model model("evm_tiny-onnx-fp32-224x224");  // a folder or its zip
 //     for (const evm::Prediction &p : model.classify(rgb, width, height, 5)) std::cout << p.label << ' ' << p.score << '\n';
 //
-// Every failure that a user can meet is an evm::Error, its code and place as in Python (docs/bundle.md). A Model can be used by several threads at the same
-// time: its const functions share nothing that they change, or guard it (docs/embed/cpp.md says what that costs by runtime).
+// Every expected failure is an evm::Error, with the same code and place as in Python (docs/bundle.md). Several threads may use a Model
+// at the same time: its const functions change no shared state, or guard the state by a lock (docs/embed/cpp.md states the cost for each
+// runtime).
 #pragma once
 #include <array>
 #include <cstddef>
@@ -27,12 +28,12 @@
 
 namespace evm {
 
-// The kind of a failure, and the key path in the manifest or the file in the bundle that is wrong; empty where that says nothing.
+// Code of a failure, and the key path in the manifest or the file in the bundle that is wrong. Fields that do not apply are empty.
 struct Fault {
     std::string code = {}, where = {};
 };
 
-// What is wrong and, as a hint, what to do next. what() is both, on two lines.
+// Base class of all errors. message(): the problem. hint(): the next step for the user. what(): both, on two lines.
 class EVM_API Error : public std::runtime_error {
   public:
     Error(const std::string &message, const std::string &hint, const Fault &fault, int exit_code)
@@ -41,7 +42,7 @@ class EVM_API Error : public std::runtime_error {
     const std::string &hint() const noexcept { return hint_; }
     const std::string &code() const noexcept { return fault_.code; }
     const std::string &where() const noexcept { return fault_.where; }
-    int exit_code() const noexcept { return exit_code_; }  // what a program ends with: 2, and 3 for ToolchainError
+    int exit_code() const noexcept { return exit_code_; }  // exit status for a program: 3 for ToolchainError, else 2
 
   private:
     std::string message_, hint_;
@@ -49,12 +50,12 @@ class EVM_API Error : public std::runtime_error {
     int exit_code_;
 };
 
-// A value or combination that cannot work.
+// An invalid value or combination of values.
 struct EVM_API UsageError : Error {
     explicit UsageError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
 
-// An image that cannot be read, or not be cropped.
+// An image that cannot be read or cropped.
 struct EVM_API ImageError : Error {
     explicit ImageError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
@@ -64,23 +65,25 @@ struct EVM_API BundleError : Error {
     explicit BundleError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 2) {}
 };
 
-// A runtime or library that is not there, or does not fit.
+// A runtime or library that is missing or does not fit.
 struct EVM_API ToolchainError : Error {
     explicit ToolchainError(const std::string &message, const std::string &hint = "", const Fault &fault = {}) : Error(message, hint, fault, 3) {}
 };
 
-// How to run a bundle; what is empty or 0 is left to the runtime.
+// Options of running a bundle.
 struct Options {
-    int threads = 0;                // of one inference
-    std::string scan = "auto";      // auto: `plugin` where one is given, else portable; portable; plugin; bundled: the native
-                                    // library in the bundle, which is a program: only for bundles that you trust
-    std::filesystem::path plugin;   // a native library of your own for the scans
+    int threads = 0;                // threads of one inference; 0: the runtime chooses
+    std::string scan = "auto";      // portable: standard ops; plugin: the native library `plugin`; auto: plugin if one is given, else
+                                    // portable; bundled: the native library in the bundle. A native library is a program: use
+                                    // `bundled` only for bundles that you trust
+    std::filesystem::path plugin;   // path of a native library for the scans
     std::string device;             // OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU
-    std::filesystem::path cache;    // OpenVINO: folder for compiled models
-    int streams = 1;                // threads that will run inferences at the same time
+    std::filesystem::path cache;    // OpenVINO: folder for compiled models; empty: no cache
+    int streams = 1;                // number of threads that will run inferences at the same time
 };
 
-// Packed 8-bit RGB, rows from top to bottom. stride: bytes from row to row, 0 where they follow each other. name: in errors.
+// Packed 8-bit RGB image, rows from top to bottom. stride: bytes from row to row, 0 for rows without gaps. name: name of the image in
+// error messages.
 struct Image {
     const std::uint8_t *rgb;
     int width, height;
@@ -95,20 +98,20 @@ struct Prediction {
     double score;
 };
 
-// An input or output. dtype as numpy names it: uint8, float32. shape: -1 is the batch, where it is open.
+// Name, dtype and shape of an input or output. dtype: NumPy's name, such as uint8 or float32. shape: a dynamic batch is -1.
 struct TensorSpec {
     std::string name, dtype;
     std::vector<std::int64_t> shape;
 };
 
-// Somebody else's elements, in C order.
+// Tensor whose memory the caller owns; elements in C order.
 struct TensorView {
     std::string dtype;
     std::vector<std::int64_t> shape;
     const void *data;
 };
 
-// Elements in C order, aligned for any dtype.
+// Tensor with its own memory; elements in C order, aligned for any dtype.
 struct Tensor {
     std::string dtype;
     std::vector<std::int64_t> shape;
@@ -122,31 +125,34 @@ struct Tensor {
 using Feeds = std::map<std::string, TensorView>;
 using Tensors = std::map<std::string, Tensor>;
 
-// Resize so that the image covers size / crop_pct, antialiased; crop the centre; (x / 255 - mean) / std.
+// Preprocessing of a bundle: resize the image, with antialiasing, until it covers size / crop_pct; crop the centre to height x width;
+// normalise to (x / 255 - mean) / std.
 struct EVM_API Preprocessing {
     int height = 224, width = 224;
     double crop_pct = 0.875;
     std::string interpolation = "bicubic";  // or bilinear
     std::array<double, 3> mean{0.485, 0.456, 0.406}, std_dev{0.229, 0.224, 0.225};
 
-    // height x width x 3, 8-bit RGB, what Pillow makes of it. Raises ImageError for an image too narrow, or empty.
+    // Resize and crop an image to height x width x 3 pixels, 8-bit RGB, with the same result as Pillow. Throws ImageError if the image is
+    // empty, or too narrow to be cropped.
     std::vector<std::uint8_t> pixels(const Image &image) const;
-    // n x height x width x 3 pixels -> n x 3 x height x width: what a model does itself when its input is `image`.
+    // Normalise n x height x width x 3 pixels to n x 3 x height x width floats. A model whose input is `image` does this itself.
     std::vector<float> normalise(const std::vector<std::uint8_t> &pixels) const;
 };
 
-// How the scans run, and why.
+// A decision about how the scans run, and the reason for it.
 struct Choice {
     std::string value, reason;
 };
 
-// Limits of the self-test by name. `otherwise`: of outputs not in the manifest; scans not in it have a limit computed from their values.
+// Limits of the self-test by name. otherwise: limit of outputs that the manifest does not list. For scans that the manifest does not list,
+// the SDK computes the limit from the scan's values.
 struct Limits {
     double preprocessing = 1, otherwise = 0;
     std::map<std::string, double> outputs, scans;
 };
 
-// What manifest.json says; schema in docs/bundle.md.
+// Contents of manifest.json; docs/bundle.md describes the schema.
 struct Manifest {
     std::string name, target, artifact, precision;
     std::string input, head;            // image or tensor; logits, probs, features or raw
@@ -154,69 +160,75 @@ struct Manifest {
     std::vector<TensorSpec> inputs, outputs;
     Limits limits;
     Preprocessing preprocessing;
-    std::vector<std::string> scan_modes;                        // portable, plugin, aot: how the scans can run
+    std::vector<std::string> scan_modes;                        // supported ways to run the scans: portable, plugin, aot
     std::map<std::string, std::string> plugins;                 // platform -> native library in the bundle
     std::vector<std::pair<std::string, std::string>> files;     // path -> sha256
     bool built = true, rejected = false;
-    std::string json;                   // the whole of it
+    std::string json;                   // the whole text
     bool classifies() const { return head == "logits" || head == "probs"; }
 };
 
-// One line of a self-test.
+// Result of one check of a self-test.
 struct Check {
     std::string name;
     double error, limit;
     bool ok() const { return error <= limit; }
 };
 
-// batch: 0, the smallest that the bundle takes. end_to_end: from the image of the self-test, decoded, to its five best classes.
+// Settings of a benchmark. batch: images in one inference; 0 for the smallest batch of the bundle. end_to_end: measure from the decoded
+// image of the self-test to its five best classes. limit_s: longest time of the measurement in seconds.
 struct BenchSettings {
     int batch = 0;
     bool end_to_end = false;
     double limit_s = 60;
 };
 
-// Milliseconds of one run, in the order measured. stable: whether the medians of the last windows agreed.
+// Latency of one run in milliseconds. samples: one value per run, in order. warm_up: number of runs before the measurement. stable: whether
+// the medians of the last windows agreed.
 struct EVM_API Latency {
     std::vector<double> samples;
     int warm_up = 0;
     bool stable = false;
 
-    double percentile(double q) const;  // linear between neighbours, as numpy's
+    double percentile(double q) const;  // q in 0..100; linear interpolation, as in numpy.percentile
     double mean() const;
     double std_dev() const;
     double min() const;
     double max() const;
 };
 
+// An opened bundle.
 class EVM_API Model {
   public:
-    // Opens a bundle, a folder or a zip, with every hash checked. Raises BundleError, UsageError, ToolchainError.
+    // Open a bundle, a folder or a zip, and check the hash of every file. Throws BundleError, UsageError or ToolchainError.
     explicit Model(const std::filesystem::path &bundle, const Options &options = {});
     ~Model();
     Model(Model &&) noexcept;
     Model &operator=(Model &&) noexcept;
 
-    // The `top` most probable classes, best first. Raises ImageError; UsageError for a bundle without a classifier.
+    // Return the `top` most probable classes of each image, most probable first. Throws ImageError if an image is empty or too narrow,
+    // UsageError if the model is not a classifier, and BundleError if the network gives NaN or Inf.
     std::vector<Prediction> classify(const std::uint8_t *rgb, int width, int height, int top = 5) const;
     std::vector<std::vector<Prediction>> classify(const std::vector<Image> &images, int top = 5) const;
 
-    // The pixels that the model reads, as Preprocessing::pixels.
+    // Resize and crop an image to the pixels that the model reads; see Preprocessing::pixels. Throws ImageError.
     std::vector<std::uint8_t> preprocess(const Image &image) const;
 
-    // One inference on tensors named and shaped as inputs(). Raises UsageError naming what does not fit.
+    // Run one inference on tensors with the names, dtypes and shapes of inputs(). Throws UsageError if a tensor does not fit.
     Tensors run(const Feeds &feeds) const;
     const std::vector<TensorSpec> &inputs() const;
     const std::vector<TensorSpec> &outputs() const;
 
-    // Preprocessing, outputs and scans against the expected values in the bundle.
+    // Compare preprocessing, outputs and scans with the expected values in the bundle. Throws BundleError if the bundle has no readable
+    // self-test.
     std::vector<Check> selftest() const;
 
-    // As evm-bench: windows of at least 25 runs, after half a second of warm-up, until the medians of three agree within 5 %.
+    // Measure the latency by the method of evm-bench: after half a second of warm-up, run windows of at least 25 runs until the medians of
+    // three windows agree within 5 %. Throws UsageError if the bundle does not support the batch.
     Latency bench(const BenchSettings &settings = {}) const;
 
     const Manifest &manifest() const;
-    const std::vector<std::string> &labels() const;  // empty where the bundle has none
+    const std::vector<std::string> &labels() const;  // class names; empty if the bundle has none
     const Choice &scan() const;
 
   private:
@@ -224,9 +236,9 @@ class EVM_API Model {
     std::unique_ptr<const Impl> impl_;
 };
 
-// Of the SDK, the same as the Python package's.
+// Version of the SDK, equal to the version of the Python package.
 EVM_API const char *version();
-// The targets that this build of the SDK runs: onnx, openvino, trt.
+// Targets that this build of the SDK runs: onnx, openvino, trt.
 EVM_API std::vector<std::string> targets();
 
 }  // namespace evm

@@ -1,5 +1,5 @@
-// A stand-in for TensorRT 10: an engine whose plan is the word ENGINE, from uint8 `image` (batch, 2, 3) to float32 `logits` (batch, 2):
-// the sum of an image's bytes, and its first byte.
+// Stand-in for TensorRT 10. The serialized engine is the word ENGINE. The engine maps uint8 `image` (batch, 2, 3) to float32 `logits`
+// (batch, 2): the sum of an image's bytes, and its first byte.
 #pragma once
 #include "cuda_runtime_api.h"
 

@@ -1,4 +1,4 @@
-// A stand-in for CUDA: the device's memory is the host's, counted; what is put on a stream happens when it is synchronised.
+// Stand-in for CUDA. Device memory is host memory, and its allocations are counted. Work on a stream runs when the stream is synchronised.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +10,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 using cudaStream_t = std::vector<std::function<void()>> *;
 
 namespace fake {
-inline int allocations = 0;      // alive
+inline int allocations = 0;      // allocations that are not freed yet
 inline bool out_of_memory = false;
 }  // namespace fake
 

@@ -1,4 +1,4 @@
-// The TensorRT component against stand-ins: argv[1] is an empty folder. Prints what went wrong, or `ok`.
+// Test of the TensorRT component against stand-ins. argv[1] is an empty folder. Prints the failed checks, or `ok`.
 #include "../../src/tensorrt.cpp"
 
 #include <cstdio>
@@ -55,11 +55,11 @@ int main(int, char **argv) {
         expect(message_of([&] { logits_of(*runtime, std::vector<unsigned char>(30)); }) == "the engine does not take image[5, 2, 3]", "batch");
     }
     expect(fake::allocations == 0, "memory is freed");
-    const std::string rebuild = "\n  an engine fits one release and one kind of GPU: build it where it runs, evm-export --finish BUNDLE";
+    const std::string rebuild = "\n  an engine fits one TensorRT release and one kind of GPU; build it on this device: evm-export --finish BUNDLE";
     expect(message_of([&] { evm::open_tensorrt(*source, "damaged", {}); }) == folder + "/damaged cannot be opened: bad magic" + rebuild, "damaged");
     evm::Options options;
     options.plugin = "!none";
-    expect(message_of([&] { evm::open_tensorrt(*source, "plain", options); }) == "TensorRT refuses !none: it gave no reason", "plugin");
+    expect(message_of([&] { evm::open_tensorrt(*source, "plain", options); }) == "TensorRT refuses !none: TensorRT gave no reason", "plugin");
     options = {};
     options.threads = 1;
     expect(message_of([&] { evm::open_tensorrt(*source, "plain", options); }).rfind("TensorRT takes no threads", 0) == 0, "threads");

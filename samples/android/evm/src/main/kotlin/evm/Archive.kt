@@ -8,15 +8,15 @@ import kotlin.math.max
 import kotlin.math.min
 
 private const val MAX_FILES = 10_000
-private const val MAX_BYTES = 4L shl 30 // unpacked
-private const val MAX_RATIO = 200 // of unpacked to packed, over which a file is a bomb
-private const val SMALL = 1L shl 20 // bytes, up to which any ratio is harmless
+private const val MAX_BYTES = 4L shl 30 // largest unpacked size of a bundle
+private const val MAX_RATIO = 200 // largest ratio of unpacked to packed size; more is a zip bomb
+private const val SMALL = 1L shl 20 // files up to this size in bytes may have any ratio
 
 /**
- * Unpacks the zip [path], somebody else's file, below the new folder [into] and returns the bundle's folder.
+ * Unpacks the untrusted zip [path] below the new folder [into] and returns the bundle's folder.
  *
- * Nothing is written outside [into]: names that leave it, doubled entries and bombs are refused, before or while they
- * are unpacked; what a zip says of its sizes is not believed. Links come out as files. Throws [BundleException].
+ * Nothing is written outside [into]. Names that leave the folder, duplicate entries and zip bombs are refused before or
+ * during unpacking, by the real sizes and not by those that the zip states. Links become files. Throws [BundleException].
  */
 fun unpack(path: File, into: File): File {
     try {
@@ -25,10 +25,10 @@ fun unpack(path: File, into: File): File {
             check(path, entries)
             entries.fold(MAX_BYTES) { left, entry -> left - unpack(path, zip, entry, into, left) }
         }
-    } catch (error: IOException) { // a ZipException, but Android's own checks have others
-        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole", "zip.damaged")
-    } catch (error: IllegalArgumentException) { // names that are no text
-        throw BundleException("$path is damaged, or no zip file: ${error.message}", "copy it again, whole", "zip.damaged")
+    } catch (error: IOException) { // ZipException, and other IOExceptions from Android's own checks
+        throw BundleException("$path is damaged or not a zip file: ${error.message}", "copy the file again", "zip.damaged")
+    } catch (error: IllegalArgumentException) { // names with an invalid encoding
+        throw BundleException("$path is damaged or not a zip file: ${error.message}", "copy the file again", "zip.damaged")
     }
     return listOf(into, *into.listFiles().orEmpty().sortedArray().take(1).toTypedArray())
         .find { File(it, MANIFEST).isFile }
@@ -36,7 +36,7 @@ fun unpack(path: File, into: File): File {
 }
 
 private fun missing(path: File): BundleException {
-    val message = "$path holds no bundle: it has no $MANIFEST"
+    val message = "$path is not a bundle: no $MANIFEST inside"
     return BundleException(message, "make one with evm-export --zip", "manifest.missing")
 }
 
@@ -44,12 +44,12 @@ private fun refused(message: String, name: String = "") = BundleException(messag
 
 private fun check(path: File, entries: List<ZipEntry>) {
     if (entries.size > MAX_FILES) {
-        throw refused("$path holds ${entries.size} files, a bundle has at most $MAX_FILES")
+        throw refused("$path has ${entries.size} files; a bundle has at most $MAX_FILES")
     }
     val seen = HashSet<String>()
     for (entry in entries) {
         if (!insideBundle(entry.name)) throw refused("$path: '${entry.name}' leaves the bundle", entry.name)
-        if (!seen.add(entry.name.lowercase())) throw refused("$path: ${entry.name} is there twice", entry.name)
+        if (!seen.add(entry.name.lowercase())) throw refused("$path: ${entry.name} occurs twice", entry.name)
     }
     if (entries.sumOf { max(0, it.size) } > MAX_BYTES) {
         throw refused("$path unpacks to more than ${MAX_BYTES shr 30} GB")
@@ -69,7 +69,8 @@ private fun unpack(path: File, zip: ZipFile, entry: ZipEntry, into: File, limit:
                 val count = reader.read(block).takeIf { it >= 0 } ?: break
                 size += count
                 if (size > most) {
-                    throw refused("$path: ${entry.name} unpacks to over $MAX_RATIO times its size: a bomb", entry.name)
+                    val reason = "unpacks to over $MAX_RATIO times its size: possible zip bomb"
+                    throw refused("$path: ${entry.name} $reason", entry.name)
                 }
                 writer.write(block, 0, count)
             }

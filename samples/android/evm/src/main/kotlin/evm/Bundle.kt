@@ -5,12 +5,13 @@ import java.io.FileNotFoundException
 import java.io.IOException
 import java.security.MessageDigest
 
-/** A bundle on disk, every hash checked. */
+/** A bundle on disk whose hashes have been checked. */
 class Bundle private constructor(val folder: File, val manifest: Manifest) {
+    /** The path of a file of the bundle. */
     fun file(name: String) = File(folder, name)
 
     companion object {
-        /** The bundle in [folder]. Throws [BundleException]. */
+        /** Opens the bundle in [folder] and checks the hash of every file. Throws [BundleException]. */
         fun open(folder: File): Bundle {
             if (!folder.isDirectory) {
                 val what = if (folder.exists()) "is a file, not a bundle folder" else "does not exist"
@@ -30,7 +31,7 @@ class Bundle private constructor(val folder: File, val manifest: Manifest) {
                 sha256(File(folder, name))
             } catch (_: FileNotFoundException) {
                 val message = "bundle $folder: $name is missing"
-                throw BundleException(message, "copy the bundle again, whole", "file.missing", name)
+                throw BundleException(message, "copy the whole bundle again", "file.missing", name)
             } catch (error: IOException) {
                 val message = "bundle $folder: $name cannot be read: ${error.message}"
                 throw BundleException(message, code = "file.missing", where = name)

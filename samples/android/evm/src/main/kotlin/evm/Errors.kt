@@ -1,8 +1,9 @@
 package evm
 
 /**
- * A failure that a user can meet; [hint] is the next thing to do. [code] is its kind, [where] the key path in the
- * manifest or the file in the bundle that is wrong: the same as in Python (docs/bundle.md).
+ * Base class of all expected errors. [hint]: the next step for the user. [code]: the code of the error. [where]: the key
+ * path in the manifest, or the file in the bundle, that is wrong. Code and place are the same as in Python
+ * (docs/bundle.md).
  */
 open class EvmException(
     override val message: String,
@@ -17,11 +18,11 @@ open class EvmException(
 class BundleException(message: String, hint: String = "", code: String = "", where: String = "") :
     EvmException(message, hint, code, where)
 
-/** An image that cannot be read. */
+/** An image that cannot be read or cropped. */
 class ImageException(message: String, hint: String = "", code: String = "") : EvmException(message, hint, code)
 
-/** The runtime, or a native library, that does not load or run. */
+/** A runtime or native library that does not load or run. */
 class ToolchainException(message: String, hint: String = "") : EvmException(message, hint)
 
-/** A value or combination that cannot work. */
+/** An invalid value or combination of values. */
 class UsageException(message: String, hint: String = "") : EvmException(message, hint)

@@ -1,6 +1,6 @@
 package evm
 
-/** The class names, none where the export had none. Throws [BundleException] for what is no text. */
+/** Reads the class names; empty if the bundle has no labels.txt. Throws [BundleException] if it is not UTF-8 text. */
 internal fun labels(bundle: Bundle): List<String> {
     if ("labels.txt" !in bundle.manifest.files) return emptyList()
     try {
@@ -11,7 +11,10 @@ internal fun labels(bundle: Bundle): List<String> {
     }
 }
 
-/** The artifact against its manifest: hashes say that both are whole, not that they belong together. */
+/**
+ * Checks that the model's inputs and outputs match the manifest and the labels. Hashes only prove that each file is
+ * intact. Throws [BundleException].
+ */
 internal fun checkInterface(bundle: Bundle, labels: List<String>, runtime: Runtime) {
     val manifest = bundle.manifest
     val have = runtime.inputs + runtime.outputs
@@ -19,17 +22,17 @@ internal fun checkInterface(bundle: Bundle, labels: List<String>, runtime: Runti
     if (have.size != want.size || !have.zip(want).all { (a, b) -> alike(a, b) }) {
         throw unlike(bundle, have.joinToString(), "the manifest says ${want.joinToString()}")
     }
-    if (runtime.inputs.size != 1) throw unlike(bundle, have.joinToString(), "a bundle's model has one input")
+    if (runtime.inputs.size != 1) throw unlike(bundle, have.joinToString(), "the model of a bundle must have one input")
     if (!manifest.classifies) return
     val scores = runtime.outputs.find { it.name == manifest.head }
-        ?: throw unlike(bundle, have.joinToString(), "a classifier has ${manifest.head}")
+        ?: throw unlike(bundle, have.joinToString(), "a classifier must have the output ${manifest.head}")
     checkScores(bundle, labels, scores)
 }
 
-/** What a classifier gives against its labels. Throws [BundleException]. */
+/** Checks the scores of a classifier: float32 rows, with as many columns as labels. Throws [BundleException]. */
 internal fun checkScores(bundle: Bundle, labels: List<String>, scores: TensorSpec) {
     if (scores.dtype != "float32" || scores.shape.size != 2 || 0 in scores.shape) {
-        throw unlike(bundle, scores.toString(), "a classifier has rows of float32 scores")
+        throw unlike(bundle, scores.toString(), "a classifier must give rows of float32 scores")
     }
     val classes = scores.shape[1] ?: return
     if (labels.isNotEmpty() && labels.size != classes) {
@@ -37,7 +40,7 @@ internal fun checkScores(bundle: Bundle, labels: List<String>, scores: TensorSpe
     }
 }
 
-/** Whether they are the same, but for sizes that one of them does not tell. */
+/** Tests whether two specs agree. An unknown size agrees with any size. */
 private fun alike(have: TensorSpec, want: TensorSpec): Boolean =
     have.name == want.name && have.dtype == want.dtype && have.shape.size == want.shape.size &&
         have.shape.zip(want.shape).all { (a, b) -> a == null || b == null || a == b }

@@ -9,7 +9,7 @@ const val MANIFEST = "manifest.json"
 private const val SCHEMA_VERSION = 1
 private const val MAX_BYTES = 4 shl 20
 
-/** What an app needs of manifest.json. [files]: path -> sha256. [plugins]: platform -> native library in the bundle. */
+/** The parts of manifest.json that an app uses. [files]: path -> sha256. [plugins]: platform -> native library. */
 class Manifest private constructor(json: Value) {
     private val plan = json.at("plan")
     private val scan = json.at("scan")
@@ -18,7 +18,7 @@ class Manifest private constructor(json: Value) {
     val artifact = json.at("artifact").text()
     val head = plan.at("head").oneOf("logits", "probs", "features", "raw")
 
-    /** Whether one output holds scores by class. */
+    /** Whether the model is a classifier: one output holds a score for each class. */
     val classifies = head == "logits" || head == "probs"
     val input = plan.at("input").oneOf("image", "tensor")
     val batch = Batch.of(plan.at("batch"))
@@ -42,11 +42,11 @@ class Manifest private constructor(json: Value) {
         entry.value.text().also { entry.value.require(it in files, "among the files") }
 
     companion object {
-        /** Reads and validates [bundle]/manifest.json. Throws [BundleException]. */
+        /** Reads and checks [bundle]/manifest.json. Throws [BundleException]. */
         fun read(bundle: File): Manifest {
             val path = File(bundle, MANIFEST)
             if (!path.exists()) {
-                val message = "$bundle is not a bundle: it has no $MANIFEST"
+                val message = "$bundle is not a bundle: no $MANIFEST inside"
                 throw BundleException(message, "make one with evm-export", "manifest.missing")
             }
             if (path.length() > MAX_BYTES) throw damaged("$path is larger than $MAX_BYTES bytes: not a manifest")
@@ -54,8 +54,8 @@ class Manifest private constructor(json: Value) {
             try {
                 val version = json.at("schema_version").count()
                 if (version > SCHEMA_VERSION) {
-                    val message = "$bundle has manifest schema $version, this app reads up to $SCHEMA_VERSION"
-                    val hint = "upgrade: take the evm module of a newer evm-deploy"
+                    val message = "$bundle has manifest schema $version; this app reads versions up to $SCHEMA_VERSION"
+                    val hint = "use the evm module of a newer evm-deploy"
                     throw BundleException(message, hint, "manifest.version", "schema_version")
                 }
                 return Manifest(json)
@@ -77,7 +77,7 @@ class Manifest private constructor(json: Value) {
     }
 }
 
-/** Limits of the self-test; in bundles from before limits were data, 1 of 255 for pixels, and that of the parity. */
+/** Limits of the self-test. Older bundles state none: the limit is then 1 of 255 for pixels, and the parity's for outputs. */
 internal class Limits(parity: Value, selftest: Value) {
     private val told = selftest.takeIf { !it.isAbsent && it.members().isNotEmpty() }
     private val otherwise = parity.at("limit").number(0.0)
@@ -92,7 +92,7 @@ internal class Limits(parity: Value, selftest: Value) {
     private fun limits(key: String) = told?.at(key)?.members().orEmpty().mapValues { it.value.number(0.0) }
 }
 
-/** Images per inference: [min] to [max], null for any number. */
+/** Number of images in one inference: [min] to [max]; [max] is null for any number. */
 class Batch private constructor(val min: Int, val max: Int?) {
     companion object {
         internal fun of(value: Value): Batch {
@@ -106,7 +106,7 @@ class Batch private constructor(val min: Int, val max: Int?) {
     }
 }
 
-/** Whether a file's name, in a manifest or a zip, stays inside the bundle on every system. */
+/** Tests whether a file name, from a manifest or a zip, stays inside the bundle on every system. */
 internal fun insideBundle(name: String): Boolean =
     name.isNotEmpty() && !name.startsWith("/") && ".." !in name.split("/") && name.none { it in "\\:\u0000" }
 

@@ -5,23 +5,28 @@ import kotlin.math.exp
 
 private const val TARGET = "onnx"
 
-/** A loaded artifact. Safe to use from several threads. Throws [ToolchainException]. */
+/** An artifact loaded in a runtime. Several threads may use it at the same time. */
 interface Runtime : AutoCloseable {
     val inputs: List<TensorSpec>
     val outputs: List<TensorSpec>
 
+    /** Runs one inference: inputs by name -> outputs by name. Throws [ToolchainException]. */
     fun run(feeds: Map<String, Tensor>): Map<String, Tensor>
 }
 
-/** What loads artifacts; [Runtime]s run scans on the native [library], or portably for null. */
+/** Loader of artifacts. */
 fun interface Runtimes {
+    /** Opens an artifact. Scans run on the native [library], or in their portable form if [library] is null. */
     fun open(artifact: File, library: File?): Runtime
 }
 
 /** One class of an image. [score]: probability, 0..1. */
 data class Prediction(val label: String, val index: Int, val score: Double)
 
-/** An opened bundle: [pixels], then [classify]; [selfTest] on this device. Safe to use from several threads. */
+/**
+ * An opened bundle. Call [pixels], then [classify]; [selfTest] tests the bundle on this device. Several threads may use
+ * a model at the same time.
+ */
 class Model private constructor(
     val bundle: Bundle,
     private val runtimes: Runtimes,
@@ -40,13 +45,16 @@ class Model private constructor(
         }
     }
 
-    /** What the model reads of [image]: in any thread. Throws [ImageException]. */
+    /** Resizes and crops [image] to the pixels that the model reads. Throws [ImageException]. */
     fun pixels(image: RgbImage, name: String = "image"): RgbImage = manifest.preprocessing.pixels(image, name)
 
-    /** The [top] most probable classes of [pixels], best first. Throws [UsageException], [BundleException]. */
+    /**
+     * Returns the [top] most probable classes of [pixels], most probable first. Throws [UsageException] if the model is
+     * not a classifier or [pixels] has another size, and [BundleException] if the network gives NaN or Inf.
+     */
     fun classify(pixels: RgbImage, top: Int = 5): List<Prediction> {
         if (!manifest.classifies) {
-            throw UsageException("this bundle gives ${manifest.head}, not classes", "use run(feeds)")
+            throw UsageException("no classes to predict: the bundle gives ${manifest.head}", "use run(feeds)")
         }
         if (top < 1) throw UsageException("top is $top, it must be at least 1")
         val (height, width) = manifest.preprocessing.run { height to width }
@@ -58,13 +66,13 @@ class Model private constructor(
         checkScores(bundle, labels, found.spec(manifest.head))
         val scores = found.floats().map { it.toDouble() }
         if (!scores.all { it.isFinite() }) {
-            val hint = "does it compute right on this device?  evm-run ${bundle.folder} --selftest"
-            throw BundleException("bundle ${bundle.folder}: the network gives NaN or Inf here", hint)
+            val hint = "run the self-test on this device"
+            throw BundleException("bundle ${bundle.folder}: the network gives NaN or Inf on this device", hint)
         }
         return best(if (manifest.head == "probs") scores else softmax(scores), top)
     }
 
-    /** The median of [runs] inferences of a grey image, in milliseconds, after one that warms up. */
+    /** Returns the median latency of [runs] inferences on a grey image, in milliseconds, after one warm-up run. */
     fun medianMs(runs: Int): Double {
         val (height, width) = manifest.preprocessing.run { height to width }
         val grey = input(RgbImage(width, height, ByteArray(3 * width * height) { 127 }))
@@ -77,10 +85,13 @@ class Model private constructor(
         return times.drop(1).sorted()[runs / 2]
     }
 
-    /** One inference on tensors as the manifest names them. */
+    /** Runs one inference on tensors with the names of the manifest. Throws [ToolchainException]. */
     fun run(feeds: Map<String, Tensor>): Map<String, Tensor> = runtime.run(feeds)
 
-    /** Preprocessing, outputs and scans against the expected values in the bundle. [decode]: PNG -> upright image. */
+    /**
+     * Compares preprocessing, outputs and scans with the expected values in the bundle. [decode]: PNG file -> upright
+     * image. Throws [BundleException] if the bundle has no readable self-test.
+     */
     fun selfTest(decode: (File) -> RgbImage): List<Check> =
         selfTest(bundle, runtime, decode) { runtimes.open(it, library) }
 
@@ -96,9 +107,10 @@ class Model private constructor(
 
     companion object {
         /**
-         * The bundle in [folder], every hash checked. Scans run portably, or, for bundles that you trust, on the native
-         * library that the bundle brings for [bundledFor], such as `android-aarch64`: a library is a program.
-         * Throws [BundleException], [UsageException], [ToolchainException].
+         * Opens the bundle in [folder] and checks the hash of every file. By default scans run in their portable form.
+         * [bundledFor]: platform, such as `android-aarch64`, whose native library in the bundle runs the scans. A native
+         * library is a program: use it only for bundles that you trust.
+         * Throws [BundleException], [UsageException] or [ToolchainException].
          */
         fun load(folder: File, runtimes: Runtimes, bundledFor: String? = null): Model {
             val bundle = Bundle.open(folder)
@@ -109,7 +121,7 @@ class Model private constructor(
             }
             if (manifest.target != TARGET) {
                 val message = "bundle $folder is for target '${manifest.target}', this app runs '$TARGET'"
-                throw BundleException(message, "evm-export --target $TARGET")
+                throw BundleException(message, "export with evm-export --target $TARGET")
             }
             return Model(bundle, runtimes, library(bundle, bundledFor))
         }
@@ -118,12 +130,12 @@ class Model private constructor(
             val manifest = bundle.manifest
             if (platform == null) {
                 if ("portable" in manifest.scanModes) return null
-                val message = "this bundle's model has its scans as native nodes only"
+                val message = "portable scans are not available: the bundle has native nodes only"
                 throw UsageException(message, "export it with --scan portable")
             }
             manifest.plugins[platform]?.let { return bundle.file(it) }
             val has = manifest.plugins.keys.joinToString().ifEmpty { "none" }
-            val message = "this bundle has no native library for $platform; it has: $has"
+            val message = "no native library for $platform in the bundle; available: $has"
             throw UsageException(message, "export it with --platform")
         }
     }

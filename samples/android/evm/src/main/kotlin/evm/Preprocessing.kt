@@ -6,8 +6,8 @@ import kotlin.math.round
 private const val MAX_SIDE = 8192L
 
 /**
- * From an image to the pixels that the model reads: resized so that it covers size / crop_pct, antialiased, and the
- * centre cropped. [mean] and [std] are of channels scaled to 0..1.
+ * Preprocessing of a bundle: resizes an image, with antialiasing, until it covers size / crop_pct, and crops the centre.
+ * [mean] and [std] apply to channels scaled to 0..1.
  */
 class Preprocessing private constructor(
     val height: Int,
@@ -17,7 +17,10 @@ class Preprocessing private constructor(
     private val mean: List<Float>,
     private val std: List<Float>,
 ) {
-    /** [height] x [width] RGB. [name] is the image's in errors. Throws [ImageException]. */
+    /**
+     * Resizes and crops [image] to [height] x [width] RGB. [name] names the image in errors. Throws [ImageException] if the
+     * image is too narrow to be cropped.
+     */
     fun pixels(image: RgbImage, name: String = "image"): RgbImage {
         val wantHeight = covered(height)
         val wantWidth = covered(width)
@@ -35,9 +38,13 @@ class Preprocessing private constructor(
         return image.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
     }
 
-    private fun covered(side: Int): Long = round(side / cropPct).coerceAtMost(1e9).toLong() // nobody resizes to more
+    private fun covered(side: Int): Long =
+        round(side / cropPct).coerceAtMost(1e9).toLong() // avoids overflow; pixels() refuses such sizes
 
-    /** Channels first, as a model exported with `--input tensor` reads them; others normalise themselves. */
+    /**
+     * Normalises pixels to channels-first floats, for a model exported with `--input tensor`. Other models normalise the
+     * pixels themselves.
+     */
     fun normalised(pixels: RgbImage): FloatArray {
         val plane = pixels.width * pixels.height
         return FloatArray(3 * plane) {
@@ -48,7 +55,7 @@ class Preprocessing private constructor(
     }
 
     companion object {
-        /** As in a manifest. */
+        /** Reads the preprocessing from a manifest. Throws [Invalid]. */
         internal fun of(value: Value): Preprocessing {
             val (height, width) = value.at("size").items(2, 2).map { it.count(MAX_SIDE).toInt() }
             val filter = Filter.valueOf(value.at("interpolation").oneOf("bicubic", "bilinear").uppercase())

@@ -4,25 +4,25 @@ import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.min
 
-/** How far a resampling filter reaches, and its weight at a distance, in pixels of the smaller image. */
+/** Resampling filters. [support]: reach, and [weight]: weight at a distance; both in pixels of the smaller image. */
 enum class Filter(val support: Double, val weight: (Double) -> Double) {
     BILINEAR(1.0, { x -> max(0.0, 1 - abs(x)) }),
     BICUBIC(2.0, { x -> cubic(abs(x)) }),
 }
 
-/** Keys' cubic with a = -0.5, Pillow's. */
+/** Keys' cubic with a = -0.5, as in Pillow. */
 private fun cubic(x: Double) = when {
     x < 1 -> (1.5 * x - 2.5) * x * x + 1
     x < 2 -> ((-0.5 * x + 2.5) * x - 4) * x + 2
     else -> 0.0
 }
 
-/** A part of an image of the size [width] x [height]. */
+/** The part of a resized image from ([left], [top]), of size [width] x [height]. */
 class Crop(val left: Int, val top: Int, val width: Int, val height: Int)
 
 /**
- * This image resized to [toWidth] x [toHeight], antialiased, of which [crop] is kept: Pillow's arithmetic on 8-bit
- * images, to the bit. First along rows, then along columns, in fixed point, rounded to bytes in between.
+ * Resizes the image to [toWidth] x [toHeight], with antialiasing, and returns the part [crop]. The result is equal to
+ * Pillow's, bit for bit: rows are resampled first, then columns, in fixed point, with rounding to bytes in between.
  */
 fun RgbImage.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): RgbImage {
     val across = windows(width, toWidth, crop.left, crop.width, filter)
@@ -39,13 +39,13 @@ fun RgbImage.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): R
 private const val PRECISION_BITS = 22
 private const val HALF = 1 shl (PRECISION_BITS - 1)
 
-/** What one output is the weighted sum of: inputs from [start] on; weights in units of 2^-22. */
+/** The weights of the input pixels from [start] on that make one output pixel, in units of 2^-22. */
 private class Window(val start: Int, val weights: IntArray)
 
-/** Windows of the outputs [first], [first] + 1 .. of an axis of [from] pixels resized to [to]. */
+/** Returns the windows of [count] output pixels from [first] on, for an axis of [from] pixels resized to [to]. */
 private fun windows(from: Int, to: Int, first: Int, count: Int, filter: Filter): List<Window> {
     val scale = from.toDouble() / to
-    val stretch = max(scale, 1.0) // a filter as wide as an output pixel: antialiasing
+    val stretch = max(scale, 1.0) // antialiasing: the filter is at least as wide as an output pixel
     val support = filter.support * stretch
     return List(count) { i ->
         val center = (first + i + 0.5) * scale
@@ -57,7 +57,7 @@ private fun windows(from: Int, to: Int, first: Int, count: Int, filter: Filter):
     }
 }
 
-/** Rounded half away from zero. */
+/** Converts a weight to fixed point, rounding halves away from zero. */
 private fun fixed(weight: Double): Int = (weight * (1 shl PRECISION_BITS) + if (weight < 0) -0.5 else 0.5).toInt()
 
 private fun toByte(sum: Int): Byte = (sum shr PRECISION_BITS).coerceIn(0, 255).toByte()

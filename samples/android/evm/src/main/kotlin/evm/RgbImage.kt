@@ -3,13 +3,13 @@ package evm
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-/** RGB bytes, row by row, [width] * [height] * 3 of them. */
+/** An RGB image: [rgb] has [width] * [height] * 3 bytes, row by row. */
 class RgbImage(val width: Int, val height: Int, val rgb: ByteArray) {
     init {
         require(width > 0 && height > 0 && rgb.size == 3 * width * height) { "an image of ${width}x$height" }
     }
 
-    /** Turned and flipped as [orientation], 1 to 8 as in Exif, says of how the camera was held. */
+    /** Rotates and mirrors the image from the Exif [orientation], 1 to 8, to upright. */
     fun upright(orientation: Int): RgbImage {
         val right = width - 1
         val bottom = height - 1
@@ -41,18 +41,18 @@ class RgbImage(val width: Int, val height: Int, val rgb: ByteArray) {
 private const val ORIENTATION = 0x0112
 private const val PNG = 0x89504E47.toInt()
 
-/** The Exif orientation in a JPEG or PNG file, 1 to 8; 1 where there is none: decoders that ignore it need this. */
+/** Returns the Exif orientation, 1 to 8, of a JPEG or PNG file, for decoders that ignore it; 1 if the file has none. */
 fun orientation(file: ByteArray): Int = try {
     val data = ByteBuffer.wrap(file)
     val exif = if (data.getInt(0) == PNG) exifOfPng(data) else exifOfJpeg(data)
     exif?.let(::orientationOfTiff) ?: 1
-} catch (_: IndexOutOfBoundsException) { // damaged, or another format
+} catch (_: IndexOutOfBoundsException) { // a damaged file, or another format
     1
 } catch (_: IllegalArgumentException) {
     1
 }
 
-/** Segments: 0xFF, kind, big-endian length that counts itself; Exif is in APP1, before the scan. */
+/** Finds the Exif data of a JPEG, in an APP1 segment before the scan. A segment is 0xFF, kind, length, content. */
 private fun exifOfJpeg(data: ByteBuffer): ByteBuffer? {
     var at = 2
     while (data.getShort(0) == 0xFFD8.toShort() && data.get(at) == 0xFF.toByte() && data.get(at + 1) != 0xDA.toByte()) {
@@ -64,7 +64,7 @@ private fun exifOfJpeg(data: ByteBuffer): ByteBuffer? {
     return null
 }
 
-/** Chunks: big-endian length, name, content, CRC. */
+/** Finds the Exif data of a PNG. A chunk is a big-endian length, a name, the content and a CRC. */
 private fun exifOfPng(data: ByteBuffer): ByteBuffer? {
     var at = 8
     while (at < data.limit()) {

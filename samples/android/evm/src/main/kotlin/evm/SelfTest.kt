@@ -6,7 +6,7 @@ import java.nio.ByteBuffer
 import kotlin.math.abs
 import kotlin.math.max
 
-/** One line of a self-test: [error] against [limit]. */
+/** Result of one check of a self-test. The check has passed if [error] <= [limit]. */
 data class Check(val name: String, val error: Double, val limit: Double) {
     val ok: Boolean get() = error <= limit
 }
@@ -17,10 +17,10 @@ private val AXES = mapOf(
     "u" to "bKLD", "delta" to "bKLD", "A" to "KDN", "B" to "bKLN", "C" to "bKLN", "skip" to "KD", "bias" to "KD",
     "y" to "bKLD",
 )
-private const val SCAN_TOLERANCE = 2e-5 // of the part that the states give
-private const val ROUNDING = 4 * 1.1920929e-7 // of y in float32, before skip * u is taken off
+private const val SCAN_TOLERANCE = 2e-5 // error of y - skip * u, relative to its largest value
+private const val ROUNDING = 4 * 1.1920929e-7 // relative rounding error of y in float32, before skip * u is subtracted
 
-/** As `evm-run --selftest`: [open] loads the scan that is there by itself. */
+/** Runs the self-test, as `evm-run --selftest` does. [open] opens the artifact that contains a single scan. */
 internal fun selfTest(
     bundle: Bundle,
     runtime: Runtime,
@@ -56,16 +56,16 @@ private fun read(bundle: Bundle, name: String): Map<String, Tensor> = try {
     Tensor.read(bundle.file("selftest/$name"))
 } catch (error: IOException) {
     throw damaged(bundle, name, "cannot be read: ${error.message}")
-} catch (error: RuntimeException) { // whatever is wrong in the file
+} catch (error: RuntimeException) { // any error in the contents of the file
     throw damaged(bundle, name, "cannot be read: ${error.message}")
 }
 
-/** The tensor that is as [spec] says. */
+/** Returns the tensor with the name, dtype and shape of [spec]. Throws [BundleException] if there is none. */
 private fun like(bundle: Bundle, tensors: Map<String, Tensor>, spec: TensorSpec): Tensor =
     tensors[spec.name]?.takeIf { it.spec(spec.name) == spec }
         ?: throw damaged(bundle, PROBES, "has no ${spec.name} of ${spec.dtype}${spec.shape}")
 
-/** Tensors by name, by scan, in the order of their names. */
+/** Reads the tensors of each scan: scan -> name -> tensor, in the order of the scans' names. */
 private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
     val tensors = read(bundle, SCANS).toSortedMap()
     val scans = tensors.entries.groupBy({ it.key.substringBefore(":") }) { it.key.substringAfter(":") to it.value }
@@ -76,7 +76,7 @@ private fun scans(bundle: Bundle): Map<String, Map<String, Tensor>> {
     }
 }
 
-/** Whether its tensors have the names, ranks and sizes that belong together. */
+/** Tests whether the tensors have the names, ranks and sizes of one scan. */
 private fun isScan(scan: Map<String, Tensor>): Boolean {
     if (scan.mapValues { it.value.shape.size } != AXES.mapValues { it.value.length }) return false
     val sizes = AXES.flatMap { (tensor, axes) -> axes.toList().zip(scan.getValue(tensor).shape) }
@@ -85,8 +85,9 @@ private fun isScan(scan: Map<String, Tensor>): Boolean {
 }
 
 /**
- * Any number of inputs through a runtime whose batch may be fixed: the last batch is filled up and cut. Throws
- * [BundleException] for a model that gives not as many outputs as it had inputs, or now these and now other sizes.
+ * Runs any number of images, batch by batch. For a static batch the last batch is filled up and its outputs are cut.
+ * Throws [BundleException] if the outputs have another number of images than the inputs, or sizes that change between
+ * batches.
  */
 internal fun runBatched(manifest: Manifest, runtime: Runtime, inputs: Tensor): Map<String, Tensor> {
     val count = inputs.shape[0]
@@ -112,7 +113,10 @@ internal fun runBatched(manifest: Manifest, runtime: Runtime, inputs: Tensor): M
     }
 }
 
-/** The scan's error relative to what its states give, y - skip * u; the limit grows where skip * u dwarfs it. */
+/**
+ * Compares y - skip * u of a scan with the expected values, relative to its largest value. The limit includes the rounding
+ * of y, which dominates where skip * u is much larger.
+ */
 private fun scanCheck(bundle: Bundle, name: String, runtime: Runtime, scan: Map<String, Tensor>): Check {
     val want = scan.getValue("y").floats()
     val u = scan.getValue("u").floats()
@@ -124,11 +128,11 @@ private fun scanCheck(bundle: Bundle, name: String, runtime: Runtime, scan: Map<
     val largest = max(want.indices.maxOf { abs(want[it] - skipPart[it]) }, java.lang.Float.MIN_NORMAL.toDouble())
     val limit = bundle.manifest.limits.scan(name) ?: (SCAN_TOLERANCE + ROUNDING * skipPart.maxOf(::abs) / largest)
     val y = runtime.run(scan - "y")["y"]?.takeIf { it.shape == scan.getValue("y").shape }
-        ?: throw damaged(bundle, "scan.onnx", "gives no y")
+        ?: throw damaged(bundle, "scan.onnx", "gives no output y of the shape of u")
     return Check("scan $name", worst(y.floats(), want) / largest, limit)
 }
 
-/** The largest difference; infinite for values that are no numbers. */
+/** Returns the largest difference; infinite if a value is NaN or Inf. */
 private fun worst(have: FloatArray, want: FloatArray): Double =
     if (have.any { !it.isFinite() }) Double.POSITIVE_INFINITY
     else have.indices.maxOf { abs(have[it].toDouble() - want[it]) }

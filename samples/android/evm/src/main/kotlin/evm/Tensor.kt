@@ -7,26 +7,28 @@ import java.nio.ByteOrder
 private val BYTES = mapOf("uint8" to 1, "float32" to 4)
 private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
 
-/** An input or output; null in [shape] is the batch. */
+/** Name, dtype and shape of an input or output; a dynamic batch is null in [shape]. */
 data class TensorSpec(val name: String, val dtype: String, val shape: List<Int?>) {
     override fun toString() = "$name $dtype[${shape.joinToString { it?.toString() ?: "batch" }}]"
 }
 
-/** An array: [dtype] `uint8` or `float32`, [shape], and the little-endian values. */
+/** A tensor: [dtype] `uint8` or `float32`, [shape], and the values in little-endian order. */
 class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuffer) {
     init {
         val size = shape.fold(BYTES.getValue(dtype).toLong()) { size, side -> size * side }
         require(bytes.remaining().toLong() == size) { "${bytes.remaining()} bytes for $dtype$shape" }
     }
 
-    /** The values as they lie in memory; a view of its own. */
+    /** Returns a view of the bytes, with its own position. */
     fun bytes(): ByteBuffer = bytes.duplicate().order(ByteOrder.LITTLE_ENDIAN)
 
+    /** Returns a copy of the values of a float32 tensor. */
     fun floats(): FloatArray = bytes().asFloatBuffer().let { FloatArray(it.remaining()).also(it::get) }
 
+    /** Returns the spec of the tensor under a name. */
     fun spec(name: String) = TensorSpec(name, dtype, shape)
 
-    /** Rows [from] until [until] of the first axis, the last one repeated until there are [least]. */
+    /** Returns rows [from] until [until] of the first axis; the last row is repeated until there are [least] rows. */
     fun rows(from: Int, until: Int, least: Int): Tensor {
         val row = bytes.remaining() / shape[0]
         val count = maxOf(until - from, least)
@@ -39,18 +41,20 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
     }
 
     companion object {
+        /** Makes a uint8 tensor. */
         fun of(shape: List<Int>, values: ByteArray) = Tensor("uint8", shape, buffer(values.size).put(values).flip())
 
+        /** Makes a float32 tensor. */
         fun of(shape: List<Int>, values: FloatArray): Tensor {
             val bytes = buffer(4 * values.size)
             bytes.asFloatBuffer().put(values)
             return Tensor("float32", shape, bytes)
         }
 
-        /** Direct: what runtimes take without a copy. */
+        /** Allocates a direct buffer, which runtimes read without a copy. */
         private fun buffer(size: Int) = ByteBuffer.allocateDirect(size).order(ByteOrder.LITTLE_ENDIAN)
 
-        /** The tensors of a safetensors file: a length, a JSON header, the data. Throws for what is none. */
+        /** Reads all tensors of a safetensors file. Throws an IOException or a RuntimeException if the file is damaged. */
         fun read(file: File): Map<String, Tensor> {
             val content = ByteBuffer.wrap(file.readBytes()).order(ByteOrder.LITTLE_ENDIAN)
             val length = content.getLong(0)

@@ -10,12 +10,15 @@ import kotlinx.serialization.json.booleanOrNull
 import kotlinx.serialization.json.doubleOrNull
 import kotlinx.serialization.json.longOrNull
 
-private const val HUGE = 1e15 // more than can be meant
+private const val HUGE = 1e15 // bound of all numbers
 
-/** What is wrong in a manifest, and at which key path. */
+/** An error in a manifest, with its key path. */
 internal class Invalid(val where: String, what: String) : IllegalArgumentException("$where $what")
 
-/** A JSON value, null where there is none, and its key path. Throws [Invalid] where it is not what is asked for. */
+/**
+ * A JSON value, null for a missing key, and its key path. The functions convert the value, and throw [Invalid] if it has
+ * another type or is out of range.
+ */
 internal class Value(private val json: JsonElement?, val where: String = "") {
     val isAbsent get() = json == null
     val isNull get() = json == null || json is JsonNull
@@ -66,9 +69,9 @@ internal class Value(private val json: JsonElement?, val where: String = "") {
     private fun unquoted() = (json as? JsonPrimitive)?.takeIf { !it.isString }
 }
 
-/** Throws IllegalArgumentException for what is no JSON. */
+/** Parses a JSON text. Throws IllegalArgumentException if the text is not JSON. */
 internal fun parsedJson(text: String): JsonElement = try {
     Json.parseToJsonElement(text)
-} catch (_: StackOverflowError) { // the parser's, in a file made for that
+} catch (_: StackOverflowError) { // the parser overflows the stack on a file with deep nesting
     throw IllegalArgumentException("nested too deeply")
 }

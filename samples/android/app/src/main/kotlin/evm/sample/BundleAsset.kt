@@ -8,7 +8,7 @@ import java.io.FileNotFoundException
 
 private const val ASSET = "bundle.zip"
 
-/** The folder of the bundle in the asset bundle.zip, unpacked once for each version. Throws [BundleException]. */
+/** Unpacks the asset bundle.zip, once for each installed version, and returns its folder. Throws [BundleException]. */
 fun bundleFolder(context: Context): File {
     val home = File(context.noBackupFilesDir, "bundle")
     val installed = context.packageManager.getPackageInfo(context.packageName, 0).lastUpdateTime
@@ -20,9 +20,12 @@ fun bundleFolder(context: Context): File {
     try {
         context.assets.open(ASSET).use { from -> zip.outputStream().use { from.copyTo(it) } }
     } catch (_: FileNotFoundException) {
-        throw BundleException("this app has no asset $ASSET", "evm-export --zip; copy it to app/src/main/assets/$ASSET")
+        throw BundleException(
+            "this app has no asset $ASSET",
+            "export with evm-export --zip and copy the zip to app/src/main/assets/$ASSET",
+        )
     }
-    val whole = unpack(zip, aside).renameTo(folder) // not before it is whole
+    val whole = unpack(zip, aside).renameTo(folder) // renamed only when it is complete
     zip.delete()
     if (!whole) throw BundleException("cannot write the bundle to $folder")
     return folder

@@ -8,8 +8,9 @@ import evm.orientation
 import java.nio.ByteBuffer
 
 /**
- * The RGB bytes of an image file, upright: alpha dropped, not multiplied in, and values as the file has them, whatever
- * its colour profile, as evm-deploy reads them in Python. [name] is for errors. Throws [ImageException].
+ * Decodes an image file to upright RGB bytes, as evm-deploy does in Python: alpha is dropped without multiplication, and
+ * the values are those in the file, without conversion of the colour profile. [name] names the image in errors. Throws
+ * [ImageException].
  */
 fun decoded(file: ByteArray, name: String): RgbImage = try {
     val options = BitmapFactory.Options().apply {
@@ -19,14 +20,14 @@ fun decoded(file: ByteArray, name: String): RgbImage = try {
     }
     val bitmap = BitmapFactory.decodeByteArray(file, 0, file.size, options)
         ?: throw ImageException("image $name is not an image that Android can read")
-    image(bitmap, name).upright(orientation(file)) // BitmapFactory does not turn images
+    image(bitmap, name).upright(orientation(file)) // BitmapFactory does not rotate images
 } catch (_: OutOfMemoryError) {
     throw ImageException("image $name is too large: out of memory")
 }
 
 private fun image(bitmap: Bitmap, name: String): RgbImage {
     if (bitmap.config != Bitmap.Config.ARGB_8888) {
-        throw ImageException("image $name cannot be read: it is ${bitmap.config}")
+        throw ImageException("image $name cannot be read: Android decodes it as ${bitmap.config}")
     }
     val (width, height, stride) = listOf(bitmap.width, bitmap.height, bitmap.rowBytes)
     val rgba = ByteArray(stride * height)

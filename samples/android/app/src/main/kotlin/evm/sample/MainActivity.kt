@@ -21,13 +21,13 @@ import java.io.IOException
 import java.util.concurrent.Executors
 
 private const val RUNS = 20
-private const val THREADS = 4 // as the device profile `android`
+private const val THREADS = 4 // as in the device profile `android`
 
-/** Choose or take an image; its five most probable classes. All work is the worker's. */
+/** Activity that shows the five most probable classes of a chosen or taken image. The worker thread does all work. */
 class MainActivity : ComponentActivity() {
     private val worker = Executors.newSingleThreadExecutor()
     private lateinit var screen: Screen
-    private var model: Model? = null // the worker's
+    private var model: Model? = null // used by the worker thread only
 
     private val choose = registerForActivityResult(PickVisualMedia()) { image -> image?.let(::classify) }
     private val camera = registerForActivityResult(TakePicture()) { taken -> if (taken) classify(shot()) }
@@ -55,7 +55,7 @@ class MainActivity : ComponentActivity() {
         screen.ready("this device has no camera app")
     }
 
-    private fun onSelfTest() = work("testing itself", ::selfTested) { (checks, ms) ->
+    private fun onSelfTest() = work("running the self-test", ::selfTested) { (checks, ms) ->
         screen.tested(checks, "median of $RUNS inferences  %.1f ms".format(ms))
     }
 
@@ -75,7 +75,7 @@ class MainActivity : ComponentActivity() {
         return Found(bitmap(pixels), predictions, (ready - start) / 1e6, (System.nanoTime() - ready) / 1e6)
     }
 
-    /** Runs [task] in the worker; [show]s what it returns, or its failure, on the main thread. */
+    /** Runs [task] in the worker thread, then calls [show] with the result, or shows the error, on the main thread. */
     private fun <T> work(doing: String, task: () -> T, show: (T) -> Unit) {
         screen.busy(doing)
         worker.execute {
@@ -88,10 +88,10 @@ class MainActivity : ComponentActivity() {
         }
     }
 
-    /** The model, opened where that did not work before; in the worker alone. */
+    /** Returns the model and opens it at the first call. Call it in the worker thread only. */
     private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes(THREADS)).also { model = it }
 
-    /** Where camera apps put their image. */
+    /** Returns the URI to which the camera app writes its image. */
     private fun shot(): Uri {
         val folder = File(cacheDir, "camera").apply { mkdirs() }
         return FileProvider.getUriForFile(this, "$packageName.images", File(folder, "shot.jpg"))
@@ -105,7 +105,7 @@ class MainActivity : ComponentActivity() {
     }
 }
 
-/** What the model saw. */
+/** Converts the pixels that the model reads to a bitmap. */
 private fun bitmap(pixels: RgbImage): Bitmap {
     val colours = IntArray(pixels.width * pixels.height) { i ->
         (0..2).fold(0xFF) { colour, channel -> (colour shl 8) or (pixels.rgb[3 * i + channel].toInt() and 0xFF) }

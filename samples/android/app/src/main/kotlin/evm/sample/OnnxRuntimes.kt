@@ -17,7 +17,7 @@ import java.io.File
 
 private val TYPES = mapOf("uint8" to OnnxJavaType.UINT8, "float32" to OnnxJavaType.FLOAT)
 
-/** ONNX Runtime on the CPU. [threads] of one inference; null for its default. */
+/** Opens artifacts in ONNX Runtime on the CPU. [threads]: threads of one inference, null for the default. */
 class OnnxRuntimes(private val threads: Int? = null) : Runtimes {
     override fun open(artifact: File, library: File?): Runtime {
         val options = OrtSession.SessionOptions()
@@ -35,7 +35,7 @@ class OnnxRuntimes(private val threads: Int? = null) : Runtimes {
     }
 }
 
-/** Owns [options], which must live as long. */
+/** An ONNX Runtime session. It owns [options], which must live as long as the session. */
 private class Session(
     private val environment: OrtEnvironment,
     artifact: File,

@@ -17,10 +17,10 @@ import evm.Check
 import evm.EvmException
 import evm.Prediction
 
-/** An image as the model saw it, its classes, and what they took. */
+/** Result of a classification: [seen], the pixels that the model read, the classes, and the times in milliseconds. */
 class Found(val seen: Bitmap, val predictions: List<Prediction>, val preprocessingMs: Double, val inferenceMs: Double)
 
-/** What a person sees: the image, three buttons, what was found. For the main thread. */
+/** The user interface: an image, three buttons and the results. Use it on the main thread only. */
 class Screen(private val activity: Activity, onChoose: () -> Unit, onCamera: () -> Unit, onSelfTest: () -> Unit) {
     private val image = ImageView(activity).apply {
         adjustViewBounds = true
@@ -43,16 +43,19 @@ class Screen(private val activity: Activity, onChoose: () -> Unit, onCamera: () 
         })
     }
 
-    /** While work is under way the buttons wait. */
+    /** Shows what is being done and disables the buttons. */
     fun busy(doing: String) {
         buttons.forEach { it.isEnabled = false }
         status.text = doing
     }
 
+    /** Shows an error and enables the buttons. */
     fun failed(error: EvmException) = show(error.toString())
 
+    /** Shows a text and enables the buttons. */
     fun ready(text: String) = show(text)
 
+    /** Shows the classes of an image. */
     fun found(found: Found) {
         show("preprocessing %.1f ms   inference %.1f ms".format(found.preprocessingMs, found.inferenceMs))
         image.setImageBitmap(found.seen)
@@ -69,6 +72,7 @@ class Screen(private val activity: Activity, onChoose: () -> Unit, onCamera: () 
         }
     }
 
+    /** Shows the checks of the self-test. */
     fun tested(checks: List<Check>, timing: String) {
         show((if (checks.all { it.ok }) "PASSED" else "FAILED") + "   " + timing)
         for (check in checks) {
