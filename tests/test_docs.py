@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from PIL import Image
 
 from evm_deploy import cli
-from evm_deploy.commands import bench, export, report
-from evm_deploy.demo import CHECKPOINT
+from evm_deploy.bundle import signing
+from evm_deploy.commands import bench, doctor, export, report, run
+from evm_deploy.demo import CHECKPOINT, digits
+from evm_deploy.report.history import append
+from tests.records import record
 
 ROOT = Path(__file__).parents[1]
 MAINS = {"evm-export": cli.export_main, "evm-run": cli.run_main}
 UNSAID = ("-h", "--help", "--version", "--int8", "--out", "--quiet", "--verbose")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def test_the_readmes_session_runs_and_prints_that(tmp_path, monkeypatch, capsys):
@@ -66,3 +75,73 @@ def test_every_flag_is_documented(parser, page):
     for action in parser()._actions:
         for flag in action.option_strings:
             assert flag in text or flag in UNSAID, flag
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+PROGRAMS = {
+    "evm-export": (cli.export_main, export.export_parser),
+    "evm-run": (cli.run_main, run.run_parser),
+    "evm-bench": (cli.bench_main, bench.bench_parser),
+    "evm-report": (cli.report_main, report.report_parser),
+    "evm-doctor": (cli.doctor_main, doctor.doctor_parser),
+}
+LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
+SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
+ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix")  # need a board, an engine, minutes
+
+
+def documented_commands() -> list[str]:
+    """Return every command line in the documentation, without its comment, each once."""
+    lines = [line for page in PAGES for line in LINE.findall(page.read_text(encoding="utf-8"))]
+    return list(dict.fromkeys(re.sub(r"\s+#.*| > \S+$", "", line).strip() for line in lines))
+
+
+COMMANDS = documented_commands()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, demo_bundle):
+    """A folder with everything that the commands in the documentation name."""
+    folder = tmp_path_factory.mktemp("workplace")
+    images, labels = digits("train")
+    for i, (image, label) in enumerate(zip(images[:240], labels[:240], strict=True)):
+        for path in (folder / "images" / f"{i}.png", folder / "val" / str(label) / f"{i}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    Image.fromarray(images[0]).save(folder / "cat.jpg")
+    key = Ed25519PrivateKey.generate()
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "public.pem").write_bytes(public)
+    signing.sign(shutil.copytree(demo_bundle.path, folder / "bundle"), key)
+    for name in ("bench", "OLD", "NEW"):
+        (folder / name).mkdir()
+        record("onnx", "fp32", 1.0).write(folder / name / "record.json")
+    append(folder / "history.db", [record("onnx", "fp32", 1.0)])
+    return folder
+
+
+def typed(command: str, folder: Path) -> tuple[str, list[str]]:
+    """Return a documented command's program and arguments, with files that exist in the place of examples."""
+    program, *words = shlex.split(command)
+    names = {"CKPT": str(CHECKPOINT), "BUNDLE": str(folder / "bundle"), "bench/": "bench"}
+    return program, [str(folder / "bundle") if word.startswith("dist/") else names.get(word, word) for word in words]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_flags_that_it_is_shown_with(command):
+    program, *words = shlex.split(re.sub(r"[][|]", " ", command))
+    known = {flag for action in PROGRAMS[program][1]()._actions for flag in action.option_strings}
+    assert {word for word in words if word.startswith("-") and word != "-"} <= known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [each for each in COMMANDS if not SYNOPSIS.search(each) and not any(flag in each for flag in ELSEWHERE)]
+)
+def test_every_command_runs(command, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    program, words = typed(command, workplace)
+    extra = {"evm-export": ["--dry-run"], "evm-bench": ["--limit", "1"]}.get(program, [])
+    assert PROGRAMS[program][0]([*words, *extra]) == 0, capsys.readouterr().err
