@@ -112,3 +112,41 @@ def test_images_are_called_images(suffix):
             if PICTURE.search(re.sub("|".join(map(re.escape, PERSISTED)), "", line)):
                 found.append(f"{name}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ glossary
+
+GLOSSARY = ROOT / "docs" / "glossary.md"
+#: Terms in everyday use, which need no link where they first appear.
+EVERYDAY = {"accuracy", "precision", "target", "task", "platform", "host", "runtime", "record", "engine", "artifact"}
+
+
+def terms() -> list[str]:
+    return re.findall(r"^## (.+)$", GLOSSARY.read_text(encoding="utf-8"), re.M)
+
+
+def pages_in_reading_order() -> list[Path]:
+    """Return the pages of the documentation site in the order of its navigation, without the glossary."""
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    return [ROOT / name for name in named if ROOT / name != GLOSSARY]
+
+
+def prose(page: Path) -> str:
+    """Return a page's text without code, headings and the targets of links."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"^(?: {4}|#).*$", "", text, flags=re.M)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+
+
+@pytest.mark.parametrize("term", terms())
+def test_terms_are_linked_where_they_first_appear(term):
+    words = re.compile(rf"\b{re.escape(term)}s?\b", re.IGNORECASE)
+    first = next((page for page in pages_in_reading_order() if words.search(prose(page))), None)
+    assert first, "no page uses the term: it needs no entry"
+    linked = re.compile(rf"\[[^\]]*\b{re.escape(term)}s?\b[^\]]*\]\([^)]*glossary\.md[^)]*\)", re.IGNORECASE)
+    assert term in EVERYDAY or linked.search(first.read_text(encoding="utf-8")), first.relative_to(ROOT)
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    assert terms() == sorted(terms(), key=str.lower)
