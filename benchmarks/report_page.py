@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT, SHOWN = 1200, 1800, 1560  # pixels; the part below `SHOWN` is cut off
+WIDTH, HEIGHT, SHOWN = 1200, 1800, 1540  # pixels; the part below `SHOWN` is cut off
 COLOURS = 128
 
 
