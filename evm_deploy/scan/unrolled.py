@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 CHUNKS = 2  # index of the axis of chunks in a state
-MAX_STEPS = 14  # 98 MB instead of 101 for L = 784, D = 96 (docs/targets/tensorrt.md)
+MAX_STEPS = 14  # 98 MB instead of 101 for L = 784, D = 96 (docs/performance.md)
 
 
 def chunk_length(L: int) -> int:
