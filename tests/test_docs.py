@@ -88,7 +88,7 @@ PROGRAMS = {
 }
 LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
-ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix")  # need a board, an engine, minutes
+ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix", "GPU", "NPU")  # need a board, a GPU, minutes
 
 
 def documented_commands() -> list[str]:
@@ -125,7 +125,12 @@ def workplace(tmp_path_factory, demo_bundle):
 def typed(command: str, folder: Path) -> tuple[str, list[str]]:
     """Return a documented command's program and arguments, with files that exist in the place of examples."""
     program, *words = shlex.split(command)
-    names = {"CKPT": str(CHECKPOINT), "evm_tiny.ckpt": str(CHECKPOINT), "BUNDLE": str(folder / "bundle"), "bench/": "bench"}
+    names = {
+        "CKPT": str(CHECKPOINT),
+        "evm_tiny.ckpt": str(CHECKPOINT),
+        "BUNDLE": str(folder / "bundle"),
+        "bench/": "bench",
+    }
     return program, [str(folder / "bundle") if word.startswith("dist/") else names.get(word, word) for word in words]
 
 
