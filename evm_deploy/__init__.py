@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from evm_deploy._util.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["EvmError", "__version__", "load", "load_checkpoint", "plugin_path"]
 
 if TYPE_CHECKING:
