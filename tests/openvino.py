@@ -1,4 +1,4 @@
-"""What the tests of the OpenVINO target share."""
+"""Helpers of the OpenVINO target's tests."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Sshd:
         return self.folder / "tmp"
 
     def processes(self) -> list[int]:
-        """Of everything that runs with its TMPDIR: on the board."""
+        """Return the ids of the processes that run with the board's TMPDIR."""
         mine = f"TMPDIR={self.tmp}".encode()  # or a folder inside
         found = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -51,7 +51,7 @@ class Sshd:
         return found
 
     def sessions(self) -> list[int]:
-        """Of sshd's own, one for each connection."""
+        """Return the ids of sshd's processes, one for each connection."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 

@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of TensorRT share: networks and scans as ONNX, and engines of TensorRT-RTX."""
+"""Helpers of TensorRT's tests and benchmarks: networks and scans as ONNX, and engines of TensorRT-RTX."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def latency(samples) -> Latency:
 
 
 def noisy(seed: int, median: float = 10.0, runs: int = 150) -> Latency:
-    """As machines are: each run remembers the one before, one in twenty is interrupted."""
+    """Simulate a machine: each run depends on the one before, and one in twenty is interrupted."""
     rng = np.random.default_rng(seed)
     drift = np.zeros(runs)
     for i in range(1, runs):

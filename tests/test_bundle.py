@@ -256,7 +256,7 @@ raise SystemExit(export_main())
 
 
 def test_folders_that_may_not_be_looked_into(micro, tmp_path, monkeypatch):
-    """As for a user who is not root: stat of what is in them fails."""
+    """Let stat fail inside the folders, as for a user who is not root."""
     secret, stat = tmp_path / "secret", os.stat
 
     def refused(path, *args, **kwargs):

@@ -117,7 +117,7 @@ def test_what_is_in_two_places_is_not_two_equal_ones():
 
 
 def test_metadata_are_added_to_a_kept_graph(module):
-    """One trace serves all: what a graph says of itself does not decide it."""
+    """Metadata do not decide a graph: a single trace serves all."""
     for label in ("a", "b"):
         model = graph.trace(module, PLAN, {"labels": label, "evm_deploy": "9"}).model
         said = [(each.key, each.value) for each in model.metadata_props if not each.key.startswith("onnxsim.")]

@@ -15,7 +15,7 @@ IDENTITY = {"checkpoint_sha256": "abc", "images": {"count": 100, "sha256": "def"
 
 
 def activations(seen):
-    """One image's worth each, counted in `seen`; different for every image."""
+    """Return an iterator over the activations of images, each image different and counted in `seen`."""
 
     def measured(start):
         for i in range(start, 100):

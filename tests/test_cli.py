@@ -49,7 +49,7 @@ def test_help_is_quick_and_lists_exit_codes():
 
 
 def _timed(code, *flags, tries=5):
-    """What Python prints, and the CPU seconds that it takes: the least of all, whatever else the machine does."""
+    """Return Python's output and its CPU seconds, the least of several tries, because the machine may be busy."""
     spent = []
     for _ in range(tries):
         start = cpu_seconds()

@@ -1,4 +1,4 @@
-"""What a person sees while a command works."""
+"""Progress lines and errors of a command in a terminal."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_a_missing_coremltools_exits_3(micro, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_core_ml_is_told_the_inputs_and_outputs_of_the_mil_runtime(coreml_bundle, micro, tmp_path):
-    """Which a bundle's manifest has: on a Mac it would be refused otherwise."""
+    """A bundle's manifest has the inputs and outputs that Core ML knows; a Mac would refuse others."""
     labels = tuple("abcdefghij")
     classifier = export(micro, plan_for(head="probs", labels=labels), tmp_path)
     features = export(micro, plan_for(head="features", input="tensor"), tmp_path / "features")
@@ -295,7 +295,7 @@ def test_the_benchmark_in_the_bundle_says_that_it_needs_a_mac(coreml_bundle):
 
 
 class MacStub:
-    """What bench_on_mac.py takes of coremltools."""
+    """Stand-in for the part of coremltools that bench_on_mac.py uses."""
 
     __version__ = "9.0"
 

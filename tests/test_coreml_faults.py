@@ -30,7 +30,7 @@ need("coremltools", module=True)
 
 
 def parity_of(package, coreml_fp32):
-    """As an export of the module that the package was made of."""
+    """Return the parity of a package, computed as an export computes it."""
     artifact, module, plan = coreml_fp32
     changed = Artifact(package, artifact.scan, artifact.details)
     test_inputs = make_test_inputs(plan, Preprocessing((64, 64)), count=1)
@@ -62,7 +62,7 @@ def bias_dropped(block):
 
 
 def carry_forgotten(block):
-    """One round of the carry adds the states as they are, not those of the chunks before."""
+    """Break the carry: a round adds the states as they are, not those of the chunks before."""
     (shifted, *_) = find(block, "pad", "evm_scan_layers_0")
     mul = next(op for op in block.operations if op.type == "mul" and source(op, "y").name == shifted.outputs[0].name)
     source(mul, "y").name = source(mul, "x").name
@@ -90,7 +90,7 @@ def test_a_changed_operation_is_noticed(fault, coreml_fp32, tmp_path):
 
 @pytest.mark.parametrize("name", ["layers.2.1.conv_dw.0.weight", "layers.0.blocks.0.op.in_proj.weight"])
 def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
-    """One per cent, in the file of the weights."""
+    """Scale the weight by one per cent, in the file of the weights."""
     artifact, module, plan = coreml_fp32
     package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
     file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"

@@ -149,7 +149,7 @@ def test_int8_needs_a_system_that_has_it(micro, images, tmp_path):
 
 @pytest.mark.slow
 def test_another_coremltools_is_refused(monkeypatch, micro, tmp_path):
-    """Its passes have no public names: another version may have others."""
+    """coremltools' passes have no public names, so another version may have others."""
     coremltools_patch.converter()  # patched by its true version, whatever ran before
     monkeypatch.setattr(quantizer.metadata, "version", lambda name: "9.1")
     with pytest.raises(ToolchainError, match=r"passes of coremltools 9.0(?s:.*)pip install coremltools==9.0"):

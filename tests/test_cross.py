@@ -279,7 +279,7 @@ def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
 
 
 def test_nothing_of_zigs_own_cache_is_kept(monkeypatch, tmp_path):
-    """It links objects of its cache that were changed."""
+    """zig links changed objects of its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = cross_compile.library("onnxruntime", "linux-aarch64")
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {

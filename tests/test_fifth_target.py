@@ -34,7 +34,7 @@ QUICK = Settings(threads=1, limit_s=1.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """One line in each list."""
+    """Register the target with a line in each list."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "RUNTIMES", (*registry.RUNTIMES, INFO))
         patch.setattr(targets, "TARGETS", (*targets.TARGETS, TARGET))

@@ -109,7 +109,7 @@ def made(case, seed=0):
 
 
 def traced(module, x):
-    """As traced, folded, optimised by the exporter and named by module: what the hub does."""
+    """Trace, fold, optimise and name a module as the hub does."""
     program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, optimize=False, output_names=["y"])
     count = graph_pass.fold_batch_norm(program.model)
     assert Counter(node.op_type for node in program.model.graph)[NORM] + count == len(norms_of(module, x))

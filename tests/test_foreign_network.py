@@ -23,7 +23,7 @@ SIZE = (32, 48)
 
 @pytest.fixture(scope="module")
 def toy():
-    """One Source: traced once for all targets of this file."""
+    """Return a Source that is traced once for all targets of this file."""
     return Source(toy_network())
 
 

@@ -45,7 +45,7 @@ def random_block(seed, dim, rank, states, spread=1.0):
 
 
 def block_model(block, b, H, W, scan_outputs=False, body=None):
-    """One evm::EVSSBlock node; `body`: a function for those who have no kernel."""
+    """Return a model of a single evm::EVSSBlock node. body: function for runtimes without the kernel."""
     op = block.fused_op()
     dim = block.norm.normalized_shape[0]
     outputs = ["out", *(SCAN_OUTPUTS if scan_outputs else ())]

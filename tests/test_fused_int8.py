@@ -73,7 +73,7 @@ def quantized(block, x, zero_points=(None, None, None)):
 
 
 def record(block, x):
-    """What the linear layers of a block read, by operand."""
+    """Record the inputs of a block's linear layers, by operand."""
     seen = {}
     hooks = [
         block.get_submodule(path).register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
@@ -104,7 +104,7 @@ def in_float64(block, operands, x):
 
 
 def int8_model(operands, b, H, W, scan_outputs=False, functions=()):
-    """One evm::EVSSBlockInt8 node; `functions`: bodies for those who have no kernel."""
+    """Return a model of a single evm::EVSSBlockInt8 node. functions: bodies for runtimes without the kernel."""
     outputs = ["out", *(SCAN_OUTPUTS if scan_outputs else ())]
     unread = [""] * (len(functions[0].output) - len(outputs) if functions else 0)
     node = helper.make_node("EVSSBlockInt8", ["x", *operands], [*outputs, *unread], domain="evm")
@@ -188,7 +188,7 @@ def exact_block(seed):
 
 
 def split_directions(x, H, W):
-    """What the four directions read of a map, (b, 4, L, d): zeros where an odd size is padded."""
+    """Return the inputs of the four directions, (b, 4, L, d), with zeros where an odd size is padded."""
     x = nn.functional.pad(x, (0, 0, 0, W % 2, 0, H % 2))
     phases = [x[:, k % 2 :: 2, k // 2 :: 2] for k in range(4)]
     return torch.stack([(p.transpose(1, 2) if k % 2 else p).flatten(1, 2) for k, p in enumerate(phases)], 1)

@@ -39,7 +39,7 @@ OUT_OF_RANGE = [  # only once it runs
 
 
 def reshaped(count: int, *shape: int) -> list[onnx.NodeProto]:
-    """Ones, of a shape that shows only once it runs."""
+    """Return nodes that make ones of a shape that is known at run time alone."""
     return [
         constant(np.ones(count, np.float32), "ones"),
         constant(np.array(0), "zero"),
@@ -81,7 +81,7 @@ def bundle(demo_bundle, tmp_path) -> Path:
 
 
 def put_another_model(name: str, bundle: Path) -> str:
-    """One of OTHERS in the place of a bundle's model. Returns what is said of it."""
+    """Replace a bundle's model by a model of OTHERS. Returns the expected error."""
     inputs, outputs, nodes, said = OTHERS[name]
     put(helper.make_graph(nodes, "other", inputs, outputs), bundle, "model.onnx")
     return said

@@ -158,7 +158,7 @@ def test_every_limit_of_the_self_test_is_read(coreml_bundle):
 
 
 def test_codes_of_errors_are_those_of_the_vectors():
-    """Which one Swift takes, nobody has seen; zips it does not read."""
+    """Swift was never run, so the test reads its source; the iOS sample reads no zips."""
     told = {code for source in CODE.values() for code in re.findall(r'code: "([^"]+)"', source)}
     assert told == {code for code in CONTENT["codes"] if not code.startswith("zip.")}
 

@@ -1,4 +1,4 @@
-"""Who may import whom, where the words of one target may stand, and that bundles run without what builds them."""
+"""Layering: which package may import which, where a target's name may stand, and a run half without converters."""
 
 from __future__ import annotations
 

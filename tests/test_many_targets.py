@@ -1,4 +1,4 @@
-"""One command for several targets: traced once, and one that fails hides none of the others."""
+"""Several targets in a command: a single trace, and a failure that hides no other result."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_source_traces_again_only_for_what_differs(traces, micro, tmp_path):
 
 @pytest.mark.slow
 def test_another_kind_of_trace_runs_in_a_process_of_its_own(micro, tmp_path):
-    """Its bundle, its failures and its steps come here, in the order of the plans whatever ends first."""
+    """Bundle, failures and steps of the other process arrive here, in the order of the plans."""
     entered = []
 
     @contextlib.contextmanager

@@ -43,7 +43,7 @@ def library():
 
 
 def isas():
-    """Those that this CPU runs; the best is among them."""
+    """Return the instruction sets that this CPU runs; the best is among them."""
     lib = library()
     found = [isa for isa in ("base", "neon", "avx2", "avx512", "avx512vnni") if lib.evm_scan_force_isa(isa.encode())]
     lib.evm_scan_force_isa(None)
@@ -268,7 +268,7 @@ print(made, added)
 
 
 def test_sessions_share_a_domain():
-    """It would be one more for each session, which nobody releases; another ONNX Runtime in the process has its own."""
+    """Sessions share a domain, because nobody releases one; another ONNX Runtime in the process has its own."""
     command = [sys.executable, "-c", REGISTER, str(plugin_path("onnxruntime"))]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     handles = re.findall(r"\d+", said)

@@ -126,7 +126,7 @@ def test_a_spoilt_block_is_rejected(precision, monkeypatch, micro, tmp_path, cap
 
 @pytest.mark.slow
 def test_equal_constants_of_blocks_are_not_confused(tmp_path):
-    """As freshly initialised: skip is 1 and A the same in every block, which OpenVINO stores once."""
+    """Use freshly initialised weights: skip is 1 and A equal in every block, so OpenVINO stores them once."""
     state = {key: torch.from_numpy(value) for key, value in golden.model_case("micro_64")["state"].items()}
     for key in state:
         if key.endswith("Ds"):
@@ -299,7 +299,7 @@ def test_selftest_notices_a_changed_weight(bundles, tmp_path):
 
 
 def layers_of(runtime):
-    """What really runs: (type, execution precision) of each node by name."""
+    """Return (type, execution precision) of each executed node, by name."""
     nodes = runtime.compiled.get_runtime_model().get_ops()
     return {n.friendly_name: tuple(n.get_rt_info()[key] for key in ("layerType", "runtimePrecision")) for n in nodes}
 

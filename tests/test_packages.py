@@ -43,7 +43,7 @@ def oldest(lines, package):
 
 @pytest.mark.parametrize("info", load_runtimes().values(), ids=list(load_runtimes()))
 def test_a_runtime_needs_what_its_extra_brings(info):
-    """One table for the doctor and for boards, and pip's: they say the same versions."""
+    """The table for evm-doctor and boards says the same versions as pip's."""
     extra = PROJECT["optional-dependencies"][info.extra]
     assert {need.package: need.least for need in info.needs} == {
         need.package: oldest(extra, need.package) for need in info.needs

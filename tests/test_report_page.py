@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Seen:
-    """What the browser made of a page: its console's lines, its DOM, an image."""
+    """Result of opening a page in the browser: console lines, DOM, and a screenshot."""
 
     console: list[str]
     dom: str
@@ -61,7 +61,7 @@ def see(html: str, folder: Path, scheme: str = "light") -> Seen:
 
 
 def share(image: Path, colour: tuple[int, int, int]) -> float:
-    """Of an image's pixels that have this colour."""
+    """Return the share of an image's pixels that have this colour."""
     with Image.open(image) as opened:
         counts = opened.convert("RGB").getcolors(opened.width * opened.height)
     return sum(count for count, found in counts if found == colour) / (WIDTH * HEIGHT)

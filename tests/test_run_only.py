@@ -48,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @cache
 def closure(extra: str) -> dict[str, metadata.Distribution]:
-    """What pip installs for evm-deploy with an extra, from the metadata of what is installed here."""
+    """Return the distributions that pip installs for an extra, from the metadata of installed packages."""
     found: dict[str, metadata.Distribution] = {}
     todo = [(Requirement(f"evm-deploy[{extra}]"))]
     while todo:

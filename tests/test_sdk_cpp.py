@@ -49,7 +49,7 @@ def images_50(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def bundles(micro, demo_bundle, bundle_of) -> dict[str, Path]:
-    """One for each way that input, output, batch and size can be."""
+    """Return bundles of every kind of input, output, batch and size."""
     labels = tuple(f"kind {i}" for i in range(10))
     onnx = {"input": "tensor", "head": "probs", "imgsz": (64, 96), "batch": Batch(2, 2, 3), "labels": labels}
     openvino = {"scan": "portable", "head": "features", "imgsz": (96, 64), "batch": Batch(1, 1, None)}

@@ -225,7 +225,7 @@ HOSTILE = {
 
 
 def test_hostile_zips(packed, tmp_path):
-    """Those above; sizes in a directory that are not what comes out, a cut, an encrypted one, no zip at all."""
+    """Hostile zips: those above, wrong sizes in the directory, a cut zip, an encrypted one, and no zip."""
     whole = packed.read_bytes()
     at = whole.index(b"b/model.onnx", whole.rindex(b"PK\x01\x02", 0, whole.index(b"PK\x05\x06")) - 4000) - 46
     liar, locked = bytearray(whole), bytearray(whole)

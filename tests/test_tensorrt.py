@@ -57,7 +57,7 @@ def rtx():
 
 @pytest.fixture
 def without_rtx(monkeypatch):
-    """As on a machine that has no TensorRT at all."""
+    """Hide TensorRT, as on a machine without it."""
     monkeypatch.setattr("evm_deploy.runtimes.tensorrt.installed", lambda target: False)
     monkeypatch.setattr("evm_deploy.export.tensorrt.target.installed", lambda target: False)
 
@@ -219,7 +219,7 @@ def test_a_plugin_bundle_has_the_plugins_sources_and_commands(without_rtx, micro
 
 
 def in_float(kernels, nodes):
-    """Those of the convolutions and linear layers `nodes` whose kernel reads no int8."""
+    """Return the convolutions and linear layers of `nodes` whose kernel reads no int8."""
     products = [kernel for kernel in kernels if kernel.kind != "kgen"]
     int8 = {node for kernel in products for node in kernel.nodes if kernel.inputs[0].dtype == "Int8"}
     return [node for node in nodes if node not in int8]
@@ -268,7 +268,7 @@ def graphs(checkpoint):
 
 @pytest.mark.slow
 def test_traffic_of_the_first_stages_scan(rtx, tmp_path):
-    """Of T at 224: at most 100 MB. A chunk of twice the steps, the control, has more."""
+    """The traffic of T at 224 is at most 100 MB. A chunk of twice the steps, the control, has more."""
     found = {}
     for steps in (None, 28):
         folder = tmp_path / str(steps)

@@ -57,7 +57,7 @@ class HostProgram:
 
 
 def in_place():
-    """What `quiet` changes for the whole process."""
+    """Return everything that `silence_libraries` changes for the whole process."""
     muting = [entry for entry in warnings.filters if entry is _IGNORED]
     return logging.Logger.handle, logging.root.manager.disable, muting, sys.stdout, tqdm.tqdm.__init__
 

@@ -181,7 +181,7 @@ def test_batches_inputs_heads_and_scans(changes, micro, tmp_path):
 
 
 def test_the_self_test_tells_w8_from_float(bundle, micro_bundle):
-    """Its expected outputs are the artifact's own, and it computes in float: no other weights pass."""
+    """The expected outputs are the artifact's own, computed in float: other weights fail."""
     for other, ok in ((bundle, True), (micro_bundle, False)):
         with TARGET.runtime.open(other.path / "model.onnx", RunOptions(threads=1)) as runtime:
             checks = {check.name: check.ok for check in selftest.run(bundle, TARGET.runtime, runtime, RunOptions())}

@@ -168,7 +168,7 @@ def test_fifty_digits_are_classified_as_in_python(library, demo_bundle, digits, 
 
 @pytest.fixture(scope="module")
 def batched_bundle(micro, bundle_of) -> Bundle:
-    """What the demo's bundle is not: tensor input, probabilities, a batch from 2 to 3."""
+    """Return a bundle unlike the demo's: tensor input, probabilities, a batch from 2 to 3."""
     plan = ExportPlan("onnx", imgsz=(64, 64), input="tensor", head="probs", batch=Batch(2, 2, 3), scan="portable")
     return bundle_of(micro, plan)
 
@@ -253,7 +253,7 @@ def test_manifests_of_the_vectors(library, demo_bundle, tmp_path):
 
 
 def test_other_models_are_refused(library, demo_bundle, digits, tmp_path):
-    """As in Python, but for strings, which this runtime opens, and for the kind of a run that fails."""
+    """Refuse models as Python does, except for strings, which this runtime opens, and the kind of a failed run."""
 
     def predicted(bundle: Path) -> object:
         with load(bundle) as model:
@@ -331,7 +331,7 @@ def test_hostile_zips_are_refused_as_in_python(library, demo_bundle, tmp_path):
 
 
 def test_good_zips_open(library, demo_bundle, digits, tmp_path):
-    """As evm-export writes it, without a folder, and stored."""
+    """Open a zip as evm-export writes it, one without a folder, and a stored one."""
     shutil.copy(write_zip(demo_bundle.path), tmp_path / "whole.zip")
     files = [path for path in demo_bundle.path.rglob("*") if path.is_file()]
     for name, method in (("flat", zipfile.ZIP_DEFLATED), ("stored", zipfile.ZIP_STORED)):

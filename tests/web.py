@@ -108,7 +108,10 @@ class Browser:
         self.process = subprocess.Popen(["node", "tests/drive.mjs", address], cwd=SAMPLE, env=environment, **pipes)
 
     def drive(self, scenario: str, console: str = "", **given: Any) -> dict[str, Any]:
-        """What a scenario saw. Nothing else than `console`, a pattern, was said, and no other host was asked."""
+        """Run a scenario in the browser and return its result.
+
+        The console may hold lines of the pattern `console` alone. No other host may be asked.
+        """
         assert self.process.stdin and self.process.stdout
         print(json.dumps({"scenario": scenario, **given}, default=str), file=self.process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -118,8 +121,10 @@ class Browser:
         return answer
 
     def library(self, code: str, given: Any = None, files: Path = SAMPLE, console: str = "") -> Any:
-        """What `code` returns: the body of an async function of `evm`, the library; `file(path)`, which gives files
-        below `files`, as "files/.." does where an address is asked for; and `given`.
+        """Run `code` and return its result.
+
+        code: body of an async function of `evm`, the library; of `file(path)`, which gives files below `files`, as
+        "files/.." does where an address is asked for; and of `given`.
         """
         return self.drive("library", console, code=code, given=given, files=files).get("value")
 

@@ -91,7 +91,7 @@ def test_the_numbers_of_the_golden_model(target, bundle):
 @every_target
 @pytest.mark.slow
 def test_a_broken_scan_is_rejected(target, micro, tmp_path, monkeypatch):
-    """It is broken while the target traces: the float model stays as it is."""
+    """Break the scan while the target traces; the float model keeps its scan."""
 
     def trace(module, plan, metadata):
         with other_decays(module):
