@@ -21,7 +21,7 @@ from evm_deploy._util.files import sha256
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.file_kinds import CUT, file_kind
 
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 ORIGIN = "evm_deploy_origin"  # key of a converted file's metadata: the checkpoint that it was made from
 MAX_INDEX_BYTES = 64 << 20
 UNSAFE = "unsafe"  # code of the error for a file that only loads by running the code in it

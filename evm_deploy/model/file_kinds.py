@@ -5,6 +5,7 @@ No torch is imported and no code in the file is executed.
 
 from __future__ import annotations
 
+import codecs
 import re
 import zipfile
 from pathlib import Path
@@ -55,8 +56,9 @@ def file_kind(path: Path) -> str:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes)", CUT)
     if not head.strip(b"\0"):
         raise CheckpointError(f"checkpoint {path} is damaged: it begins with {len(head)} zero bytes", CUT)
+    text = head.removeprefix(codecs.BOM_UTF8)
     for signature, name, hint in SIGNATURES:
-        if head.startswith(signature):
+        if text.startswith(signature):
             raise _not_a_checkpoint(path, name, hint)
     if SAFETENSORS.match(head):
         return "safetensors"
@@ -68,7 +70,7 @@ def file_kind(path: Path) -> str:
         return "pickle"
     if ONNX.match(head):
         raise _not_a_checkpoint(path, "an ONNX model: already exported", "give the checkpoint that it was made from")
-    if MARKUP.match(head):
+    if MARKUP.match(text):
         raise _not_a_checkpoint(path, "a page of HTML", AGAIN)
     return _text_kind(path, head)
 

@@ -222,10 +222,10 @@ def network_name(raw: RawCheckpoint) -> str:
 
 
 def stem(name: str) -> str:
-    """Return the name of a checkpoint file without its suffix."""
+    """Return the name of a checkpoint file without its suffix, and without the number of a shard."""
     lower = name.lower()
     suffix = next((each for each in (*SUFFIXES, *SHORT_SUFFIXES) if lower.endswith(each) and lower != each), "")
-    return name[: len(name) - len(suffix)]
+    return re.sub(r"(?<=.)-\d{5}-of-\d{5}$", "", name[: len(name) - len(suffix)])
 
 
 def printable_name(name: str) -> str:

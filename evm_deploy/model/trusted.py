@@ -162,8 +162,13 @@ def _tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[st
 def _main(source: Path, result: Path) -> None:
     import torch
 
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(130)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.save(Plain()(_content(source)), result)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # returns when the other end of stdin is closed; unlike sys.stdin it holds no lock
+    os._exit(130)
 
 
 if __name__ == "__main__":

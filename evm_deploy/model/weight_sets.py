@@ -292,7 +292,8 @@ def choose(weights: Weights, wanted: str) -> tuple[WeightSet, list[WeightSet]]:
     """
     sets, path = weights.sets, weights.path
     listed = "; ".join(map(str, sets[:LISTED])) + (f"; and {len(sets) - LISTED} more" if len(sets) > LISTED else "")
-    hint = f"choose one by its name:  --weights {shlex.quote(sets[0].name)}"
+    flag = f"--weights {shlex.quote(sets[0].name)}"
+    hint = f"choose one by its name:  {flag}  or write it to a file of its own:  evm-export convert CKPT {flag}"
     if wanted not in WORDS:
         fit = [each for each in sets if each.name == wanted]
         if not fit:
