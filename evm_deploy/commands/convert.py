@@ -56,7 +56,7 @@ def _convert(args: argparse.Namespace) -> int:
     path = Path(args.checkpoint)
     out = _out(path, args.out)
     if args.trust:
-        warning = f"{PROG}: WARNING: --trust runs the code in {path}, with all your rights"
+        warning = f"{PROG}: WARNING: --trust runs the code in {path} with all your rights, if it needs code to load"
         print(escape_controls(warning), file=sys.stderr)
     with Steps(args.quiet)("convert", path.name):
         raw = convert(

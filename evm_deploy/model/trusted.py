@@ -44,7 +44,8 @@ def read_trusted(path: Path) -> Content:
             log.seek(0)
             said = log.read().decode("utf-8", "replace").strip()
         if code or not result.is_file():
-            raise CheckpointError(f"checkpoint {path} cannot be loaded, even with its code: {said[-TAIL:]}")
+            why = said[-TAIL:] or f"its process ended with code {code}"
+            raise CheckpointError(f"checkpoint {path} cannot be loaded, even with its code: {why}")
         content = read_content(result)
     return replace(content, path=path, sha256=sha256(path))
 

@@ -314,20 +314,19 @@ def choose(weights: Weights, wanted: str) -> tuple[WeightSet, list[WeightSet]]:
 
 
 def _complete(weights: Weights, chosen: WeightSet, others: list[WeightSet], wanted: str, hint: str) -> None:
-    """Check an average against the raw weights beside it, and take the buffers that it lacks from them."""
-    raw = [each for each in others if each.kind == "raw"]
-    if chosen.kind != "ema" or not raw:
-        return
-    alike = [each for each in raw if not _misshapen(chosen.tensors, each.tensors)]
-    if not alike and wanted in WORDS:
-        odd = _misshapen(chosen.tensors, raw[0].tensors)
+    """Compare a set with those of the other kind beside it, and take the buffers that it lacks from them."""
+    beside = [each for each in others if each.kind != chosen.kind]
+    alike = [each for each in beside if not _misshapen(chosen.tensors, each.tensors)]
+    if beside and not alike and wanted == chosen.kind == "ema":
+        odd = _misshapen(chosen.tensors, beside[0].tensors)
         raise CheckpointError(
-            f"checkpoint {weights.path}: {chosen} is no average of {raw[0]}: {odd[0]:.120} has another shape", hint
+            f"checkpoint {weights.path}: {chosen} is no average of {beside[0]}: {odd[0]:.120} has another shape", hint
         )
-    lacking = [name for name in alike[0].leaves if name not in chosen.leaves and BUFFERS.search(name)] if alike else []
-    if lacking:
-        chosen.leaves |= {name: alike[0].leaves[name] for name in lacking}
-        weights.notes.append(f"{chosen} has no buffers such as {lacking[0]}: {len(lacking)} come from {alike[0]}")
+    for other in alike:
+        lacking = [name for name in other.leaves if name not in chosen.leaves and BUFFERS.search(name)]
+        if lacking:
+            chosen.leaves |= {name: other.leaves[name] for name in lacking}
+            weights.notes.append(f"{chosen} has no buffers such as {lacking[0]}: {len(lacking)} come from {other}")
 
 
 def _misshapen(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

@@ -186,16 +186,19 @@ def _check_strictly(path: Path, tensors: dict[str, Tensor], expected: dict[str, 
     if problems:
         raise CheckpointError(
             f"checkpoint {path} does not fit the network that its shapes describe: " + "; ".join(problems),
-            _remedy(missing, unexpected, misshapen),
+            _remedy(missing + misshapen, unexpected, {key.partition(".")[0] for key in expected}),
         )
 
 
-def _remedy(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
-    if missing or misshapen:
-        return "" if unexpected else "the file holds a part of the network: look for the whole checkpoint"
-    part = unexpected[0].partition(".")[0]
-    pattern = f"{part}.*" if "." in unexpected[0] else part
-    return f"leave out what the network does not need to predict, such as a second head:  --drop {shlex.quote(pattern)}"
+def _remedy(lacking: list[str], unexpected: list[str], parts: set[str]) -> str:
+    """Return the hint for a state dict that does not fit. parts: first parts of the network's own names."""
+    if not unexpected:
+        return "the file holds a part of the network: look for the whole checkpoint"
+    if lacking or any(key.partition(".")[0] in parts for key in unexpected):
+        return "it is another architecture, or a part of one: its outputs could not be right"
+    part, dot, _ = unexpected[0].partition(".")
+    pattern = shlex.quote(part + ".*" * bool(dot))
+    return f"leave out what the network does not need to predict, such as a second head:  --drop {pattern}"
 
 
 def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
