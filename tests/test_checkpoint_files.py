@@ -173,7 +173,7 @@ def test_any_shard_stands_for_all(suffix, tmp_path):
 )
 def test_an_index_cannot_lead_elsewhere(index, tmp_path):
     (tmp_path / "m.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match="outside its folder|no index"):
+    with pytest.raises(CheckpointError, match=r"outside its folder|no index"):
         load_checkpoint(tmp_path / "m.index.json")
 
 

@@ -11,6 +11,9 @@ import torch
 from evm_deploy import cli
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.errors import CheckpointError
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.quantization import quantization_config
+from evm_deploy.export.source import Source
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.model.weight_sets import kind_of
 
@@ -133,7 +136,7 @@ ONE = {
 def test_the_only_weights_are_found_behind_any_prefix(name, tmp_path):
     state, spec = loaded(ONE[name], tmp_path / "a.pth")
     assert holds(state, EMA)
-    assert spec.checkpoint["others"] == []
+    assert spec.checkpoint["others"] == (["state_dict"] if name == "twice the same" else [])
     assert spec.checkpoint["weights"] == ("ema" if name == "AveragedModel" else "raw")
 
 
@@ -149,6 +152,33 @@ def test_an_average_that_had_not_begun_is_left_out(name, tmp_path):
     state, spec = loaded(NOT_BEGUN[name], tmp_path / "a.pth")
     assert holds(state, RAW) and spec.checkpoint["weights"] == "raw"
     assert "averaging had not begun" in spec.notes[0]
+
+
+def test_an_average_that_equals_the_raw_weights_is_either(tmp_path):
+    for content in ({"model_ema": EMA, "model": dict(EMA)}, {"model": EMA, "model_ema": dict(EMA)}):
+        for weights, name in (("ema", "model_ema"), ("raw", "model"), ("model", "model"), ("model_ema", "model_ema")):
+            state, spec = loaded(content, tmp_path / "a.pth", weights=weights)
+            assert holds(state, EMA) and spec.checkpoint["container"] == name
+
+
+UNKNOWN = {
+    "a short list": {"net": RAW, "ema": {"shadow_params": [*PARAMETERS.values()][:-1]}},
+    "slashes": {"net": RAW, "model_ema": {key.replace(".", "/"): value for key, value in EMA.items()}},
+    "numbers of parameters": {"net": RAW, "ema": {140000 + i: value for i, value in enumerate(EMA.values())}},
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_averages_that_cannot_be_read_are_told(name, tmp_path):
+    state, spec = loaded(UNKNOWN[name], tmp_path / "a.pth")
+    assert holds(state, RAW) and spec.checkpoint["weights"] == "raw"
+    assert any("seem to be averaged weights" in note for note in spec.notes)
+    assert not loaded({"net": RAW, "ema": {"decay": TEN}}, tmp_path / "a.pth")[1].notes
+
+
+def test_an_average_beside_each_tensor_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="unexpected"):
+        loaded({**RAW, **{f"{key}_ema": value for key, value in EMA.items()}}, tmp_path / "a.pth")
 
 
 def wider(state):
@@ -248,3 +278,21 @@ def test_export_says_which_weights_it_took(tmp_path, capsys):
     assert (facts["weights"], facts["container"], facts["others"]) == ("ema", "state_dict_ema", ["state_dict"])
     assert facts["dropped"] == ["extra.w", "loss"]
     assert cli.export_main([*flags[:-1], "extra.*,"]) == 2
+
+
+def test_weights_of_one_file_share_no_calibration(tmp_path):
+    """A calibration table is kept by the file's hash and by what was taken from it."""
+    file = tmp_path / "a.pth"
+    torch.save({"state_dict": {**RAW, "aux.w": ZERO}, "state_dict_ema": EMA}, file)
+
+    def identity(**options):
+        plan = ExportPlan("onnx", "int8", calib="demo", **options)
+        return quantization_config(plan, Source(file).network(plan).spec).checkpoint_sha256
+
+    assert identity(weights="raw") != identity() == identity(weights="state_dict_ema")
+    source = Source(file)
+    plans = [ExportPlan("onnx", weights="raw", drop=drop) for drop in ("layers.0.*", (), ["aux.*"])]
+    with pytest.raises(CheckpointError, match=r"missing|gaps|not fit"):
+        source.network(plans[0])
+    assert source.network(plans[1]).spec.checkpoint["dropped"] == ["aux.w"]
+    assert source.network(plans[2]) is not source.network(plans[1])

@@ -80,6 +80,7 @@ class ExportPlan:
     settings: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop or ()))
         if self.head is not None:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)

@@ -32,8 +32,8 @@ SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89PNG\r\n", "a PNG image", "give a checkpoint; images are for evm-run"),
     (b"\xff\xd8\xff", "a JPEG image", "give a checkpoint; images are for evm-run"),
     (b"%PDF", "a PDF document", "give a checkpoint"),
-    (b"ftrt", "a TensorRT engine", "give the checkpoint that it was made from"),
-    (b"ptrt", "a TensorRT engine", "give the checkpoint that it was made from"),
+    (b"ftrt", "an engine that is already built", "give the checkpoint that it was made from"),
+    (b"ptrt", "an engine that is already built", "give the checkpoint that it was made from"),
 )
 ONNX = re.compile(rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]")  # field ir_version, then another field
 SAFETENSORS = re.compile(rb".{6}\x00\x00\s*\{", re.DOTALL)  # length of the header, then its JSON

@@ -17,7 +17,6 @@ from evm_deploy.model.checkpoint_file import Content
 from evm_deploy.model.weight_sets import (
     Weights,
     WeightSet,
-    averaged_lists,
     choose,
     find_weights,
     is_tensor,
@@ -108,9 +107,10 @@ def take_weights(
     )
     if others:
         raw.notes.append(f"weights taken: {chosen}; also in the file: {some([str(each) for each in others])}")
-    for owner, listed in averaged_lists(found.values).items():
-        if not any(each.prefix == owner for each in found.sets) and all(is_tensor(leaf.value) for leaf in listed):
-            raw.notes.append(f"'{owner.rstrip('.'):.120}' has {len(listed)} averaged tensors without names: not taken")
+    unknown = found.unknown_averages()
+    if chosen.kind == "raw" and len(unknown) > len(chosen.leaves) // 2:
+        names = f"'{unknown[0]:.120}' and {len(unknown) - 1} more tensors"
+        raw.notes.append(f"{names} seem to be averaged weights, under names that fit no network: not taken")
     _keep(raw, chosen, drop)
     return raw
 
@@ -167,7 +167,7 @@ def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
 def drop_beside(raw: RawCheckpoint, expected: Collection[str]) -> None:
     """Move tensors to `raw.dropped` that are not expected and that only the training needs: losses, auxiliary heads."""
     for name in [name for name in raw.tensors if name not in expected]:
-        if BESIDE.match(name) or kind_of(name) == "ema":
+        if BESIDE.match(name) or kind_of(name.partition(".")[0]) == "ema":
             raw.dropped.append(name)
             del raw.tensors[name]
 

@@ -84,12 +84,25 @@ class WeightSet:
 
 @dataclass
 class Weights:
-    """All values in a file, and the sets of a family's weights among them. notes: remarks on the sets, for users."""
+    """All values in a file, and the sets of a family's weights among them.
+
+    left_out: averages that had not begun. notes: remarks on the sets, for users.
+    """
 
     path: Path
     values: list[Leaf]
     sets: list[WeightSet]
+    left_out: list[WeightSet] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def unknown_averages(self) -> list[str]:
+        """Return the paths of tensors that are called averaged, and belong to no set."""
+        known = {leaf.name for each in (*self.sets, *self.left_out) for leaf in each.leaves.values()}
+        return [
+            leaf.name
+            for leaf in self.values
+            if leaf.name not in known and kind_of(leaf.name) == "ema" and is_tensor(leaf.value)
+        ]
 
 
 def some(keys: list[str]) -> str:
@@ -138,7 +151,6 @@ def find_weights(path: Path, content: Any, anchors: Iterable[str]) -> Weights:
         sets += _listed_sets(each, tensors)
     weights = Weights(path, values, sets)
     _correct_kinds(weights)
-    _leave_out_repeated(weights)
     return weights
 
 
@@ -244,6 +256,7 @@ def _correct_kinds(weights: Weights) -> None:
             each.kind = "ema"
         if each.kind == "ema" and len(weights.sets) > 1 and any(_is_zero(values.get(name)) for name in counters):
             weights.sets.remove(each)
+            weights.left_out.append(each)
             weights.notes.append(f"{each} left out: its n_averaged is 0, so averaging had not begun")
 
 
@@ -257,15 +270,6 @@ def _is_zero(value: Any) -> bool:
     if is_tensor(value):
         return value.numel() == 1 and not value.is_sparse and bool(value.item() == 0)
     return isinstance(value, int | float) and value == 0
-
-
-def _leave_out_repeated(weights: Weights) -> None:
-    """Leave out sets that hold the same values as a set before them."""
-    kept: list[WeightSet] = []
-    for each in weights.sets:
-        if not any(_equal(each.tensors, other.tensors) for other in kept):
-            kept.append(each)
-    weights.sets = kept
 
 
 def _equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
@@ -304,7 +308,7 @@ def choose(weights: Weights, wanted: str) -> tuple[WeightSet, list[WeightSet]]:
             raise CheckpointError(
                 f"checkpoint {path} has no raw weights, all are averaged: {listed}", "leave --weights raw out"
             )
-        if len(fit) > 1:
+        if any(not _equal(fit[0].tensors, each.tensors) for each in fit[1:]):
             kind = f"{len(fit)} sets of {WORDS[fit[0].kind]} weights"
             raise CheckpointError(f"checkpoint {path} has {kind}, and does not say which are meant: {listed}", hint)
     chosen = fit[0]
