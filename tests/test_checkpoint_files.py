@@ -185,6 +185,10 @@ def test_a_name_that_bundles_cannot_have_is_changed_aloud(data, name, tmp_path):
     assert len(spec.name.encode("utf-8")) <= 96
     assert any("too long, or not UTF-8" in note and spec.name in note for note in spec.notes)
     assert json.dumps(spec.checkpoint).encode("utf-8")
+    assert convert(tmp_path / f"{name}.pt", "-q") == 0
+    (made,) = tmp_path.glob("*.safetensors")
+    assert load_checkpoint(made).spec.name == spec.name
+    assert convert(tmp_path / f"{name}.pt", "-q", "-o", tmp_path / f"{'n' * 250}.safetensors") == 2
 
 
 def convert(*flags):

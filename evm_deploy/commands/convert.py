@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -81,10 +82,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _out(path: Path, given: str | None) -> Path:
     """Return the file to write: `given`, a file in the folder `given`, or a file beside the checkpoint."""
-    from evm_deploy.model.state_dict import stem
+    from evm_deploy.model.state_dict import short_name
 
-    name = f"{stem(path.name)}.safetensors"
-    beside = path.with_name(name if name != path.name else f"{stem(path.name)}-converted.safetensors")
+    name = f"{short_name(path.name)}.safetensors"
+    if name == path.name:
+        name = f"{short_name(path.name)}-converted.safetensors"
     if given is None:
-        return beside
-    return Path(given) / beside.name if Path(given).is_dir() else Path(given)
+        return path.with_name(name)
+    return Path(given) / name if os.path.isdir(given) else Path(given)  # noqa: PTH112  accepts any name

@@ -210,15 +210,16 @@ def rename(raw: RawCheckpoint, patterns: Sequence[tuple[re.Pattern[str], str]]) 
 
 
 def network_name(raw: RawCheckpoint) -> str:
-    """Return the name of a checkpoint's network: the file's name without its suffix, in UTF-8, at most MAX_NAME bytes.
-
-    A name that had to be changed is a note of the checkpoint.
-    """
-    whole = stem(raw.path.name)
-    name = printable_name(whole).encode("utf-8")[:MAX_NAME].decode("utf-8", "ignore")
-    if name != whole:
+    """Return the name of a checkpoint's network. A name other than the file's is a note of the checkpoint."""
+    name = short_name(raw.path.name)
+    if name != stem(raw.path.name):
         raw.notes.append(f"the file's name is too long, or not UTF-8: the network is called {name}")
     return name
+
+
+def short_name(file: str) -> str:
+    """Return the name of a checkpoint file without its suffix, in UTF-8, at most MAX_NAME bytes."""
+    return printable_name(stem(file)).encode("utf-8")[:MAX_NAME].decode("utf-8", "ignore")
 
 
 def stem(name: str) -> str:
