@@ -193,7 +193,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(save, tmp_path):
 
 def test_a_pickle_that_needs_code_says_how_to_convert(tmp_path):
     torch.save({"model": STATE, "config": argparse.Namespace(a=1)}, tmp_path / "swin.pth")
-    with pytest.raises(CheckpointError, match=r"Namespace(?s:.*)weights_only=False"):
+    with pytest.raises(CheckpointError, match=r"Namespace(?s:.*)evm-export convert \S+swin.pth --trust"):
         load_checkpoint(tmp_path / "swin.pth")
 
 

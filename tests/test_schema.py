@@ -52,7 +52,17 @@ FULL_MANIFEST: dict[str, Any] = {
         "input": "image",
         "head": "logits",
     },
-    "model": {"name": "x", "task": "raw", "checkpoint": {"sha256": "x"}, "parameters": 3},
+    "model": {
+        "name": "x",
+        "task": "raw",
+        "checkpoint": {
+            **dict.fromkeys(("sha256", "file", "container", "prefix", "weights"), "x"),
+            "others": ["x"],
+            "dropped": ["x"],
+            "origin": {},
+        },
+        "parameters": 3,
+    },
     "preprocessing": {
         "size": [64, 64],
         "crop_pct": 0.875,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
+from evm_deploy.commands.convert import drop_patterns
+from evm_deploy.commands.convert import main as convert_main
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import UsageError
 from evm_deploy.export import settings as target_settings
@@ -33,7 +35,7 @@ def export_parser() -> Parser:
         "evm-export",
         description="Export a trained EfficientVMamba checkpoint to ONNX Runtime, OpenVINO, TensorRT or Core ML, as a "
         "verified bundle.",
-        epilog=EXIT_CODES,
+        epilog="evm-export convert CKPT  writes a checkpoint of any layout to a safetensors file\n\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_argument_group("input and model").add_argument
@@ -41,9 +43,15 @@ def export_parser() -> Parser:
         "checkpoint",
         nargs="?",
         metavar="CKPT",
-        help=".ckpt, .pth, .pt, .pth.tar or .safetensors file; default: the embedded demo checkpoint",
+        help="checkpoint file of PyTorch or safetensors, whatever its suffix; default: the embedded demo checkpoint",
     )
-    model("--weights", default="ema", metavar="W", help="ema (default, if the file has EMA weights) or raw")
+    model(
+        "--weights",
+        default="ema",
+        metavar="W",
+        help="ema (default, if the file has averaged weights), raw, or the name of a set of weights in the file",
+    )
+    model("--drop", metavar="P[,P2..]", help="patterns of keys to leave out, such as 'aux_head.*'")
     model(
         "--imgsz",
         metavar="N|HxW",
@@ -170,6 +178,9 @@ def export_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-export` with `argv` and return the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["convert"]:
+        return convert_main(given[1:])
     parser = export_parser()
     args = parser.parse_args(argv)
 
@@ -282,7 +293,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     facts = {
         "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
-        "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
+        "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}', {spec.checkpoint['weights']}",
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
         "Output": plan.head,
         "Scan": plan.scan,
@@ -355,6 +366,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         opset=int(_number("--opset", args.opset, whole=True)) if args.opset is not None else None,
         tol=_number("--tol", args.tol) if args.tol is not None else None,
         weights=args.weights,
+        drop=drop_patterns(args.drop),
         labels=_labels(Path(args.labels)) if args.labels else None,
         mean=_triple("--mean", args.mean),
         std=_triple("--std", args.std),

@@ -38,6 +38,7 @@ class ExportPlan:
 
     imgsz: (H, W) pixels. more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
+    weights: `ema`, `raw`, or the name of a set of weights in the checkpoint. drop: patterns of its keys to leave out.
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized image that the crop keeps.
     native_library: platform whose native library goes into the bundle. platform: platform that the artifact is for,
     None for any. chosen: target and precision with the reason, if a device profile decided them. min_target: oldest
@@ -63,6 +64,7 @@ class ExportPlan:
     opset: int | None = None
     tol: float | None = None
     weights: str = "ema"
+    drop: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -78,6 +80,7 @@ class ExportPlan:
     settings: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop or ()))
         if self.head is not None:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
@@ -97,7 +100,6 @@ class ExportPlan:
                 )
         if len({self.imgsz, *self.more_imgsz}) <= len(self.more_imgsz):
             raise UsageError("--imgsz names a size twice")
-        one_of("--weights", self.weights, ("ema", "raw"))
         if self.opset is not None and not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
         if self.tol is not None and not 0 < self.tol < 1:

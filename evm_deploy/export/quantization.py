@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,13 +80,19 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
         max_drop=plan.max_drop,
         num_classes=spec.num_classes,
         labels=plan.labels,
-        checkpoint_sha256=spec.checkpoint["sha256"],
+        checkpoint_sha256=weights_sha256(spec.checkpoint),
         input=plan.input,
         task=get_task(spec.task),
         blocks=spec.blocks,
         keep_float=spec.keep_float,
         weight_only=spec.weight_only,
     )
+
+
+def weights_sha256(checkpoint: Mapping[str, Any]) -> str:
+    """Return the SHA-256 that identifies the weights taken from a checkpoint: one file may hold several sets."""
+    taken = [checkpoint.get(key) for key in ("sha256", "container", "prefix", "dropped")]
+    return hashlib.sha256(json.dumps(taken).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

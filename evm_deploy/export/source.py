@@ -50,17 +50,17 @@ class Source:
         given = self._given
         if isinstance(given, Network):
             return given
-        key = ("network", plan.head == "features", plan.weights)
-        return self._once(key, lambda: load_checkpoint(given, head=plan.head, weights=plan.weights))
+        key = ("network", plan.head == "features", plan.weights, plan.drop)
+        return self._once(key, lambda: load_checkpoint(given, head=plan.head, weights=plan.weights, drop=plan.drop))
 
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
         """Return the float model of a complete plan (`hub.graph.WrappedNetwork`)."""
-        key = ("reference", plan.head, plan.weights, plan.input, preprocessing)
+        key = ("reference", plan.head, plan.weights, plan.drop, plan.input, preprocessing)
         return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 
     def float_run(self, plan: ExportPlan, preprocessing: Preprocessing) -> FloatRun:
         """Return the float model's outputs and scans on the test inputs of a complete plan."""
-        key = ("run", plan.head, plan.weights, plan.input, preprocessing)
+        key = ("run", plan.head, plan.weights, plan.drop, plan.input, preprocessing)
         return self._once(
             key, lambda: run_reference(self.reference(plan, preprocessing), make_test_inputs(plan, preprocessing))
         )
@@ -69,7 +69,8 @@ class Source:
         self, target: Target, plan: ExportPlan, preprocessing: Preprocessing, metadata: Mapping[str, str]
     ) -> Any:
         """Return the traced network that `target` builds from, such as the hub graph. Callers must not change it."""
-        key = ("traced", target.trace, target.trace_key(plan), plan.weights, preprocessing, tuple(metadata.items()))
+        taken = (plan.weights, plan.drop, preprocessing)
+        key = ("traced", target.trace, target.trace_key(plan), *taken, tuple(metadata.items()))
         return self._once(key, lambda: target.trace(self.reference(plan, preprocessing), plan, dict(metadata)))
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:

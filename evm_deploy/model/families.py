@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from evm_deploy.errors import CheckpointError
+from evm_deploy.model.checkpoint_file import Content, read_content
 from evm_deploy.model.efficientvmamba.checkpoint import EFFICIENTVMAMBA
 from evm_deploy.model.network import Family, LoadOptions, Network
-from evm_deploy.model.state_dict import read_checkpoint, some
+from evm_deploy.model.state_dict import RawCheckpoint, no_weights, take_weights
 
 FAMILIES: tuple[Family, ...] = (EFFICIENTVMAMBA,)
 
 
-def load_checkpoint(path: str | Path, *, head: str | None = None, weights: str = "ema") -> Network:
+def load_checkpoint(
+    path: str | Path, *, head: str | None = None, weights: str = "ema", drop: Sequence[str] = ()
+) -> Network:
     """Load a trained network from a checkpoint file -> (float32 module in eval mode, its ModelSpec).
 
     head: `logits` (or None) and `probs` build the classifier, `features` builds the backbone. weights: where the file
-    has both kinds, `ema` takes the averaged weights and `raw` the other weights. The first family that claims the file
-    loads it. Raises CheckpointError if no family claims the file, or if keys are missing, unexpected or misshapen; the
-    message lists them.
+    has several sets, `ema` takes the averaged weights, `raw` the other weights, and the name of a set that set. drop:
+    shell patterns of keys to leave out, such as `aux_head.*`. The first family with weights in the file loads it.
+    Raises CheckpointError if no family has, or if keys are missing, unexpected or misshapen; the message lists them.
     """
-    raw = read_checkpoint(Path(path), weights)
+    family, raw = find_network(read_content(Path(path)), weights, drop)
+    return family.load(raw, LoadOptions(head or "logits"))
+
+
+def find_network(content: Content, weights: str = "ema", drop: Sequence[str] = ()) -> tuple[Family, RawCheckpoint]:
+    """Return the family of the network in the content of a file, and its weights. See `load_checkpoint`."""
     for family in FAMILIES:
-        if family.claims(raw):
-            return family.load(raw, LoadOptions(head or "logits", weights))
-    known = ", ".join(family.name for family in FAMILIES)
-    raise CheckpointError(
-        f"checkpoint {path} holds no network of a known family ({known}): its {len(raw.tensors)} tensors are "
-        f"{some(sorted(raw.tensors))}"
-    )
+        raw = take_weights(content, family.anchors, weights, drop)
+        if raw:
+            return family, raw
+    raise no_weights(content, [family.name for family in FAMILIES])

@@ -19,8 +19,8 @@ class ModelSpec:
 
     name: name of the network's bundles. family: the kind of network, as people write it. variant: the size within the
     family, or empty. task: name of a Task in `tasks`. outputs: names of the module's outputs, in order. num_classes:
-    number of classes of a classifier, else 0. checkpoint: file, sha256, container and weights that the network was
-    loaded from. min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
+    number of classes of a classifier, else 0. checkpoint: file, sha256, and which weights in it were loaded.
+    min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
     keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the modules whose weights
     become int8 while their inputs stay in float. In every network the layers that write a scan's delta, B and C stay in
     float. defaults: imgsz, crop_pct, mean, std and labels saved with the weights. details: further facts of the family.
@@ -78,24 +78,22 @@ class Network(NamedTuple):
 class LoadOptions:
     """Options of loading a checkpoint.
 
-    head: `logits`, `probs` or `features`. weights: `ema` takes averaged weights where the file has them, `raw` the
-    other weights.
+    head: `logits`, `probs` or `features`.
     """
 
     head: str = "logits"
-    weights: str = "ema"
 
 
 @dataclass(frozen=True)
 class Family:
     """A kind of network that is loaded from a checkpoint file.
 
-    `claims(raw)` returns the task of the checkpoint, or None if the checkpoint belongs to another family.
-    `load(raw, options)` raises CheckpointError if the checkpoint is damaged or lacks a part of the network.
+    anchors: names of tensors, one of which every checkpoint of the family has: `model.weight_sets` finds weights by
+    them. `load(raw, options)` raises CheckpointError if the checkpoint is damaged or lacks a part of the network.
     """
 
     name: str
-    claims: Callable[[RawCheckpoint], str | None]
+    anchors: tuple[str, ...]
     load: Callable[[RawCheckpoint, LoadOptions], Network]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.network import Family, LoadOptions, ModelSpec, Network
-from evm_deploy.model.state_dict import LISTED, RawCheckpoint, rename, some
+from evm_deploy.model.state_dict import RawCheckpoint, drop_beside, network_name, rename
+from evm_deploy.model.weight_sets import LISTED, some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.network import Architecture
 
 MIN_PIXELS = 4  # one patch of the embedding
-EMBEDDING = {"patch_embed.0.weight", "patch_embed.proj.weight"}  # the current name and an older one
-HEADS = {"classifier.head.weight", "head.weight"}
+ANCHORS = ("patch_embed.0.weight", "patch_embed.proj.weight")  # the current name and an older one
 # The patch embedding reads pixels, does 0.7 % of the work and has few weights. Mean and std are folded into them later.
 KEEP_FLOAT = ("patch_embed.0",)
 WEIGHT_ONLY = ("classifier.head",)  # the head's pooled input has too few values to calibrate a range
@@ -34,22 +35,12 @@ RENAMES = (
 )
 
 
-def claims(raw: RawCheckpoint) -> str | None:
-    """Return the task of a checkpoint that has EfficientVMamba's patch embedding, else None.
-
-    Related networks have the same embedding; `load` refuses them by name.
-    """
-    if not EMBEDDING & set(raw.tensors):
-        return None
-    return "classification" if HEADS & set(raw.tensors) else "features"
-
-
 def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
     """Load an EfficientVMamba of any width and depth: the classifier or, for head `features`, the backbone.
 
     A classification checkpoint has no `outnorm*` weights. For head `features` these norms get weight 1 and bias 0, as
     in the authors' backbone, and the spec gets a note. Raises CheckpointError with every missing, unexpected and
-    misshapen key. Source: spec, sections 7 to 9.
+    misshapen key, and with the name of a related network: these have the same anchors. Source: spec, sections 7 to 9.
     """
     import torch
 
@@ -66,32 +57,27 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
         model: nn.Module = EfficientVMambaBackbone(arch) if features else EfficientVMamba(arch)
     expected = model.state_dict()
     _fit_to_head(raw, expected, features)
+    drop_beside(raw, expected)
     _check_strictly(path, raw.tensors, expected)
     model.load_state_dict(_to_float32(path, raw), strict=True, assign=True)
     model.eval().requires_grad_(False)
     return Network(model, _spec(raw, arch, model, options))
 
 
-EFFICIENTVMAMBA = Family("EfficientVMamba", claims, load)
+EFFICIENTVMAMBA = Family("EfficientVMamba", ANCHORS, load)
 
 
 def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: LoadOptions) -> ModelSpec:
     features = options.head == "features"
     return ModelSpec(
-        name=_stem(raw.path),
+        name=network_name(raw),
         family=EFFICIENTVMAMBA.name,
         variant=arch.variant,
         task="features" if features else "classification",
         outputs=tuple(f"feature{i}" for i in range(len(arch.dims))) if features else ("logits",),
         num_classes=0 if features else arch.num_classes,
         parameters=sum(p.numel() for p in model.parameters()),
-        checkpoint={
-            "file": raw.path.name,
-            "sha256": raw.sha256,
-            "container": raw.container,
-            "weights": options.weights,
-            "dropped": sorted(raw.dropped),
-        },
+        checkpoint=raw.facts(),
         min_pixels=MIN_PIXELS,
         blocks=tuple(_blocks(model)),
         keep_float=KEEP_FLOAT,
@@ -199,8 +185,20 @@ def _check_strictly(path: Path, tensors: dict[str, Tensor], expected: dict[str, 
     ]
     if problems:
         raise CheckpointError(
-            f"checkpoint {path} does not fit the network that its shapes describe: " + "; ".join(problems)
+            f"checkpoint {path} does not fit the network that its shapes describe: " + "; ".join(problems),
+            _remedy(missing + misshapen, unexpected, {key.partition(".")[0] for key in expected}),
         )
+
+
+def _remedy(lacking: list[str], unexpected: list[str], parts: set[str]) -> str:
+    """Return the hint for a state dict that does not fit. parts: first parts of the network's own names."""
+    if not unexpected:
+        return "the file holds a part of the network: look for the whole checkpoint"
+    if lacking or any(key.partition(".")[0] in parts for key in unexpected):
+        return "it is another architecture, or a part of one: its outputs could not be right"
+    part, dot, _ = unexpected[0].partition(".")
+    pattern = shlex.quote(part + ".*" * bool(dot))
+    return f"leave out what the network does not need to predict, such as a second head:  --drop {pattern}"
 
 
 def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
@@ -212,7 +210,6 @@ def _to_float32(path: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
     if converted:
         raw.notes.append(f"weights stored as {', '.join(sorted(converted))}, converted to float32")
     for key, tensor in raw.tensors.items():
-        _refuse_odd_storage(path, key, tensor)
         counter = key.endswith("num_batches_tracked")
         value = tensor.to(torch.int64 if counter else torch.float32).contiguous()
         if not counter and (odd := _odd_values(key, value)):
@@ -234,23 +231,3 @@ def _odd_values(key: str, value: Tensor) -> str:
     if key.endswith(".A_logs") and not torch.isfinite(value.exp()).all():
         return f"reaches {value.max():.4g}, whose exp is Inf"
     return ""
-
-
-def _refuse_odd_storage(path: Path, key: str, tensor: Tensor) -> None:
-    """Raise CheckpointError for a sparse, quantised or complex tensor, or a view larger than its storage."""
-    import torch
-
-    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
-    if not plain:
-        raise CheckpointError(
-            f"checkpoint {path}: {key} is {tensor.dtype}, {tensor.layout}; expected a dense float tensor"
-        )
-    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise CheckpointError(f"checkpoint {path}: {key} claims more values than the file holds")
-
-
-def _stem(path: Path) -> str:
-    for suffix in (".pth.tar", ".safetensors", ".ckpt", ".pth", ".pt"):
-        if path.name.endswith(suffix) and path.name != suffix:
-            return path.name.removesuffix(suffix)
-    return path.stem
