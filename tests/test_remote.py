@@ -61,15 +61,15 @@ def flags(board: Sshd, out: Path, python: str | Path = sys.executable, ssh: str 
 
 def test_a_board_is_measured_and_left_as_it_was(board, host_bundle, tmp_path, capsys):
     command = [str(host_bundle.path), *flags(board, tmp_path), "--device", "x86-64", "--threads", "1"]
-    assert bench_main(command) == 0
+    assert bench_main([*command, "--scan", "bundled"]) == 0
     assert board.clean(), (board.processes(), list(board.tmp.iterdir()))
     shown = capsys.readouterr()
     (file,) = tmp_path.iterdir()
     record = Record.read(file)
-    assert file.name == f"{host_bundle.path.name}-t1-b1.json"
+    assert file.name.startswith(f"{host_bundle.path.name}-t1-b1-bundled-board-")
     assert (record.device["at"], record.device["profile"]) == ("board", "x86-64")
     assert record.runtime["scan"]["value"] == "plugin" and "from the bundle" in record.runtime["scan"]["reason"]
-    assert record.samples_ms and record.bundle["name"] == host_bundle.path.name and record.settings["scan"] == "auto"
+    assert record.samples_ms and record.bundle["name"] == host_bundle.path.name and record.settings["scan"] == "bundled"
     assert "at board" in shown.out and all(step in shown.err for step in ("connect", "send", "measure"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -42,6 +43,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file = Path(folder) / path.name
         file.write_bytes(data)
         file.replace(path)
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file whose path the user gave, as `write_atomically` does.
+
+    A symbolic link stays and the file behind it is written, with the permissions that it has. What is below /dev, such
+    as /dev/stdout, is written directly. Raises OSError.
+    """
+    if path.is_relative_to("/dev"):
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return
+    if path.is_symlink():
+        path = path.resolve()
+    mode = path.stat().st_mode if path.is_file() else None
+    write_atomically(path, content)
+    if mode is not None:
+        with contextlib.suppress(OSError):  # a file system without permissions
+            path.chmod(mode)
 
 
 def artifact_bytes(path: Path) -> int:

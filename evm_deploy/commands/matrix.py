@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import write_atomically
+from evm_deploy._util.files import write_output
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
@@ -97,7 +97,7 @@ def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None
     if args.db:
         append(Path(args.db), found.records)
     groups = grouped(candidates(found), MAX_DROP)
-    write_atomically(out / PAGE, page(groups))
+    write_output(out / PAGE, page(groups))
     if args.json:
         print(json.dumps(as_dicts(groups), indent=1))
         return
