@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.files import write_atomically
+from evm_deploy._util.packages import install_hint
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 
@@ -87,7 +88,7 @@ def _cryptography() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
-        raise ToolchainError("cryptography is not installed", "pip install 'evm-deploy[sign]'") from error
+        raise ToolchainError("cryptography is not installed", install_hint("sign")) from error
     return serialization, ed25519
 
 

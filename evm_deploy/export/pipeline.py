@@ -184,12 +184,12 @@ def build_engine(
     key = private_key(sign) if sign else None
     bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
     if bundle.unpacked:
-        raise UsageError(f"{path} is a zip: an engine built in it would be lost", command("unzip", path))
+        raise UsageError(f"{path} is a zip: an engine built in it would be lost", command("unzip", Path(path)))
     target = get_target(bundle.manifest.target)
     if not target.engine:
         raise UsageError(
             f"{path}: bundles for '{target.name}' have no engine to build",
-            f"use it as it is:  {command('evm-run', path, '--selftest')}",
+            f"use it as it is:  {command('evm-run', Path(path), '--selftest')}",
         )
     with step("engine", f"{bundle.path.name}, {target.name}"):
         target.engine.make(bundle.path, library, timing_cache)
