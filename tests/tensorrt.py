@@ -60,9 +60,11 @@ def engine(model, folder: Path, profile=None, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     chosen = asdict(EngineSettings(**{"sms": (86,), **settings}))
+    del chosen["defer"]
     (folder / "build.json").write_text(
         json.dumps({"target": "trt-rtx", "scan": "portable", "profile": profile, **chosen})
     )
-    manifest = {"files": {}, "details": {}, "artifact": "model.onnx", "built": False}
+    scan = {"value": "portable", "nodes": []}
+    manifest = {"target": "trt-rtx", "scan": scan, "files": {}, "details": {}, "artifact": "model.onnx", "built": False}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return subprocess.run([sys.executable, build_engine.__file__, folder], capture_output=True, text=True)

@@ -198,10 +198,15 @@ def test_other_targets_are_refused(device, coreml_bundle):
 
 
 def test_a_library_for_android_is_used_where_a_bundle_has_one(device):
-    phone = AdbHost("R5CX", device / "bin" / "perf test", silent)
-    manifest = SimpleNamespace(plugins={"android-aarch64": "plugins/android-aarch64/evm.so"})
-    assert phone._library(manifest, Settings()) == "plugins/android-aarch64/evm.so"
-    assert phone._library(manifest, Settings(scan="portable")) is None
+    runner, library = device / "bin" / "perf test", "plugins/android-aarch64/evm.so"
+    manifest = SimpleNamespace(plugins={"android-aarch64": library})
+    unsigned, signed = AdbHost("R5CX", runner, silent), AdbHost("R5CX", runner, silent, key=object())
+    assert unsigned._library(manifest, Settings(scan="bundled")) == library
+    assert signed._library(manifest, Settings()) == library
+    assert unsigned._library(manifest, Settings()) is None  # a library is a program: nobody vouched for it
+    assert signed._library(manifest, Settings(scan="portable")) is None
+    with pytest.raises(UsageError, match="use --scan bundled"):
+        signed._library(manifest, Settings(scan="plugin"))
     arguments = " ".join(perf_test.arguments("m", 1, None, 4, "./evm.so"))
     assert arguments == "-I -e cpu -m duration -t 1 -x 0 -f batch:4 -R ./evm.so m result.csv"
 

@@ -13,6 +13,7 @@ import pytest
 
 from evm_deploy import cli, plugin_path
 from evm_deploy._util.files import cache_folder
+from evm_deploy._util.packages import install_hint
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
@@ -246,7 +247,7 @@ def test_without_ziglang_the_error_comes_first_and_says_what_to_install(micro, t
     command = [str(micro), "--target", "onnx", "--platform", OTHER, "--out", str(tmp_path)]
     assert cli.export_main(command) == 3
     err = capsys.readouterr().err
-    assert "ziglang is not installed" in err and "\n  pip install 'evm-deploy[cross]'" in err
+    assert "ziglang is not installed" in err and f"\n  {install_hint('cross')}" in err
     assert "load" not in err
 
 

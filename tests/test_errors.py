@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evm_deploy import cli, errors
+from evm_deploy._util.packages import install_hint
 from evm_deploy.calib import evaluate
 from evm_deploy.errors import EvmError
 from tests.records import record, written
@@ -75,7 +76,7 @@ SCENES = {
         lambda tools: cli.run_main([str(tools.folder / "none"), "--selftest"]),
         ("none", "does not exist", "make one with evm-export"),
     ),
-    "ToolchainError": Scene(without_runtime, ("onnxruntime is not installed", "pip install 'evm-deploy[run-onnx]'")),
+    "ToolchainError": Scene(without_runtime, ("onnxruntime is not installed", install_hint("run-onnx"))),
     "ParityError": Scene(
         lambda tools: tools.export("--target", "onnx", "--tol", "1e-12"),
         ("logits differ by", "limit", "kept for inspection", ".rejected"),

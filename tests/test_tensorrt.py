@@ -194,7 +194,6 @@ REFUSED = {
         ExportPlan("trt-rtx", settings=EngineSettings(version_compatible=True)),
         "TensorRT-RTX has no --version-compatible",
     ),
-    "a timing cache for RTX": (ExportPlan("trt-rtx", settings=EngineSettings(timing_cache="c")), "no --timing-cache"),
     "a plugin for RTX": (ExportPlan("trt-rtx", scan="aot"), "it has: auto, portable"),
 }
 

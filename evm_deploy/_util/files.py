@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +45,36 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file = Path(folder) / path.name
         file.write_bytes(data)
         file.replace(path)
+
+
+def real_path(path: Path) -> Path:
+    """Return the absolute path behind all symbolic links. A loop of links stays as it is, unlike in Path.resolve."""
+    return Path(os.path.realpath(path))
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file whose path the user gave, as `write_atomically` does.
+
+    A symbolic link stays and the file behind it is written, with the permissions that it has. What is below /dev, such
+    as /dev/stdout, is written directly. Raises OSError.
+    """
+    if path.is_relative_to("/dev"):
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return
+    if path.is_symlink():
+        path = real_path(path)
+    mode = path.stat().st_mode if path.is_file() else None
+    write_atomically(path, content)
+    if mode is not None:
+        with contextlib.suppress(OSError):  # a file system without permissions
+            path.chmod(mode)
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError unless `path` can be read to an end: not for a pipe or a device, which could be read for ever."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "Not a regular file")
 
 
 def artifact_bytes(path: Path) -> int:

@@ -1,10 +1,21 @@
-"""Versions of installed packages, found without importing the packages."""
+"""Versions of installed packages, found without importing them, and commands that install evm-deploy itself."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from evm_deploy._util.files import package_folders
+from evm_deploy._util.text import command
+
+DISTRIBUTION = "evm-deploy"
+UNKNOWN = "CHECKOUT"
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
@@ -23,3 +34,33 @@ def version(module: str) -> str:
     except metadata.PackageNotFoundError:
         brought_by = metadata.packages_distributions().get(module)
         return metadata.version(brought_by[0]) if brought_by else "unknown"
+
+
+def install_hint(extra: str = "") -> str:
+    """Return the command that installs evm-deploy with an extra, from where it was installed. It is on no index."""
+    explained = f"  with {UNKNOWN}: folder or wheel of evm-deploy" if source() == UNKNOWN else ""
+    return command("pip", "install", source() + (f"[{extra}]" if extra else "")) + explained
+
+
+def upgrade_hint() -> str:
+    """Return what to do for a file that needs a newer evm-deploy."""
+    return f"get a newer evm-deploy, then:  {command('pip', 'install', '-U', source())}"
+
+
+@cache
+def source() -> str:
+    """Return the checkout that this package runs from, else the wheel or folder that it was installed from.
+
+    UNKNOWN if there is none on this machine, as for the agent on a board.
+    """
+    for folder in package_folders():
+        project = folder.parent / "pyproject.toml"
+        if project.is_file() and f'name = "{DISTRIBUTION}"' in project.read_text(encoding="utf-8"):
+            return str(folder.parent)
+    try:
+        origin = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+        url = urlparse(str(origin["url"]))
+        path = Path(url2pathname(url.path))
+        return str(path) if url.scheme == "file" and path.exists() else UNKNOWN
+    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError):
+        return UNKNOWN

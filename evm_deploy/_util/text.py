@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 from evm_deploy.errors import UsageError
 
@@ -26,3 +28,12 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
 def size_text(imgsz: tuple[int, int]) -> str:
     """Format an image size: (H, W) -> `HxW`."""
     return f"{imgsz[0]}x{imgsz[1]}"
+
+
+def command(*words: str | Path) -> str:
+    """Return a line that a POSIX shell splits into exactly these words, for messages that a user pastes.
+
+    A path that begins with a hyphen gets `./` in front, so that no program takes it for a flag.
+    """
+    paths = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return shlex.join(paths)

@@ -21,7 +21,7 @@ from evm_deploy.bench.float_model import FloatModel
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
-from evm_deploy.bench.text import file_name
+from evm_deploy.bench.text import record_path
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import FILE as MANIFEST
@@ -187,7 +187,7 @@ class Checkpoint:
         if self.matrix.val and not record.bundle["accuracy"]:
             with step("evaluate", f"{form}, {len(self.images)} images"):
                 record = replace(record, bundle={**record.bundle, "accuracy": self.accuracy(form, path).as_dict()})
-        file = self.matrix.out / file_name(record)
+        file = record_path(self.matrix.out, record)
         record.write(file)
         return file
 

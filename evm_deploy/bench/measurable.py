@@ -66,12 +66,13 @@ class MeasuredBundle:
     Raises ToolchainError if this machine does not have that runtime: the latency of an emulator has no meaning.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: Settings, require_signature: str | None = None) -> None:
         self.model = load(
             path,
             threads=settings.threads,
             scan=settings.scan,
             streams=settings.streams,
+            require_signature=require_signature,
             **dict(settings.own),
         )
         self.batch = self.model.manifest.batch

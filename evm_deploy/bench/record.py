@@ -8,7 +8,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from evm_deploy._util.files import write_atomically
+from evm_deploy._util.files import write_output
 from evm_deploy._util.schema import Schema, published
 from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
 from evm_deploy.bench.latency import Latency
@@ -115,7 +115,7 @@ class Record:
     def write(self, path: Path) -> None:
         """Write the record as JSON to `path`, atomically. Raises UsageError if the file cannot be written."""
         try:
-            write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+            write_output(path, json.dumps(asdict(self), indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 

@@ -17,13 +17,16 @@ DEFAULTS = Settings()
 FAILED = Schema(lambda: keys(error=keys(type=TEXT, text=TEXT, hint=TEXT)))
 
 
-def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
+def bench(bundle: str | Path, settings: Settings = DEFAULTS, require_signature: str | Path | None = None) -> Record:
     """Measure a bundle, or a checkpoint in torch, in a new process and return the record.
+
+    require_signature: PEM file of the public key that must have signed the bundle.
 
     Raises BundleError, UsageError, and ToolchainError if the target does not run on this machine, the process died, or
     the measurement did not end within settings.limit_s + 600 seconds.
     """
     command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(settings.as_dict())]
+    command += [str(require_signature)] if require_signature else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
     except subprocess.TimeoutExpired as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from evm_deploy._util.progress import Step
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote.hosts import Host
-from evm_deploy.bench.text import file_name
+from evm_deploy.bench.text import record_path
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ class Sweep:
             bench.prepare(bundle, settings)
             with step("measure", f"{Path(bundle).name}, {settings}"):
                 record = bench(bundle, settings)
-            path = self.out / file_name(record)
+            path = record_path(self.out, record)
             record.write(path)
             yield record, path

@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from evm_deploy.bench.record import Record
+from evm_deploy.bench import device
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.errors import UsageError
+
+MAX_STEM = 200  # bytes; a file system takes 255, temporary files beside it have longer names
 
 
 def file_name(record: Record) -> str:
-    """Return the file name for a bundle and its settings, such as `<bundle>-t1-b1.json`; `-s2` for two streams."""
-    settings = record.settings
-    end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
-    scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
-    streams = "" if settings["streams"] == 1 else f"-s{settings['streams']}"
-    name = re.sub(r"[^\w.+-]", "_", record.bundle["name"])  # a name from another machine must not act as a path
-    return f"{name}-t{settings['threads'] or 'auto'}-b{settings['batch']}{streams}{scan}{end}.json"
+    """Return the file name for a bundle, its settings and the machine, such as `<bundle>-t1-b1.json`.
+
+    All that decides a record is in its name: settings that differ from their default, such as `-s2` for two streams,
+    and `at` for another machine. A digest follows if a text had to be changed to be a file name, or if the record is of
+    another device than this one.
+    """
+    settings, at = record.settings, record.device["at"]
+    parts = [
+        record.bundle["name"],
+        f"t{settings['threads'] or 'auto'}",
+        f"b{settings['batch']}",
+        *([f"s{settings['streams']}"] if settings["streams"] != 1 else []),
+        *([settings["scan"]] if settings["scan"] != "auto" else []),
+        *(name if value is True else f"{name}-{value}" for name, value in Settings.of(settings).own),
+        *([settings["timed"]] if settings["timed"] != "model" else []),
+        *([at] if at else []),
+    ]
+    stem = "-".join(map(str, parts))
+    safe = re.sub(r"[^\w.+-]", "_", stem)  # a name from another machine must not act as a path
+    safe = safe.encode()[:MAX_STEM].decode(errors="ignore")
+    here = _device({"at": None, **device.facts()}) == _device(record.device)
+    return f"{safe}{'' if safe == stem and here else f'-{_digest(record)}'}.json"
+
+
+def record_path(folder: Path, record: Record) -> Path:
+    """Return the path for a record in `folder`: `file_name`, with a digest if another thing has this name already.
+
+    A record of the same bundle name, settings and device is replaced.
+    """
+    path = folder / file_name(record)
+    if path.exists():
+        try:
+            same = _digest(Record.read(path)) == _digest(record)
+        except UsageError:
+            same = False
+        if not same:
+            return path.with_name(f"{path.stem.removesuffix(f'-{_digest(record)}')}-{_digest(record)}.json")
+    return path
+
+
+def _digest(record: Record) -> str:
+    """Return eight hex digits of all that decides a record: bundle name, settings and device."""
+    settings = {key: value for key, value in record.settings.items() if key != "limit_s"}
+    text = json.dumps([record.bundle["name"], settings, _device(record.device)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _device(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts that tell devices apart, without those that an update or a setting of the system changes."""
+    kept = {key: value for key, value in facts.items() if key not in ("profile", "governor", "python", "memory_mb")}
+    return {**kept, "system": str(facts.get("system") or "").partition(" ")[0]}
 
 
 def lines(record: Record, path: Path) -> list[str]:

@@ -1,8 +1,9 @@
 """Measuring process: it measures one bundle and nothing else, so load time and peak memory are the bundle's.
 
-    python -m evm_deploy.bench.worker SUBJECT SETTINGS
+    python -m evm_deploy.bench.worker SUBJECT SETTINGS [KEY]
 
-SUBJECT: path of a bundle, or of a checkpoint to measure in torch. SETTINGS: bench.record.Settings as JSON.
+SUBJECT: path of a bundle, or of a checkpoint to measure in torch. SETTINGS: bench.record.Settings as JSON. KEY: PEM
+file of the public key that must have signed the bundle.
 
 The process prints one JSON object: the Record, or `error` with the type, text and hint of an EvmError.
 """
@@ -31,12 +32,12 @@ from evm_deploy.errors import EvmError
 PARTS_RUNS = 50
 
 
-def work(path: Path, settings: Settings) -> Record:
+def work(path: Path, settings: Settings, require_signature: str | None = None) -> Record:
     """Measure the bundle or checkpoint `path` in this process and return the record. Raises EvmError."""
     memory = {"before": peak_mb()}
 
     def opened() -> Measurable:
-        return open_subject(path, settings)
+        return open_subject(path, settings, require_signature)
 
     fresh_ms, subject = timed(opened)
     with subject:
@@ -79,13 +80,13 @@ def work(path: Path, settings: Settings) -> Record:
     )
 
 
-def open_subject(path: Path, settings: Settings) -> Measurable:
+def open_subject(path: Path, settings: Settings, require_signature: str | None = None) -> Measurable:
     """Load the bundle (folder or .zip) or the checkpoint file at `path`. Raises EvmError."""
-    if path.is_file() and path.suffix != archive.SUFFIX:
+    if path.is_file() and path.suffix != archive.SUFFIX and not require_signature:
         from evm_deploy.bench.float_model import FloatModel
 
         return FloatModel(path, settings)
-    return MeasuredBundle(path, settings)
+    return MeasuredBundle(path, settings, require_signature)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -126,9 +127,9 @@ def peak_mb() -> float:
 
 def main() -> int:
     """Measure as the command line says and print the result as JSON. Return 0, also after an EvmError."""
-    path, settings = sys.argv[1:]
+    path, settings, *key = sys.argv[1:]
     try:
-        print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings))))))
+        print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings)), *key))))
     except EvmError as error:
         print(json.dumps({"error": {"type": type(error).__name__, "text": error.args[0], "hint": error.hint}}))
     return 0

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evm_deploy._util.files import temporary_sibling
+from evm_deploy._util.files import real_path, sha256, temporary_sibling
 from evm_deploy.bundle.manifest import FILE, inside_bundle
 from evm_deploy.errors import BundleError
 
@@ -22,23 +22,47 @@ SMALL = 1 << 20  # bytes: a file up to this unpacked size is accepted at any rat
 EPOCH = (1980, 1, 1, 0, 0, 0)  # earliest time of the zip format, fixed so that equal bundles give equal zip files
 
 
-def write_zip(bundle: Path) -> Path:
+def zip_path(bundle: Path) -> Path:
+    """Return the path of a bundle's zip: `<bundle>.zip` next to the bundle."""
+    return bundle.with_name(bundle.name + SUFFIX)
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Raise BundleError if the zip `path` exists without `force`, or is not a zip of the bundle of its name."""
+    if not path.exists():
+        return
+    if not force:
+        raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        names = []
+    if f"{path.stem}/{FILE}" not in names or not all(name.startswith(f"{path.stem}/") for name in names):
+        message = f"{path} exists and is not the zip of a bundle: --force does not replace it"
+        raise BundleError(message, "move it, or choose another --out")
+
+
+def write_zip(bundle: Path, force: bool = False) -> Path:
     """Write `<bundle>.zip` next to the bundle, with all files below one folder of the bundle's name.
 
+    Symbolic links are left out: what is behind them is not the bundle's. force: replace the zip of an earlier bundle.
     Returns the path of the zip. Raises BundleError.
     """
-    path = bundle.with_name(bundle.name + SUFFIX)
+    path = zip_path(bundle)
     try:
-        with temporary_sibling(path) as folder:
+        with temporary_sibling(real_path(path)) as folder:
             file = Path(folder) / path.name
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for source in sorted(bundle.rglob("*")):
-                    if source.is_file():
+                    if source.is_file() and not source.is_symlink():
                         entry = zipfile.ZipInfo(f"{bundle.name}/{source.relative_to(bundle).as_posix()}", EPOCH)
                         entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
                         with source.open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
                             shutil.copyfileobj(reader, writer, 1 << 20)
-            file.replace(path)
+            if not (path.is_file() and sha256(path) == sha256(file)):
+                check_free(path, force)
+                file.replace(real_path(path))
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from error
     return path

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import json
 import os
+import platform
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,13 +18,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, sha256, temporary_sibling
+from evm_deploy._util.files import artifact_bytes, real_path, require_regular, sha256
 from evm_deploy.bundle import archive, signing
-from evm_deploy.bundle.manifest import FILE, Manifest
+from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # files that systems leave in every folder they show
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     for name, facts in manifest.files.items():
         file = path / name
         try:
+            require_regular(file)
             damaged = sha256(file) != facts["sha256"]
         except FileNotFoundError as error:
             message = f"bundle {path}: {name} is missing"
@@ -78,8 +86,8 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     return Bundle(path, manifest, unpacked)
 
 
-def check_free(path: Path, force: bool) -> None:
-    """Check before an export that its bundle can be written to `path`.
+def check_free(path: Path, force: bool, zipped: bool = False) -> None:
+    """Check before an export that its bundle, and with `zipped` its zip, can be written to `path`.
 
     Raises BundleError if `path` exists without `force`, is not a bundle, or cannot be accessed.
     """
@@ -89,19 +97,29 @@ def check_free(path: Path, force: bool) -> None:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     if path.exists() and not force:
         raise BundleError(f"{path} exists", "add --force to replace it, or choose another --out")
-    if path.exists() and not (path / FILE).is_file():
-        raise BundleError(f"{path} exists and is not a bundle: --force does not replace it", "choose another --out")
+    if path.exists():
+        _require_ours(path, path)
+    if zipped:
+        archive.check_free(archive.zip_path(path), force)
 
 
 @contextlib.contextmanager
 def temporary_bundle(path: Path) -> Iterator[Path]:
-    """Context manager: a temporary folder next to `path`, deleted on exit unless `commit` has renamed it.
+    """Context manager: a temporary folder next to `path`, deleted on exit unless `publish` has renamed it.
 
-    First removes the temporary folders of killed exports to the same path. Raises BundleError if writing fails.
+    First removes the temporary folders of killed exports to the same path. The folder is locked, so that exports of
+    other processes and containers do not take it for such a folder. Raises BundleError if writing fails.
     """
+    path = real_path(path)
+    prefix = f".{path.name}.{_machine()}."
     try:
-        _sweep(path)
-        unfinished = temporary_sibling(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path, prefix)
+        while True:
+            unfinished = TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+            lock = _lock(Path(unfinished.name), wait=True)
+            if Path(unfinished.name).is_dir():  # else another export has swept it before it was locked
+                break
     except OSError as error:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     with unfinished as name:
@@ -111,13 +129,21 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
             yield folder
         except OSError as error:
             raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
-def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
-    """Write the manifest with the hash of every file into `folder`, then rename the folder to `path`.
+def commit(
+    folder: Path, path: Path, manifest: Manifest, *, force: bool = False, key: Ed25519PrivateKey | None = None
+) -> Bundle:
+    """Write the manifest into `folder`, sign it, and rename the folder to `path`: `seal`, then `publish`."""
+    seal(folder, manifest)
+    return publish(folder, path, force=force, key=key)
 
-    A bundle that already exists at `path` is replaced. Returns the bundle.
-    """
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest with the hash of every file into `folder`."""
     for file in folder.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, which other users cannot read
     files = {
@@ -125,13 +151,24 @@ def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    manifest = replace(manifest, files=files)
-    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
-    _replace(folder, path)
+    (folder / FILE).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+
+
+def publish(folder: Path, path: Path, *, force: bool = False, key: Ed25519PrivateKey | None = None) -> Bundle:
+    """Sign the sealed bundle in `folder` with `key`, if given, then rename the folder to `path`. Returns the bundle.
+
+    force: replace a bundle that exists at `path`; a rejected one only replaces a rejected one. If `path` is a symbolic
+    link, the folder behind it is replaced, not the link. Raises BundleError if `path` exists without `force`, or holds
+    something that no export wrote: it may have been made since `check_free`.
+    """
+    if key:
+        signing.sign(folder, key)
+    manifest = Manifest.read(folder)
+    _place(folder, real_path(path), force, manifest.rejected)
     return Bundle(path, manifest)
 
 
-def _replace(folder: Path, path: Path) -> None:
+def _place(folder: Path, path: Path, force: bool, rejected: bool) -> None:
     """Rename `folder` to `path`. The old bundle stays at `path` if the rename fails or the process exits meanwhile."""
     old = folder.with_name(folder.name + ".old")
 
@@ -142,7 +179,10 @@ def _replace(folder: Path, path: Path) -> None:
     atexit.register(restore)
     try:
         if path.exists():
+            if not force:
+                raise BundleError(f"{path} was made during the export", "add --force to replace it")
             path.rename(old)
+            _require_ours(old, path, rejected)  # nobody else writes to it under this name
         folder.rename(path)
     finally:
         restore()
@@ -150,24 +190,73 @@ def _replace(folder: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Clean up after killed exports to `path`: delete their temporary folders, and restore an old bundle."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        pid = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            if left.name.endswith(".old") and not path.exists():
-                left.rename(path)  # the export was killed between its two renames: restore the old bundle
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+def _require_ours(folder: Path, path: Path, rejected: bool = False) -> None:
+    """Raise BundleError about `path` unless all that is in `folder` was written by an export.
 
-
-def _alive(pid: int) -> bool:
-    if sys.platform == "win32":  # signal 0 is Ctrl-C on Windows: treat every process as alive
-        return True
+    rejected: the bundle that is to replace it was rejected, and may replace only a rejected one.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
+        with (folder / FILE).open("rb") as file:
+            content = json.loads(file.read(MAX_BYTES))
+        listed = {*content["files"], FILE, signing.SIGNATURE}
+        good = "schema_version" in content and (content.get("rejected") or not rejected)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        what = "rejected bundle" if rejected else "bundle"
+        message = f"{path} exists and is not a {what}: --force does not replace it"
+        raise BundleError(message, "move it, or choose another --out")
+    for each in sorted(folder.rglob("*")):
+        name = each.relative_to(folder).as_posix()
+        if name not in listed and not each.is_dir() and not each.name.startswith("._") and each.name not in LITTER:
+            message = f"{path} holds {name}, which is not part of the bundle: --force does not replace it"
+            raise BundleError(message, "move the file, or choose another --out")
+
+
+def _sweep(path: Path, prefix: str) -> None:
+    """Clean up after killed exports to `path`: delete their temporary folders, and restore an old bundle.
+
+    prefix: of the folders that were made on this machine. Locks of other machines may be invisible here, so their
+    folders stay.
+    """
+    for left in sorted(each for each in path.parent.iterdir() if each.name.startswith(prefix)):
+        if left.name.endswith(".old"):
+            if left.with_name(left.name.removesuffix(".old")).exists():
+                continue  # its export is alive
+            if path.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(path)  # the export was killed between its two renames: restore the old bundle
+        elif (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _machine() -> str:
+    """Return a name of the running system, the same in all its containers. A new one each time if none is known."""
+    try:
+        name = BOOT_ID.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        name = f"{platform.node()} {uuid.getnode()}" if sys.platform == "darwin" else uuid.uuid4().hex
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def _lock(folder: Path, wait: bool = False) -> int | None:
+    """Lock a folder until the returned file descriptor is closed. The lock ends with the process.
+
+    None if the folder is locked by another process, or if locks do not work there. wait: for the other process.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        return True
-    return True
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
-from evm_deploy._util.text import one_of
+from evm_deploy._util.text import command, one_of
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
@@ -52,7 +52,7 @@ class LoadedBundle:
         if not self.manifest.built:
             raise BundleError(
                 f"bundle {bundle.path} has no engine yet",
-                f"on the device:  evm-export --finish {bundle.path}",
+                f"on the device:  {command('evm-export', '--finish', bundle.path)}",
                 code="bundle.unfinished",
             )
         own = configured(self.target, settings)
@@ -196,7 +196,7 @@ class LoadedBundle:
         if not all(np.isfinite(each).all() for each in outputs.values()):
             raise BundleError(
                 f"bundle {self.bundle.path}: the network gives NaN or Inf on this device",
-                f"run the self-test:  evm-run {self.bundle.path} --selftest",
+                f"run the self-test:  {command('evm-run', self.bundle.path, '--selftest')}",
             )
         return outputs
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evm_deploy._util.files import require_regular
+from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.schema import InvalidError, Schema, published
 from evm_deploy._util.text import size_text
 from evm_deploy.data.preprocessing import Preprocessing
@@ -126,6 +128,7 @@ class Manifest:
         """
         path = bundle / FILE
         try:
+            require_regular(path)
             if path.stat().st_size > MAX_BYTES:
                 raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest", code="manifest.damaged")
             data = path.read_bytes()
@@ -148,7 +151,7 @@ class Manifest:
         if version > SCHEMA_VERSION:
             raise BundleError(
                 f"{bundle} has manifest schema {version}; this evm-deploy reads schemas up to {SCHEMA_VERSION}",
-                "upgrade: pip install -U evm-deploy",
+                upgrade_hint(),
                 code="manifest.version",
                 where="schema_version",
             )

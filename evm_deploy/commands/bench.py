@@ -50,6 +50,7 @@ def bench_parser() -> Parser:
     )
     add_flags(measured, setting_kinds())
     add("--end-to-end", action="store_true", help="time from the image file to the five best classes")
+    add("--require-signature", metavar="PUB", help="refuse bundles not signed with this ed25519 key (a PEM file)")
     add("--limit", type=float, default=60.0, metavar="S", help="longest time of one measurement in s, default 60")
     matrix_flags(parser)
     host_flags(parser)
@@ -72,12 +73,17 @@ def _bench(args: argparse.Namespace) -> int:
     """Measure bundles on one host, or hand over to --matrix or --devices. Return the exit code."""
     from evm_deploy.bench.remote.hosts import opened
     from evm_deploy.bench.text import layer_lines, lines
+    from evm_deploy.bundle.signing import public_key
     from evm_deploy.report.history import append
 
     options, sweep = host_options(args), _sweep(args)
     if args.db:
         append(Path(args.db), [])  # an unusable file must fail now, not after minutes of measuring
+    if args.require_signature:
+        public_key(args.require_signature)  # an unusable key must fail now
     if args.matrix:
+        if args.require_signature:
+            raise UsageError("--require-signature cannot be combined with --matrix", "--matrix makes its own bundles")
         return matrix(args, sweep)
     refuse_matrix_flags(args)
     if not args.bundles:

@@ -21,12 +21,17 @@ from evm_deploy.export import settings as target_settings
 from evm_deploy.toolchain.platforms import PLATFORMS
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     from evm_deploy.bundle.bundle import Bundle
     from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
+
+
+FINISH_ONLY = {
+    "library": "plugin library of a bundle exported with --scan plugin",
+    "timing-cache": "TensorRT's timing cache, read and updated by each build",
+    "require-signature": "refuse bundles not signed with this ed25519 key (a PEM file)",
+}
 
 
 def export_parser() -> Parser:
@@ -162,7 +167,8 @@ def export_parser() -> Parser:
     )
     add_flags(group, target_settings.KINDS)
     device("--finish", metavar="BUNDLE", help="build the missing engine of this bundle, on this machine")
-    device("--library", metavar="FILE", help="with --finish: plugin library of a bundle exported with --scan plugin")
+    for flag, what in FINISH_ONLY.items():
+        device(f"--{flag}", metavar="PUB" if flag == "require-signature" else "FILE", help=f"with --finish: {what}")
 
     group = parser.add_argument_group("output")
     output = group.add_argument
@@ -206,34 +212,33 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.finish:
         return _finish(args)
-    if args.library:
-        raise UsageError("--library needs --finish", "leave --library out")
+    for flag in FINISH_ONLY:
+        if getattr(args, flag.replace("-", "_")):
+            raise UsageError(f"--{flag} needs --finish", f"leave --{flag} out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
-    key = private_key(args.sign) if args.sign else None
+    if args.sign:
+        private_key(args.sign)  # an unusable key must fail now
     if args.dry_run:
         results, codes = [_dry_run(source, plan, args) for plan in plans], [0]
     else:
         steps = Steps(args.quiet, live=len(plans) == 1)
-        outcomes = export_all(source, plans, args.out, force=args.force, step=steps)
-        found = {plans.index(each.plan): _reported(each, args, key, len(plans) > 1) for each in outcomes}
+        outcomes = export_all(source, plans, args.out, force=args.force, sign=args.sign, zipped=args.zip, step=steps)
+        found = {plans.index(each.plan): _reported(each, args, len(plans) > 1) for each in outcomes}
         results, codes = map(list, zip(*(found[i] for i in sorted(found)), strict=True))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
     return max(codes)
 
 
-def _reported(
-    outcome: TargetOutcome, args: argparse.Namespace, key: Ed25519PrivateKey | None, several: bool
-) -> tuple[dict[str, Any], int]:
-    """Sign and zip the bundle of one target, and print its summary or its error.
+def _reported(outcome: TargetOutcome, args: argparse.Namespace, several: bool) -> tuple[dict[str, Any], int]:
+    """Print the summary of one target, or its error.
 
     Return the data for --json and the exit code. Raises the error of a failed export, unless `several` targets are
     exported.
     """
-    from evm_deploy.bundle.archive import write_zip
-    from evm_deploy.bundle.signing import sign
+    from evm_deploy.bundle.archive import zip_path
 
     bundle, error = outcome.bundle, outcome.error
     if error:
@@ -242,9 +247,7 @@ def _reported(
         print(escape_controls(f"evm-export: {outcome.plan.target}: {error}"), file=sys.stderr)
         return {"target": outcome.plan.target, "error": str(error), "exit_code": error.exit_code}, error.exit_code
     assert bundle
-    if key:
-        sign(bundle.path, key)
-    packed = {"zip": str(write_zip(bundle.path))} if args.zip else {}
+    packed = {"zip": str(zip_path(bundle.path))} if args.zip else {}
     if not args.json:
         print(escape_controls(export_summary(bundle, outcome.seconds)))
         print(*(f"Zip       {path}" for path in packed.values()), sep="\n", end="\n" * len(packed))
@@ -253,20 +256,33 @@ def _reported(
 
 def _finish(args: argparse.Namespace) -> int:
     """Build the engine of the bundle --finish on this machine. Return the exit code."""
-    from evm_deploy.bundle.signing import private_key, sign
+    from evm_deploy.bundle.signing import SIGNATURE
     from evm_deploy.export.pipeline import build_engine
 
     if args.checkpoint or args.target:
         raise UsageError("--finish cannot be combined with a checkpoint or --target", "evm-export --finish BUNDLE")
-    key = private_key(args.sign) if args.sign else None
-    start = time.perf_counter()
-    bundle = build_engine(args.finish, library=args.library, step=Steps(args.quiet))
+    if args.zip:
+        raise UsageError("--finish cannot be combined with --zip", "leave --zip out")
+    signature, start = Path(args.finish) / SIGNATURE, time.perf_counter()
+    signed = signature.exists()
+    bundle = build_engine(
+        args.finish,
+        library=args.library,
+        timing_cache=args.timing_cache,
+        sign=args.sign,
+        require_signature=args.require_signature,
+        step=Steps(args.quiet),
+    )
     seconds = time.perf_counter() - start
-    if key:
-        sign(bundle.path, key)
+    if signed and not args.sign:
+        print(
+            "evm-export: the bundle is no longer signed: its signature did not cover the engine and was removed\n"
+            "  sign it again with --sign KEY",
+            file=sys.stderr,
+        )
     if args.json:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
-        print(json.dumps(facts, indent=1))
+        print(json.dumps({**facts, "signed": bool(args.sign)}, indent=1))
     else:
         print(escape_controls(export_summary(bundle, seconds)))
     return 0
@@ -289,7 +305,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     spec = source.network(plan).spec
     plan, preprocessing = complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
-    check_free(path, args.force)
+    check_free(path, args.force, args.zip)
     facts = {
         "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",

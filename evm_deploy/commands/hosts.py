@@ -39,7 +39,7 @@ def host_options(args: argparse.Namespace) -> HostOptions:
     from evm_deploy.bench.remote.hosts import HostOptions
 
     ssh = args.ssh or os.environ.get("EVM_SSH") or "ssh"
-    options = HostOptions(args.host, args.adb, args.profile, ssh, args.python, args.runner)
+    options = HostOptions(args.host, args.adb, args.profile, ssh, args.python, args.runner, args.require_signature)
     if args.devices and (args.host or args.adb):
         raise UsageError("--devices cannot be combined with --host or --adb", "leave --host and --adb out")
     return options

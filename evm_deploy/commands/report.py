@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy import __version__
-from evm_deploy._util.files import write_atomically
+from evm_deploy._util.files import write_output
 from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
 from evm_deploy.errors import UsageError
 
@@ -198,7 +198,7 @@ def _write(target: str, text: str) -> None:
         print(text, end="")
         return
     try:
-        write_atomically(Path(target), text)
+        write_output(Path(target), text)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}", "choose another file") from error
     print(f"Saved  {target}", file=sys.stderr)

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from evm_deploy._util.settings import add_flags, given
-from evm_deploy._util.text import escape_controls
+from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.registry import setting_kinds
@@ -52,7 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     from evm_deploy.bundle.loaded import load
 
     if not args.images and not args.selftest:
-        raise UsageError("nothing to do: no image is given", f"give images, or:  evm-run {args.bundle} --selftest")
+        raise UsageError(
+            "nothing to do: no image is given",
+            f"give images, or:  {command('evm-run', Path(args.bundle), '--selftest')}",
+        )
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:

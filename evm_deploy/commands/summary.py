@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.text import command
+
 if TYPE_CHECKING:
     from evm_deploy.bundle.bundle import Bundle
 
@@ -49,14 +51,14 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
         ),
         ("Saved", str(bundle.path)),
         *(target.engine.summary(m) if target.engine else ()),
-        *(() if m.built else [("Next", f"on the device:  evm-export --finish {bundle.path}")]),
+        *(() if m.built else [("Next", f"on the device:  {command('evm-export', '--finish', bundle.path)}")]),
         (
             "Then" if not m.built else "Next",
-            f"evm-run {bundle.path} cat.jpg" if predicts else f"evm-run {bundle.path} --selftest",
+            command("evm-run", bundle.path, "cat.jpg" if predicts else "--selftest"),
         ),
     ]
     if predicts:
-        lines.append(("", f"evm-run {bundle.path} --selftest"))
+        lines.append(("", command("evm-run", bundle.path, "--selftest")))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
 
 

@@ -51,6 +51,8 @@ class Job:
     plans: tuple[ExportPlan, ...]
     out: str | Path
     force: bool
+    sign: str | Path | None
+    zipped: bool
 
 
 def export_all(
@@ -59,6 +61,8 @@ def export_all(
     out: str | Path = "dist",
     *,
     force: bool = False,
+    sign: str | Path | None = None,
+    zipped: bool = False,
     step: Step = silent,
     cores: int | None = None,
 ) -> Iterator[TargetOutcome]:
@@ -76,20 +80,20 @@ def export_all(
     here, *elsewhere = groups.values() if source.checkpoint and (cores or usable_cores()) > 1 else [list(plans)]
     with contextlib.ExitStack() as stack:
         others = [
-            stack.enter_context(Worker(Job(str(source.checkpoint), tuple(group), out, force), step))
+            stack.enter_context(Worker(Job(str(source.checkpoint), tuple(group), out, force, sign, zipped), step))
             for group in elsewhere
         ]
         for plan in here:
-            yield attempted(source, plan, out, force, step)
+            yield attempted(source, plan, step, out=out, force=force, sign=sign, zipped=zipped)
         for worker in others:
             yield from worker.outcomes()
 
 
-def attempted(source: Source, plan: ExportPlan, out: str | Path, force: bool, step: Step) -> TargetOutcome:
-    """Run one export. Returns its outcome, with the EvmError if the export fails."""
+def attempted(source: Source, plan: ExportPlan, step: Step, **options: Any) -> TargetOutcome:
+    """Run one export with the `options` of `export`. Returns its outcome, with the EvmError if the export fails."""
     start = time.perf_counter()
     try:
-        bundle = export(source, plan, out, force=force, step=step)
+        bundle = export(source, plan, step=step, **options)
     except EvmError as error:
         return TargetOutcome(plan, time.perf_counter() - start, error=error)
     return TargetOutcome(plan, time.perf_counter() - start, bundle)
@@ -169,7 +173,8 @@ def main() -> int:
 
     source = Source(job.checkpoint)
     for plan in job.plans:
-        tell("outcome", attempted(source, plan, job.out, job.force, step))
+        options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
+        tell("outcome", attempted(source, plan, step, **options))
     return 0
 
 

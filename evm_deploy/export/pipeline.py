@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
-from evm_deploy._util.text import size_text
-from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, temporary_bundle
+from evm_deploy._util.text import command, size_text
+from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, publish, seal, temporary_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import bundle_readme
+from evm_deploy.bundle.signing import private_key, public_key
+from evm_deploy.bundle.signing import sign as sign_bundle
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
+from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import TEST_INPUTS
@@ -40,15 +43,19 @@ def export(
     out: str | Path = "dist",
     *,
     force: bool = False,
+    sign: str | Path | None = None,
+    zipped: bool = False,
     step: Step = silent,
 ) -> Bundle:
     """Export a network to a verified bundle, `out`/<stem>-<target>-<precision>-<HxW>.
 
     source: a checkpoint's path, a Network, or a Source that several exports share (a Source loads and traces once).
-    force: replace a bundle that is already there. `step(name, detail)`: context manager around each step, for progress.
+    force: replace a bundle that is already there. sign: PEM file of the ed25519 private key that signs the bundle.
+    zipped: also write <bundle>.zip. `step(name, detail)`: context manager around each step, for progress.
     Raises EvmErrors. No half-written bundle is left. An artifact that fails the check of parity or accuracy is kept as
     `*.rejected`, and the error is a ParityError or AccuracyError.
     """
+    key = private_key(sign) if sign else None
     source = Source.of(source)
     target = get_target(plan.target)
     plan = check_plan(target, plan)
@@ -57,7 +64,7 @@ def export(
         spec = source.network(plan).spec
         plan, preprocessing = complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
-    check_free(path, force)
+    check_free(path, force, zipped)
     with temporary_bundle(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
@@ -83,8 +90,12 @@ def export(
             quantization.require(manifest, quantized)
         except (ParityError, AccuracyError) as error:
             rejected = path.with_name(path.name + ".rejected")
-            commit(folder, rejected, replace(manifest, rejected=True))
-            raise type(error)(str(error), f"the artifact is kept for inspection: {rejected}") from error
+            hint = f"the artifact is kept for inspection: {rejected}"
+            try:
+                commit(folder, rejected, replace(manifest, rejected=True), force=True)
+            except BundleError as kept:
+                hint = f"the artifact is not kept: {kept.args[0].removesuffix(': --force does not replace it')}"
+            raise type(error)(str(error), hint) from error
         with step("bundle", path.name):
             # quantised: expect the artifact's outputs from this machine. The float model's differ from them by more
             # than the self-test allows.
@@ -94,9 +105,20 @@ def export(
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
-            bundle = commit(folder, path, replace(manifest, selftest=limits, built=target.engine is None))
-    builds = target.engine and engine_built_here(plan) and target.engine.possible()
-    return build_engine(path, step=step) if builds else bundle
+            seal(folder, replace(manifest, selftest=limits, built=target.engine is None))
+        failed = None
+        if target.engine and engine_built_here(plan) and target.engine.possible():
+            try:
+                with step("engine", f"{path.name}, {target.name}"):
+                    target.engine.make(folder)
+            except ToolchainError as error:
+                failed = ToolchainError(error.args[0], f"the bundle is left without its engine: {path}")
+        bundle = publish(folder, path, force=force, key=key)
+    if failed:
+        raise failed
+    if zipped:
+        write_zip(bundle.path, force)
+    return bundle
 
 
 @dataclass(frozen=True)
@@ -143,23 +165,36 @@ def engine_built_here(plan: ExportPlan) -> bool:
     return plan.platform in (None, host_platform())
 
 
-def build_engine(path: str | Path, *, library: str | None = None, step: Step = silent) -> Bundle:
+def build_engine(
+    path: str | Path,
+    *,
+    library: str | None = None,
+    timing_cache: str | None = None,
+    sign: str | Path | None = None,
+    require_signature: str | Path | None = None,
+    step: Step = silent,
+) -> Bundle:
     """Build the engine of the bundle at `path`, such as TensorRT's, on this machine. Returns the bundle with it.
 
-    library: path of the plugin's library, if the bundle's scans need one. Raises UsageError for a zip, and for a bundle
-    whose target has no engine. Raises BundleError for a damaged bundle, ToolchainError if the build fails.
+    library: path of the plugin's library, if the bundle's scans need one. timing_cache: file that the builder reads and
+    updates. require_signature: PEM file of the public key that must have signed the bundle. The signature does not
+    cover the engine and is removed; sign: PEM file of the private key for a new one. Raises UsageError for a zip, and
+    for a bundle whose target has no engine. Raises BundleError for a damaged bundle, ToolchainError if the build fails.
     """
-    bundle = open_bundle(path)
+    key = private_key(sign) if sign else None
+    bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
     if bundle.unpacked:
-        raise UsageError(f"{path} is a zip: an engine built in it would be lost", f"unzip {path}")
+        raise UsageError(f"{path} is a zip: an engine built in it would be lost", command("unzip", Path(path)))
     target = get_target(bundle.manifest.target)
     if not target.engine:
         raise UsageError(
             f"{path}: bundles for '{target.name}' have no engine to build",
-            f"use it as it is: evm-run {path} --selftest",
+            f"use it as it is:  {command('evm-run', Path(path), '--selftest')}",
         )
     with step("engine", f"{bundle.path.name}, {target.name}"):
-        target.engine.make(bundle.path, library)
+        target.engine.make(bundle.path, library, timing_cache)
+    if key:
+        sign_bundle(bundle.path, key)
     return open_bundle(path)
 
 

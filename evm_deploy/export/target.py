@@ -65,8 +65,9 @@ class Libraries:
 class EngineBuild:
     """The build of an engine, which needs a machine like the device.
 
-    `make(folder, library=None)`: build the engine in a bundle and record it in the manifest. `possible()`: whether this
-    machine can build engines. `summary(manifest)`: lines about the engine that evm-export prints.
+    `make(folder, library=None, timing_cache=None)`: build the engine in a bundle and record it in the manifest, which
+    removes a signature. `possible()`: whether this machine can build engines. `summary(manifest)`: lines about the
+    engine that evm-export prints.
     """
 
     make: Callable[..., None]

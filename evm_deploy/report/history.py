@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.packages import upgrade_hint
+from evm_deploy._util.text import command
 from evm_deploy.bench.record import Record
 from evm_deploy.errors import UsageError
 from evm_deploy.report.candidate import Candidate
@@ -90,7 +92,7 @@ def as_dicts(course: list[Candidate]) -> list[dict[str, Any]]:
 def _opened(db: Path, create: bool) -> Iterator[sqlite3.Connection]:
     """Context manager: one transaction, committed at the end of the block. Raises UsageError that names the file."""
     if not create and not db.is_file():
-        raise UsageError(f"{db} does not exist", f"to create it:  evm-report RECORD.. --db {db}")
+        raise UsageError(f"{db} does not exist", f"to create it:  evm-report RECORD.. {command('--db', db)}")
     connection = None
     try:
         if create:
@@ -121,7 +123,7 @@ def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> Non
         raise UsageError(f"{db} is a database of another program", "choose another --db")
     elif version != VERSION:
         raise UsageError(
-            f"{db} is a history of version {version}, but this evm-deploy reads version {VERSION}", "upgrade evm-deploy"
+            f"{db} is a history of version {version}, but this evm-deploy reads version {VERSION}", upgrade_hint()
         )
 
 

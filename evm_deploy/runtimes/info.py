@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from evm_deploy._util.packages import version
+from evm_deploy._util.packages import install_hint, version
 from evm_deploy.runtimes.base import RunOptions, Runtime
 
 
@@ -126,7 +126,7 @@ class RuntimeInfo:
     @property
     def install_hint(self) -> str:
         """Command that installs the required packages."""
-        return f"pip install 'evm-deploy[{self.extra}]'"
+        return install_hint(self.extra)
 
     def availability(self) -> Availability:
         """Check whether this machine can run the target, without importing its packages."""

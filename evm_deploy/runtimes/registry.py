@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.settings import all_fields, changed, flag_of
 from evm_deploy._util.text import one_of
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
@@ -27,7 +28,7 @@ def runtime_of(target: str, bundle: Path) -> RuntimeInfo:
         raise BundleError(
             f"bundle {bundle} is for target {target!r}, which this evm-deploy does not know; known targets: "
             f"{', '.join(known)}",
-            "upgrade: pip install -U evm-deploy",
+            upgrade_hint(),
         )
     return known[target]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.files import checksum_matches, package_folders, write_checksum
+from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 
 RECIPE = "kernels.txt"
@@ -77,7 +78,7 @@ def read_recipe() -> Recipe:
             return parse_recipe(folder)
     raise ToolchainError(
         f"the native sources are missing from the evm_deploy in {Path(__file__).parent}",
-        "install evm-deploy with pip install .",
+        f"install it again:  {install_hint()}",
     )
 
 

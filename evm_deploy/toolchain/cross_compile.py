@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from evm_deploy._util.files import cache_folder
+from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import Compiler, Recipe, compiled_once, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, Platform
@@ -24,7 +25,7 @@ def zig_version() -> str:
     if find_spec("ziglang") is None:
         raise ToolchainError(
             "ziglang is not installed; --platform compiles the native library with it",
-            "pip install 'evm-deploy[cross]'",
+            install_hint("cross"),
         )
     return metadata.version("ziglang")
 

@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from evm_deploy._util.files import cache_folder
+from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import SHOWN_LINES, compiled_once, read_recipe
 from evm_deploy.toolchain.platforms import host_platform
 from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa
 
-RUN_HINT = "pip install 'evm-deploy[run-openvino]'"
-INSTALL_HINT = "pip install 'evm-deploy[openvino]'"
+RUN_HINT = install_hint("run-openvino")
+INSTALL_HINT = install_hint("openvino")
 BUILD_HINT = "install g++ or clang++ and try again, or use --scan portable to run without the extension"
 LIBRARY = f"evm_openvino{SUFFIX}"
 MARK = re.compile(rb"evm extension for OpenVINO (\d+\.\d+\.\d+)\0")

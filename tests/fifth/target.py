@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evm_deploy._util.packages import install_hint
 from evm_deploy._util.settings import setting, whole
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import Usage
@@ -46,7 +47,7 @@ TARGET = Target(
     runtime=INFO,
     scans=("auto", "portable"),
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
-    install_hint="pip install 'evm-deploy[onnx]'",
+    install_hint=install_hint("onnx"),
     build=build,
     scan_access=OnnxScanAccess,
     write_scan_case=write_scan_case,

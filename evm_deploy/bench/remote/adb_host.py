@@ -18,7 +18,7 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.progress import Step
 from evm_deploy.bench.device import State
@@ -26,13 +26,18 @@ from evm_deploy.bench.latency import throughput
 from evm_deploy.bench.measurable import batch_size, bundle_facts
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import perf_test
+from evm_deploy.bench.remote.ssh_host import UNTRUSTED
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.registry import configured, runtime_of
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 RUN_S = 10  # fixed duration: onnxruntime_perf_test cannot stop when the median is stable
+MODEL, LIBRARY = "model.onnx", "libbundle_ops.so"  # names of the bundle's files on the device
 ANSWER_S = 60.0
 PUSH_S = 600.0
 WHERE = "/data/local/tmp"  # folder in which adb's shell user may write and run programs
@@ -67,16 +72,18 @@ class AdbError(ToolchainError):
 class AdbHost:
     """Host that measures on an Android device; a call has the parameters of `bench.run.bench`.
 
-    The runner lies in a temporary folder on the device, which is removed at the end of the `with` block. Raises
-    ToolchainError if adb cannot reach the device, the runner fails, or its results cannot be read.
+    The runner lies in a temporary folder on the device, which is removed at the end of the `with` block. A bundle's own
+    native library is a program: it runs with --scan bundled, or if `key`, the public key that must have signed every
+    bundle, is given. Raises ToolchainError if adb cannot reach the device, the runner fails, or its results cannot be
+    read.
     """
 
     platform = "android-aarch64"
 
-    def __init__(self, serial: str, runner: Path, step: Step) -> None:
+    def __init__(self, serial: str, runner: Path, step: Step, key: Ed25519PublicKey | None = None) -> None:
         if not runner.is_file():
             raise UsageError(f"--runner {runner} is not a file", "give onnxruntime_perf_test, compiled for Android")
-        self._serial, self._runner, self._step = serial, runner, step
+        self._serial, self._runner, self._step, self._key = serial, runner, step, key
         self._folder = f"{WHERE}/evm-bench-{secrets.token_hex(6)}"
         self._adb("get-state")
         atexit.register(self._clear)  # an interrupted command does not leave its `with` blocks
@@ -96,30 +103,34 @@ class AdbHost:
 
         Also raises BundleError and ToolchainError.
         """
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, self._key)
         for what in self._refused(runtime_of(bundle.manifest.target, bundle.path), settings):
             raise UsageError(f"{what} with --adb: {perf_test.NAME} only measures ONNX models on the CPU")
         library = self._library(bundle.manifest, settings)
-        files = [bundle.path / bundle.manifest.artifact, self._runner, *self._runner.parent.glob("libonnxruntime*.so")]
-        files += [bundle.path / library] if library else []
+        if not library and "portable" not in bundle.manifest.scan["value"].split("+"):
+            raise UsageError("the bundle's scans need its native library", "if you trust the bundle: --scan bundled")
+        sent = {file: file.name for file in (self._runner, *self._runner.parent.glob("libonnxruntime*.so"))}
+        sent[bundle.path / bundle.manifest.artifact] = MODEL  # a name from the bundle could be that of a system library
+        sent |= {bundle.path / library: LIBRARY} if library else {}
         self._clear()
         with self._step("send", f"{bundle.path.name} and {self._runner.name}, to {self._serial}"):
             self._shell(f"mkdir {self._folder}")
-            self._adb("push", *map(str, files), self._folder, seconds=PUSH_S)
+            for file, name in sent.items():
+                self._adb("push", str(file.resolve()), f"{self._folder}/{name}", seconds=PUSH_S)
             self._shell(f"chmod 755 {self._folder}/{shlex.quote(self._runner.name)}")
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, self._key)
         manifest = bundle.manifest
         batch = batch_size(manifest.batch, settings.batch)
         library = self._library(manifest, settings)
         seconds = math.ceil(min(settings.limit_s, RUN_S))
         arguments = perf_test.arguments(
-            manifest.artifact,
+            MODEL,
             seconds,
             settings.threads,
             None if manifest.batch.static else batch,
-            f"./{Path(library).name}" if library else None,
+            f"./{LIBRARY}" if library else None,
         )
         script = SCRIPT.format(
             folder=self._folder, runner=shlex.quote(self._runner.name), arguments=shlex.join(arguments)
@@ -151,23 +162,26 @@ class AdbHost:
         return refused
 
     def _library(self, manifest: Manifest, settings: Settings) -> str | None:
-        """Return the bundle's native library for Android, or None without one or with --scan portable.
+        """Return the bundle's native library for Android if it may run, else None.
 
-        Raises UsageError if --scan asks for a native library that the bundle does not have.
+        Raises UsageError if --scan asks for a native library that is not there.
         """
-        if settings.scan == "portable":
-            return None
         library = manifest.plugins.get(self.platform)
         if library is None and settings.scan in ("plugin", "bundled"):
             has = ", ".join(manifest.plugins) or "none"
             raise UsageError(
                 f"--scan {settings.scan}: the bundle has no native library for Android; it has libraries for: {has}"
             )
-        return library
+        if settings.scan == "plugin":
+            raise UsageError("--scan plugin with --adb: no native library is installed there", "use --scan bundled")
+        trusted = settings.scan == "bundled" or (settings.scan == "auto" and self._key)
+        return library if trusted else None
 
     def _record(self, bundle: Bundle, settings: Settings, library: str | None, found: perf_test.Measured) -> Record:
         """Make the record of a run."""
         latency = found.latency
+        skipped = settings.scan == "auto" and library is None and self.platform in bundle.manifest.plugins
+        untrusted = [f"portable scans: {UNTRUSTED}"] if skipped else []
         unstable = [] if latency.stable else ["not stable: the last windows differ by more than 5 %, or are too few"]
         return Record(
             bundle=bundle_facts(bundle),
@@ -196,7 +210,7 @@ class AdbHost:
             memory_mb={"peak": round(found.peak_mb, 1)},
             before=asdict(NOTHING),
             after=asdict(NOTHING),
-            warnings=["measured by onnxruntime_perf_test, on generated inputs", *unstable],
+            warnings=["measured by onnxruntime_perf_test, on generated inputs", *unstable, *untrusted],
         )
 
     def _facts(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from evm_deploy._util.progress import Step
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
 from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.signing import public_key
 from evm_deploy.devices.profiles import Profile, find_profile
 from evm_deploy.errors import UsageError
 from evm_deploy.toolchain.platforms import host_platform
@@ -38,7 +39,8 @@ class HostOptions:
 
     host: `user@board[:port]` to reach over ssh. adb: serial number of an Android device. device: name or TOML file of a
     device profile. ssh: ssh command on this machine. python: Python interpreter on the board. runner: file of
-    onnxruntime_perf_test for the Android device. Raises UsageError for options that cannot be combined.
+    onnxruntime_perf_test for the Android device. require_signature: PEM file of the public key that must have signed
+    every bundle. Raises UsageError for options that cannot be combined.
     """
 
     host: str | None = None
@@ -47,6 +49,7 @@ class HostOptions:
     ssh: str = "ssh"
     python: str = "python3"
     runner: str | None = None
+    require_signature: str | None = None
 
     def __post_init__(self) -> None:
         if self.host and self.adb:
@@ -61,16 +64,20 @@ class HostOptions:
 
 
 class LocalHost:
-    """Host that measures on this machine, each bundle in a new process."""
+    """Host that measures on this machine, each bundle in a new process.
 
-    def __init__(self) -> None:
+    require_signature: PEM file of the public key that must have signed the bundles.
+    """
+
+    def __init__(self, require_signature: str | None = None) -> None:
         self.platform = host_platform()
+        self._require_signature = require_signature
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Do nothing: the bundle is on this machine already."""
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
-        return bench(path, settings)
+        return bench(path, settings, self._require_signature)
 
 
 class ProfiledHost:
@@ -108,8 +115,9 @@ class ProfiledHost:
 def opened(options: HostOptions, step: Step) -> Iterator[Host]:
     """Context manager: connect to the host of `options`, disconnect at the end. Raises UsageError, ToolchainError."""
     profile = find_profile(options.device) if options.device else None
+    key = public_key(options.require_signature) if options.require_signature else None
     with contextlib.ExitStack() as stack:
-        there: Host = LocalHost()
+        there: Host = LocalHost(options.require_signature)
         if options.host:
             from evm_deploy.bench.remote.ssh import Connection, SshAddress
             from evm_deploy.bench.remote.ssh_host import SshHost
@@ -117,10 +125,10 @@ def opened(options: HostOptions, step: Step) -> Iterator[Host]:
             host = SshAddress.parse(options.host)
             with step("connect", host.text):
                 connection = stack.enter_context(Connection(host, options.ssh, options.python))
-                there = SshHost(connection, step)
+                there = SshHost(connection, step, key)
         elif options.adb and options.runner:
             from evm_deploy.bench.remote.adb_host import AdbHost
 
             with step("connect", f"{options.adb}, adb"):
-                there = stack.enter_context(AdbHost(options.adb, Path(options.runner), step))
+                there = stack.enter_context(AdbHost(options.adb, Path(options.runner), step, key))
         yield ProfiledHost(there, profile) if profile else there

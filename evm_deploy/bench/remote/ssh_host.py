@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.progress import Step
 from evm_deploy._util.schema import TEXT, Schema, keys
@@ -19,8 +19,15 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.info import Requirement
 from evm_deploy.runtimes.registry import runtime_of
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 PYTHON = (3, 10)
 CHECK_S = 60.0
+UNTRUSTED = (
+    "the bundle's native library was not run, because a library is a program; if you trust the bundle: --scan bundled, "
+    "or --require-signature PUB"
+)
 CHECKED = Schema(
     lambda: keys(platform=TEXT, versions={"type": "object", "additionalProperties": {"type": ["string", "null"]}})
 )
@@ -37,12 +44,13 @@ IMAGES = Requirement("PIL", "pillow", "10")
 class SshHost:
     """Host that measures on a board with the agent; a call has the parameters and errors of `bench.run.bench`.
 
-    platform: name of the board's platform, see toolchain/platforms.py. Raises ToolchainError if the board lacks
-    something or the agent fails.
+    A bundle's own native library is a program: it runs with --scan bundled, or if `key`, the public key that must have
+    signed every bundle, is given. platform: name of the board's platform, see toolchain/platforms.py. Raises
+    ToolchainError if the board lacks something or the agent fails.
     """
 
-    def __init__(self, connection: Connection, step: Step) -> None:
-        self._connection, self._step = connection, step
+    def __init__(self, connection: Connection, step: Step, key: Ed25519PublicKey | None = None) -> None:
+        self._connection, self._step, self._key = connection, step, key
         self.at = connection.host
         if connection.version < PYTHON:
             raise ToolchainError(
@@ -56,7 +64,7 @@ class SshHost:
 
     def prepare(self, path: str | Path, settings: Settings) -> None:
         """Check that the board has the packages that the bundle needs, and send the bundle. Raises EvmError."""
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, self._key)
         for flag in settings.flags().values():
             if flag.here:
                 raise UsageError(
@@ -66,10 +74,10 @@ class SshHost:
         self._place(path, bundle)
 
     def __call__(self, path: str | Path, settings: Settings) -> Record:
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, self._key)
         there = settings
-        if settings.scan == "auto" and self.platform in bundle.manifest.plugins:
-            there = replace(settings, scan="bundled")  # the bundle's library: the user sends it to the user's board
+        if settings.scan == "auto" and self._key and self.platform in bundle.manifest.plugins:
+            there = replace(settings, scan="bundled")  # a library that the user's signer vouches for
         arguments = ["--tied", "measure", self._place(path, bundle), json.dumps(there.as_dict())]
         answer = self._connection.run([NAME, *arguments], settings.limit_s + STARTUP_S)
         if answer.late:
@@ -131,8 +139,10 @@ class SshHost:
 
 
 def no_library(manifest: Manifest, record: Record, platform: str) -> list[str]:
-    """Return a warning if the scans ran portably only because the bundle has no native library for `platform`."""
-    could = "plugin" in manifest.scan["value"].split("+")
-    if not could or record.runtime["scan"]["value"] != "portable" or platform in manifest.plugins:
+    """Return a warning if scans ran portably unasked: no native library for `platform`, or one that is not trusted."""
+    could = "plugin" in manifest.scan["value"].split("+") and record.settings["scan"] != "portable"
+    if not could or record.runtime["scan"]["value"] != "portable":
         return []
+    if platform in manifest.plugins:
+        return [f"portable scans: {UNTRUSTED}"]
     return [f"portable scans: the bundle has no native library for {platform} (evm-export --platform {platform})"]

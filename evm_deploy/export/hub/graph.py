@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evm_deploy._util.packages import install_hint
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCAN_INPUTS = onnx_function.INPUTS
-INSTALL_HINT = "pip install 'evm-deploy[onnx]'"
+INSTALL_HINT = install_hint("onnx")
 ROOT = "model"  # attribute of the wrapped module that holds the network
 
 

@@ -58,8 +58,6 @@ def trtexec(manifest: Manifest) -> str:
         words += ["--versionCompatible"]
     if engine["hardware_compatible"]:
         words += ["--hardwareCompatibilityLevel=ampere+"]
-    if engine["timing_cache"]:
-        words += [f"--timingCacheFile={engine['timing_cache']}"]
     if manifest.scan["value"] == "plugin":
         words += ["--staticPlugins=libevm_tensorrt.so"]
     batch, (read, *_) = manifest.batch, manifest.inputs

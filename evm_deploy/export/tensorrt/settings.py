@@ -13,8 +13,7 @@ class EngineSettings:
     """Settings of TensorRT's engine builder. None means TensorRT's own default.
 
     workspace_mib: largest scratch memory in MiB. sms: GPU architectures that the engine is for, such as 86
-    (TensorRT-RTX). timing_cache: file that keeps kernel timings between builds. defer: if this machine cannot build the
-    engine, leave the build to the device.
+    (TensorRT-RTX). defer: if this machine cannot build the engine, leave the build to the device.
     """
 
     workspace_mib: int | None = setting(
@@ -25,9 +24,6 @@ class EngineSettings:
     )
     hardware_compatible: bool = setting(
         False, "--hardware-compatible", help="TensorRT: engine for every GPU since Ampere, but slower"
-    )
-    timing_cache: str | None = setting(
-        None, "--timing-cache", metavar="FILE", help="TensorRT: timing cache, kept between builds"
     )
     sms: tuple[int, ...] = setting(
         (),

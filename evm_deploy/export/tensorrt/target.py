@@ -22,7 +22,7 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.plan import ExportPlan
@@ -36,6 +36,7 @@ from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulat
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
 from evm_deploy.toolchain.plugins import find_plugin
 
+INVALID = 2  # exit code of the builder for an invalid bundle
 SCANS = {
     "portable": "standard ops only: any TensorRT from 10.0 on, and TensorRT-RTX",
     "aot": "the kernel is embedded in the engine: TensorRT from 10.9 on",
@@ -57,7 +58,6 @@ def check(target: str, plan: ExportPlan) -> None:
         for flag, given in (
             ("--version-compatible", engine.version_compatible),
             ("--hardware-compatible", engine.hardware_compatible),
-            ("--timing-cache", engine.timing_cache),
         ):
             if given:
                 raise UsageError(f"TensorRT-RTX has no {flag}", f"leave {flag} out")
@@ -94,6 +94,7 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     batch = plan.batch
     profile = None if batch.static else [list(input_shape(plan, n or 1)) for n in (batch.min, batch.opt, batch.max)]
     settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.settings)}
+    del settings["defer"]
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(engine_builder.__file__, folder / "finish.py")
     if mode == "plugin":
@@ -102,18 +103,23 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     return Artifact(path, Decision(mode, SCANS[mode]), details)
 
 
-def build_engine(target: str, folder: Path, library: str | None = None) -> None:
+def build_engine(target: str, folder: Path, library: str | None = None, timing_cache: str | None = None) -> None:
     """Build the engine of the bundle in `folder`, in a separate process, because some inputs crash the builder.
 
-    library: path of the plugin's library. Raises ToolchainError with the builder's message.
+    library: path of the plugin's library. timing_cache: file that is read and updated. Raises BundleError for a bundle
+    whose build.json is invalid, ToolchainError with the builder's message.
     """
-    command = [sys.executable, engine_builder.__file__, str(folder), *(("--library", library) if library else ())]
+    given = {"--library": library, "--timing-cache": timing_cache}
+    flags = [f"{flag}={path}" for flag, path in given.items() if path]
+    command = [sys.executable, engine_builder.__file__, *flags, "--", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode < 0:
         raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ToolchainError(said[-1].removeprefix("finish: "), f"the bundle is left without its engine: {folder}")
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("finish: ")
+        if done.returncode == INVALID:
+            raise BundleError(said, "export the bundle again")
+        raise ToolchainError(said, "the bundle is left without its engine")
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:

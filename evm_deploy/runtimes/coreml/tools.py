@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from evm_deploy._util.packages import install_hint
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import ToolchainError
 
-INSTALL_HINT = "pip install 'evm-deploy[coreml]'"
+INSTALL_HINT = install_hint("coreml")
 
 
 @cache

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.packages import install_hint
 from evm_deploy._util.settings import setting
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
@@ -28,7 +29,7 @@ from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt.build_engine import MODULES, EngineBuildError, load_tensorrt, make_logger
 
 REBUILD = "build the engine on the machine that runs it, for its release and GPU:  evm-export --finish BUNDLE"
-INSTALL_HINTS = {"trt": "pip install 'evm-deploy[trt]'", "trt-rtx": "pip install 'evm-deploy[trt-rtx]'"}
+INSTALL_HINTS = {target: install_hint(target) for target in MODULES}
 NO_DRIVER = "no NVIDIA driver on this machine"
 PARTS = ("inputs", "compute", "outputs")  # parts of a run on the device, each measured between two events
 Shapes = dict[str, tuple[int, ...]]
@@ -73,12 +74,17 @@ def check_built_for(path: Path, version: str) -> None:
     sidecar = path.parent / "manifest.json"
     if sidecar.is_file():
         manifest = json.loads(sidecar.read_text(encoding="utf-8"))
-        built = manifest.get("details", {}).get("engine", {}).get("tensorrt", version)
-        plan = manifest.get("plan", {})
-        settings = plan.get("settings") or plan.get("engine") or {}  # "engine" in older bundles
-        compatible = settings.get("version_compatible", False)
-        if built != version and not compatible:
+        built = _entry(manifest, "details", "engine").get("tensorrt", version)
+        settings = _entry(manifest, "plan", "settings") or _entry(manifest, "plan", "engine")  # second: older bundles
+        if built != version and not settings.get("version_compatible", False):
             raise ToolchainError(f"{path} was built with TensorRT {built}, but {version} is installed", REBUILD)
+
+
+def _entry(content: Any, *keys: str) -> dict[str, Any]:
+    """Return the object behind `keys` in untrusted JSON; empty if there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 class TensorRtRuntime:

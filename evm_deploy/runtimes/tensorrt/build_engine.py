@@ -2,7 +2,10 @@
 
 The script needs Python (tested with 3.11) and the machine's tensorrt (or tensorrt_rtx). Only bundles that were exported
 with --scan aot also need evm-deploy. The script writes model.engine, layers.json or layers.txt, and adds the versions
-and the GPU of the build to manifest.json.
+and the GPU of the build to manifest.json. A signature of the bundle no longer fits then, and is removed.
+
+Everything in the bundle is untrusted: the script checks build.json and manifest.json, and writes into the bundle and to
+the timing cache of its command line only.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +27,86 @@ from typing import Any
 MODULES = {"trt": ("tensorrt",), "trt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 ENGINE = "model.engine"
 MIB = 1 << 20
+MAX_JSON = 4 * MIB  # bytes
+NO_CACHE = ("trt-rtx",)  # targets whose builder has no timing cache
+
+
+def is_count(value: Any, most: int = 1 << 24) -> bool:
+    """Test whether a JSON value is a whole number from 1 to `most`."""
+    return type(value) is int and 1 <= value <= most
+
+
+def is_profile(value: Any) -> bool:
+    """Test whether a JSON value is three shapes of one length: smallest, best and largest."""
+    shapes = isinstance(value, list) and len(value) == 3 and all(isinstance(shape, list) for shape in value)
+    return shapes and len({len(shape) for shape in value}) == 1 and all(is_count(n) for shape in value for n in shape)
+
+
+SETTINGS: dict[str, Callable[[Any], bool]] = {  # keys of build.json, all required
+    "target": lambda value: isinstance(value, str) and value in MODULES,
+    "scan": lambda value: value in ("portable", "aot", "plugin"),
+    "profile": lambda value: value is None or is_profile(value),
+    "workspace_mib": lambda value: value is None or is_count(value),
+    "version_compatible": lambda value: isinstance(value, bool),
+    "hardware_compatible": lambda value: isinstance(value, bool),
+    "sms": lambda value: isinstance(value, list) and all(is_count(sm, 9999) for sm in value),
+}
+OLD_KEYS = ("timing_cache", "defer")  # keys of bundles of older releases; a path from a bundle is never used
 
 
 class EngineBuildError(Exception):
     """Failed build of an engine. The message says what is wrong and what to do next."""
+
+
+class InvalidBundleError(EngineBuildError):
+    """Missing, damaged or hostile file of the bundle."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of the bundle. Raises InvalidBundleError."""
+    try:
+        if not path.is_file() and path.exists():  # a pipe or a device would be read for ever
+            raise InvalidBundleError(f"{path} is not a file")
+        if path.stat().st_size > MAX_JSON:
+            raise InvalidBundleError(f"{path} is larger than {MAX_JSON} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidBundleError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise InvalidBundleError(f"{path} is not a JSON object")
+    return content
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """Read and check build.json, and what manifest.json must say for a build. Returns the builder's settings.
+
+    Raises InvalidBundleError, also for a bundle with symbolic links: a file written through one would land elsewhere.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise InvalidBundleError(f"{path} is a link: an engine is only built in a bundle of regular files")
+    settings, manifest = read_json(folder / "build.json"), read_json(folder / "manifest.json")
+    for key in OLD_KEYS:
+        settings.pop(key, None)
+    for key in sorted({*settings, *SETTINGS}):
+        if key not in SETTINGS:
+            raise InvalidBundleError(f"{folder / 'build.json'}: unknown key {key!r:.60}")
+        if key not in settings:
+            raise InvalidBundleError(f"{folder / 'build.json'}: {key} is missing")
+        if not SETTINGS[key](settings[key]):
+            raise InvalidBundleError(f"{folder / 'build.json'}: {key} is invalid: {settings[key]!r:.60}")
+    scan = manifest.get("scan")
+    if not isinstance(scan, dict) or not isinstance(scan.get("nodes"), list):
+        raise InvalidBundleError(f"{folder / 'manifest.json'} has no list of scans")
+    if not all(isinstance(manifest.get(key), dict) for key in ("files", "details")):
+        raise InvalidBundleError(f"{folder / 'manifest.json'} is not a manifest")
+    for key, said in (("target", manifest.get("target")), ("scan", scan.get("value"))):
+        if said != settings[key]:
+            raise InvalidBundleError(
+                f"{folder}: {key} is {settings[key]!r} in build.json, but {said!r:.60} in manifest.json"
+            )
+    return settings
 
 
 def load_tensorrt(target: str) -> Any:
@@ -82,8 +163,11 @@ def parse(trt: Any, builder: Any, logger: Any, model: Path, scan: str) -> Any:
     return network
 
 
-def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) -> Any:
-    """Create the builder's configuration from `settings`. Raises EngineBuildError for unsupported settings."""
+def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any], timing_cache: Path | None = None) -> Any:
+    """Create the builder's configuration from `settings`. Raises EngineBuildError for unsupported settings.
+
+    timing_cache: file that was written by an earlier build, or that does not exist yet.
+    """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings["workspace_mib"]:
@@ -103,10 +187,13 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any]) ->
         config.num_compute_capabilities = len(names)
         for i, name in enumerate(names):
             config.set_compute_capability(getattr(capabilities, name), i)
-    if settings["timing_cache"]:
-        path = Path(settings["timing_cache"])
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    if timing_cache:
+        content, empty = timing_cache.read_bytes() if timing_cache.exists() else b"", config.create_timing_cache(b"")
+        if content and content[:4] != bytes(empty.serialize())[:4]:  # TensorRT 11 only warns, and starts an empty one
+            raise EngineBuildError(
+                f"--timing-cache {timing_cache} holds no timing cache of this TensorRT: name another"
+            )
+        config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
     if settings["profile"]:
         profile = builder.create_optimization_profile()
         profile.set_shape(network.get_input(0).name, *settings["profile"])
@@ -145,7 +232,8 @@ def add_kernel(trt: Any, scan: str, library: str | None) -> None:
             from evm_deploy.runtimes.tensorrt import kernel, plugin
         except ImportError as error:
             raise EngineBuildError(
-                "evm-deploy is not installed; --scan aot needs it to compile the kernel: pip install evm-deploy"
+                "evm-deploy is not installed on this machine; --scan aot needs it to compile the kernel: install it "
+                "from its checkout or wheel, or export with --scan portable"
             ) from error
         plugin.register(kernel.compile_kernel(f"sm_{gpu()['sm']}").decode())
 
@@ -161,47 +249,58 @@ def gpu() -> dict[str, str]:
     return {"name": name.strip(), "sm": capability.strip().replace(".", "")}
 
 
-def build(folder: Path, settings: dict[str, Any], library: str | None = None) -> dict[str, Any]:
+def build(folder: Path, library: str | None = None, timing_cache: Path | None = None) -> dict[str, Any]:
     """Build the engine of the bundle in `folder` and write it to model.engine.
 
-    Returns version, GPU and layer count for the manifest. Raises EngineBuildError.
+    timing_cache: file that is read and updated. Returns version, GPU and layer count for the manifest. Raises
+    EngineBuildError.
     """
+    settings = read_bundle(folder)
+    if timing_cache and settings["target"] in NO_CACHE:
+        raise EngineBuildError("TensorRT-RTX has no --timing-cache: leave --timing-cache out")
     trt = load_tensorrt(settings["target"])
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     add_kernel(trt, settings["scan"], library)
     network = parse(trt, builder, logger, folder / "model.onnx", settings["scan"])
-    config = configure(trt, builder, network, settings)
+    config = configure(trt, builder, network, settings, timing_cache)
     plan = builder.build_serialized_network(network, config)  # returns None if the build fails
     if plan is None:
         raise EngineBuildError(f"the build failed: {logger.errors()}")
-    write(folder / ENGINE, bytes(plan))
-    if settings["timing_cache"]:
-        write(Path(settings["timing_cache"]), bytes(config.get_timing_cache().serialize()))
-    write_layers(trt, logger, plan, folder)
+    layers = layer_list(trt, logger, plan)
+    if timing_cache:
+        write(Path(os.path.realpath(timing_cache)), bytes(config.get_timing_cache().serialize()))
+    for name, content in {ENGINE: bytes(plan), **layers}.items():
+        write(folder / name, content)
     version = trt.__version__
     return {"tensorrt": version, "gpu": gpu(), "sms": settings["sms"], "layers": network.num_layers}
 
 
-def write_layers(trt: Any, logger: Any, plan: Any, folder: Path) -> None:
-    """Write the list of the engine's layers: to layers.txt from the log if it has the list, else to layers.json.
+def layer_list(trt: Any, logger: Any, plan: Any) -> dict[str, bytes]:
+    """Return the list of the engine's layers as a file: layers.txt from the log if it has the list, else layers.json.
 
-    layers.json comes from the engine inspector, which needs a GPU. No file is written if the engine cannot be loaded.
+    layers.json comes from the engine inspector, which needs a GPU. Empty if the engine cannot be loaded.
     """
     if "Layers:" in logger.text:
-        write(folder / "layers.txt", logger.text[logger.text.rfind("Layers:") :].encode())
-        return
+        return {"layers.txt": logger.text[logger.text.rfind("Layers:") :].encode()}
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is not None:
-        information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        write(folder / "layers.json", information.encode())
+    if engine is None:
+        return {}
+    information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return {"layers.json": information.encode()}
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file atomically: to a temporary file in the same folder, then rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    """Write a file atomically: to a new temporary file in the same folder, then rename."""
+    number, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(number, "wb") as file:  # noqa: PTH123  an open file, not a path
+            file.write(content)
+        Path(beside).chmod(0o644)  # mkstemp makes files that other users cannot read
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink()
+        raise
 
 
 def host() -> str:
@@ -219,10 +318,13 @@ def take_in(folder: Path, library: str) -> str:
     return inside
 
 
-def record(folder: Path, facts: dict[str, Any], library: str = "") -> None:
-    """Add the engine, its hash and the facts of its build to manifest.json, and mark the bundle as built."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+def record(folder: Path, facts: dict[str, Any], library: str = "") -> bool:
+    """Add the engine, its hash and the facts of its build to manifest.json, and mark the bundle as built.
+
+    Removes a signature of the old manifest. Returns whether there was one.
+    """
+    path, signature = folder / "manifest.json", folder / "manifest.json.sig"
+    manifest = read_json(path)
     for name in (ENGINE, "layers.json", "layers.txt", library):
         file = folder / name
         if name and file.is_file():
@@ -232,25 +334,30 @@ def record(folder: Path, facts: dict[str, Any], library: str = "") -> None:
     if library:  # `load` uses the library in the bundle with scan="bundled"
         manifest["scan"]["plugins"] = {host(): library}
     manifest["details"]["engine"] = facts
+    signed = signature.exists()
+    signature.unlink(missing_ok=True)
     write(path, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    return signed
 
 
 def main() -> int:
-    """Parse the arguments and build the engine. Returns 0, or 3 if the build failed."""
+    """Parse the arguments and build the engine. Returns 0, 2 for a bundle that is invalid, 3 if the build failed."""
     arguments = argparse.ArgumentParser(description="Build the engine of this bundle on this machine.")
     arguments.add_argument("bundle", nargs="?", default=str(Path(__file__).parent), help="default: this file's folder")
     arguments.add_argument("--library", help="plugin library, for bundles exported with --scan plugin")
-    arguments.add_argument("--timing-cache", metavar="FILE", help="read and updated by each build, TensorRT only")
+    arguments.add_argument(
+        "--timing-cache", metavar="FILE", type=Path, help="read and updated by each build, TensorRT only"
+    )
     args = arguments.parse_args()
     folder = Path(args.bundle)
     try:
-        settings = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        settings["timing_cache"] = args.timing_cache or settings["timing_cache"]
-        facts = build(folder, settings, args.library)
-        record(folder, facts, take_in(folder, args.library) if args.library else "")
+        facts = build(folder, args.library, args.timing_cache)
+        unsigned = record(folder, facts, take_in(folder, args.library) if args.library else "")
     except (EngineBuildError, OSError, ValueError) as error:
         print(f"finish: {error}", file=sys.stderr)
-        return 3
+        return 2 if isinstance(error, InvalidBundleError) else 3
+    if unsigned:
+        print("finish: the signature did not cover the engine and was removed: sign the bundle again", file=sys.stderr)
     print(f"{folder / ENGINE}  {(folder / ENGINE).stat().st_size / 1e6:.1f} MB  TensorRT {facts['tensorrt']}")
     return 0
 
