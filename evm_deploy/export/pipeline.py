@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import size_text
+from evm_deploy._util.values import label, listed
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, temporary_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import (
+    DEFAULT_IMGSZ,
+    MAX_DROP,
+    PREPROCESSING,
+    ExportPlan,
+    check_labels,
+    make_preprocessing,
+    read_size,
+)
 from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
@@ -30,8 +39,6 @@ from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
 from evm_deploy.tasks import get_task
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
-
-DEFAULT_IMGSZ = (224, 224)
 
 
 def export(
@@ -55,7 +62,7 @@ def export(
     require_toolchain(target, plan)
     with step("load", source.name):
         spec = source.network(plan).spec
-        plan, preprocessing = complete(plan, spec)
+        given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
     check_free(path, force)
     with temporary_bundle(path) as folder:
@@ -69,6 +76,7 @@ def export(
                 artifact = with_plugin(target, artifact, plan.native_library, folder)
         seen = verified(source, target, artifact, plan, preprocessing, step)
         manifest = describe(target, plan, spec, preprocessing, artifact, seen)
+        manifest = replace(manifest, notes=[*assumed(given, spec, preprocessing), *manifest.notes])
         if quantized:
             gain = None
             if not target.emulator:
@@ -189,19 +197,15 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     Raises UsageError for settings that do not fit the network.
     """
     saved = spec.defaults
-    imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
+    imgsz = plan.imgsz or read_size("the checkpoint's imgsz", saved.get("imgsz", DEFAULT_IMGSZ))
+    if imgsz in plan.more_imgsz:
+        raise UsageError(f"--imgsz names the size {size_text(imgsz)} twice")
     for size in (imgsz, *plan.more_imgsz):
         if min(size) < spec.min_pixels:
             raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
-    chosen = {
-        key: getattr(plan, key) if getattr(plan, key) is not None else saved.get(key)
-        for key in ("mean", "std", "crop_pct", "interpolation")
-    }
-    try:
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
-        preprocessing = Preprocessing(imgsz, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"preprocessing: {error}") from error
+    given = {key: getattr(plan, key) for key in PREPROCESSING if getattr(plan, key) is not None}
+    open_values = {key: saved.get(key) for key in PREPROCESSING if key not in given}
+    preprocessing = replace(make_preprocessing(imgsz, open_values, "the checkpoint's "), **given)
     task = get_task(spec.task)
     head = plan.head or task.heads[0]
     if head not in task.heads:
@@ -210,7 +214,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         raise UsageError(
             f"--val with --head {head}: outputs of this head have no labels to compare with", "leave --val out"
         )
-    labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)
+    labels = plan.labels or (listed("the checkpoint's labels", saved["labels"], label) if "labels" in saved else None)
     if not task.decode:
         labels = None
     if labels and len(labels) != spec.num_classes:
@@ -218,10 +222,30 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
             f"{len(labels)} labels for a head of {spec.num_classes} classes",
             "give --labels one name per line, in order",
         )
-    if labels and any(not label.strip() or len(label.splitlines()) > 1 for label in labels):
-        raise UsageError("a label is empty or spans lines", "labels.txt holds one name per line")
+    if labels:
+        check_labels("labels", labels)
     max_drop = MAX_DROP if plan.val and plan.max_drop is None else plan.max_drop
     return replace(plan, imgsz=imgsz, head=head, labels=labels, max_drop=max_drop), preprocessing
+
+
+def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> list[str]:
+    """Return a note on the settings that neither the plan nor the checkpoint gives, with the values taken for them.
+
+    plan: as the user gave it, not completed. No parity check can see a wrong value here: the float model gets the same.
+    """
+    values = {
+        "size": ("imgsz", size_text(preprocessing.size)),
+        "mean": ("mean", ",".join(map(str, preprocessing.mean))),
+        "std": ("std", ",".join(map(str, preprocessing.std))),
+        "crop": ("crop_pct", str(preprocessing.crop_pct)),
+        "interpolation": ("interpolation", preprocessing.interpolation),
+    }
+    texts = [
+        f"{name} {text}"
+        for name, (key, text) in values.items()
+        if getattr(plan, key) is None and key not in spec.defaults
+    ]
+    return [f"assumed, because neither the checkpoint nor a flag says: {', '.join(texts)}"] if texts else []
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
