@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from evm_deploy._util.values import BY_ANNOTATION
+from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError, UsageError
@@ -18,8 +19,10 @@ from evm_deploy.export import ExportPlan
 from evm_deploy.export.pipeline import assumed, complete
 from evm_deploy.export.plan import CONVERTERS, PREPROCESSING
 from evm_deploy.export.settings import KINDS
+from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
+from evm_deploy.runtimes.openvino import OpenVinoSettings
 from evm_deploy.runtimes.registry import setting_kinds
 
 
@@ -183,3 +186,61 @@ def test_what_was_assumed_is_noted_and_what_was_given_is_not(spec, known, by):
 def test_nothing_is_assumed_for_a_checkpoint_that_says_everything(spec):
     plan = ExportPlan("onnx", "fp32")
     assert assumed(plan, spec, complete(plan, spec)[1]) == []
+
+
+SETTINGS = [kind for kind in (*KINDS, *setting_kinds()) if kind]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, each.name) for kind in SETTINGS for each in fields(kind)],
+    ids=lambda value: str(value)[-16:],
+)
+def test_settings_refuse_what_they_cannot_mean(kind, name, value):
+    with pytest.raises(UsageError):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "want"),
+    [
+        (EngineSettings, "workspace_mib", np.int64(64), 64),
+        (EngineSettings, "timing_cache", Path("a b"), "a b"),
+        (EngineSettings, "sms", [86, np.int32(89)], (86, 89)),
+        (EngineSettings, "defer", np.False_, False),
+        (OpenVinoSettings, "cache", Path("a b"), "a b"),
+    ],
+)
+def test_settings_take_what_makes_sense(kind, name, value, want):
+    assert getattr(kind(**{name: value}), name) == want
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"threads": value} for value in (0, -1, "2", 1.0, True, [1], np.array([1, 2]))),
+        *({"streams": value} for value in (0, "2", 1.5, None)),
+        *({"scan": value} for value in (None, 3, "fast", ["auto"])),
+        *({"require_signature": value} for value in (3, b"key.pem", "", ["a"])),
+        *({"path": value} for value in (None, 3, b"bundle", "", ["a"], {})),
+        *({"cache": value} for value in (3, b"a", np.array([1, 2]))),
+        *({"device": value} for value in (0, ["GPU"], np.array(["GPU", "CPU"]))),
+        {"cuda_graph": np.array([True, False])},
+        {"cuda_graph": "yes"},
+        {"batch": 4},
+    ],
+    ids=str,
+)
+def test_load_refuses_what_it_cannot_mean(micro_bundle, wrong):
+    with pytest.raises(EvmError):
+        load(**{"path": micro_bundle.path, **wrong})
+
+
+def test_load_and_predict_take_numpy_numbers_and_paths(micro_bundle):
+    with load(micro_bundle.path, threads=np.int64(1), streams=np.int32(1)) as model:
+        images = np.zeros((1, 64, 64, 3), np.uint8)
+        assert len(model.predict(images, top=np.int64(2))[0]) == 2
+        for top in (2.0, "2", None, 0, True):
+            with pytest.raises(UsageError, match="top"):
+                model.predict(images, top=top)

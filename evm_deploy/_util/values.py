@@ -106,7 +106,10 @@ BY_ANNOTATION: dict[str, Converter] = {
 }
 
 
-def convert_fields(instance: Any, names: Mapping[str, str], own: Mapping[str, Converter]) -> None:
+NONE: Mapping[str, Converter] = {}
+
+
+def convert_fields(instance: Any, names: Mapping[str, str], own: Mapping[str, Converter] = NONE) -> None:
     """Convert every field of a frozen dataclass in place, by its annotation or by its converter in `own`.
 
     names: field -> its name in error messages, by default the flag of the same name. Raises UsageError.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from evm_deploy._util.settings import setting, whole, wholes
+from evm_deploy._util.settings import Settings, setting, whole, wholes
 from evm_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(Settings):
     """Settings of TensorRT's engine builder. None means TensorRT's own default.
 
     workspace_mib: largest scratch memory in MiB. sms: GPU architectures that the engine is for, such as 86
@@ -26,7 +27,7 @@ class EngineSettings:
     hardware_compatible: bool = setting(
         False, "--hardware-compatible", help="TensorRT: engine for every GPU since Ampere, but slower"
     )
-    timing_cache: str | None = setting(
+    timing_cache: str | Path | None = setting(
         None, "--timing-cache", metavar="FILE", help="TensorRT: timing cache, kept between builds"
     )
     sms: tuple[int, ...] = setting(
@@ -39,5 +40,6 @@ class EngineSettings:
     defer: bool = setting(True, "--no-defer", help="TensorRT: fail if the engine cannot be built here (exit 3)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"--workspace {self.workspace_mib}: use 1 MiB or more")
