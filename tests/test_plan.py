@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evm_deploy._util.values import BY_ANNOTATION
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError, UsageError
-from evm_deploy.export import ExportPlan
+from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.pipeline import assumed, complete
 from evm_deploy.export.plan import CONVERTERS, PREPROCESSING
 from evm_deploy.export.settings import KINDS
 from evm_deploy.export.tensorrt.settings import EngineSettings
 from evm_deploy.model.families import load_checkpoint
+from evm_deploy.model.network import Network
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.openvino import OpenVinoSettings
 from evm_deploy.runtimes.registry import setting_kinds
@@ -244,3 +246,37 @@ def test_load_and_predict_take_numpy_numbers_and_paths(micro_bundle):
         for top in (2.0, "2", None, 0, True):
             with pytest.raises(UsageError, match="top"):
                 model.predict(images, top=top)
+
+
+@pytest.mark.parametrize(
+    "source", [None, 3, b"a.ckpt", ["a.ckpt"], torch.nn.Linear(1, 1), {}], ids=lambda x: type(x).__name__
+)
+def test_export_refuses_sources_that_are_none(tmp_path, source):
+    with pytest.raises(UsageError, match="source"):
+        export(source, ExportPlan("onnx"), tmp_path)
+
+
+def test_export_refuses_other_plans_and_folders(tmp_path):
+    for plan in ("onnx", None, {"target": "onnx"}):
+        with pytest.raises(UsageError, match="plan"):
+            export(CHECKPOINT, plan, tmp_path)
+    for out in (None, 3, b"dist", ""):
+        with pytest.raises(UsageError, match="out"):
+            export(CHECKPOINT, ExportPlan("onnx"), out)
+
+
+@pytest.mark.parametrize(
+    ("module", "outputs"),
+    [
+        (torch.nn.Linear(1, 1), "logits"),
+        (torch.nn.Linear(1, 1), [1]),
+        (torch.nn.Linear(1, 1).double(), ["y"]),
+        (torch.nn.Linear(1, 1).bfloat16(), ["y"]),
+        (torch.nn.Linear(1, 1, device="meta"), ["y"]),
+    ],
+    ids=str,
+)
+def test_networks_are_float32_on_the_cpu_with_a_list_of_outputs(module, outputs):
+    assert Network.of(torch.nn.Linear(1, 1), outputs=["y"]).spec.outputs == ("y",)
+    with pytest.raises(UsageError):
+        Network.of(module, outputs=outputs)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import size_text
-from evm_deploy._util.values import label, listed
+from evm_deploy._util.torch_settings import default_torch_settings
+from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, temporary_bundle
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import bundle_readme
@@ -41,6 +42,7 @@ from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
 
 
+@default_torch_settings()
 def export(
     source: str | Path | Network | Source,
     plan: ExportPlan,
@@ -53,10 +55,13 @@ def export(
 
     source: a checkpoint's path, a Network, or a Source that several exports share (a Source loads and traces once).
     force: replace a bundle that is already there. `step(name, detail)`: context manager around each step, for progress.
+    Torch computes with its default settings meanwhile, whatever the host program has set (`default_torch_settings`).
     Raises EvmErrors. No half-written bundle is left. An artifact that fails the check of parity or accuracy is kept as
     `*.rejected`, and the error is a ParityError or AccuracyError.
     """
-    source = Source.of(source)
+    if not isinstance(plan, ExportPlan):
+        raise wrong("plan", plan, "an ExportPlan")
+    source, out = Source.of(source), path_text("out", out)
     target = get_target(plan.target)
     plan = check_plan(target, plan)
     require_toolchain(target, plan)

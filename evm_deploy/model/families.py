@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.efficientvmamba.checkpoint import EFFICIENTVMAMBA
 from evm_deploy.model.network import Family, LoadOptions, Network
@@ -12,6 +13,7 @@ from evm_deploy.model.state_dict import read_checkpoint, some
 FAMILIES: tuple[Family, ...] = (EFFICIENTVMAMBA,)
 
 
+@default_torch_settings()
 def load_checkpoint(path: str | Path, *, head: str | None = None, weights: str = "ema") -> Network:
     """Load a trained network from a checkpoint file -> (float32 module in eval mode, its ModelSpec).
 
