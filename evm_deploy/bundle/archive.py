@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evm_deploy._util.files import temporary_sibling
+from evm_deploy._util.files import replace_file, temporary_sibling
 from evm_deploy.bundle.manifest import FILE, inside_bundle
 from evm_deploy.errors import BundleError
 
@@ -38,7 +38,7 @@ def write_zip(bundle: Path) -> Path:
                         entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
                         with source.open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
                             shutil.copyfileobj(reader, writer, 1 << 20)
-            file.replace(path)
+            replace_file(file, path)
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from error
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, sha256, temporary_sibling
+from evm_deploy._util.files import artifact_bytes, make_readable, move, sha256, temporary_sibling
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError
@@ -106,11 +106,22 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     with unfinished as name:
         folder = Path(name)
-        folder.chmod(0o755)
+        make_readable(folder)
         try:
             yield folder
         except OSError as error:
-            raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
+            raise _not_written(error, path) from error
+
+
+def _not_written(error: OSError, path: Path) -> BundleError:
+    """Return the error for an OSError while the bundle `path` was made. Only files below its folder are the bundle's.
+
+    A full disk has no file name.
+    """
+    reason = error.strerror or str(error)
+    if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent):
+        return BundleError(f"cannot write the bundle to {path.parent}: {reason}", "choose another --out")
+    return BundleError(f"{os.fsdecode(error.filename)}: {reason}", f"no bundle was written to {path.parent}")
 
 
 def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
@@ -119,7 +130,7 @@ def commit(folder: Path, path: Path, manifest: Manifest) -> Bundle:
     A bundle that already exists at `path` is replaced. Returns the bundle.
     """
     for file in folder.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, which other users cannot read
+        make_readable(file)  # safetensors writes 0600
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
@@ -137,13 +148,13 @@ def _replace(folder: Path, path: Path) -> None:
 
     def restore() -> None:
         if old.exists() and not path.exists():
-            old.rename(path)
+            move(old, path)
 
     atexit.register(restore)
     try:
         if path.exists():
-            path.rename(old)
-        folder.rename(path)
+            move(path, old)
+        move(folder, path)
     finally:
         restore()
         atexit.unregister(restore)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import copy_folder
 from evm_deploy._util.onnx import inlined
 from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision, Manifest
@@ -97,7 +98,7 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(engine_builder.__file__, folder / "finish.py")
     if mode == "plugin":
-        shutil.copytree(kernel.source().parent, folder / "plugin")
+        copy_folder(kernel.source().parent, folder / "plugin")
     details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites}
     return Artifact(path, Decision(mode, SCANS[mode]), details)
 
