@@ -33,7 +33,7 @@ from evm_deploy.export.plan import (
 )
 from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
-from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
+from evm_deploy.export.target import Artifact, Target, check_plan, library_here, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
@@ -132,13 +132,14 @@ def verified(
 ) -> Seen:
     """Compare the artifact with the float model, in every lowering that runs on this machine and every image size."""
     task = get_task(source.network(plan).spec.task)
-    modes = lowerings(target, artifact)
+    modes, float16 = lowerings(target, artifact), plan.precision in target.float16
     with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
         reference = source.float_run(plan, preprocessing)
         parities: dict[str, verify.Parity] = {}
         for mode, plugin in modes.items():
             with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
-                parities[mode] = verify.verify(reference, runtime, target.scan_access(artifact, plugin), plan, task)
+                access = target.scan_access(artifact, plugin)
+                parities[mode] = verify.verify(reference, runtime, access, plan, task, float16=float16)
                 outputs = run_batched(runtime, plan.batch, reference.test_inputs)
                 interface = list(runtime.inputs.values()), list(runtime.outputs.values())
                 remarks = target.remarks(runtime)
@@ -146,7 +147,8 @@ def verified(
             there, smaller = replace(plan, imgsz=size, more_imgsz=()), replace(preprocessing, size=size)
             run = source.float_run(there, smaller)
             with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
-                found = verify.verify(run, runtime, target.scan_access(each, None), there, task)
+                access = target.scan_access(each, None)
+                found = verify.verify(run, runtime, access, there, task, float16=float16)
             parities[f"portable {size_text(size)}"] = found
     return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 
@@ -190,9 +192,15 @@ def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path)
 
 
 def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
-    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library."""
+    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library.
+
+    Raises ToolchainError if none runs here, because then nothing can be verified.
+    """
     found: dict[str, Path | None] = {"portable": None} if "portable" in artifact.scan.value.split("+") else {}
     plugin = native_library(target, artifact)
+    if not found and not plugin:
+        library_here(target)  # raises with the reason
+        raise ToolchainError(f"no scan of the artifact runs on this machine: --scan {artifact.scan.value}")
     return {**found, "plugin": plugin} if plugin else found
 
 
@@ -254,12 +262,19 @@ def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> 
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
-    """Raise ToolchainError unless this machine can build for `target`, and compile the plan's native library if any."""
+    """Raise ToolchainError unless this machine can build for `target`, and compile and verify the plan's scans."""
     found = target.environment()
     if not found.can_build:
         raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
     if plan.native_library:
         cross_compile.zig_version()
+    if plan.scan in ("plugin", "aot") and plan.native_library != host_platform():
+        try:
+            library_here(target)
+        except ToolchainError as error:
+            raise ToolchainError(
+                f"an export with --scan {plan.scan} cannot be verified here: {error.args[0]}", error.hint
+            ) from error
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:

@@ -35,7 +35,7 @@ from evm_deploy.runtimes import tensorrt
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
-from evm_deploy.toolchain.plugins import find_plugin
+from evm_deploy.toolchain.plugins import find_plugin, installed_plugin
 
 SCANS = {
     "portable": "standard ops only: any TensorRT from 10.0 on, and TensorRT-RTX",
@@ -147,7 +147,7 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...]) -> Target:
         usage=usage,
         quantize=quantize,
         check=bound(check),
-        emulator=Emulator(emulator, library=lambda: find_plugin("onnxruntime")),
+        emulator=Emulator(emulator, library=installed_plugin),
         engine=EngineBuild(bound(build_engine), partial(can_build_engine, info.name), summary),
         settings=EngineSettings,
     )
