@@ -15,7 +15,7 @@ from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.errors import BundleError, ParityError, ToolchainError
+from evm_deploy.errors import BundleError, CalibrationError, ParityError, ToolchainError
 from evm_deploy.export.hub import graph as graph_module
 from evm_deploy.export.pipeline import export, lowerings
 from evm_deploy.export.plan import ExportPlan
@@ -267,8 +267,9 @@ def scaled(folder, factor):
 def test_what_overflows_float16_is_rejected_though_this_machine_hides_it(tmp_path, images, target, precision):
     calib = images if precision.startswith("int8") else None
     plan = ExportPlan(target, precision, imgsz=32, calib=calib)
-    with pytest.raises(ParityError, match=r"reaches .*, the largest float16 is 65504: use --precision fp32"):
+    with pytest.raises((ParityError, CalibrationError), match="65504") as caught:
         export(scaled(tmp_path, 6e4), plan, tmp_path / "out")
+    assert "use --precision fp32" in str(caught.value) or (target, precision) == ("coreml", "int8")  # in calibration
 
 
 @pytest.mark.slow

@@ -23,18 +23,19 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # earliest time of the zip format, fixed so that 
 
 
 def write_zip(bundle: Path) -> Path:
-    """Write `<bundle>.zip` next to the bundle, with all files below one folder of the bundle's name.
+    """Write `<bundle>.zip` next to the bundle, with all files below one folder: of the bundle's name, or `bundle`.
 
     Returns the path of the zip. Raises BundleError.
     """
     path = bundle.with_name(bundle.name + SUFFIX)
+    root = bundle.name if inside_bundle(bundle.name) else "bundle"  # `unpack` refuses other names
     try:
         with temporary_sibling(path) as folder:
             file = Path(folder) / path.name
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for source in sorted(bundle.rglob("*")):
                     if source.is_file():
-                        entry = zipfile.ZipInfo(f"{bundle.name}/{source.relative_to(bundle).as_posix()}", EPOCH)
+                        entry = zipfile.ZipInfo(f"{root}/{source.relative_to(bundle).as_posix()}", EPOCH)
                         entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
                         with source.open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
                             shutil.copyfileobj(reader, writer, 1 << 20)
@@ -112,10 +113,18 @@ def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: 
 
 
 def _bundle_in(path: Path, into: Path) -> Path:
-    """Return the folder that holds the manifest: the root of the zip, or its only folder. Raises BundleError."""
-    for folder in (into, *sorted(into.iterdir())[:1]):
-        if (folder / FILE).is_file():
-            return folder
+    """Return the folder that holds the manifest: the root of the zip, or one of its folders. Raises BundleError.
+
+    Other folders do not count, such as `__MACOSX`, which the Finder adds.
+    """
+    holding = [folder for folder in (into, *sorted(into.iterdir())) if (folder / FILE).is_file()]
+    if into in holding or len(holding) == 1:
+        return holding[0]
+    if holding:
+        names = ", ".join(folder.name for folder in holding)
+        raise BundleError(
+            f"{path} holds several bundles: {names}", "unpack it, and give one folder", code="zip.refused"
+        )
     message = f"{path} is not a bundle: no {FILE} inside"
     raise BundleError(message, "make one with evm-export --zip", code="manifest.missing")
 

@@ -17,7 +17,7 @@ from evm_deploy._util.text import size_text
 from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, temporary_bundle
-from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.bundle.manifest import Manifest, portable
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, ParityError, ToolchainError, UsageError
@@ -278,8 +278,8 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
-    """Return the path of the bundle: `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
-    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{plan.sizes}"
+    """Return the bundle's path, `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]; any file system takes the name."""
+    return Path(out) / f"{portable(spec.name)}-{target.name}-{plan.precision}-{plan.sizes}"
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
