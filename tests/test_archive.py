@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 import struct
 import zipfile
@@ -18,6 +19,7 @@ from evm_deploy.bundle import archive
 from evm_deploy.bundle.archive import unpack, write_zip
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.manifest import inside_bundle, portable
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.export.pipeline import build_engine
 
@@ -92,6 +94,13 @@ def of_a_mac(packed: Path, path: Path, litter: dict[str, bytes] = LITTER) -> Pat
 @pytest.mark.parametrize("name", LITTER)
 def test_what_lies_beside_the_folder_does_not_count(packed, tmp_path, name):
     assert load(of_a_mac(packed, tmp_path / "b.zip", {name: LITTER[name]})).manifest.target == "onnx"
+
+
+@pytest.mark.parametrize("name", ["a:b", "a?", "nul", "a.", "a\\b", "a b [1]", "модель"])
+def test_a_zip_of_any_folder_opens(micro_bundle, tmp_path, name):
+    folder = shutil.copytree(micro_bundle.path, tmp_path / name)
+    assert load(write_zip(folder)).manifest.target == "onnx"
+    assert inside_bundle(portable(f"{name}-onnx"))
 
 
 def test_two_bundles_in_a_zip_are_ambiguous(packed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class LoadedBundle:
         if not self.manifest.built:
             raise BundleError(
                 f"bundle {bundle.path} has no engine yet",
-                f"on the device:  evm-export --finish {bundle.path}",
+                f"on the device:  evm-export --finish {shlex.quote(str(bundle.path))}",
                 code="bundle.unfinished",
             )
         own = configured(self.target, settings)
@@ -196,7 +197,7 @@ class LoadedBundle:
         if not all(np.isfinite(each).all() for each in outputs.values()):
             raise BundleError(
                 f"bundle {self.bundle.path}: the network gives NaN or Inf on this device",
-                f"run the self-test:  evm-run {self.bundle.path} --selftest",
+                f"run the self-test:  evm-run {shlex.quote(str(self.bundle.path))} --selftest",
             )
         return outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     m, parity = bundle.manifest, bundle.manifest.parity
     target, predicts = get_target(m.target), get_task(m.task).decode
     title = f"{m.model['name']} -> {target.runtime.label} {m.precision}, {m.sizes}"
+    path = shlex.quote(str(bundle.path))
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [
         ("Exported", f"{title:<58} {seconds:.0f} s   {bundle.size_bytes / 1e6:.1f} MB"),
@@ -49,14 +51,14 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
         ),
         ("Saved", str(bundle.path)),
         *(target.engine.summary(m) if target.engine else ()),
-        *(() if m.built else [("Next", f"on the device:  evm-export --finish {bundle.path}")]),
+        *(() if m.built else [("Next", f"on the device:  evm-export --finish {path}")]),
         (
             "Then" if not m.built else "Next",
-            f"evm-run {bundle.path} cat.jpg" if predicts else f"evm-run {bundle.path} --selftest",
+            f"evm-run {path} cat.jpg" if predicts else f"evm-run {path} --selftest",
         ),
     ]
     if predicts:
-        lines.append(("", f"evm-run {bundle.path} --selftest"))
+        lines.append(("", f"evm-run {path} --selftest"))
     return "\n".join(f"{key:<9} {text}" for key, text in lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def export(
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
-        with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
+        with step("build", f"{target.runtime.label} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
         if plan.native_library:
             with step("native", f"library for {plan.native_library}; the first compilation takes 1-2 minutes"):
@@ -166,14 +167,14 @@ def build_engine(path: str | Path, *, library: str | None = None, step: Step = s
     """
     bundle = open_bundle(path)
     if bundle.unpacked:
-        raise UsageError(f"{path} is a zip: an engine built in it would be lost", f"unzip {path}")
+        raise UsageError(f"{path} is a zip: an engine built in it would be lost", f"unzip {shlex.quote(str(path))}")
     target = get_target(bundle.manifest.target)
     if not target.engine:
         raise UsageError(
             f"{path}: bundles for '{target.name}' have no engine to build",
-            f"use it as it is: evm-run {path} --selftest",
+            f"use it as it is: evm-run {shlex.quote(str(path))} --selftest",
         )
-    with step("engine", f"{bundle.path.name}, {target.name}"):
+    with step("engine", f"{bundle.path.name}, {target.runtime.label}"):
         target.engine.make(bundle.path, library)
     return open_bundle(path)
 
