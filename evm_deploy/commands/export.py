@@ -294,8 +294,8 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
         "Would": f"export {spec.name} -> {target.runtime.label} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
         "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}'",
-        "Input": f"{plan.input}, {plan.sizes}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}, "
-        f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}",
+        "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+        "Normalise": f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}",
         **({"Note": "; ".join(notes)} if (notes := assumed(given, spec, preprocessing)) else {}),
         **images,
         "Output": plan.head,

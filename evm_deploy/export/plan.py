@@ -226,7 +226,7 @@ def read_size(what: str, value: Any) -> tuple[int, int]:
 
 def _checked_size(what: str, size: tuple[int, int]) -> tuple[int, int]:
     if not (min(size) >= 1 and max(size) <= MAX_SIDE):
-        raise UsageError(f"{what} {size_text(size)}: use 1 to {MAX_SIDE} pixels a side")
+        raise UsageError(f"{what} {size_text(size)}: at least 1 and at most {MAX_SIDE} pixels a side")
     return size
 
 
