@@ -33,6 +33,7 @@ from tests.broken import (
     refusal,
 )
 from tests.syntax import faults
+from tests.test_archive import of_a_mac
 from tests.test_interface import put_another_model
 from tests.test_vectors import CASES, CONTENT, FOLDER, preprocessing
 
@@ -144,7 +145,7 @@ def test_zips(ask, demo_bundle, tmp_path):
     with zipfile.ZipFile(flat, "w") as archive:
         for file in (file for file in demo_bundle.path.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(demo_bundle.path).as_posix())
-    for path in (good, flat):
+    for path in (good, flat, of_a_mac(good, tmp_path / "mac.zip")):
         assert ask("unpack", zip=path, into=tmp_path / "of" / path.stem) == {"opened": "model.onnx"}
     cut.write_bytes(good.read_bytes()[:-100])
     hostile = [
@@ -154,6 +155,7 @@ def test_zips(ask, demo_bundle, tmp_path):
         zipped(tmp_path / "c.zip", ("b/x", b"x"), ("b/X", b"y")),
         zipped(tmp_path / "d.zip", ("b/zeros", bytes(8 << 20))),
         zipped(tmp_path / "e.zip", ("b/x", b"x")),
+        zipped(tmp_path / "f.zip", ("a/manifest.json", b"{}"), ("b/manifest.json", b"{}")),
     ]
     for path in hostile:
         answer = ask("unpack", zip=path, into=tmp_path / "into" / path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 import struct
 import zipfile
@@ -18,6 +19,7 @@ from evm_deploy.bundle import archive
 from evm_deploy.bundle.archive import unpack, write_zip
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.manifest import inside_bundle, portable
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.export.pipeline import build_engine
 
@@ -59,6 +61,54 @@ def test_a_zip_without_a_folder_opens_too(micro_bundle, tmp_path):
     assert open_bundle(path).manifest == open_bundle(micro_bundle.path).manifest
 
 
+#: Names that Windows takes for a device, for another file, or for none.
+ONLY_ELSEWHERE = [
+    "NUL",
+    "con",
+    "Com1.onnx",
+    "lpt9.a.b",
+    "aux/x",
+    "a.",
+    "a ",
+    "a./x",
+    "a?",
+    "a*",
+    "<a",
+    'a"',
+    "a|b",
+    "a\x1f",
+]
+LITTER = {"__MACOSX/b/._model.onnx": b"fork", "__MACOSX/._b": b"fork", ".DS_Store": b"folder", "a/readme.txt": b"x"}
+
+
+def of_a_mac(packed: Path, path: Path, litter: dict[str, bytes] = LITTER) -> Path:
+    """The zip of a bundle with what the Finder and people add beside its folder."""
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(path, "w") as archive:
+        for name, content in litter.items():
+            archive.writestr(name, content)
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+    return path
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_lies_beside_the_folder_does_not_count(packed, tmp_path, name):
+    assert load(of_a_mac(packed, tmp_path / "b.zip", {name: LITTER[name]})).manifest.target == "onnx"
+
+
+@pytest.mark.parametrize("name", ["a:b", "a?", "nul", "a.", "a\\b", "a b [1]", "модель"])
+def test_a_zip_of_any_folder_opens(micro_bundle, tmp_path, name):
+    folder = shutil.copytree(micro_bundle.path, tmp_path / name)
+    assert load(write_zip(folder)).manifest.target == "onnx"
+    assert inside_bundle(portable(f"{name}-onnx"))
+
+
+def test_two_bundles_in_a_zip_are_ambiguous(packed, tmp_path):
+    both = of_a_mac(packed, tmp_path / "b.zip", {"a/manifest.json": b"{}"})
+    with pytest.raises(BundleError, match="holds several bundles: a, "):
+        load(both)
+
+
 def link(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name)
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -73,6 +123,7 @@ def link(name: str) -> zipfile.ZipInfo:
         ([("b/../../evil", b"x")], "leaves the bundle"),
         ([("b\\..\\evil", b"x")], "leaves the bundle"),
         ([("C:evil", b"x")], "leaves the bundle"),
+        *(([(f"b/{name}", b"x")], "leaves the bundle") for name in ONLY_ELSEWHERE),
         ([(link("b/model.onnx"), b"/etc/passwd")], "link"),
         ([("b/manifest.json", b"{}"), ("b/Manifest.json", b"{}")], "twice"),
         ([("b/x", b"x"), ("b/x/y", b"y")], "cannot be unpacked"),

@@ -36,7 +36,8 @@ def parity_of(package, coreml_fp32):
     test_inputs = make_test_inputs(plan, Preprocessing((64, 64)), count=1)
     with MilRuntime(package) as runtime:
         access = CoreMlScanAccess(changed, None)
-        return verify.verify(verify.run_reference(module, test_inputs), runtime, access, plan, CLASSIFICATION)
+        reference = verify.run_reference(module, test_inputs)
+        return verify.verify(reference, runtime, access, plan, CLASSIFICATION, float16=False)
 
 
 def find(block, op_type, name=""):
@@ -130,12 +131,6 @@ def scaled(folder, factor):
 def test_weights_that_float16_cannot_hold_are_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"layers.2.1.conv_pw.0.weight reaches .*, the largest float16 is 65504"):
         export(scaled(tmp_path, 1e6), plan_for(imgsz=(32, 32)), tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_what_overflows_float16_is_rejected(tmp_path):
-    with pytest.raises(ParityError, match=r"reaches .*, the largest float16 is 65504: use --precision fp32"):
-        export(scaled(tmp_path, 6e4), plan_for(imgsz=(32, 32)), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -239,7 +239,10 @@ def test_the_schemas_say_what_python_knows():
     assert all(MANIFEST["definitions"][key] == RECORD["definitions"][key] for key in shared)
 
 
-@given(st.text(st.sampled_from('a./\\:\0 {}[]%"'), max_size=9))
+@given(
+    st.text(st.sampled_from('a./\\:\0 {}[]%"?*\n'), max_size=9)
+    | st.lists(st.sampled_from(["nul", "NUL", "Com1", "com0", "lpt³", "CONOUT$", ".", "/", "a", " "])).map("".join)
+)
 def test_a_name_leaves_the_bundle_as_in_zips(name):
     where = refused("manifest", changed(FULL_MANIFEST, ("files", name), FULL_MANIFEST["files"]["model.onnx"]))
     assert where == (None if inside_bundle(name) else f"files.{name}")

@@ -32,6 +32,7 @@ from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST, changed_manifest, refusal
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
+from tests.test_archive import of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_signing import BAD, write_keys
 from tests.test_vectors import CONTENT
@@ -223,7 +224,12 @@ HOSTILE = {
     "link": [(link("b/model.onnx"), b"/etc/passwd")],
     "twice": [("b/manifest.json", b"{}"), ("b/Manifest.json", b"{}")],
     "bomb": [("b/zeros", bytes(8 << 20))],
+    "several": [("a/manifest.json", b"{}"), ("b/manifest.json", b"{}")],
     "no bundle": [("b/readme.txt", b"x")],
+    "windows device": [("b/NUL", b"x")],
+    "windows device with a suffix": [("b/com1.onnx", b"x")],
+    "windows alias": [("b/model.onnx.", b"x")],
+    "windows pattern": [("b/model?.onnx", b"x")],
     "empty": [],
     "many": [(f"b/{i}", b"") for i in range(10_001)],
 }
@@ -243,6 +249,12 @@ def test_hostile_zips(packed, tmp_path):
     for path, answer in zip(paths, drive(*(("open", path, "portable") for path in paths)), strict=True):
         assert told(answer) == refusal(lambda path=path: load(path)), path.name
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_zip_of_a_mac_opens(packed, tmp_path):
+    (answer,) = drive(("open", of_a_mac(packed, tmp_path / "mac.zip"), "portable"))
+    (plain,) = drive(("open", packed, "portable"))
+    assert answer == plain and answer.startswith("ok ")
 
 
 def with_library(bundle: Path, folder: Path) -> Path:

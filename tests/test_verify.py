@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import golden
 import numpy as np
 import onnx
 import pytest
@@ -10,11 +13,20 @@ from onnx import helper, numpy_helper
 from evm_deploy import cli
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.errors import BundleError
+from evm_deploy.bundle.manifest import Decision
+from evm_deploy.demo import CHECKPOINT
+from evm_deploy.errors import BundleError, CalibrationError, ParityError, ToolchainError
 from evm_deploy.export.hub import graph as graph_module
+from evm_deploy.export.pipeline import export, lowerings
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.source import Source
+from evm_deploy.export.target import Artifact
+from evm_deploy.export.targets import load_targets
 from evm_deploy.model import batch_norm
 from evm_deploy.model.efficientvmamba import network
 from evm_deploy.scan import onnx_function
+from evm_deploy.toolchain import plugins
+from tests.conftest import save_as_released
 
 
 def run(micro, out, *flags, target="onnx"):
@@ -223,3 +235,71 @@ def test_selftest_notices_a_changed_weight(micro, tmp_path):
         checks = {check.name: check.ok for check in bundle.selftest()}
     assert not checks["logits"] and checks["scan large_delta"]
     assert cli.run_main([str(folder), "--selftest"]) == 4
+
+
+#: Target -> precisions whose layers the device computes in float16.
+IN_FLOAT16 = {
+    "onnx": {"fp16"},
+    "openvino": {"fp16"},
+    "coreml": {"fp16", "int8", "w8"},
+    "trt": {"fp16", "int8-fp16"},
+    "trt-rtx": {"fp16", "int8-fp16"},
+}
+
+
+def test_every_target_says_where_float16_can_overflow():
+    assert {name: set(target.float16) & set(target.precisions) for name, target in load_targets().items()} == IN_FLOAT16
+
+
+def scaled(folder, factor):
+    """A checkpoint with one convolution times `factor` and a later one divided by it: float32 can do that."""
+    state = dict(golden.model_case("micro_64")["state"])
+    for name, by in (("conv_pw.1", factor), ("conv_pw2.0", 1 / factor)):
+        state[f"layers.2.1.{name}.weight"] = state[f"layers.2.1.{name}.weight"] * np.float32(by)
+    state["layers.2.1.conv_pw.1.bias"] = state["layers.2.1.conv_pw.1.bias"] * np.float32(factor)
+    return save_as_released(state, folder / "scaled.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "precision"), [(target, precision) for target, has in IN_FLOAT16.items() for precision in sorted(has)]
+)
+def test_what_overflows_float16_is_rejected_though_this_machine_hides_it(tmp_path, images, target, precision):
+    calib = images if precision.startswith("int8") else None
+    plan = ExportPlan(target, precision, imgsz=32, calib=calib)
+    with pytest.raises((ParityError, CalibrationError), match="65504") as caught:
+        export(scaled(tmp_path, 6e4), plan, tmp_path / "out")
+    assert "use --precision fp32" in str(caught.value) or (target, precision) == ("coreml", "int8")  # in calibration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", IN_FLOAT16)
+def test_float32_takes_what_float16_cannot(tmp_path, target):
+    assert export(scaled(tmp_path, 6e4), ExportPlan(target, "fp32", imgsz=32), tmp_path / "out").manifest.parity["ok"]
+
+
+@pytest.mark.parametrize(
+    ("target", "scan", "more"),
+    [
+        ("trt", "aot", {}),
+        ("trt", "plugin", {}),
+        ("trt", "aot", {"precision": "int8", "calib": "demo"}),
+    ],
+)
+def test_an_export_that_nothing_here_can_verify_is_refused_before_work(monkeypatch, tmp_path, target, scan, more):
+    monkeypatch.setattr(plugins, "find_plugin", lambda runtime: None)
+    monkeypatch.setattr(Source, "network", lambda self, plan: pytest.fail("work has started"))
+    with pytest.raises(ToolchainError, match=f"--scan {scan} cannot be verified here: the native scan was not built"):
+        export(CHECKPOINT, ExportPlan(target, scan=scan, **more), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_without_a_lowering_for_this_machine_is_no_crash(monkeypatch, tmp_path):
+    monkeypatch.setattr(plugins, "find_plugin", lambda runtime: None)
+    for name, target in load_targets().items():
+        artifact = Artifact(tmp_path / "model", Decision("aot", "in the engine"), {})
+        if name == "openvino":
+            continue  # its extension would be compiled
+        with pytest.raises(ToolchainError):
+            lowerings(target, artifact)
+        assert lowerings(target, replace(artifact, scan=Decision("portable", "as asked"))) == {"portable": None}

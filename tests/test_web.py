@@ -35,7 +35,7 @@ from tests.broken import (
     other_limits,
     refusal,
 )
-from tests.test_archive import link, made
+from tests.test_archive import link, made, of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
 from tests.test_vectors import CONTENT
 from tests.test_vectors import FOLDER as VECTORS
@@ -302,6 +302,7 @@ def hostile(folder: Path, bundle: Path) -> list[Path]:
     for name, content in {"cut": good[: len(good) // 2], "empty": b"", "flipped": flipped, "locked": locked}.items():
         (folder / f"{name}.zip").write_bytes(content)
     entries: dict[str, list[Any]] = {
+        "several": [("a/manifest.json", b"{}"), ("b/manifest.json", b"{}")],
         "parent": [("../evil", b"x")],
         "absolute": [("/etc/evil", b"x")],
         "inner": [("b/../../evil", b"x")],
@@ -331,8 +332,9 @@ def test_hostile_zips_are_refused_as_in_python(library, demo_bundle, tmp_path):
 
 
 def test_good_zips_open(library, demo_bundle, digits, tmp_path):
-    """Open a zip as evm-export writes it, one without a folder, and a stored one."""
+    """Open a zip as evm-export writes it, one without a folder, a stored one, and one with a Mac's files."""
     shutil.copy(write_zip(demo_bundle.path), tmp_path / "whole.zip")
+    of_a_mac(tmp_path / "whole.zip", tmp_path / "mac.zip")
     files = [path for path in demo_bundle.path.rglob("*") if path.is_file()]
     for name, method in (("flat", zipfile.ZIP_DEFLATED), ("stored", zipfile.ZIP_STORED)):
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", method) as file:
@@ -346,7 +348,7 @@ def test_good_zips_open(library, demo_bundle, digits, tmp_path):
             labels.push((await model.classifyBlob(await file("digit.png")))[0].label);
         }
         return labels;"""
-    assert library(code, ["whole.zip", "flat.zip", "stored.zip"], tmp_path) == [digits[0].parent.name] * 3
+    assert library(code, ["whole.zip", "flat.zip", "stored.zip", "mac.zip"], tmp_path) == [digits[0].parent.name] * 4
 
 
 def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle, digits, tmp_path):

@@ -1,15 +1,21 @@
-"""Helpers for files: cache folder, atomic writes, checksums."""
+"""Helpers for files: cache folder, atomic writes, checksums; also on file systems without modes or renames."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import logging
 import os
+import shutil
 import stat
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+
+#: errno of a rename that a file system does not have.
+NO_RENAME = frozenset({errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 def package_folders() -> list[Path]:
@@ -18,8 +24,82 @@ def package_folders() -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: $XDG_CACHE_HOME/evm-deploy, by default ~/.cache/evm-deploy."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evm-deploy"
+    """Return the cache folder: $XDG_CACHE_HOME/evm-deploy, by default ~/.cache/evm-deploy.
+
+    A cache is a convenience: for a user without a home this is `temporary_cache`.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "evm-deploy"
+    except RuntimeError:
+        return temporary_cache("this user has no home folder")
+
+
+@cache
+def temporary_cache(reason: str) -> Path:
+    """Return a folder that takes the place of the cache until this process ends, and log the reason."""
+    log_no_cache(reason)
+    return Path(_temporary().name)
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="evm-cache-", ignore_cleanup_errors=True)
+
+
+@cache
+def log_no_cache(reason: str) -> None:
+    """Log a warning, once, that results cannot be cached. Python prints it on stderr unless logging is configured."""
+    logging.getLogger("evm_deploy").warning(
+        "nothing is cached for later commands: %s\n  to change it, set XDG_CACHE_HOME to a writable folder", reason
+    )
+
+
+def writable_cache(folder: Path) -> Path:
+    """Return a folder of the cache, created if it is missing, or one in `temporary_cache` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        folder = temporary_cache(f"{error.filename or folder}: {error.strerror or error}") / folder.name
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+def make_readable(path: Path) -> None:
+    """Let other users read a file or folder. File systems without modes (FAT, SMB, S3) keep theirs."""
+    with contextlib.suppress(OSError):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def copy_folder(source: Path, to: Path) -> None:
+    """Copy a folder with the content of its files, without modes and times, which not every file system has."""
+    to.mkdir()
+    for each in sorted(source.iterdir()):
+        if each.is_dir():
+            copy_folder(each, to / each.name)
+        else:
+            shutil.copyfile(each, to / each.name)
+
+
+def move(source: Path, to: Path) -> None:
+    """Rename a file or folder to a path that does not exist yet; copy it where the file system cannot rename it.
+
+    Overlays of containers cannot rename folders of a lower layer, and S3 mounts cannot rename anything. A copy is
+    deleted again if it is not complete. Raises OSError.
+    """
+    try:
+        source.rename(to)
+        return
+    except OSError as error:
+        if error.errno not in NO_RENAME or to.exists():
+            raise
+    try:
+        copy_folder(source, to) if source.is_dir() else shutil.copyfile(source, to)
+    except BaseException:
+        shutil.rmtree(to, ignore_errors=True) if to.is_dir() else to.unlink(missing_ok=True)
+        raise
+    shutil.rmtree(source) if source.is_dir() else source.unlink()
 
 
 def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:
@@ -44,7 +124,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     with temporary_sibling(path) as folder:
         file = Path(folder) / path.name
         file.write_bytes(data)
+        replace_file(file, path)
+
+
+def replace_file(file: Path, path: Path) -> None:
+    """Rename `file` to `path`, over an older file; copy it where the file system cannot rename. Raises OSError."""
+    try:
         file.replace(path)
+    except OSError as error:
+        if error.errno not in NO_RENAME or path.is_dir():
+            raise
+        shutil.copyfile(file, path)
 
 
 def real_path(path: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from evm_deploy._util.values import convert_fields
 from evm_deploy.errors import UsageError
 
 KEY = "flag"
@@ -32,6 +33,13 @@ class Flag:
 def setting(default: Any, flag: str, **facts: Any) -> Any:
     """Return a dataclass field with this default and the flag `Flag(flag, **facts)`."""
     return field(default=default, metadata={KEY: Flag(flag, **facts)})
+
+
+class Settings:
+    """Base class of settings: converts the values that Python users pass to the annotated types. Raises UsageError."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, {each.name: flag_of(each).name for each in fields(self)})  # type: ignore[arg-type]
 
 
 def flag_of(each: Field[Any]) -> Flag:
@@ -80,7 +88,12 @@ def given(args: argparse.Namespace, kinds: Iterable[type | None]) -> dict[str, A
 def changed(values: Mapping[str, Any], kinds: Iterable[type | None]) -> dict[str, Any]:
     """Return the entries of `values` that differ from the default of their field, and entries without a field."""
     known = all_fields(kinds)
-    return {name: value for name, value in values.items() if name not in known or value != known[name].default}
+    return {name: value for name, value in values.items() if name not in known or not same(value, known[name].default)}
+
+
+def same(value: Any, default: Any) -> bool:
+    """Test whether a value of any type is the default. Arrays, which have no single truth, are not."""
+    return value is default or (isinstance(value, type(default)) and bool(value == default))
 
 
 def number(flag: str, text: str) -> float:

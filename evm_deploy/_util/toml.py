@@ -27,7 +27,7 @@ def read_toml(path: Readable, what: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes the mark
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

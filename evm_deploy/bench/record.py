@@ -125,7 +125,7 @@ class Record:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise UsageError(f"{path} is not a record: larger than {MAX_BYTES >> 20} MB")
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"record {path} cannot be read: {error}") from error
         return cls.parse(content, str(path))

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evm_deploy._util.files import real_path, sha256, temporary_sibling
+from evm_deploy._util.files import real_path, replace_file, sha256, temporary_sibling
 from evm_deploy.bundle.manifest import FILE, inside_bundle
 from evm_deploy.errors import BundleError
 
@@ -27,6 +27,11 @@ def zip_path(bundle: Path) -> Path:
     return bundle.with_name(bundle.name + SUFFIX)
 
 
+def root_name(bundle: str) -> str:
+    """Return the name of the folder in the zip of a bundle: the bundle's, or `bundle` if `unpack` refuses that name."""
+    return bundle if inside_bundle(bundle) else "bundle"
+
+
 def check_free(path: Path, force: bool) -> None:
     """Raise BundleError if the zip `path` exists without `force`, or is not a zip of the bundle of its name."""
     if not path.exists():
@@ -38,31 +43,32 @@ def check_free(path: Path, force: bool) -> None:
             names = archive.namelist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         names = []
-    if f"{path.stem}/{FILE}" not in names or not all(name.startswith(f"{path.stem}/") for name in names):
+    root = root_name(path.stem)
+    if f"{root}/{FILE}" not in names or not all(name.startswith(f"{root}/") for name in names):
         message = f"{path} exists and is not the zip of a bundle: --force does not replace it"
         raise BundleError(message, "move it, or choose another --out")
 
 
 def write_zip(bundle: Path, force: bool = False) -> Path:
-    """Write `<bundle>.zip` next to the bundle, with all files below one folder of the bundle's name.
+    """Write `<bundle>.zip` next to the bundle, with all files below one folder: of the bundle's name, or `bundle`.
 
     Symbolic links are left out: what is behind them is not the bundle's. force: replace the zip of an earlier bundle.
     Returns the path of the zip. Raises BundleError.
     """
-    path = zip_path(bundle)
+    path, root = zip_path(bundle), root_name(bundle.name)
     try:
         with temporary_sibling(real_path(path)) as folder:
             file = Path(folder) / path.name
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for source in sorted(bundle.rglob("*")):
                     if source.is_file() and not source.is_symlink():
-                        entry = zipfile.ZipInfo(f"{bundle.name}/{source.relative_to(bundle).as_posix()}", EPOCH)
+                        entry = zipfile.ZipInfo(f"{root}/{source.relative_to(bundle).as_posix()}", EPOCH)
                         entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
                         with source.open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
                             shutil.copyfileobj(reader, writer, 1 << 20)
             if not (path.is_file() and sha256(path) == sha256(file)):
                 check_free(path, force)
-                file.replace(real_path(path))
+                replace_file(file, real_path(path))
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from error
     return path
@@ -136,10 +142,18 @@ def _unpack(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: 
 
 
 def _bundle_in(path: Path, into: Path) -> Path:
-    """Return the folder that holds the manifest: the root of the zip, or its only folder. Raises BundleError."""
-    for folder in (into, *sorted(into.iterdir())[:1]):
-        if (folder / FILE).is_file():
-            return folder
+    """Return the folder that holds the manifest: the root of the zip, or one of its folders. Raises BundleError.
+
+    Other folders do not count, such as `__MACOSX`, which the Finder adds.
+    """
+    holding = [folder for folder in (into, *sorted(into.iterdir())) if (folder / FILE).is_file()]
+    if into in holding or len(holding) == 1:
+        return holding[0]
+    if holding:
+        names = ", ".join(folder.name for folder in holding)
+        raise BundleError(
+            f"{path} holds several bundles: {names}", "unpack it, and give one folder", code="zip.refused"
+        )
     message = f"{path} is not a bundle: no {FILE} inside"
     raise BundleError(message, "make one with evm-export --zip", code="manifest.missing")
 

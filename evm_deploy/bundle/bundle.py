@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, real_path, require_regular, sha256
+from evm_deploy._util.files import artifact_bytes, make_readable, move, real_path, require_regular, sha256
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
@@ -124,14 +124,25 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
         raise BundleError(f"cannot write to {path.parent}: {error.strerror}", "choose another --out") from error
     with unfinished as name:
         folder = Path(name)
-        folder.chmod(0o755)
+        make_readable(folder)
         try:
             yield folder
         except OSError as error:
-            raise BundleError(f"cannot write the bundle to {path.parent}: {error.strerror or error}") from error
+            raise _not_written(error, path) from error
         finally:
             if lock is not None:
                 os.close(lock)
+
+
+def _not_written(error: OSError, path: Path) -> BundleError:
+    """Return the error for an OSError while the bundle `path` was made. Only files below its folder are the bundle's.
+
+    A full disk has no file name.
+    """
+    reason = error.strerror or str(error)
+    if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent):
+        return BundleError(f"cannot write the bundle to {path.parent}: {reason}", "choose another --out")
+    return BundleError(f"{os.fsdecode(error.filename)}: {reason}", f"no bundle was written to {path.parent}")
 
 
 def commit(
@@ -145,7 +156,7 @@ def commit(
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with the hash of every file into `folder`."""
     for file in folder.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, which other users cannot read
+        make_readable(file)  # safetensors writes 0600
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
@@ -174,16 +185,16 @@ def _place(folder: Path, path: Path, force: bool, rejected: bool) -> None:
 
     def restore() -> None:
         if old.exists() and not path.exists():
-            old.rename(path)
+            move(old, path)
 
     atexit.register(restore)
     try:
         if path.exists():
             if not force:
                 raise BundleError(f"{path} was made during the export", "add --force to replace it")
-            path.rename(old)
+            move(path, old)
             _require_ours(old, path, rejected)  # nobody else writes to it under this name
-        folder.rename(path)
+        move(folder, path)
     finally:
         restore()
         atexit.unregister(restore)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
 from evm_deploy._util.text import command, one_of
+from evm_deploy._util.values import path_text, text, whole
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
@@ -184,8 +185,7 @@ class LoadedBundle:
         """Return the task's `decode`. Raises UsageError if the task has no predictions, or if `top` is below 1."""
         if not self.task.decode:
             raise UsageError(f"no classes to predict: the bundle gives {self.task.gives}", "use run(feeds)")
-        if top < 1:
-            raise UsageError(f"top is {top}, it must be at least 1")
+        at_least_one("top", top)
         return self.task.decode
 
     def _answers(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -277,5 +277,17 @@ def load(
     Raises BundleError for an invalid bundle, ToolchainError for a missing runtime or native library, UsageError for
     invalid options.
     """
-    bundle = open_bundle(path, public_key(require_signature) if require_signature else None)
-    return LoadedBundle(bundle, RunOptions(threads, streams=streams), scan, settings)
+    options = RunOptions(
+        None if threads is None else at_least_one("threads", threads), streams=at_least_one("streams", streams)
+    )
+    scan = text("scan", scan)
+    key = None if require_signature is None else public_key(path_text("require_signature", require_signature))
+    return LoadedBundle(open_bundle(path_text("path of the bundle", path), key), options, scan, settings)
+
+
+def at_least_one(what: str, value: Any) -> int:
+    """Return a whole number from 1. Raises UsageError for other values."""
+    found = whole(what, value)
+    if found < 1:
+        raise UsageError(f"{what} is {found}, it must be at least 1")
+    return found

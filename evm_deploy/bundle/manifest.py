@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -22,11 +23,22 @@ MAX_BYTES = 4 << 20
 SCHEMA = Schema(lambda: published("evm_deploy.bundle", "manifest.schema.json"))
 
 
+#: Names that leave the bundle, or are a device, another file or no name on Windows. The schema has the same pattern.
+LEAVES = re.compile(
+    r"""^$|^/|[\x00-\x1f<>:"|?*\\]|(^|/)(?!\.(/|$))[^/]*[. ](/|$)"""
+    r"|(^|/)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.[^/]*)?(/|$)",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def portable(name: str) -> str:
+    """Return the name of a file or folder with `_` for every character that FAT, NTFS or SMB does not take."""
+    return re.sub(r'[\x00-\x1f<>:"|?*\\]', "_", name)
+
+
 def inside_bundle(name: str) -> bool:
-    """Test whether a file name from a manifest or a zip stays inside the bundle on every operating system."""
-    parts = PurePosixPath(name)
-    leaves = parts.is_absolute() or ".." in parts.parts or any(each in name for each in ("\\", ":", "\0"))
-    return bool(name) and not leaves
+    """Test whether a file name from a manifest or a zip is a file inside the bundle on every operating system."""
+    return not LEAVES.search(name)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ class Histogram:
         """Count `values`, of any shape. Raises CalibrationError for NaN and infinities."""
         low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise CalibrationError("an activation is NaN or infinite on a calibration image", "check the checkpoint")
+            raise CalibrationError(
+                "an activation is NaN or infinite on a calibration image",
+                "check the checkpoint; float16, in which some targets compute, holds values up to 65504",
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(-low, high, SMALLEST)
         if not self.width:

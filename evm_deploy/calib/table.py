@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.files import cache_folder, write_atomically
+from evm_deploy._util.files import cache_folder, log_no_cache, writable_cache, write_atomically
 from evm_deploy._util.progress import Progress
 from evm_deploy.calib.histogram import Histogram, Range
 from evm_deploy.errors import CalibrationError
@@ -114,18 +114,22 @@ def calibrate(
     """Load the table of `identity` from `folder`, else measure it and save it there.
 
     `activations(n)`: yield the activations of the n-th image and of each later image. An interrupted calibration
-    continues from its last save. A damaged file is measured again. folder: by default the cache. Raises
-    CalibrationError if an image cannot be read, and for NaN and infinities.
+    continues from its last save. A damaged file is measured again. folder: by default the cache; a folder that
+    cannot be written is replaced by one that lasts until this process ends. Raises CalibrationError if an image cannot
+    be read, and for NaN and infinities.
     """
     table = CalibrationTable(identity, {})
-    path = (folder or cache_folder() / "calibration") / f"{table.key}.json"
-    table = _saved(path, table)
+    folder, file = folder or cache_folder() / "calibration", f"{table.key}.json"
+    table = _saved(folder / file, table)
+    if not table.complete:
+        folder = writable_cache(folder)
+        table = _saved(folder / file, table)
     total = int(identity["images"]["count"])
     for values in activations(table.done) if not table.complete else ():
         table.add(values)
         progress(table.done, total)
         if table.done % SAVE_EVERY == 0 or table.complete:
-            write_atomically(path, table.to_json())
+            _save(folder / file, table)
     if not table.complete:
         raise CalibrationError(
             f"only {table.done} of {total} calibration images could be read",
@@ -139,6 +143,14 @@ def _maxima(values: Any) -> NDArray[np.float32]:
     if maxima.ndim != 1 or not ((maxima >= 0) & (maxima < np.inf)).all():
         raise ValueError("maxima per channel are not finite numbers from 0")
     return maxima
+
+
+def _save(path: Path, table: CalibrationTable) -> None:
+    """Write a table to the cache. A cache is a convenience: if it is full, calibration goes on without it."""
+    try:
+        write_atomically(path, table.to_json())
+    except OSError as error:
+        log_no_cache(f"{error.filename or path}: {error.strerror or error}")
 
 
 def _saved(path: Path, empty: CalibrationTable) -> CalibrationTable:

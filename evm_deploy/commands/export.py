@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -218,6 +219,8 @@ def _export(args: argparse.Namespace) -> int:
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
+    if args.calib is None and any(plan.calib for plan in plans):
+        print("no --calib given: int8 is calibrated on the demo's own images, as by --calib demo", file=sys.stderr)
     if args.sign:
         private_key(args.sign)  # an unusable key must fail now
     if args.dry_run:
@@ -297,20 +300,31 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
 def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
     """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
-    from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
+    from evm_deploy.calib.int8 import image_sets
+    from evm_deploy.export.pipeline import assumed, bundle_path, complete, require_toolchain
+    from evm_deploy.export.plan import QUANTIZED
+    from evm_deploy.export.quantization import quantization_config
     from evm_deploy.export.targets import get_target
 
     target = get_target(plan.target)
     require_toolchain(target, plan)
     spec = source.network(plan).spec
-    plan, preprocessing = complete(plan, spec)
+    given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
     check_free(path, args.force, args.zip)
+    images: dict[str, str] = {}
+    if plan.precision in QUANTIZED:
+        used, judged = image_sets(quantization_config(plan, spec), preprocessing, Steps(args.quiet))
+        images |= {"Calibrate": f"{len(used)} images of {plan.calib}"} if used else {}
+        images |= {"Evaluate": f"{len(judged)} images of {plan.val or plan.calib}"} if judged else {}
     facts = {
-        "Would": f"export {spec.name} -> {target.name} {plan.precision}, {plan.sizes}, batch {plan.batch}",
+        "Would": f"export {spec.name} -> {target.runtime.label} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
         "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}', {spec.checkpoint['weights']}",
         "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+        "Normalise": f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}",
+        **({"Note": "; ".join(notes)} if (notes := assumed(given, spec, preprocessing)) else {}),
+        **images,
         "Output": plan.head,
         "Scan": plan.scan,
         **({"Chosen": f"{plan.chosen.value}, {plan.chosen.reason}"} if plan.chosen else {}),
@@ -322,6 +336,10 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     return facts
 
 
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(map(str, values))
+
+
 def _checkpoint(args: argparse.Namespace) -> Path:
     """Return the path of the checkpoint; without one that of the embedded demo, announced on stderr."""
     if args.checkpoint:
@@ -330,6 +348,23 @@ def _checkpoint(args: argparse.Namespace) -> Path:
 
     print(f"no checkpoint given: exporting the embedded demo, {CHECKPOINT.name} (handwritten digits)", file=sys.stderr)
     return CHECKPOINT
+
+
+def _example(args: argparse.Namespace) -> str:
+    """Return a command line to type, for the checkpoint that was given, else for the demo and for any checkpoint."""
+    if args.checkpoint:
+        return f"evm-export {shlex.quote(args.checkpoint)} --target onnx"
+    return "evm-export --target onnx exports the embedded demo, evm-export CKPT --target onnx your own network"
+
+
+def _calib(args: argparse.Namespace, precision: str | None) -> str | None:
+    """Return --calib. Int8 of the embedded demo is calibrated on the demo's own images by default."""
+    from evm_deploy.demo import CHECKPOINT, WORD
+    from evm_deploy.export.plan import CALIBRATED
+
+    given: str | None = args.calib
+    demo = args.checkpoint is None or Path(args.checkpoint).resolve() == CHECKPOINT.resolve()
+    return WORD if given is None and precision in CALIBRATED and demo else given
 
 
 def _plans(args: argparse.Namespace) -> list[ExportPlan]:
@@ -348,7 +383,10 @@ def _plans(args: argparse.Namespace) -> list[ExportPlan]:
         raise UsageError("--device and --platform cannot be combined", "leave --platform out: --device sets it")
     if args.device is None:
         if not args.target:
-            raise UsageError("--target is missing", f"choose from: {', '.join(load_targets())}, all")
+            raise UsageError(
+                "--target is missing",
+                f"choose from: {', '.join(load_targets())}, all\n  {_example(args)}",
+            )
         return [_plan(args, name) for name in resolve_names(args.target)]
     profile = find_profile(args.device)
     names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
@@ -358,13 +396,14 @@ def _plans(args: argparse.Namespace) -> list[ExportPlan]:
 
 def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
     """Return the plan of one target. decided: fields that a device profile has chosen. Raises UsageError."""
-    from evm_deploy.export.plan import ExportPlan, parse_imgsz
+    from evm_deploy.export.plan import ExportPlan, canonical_precision, parse_imgsz
     from evm_deploy.runtimes.base import Batch
 
+    decided = {"precision": args.precision, "native_library": args.platform, **decided}
     sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(
         target=target,
-        **{"precision": args.precision, "native_library": args.platform, **decided},
+        **decided,
         imgsz=next(iter(sizes), None),
         more_imgsz=sizes[1:],
         batch=Batch.parse(args.batch),
@@ -372,7 +411,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         head=args.head,
         scan=args.scan,
         min_target=args.min_target,
-        calib=args.calib,
+        calib=_calib(args, decided["precision"] and canonical_precision(decided["precision"])),
         calib_images=int(_number("--calib-images", args.calib_images, whole=True)),
         calib_method=args.calib_method,
         smooth=args.smooth,

@@ -24,7 +24,7 @@ def run_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="folder or .zip of the bundle")
+    add("bundle", nargs="?", metavar="BUNDLE", help="folder or .zip of the bundle")
     add("images", nargs="*", metavar="IMAGE", help="image files to classify")
     add("--top", type=int, default=5, metavar="K", help="number of classes to print per image, default 5")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
@@ -52,6 +52,11 @@ def _run(args: argparse.Namespace) -> int:
     """Run the self-test, the classification, or both. Return 4 if the self-test failed, else 0."""
     from evm_deploy.bundle.loaded import load
 
+    if args.bundle is None:
+        raise UsageError(
+            "no bundle is given",
+            "evm-run BUNDLE cat.jpg, or evm-run BUNDLE --selftest; without a bundle yet:  evm-export --target onnx",
+        )
     if not args.images and not args.selftest:
         raise UsageError(
             "nothing to do: no image is given",

@@ -14,19 +14,29 @@ from numpy.typing import NDArray
 from evm_deploy import __version__
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import command, size_text
+from evm_deploy._util.torch_settings import default_torch_settings
+from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, publish, seal, temporary_bundle
-from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.bundle.manifest import Manifest, portable
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.bundle.signing import private_key, public_key
 from evm_deploy.bundle.signing import sign as sign_bundle
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.plan import MAX_DROP, ExportPlan, parse_imgsz
+from evm_deploy.export.plan import (
+    DEFAULT_IMGSZ,
+    MAX_DROP,
+    PREPROCESSING,
+    ExportPlan,
+    check_labels,
+    make_preprocessing,
+    read_size,
+)
 from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
-from evm_deploy.export.target import Artifact, Target, check_plan, native_library, open_here
+from evm_deploy.export.target import Artifact, Target, check_plan, library_here, native_library, open_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
@@ -34,9 +44,8 @@ from evm_deploy.tasks import get_task
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
 
-DEFAULT_IMGSZ = (224, 224)
 
-
+@default_torch_settings()
 def export(
     source: str | Path | Network | Source,
     plan: ExportPlan,
@@ -52,30 +61,34 @@ def export(
     source: a checkpoint's path, a Network, or a Source that several exports share (a Source loads and traces once).
     force: replace a bundle that is already there. sign: PEM file of the ed25519 private key that signs the bundle.
     zipped: also write <bundle>.zip. `step(name, detail)`: context manager around each step, for progress.
+    Torch computes with its default settings meanwhile, whatever the host program has set (`default_torch_settings`).
     Raises EvmErrors. No half-written bundle is left. An artifact that fails the check of parity or accuracy is kept as
     `*.rejected`, and the error is a ParityError or AccuracyError.
     """
+    if not isinstance(plan, ExportPlan):
+        raise wrong("plan", plan, "an ExportPlan")
     key = private_key(sign) if sign else None
-    source = Source.of(source)
+    source, out = Source.of(source), path_text("out", out)
     target = get_target(plan.target)
     plan = check_plan(target, plan)
     require_toolchain(target, plan)
     with step("load", source.name):
         spec = source.network(plan).spec
-        plan, preprocessing = complete(plan, spec)
+        given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
     check_free(path, force, zipped)
     with temporary_bundle(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
-        with step("build", f"{target.name} {plan.precision}, scan {plan.scan}"):
+        with step("build", f"{target.runtime.label} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
         if plan.native_library:
             with step("native", f"library for {plan.native_library}; the first compilation takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.native_library, folder)
         seen = verified(source, target, artifact, plan, preprocessing, step)
         manifest = describe(target, plan, spec, preprocessing, artifact, seen)
+        manifest = replace(manifest, notes=[*assumed(given, spec, preprocessing), *manifest.notes])
         if quantized:
             gain = None
             if not target.emulator:
@@ -141,13 +154,14 @@ def verified(
 ) -> Seen:
     """Compare the artifact with the float model, in every lowering that runs on this machine and every image size."""
     task = get_task(source.network(plan).spec.task)
-    modes = lowerings(target, artifact)
+    modes, float16 = lowerings(target, artifact), plan.precision in target.float16
     with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
         reference = source.float_run(plan, preprocessing)
         parities: dict[str, verify.Parity] = {}
         for mode, plugin in modes.items():
             with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
-                parities[mode] = verify.verify(reference, runtime, target.scan_access(artifact, plugin), plan, task)
+                access = target.scan_access(artifact, plugin)
+                parities[mode] = verify.verify(reference, runtime, access, plan, task, float16=float16)
                 outputs = run_batched(runtime, plan.batch, reference.test_inputs)
                 interface = list(runtime.inputs.values()), list(runtime.outputs.values())
                 remarks = target.remarks(runtime)
@@ -155,7 +169,8 @@ def verified(
             there, smaller = replace(plan, imgsz=size, more_imgsz=()), replace(preprocessing, size=size)
             run = source.float_run(there, smaller)
             with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
-                found = verify.verify(run, runtime, target.scan_access(each, None), there, task)
+                access = target.scan_access(each, None)
+                found = verify.verify(run, runtime, access, there, task, float16=float16)
             parities[f"portable {size_text(size)}"] = found
     return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 
@@ -191,7 +206,7 @@ def build_engine(
             f"{path}: bundles for '{target.name}' have no engine to build",
             f"use it as it is:  {command('evm-run', Path(path), '--selftest')}",
         )
-    with step("engine", f"{bundle.path.name}, {target.name}"):
+    with step("engine", f"{bundle.path.name}, {target.runtime.label}"):
         target.engine.make(bundle.path, library, timing_cache)
     if key:
         sign_bundle(bundle.path, key)
@@ -212,9 +227,15 @@ def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path)
 
 
 def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
-    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library."""
+    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library.
+
+    Raises ToolchainError if none runs here, because then nothing can be verified.
+    """
     found: dict[str, Path | None] = {"portable": None} if "portable" in artifact.scan.value.split("+") else {}
     plugin = native_library(target, artifact)
+    if not found and not plugin:
+        library_here(target)  # raises with the reason
+        raise ToolchainError(f"no scan of the artifact runs on this machine: --scan {artifact.scan.value}")
     return {**found, "plugin": plugin} if plugin else found
 
 
@@ -224,19 +245,15 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     Raises UsageError for settings that do not fit the network.
     """
     saved = spec.defaults
-    imgsz = plan.imgsz or (parse_imgsz(saved["imgsz"]) if "imgsz" in saved else DEFAULT_IMGSZ)
+    imgsz = plan.imgsz or read_size("the checkpoint's imgsz", saved.get("imgsz", DEFAULT_IMGSZ))
+    if imgsz in plan.more_imgsz:
+        raise UsageError(f"--imgsz names the size {size_text(imgsz)} twice")
     for size in (imgsz, *plan.more_imgsz):
         if min(size) < spec.min_pixels:
             raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
-    chosen = {
-        key: getattr(plan, key) if getattr(plan, key) is not None else saved.get(key)
-        for key in ("mean", "std", "crop_pct", "interpolation")
-    }
-    try:
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
-        preprocessing = Preprocessing(imgsz, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"preprocessing: {error}") from error
+    given = {key: getattr(plan, key) for key in PREPROCESSING if getattr(plan, key) is not None}
+    open_values = {key: saved.get(key) for key in PREPROCESSING if key not in given}
+    preprocessing = replace(make_preprocessing(imgsz, open_values, "the checkpoint's "), **given)
     task = get_task(spec.task)
     head = plan.head or task.heads[0]
     if head not in task.heads:
@@ -245,7 +262,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         raise UsageError(
             f"--val with --head {head}: outputs of this head have no labels to compare with", "leave --val out"
         )
-    labels = plan.labels or (tuple(map(str, saved["labels"])) if "labels" in saved else None)
+    labels = plan.labels or (listed("the checkpoint's labels", saved["labels"], label) if "labels" in saved else None)
     if not task.decode:
         labels = None
     if labels and len(labels) != spec.num_classes:
@@ -253,24 +270,51 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
             f"{len(labels)} labels for a head of {spec.num_classes} classes",
             "give --labels one name per line, in order",
         )
-    if labels and any(not label.strip() or len(label.splitlines()) > 1 for label in labels):
-        raise UsageError("a label is empty or spans lines", "labels.txt holds one name per line")
+    if labels:
+        check_labels("labels", labels)
     max_drop = MAX_DROP if plan.val and plan.max_drop is None else plan.max_drop
     return replace(plan, imgsz=imgsz, head=head, labels=labels, max_drop=max_drop), preprocessing
 
 
+def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> list[str]:
+    """Return a note on the settings that neither the plan nor the checkpoint gives, with the values taken for them.
+
+    plan: as the user gave it, not completed. No parity check can see a wrong value here: the float model gets the same.
+    """
+    values = {
+        "size": ("imgsz", size_text(preprocessing.size)),
+        "mean": ("mean", ",".join(map(str, preprocessing.mean))),
+        "std": ("std", ",".join(map(str, preprocessing.std))),
+        "crop": ("crop_pct", str(preprocessing.crop_pct)),
+        "interpolation": ("interpolation", preprocessing.interpolation),
+    }
+    texts = [
+        f"{name} {text}"
+        for name, (key, text) in values.items()
+        if getattr(plan, key) is None and key not in spec.defaults
+    ]
+    return [f"assumed, because neither the checkpoint nor a flag says: {', '.join(texts)}"] if texts else []
+
+
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
-    """Raise ToolchainError unless this machine can build for `target`, and compile the plan's native library if any."""
+    """Raise ToolchainError unless this machine can build for `target`, and compile and verify the plan's scans."""
     found = target.environment()
     if not found.can_build:
         raise ToolchainError(f"target '{target.name}' cannot be built here: packages are missing", found.hint)
     if plan.native_library:
         cross_compile.zig_version()
+    if plan.scan in ("plugin", "aot") and plan.native_library != host_platform():
+        try:
+            library_here(target)
+        except ToolchainError as error:
+            raise ToolchainError(
+                f"an export with --scan {plan.scan} cannot be verified here: {error.args[0]}", error.hint
+            ) from error
 
 
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
-    """Return the path of the bundle: `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]."""
-    return Path(out) / f"{spec.name}-{target.name}-{plan.precision}-{plan.sizes}"
+    """Return the bundle's path, `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]; any file system takes the name."""
+    return Path(out) / f"{portable(spec.name)}-{target.name}-{plan.precision}-{plan.sizes}"
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from evm_deploy._util.text import one_of, size_text
+from evm_deploy._util.values import Converter, convert_fields, listed, number, path_text, text, whole, wrong
 from evm_deploy.bundle.manifest import Decision
-from evm_deploy.data.preprocessing import MAX_SIDE
+from evm_deploy.data.preprocessing import MAX_SIDE, Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
@@ -30,12 +32,17 @@ SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
 MAX_DROP = 1.0
+MIN_CROP_PCT = 0.1  # below it, a resized image is over 10 times as large as the network's input
+DEFAULT_IMGSZ = (224, 224)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
     """Settings of one export to one target. None means: the checkpoint's value, else the target's default.
 
+    All fields are checked when the plan is made, and converted to the annotated types: paths may be Path objects,
+    numbers numpy scalars, tuples lists or arrays, sizes and batches also a number or the text of the flag. Raises
+    UsageError.
     imgsz: (H, W) pixels. more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
     weights: `ema`, `raw`, or the name of a set of weights in the checkpoint. drop: patterns of its keys to leave out.
@@ -80,7 +87,7 @@ class ExportPlan:
     settings: Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop or ()))
+        convert_fields(self, NAMES, CONVERTERS)
         if self.head is not None:
             one_of("--head", self.head, HEADS)
         one_of("--input", self.input, INPUTS)
@@ -104,6 +111,9 @@ class ExportPlan:
             raise UsageError(f"--opset {self.opset}: supported are {MIN_OPSET} to {MAX_OPSET}")
         if self.tol is not None and not 0 < self.tol < 1:
             raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
+        if self.labels is not None:
+            check_labels("--labels", self.labels)
+        make_preprocessing(self.imgsz or DEFAULT_IMGSZ, {key: getattr(self, key) for key in PREPROCESSING}, "--")
 
     def _check_calibration(self) -> None:
         one_of("--calib-method", self.calib_method, CALIB_METHODS)
@@ -154,12 +164,116 @@ def canonical_precision(name: str) -> str:
     return PRECISION_ALIASES.get(name, name)
 
 
-def parse_imgsz(text: str | int) -> tuple[int, int]:
+def parse_imgsz(given: str | int) -> tuple[int, int]:
     """Parse `224` or `HxW`. Returns (H, W) in pixels. Raises UsageError."""
-    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(text))
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(given), re.ASCII)
     if not match:
-        raise UsageError(f"--imgsz {text!r}: use 224, or HxW such as 224x288")
-    height, width = int(match[1]), int(match[2] or match[1])
-    if max(height, width) > MAX_SIDE:
-        raise UsageError(f"--imgsz {text}: at most {MAX_SIDE} pixels a side")
-    return height, width
+        raise UsageError(f"--imgsz {given!r}: use 224, or HxW such as 224x288")
+    return _checked_size("--imgsz", (int(match[1]), int(match[2] or match[1])))
+
+
+def make_preprocessing(size: tuple[int, int], values: Mapping[str, Any], where: str) -> Preprocessing:
+    """Return the preprocessing with these `values` by name, of PREPROCESSING; None means the default of Preprocessing.
+
+    where: text before a value's name in error messages; `--` for flags. Raises UsageError for values that cannot be
+    meant, such as mean and std of channels in 0..255.
+    """
+    names = {key: where + (key.replace("_", "-") if where == "--" else key) for key in PREPROCESSING}
+    given = {key: CONVERTERS[key](names[key], values[key]) for key in PREPROCESSING if values.get(key) is not None}
+    for key in ("mean", "std"):
+        if any(not 0 <= value <= 1 for value in given.get(key, ())):
+            texts = (",".join(f"{value / unit:.4g}" for value in given[key]) for unit in (1, 255))
+            raise UsageError(
+                f"{names[key]} is {next(texts)}: it is applied after channels are scaled to 0..1, so use values from 0 "
+                "to 1",
+                f"if the values are for channels in 0..255, divide them by 255: {next(texts)}",
+            )
+    if given.get("crop_pct", 1) < MIN_CROP_PCT:
+        raise UsageError(f"{names['crop_pct']} is {given['crop_pct']}: use a share from {MIN_CROP_PCT} to 1")
+    try:
+        return Preprocessing(size, **given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"preprocessing: {where}{error}") from error
+
+
+def check_labels(what: str, labels: Sequence[str]) -> None:
+    """Check that labels can be stored, one on each line of labels.txt. Raises UsageError naming the first that cannot.
+
+    what: name of the labels in error messages.
+    """
+    if not labels:
+        raise UsageError(f"{what} is empty", "give one class name for each output, in order")
+    for index, label in enumerate(labels):
+        if not label.strip() or label.splitlines() != [label]:
+            raise UsageError(f"{what}: name {index} is empty or spans lines", "labels.txt holds one name on each line")
+        try:
+            label.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{what}: name {index} is not valid Unicode", "save the names as UTF-8 text") from error
+
+
+def read_size(what: str, value: Any) -> tuple[int, int]:
+    """Convert a number, `HxW`, or two numbers (H, W) to an image size (H, W) in pixels. Raises UsageError."""
+    if isinstance(value, str):
+        return parse_imgsz(value)
+    try:
+        sides = listed(what, value, whole)
+    except UsageError:
+        sides = (whole(what, value),) * 2
+    if len(sides) != 2:
+        raise wrong(what, value, "a number, HxW, or (H, W)")
+    return _checked_size(what, (sides[0], sides[1]))
+
+
+def _checked_size(what: str, size: tuple[int, int]) -> tuple[int, int]:
+    if not (min(size) >= 1 and max(size) <= MAX_SIDE):
+        raise UsageError(f"{what} {size_text(size)}: at least 1 and at most {MAX_SIDE} pixels a side")
+    return size
+
+
+def _further_size(what: str, value: Any) -> tuple[int, int]:
+    """Convert an item of more_imgsz. A bare number is refused: two of them could be one size (H, W)."""
+    if not isinstance(value, (str, list, tuple)):
+        raise wrong(what, value, "HxW or (H, W)")
+    return read_size(what, value)
+
+
+def _batch(what: str, value: Any) -> Batch:
+    """Convert a Batch, a number, the text of --batch, or three numbers to a Batch."""
+    if not isinstance(value, (str, Batch)):
+        try:
+            value = ":".join(map(str, listed(what, value, whole)))
+        except UsageError:
+            value = str(whole(what, value))
+    parsed = Batch.parse(str(value))
+    if isinstance(value, Batch) and value != parsed:
+        raise wrong(what, value, "Batch(min, opt, max) with 1 <= min <= opt <= max, or Batch(1, 1, None)")
+    return parsed
+
+
+def _decision(what: str, value: Any) -> Decision:
+    if not isinstance(value, Decision):
+        raise wrong(what, value, "a Decision")
+    return value
+
+
+def _unchanged(what: str, value: Any) -> Any:
+    return value
+
+
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+NAMES = {"native_library": "--platform", "more_imgsz": "--imgsz", "platform": "platform", "chosen": "chosen"}
+CONVERTERS: Mapping[str, Converter] = {
+    "imgsz": read_size,
+    "more_imgsz": lambda what, value: listed(what, value, _further_size),
+    "batch": _batch,
+    "chosen": _decision,
+    "mean": lambda what, value: listed(what, value, number),
+    "std": lambda what, value: listed(what, value, number),
+    "crop_pct": number,
+    "interpolation": text,
+    "calib": path_text,
+    "val": path_text,
+    "drop": lambda what, value: (value,) if isinstance(value, str) else listed(what, value, text),
+    "settings": _unchanged,  # check_plan checks them: their type belongs to the target
+}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evm_deploy._util.values import path_text
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.plan import ExportPlan
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 class Source:
-    """A checkpoint's path or a Network, for any number of exports in one thread.
+    """A checkpoint's path or a Network, for any number of exports in one thread. Raises UsageError for other types.
 
     Loading, tracing and running the float model take most of an export's time, and are the same for most targets and
     precisions. A Source does each of these steps once for all plans with the same settings for the step, and keeps the
@@ -27,7 +28,7 @@ class Source:
     """
 
     def __init__(self, given: str | Path | Network) -> None:
-        self._given = given
+        self._given = given if isinstance(given, Network) else path_text("source", given)
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
@@ -36,7 +37,7 @@ class Source:
         return given if isinstance(given, Source) else cls(given)
 
     @property
-    def checkpoint(self) -> str | Path | None:
+    def checkpoint(self) -> str | None:
         """Path of the checkpoint; None for a Network."""
         return None if isinstance(self._given, Network) else self._given
 

@@ -46,7 +46,8 @@ class Environment:
 class Emulator:
     """A runtime that computes a target's artifacts on any machine, for targets whose own runtime needs a device.
 
-    `open(path, options)`: as `RuntimeInfo.open`. `library()`: the native library that its scans run on, or None.
+    `open(path, options)`: as `RuntimeInfo.open`. `library()`: the native library that its scans run on, None if its
+    scans are always portable; raises ToolchainError if the library is missing.
     """
 
     open: Callable[[Path, RunOptions], Runtime]
@@ -149,7 +150,8 @@ class Target:
     runtime: the runtime of its artifacts, with the target's name, aliases and precisions.
     scans: lowerings of the scan. packages: modules that a build imports. install_hint: how to install them.
     min_targets: values of --min-target. several_sizes: whether one artifact can take several image sizes.
-    selftest_tolerances: by precision, relative to the artifact's own outputs.
+    selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
+    in float16 on the device, so that large values overflow there.
     libraries, emulator, engine: parts that only some targets have.
     settings: dataclass of the target's own settings (fields of `_util.settings`), the type of ExportPlan.settings.
 
@@ -177,6 +179,7 @@ class Target:
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
+    float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None
@@ -215,15 +218,23 @@ def native_library(target: Target, artifact: Artifact) -> Path | None:
     """
     if not {"plugin", "aot"} & set(artifact.scan.value.split("+")):
         return None
-    if target.emulator:
-        return target.emulator.library()
-    own = artifact.plugins.get(host_platform())
+    own = None if target.emulator else artifact.plugins.get(host_platform())
     if own:
         return artifact.path.parent / own
     try:
-        return target.runtime.kernels.installed() if target.runtime.kernels else None
+        return library_here(target)
     except ToolchainError:
         return None
+
+
+def library_here(target: Target) -> Path | None:
+    """Return the native library that scans of a target run on when an export is verified on this machine.
+
+    None: the target has no native scans. Raises ToolchainError with the reason if the library is missing.
+    """
+    if target.emulator:
+        return target.emulator.library()
+    return target.runtime.kernels.installed() if target.runtime.kernels else None
 
 
 def open_here(target: Target, path: Path, options: RunOptions) -> Runtime:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evm_deploy._util.silence import one_at_a_time
 from evm_deploy.errors import ParityError
-from evm_deploy.export.hub import float16
+from evm_deploy.export.hub.float16 import LARGEST
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanAccess
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
@@ -84,12 +84,18 @@ class FloatRun:
     beyond_float16: dict[str, float]
 
 
-def verify(reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: ExportPlan, task: Task) -> Parity:
-    """Compare the artifact in `runtime` with the float model. Differences beyond a limit are in `Parity.failures`."""
+def verify(
+    reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: ExportPlan, task: Task, *, float16: bool
+) -> Parity:
+    """Compare the artifact in `runtime` with the float model. Differences beyond a limit are in `Parity.failures`.
+
+    float16: whether the device computes the artifact's layers in float16. A value that float16 cannot hold is then a
+    failure, even if the runtime on this machine hides it.
+    """
     failures: list[str] = []
     test_inputs, expected = reference.test_inputs, reference.outputs
-    if plan.precision == "fp16":
-        too_large = "reaches {:.2g}, the largest float16 is 65504: use --precision fp32"
+    if float16:
+        too_large = f"reaches {{:.2g}}, the largest float16 is {LARGEST:.0f}: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
     actual = run_batched(runtime, plan.batch, test_inputs)
     max_abs = limit = 0.0
@@ -175,7 +181,7 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
                 )
             return func(*args, **(kwargs or {}))
 
-    watched = reaching(reference, float16.LARGEST)
+    watched = reaching(reference, LARGEST)
     recorder = Recorder()  # type: ignore[no-untyped-call]
     with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
         values = reference(torch.from_numpy(test_inputs))

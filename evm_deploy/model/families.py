@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy.model.checkpoint_file import Content, read_content
 from evm_deploy.model.efficientvmamba.checkpoint import EFFICIENTVMAMBA
 from evm_deploy.model.network import Family, LoadOptions, Network
@@ -13,6 +14,7 @@ from evm_deploy.model.state_dict import RawCheckpoint, no_weights, take_weights
 FAMILIES: tuple[Family, ...] = (EFFICIENTVMAMBA,)
 
 
+@default_torch_settings()
 def load_checkpoint(
     path: str | Path, *, head: str | None = None, weights: str = "ema", drop: Sequence[str] = ()
 ) -> Network:

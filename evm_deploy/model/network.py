@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evm_deploy._util.values import listed, text
+from evm_deploy.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -59,19 +62,35 @@ class Network(NamedTuple):
         """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
         outputs: names of the module's outputs, in order. name: name of the bundles, by default the class name in lower
-        case. facts: further fields of ModelSpec; `blocks` is by default `default_blocks(module)`.
+        case. facts: further fields of ModelSpec; `blocks` is by default `default_blocks(module)`. Raises UsageError for
+        a module whose parameters are not float32 on the CPU.
         """
+        names = listed("outputs", outputs, text)
+        _check_float32(module)
         family = type(module).__name__
         spec = ModelSpec(
             name=name or family.lower(),
             family=family,
             task=task,
-            outputs=tuple(outputs),
+            outputs=names,
             checkpoint={"file": "", "sha256": weights_sha256(module), "container": "module", "dropped": []},
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             **{"blocks": tuple(default_blocks(module)), **facts},
         )
         return cls(module.eval().requires_grad_(False), spec)
+
+
+def _check_float32(module: nn.Module) -> None:
+    import torch
+
+    for key, value in (*module.named_parameters(), *module.named_buffers()):
+        wrong_type = value.is_floating_point() and value.dtype != torch.float32
+        if wrong_type or value.device.type != "cpu":
+            raise UsageError(
+                f"{key} of the module is {str(value.dtype).removeprefix('torch.')} on {value.device}; a Network is "
+                "float32 on the CPU",
+                "pass module.float().cpu()",
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import checksum_matches, sha256, write_checksum
-from evm_deploy._util.settings import setting
+from evm_deploy._util.settings import Settings, setting
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
@@ -28,7 +28,7 @@ PRECISION_HINT = "inference_precision"  # key in RT_INFO: data type for computin
 
 
 @dataclass(frozen=True)
-class OpenVinoSettings:
+class OpenVinoSettings(Settings):
     """Run settings of OpenVINO.
 
     device: OpenVINO's device name; None for the CPU. cache: folder for compiled models, which load faster.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evm_deploy._util.cores import usable_cores
-from evm_deploy._util.files import checksum_matches, package_folders, write_checksum
+from evm_deploy._util.files import checksum_matches, move, package_folders, writable_cache, write_checksum
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 
@@ -139,12 +139,15 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
     """Return the cached library `path`. Compile it first if it is missing or its checksum does not match.
 
     compile_(folder): compiles the library in a temporary folder and returns its path there. The library is then moved
-    into the cache atomically. Raises ToolchainError.
+    into the cache atomically. Where the cache cannot be written, the library is kept until this process ends. Raises
+    ToolchainError.
     """
     if checksum_matches(path):
         return path
+    path = writable_cache(path.parent.parent) / path.parent.name / path.name
+    if checksum_matches(path):
+        return path
     try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=f".{path.parent.name}.") as work:
             built = compile_(Path(work))
             done = Path(work) / "done"
@@ -153,7 +156,7 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             write_checksum(built)
             shutil.rmtree(path.parent, ignore_errors=True)
             try:
-                done.rename(path.parent)
+                move(done, path.parent)
             except OSError:
                 if not checksum_matches(path):  # no other process has moved its library there meanwhile
                     raise

@@ -102,7 +102,10 @@ def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    except OSError as error:
+        raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}", BUILD_HINT) from error
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - SHOWN_LINES))

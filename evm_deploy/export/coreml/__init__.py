@@ -151,6 +151,7 @@ TARGET = Target(
     min_targets=MIN_TARGETS,
     check=check,
     selftest_tolerances={**SELFTEST_TOLERANCES, "w8": TOLERANCES["fp16"]},  # computed in float16
+    float16=("fp16", "int8", "w8"),
     several_sizes=True,
     remarks=remarks,
     emulator=Emulator(emulator, library=lambda: None),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import copy_folder
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.runtimes.coreml.tools import coremltools
 
@@ -42,7 +42,7 @@ def _write(fresh: Path, path: Path, metadata: Any) -> None:
 
     coremltools drops the metadata of a package of several functions, and names the items of any package at random.
     """
-    shutil.copytree(fresh, path)
+    copy_folder(fresh, path)
     spec = coremltools().utils.load_spec(str(fresh))
     spec.description.metadata.CopyFrom(metadata)
     file = path / "Data" / "com.apple.CoreML" / "model.mlmodel"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evm_deploy._util.settings import setting, whole, wholes
+from evm_deploy._util.settings import Settings, setting, whole, wholes
 from evm_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(Settings):
     """Settings of TensorRT's engine builder. None means TensorRT's own default.
 
     workspace_mib: largest scratch memory in MiB. sms: GPU architectures that the engine is for, such as 86
@@ -35,5 +35,6 @@ class EngineSettings:
     defer: bool = setting(True, "--no-defer", help="TensorRT: fail if the engine cannot be built here (exit 3)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"--workspace {self.workspace_mib}: use 1 MiB or more")

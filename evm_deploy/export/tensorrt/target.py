@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import copy_folder
 from evm_deploy._util.onnx import inlined
 from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision, Manifest
@@ -34,7 +35,7 @@ from evm_deploy.runtimes import tensorrt
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
-from evm_deploy.toolchain.plugins import find_plugin
+from evm_deploy.toolchain.plugins import find_plugin, installed_plugin
 
 INVALID = 2  # exit code of the builder for an invalid bundle
 SCANS = {
@@ -98,7 +99,7 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(engine_builder.__file__, folder / "finish.py")
     if mode == "plugin":
-        shutil.copytree(kernel.source().parent, folder / "plugin")
+        copy_folder(kernel.source().parent, folder / "plugin")
     details = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node), "scans": sites}
     return Artifact(path, Decision(mode, SCANS[mode]), details)
 
@@ -152,7 +153,7 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...]) -> Target:
         usage=usage,
         quantize=quantize,
         check=bound(check),
-        emulator=Emulator(emulator, library=lambda: find_plugin("onnxruntime")),
+        emulator=Emulator(emulator, library=installed_plugin),
         engine=EngineBuild(bound(build_engine), partial(can_build_engine, info.name), summary),
         settings=EngineSettings,
     )

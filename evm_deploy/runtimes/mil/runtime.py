@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy.errors import BundleError
 from evm_deploy.runtimes.base import Feeds, TensorSpec
 from evm_deploy.runtimes.mil.program import Program
@@ -40,6 +41,7 @@ class MilRuntime:
         """Largest magnitude of all float16 results so far."""
         return self.program.largest
 
+    @default_torch_settings()
     def run(self, feeds: Feeds, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one inference. Returns the tensors `wanted`, by default the outputs.
 

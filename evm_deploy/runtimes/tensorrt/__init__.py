@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.packages import install_hint
-from evm_deploy._util.settings import setting
+from evm_deploy._util.settings import Settings, setting
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Requirement, RuntimeInfo
@@ -237,7 +237,7 @@ class TensorRtRuntime:
 
 
 @dataclass(frozen=True)
-class TensorRtSettings:
+class TensorRtSettings(Settings):
     """Run settings of TensorRT. cuda_graph: launch the engine as one CUDA graph."""
 
     cuda_graph: bool = setting(

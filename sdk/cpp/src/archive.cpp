@@ -161,14 +161,17 @@ class Zip : public Source {
         return next;
     }
 
-    // Return the folder that contains the manifest: the root of the zip, or its first folder.
+    // Return the folder that contains the manifest: the root of the zip, or one of its folders. Other folders do not count,
+    // such as __MACOSX, which the Finder adds.
     std::string root() const {
         if (entries_.count(MANIFEST)) return "";
-        if (!entries_.empty()) {
-            const std::string &first = entries_.begin()->first;
-            const std::string folder = first.substr(0, first.find('/') + 1);
-            if (!folder.empty() && entries_.count(folder + MANIFEST)) return folder;
+        std::vector<std::string> holding;
+        for (const auto &[name, entry] : entries_) {
+            const std::string folder = name.substr(0, name.find('/') + 1);
+            if (!folder.empty() && name == folder + MANIFEST) holding.push_back(folder);
         }
+        if (holding.size() == 1) return holding[0];
+        if (!holding.empty()) throw BundleError(path + " holds several bundles: " + holding[0] + ", " + holding[1], "unpack it, and give one folder", {"zip.refused"});
         throw BundleError(path + " is not a bundle: no " + MANIFEST + " inside", "make one with evm-export --zip", {"manifest.missing"});
     }
 };

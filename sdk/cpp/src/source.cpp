@@ -84,10 +84,25 @@ std::unique_ptr<Source> open_source(const fs::path &bundle) {
     return std::make_unique<Folder>(bundle);
 }
 
+// Test whether a part of a name is a device, another name or no name on Windows.
+static bool only_elsewhere(const std::string &part) {
+    if (!part.empty() && part != "." && (part.back() == '.' || part.back() == ' ')) return true;
+    std::string stem = part.substr(0, part.find('.'));
+    for (char &c : stem)
+        if (c >= 'a' && c <= 'z') c = static_cast<char>(c - 'a' + 'A');
+    for (const char *device : {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"})
+        if (stem == device) return true;
+    const std::string port = stem.substr(0, 3), number = stem.size() > 3 ? stem.substr(3) : "";
+    const bool digit = (number.size() == 1 && number[0] >= '0' && number[0] <= '9') || number == "\u00b9" || number == "\u00b2" || number == "\u00b3";
+    return (port == "COM" || port == "LPT") && digit;
+}
+
 bool inside_bundle(const std::string &name) {
-    if (name.empty() || name[0] == '/' || name.find_first_of(std::string("\\:\0", 3)) != std::string::npos) return false;
+    if (name.empty() || name[0] == '/') return false;
+    for (const char c : name)
+        if (static_cast<unsigned char>(c) < 0x20 || std::string("<>:\"|?*\\").find(c) != std::string::npos) return false;
     for (const std::string &part : split(name, '/'))
-        if (part == "..") return false;
+        if (only_elsewhere(part)) return false;
     return true;
 }
 

@@ -180,10 +180,13 @@ private func keyPath(_ error: DecodingError) -> String {
     }
 }
 
-/// Tests whether a file name stays inside the bundle on every system.
+/// Names that leave the bundle, or are a device, another file or no name on Windows. The JSON schema has the same pattern.
+private let leaves = #"^$|^/|[\x00-\x1f<>:"|?*\\]|(^|/)(?!\.(/|$))[^/]*[. ](/|$)"#
+    + #"|(^|/)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.[^/]*)?(/|$)"#
+
+/// Tests whether a file name is a file inside the bundle on every system.
 private func insideBundle(_ name: String) -> Bool {
-    let leaves = name.hasPrefix("/") || name.split(separator: "/").contains("..")
-    return !name.isEmpty && !leaves && !name.contains { "\\:\0".contains($0) }
+    name.range(of: leaves, options: [.regularExpression, .caseInsensitive]) == nil && !name.isEmpty
 }
 
 private func check(_ folder: URL, _ name: String, _ file: Manifest.File) throws {

@@ -205,9 +205,12 @@ function isObject(value: unknown): boolean {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Test whether a file name, from a manifest or a zip, stays inside the bundle on every system. */
+/** Names that leave the bundle, or are a device, another file or no name on Windows. The JSON schema has the same pattern. */
+const LEAVES = /^$|^\/|[\x00-\x1f<>:"|?*\\]|(^|\/)(?!\.(\/|$))[^/]*[. ](\/|$)|(^|\/)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.[^/]*)?(\/|$)/i;
+
+/** Test whether a file name, from a manifest or a zip, is a file inside the bundle on every system. */
 export function insideBundle(name: string): boolean {
-  return name !== "" && !name.startsWith("/") && !name.split("/").includes("..") && !/[\\:\0]/.test(name);
+  return !LEAVES.test(name);
 }
 
 function parseJson(bytes: Uint8Array, path: string): unknown {

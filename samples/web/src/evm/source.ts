@@ -48,16 +48,19 @@ export function folderOf(files: ReadonlyMap<string, Blob>, name: string): Source
 }
 
 /**
- * Return a source for a bundle in a zip, at the root of the zip or in its folder. Throws BundleError if the zip is damaged,
- * is refused (see unzip), or holds no bundle.
+ * Return a source for a bundle in a zip, at the root of the zip or in one of its folders. Other folders do not count, such as
+ * `__MACOSX`, which the Finder adds. Throws BundleError if the zip is damaged, is refused (see unzip), or holds no bundle or
+ * several.
  */
 export async function zipped(zip: Blob, name = zip instanceof File ? zip.name : "zip"): Promise<Source> {
   const files = await unzip(zip, name);
-  const top = [...files.keys()].map((path) => path.split("/")[0]).sort()[0];
-  for (const root of ["", `${top}/`])
-    if (files.has(root + MANIFEST)) {
-      const below = [...files].filter(([path]) => path.startsWith(root));
-      return folderOf(new Map(below.map(([path, file]) => [path.slice(root.length), file])), name);
-    }
+  const folders = [...files.keys()].filter((path) => path.split("/").length === 2 && path.endsWith(`/${MANIFEST}`));
+  const [root, another] = files.has(MANIFEST) ? [""] : folders.map((path) => path.slice(0, -MANIFEST.length));
+  if (root !== undefined && another !== undefined)
+    throw new BundleError(`${name} holds several bundles: ${root}, ${another}`, "unpack it, and give one folder", { code: "zip.refused" });
+  if (root !== undefined) {
+    const below = [...files].filter(([path]) => path.startsWith(root));
+    return folderOf(new Map(below.map(([path, file]) => [path.slice(root.length), file])), name);
+  }
   throw new BundleError(`${name} is not a bundle: no ${MANIFEST} inside`, "make one with evm-export --zip", { code: "manifest.missing" });
 }

@@ -30,9 +30,11 @@ fun unpack(path: File, into: File): File {
     } catch (error: IllegalArgumentException) { // names with an invalid encoding
         throw BundleException("$path is damaged or not a zip file: ${error.message}", "copy the file again", "zip.damaged")
     }
-    return listOf(into, *into.listFiles().orEmpty().sortedArray().take(1).toTypedArray())
-        .find { File(it, MANIFEST).isFile }
-        ?: throw missing(path)
+    // Folders without a manifest do not count, such as __MACOSX, which the Finder adds.
+    if (File(into, MANIFEST).isFile) return into
+    val holding = into.listFiles().orEmpty().filter { File(it, MANIFEST).isFile }
+    if (holding.size > 1) throw refused("$path holds several bundles: ${holding[0].name}, ${holding[1].name}")
+    return holding.firstOrNull() ?: throw missing(path)
 }
 
 private fun missing(path: File): BundleException {

@@ -106,9 +106,15 @@ class Batch private constructor(val min: Int, val max: Int?) {
     }
 }
 
-/** Tests whether a file name, from a manifest or a zip, stays inside the bundle on every system. */
-internal fun insideBundle(name: String): Boolean =
-    name.isNotEmpty() && !name.startsWith("/") && ".." !in name.split("/") && name.none { it in "\\:\u0000" }
+/** Names that leave the bundle, or are a device, another file or no name on Windows. The JSON schema has the same pattern. */
+private val LEAVES = Regex(
+    """^$|^/|[\x00-\x1f<>:"|?*\\]|(^|/)(?!\.(/|$))[^/]*[. ](/|$)""" +
+        """|(^|/)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.[^/]*)?(/|$)""",
+    RegexOption.IGNORE_CASE,
+)
+
+/** Tests whether a file name, from a manifest or a zip, is a file inside the bundle on every system. */
+internal fun insideBundle(name: String): Boolean = !LEAVES.containsMatchIn(name)
 
 private fun checkedHash(name: String, facts: Value): String {
     if (!insideBundle(name)) throw Invalid(facts.where, "leaves the bundle")

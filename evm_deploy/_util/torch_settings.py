@@ -1,0 +1,37 @@
+"""Global settings of torch that a host program may have changed: at their defaults in a block, restored afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def default_torch_settings() -> Iterator[None]:
+    """Context manager in which torch computes in float32 on the CPU, whatever the program around it has set.
+
+    Set are the default dtype and device, autocast, grad mode, deterministic algorithms, the precision of float32
+    products and the detection of anomalies. All of them, and the number of threads, are restored. Also usable as a
+    decorator. Settings of the whole process change for other threads meanwhile, too.
+    """
+    import torch
+
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    products = torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        stack.callback(torch.set_float32_matmul_precision, products)
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        stack.enter_context(torch.device("cpu"))
+        yield
