@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
-from evm_deploy._util.text import one_of
+from evm_deploy._util.text import one_of, shortened
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.signing import public_key
-from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
+from evm_deploy.data.preprocessing import is_one_image
+from evm_deploy.errors import BundleError, ImageError, ToolchainError, UsageError
+from evm_deploy.runtimes.base import (
+    DEFAULTS,
+    Feeds,
+    Profiled,
+    RunOptions,
+    Runtime,
+    TensorSpec,
+    check_feeds,
+    run_batched,
+)
 from evm_deploy.runtimes.info import NativeKernels
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
@@ -28,8 +38,11 @@ from evm_deploy.tasks.task import Decode, Prediction
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from typing import SupportsIndex
 
+    from evm_deploy.data.preprocessing import ImageLike
+
+OnError = Callable[[int, ImageError], object]
 NO_SETTINGS: Mapping[str, Any] = {}
 DYNAMIC_BATCH = 16  # images per inference of predict() if the batch of the bundle is unbounded
 
@@ -47,6 +60,7 @@ class LoadedBundle:
         scan: str = "auto",
         settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> None:
+        self._closed = False
         self.bundle, self.manifest = bundle, bundle.manifest
         self.target = runtime_of(self.manifest.target, bundle.path)
         if not self.manifest.built:
@@ -78,8 +92,9 @@ class LoadedBundle:
 
         Raises UsageError naming the input that does not fit.
         """
+        runtime = self._opened()
         check_feeds(self.inputs, feeds)
-        return self._runtime.run(feeds)
+        return runtime.run(feeds)
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
@@ -88,44 +103,95 @@ class LoadedBundle:
 
     def compute_plan(self) -> Mapping[str, Any]:
         """Return the number of operations and the estimated cost per device. Only Core ML reports them."""
-        return getattr(self._runtime, "compute_plan", dict)()
+        return getattr(self._opened(), "compute_plan", dict)()
 
     def profiled(self) -> Profiled | None:
         """Open the artifact a second time, in a runtime that measures each node. None if the target has no profiler."""
+        self._opened()  # a zip's folder is gone with it
         if not self.target.profiler:
             return None
         options = replace(self._options, streams=1, profile=True)
         return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
 
-    def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
+    def predict(
+        self, images: ImageLike | Iterable[ImageLike], top: int = 5, *, on_error: OnError | None = None
+    ) -> list[list[Prediction]]:
         """Return the `top` most probable classes of each image, best first.
 
-        images: paths, Pillow images or uint8 RGB arrays. Raises ImageError for an image that cannot be read, UsageError
-        if the bundle is not a classifier, BundleError for outputs that are NaN, infinite or of a wrong shape.
+        images: any number of images as `data.preprocessing.read_rgb` takes them (paths, encoded bytes, open files,
+        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3]. One image alone gives a list of one answer. on_error:
+        called with the index and the ImageError of an image that cannot be read, whose answer is then []; None raises
+        the error. Raises UsageError if the bundle is not a classifier or closed, BundleError for outputs that are NaN,
+        infinite or of a wrong shape.
         """
         self._require_answers(top)
-        pixels = map(self.preprocessing.pixels, images)
         results: list[list[Prediction]] = []
-        while chunk := list(itertools.islice(pixels, self._batch_size)):
-            results += self.classify(np.stack(chunk), top)
+        waiting: dict[int, NDArray[np.uint8]] = {}
+
+        def classify() -> None:
+            if waiting:
+                for index, answer in zip(waiting, self.classify(np.stack(list(waiting.values())), top), strict=True):
+                    results[index] = answer
+                waiting.clear()
+
+        for index, image in enumerate(_each(images)):
+            results.append([])
+            try:
+                waiting[index] = self.preprocessing.pixels(image)
+            except ImageError as error:
+                if on_error is None:
+                    raise
+                on_error(index, error)
+            if len(waiting) == self._batch_size:
+                classify()
+        classify()
         return results
 
-    def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
+    def classify(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
 
-        pixels: (n, H, W, 3) uint8, with any n from 1, independent of the bundle's batch. An app can preprocess in other
-        threads and call `classify` here. Raises UsageError, BundleError.
+        pixels: uint8 [n, H, W, 3] with any n, independent of the bundle's batch; or any number of [H, W, 3]; or one. An
+        app can preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
         """
         decode = self._require_answers(top)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
+        array = self._stacked(pixels)
+        chunks = (array[start : start + self._batch_size] for start in range(0, len(array), self._batch_size))
+        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, _whole(top))]
+
+    def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return preprocessed images as one array [n, H, W, 3]. Raises UsageError."""
+        shape = (*self.preprocessing.size, 3)
+        if not isinstance(pixels, np.ndarray):
+            given = list(pixels) if isinstance(pixels, Iterable) else [pixels]
+            wrong = [each for each in given if not isinstance(each, np.ndarray) or each.shape != shape]
+            if wrong:
+                found = list(wrong[0].shape) if isinstance(wrong[0], np.ndarray) else type(wrong[0]).__name__
+                raise UsageError(
+                    f"each image must be uint8 {list(shape)}, got {found}", "preprocessing.pixels(image) makes one"
+                )
+            pixels = np.stack(given) if given else np.empty((0, *shape), np.uint8)
+        if pixels.shape == shape:
+            pixels = pixels[None]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
             height, width = self.preprocessing.size
-            raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
-        chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
-        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, top)]
+            raise UsageError(
+                f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}",
+                "preprocessing.pixels(image) makes each; predict(images) takes any image",
+            )
+        return pixels
 
     def selftest(self) -> list[selftest.Check]:
         """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""
-        return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
+        return selftest.run(self.bundle, self.target, self._opened(), replace(self._options, threads=None))
+
+    def _opened(self) -> Runtime:
+        """Return the runtime. Raises UsageError after the end of the `with` block, which has closed it."""
+        if self._closed:
+            raise UsageError(
+                f"bundle {self.bundle.path} is closed: its `with` block has ended",
+                "call inside the block, or load it again",
+            )
+        return self._runtime
 
     def _lowering(self, scan: str) -> tuple[Path | None, Decision]:
         """Decide how the scans run on this machine. Returns the native library (or None), and the reason."""
@@ -181,11 +247,12 @@ class LoadedBundle:
         return self.manifest.batch.max or DYNAMIC_BATCH
 
     def _require_answers(self, top: int) -> Decode:
-        """Return the task's `decode`. Raises UsageError if the task has no predictions, or if `top` is below 1."""
+        """Return the task's `decode`. Raises UsageError for a task without predictions, and for an invalid `top`."""
+        self._opened()
         if not self.task.decode:
             raise UsageError(f"no classes to predict: the bundle gives {self.task.gives}", "use run(feeds)")
-        if top < 1:
-            raise UsageError(f"top is {top}, it must be at least 1")
+        if _whole(top) < 1:
+            raise UsageError(f"top is {shortened(top)}, it must be a whole number from 1")
         return self.task.decode
 
     def _answers(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -237,12 +304,37 @@ class LoadedBundle:
         return BundleError(message, "export it again", code="model.interface", where=artifact)
 
     def __enter__(self) -> LoadedBundle:
+        self._opened()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runtime.__exit__(kind, error, trace)
+        if not self._closed:
+            self._closed = True
+            self._runtime.__exit__(kind, error, trace)
+
+
+def _whole(number: object) -> int:
+    """Return a Python or numpy integer as int, and 0 for every other value."""
+    try:
+        return operator.index(cast("SupportsIndex", number))
+    except TypeError:
+        return 0
+
+
+def _each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Return the images to iterate over: one image alone is a list of one. Raises UsageError."""
+    if is_one_image(images):
+        return [cast("ImageLike", images)]
+    if isinstance(images, np.ndarray) and (images.ndim != 4 or images.shape[3] not in (3, 4)):
+        raise UsageError(
+            f"array of shape {list(images.shape)}: one image is [H, W] or [H, W, 3], several are [n, H, W, 3]",
+            "give grey images as a list of [H, W]",
+        )
+    if not isinstance(images, Iterable):
+        raise UsageError(f"images cannot be a {type(images).__name__}", "give a path, an image, or a list of them")
+    return cast("Iterable[ImageLike]", images)
 
 
 def _alike(have: TensorSpec, want: TensorSpec) -> bool:
