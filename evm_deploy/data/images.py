@@ -413,10 +413,9 @@ def _class_index(
             )
         return {name: known[_composed(name)][0] for name in names}, f"{begin} by name, from the labels"
     if by_number and len(unknown) == len(names):
-        moved = (
-            [f"{name} class {i}" for i, name in enumerate(names) if int(name) != i] if len(names) == num_classes else []
-        )
-        differs = f"; the alphabet, as in torchvision's ImageFolder, would make {moved[0]}" if moved else ""
+        moved = [f"{name} class {place}" for place, name in enumerate(names) if int(name) != place]
+        other = f"; the alphabet, as in torchvision's ImageFolder, would make {moved[0]}" if moved else ""
+        differs = other if len(names) == num_classes else ""
         return {name: int(name) for name in names}, f"{begin} by number{differs}"
     if len(names) == num_classes and not known:
         shown = [f"{name} is {index}" for index, name in enumerate(names)]

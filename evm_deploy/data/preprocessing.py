@@ -116,6 +116,8 @@ def read_rgb(image: ImageLike) -> Image:
             return _upright_rgb(opened)
     except FileNotFoundError as error:
         raise ImageError(f"{name} does not exist") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a folder", "give images, or a folder that holds some") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image that Pillow can read") from error
     except PIL.Image.DecompressionBombError as error:
