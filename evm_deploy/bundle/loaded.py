@@ -119,10 +119,10 @@ class LoadedBundle:
         """Return the `top` most probable classes of each image, best first.
 
         images: any number of images as `data.preprocessing.read_rgb` takes them (paths, encoded bytes, open files,
-        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3]. One image alone gives a list of one answer. on_error:
-        called with the index and the ImageError of an image that cannot be read, whose answer is then []; None raises
-        the error. Raises UsageError if the bundle is not a classifier or closed, BundleError for outputs that are NaN,
-        infinite or of a wrong shape.
+        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3] or [n, H, W]. One image alone gives a list of one answer.
+        on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
+        None raises the error. Raises UsageError if the bundle is not a classifier, or closed, BundleError for outputs
+        that are NaN, infinite or of a wrong shape.
         """
         self._require_answers(top)
         results: list[list[Prediction]] = []
@@ -150,8 +150,8 @@ class LoadedBundle:
     def classify(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
 
-        pixels: uint8 [n, H, W, 3] with any n, independent of the bundle's batch; or any number of [H, W, 3]; or one. An
-        app can preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
+        pixels: uint8 [n, H, W, 3] with any n, independent of the bundle's batch, or a list of [H, W, 3]. An app can
+        preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
         """
         decode = self._require_answers(top)
         array = self._stacked(pixels)
@@ -161,24 +161,21 @@ class LoadedBundle:
     def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """Return preprocessed images as one array [n, H, W, 3]. Raises UsageError."""
         shape = (*self.preprocessing.size, 3)
-        if not isinstance(pixels, np.ndarray):
+        if isinstance(pixels, np.ndarray):
+            if pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == shape:
+                return pixels
+            wrong: object = pixels
+        else:
             given = list(pixels) if isinstance(pixels, Iterable) else [pixels]
-            wrong = [each for each in given if not isinstance(each, np.ndarray) or each.shape != shape]
-            if wrong:
-                found = list(wrong[0].shape) if isinstance(wrong[0], np.ndarray) else type(wrong[0]).__name__
-                raise UsageError(
-                    f"each image must be uint8 {list(shape)}, got {found}", "preprocessing.pixels(image) makes one"
-                )
-            pixels = np.stack(given) if given else np.empty((0, *shape), np.uint8)
-        if pixels.shape == shape:
-            pixels = pixels[None]
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
-            height, width = self.preprocessing.size
-            raise UsageError(
-                f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}",
-                "preprocessing.pixels(image) makes each; predict(images) takes any image",
-            )
-        return pixels
+            fits = [isinstance(each, np.ndarray) and (each.dtype, each.shape) == (np.uint8, shape) for each in given]
+            if all(fits):
+                return np.stack(given) if given else np.empty((0, *shape), np.uint8)
+            wrong = given[fits.index(False)]
+        found = f"{wrong.dtype} {list(wrong.shape)}" if isinstance(wrong, np.ndarray) else type(wrong).__name__
+        raise UsageError(
+            f"pixels must be uint8 [n, {shape[0]}, {shape[1]}, 3], got {found}",
+            "preprocessing.pixels(image) makes each, for a list or np.stack; predict(images) takes any images",
+        )
 
     def selftest(self) -> list[selftest.Check]:
         """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""
@@ -327,10 +324,10 @@ def _each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Return the images to iterate over: one image alone is a list of one. Raises UsageError."""
     if is_one_image(images):
         return [cast("ImageLike", images)]
-    if isinstance(images, np.ndarray) and (images.ndim != 4 or images.shape[3] not in (3, 4)):
+    if isinstance(images, np.ndarray) and (images.ndim not in (3, 4) or (images.ndim == 3 and len(images) in (3, 4))):
         raise UsageError(
             f"array of shape {list(images.shape)}: one image is [H, W] or [H, W, 3], several are [n, H, W, 3]",
-            "give grey images as a list of [H, W]",
+            "transpose [3, H, W]; give three or four grey images as a list, list(images)",
         )
     if not isinstance(images, Iterable):
         raise UsageError(f"images cannot be a {type(images).__name__}", "give a path, an image, or a list of them")

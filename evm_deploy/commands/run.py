@@ -130,7 +130,7 @@ def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
 
 
 def _images(given: str) -> list[str]:
-    """Return the images that an argument names: a folder's, those of a pattern that no shell has expanded, or itself."""
+    """Return the images that an argument names: a folder's, those of a pattern that no shell expanded, or itself."""
     from evm_deploy.data.images import find_images
 
     path = Path(given)

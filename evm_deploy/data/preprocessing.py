@@ -105,10 +105,10 @@ def read_rgb(image: ImageLike) -> Image:
     import PIL.Image
     from PIL import UnidentifiedImageError
 
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
     name = _name(image)
     try:
-        if isinstance(image, np.ndarray):
-            return _from_array(image)
         if isinstance(image, PIL.Image.Image):
             return _upright_rgb(image)
         with PIL.Image.open(io.BytesIO(image) if isinstance(image, BYTES) else image) as opened:
@@ -154,9 +154,9 @@ def _from_array(image: NDArray[Any]) -> Image:
     import PIL.Image
 
     if image.dtype != np.uint8 or not is_one_image(image):
-        raise ValueError(f"it must be uint8 HxW, HxWx3 or HxWx4, got {image.dtype} {list(image.shape)}")
+        raise ImageError(f"array image must be uint8 HxW, HxWx3 or HxWx4, got {image.dtype} {list(image.shape)}")
     if 0 in image.shape:
-        raise ValueError(f"it is empty: {list(image.shape)}")
+        raise ImageError(f"array image is empty: {list(image.shape)}")
     return PIL.Image.fromarray(image).convert("RGB")
 
 
@@ -189,7 +189,9 @@ def _eight_bits(image: Image, tags: Mapping[int, Any]) -> Image:
         known = f"0..{top:.0f}, and not all below 256"
         certain = low >= 0 and high <= top and not 0 < high < 256
     if not certain:
-        raise ValueError(f"its values go from {low:g} to {high:g}, known are {known}; save it with 8 bits")
+        raise ValueError(
+            f"values from {low:g} to {high:g} in mode {image.mode}, known are {known}; save it with 8 bits"
+        )
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         values = top - values
     return PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
