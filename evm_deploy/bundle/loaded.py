@@ -119,7 +119,7 @@ class LoadedBundle:
         """Return the `top` most probable classes of each image, best first.
 
         images: any number of images as `data.preprocessing.read_rgb` takes them (paths, encoded bytes, open files,
-        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3] or [n, H, W]. One image alone gives a list of one answer.
+        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
         None raises the error. Raises UsageError if the bundle is not a classifier, or closed, BundleError for outputs
         that are NaN, infinite or of a wrong shape.
@@ -140,7 +140,7 @@ class LoadedBundle:
                 waiting[index] = self.preprocessing.pixels(image)
             except ImageError as error:
                 if on_error is None:
-                    raise
+                    raise ImageError(f"images[{index}]: {error.args[0]}", error.hint, code=error.code) from error
                 on_error(index, error)
             if len(waiting) == self._batch_size:
                 classify()
@@ -167,7 +167,8 @@ class LoadedBundle:
             wrong: object = pixels
         else:
             given = list(pixels) if isinstance(pixels, Iterable) else [pixels]
-            fits = [isinstance(each, np.ndarray) and (each.dtype, each.shape) == (np.uint8, shape) for each in given]
+            arrays = [isinstance(each, np.ndarray) and each.dtype == np.uint8 for each in given]
+            fits = [array and each.shape == shape for array, each in zip(arrays, given, strict=True)]
             if all(fits):
                 return np.stack(given) if given else np.empty((0, *shape), np.uint8)
             wrong = given[fits.index(False)]

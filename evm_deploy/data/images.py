@@ -60,19 +60,22 @@ class ImageSet:
     """Set of images with their preprocessing. Each was decoded once, into a temporary file that goes with the set.
 
     skipped: "name: reason" of each image that could not be read. order: sentence on how classes got their index.
+    progress: called with the number of images that `pixels` has given, and of all.
     """
 
     items: tuple[ImageItem, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
     order: str = ""
+    progress: Progress = field(default=no_progress, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def pixels(self) -> Iterator[Pixels]:
         """Yield the preprocessed pixels of each image, (H, W, 3) uint8, in order. Raises ImageError."""
-        for item in self.items:
+        for done, item in enumerate(self.items):
+            self.progress(done, len(self))
             yield self.preprocessing.pixels(item.source) if item.decoded is None else item.decoded
 
     @property
@@ -403,7 +406,7 @@ def _class_index(
             known = {**{name: [0] for name in absent}, **{label: [1] for label in known}}
     unknown = [name for name in names if _composed(name) not in known]
     by_number = all(re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes for name in names)
-    begin = f"classes of {source} got their index"
+    begin = f"classes of {source.name} got their index"
     if known and not unknown:
         twice = next((name for name in names if len(known[_composed(name)]) > 1), None)
         if twice:
