@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,8 @@ class LoadedBundle:
             try:
                 waiting[index] = self.preprocessing.pixels(image)
             except ImageError as error:
+                if on_error is None and isinstance(image, (str, os.PathLike)):
+                    raise  # names the file
                 if on_error is None:
                     raise ImageError(f"images[{index}]: {error.args[0]}", error.hint, code=error.code) from error
                 on_error(index, error)

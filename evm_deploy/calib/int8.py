@@ -175,7 +175,7 @@ def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, num_classes:
             "order of the classes may not be the network's, and this accuracy proves nothing"
         )
     if len(stages) > 1:
-        yield f"candidates were compared on {len(stages[0])} images, the chosen one is evaluated on all {len(stages[1])}"
+        yield f"candidates were compared on {len(stages[0])} images, the chosen one on all {len(stages[1])}"
 
 
 def each_block(source: QuantizationCandidate, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:

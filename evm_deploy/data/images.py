@@ -24,7 +24,8 @@ from evm_deploy.errors import CalibrationError, ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UNREAD = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})  # formats that Pillow only names or writes
+# Formats that Pillow 13 only names or writes; EPS is a program, which Ghostscript would run.
+UNREAD = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
 LITTER = frozenset(  # beside hidden names, what systems leave in folders; in lower case
     {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 )
