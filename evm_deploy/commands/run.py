@@ -133,10 +133,9 @@ def _images(given: str) -> list[str]:
     """Return the images that an argument names: a folder's, those of a pattern that no shell expanded, or itself."""
     from evm_deploy.data.images import find_images
 
-    path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(given):  # noqa: PTH112  Path("") is the current folder
         with contextlib.suppress(CalibrationError):  # reading the folder itself fails, and says so
-            return [str(item.source) for item in find_images(path)]
+            return [str(item.source) for item in find_images(Path(given))]
     elif glob.has_magic(given) and not os.path.lexists(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
         return [name for match in matches for name in _images(match)] or [given]
