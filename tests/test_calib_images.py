@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -307,6 +308,12 @@ def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
         shot(tmp_path / f"{i:02d}.png", i)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert ["gone: image" in text for text in calibration_images(tmp_path, PRE, force=True).skipped] == [True]
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    shot(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert names(tmp_path) == ["a.png"]  # opening it would wait for ever
 
 
 def test_every_suffix_that_pillow_opens_is_found(tmp_path):

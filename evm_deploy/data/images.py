@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Progress
+from evm_deploy._util.text import shortened
 from evm_deploy.data.decoded import DecodedImages
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import CalibrationError, ImageError
@@ -229,7 +230,7 @@ def _readable(
             original = read_rgb(item.source)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
-            skipped.append(f"{item.name}: {error}")
+            skipped.append(f"{shortened(item.name)}: {error}")
             continue
         good.append(item)
         decoded.add(pixels)
@@ -322,7 +323,7 @@ def _listed(source: Path) -> list[tuple[ImageItem, str | None]]:
 
 def _split(line: str, folder: Path, named: re.Pattern[str]) -> list[str]:
     """Split a line of a list into [path, class], or [path] if it names no class. Both may contain spaces."""
-    if os.path.exists(folder / line):  # noqa: PTH110  accepts any name
+    if _exists(folder / line):
         return [line]
     found = named.fullmatch(line) or re.fullmatch(r"(.+)\s(.+)", line)
     return [found[1].strip(), found[2]] if found else [line]
@@ -330,7 +331,12 @@ def _split(line: str, folder: Path, named: re.Pattern[str]) -> list[str]:
 
 def _is_heading(path: Path, suffixes: frozenset[str]) -> bool:
     """Test whether the first field of a list is a column heading: it has no image suffix, and no such file exists."""
-    return path.suffix.lower() not in suffixes and not os.path.exists(path)  # noqa: PTH110  accepts any name
+    return path.suffix.lower() not in suffixes and not _exists(path)
+
+
+def _exists(path: Path) -> bool:
+    """Test whether a file or folder exists. Names that no file can have, and those that may not be seen, do not."""
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises for some of these
 
 
 def _from_list(source: Path) -> list[tuple[ImageItem, str]]:
@@ -361,11 +367,13 @@ def _files(folder: Path) -> list[Path]:
         for path in entries:
             if _is_litter(path.name):
                 continue
-            if path.is_dir():
+            if os.path.isdir(path):  # noqa: PTH112  a file that cannot be looked at raises no error here
                 real = path.resolve() if path.is_symlink() else None
                 if not real or not any(_found_anyway(real, folder) for folder in searched):
                     yield from walk(path, (*searched, real) if real else searched)
-            elif path.suffix.lower() in suffixes or not path.exists():
+            elif _exists(path) and not (path.suffix.lower() in suffixes and path.is_file()):
+                continue  # no image, or a pipe: opening it would wait
+            else:
                 yield path
 
     return list(walk(folder, (folder.resolve(),)))
