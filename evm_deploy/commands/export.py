@@ -417,7 +417,9 @@ def _labels(path: Path) -> tuple[str, ...]:
         raise UsageError(f"--labels {path} cannot be read: {reason}") from error
     if text.lstrip().startswith(("[", "{")):
         raise UsageError(f"--labels {path} is JSON, not text", "write one class name on each line, in order")
-    labels = [line.strip() for line in text.rstrip().split("\n")]
+    labels = [line.strip() for line in text.rstrip().split("\n")]  # read_text has made \n of \r\n and \r
+    if labels == [""]:
+        raise UsageError(f"--labels {path} is empty", "write one class name on each line, in order")
     if "" in labels:
         raise UsageError(
             f"--labels {path}: line {labels.index('') + 1} is empty", "write one class name on each line, in order"
