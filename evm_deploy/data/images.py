@@ -8,7 +8,8 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.progress import Progress
 from evm_deploy._util.text import shortened
 from evm_deploy.data.decoded import DecodedImages
@@ -35,6 +37,7 @@ MAX_BAD_SHARE = 0.05  # accepted share of unreadable, constant or repeated image
 MIN_CONTRAST = 2.0  # smallest standard deviation of an image's pixels (0..255)
 MIN_CORRELATION = 0.2  # smallest correlation of neighbouring pixels: noise has about 0, real images 0.7 to 1
 MIN_PIXELS = 1000  # smallest image that is tested for noise
+AT_ONCE = 16  # images whose preprocessed pixels are held in memory
 LISTED = 4  # names that an error message lists
 
 Pixels = NDArray[np.uint8]
@@ -150,13 +153,7 @@ def calibration_images(
     5 % are constant, look like noise or repeat others: activation ranges from such images do not fit real images.
     """
     chosen = sample(find_images(source), count, seed)
-    facts: list[_Facts] = []
-
-    def inspect(item: ImageItem, original: Image, pixels: Pixels) -> None:
-        content = hashlib.sha256(pixels.tobytes()).digest()
-        facts.append(_Facts(item.name, float(pixels.std()), _correlation(original), content))
-
-    images = _readable(source, chosen, preprocessing, progress, inspect)
+    images, facts = _readable(source, chosen, preprocessing, progress, inspected=True)
     if force:
         return images
     total = len(images)
@@ -190,11 +187,11 @@ def labelled_images(
     CalibrationError if the classes do not fit the head, or if more than 5 % of the images are unreadable.
     """
     if source.suffix.lower() == ".npz":
-        return _readable(source, _labelled_npz(source, max(num_classes, 2)), preprocessing, progress)
+        return _readable(source, _labelled_npz(source, max(num_classes, 2)), preprocessing, progress)[0]
     named = _from_class_folders(source) if source.is_dir() else _from_list(source)
     index, order = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
     items = [replace(item, label=index[name]) for item, name in named]
-    return replace(_readable(source, items, preprocessing, progress), order=order)
+    return replace(_readable(source, items, preprocessing, progress)[0], order=order)
 
 
 @dataclass(frozen=True)
@@ -216,31 +213,47 @@ def _readable(
     items: Sequence[ImageItem],
     preprocessing: Preprocessing,
     progress: Progress,
-    inspect: Callable[[ImageItem, Image, Pixels], None] = lambda item, original, pixels: None,
-) -> ImageSet:
-    """Decode the images and return those that are readable. `inspect` is called with each of these.
+    *,
+    inspected: bool = False,
+) -> tuple[ImageSet, list[_Facts]]:
+    """Decode the images and return those that are readable, with their statistics if they are `inspected`.
 
     Raises CalibrationError if more than 5 % are unreadable.
     """
-    good, skipped = [], []
+    good, skipped, facts = [], [], []
     decoded = DecodedImages(len(items), (*preprocessing.size, 3))
-    for done, item in enumerate(items):
-        progress(done, len(items))
+
+    def read(item: ImageItem) -> tuple[Pixels, _Facts | None] | ImageError:
         try:
             original = read_rgb(item.source)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
-            skipped.append(f"{shortened(item.name)}: {error}")
-            continue
-        good.append(item)
-        decoded.add(pixels)
-        inspect(item, original, pixels)
+            return error
+        return pixels, _facts(item.name, original, pixels) if inspected else None
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        parts = (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
+        results = ((item, found) for part in parts for item, found in zip(part, pool.map(read, part), strict=True))
+        for done, (item, found) in enumerate(results):
+            progress(done, len(items))
+            if isinstance(found, ImageError):
+                skipped.append(f"{shortened(item.name)}: {found}")
+                continue
+            pixels, fact = found
+            good.append(item)
+            decoded.add(pixels)
+            facts += [fact] if fact else []
     if len(skipped) > MAX_BAD_SHARE * len(items):
         raise CalibrationError(
             f"{source}: {len(skipped)} of {len(items)} images cannot be read: {skipped[0]}", "remove or replace them"
         )
     kept = (replace(item, decoded=array) for item, array in zip(good, decoded.arrays(), strict=True))
-    return ImageSet(tuple(kept), preprocessing, tuple(skipped))
+    return ImageSet(tuple(kept), preprocessing, tuple(skipped)), facts
+
+
+def _facts(name: str, original: Image, pixels: Pixels) -> _Facts:
+    content = hashlib.sha256(pixels.tobytes()).digest()
+    return _Facts(name, float(pixels.std()), _correlation(original), content)
 
 
 def _repeated(facts: Sequence[_Facts]) -> list[str]:
