@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import shutil
+import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from evm_deploy.data.images import calibration_images, find_images, labelled_images, sample
+from evm_deploy.data.images import calibration_images, find_images, image_suffixes, labelled_images, sample
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import CalibrationError
@@ -208,3 +213,298 @@ def test_an_npz_of_labelled_images(labels, message, tmp_path):
             labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2)
     else:
         assert list(labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2).labels) == [1, 0, 1]
+
+
+# ------------------------------------------------------------------------------------- folders as systems leave them
+
+
+def shot(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(synthetic_image(40, 50, seed=seed)).save(path)
+
+
+def names(source):
+    return [item.name for item in find_images(source)]
+
+
+@pytest.mark.parametrize(
+    "litter",
+    [
+        "._a.png",
+        ".hidden.png",
+        ".ipynb_checkpoints/a-checkpoint.png",
+        ".git/a.png",
+        "__MACOSX/cat/a.png",
+        "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.png",
+        "$RECYCLE.BIN/a.png",
+        "cat/.thumbnails/a.png",
+        "cat/._a.png",
+    ],
+)
+def test_litter_of_systems_is_no_image_and_no_class(litter, tmp_path):
+    shot(tmp_path / "cat" / "a.png", 1)
+    shot(tmp_path / "dog" / "a.png", 2)
+    shot(tmp_path / litter, 3)
+    for file in ("Thumbs.db", ".DS_Store", "desktop.ini", "cat/Thumbs.db", "cat/notes.txt"):
+        (tmp_path / file).write_bytes(b"x")
+    assert names(tmp_path) == ["cat/a.png", "dog/a.png"]
+    for labels in (None, ["cat", "dog"]):
+        assert labelled_images(tmp_path, PRE, 2, labels).labels.tolist() == [0, 1]
+
+
+def test_a_source_that_is_hidden_itself_is_searched(tmp_path):
+    shot(tmp_path / ".data" / "a.png")
+    assert names(tmp_path / ".data") == ["a.png"]
+
+
+def test_linked_folders_are_data(tmp_path):
+    for i, name in enumerate(("cat", "dog")):
+        shot(tmp_path / "real" / name / "a.png", i)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("cat", "dog"):
+        (data / name).symlink_to(tmp_path / "real" / name)
+    assert names(data) == ["cat/a.png", "dog/a.png"]
+    assert labelled_images(data, PRE, 2).labels.tolist() == [0, 1]
+    (tmp_path / "linked").symlink_to(data)
+    assert names(tmp_path / "linked") == ["cat/a.png", "dog/a.png"]
+    (data / "dog" / "link.png").symlink_to(tmp_path / "real" / "cat" / "a.png")
+    assert "dog/link.png" in names(data)
+
+
+def test_links_into_a_hidden_store_below_the_source_are_followed(tmp_path):
+    shot(tmp_path / ".store" / "1" / "a.png")
+    (tmp_path / "cat").symlink_to(tmp_path / ".store" / "1")
+    assert names(tmp_path) == ["cat/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("link", "to"),
+    [("a/loop", "."), ("a/loop", "a"), ("loop", "."), ("a/loop", "b"), ("a/loop", ".."), ("self", "self")],
+)
+def test_links_in_a_circle_end_and_repeat_nothing(link, to, tmp_path):
+    data = tmp_path / "data"
+    shot(data / "a" / "1.png", 1)
+    shot(data / "b" / "2.png", 2)
+    (data / "b" / "back").symlink_to(data / "a")
+    (data / link).symlink_to(data / to)
+    found = names(data)
+    assert [name for name in found if name != "self"] == ["a/1.png", "b/2.png"]
+
+
+def test_circles_outside_of_the_source_end(tmp_path):
+    data, one, two = (tmp_path / name for name in ("data", "one", "two"))
+    shot(one / "1.png")
+    shot(two / "2.png")
+    data.mkdir()
+    (one / "two").symlink_to(two)
+    (two / "one").symlink_to(one)
+    (data / "class").symlink_to(one)
+    assert names(data) == ["class/1.png", "class/two/2.png"]
+
+
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
+    for i in range(40):
+        shot(tmp_path / f"{i:02d}.png", i)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert ["gone: image" in text for text in calibration_images(tmp_path, PRE, force=True).skipped] == [True]
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    shot(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert names(tmp_path) == ["a.png"]  # opening it would wait for ever
+
+
+def test_every_suffix_that_pillow_opens_is_found(tmp_path):
+    suffixes = image_suffixes()
+    assert {".jfif", ".pgm", ".jpe", ".avif", ".jp2", ".tga", ".tiff", ".webp", ".mpo", ".dib"} <= suffixes
+    assert not {".pdf", ".h5", ".mpg", ".txt", ".db", ".json", ".npz", ""} & suffixes
+    read = {}
+    for suffix in sorted(suffixes):
+        path = tmp_path / f"a{suffix.upper()}"
+        try:
+            Image.fromarray(synthetic_image(64, 64, seed=1)).save(path, format=Image.registered_extensions()[suffix])
+        except (OSError, KeyError, ValueError):
+            path.unlink(missing_ok=True)
+        else:
+            read[path.name] = Preprocessing((32, 32)).pixels(path)
+    assert len(read) > 25 and names(tmp_path) == sorted(read)
+
+
+# ---------------------------------------------------------------------------------------------- lists and their classes
+
+LINES = {
+    "text": ("val.txt", "{path} {name}"),
+    "tabs": ("val_map.txt", "{path}\t{name}"),
+    "text with commas": ("val.txt", "{path}, {name}"),
+    "spaces": ("list", "{path}   {name}  "),
+    "csv": ("val.csv", "{path},{name}"),
+    "quoted csv": ("VAL.CSV", '"{path}","{name}"'),
+    "csv with spaces": ("val.csv", "{path}, {name}"),
+}
+
+
+@pytest.mark.parametrize("form", LINES)
+@pytest.mark.parametrize("classes", [["0", "1"], ["cat", "dog"], ["golden retriever", "tabby cat"]], ids=str)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"], ids=repr)
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["", "bom"])
+def test_lists_with_classes(form, classes, end, bom, tmp_path):
+    file, line = LINES[form]
+    for i, name in enumerate(("a.png", "my images/b (1).JPEG")):
+        shot(tmp_path / name, i)
+    rows = [("a.png", classes[1]), ("my images/b (1).JPEG", classes[0])]
+    text = bom + end.join(line.format(path=path, name=name) for path, name in rows) + end
+    (tmp_path / file).write_bytes(text.encode())
+    labels = None if classes[0] == "0" else classes
+    assert labelled_images(tmp_path / file, PRE, 2, labels).labels.tolist() == [1, 0]
+    assert len(calibration_images(tmp_path / file, PRE, force=True)) == 2  # the classes are ignored
+
+
+@pytest.mark.parametrize("heading", ["path class", "filename\tlabel", "image label"])
+def test_a_heading_of_a_list_is_no_image(heading, tmp_path):
+    shot(tmp_path / "a.png")
+    (tmp_path / "val.txt").write_text(f"{heading}\na.png 1\n")
+    assert labelled_images(tmp_path / "val.txt", PRE, 2).labels.tolist() == [1]
+
+
+def test_a_list_of_paths_takes_the_folders_as_classes(tmp_path):
+    for i, name in enumerate(("val/cat/a.png", "val/dog/b c.png")):
+        shot(tmp_path / name, i)
+    (tmp_path / "val.txt").write_text(f"val/dog/b c.png\n{tmp_path}/val/cat/a.png\n")
+    assert labelled_images(tmp_path / "val.txt", PRE, 2, ["cat", "dog"]).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("text", ["a.png\n", "a.png 1\nb.png\n", "", "# a.png 1\n"])
+@pytest.mark.parametrize("file", ["val.txt", "val.csv"])
+def test_lines_without_a_class_are_refused(text, file, tmp_path):
+    shot(tmp_path / "a.png")
+    shot(tmp_path / "b.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CalibrationError):
+        labelled_images(tmp_path / file, PRE, 2)
+
+
+# ------------------------------------------------------------------------------------------------- the order of classes
+
+
+def class_folders(root, folders):
+    for i, name in enumerate(folders):
+        shot(root / name / "a.png", i)
+    return root
+
+
+def as_csv(root, folders):
+    class_folders(root, folders)
+    (root / "val.csv").write_text("".join(f"{name}/a.png,{name}\n" for name in folders))
+    return root / "val.csv"
+
+
+@pytest.mark.parametrize("make", [class_folders, as_csv])
+@pytest.mark.parametrize(
+    ("folders", "labels", "classes", "want", "order"),
+    [
+        (["cat", "dog", "zebra"], ["zebra", "cat", "dog"], 3, [1, 2, 0], "by name"),
+        (["cat"], ["zebra", "cat", "dog"], 3, [1], "by name"),
+        (["0", "2"], ["zebra", "cat", "dog"], 3, [0, 2], "by number"),
+        (["1", "2"], ["2", "1", "0"], 3, [1, 0], "by name"),
+        (["cafe\u0301", "dog"], ["caf\u00e9", "dog"], 2, [0, 1], "by name"),  # macOS
+        (["cat", "dog", "zebra"], None, 3, [0, 1, 2], "in alphabetical order: cat is 0"),
+        ([str(i) for i in range(12)], None, 12, [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], "ImageFolder"),
+        (["00", "01", "10"], None, 20, [0, 1, 10], "by number"),
+        ([str(i) for i in range(1, 4)], None, 3, [0, 1, 2], "alphabetical"),
+    ],
+)
+def test_the_order_of_classes_is_said(make, folders, labels, classes, want, order, tmp_path):
+    images = labelled_images(make(tmp_path, sorted(folders)), PRE, classes, labels)
+    assert images.labels.tolist() == want
+    assert order in images.order
+
+
+def test_only_an_order_that_differs_mentions_the_other(tmp_path):
+    assert "ImageFolder" not in labelled_images(class_folders(tmp_path, ["0", "1", "2"]), PRE, 3).order
+
+
+@pytest.mark.parametrize("make", [class_folders, as_csv])
+@pytest.mark.parametrize(
+    ("folders", "labels", "says"),
+    [
+        (["zebra", "cat", "dog", "airlner"], ["zebra", "cat", "dog", "airliner"], ("airlner", "did you mean airliner")),
+        (["Zebra", "Cat"], ["zebra", "cat"], ("Cat, Zebra", "zebra, cat")),
+        (["n01", "n02", "n03"], ["tench", "goldfish", "shark"], ("n01, n02, n03", "tench, goldfish, shark")),
+        (["0", "1", "2"], ["1", "2", "3"], ("0", "3")),  # neither names nor indices
+        (["cat", "7"], ["cat", "dog"], ("7", "dog")),
+        (["crane"], ["crane", "dog", "crane"], ("crane is ambiguous", "0 and 2")),
+        (["3", "4"], ["a", "b"], ("3, 4", "a, b")),
+    ],
+)
+def test_names_that_are_not_among_the_labels_are_refused(make, folders, labels, says, tmp_path):
+    with pytest.raises(CalibrationError) as error:
+        labelled_images(make(tmp_path, sorted(folders)), PRE, len(labels), labels)
+    assert all(each in str(error.value) for each in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels", "want"),
+    [
+        (["0", "1"], None, [0, 1]),
+        (["cat", "dog"], None, [0, 1]),
+        (["cat", "other"], ["cat"], [1, 0]),  # the label names what is present, whatever the alphabet says
+        (["cat"], ["cat"], [1]),
+        (["0", "1"], ["cat"], [0, 1]),
+        (["1"], ["cat"], [1]),
+        (["dog", "wolf"], ["cat"], None),
+        (["a", "b", "cat"], ["cat"], None),
+        (["a", "b", "c"], None, None),
+    ],
+)
+def test_a_head_of_one_class_has_absent_and_present(folders, labels, want, tmp_path):
+    source = class_folders(tmp_path, folders)
+    if want is None:
+        with pytest.raises(CalibrationError):
+            labelled_images(source, PRE, 1, labels)
+    else:
+        assert labelled_images(source, PRE, 1, labels).labels.tolist() == want
+
+
+# ---------------------------------------------------------------------------------------------------- decoded once
+
+
+def test_images_are_decoded_once(images, monkeypatch):
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: (opened.append(a), real(*a, **k))[1])
+    chosen = calibration_images(images, PRE)
+    first = [pixels.copy() for pixels in chosen.pixels()]
+    for _ in range(3):
+        np.testing.assert_array_equal(np.stack(list(chosen.pixels())), first)
+    assert len(opened) == len(chosen)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    again = calibration_images(images, PRE)
+    assert again == chosen and all(item.decoded is None for item in again.items)
+    np.testing.assert_array_equal(np.stack(list(again.pixels())), first)
+    assert len(opened) == 3 * len(chosen)
+
+
+def test_decoded_images_leave_no_file(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chosen = calibration_images(images, PRE)
+    assert not list(tmp_path.iterdir()) and chosen.items[0].decoded is not None
+
+
+def test_a_full_disk_costs_time_alone(images, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    chosen = calibration_images(images, PRE)
+    assert chosen.items[0].decoded is None and len(list(chosen.pixels())) == 120
+
+
+def test_progress_counts_images(images):
+    seen = []
+    chosen = calibration_images(images, PRE, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 120) for i in range(120)]
+    list(replace(chosen, progress=lambda done, total: seen.append(total)).pixels())
+    assert seen[120:] == [120] * 120

@@ -51,6 +51,7 @@ FULL_MANIFEST: dict[str, Any] = {
         "engine": {},
         "input": "image",
         "head": "logits",
+        "multi_label": False,
     },
     "model": {
         "name": "x",

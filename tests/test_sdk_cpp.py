@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from evm_deploy import load, plugin_path
 from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.demo import CHECKPOINT
+from evm_deploy.demo import CHECKPOINT, write_images
 from evm_deploy.errors import UsageError
+from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
@@ -299,3 +301,29 @@ def test_tensorrt_compiles_with_nvidias_headers():
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]
     source = ROOT / "sdk" / "cpp"
     run(["g++", *flags, f"-I{source / 'include'}", source / "src" / "tensorrt.cpp"])
+
+
+def test_one_unreadable_image_costs_that_image(bundles, images_50, tmp_path):
+    whole = Path(images_50[0]).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (1, 9000)).save(tmp_path / "narrow.png")
+    bad = [tmp_path / "cut.png", tmp_path / "narrow.png", tmp_path / "gone.png"]
+    given = [images_50[0], bad[0], *images_50[1:20], bad[1], bad[2], images_50[20]]
+    done, good = classify(bundles["image"], *given, "--json"), classify(bundles["image"], *images_50[:21], "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 2 and [row["image"] for row in rows] == list(map(str, given))
+    assert [row for row in rows if "top" in row] == json.loads(good.stdout)
+    assert all(f"{path.name}" in done.stderr and "evm-classify: image" in done.stderr for path in bad)
+
+
+def test_a_head_of_one_class_is_a_sigmoid(tmp_path):
+    weights = {k: v[3:4].copy() if "classifier.head" in k else v for k, v in load_file(CHECKPOINT).items()}
+    save_file(weights, tmp_path / "three.safetensors")
+    bundle = export(tmp_path / "three.safetensors", ExportPlan("onnx", imgsz=(64, 64)), tmp_path / "out")
+    write_images(tmp_path / "digits", "heldout", 8)
+    files = sorted((tmp_path / "digits").rglob("*.png"))
+    with load(bundle.path) as model:
+        want = [found[0].score for found in model.predict(files)]
+    rows = json.loads(classify(bundle.path, *files, "--json").stdout)
+    have = [row["top"][0]["score"] for row in rows]
+    assert np.abs(np.array(have) - want).max() < 1e-4 and min(want) < 0.6

@@ -25,6 +25,12 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
     raise UsageError(f"{what} {value!r} is unknown; choose from: {', '.join(choices)}", hint)
 
 
+def shortened(text: object, limit: int = 240) -> str:
+    """Return `text` with its middle cut out if it is longer than `limit` characters."""
+    whole = str(text)
+    return whole if len(whole) <= limit else f"{whole[: limit // 2]} .. {whole[-limit // 2 :]}"
+
+
 def size_text(imgsz: tuple[int, int]) -> str:
     """Format an image size: (H, W) -> `HxW`."""
     return f"{imgsz[0]}x{imgsz[1]}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,18 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.signing import public_key
-from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.runtimes.base import DEFAULTS, Feeds, Profiled, RunOptions, TensorSpec, check_feeds, run_batched
+from evm_deploy.data.preprocessing import is_one_image
+from evm_deploy.errors import BundleError, ImageError, ToolchainError, UsageError
+from evm_deploy.runtimes.base import (
+    DEFAULTS,
+    Feeds,
+    Profiled,
+    RunOptions,
+    Runtime,
+    TensorSpec,
+    check_feeds,
+    run_batched,
+)
 from evm_deploy.runtimes.info import NativeKernels
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
@@ -29,8 +39,9 @@ from evm_deploy.tasks.task import Decode, Prediction
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from evm_deploy.data.preprocessing import ImageLike
 
+OnError = Callable[[int, ImageError], object]
 NO_SETTINGS: Mapping[str, Any] = {}
 DYNAMIC_BATCH = 16  # images per inference of predict() if the batch of the bundle is unbounded
 
@@ -48,6 +59,7 @@ class LoadedBundle:
         scan: str = "auto",
         settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> None:
+        self._closed = False
         self.bundle, self.manifest = bundle, bundle.manifest
         self.target = runtime_of(self.manifest.target, bundle.path)
         if not self.manifest.built:
@@ -79,8 +91,9 @@ class LoadedBundle:
 
         Raises UsageError naming the input that does not fit.
         """
+        runtime = self._opened()
         check_feeds(self.inputs, feeds)
-        return self._runtime.run(feeds)
+        return runtime.run(feeds)
 
     @property
     def milliseconds(self) -> Mapping[str, float]:
@@ -89,44 +102,95 @@ class LoadedBundle:
 
     def compute_plan(self) -> Mapping[str, Any]:
         """Return the number of operations and the estimated cost per device. Only Core ML reports them."""
-        return getattr(self._runtime, "compute_plan", dict)()
+        return getattr(self._opened(), "compute_plan", dict)()
 
     def profiled(self) -> Profiled | None:
         """Open the artifact a second time, in a runtime that measures each node. None if the target has no profiler."""
+        self._opened()  # a zip's folder is gone with it
         if not self.target.profiler:
             return None
         options = replace(self._options, streams=1, profile=True)
         return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
 
-    def predict(self, images: Iterable[str | Path | Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
+    def predict(
+        self, images: ImageLike | Iterable[ImageLike], top: int = 5, *, on_error: OnError | None = None
+    ) -> list[list[Prediction]]:
         """Return the `top` most probable classes of each image, best first.
 
-        images: paths, Pillow images or uint8 RGB arrays. Raises ImageError for an image that cannot be read, UsageError
-        if the bundle is not a classifier, BundleError for outputs that are NaN, infinite or of a wrong shape.
+        images: any number of images as `data.preprocessing.read_rgb` takes them (paths, encoded bytes, open files,
+        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3] or [n, H, W]. One image alone: the list has one answer.
+        on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
+        None raises the error. Raises UsageError if the bundle is not a classifier, or closed, BundleError for outputs
+        that are NaN, infinite or of a wrong shape.
         """
         self._require_answers(top)
-        pixels = map(self.preprocessing.pixels, images)
         results: list[list[Prediction]] = []
-        while chunk := list(itertools.islice(pixels, self._batch_size)):
-            results += self.classify(np.stack(chunk), top)
+        waiting: dict[int, NDArray[np.uint8]] = {}
+
+        def classify() -> None:
+            if waiting:
+                for index, answer in zip(waiting, self.classify(np.stack(list(waiting.values())), top), strict=True):
+                    results[index] = answer
+                waiting.clear()
+
+        for index, image in enumerate(_each(images)):
+            results.append([])
+            try:
+                waiting[index] = self.preprocessing.pixels(image)
+            except ImageError as error:
+                if on_error is None and isinstance(image, (str, os.PathLike)):
+                    raise  # names the file
+                if on_error is None:
+                    raise ImageError(f"images[{index}]: {error.args[0]}", error.hint, code=error.code) from error
+                on_error(index, error)
+            if len(waiting) == self._batch_size:
+                classify()
+        classify()
         return results
 
-    def classify(self, pixels: NDArray[np.uint8], top: int = 5) -> list[list[Prediction]]:
+    def classify(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
 
-        pixels: (n, H, W, 3) uint8, with any n from 1, independent of the bundle's batch. An app can preprocess in other
-        threads and call `classify` here. Raises UsageError, BundleError.
+        pixels: uint8 [n, H, W, 3] with any n, independent of the bundle's batch, or a list of [H, W, 3]. An app can
+        preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
         """
         decode = self._require_answers(top)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*self.preprocessing.size, 3):
-            height, width = self.preprocessing.size
-            raise UsageError(f"pixels must be uint8 [n, {height}, {width}, 3], got {pixels.dtype} {list(pixels.shape)}")
-        chunks = (pixels[start : start + self._batch_size] for start in range(0, len(pixels), self._batch_size))
-        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, top)]
+        array = self._stacked(pixels)
+        chunks = (array[start : start + self._batch_size] for start in range(0, len(array), self._batch_size))
+        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, whole("top", top))]
+
+    def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return preprocessed images as one array [n, H, W, 3]. Raises UsageError."""
+        shape = (*self.preprocessing.size, 3)
+        if isinstance(pixels, np.ndarray):
+            if pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == shape:
+                return pixels
+            wrong: object = pixels
+        else:
+            given = list(pixels) if isinstance(pixels, Iterable) else [pixels]
+            arrays = [isinstance(each, np.ndarray) and each.dtype == np.uint8 for each in given]
+            fits = [array and each.shape == shape for array, each in zip(arrays, given, strict=True)]
+            if all(fits):
+                return np.stack(given) if given else np.empty((0, *shape), np.uint8)
+            wrong = given[fits.index(False)]
+        found = f"{wrong.dtype} {list(wrong.shape)}" if isinstance(wrong, np.ndarray) else type(wrong).__name__
+        raise UsageError(
+            f"pixels must be uint8 [n, {shape[0]}, {shape[1]}, 3], got {found}",
+            "preprocessing.pixels(image) makes each, for a list or np.stack; predict(images) takes any images",
+        )
 
     def selftest(self) -> list[selftest.Check]:
         """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""
-        return selftest.run(self.bundle, self.target, self._runtime, replace(self._options, threads=None))
+        return selftest.run(self.bundle, self.target, self._opened(), replace(self._options, threads=None))
+
+    def _opened(self) -> Runtime:
+        """Return the runtime. Raises UsageError after the end of the `with` block, which has closed it."""
+        if self._closed:
+            raise UsageError(
+                f"bundle {self.bundle.path} is closed: its `with` block has ended",
+                "call inside the block, or load it again",
+            )
+        return self._runtime
 
     def _lowering(self, scan: str) -> tuple[Path | None, Decision]:
         """Decide how the scans run on this machine. Returns the native library (or None), and the reason."""
@@ -182,7 +246,8 @@ class LoadedBundle:
         return self.manifest.batch.max or DYNAMIC_BATCH
 
     def _require_answers(self, top: int) -> Decode:
-        """Return the task's `decode`. Raises UsageError if the task has no predictions, or if `top` is below 1."""
+        """Return the task's `decode`. Raises UsageError for a task without predictions, and for an invalid `top`."""
+        self._opened()
         if not self.task.decode:
             raise UsageError(f"no classes to predict: the bundle gives {self.task.gives}", "use run(feeds)")
         at_least_one("top", top)
@@ -237,12 +302,29 @@ class LoadedBundle:
         return BundleError(message, "export it again", code="model.interface", where=artifact)
 
     def __enter__(self) -> LoadedBundle:
+        self._opened()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runtime.__exit__(kind, error, trace)
+        if not self._closed:
+            self._closed = True
+            self._runtime.__exit__(kind, error, trace)
+
+
+def _each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Return the images to iterate over: one image alone is a list of one. Raises UsageError."""
+    if is_one_image(images):
+        return [cast("ImageLike", images)]
+    if isinstance(images, np.ndarray) and (images.ndim not in (3, 4) or (images.ndim == 3 and len(images) in (3, 4))):
+        raise UsageError(
+            f"array of shape {list(images.shape)}: one image is [H, W] or [H, W, 3], several are [n, H, W, 3]",
+            "transpose [3, H, W]; give three or four grey images as a list, list(images)",
+        )
+    if not isinstance(images, Iterable):
+        raise UsageError(f"images cannot be a {type(images).__name__}", "give a path, an image, or a list of them")
+    return cast("Iterable[ImageLike]", images)
 
 
 def _alike(have: TensorSpec, want: TensorSpec) -> bool:

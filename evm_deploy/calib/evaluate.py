@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from evm_deploy.tasks.task import Labels, Outputs, Task
 
+CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
+ROWS = 1024  # images whose outputs are held in float64 at a time
 MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 
 
@@ -50,6 +53,22 @@ class Accuracy:
         if self.drop is not None and self.limit is not None:
             return self.drop <= self.limit
         return self.sqnr_db >= MIN_SQNR_DB
+
+    def at_chance(self, classes: int) -> bool:
+        """Test whether guessing among `classes` would be right as often as the float network in over 1 % of the cases.
+
+        False without labels.
+        """
+        if not self.gated or not self.images:
+            return False
+        right = round(self.float_scores[self.metric] * self.images)
+        hit, miss = math.log(1 / classes), math.log1p(-1 / classes)
+        whole = math.lgamma(self.images + 1)
+        logs = (
+            whole - math.lgamma(k + 1) - math.lgamma(self.images - k + 1) + k * hit + (self.images - k) * miss
+            for k in range(right, self.images + 1)
+        )
+        return math.fsum(map(math.exp, logs)) > CHANCE
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -98,16 +117,20 @@ def compare_outputs(
     limit: float | None = None,
 ) -> Accuracy:
     """Compare the outputs of a quantised network with `reference`, those of the float one. By name: (images, ...)."""
-    want, have = (flattened({name: values[name] for name in reference}) for values in (reference, outputs))
-    noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
-    sqnr = float(np.mean(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))))
-    if not np.isfinite(have).all():
-        sqnr = -np.inf
+    count = len(next(iter(reference.values())))
+    decibels, finite = [], True
+    for start in range(0, count, ROWS):
+        rows = slice(start, start + ROWS)
+        want, have = (flattened({name: each[name][rows] for name in reference}) for each in (reference, outputs))
+        noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
+        decibels.append(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30)))
+        finite = finite and bool(np.isfinite(have).all())
+    sqnr = float(np.concatenate(decibels).mean()) if finite else -np.inf
     agreement = task.agree(reference, outputs) if task.agree else None
     if not task.score or labels is None:
-        return Accuracy(len(want), sqnr, agreement, limit=limit)
+        return Accuracy(count, sqnr, agreement, limit=limit)
     scores, float_scores = task.score(outputs, labels), task.score(reference, labels)
-    return Accuracy(len(want), sqnr, agreement, scores, float_scores, task.metric, limit)
+    return Accuracy(count, sqnr, agreement, scores, float_scores, task.metric, limit)
 
 
 def flattened(outputs: Outputs) -> NDArray[np.float64]:
@@ -116,15 +139,18 @@ def flattened(outputs: Outputs) -> NDArray[np.float64]:
 
 
 def keep_float_until(
-    evaluate: Callable[[frozenset[str]], Accuracy], ranked: list[str]
+    evaluate: Callable[[frozenset[str]], Accuracy],
+    ranked: list[str],
+    kept: frozenset[str] = frozenset(),
+    accuracy: Accuracy | None = None,
 ) -> tuple[frozenset[str], Accuracy]:
     """Keep blocks in float, one more at a time, until the accuracy is within its limit or no block is left.
 
-    ranked: blocks, the most sensitive first. `evaluate(kept)`: accuracy with these blocks in float. Returns the kept
-    blocks and their accuracy.
+    ranked: blocks, the most sensitive first. `evaluate(kept)`: accuracy with these blocks in float. kept, accuracy:
+    blocks in float at the beginning, and the accuracy with them if it is known. Returns the kept blocks and their
+    accuracy.
     """
-    kept: frozenset[str] = frozenset()
-    accuracy = evaluate(kept)
+    accuracy = accuracy or evaluate(kept)
     for block in ranked:
         if accuracy.ok:
             break

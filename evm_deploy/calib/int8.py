@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
 from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
 from evm_deploy.calib.table import CalibrationTable
-from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
+from evm_deploy.data.images import ImageSet, calibration_images, labelled_images, sample
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
@@ -32,6 +33,7 @@ FloatOutputs = Callable[[ImageSet], Outputs]
 Evaluate = Callable[[Any], Accuracy]
 OpenCandidate = Callable[[Any], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # calibration images held out for evaluation without --val
+COMPARED = 2000  # evaluation images that candidates are compared on; the chosen one is evaluated on all
 
 
 class ImageSets(NamedTuple):
@@ -48,7 +50,7 @@ class Quantized:
     table: calibration table, if activations are int8 too. accuracy: None without evaluation images. smooth: `on`,
     `off`, or "" if the target does not smooth. tried: accuracy of each candidate with all blocks quantised, by the
     value of smooth. layers: number of quantised layers. in_float: blocks kept in float. sensitivity: SQNR in dB with
-    only this block quantised. skipped: messages on images that were left out.
+    only this block quantised. skipped: messages on images that were left out. remarks: sentences on the evaluation.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Quantized:
     in_float: tuple[str, ...]
     sensitivity: dict[str, float]
     skipped: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def quantize_graph(
@@ -100,28 +103,40 @@ def choose(
     """Choose the most accurate of `choices`, and keep its most sensitive blocks in float.
 
     choices: by name, as in Quantized.smooth. Accuracy is measured on the artifact as exported, against `float_outputs`
-    on the same images. Without evaluation images the first choice is taken, with all blocks quantised. Blocks stay in
+    on the same images: candidates are compared on COMPARED images, drawn with a fixed seed, and the chosen one is
+    evaluated on all. Without evaluation images the first choice is taken, with all blocks quantised. Blocks stay in
     float only if config.max_drop is set and the accuracy is beyond its limit.
     """
-    judged = images.judged
     smooth = next(iter(choices))
     tried: dict[str, Accuracy] = {}
-    if judged:
-        with step("evaluate", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}"):
-            evaluate = evaluator(float_outputs(judged), judged, config, open_candidate)
-            tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
-        smooth = max(tried, key=lambda name: tried[name].rank)
-    source, accuracy = choices[smooth], tried.get(smooth)
-    blocks = source.blocks
+    accuracy: Accuracy | None = None
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
-    if accuracy and not accuracy.ok and config.max_drop is not None:
-        with step("sensitivity", f"{len(blocks)} blocks, one at a time") as progress:
-            sensitivity = {block: alone.sqnr_db for block, alone in each_block(source, evaluate, progress)}
-            ranked = sorted(blocks, key=lambda block: sensitivity[block])
-            kept, accuracy = keep_float_until(lambda kept: evaluate(source.quantized(set(blocks) - kept)), ranked)
+    compare: Evaluate | None = None
+    stages = evaluation_stages(images.judged) if images.judged else []
+    for judged in stages:
+        with step("evaluate", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}") as progress:
+            watched = replace(judged, progress=progress)
+            evaluate = evaluator(float_outputs(watched), watched, config, open_candidate)
+            if compare is None:
+                compare = evaluate
+                tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
+                smooth = max(tried, key=lambda name: tried[name].rank)
+                accuracy = tried[smooth]
+            else:
+                accuracy = evaluate(without(choices[smooth], kept))
+        if accuracy.ok or config.max_drop is None:
+            continue
+        source = choices[smooth]
+        if not sensitivity:
+            with step("sensitivity", f"{len(source.blocks)} blocks, one at a time") as progress:
+                sensitivity = {block: alone.sqnr_db for block, alone in each_block(source, compare, progress)}
+        more = sorted((block for block in source.blocks if block not in kept), key=sensitivity.__getitem__)
+        with step("in float", f"the most sensitive blocks, until at most {config.max_drop:g} points are lost"):
+            kept, accuracy = keep_float_until(partial(_evaluated_without, evaluate, source), more, kept, accuracy)
+    source = choices[smooth]
     return Quantized(
-        model=source.quantized(set(blocks) - kept),
+        model=without(source, kept),
         table=source.table,
         accuracy=accuracy,
         smooth=smooth,
@@ -130,7 +145,37 @@ def choose(
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
+        remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
     )
+
+
+def evaluation_stages(judged: ImageSet) -> list[ImageSet]:
+    """Return the images to compare candidates on, and all images if these are more."""
+    part = replace(judged, items=tuple(sample(judged.items, COMPARED)))
+    return [part, judged] if len(part) < len(judged) else [judged]
+
+
+def without(source: QuantizationCandidate, kept: Collection[str]) -> Any:
+    """Return the network with all blocks quantised except `kept`."""
+    return source.quantized(set(source.blocks) - set(kept))
+
+
+def _evaluated_without(evaluate: Evaluate, source: QuantizationCandidate, kept: frozenset[str]) -> Accuracy:
+    return evaluate(without(source, kept))
+
+
+def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, num_classes: int) -> Iterator[str]:
+    """Yield what users must know to read an accuracy: the order of the classes, chance, and which images were used."""
+    if stages and stages[0].order:
+        yield stages[0].order
+    if accuracy and num_classes and accuracy.at_chance(max(num_classes, 2)):
+        share = accuracy.float_scores[accuracy.metric]
+        yield (
+            f"the float network is right on {share:.1%} of {accuracy.images} images, which chance could give too: the "
+            "order of the classes may not be the network's, and this accuracy proves nothing"
+        )
+    if len(stages) > 1:
+        yield f"candidates were compared on {len(stages[0])} images, the chosen one on all {len(stages[1])}"
 
 
 def each_block(source: QuantizationCandidate, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:
@@ -199,12 +244,18 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
     """
     used = judged = None
     if config.calib:
-        with step("images", f"up to {config.images} from {config.calib}"):
-            chosen = calibration_images(config.calib, preprocessing, config.images, force=config.force)
+        with step("images", f"up to {config.images} from {config.calib}") as progress:
+            chosen = calibration_images(
+                config.calib, preprocessing, config.images, force=config.force, progress=progress
+            )
         used, judged = _split(chosen) if config.precision == "int8" else (None, chosen)
     if config.val:
-        with step("images", f"labelled, from {config.val}"):
-            judged = labelled_images(config.val, preprocessing, config.num_classes, config.labels)
+        with step("images", f"labelled, from {config.val}") as progress:
+            judged = labelled_images(config.val, preprocessing, config.num_classes, config.labels, progress=progress)
+    for each in (used, judged):
+        if each and any(item.decoded is None for item in each.items):
+            with step("images", f"no room in {tempfile.gettempdir()} for pixels: each pass decodes {len(each)} again"):
+                pass
     return ImageSets(used, judged)
 
 

@@ -72,6 +72,11 @@ def export_parser() -> Parser:
         help="image (default): uint8 NHWC RGB, normalised inside the model; tensor: normalised float32 NCHW",
     )
     model("--head", metavar="HEAD", help="output: logits (default), probs, or features (four NCHW feature maps)")
+    model(
+        "--multi-label",
+        action="store_true",
+        help="the classes are independent (trained with a sigmoid): probabilities by sigmoid; implies --head probs",
+    )
     model("--labels", metavar="FILE", help="class names, one per line, in the order of the model's outputs")
 
     group = parser.add_argument_group("target and precision")
@@ -422,6 +427,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         tol=_number("--tol", args.tol) if args.tol is not None else None,
         weights=args.weights,
         drop=drop_patterns(args.drop),
+        multi_label=args.multi_label,
         labels=_labels(Path(args.labels)) if args.labels else None,
         mean=_triple("--mean", args.mean),
         std=_triple("--std", args.std),
@@ -470,12 +476,19 @@ def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
 
 
 def _labels(path: Path) -> tuple[str, ...]:
-    """Read class names, one per line, from a UTF-8 text file. Raises UsageError."""
+    """Read class names, one per line, from a UTF-8 text file. Empty lines at the end are dropped. Raises UsageError."""
     try:
-        labels = tuple(path.read_text(encoding="utf-8-sig").splitlines())
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--labels {path} cannot be read: {reason}") from error
-    if not labels or not all(label.strip() for label in labels):
-        raise UsageError(f"--labels {path} is empty or has empty lines", "write one class name on each line")
-    return labels
+    if text.lstrip().startswith(("[", "{")):
+        raise UsageError(f"--labels {path} is JSON, not text", "write one class name on each line, in order")
+    labels = [line.strip() for line in text.rstrip().split("\n")]  # read_text has made \n of \r\n and \r
+    if labels == [""]:
+        raise UsageError(f"--labels {path} is empty", "write one class name on each line, in order")
+    if "" in labels:
+        raise UsageError(
+            f"--labels {path}: line {labels.index('') + 1} is empty", "write one class name on each line, in order"
+        )
+    return tuple(labels)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import CalibrationError, ImageError, UsageError
 from evm_deploy.runtimes.registry import setting_kinds
+
+if TYPE_CHECKING:
+    from evm_deploy.bundle.loaded import LoadedBundle
+
+AT_ONCE = 64  # images whose results are printed together
 
 
 def run_parser() -> Parser:
@@ -25,7 +34,12 @@ def run_parser() -> Parser:
     )
     add = parser.add_argument
     add("bundle", nargs="?", metavar="BUNDLE", help="folder or .zip of the bundle")
-    add("images", nargs="*", metavar="IMAGE", help="image files to classify")
+    add(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="images to classify: files, folders (searched whole) or patterns such as 'a/*.jpg'",
+    )
     add("--top", type=int, default=5, metavar="K", help="number of classes to print per image, default 5")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
@@ -87,15 +101,50 @@ def _run(args: argparse.Namespace) -> int:
             if not passed:
                 return 4
         if args.images:
-            found = model.predict(args.images, top=args.top)
-            if args.json:
-                rows = [
-                    {"image": image, "top": [vars(p) for p in predictions]}
-                    for image, predictions in zip(args.images, found, strict=True)
-                ]
-                print(json.dumps(rows, indent=1))
-            else:
-                for image, predictions in zip(args.images, found, strict=True):
-                    print(image)
-                    print("\n".join(f"  {p.score:7.2%}  {escape_controls(p.label)}" for p in predictions))
+            return _classify(model, args)
     return 0
+
+
+def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
+    """Print the classes of each image as soon as they are known. Return 2 if an image cannot be read, else 0.
+
+    Such an image costs no other: its error goes to stderr, and to its row of the JSON.
+    """
+    names = [name for given in args.images for name in _images(given)]
+    rows: list[dict[str, Any]] = []
+    try:
+        for start in range(0, len(names), AT_ONCE):
+            errors: dict[int, ImageError] = {}
+            part = names[start : start + AT_ONCE]
+            answers = model.predict(part, top=args.top, on_error=errors.__setitem__)
+            for index, (name, answer) in enumerate(zip(part, answers, strict=True)):
+                if index in errors:
+                    rows.append({"image": name, "error": str(errors[index])})
+                    print(escape_controls(f"evm-run: {errors[index]}"), file=sys.stderr)
+                    continue
+                rows.append({"image": name, "top": [vars(each) for each in answer]})
+                if not args.json:
+                    print(escape_controls(name))
+                    print(
+                        "\n".join(f"  {each.score:7.2%}  {escape_controls(each.label)}" for each in answer), flush=True
+                    )
+    finally:  # what follows may fail: the results so far are the user's
+        if args.json:
+            print(json.dumps(rows, indent=1))
+    failed = sum("error" in row for row in rows)
+    if failed and len(rows) > 1:
+        print(f"evm-run: {failed} of {len(rows)} images could not be read", file=sys.stderr)
+    return ImageError.exit_code if failed else 0
+
+
+def _images(given: str) -> list[str]:
+    """Return the images that an argument names: a folder's, those of a pattern that no shell expanded, or itself."""
+    from evm_deploy.data.images import find_images
+
+    if os.path.isdir(given):  # noqa: PTH112  Path("") is the current folder
+        with contextlib.suppress(CalibrationError):  # reading the folder itself fails, and says so
+            return [str(item.source) for item in find_images(Path(given))]
+    elif glob.has_magic(given) and not os.path.lexists(given):
+        matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+        return [name for match in matches for name in _images(match)] or [given]
+    return [given]

@@ -3,61 +3,85 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import usable_cores
+from evm_deploy._util.progress import Progress
+from evm_deploy._util.text import shortened
+from evm_deploy.data.decoded import DecodedImages
 from evm_deploy.data.preprocessing import Preprocessing, read_rgb
 from evm_deploy.errors import CalibrationError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Formats that Pillow 13 only names or writes; EPS is a program, which Ghostscript would run.
+UNREAD = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
+LITTER = frozenset(  # beside hidden names, what systems leave in folders; in lower case
+    {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
+)
 MIN_IMAGES = 100  # with fewer images, the activation ranges of pooled tensors are unreliable
 MAX_BAD_SHARE = 0.05  # accepted share of unreadable, constant or repeated images
 MIN_CONTRAST = 2.0  # smallest standard deviation of an image's pixels (0..255)
 MIN_CORRELATION = 0.2  # smallest correlation of neighbouring pixels: noise has about 0, real images 0.7 to 1
 MIN_PIXELS = 1000  # smallest image that is tested for noise
+AT_ONCE = 16  # images whose preprocessed pixels are held in memory
 LISTED = 4  # names that an error message lists
 
 Pixels = NDArray[np.uint8]
 
 
+def no_progress(done: int, total: int) -> None:
+    """Ignore the progress of reading images."""
+
+
 @dataclass(frozen=True)
 class ImageItem:
-    """Source of one image: a file, or an array of an .npz. label: class index in the order of the head, if known."""
+    """Source of one image: a file, or an array of an .npz. label: class index in the order of the head, if known.
+
+    decoded: preprocessed pixels, in a temporary file, if the image has been decoded.
+    """
 
     name: str
     source: Path | Pixels
     label: int | None = None
+    decoded: Pixels | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Set of images with their preprocessing. Images are decoded on request, and decoded pixels are not kept.
+    """Set of images with their preprocessing. Each was decoded once, into a temporary file that goes with the set.
 
-    skipped: "name: reason" of each image that could not be read.
+    skipped: "name: reason" of each image that could not be read. order: sentence on how classes got their index.
+    progress: called with the number of images that `pixels` has given, and of all.
     """
 
     items: tuple[ImageItem, ...]
     preprocessing: Preprocessing
     skipped: tuple[str, ...] = ()
+    order: str = ""
+    progress: Progress = field(default=no_progress, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def pixels(self) -> Iterator[Pixels]:
         """Yield the preprocessed pixels of each image, (H, W, 3) uint8, in order. Raises ImageError."""
-        for item in self.items:
-            yield self.preprocessing.pixels(item.source)
+        for done, item in enumerate(self.items):
+            self.progress(done, len(self))
+            yield self.preprocessing.pixels(item.source) if item.decoded is None else item.decoded
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -76,23 +100,29 @@ class ImageSet:
         return total.hexdigest()
 
 
-def find_images(source: Path) -> list[ImageItem]:
-    """List the images of `source`: a folder, a text file with one path per line, or an .npz with `images` (uint8).
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of files that Pillow reads, such as `.png`, in lower case; plugins add theirs."""
+    import PIL.Image
 
-    Raises CalibrationError.
+    return frozenset(suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind not in UNREAD)
+
+
+def find_images(source: Path) -> list[ImageItem]:
+    """List the images of `source`: a folder, a list (text with one path per line, or .csv), or an .npz with `images`.
+
+    A folder is searched whole, with the folders that it links to. Hidden files and folders and the litter of systems
+    are left out. Classes in a list are ignored. Raises CalibrationError.
     """
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        items = [ImageItem(path.relative_to(source).as_posix(), path) for path in files]
-    elif source.suffix == ".npz":
+        items = [ImageItem(path.relative_to(source).as_posix(), path) for path in _files(source)]
+    elif source.suffix.lower() == ".npz":
         items = _from_npz(source)
-    elif source.is_file():
-        lines = [line.strip() for line in _read_text(source).splitlines()]
-        items = [ImageItem(line, source.parent / line) for line in lines if line and not line.startswith("#")]
+    elif source.exists():
+        items = [item for item, _ in _listed(source)]
     else:
         raise CalibrationError(f"{source} does not exist", "give a folder of images, a list of paths, or an .npz")
     if not items:
-        raise CalibrationError(f"{source}: no images found", f"known suffixes: {', '.join(sorted(SUFFIXES))}")
+        raise CalibrationError(f"{source}: no images found", f"known suffixes: {', '.join(sorted(image_suffixes()))}")
     return items
 
 
@@ -108,7 +138,13 @@ def sample(items: Sequence[ImageItem], count: int, seed: int = 0) -> list[ImageI
 
 
 def calibration_images(
-    source: Path, preprocessing: Preprocessing, count: int = 512, *, seed: int = 0, force: bool = False
+    source: Path,
+    preprocessing: Preprocessing,
+    count: int = 512,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress = no_progress,
 ) -> ImageSet:
     """Return up to `count` images of `source` for calibration, after checking that the images are suitable.
 
@@ -117,7 +153,7 @@ def calibration_images(
     5 % are constant, look like noise or repeat others: activation ranges from such images do not fit real images.
     """
     chosen = sample(find_images(source), count, seed)
-    images, facts = _readable(source, chosen, preprocessing)
+    images, facts = _readable(source, chosen, preprocessing, progress, inspected=True)
     if force:
         return images
     total = len(images)
@@ -135,21 +171,27 @@ def calibration_images(
 
 
 def labelled_images(
-    source: Path, preprocessing: Preprocessing, num_classes: int, labels: Sequence[str] | None = None
+    source: Path,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    labels: Sequence[str] | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> ImageSet:
     """Return all images of `source` with their class index in the order of the head.
 
-    source: a folder with one folder per class, a CSV with `path,class` lines, or an .npz with `images` (uint8) and
-    `labels` (integers). A class is given by its name in `labels` or by its index. Other names are numbered in
-    alphabetical order, if there are as many names as classes. Raises CalibrationError if the classes do not fit the
-    head, or if more than 5 % of the images are unreadable.
+    source: a folder with one folder per class; a list with `path,class` (.csv) or `path class` (text) lines, in which
+    the folder of each path is its class if no line names one; or an .npz with `images` (uint8) and `labels` (integers).
+    A class is given by its name in `labels` or by its index. Without `labels`, other names are numbered in alphabetical
+    order, if there are as many names as classes. A head of one class has two: 0 is absent, 1 is present. Raises
+    CalibrationError if the classes do not fit the head, or if more than 5 % of the images are unreadable.
     """
     if source.suffix.lower() == ".npz":
-        return _readable(source, _labelled_npz(source, num_classes), preprocessing)[0]
-    named = _from_csv(source) if source.suffix.lower() == ".csv" else _from_class_folders(source)
-    index = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
+        return _readable(source, _labelled_npz(source, max(num_classes, 2)), preprocessing, progress)[0]
+    named = _from_class_folders(source) if source.is_dir() else _from_list(source)
+    index, order = _class_index(source, sorted({name for _, name in named}), num_classes, labels)
     items = [replace(item, label=index[name]) for item, name in named]
-    return _readable(source, items, preprocessing)[0]
+    return replace(_readable(source, items, preprocessing, progress)[0], order=order)
 
 
 @dataclass(frozen=True)
@@ -166,24 +208,52 @@ class _Facts:
     content: bytes
 
 
-def _readable(source: Path, items: Sequence[ImageItem], preprocessing: Preprocessing) -> tuple[ImageSet, list[_Facts]]:
-    """Return the readable images and their statistics. Raises CalibrationError if more than 5 % are unreadable."""
+def _readable(
+    source: Path,
+    items: Sequence[ImageItem],
+    preprocessing: Preprocessing,
+    progress: Progress,
+    *,
+    inspected: bool = False,
+) -> tuple[ImageSet, list[_Facts]]:
+    """Decode the images and return those that are readable, with their statistics if they are `inspected`.
+
+    Raises CalibrationError if more than 5 % are unreadable.
+    """
     good, skipped, facts = [], [], []
-    for item in items:
+    decoded = DecodedImages(len(items), (*preprocessing.size, 3))
+
+    def read(item: ImageItem) -> tuple[Pixels, _Facts | None] | ImageError:
         try:
             original = read_rgb(item.source)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
-            skipped.append(f"{item.name}: {error}")
-            continue
-        good.append(item)
-        content = hashlib.sha256(pixels.tobytes()).digest()
-        facts.append(_Facts(item.name, float(pixels.std()), _correlation(original), content))
+            return error
+        return pixels, _facts(item.name, original, pixels) if inspected else None
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        parts = (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
+        results = ((item, found) for part in parts for item, found in zip(part, pool.map(read, part), strict=True))
+        for done, (item, found) in enumerate(results):
+            progress(done, len(items))
+            if isinstance(found, ImageError):
+                skipped.append(f"{shortened(item.name)}: {found}")
+                continue
+            pixels, fact = found
+            good.append(item)
+            decoded.add(pixels)
+            facts += [fact] if fact else []
     if len(skipped) > MAX_BAD_SHARE * len(items):
         raise CalibrationError(
             f"{source}: {len(skipped)} of {len(items)} images cannot be read: {skipped[0]}", "remove or replace them"
         )
-    return ImageSet(tuple(good), preprocessing, tuple(skipped)), facts
+    kept = (replace(item, decoded=array) for item, array in zip(good, decoded.arrays(), strict=True))
+    return ImageSet(tuple(kept), preprocessing, tuple(skipped)), facts
+
+
+def _facts(name: str, original: Image, pixels: Pixels) -> _Facts:
+    content = hashlib.sha256(pixels.tobytes()).digest()
+    return _Facts(name, float(pixels.std()), _correlation(original), content)
 
 
 def _repeated(facts: Sequence[_Facts]) -> list[str]:
@@ -241,25 +311,97 @@ def _arrays(source: Path) -> dict[str, NDArray[Any]]:
         raise CalibrationError(f"{source} cannot be read as .npz: {error}") from error
 
 
-def _from_csv(source: Path) -> list[tuple[ImageItem, str]]:
-    try:
-        rows = [row for row in csv.reader(_read_text(source).splitlines()) if row]
-    except csv.Error as error:
-        raise CalibrationError(f"{source} cannot be read: {error}", "write each line as path,class") from error
-    if rows and len(rows[0]) == 2 and _is_heading(source.parent / rows[0][0]):
+def _listed(source: Path) -> list[tuple[ImageItem, str | None]]:
+    """Read a list of images, each with its class if its line names one. Raises CalibrationError."""
+    lines, suffixes = _read_text(source).splitlines(), image_suffixes()
+    if source.suffix.lower() == ".csv":
+        try:
+            rows = [row for row in csv.reader(lines) if row]
+        except csv.Error as error:
+            raise CalibrationError(f"{source} cannot be read: {error}", "write each line as path,class") from error
+    else:
+        texts = [line.strip() for line in lines]
+        endings = "|".join(map(re.escape, suffixes))
+        named = re.compile(rf"(.*?(?:{endings}))\s*[\s,;]\s*(.+)", re.IGNORECASE)
+        rows = [_split(text, source.parent, named) for text in texts if text and not text.startswith("#")]
+    if rows and len(rows[0]) == 2 and _is_heading(source.parent / rows[0][0], suffixes):
         rows = rows[1:]
-    wrong = next((row for row in rows if len(row) != 2), None)
-    if wrong or not rows:
+    wrong = next((row for row in rows if len(row) > 2), None)
+    if wrong:
         raise CalibrationError(
-            f"{source}: {f'{wrong} is not path,class' if wrong else 'no lines'}",
-            "write each line as path,class; paths are relative to the folder of the CSV",
+            f"{source}: {wrong} is not path,class", "paths are relative to the folder of the list; quote commas"
         )
-    return [(ImageItem(path, source.parent / path), name.strip()) for path, name in rows]
+    return [(ImageItem(row[0], source.parent / row[0]), row[1].strip() if row[1:] else None) for row in rows]
 
 
-def _is_heading(path: Path) -> bool:
-    """Test whether the first field of a CSV is a column heading: it has no image suffix, and no such file exists."""
-    return path.suffix.lower() not in SUFFIXES and not os.path.exists(path)  # noqa: PTH110  accepts any name
+def _split(line: str, folder: Path, named: re.Pattern[str]) -> list[str]:
+    """Split a line of a list into [path, class], or [path] if it names no class. Both may contain spaces."""
+    if _exists(folder / line):
+        return [line]
+    found = named.fullmatch(line) or re.fullmatch(r"(.+)\s(.+)", line)
+    return [found[1].strip(), found[2]] if found else [line]
+
+
+def _is_heading(path: Path, suffixes: frozenset[str]) -> bool:
+    """Test whether the first field of a list is a column heading: it has no image suffix, and no such file exists."""
+    return path.suffix.lower() not in suffixes and not _exists(path)
+
+
+def _exists(path: Path) -> bool:
+    """Test whether a file or folder exists. Names that no file can have, and those that may not be seen, do not."""
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises for some of these
+
+
+def _from_list(source: Path) -> list[tuple[ImageItem, str]]:
+    rows = _listed(source)
+    if rows and all(name is None for _, name in rows):
+        rows = [(item, Path(item.name).parent.name or None) for item, _ in rows]
+    unnamed = next((item.name for item, name in rows if not name), None)
+    if unnamed or not rows:
+        raise CalibrationError(
+            f"{source}: {f'{unnamed} has no class' if unnamed else 'no lines'}",
+            "write each line as path,class (.csv) or path class (text); paths are relative to the folder of the list",
+        )
+    return [(item, name) for item, name in rows if name]
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the files below `folder` with a suffix of images, sorted, and dead links, to be reported as unreadable.
+
+    Raises CalibrationError for a folder that cannot be read.
+    """
+    suffixes = image_suffixes()
+
+    def walk(here: Path, searched: tuple[Path, ...]) -> Iterator[Path]:
+        try:
+            entries = sorted(here.iterdir())
+        except OSError as error:
+            raise CalibrationError(f"{here} cannot be read: {error.strerror}") from error
+        for path in entries:
+            if _is_litter(path.name):
+                continue
+            if os.path.isdir(path):  # noqa: PTH112  a file that cannot be looked at raises no error here
+                real = path.resolve() if path.is_symlink() else None
+                if not real or not any(_found_anyway(real, folder) for folder in searched):
+                    yield from walk(path, (*searched, real) if real else searched)
+            elif _exists(path) and not (path.suffix.lower() in suffixes and path.is_file()):
+                continue  # no image, or a pipe: opening it would wait
+            else:
+                yield path
+
+    return list(walk(folder, (folder.resolve(),)))
+
+
+def _found_anyway(linked: Path, searched: Path) -> bool:
+    """Test whether a search of `searched` meets the folder `linked` without the link, or would go in a circle."""
+    if searched.is_relative_to(linked):
+        return True
+    return linked.is_relative_to(searched) and not any(map(_is_litter, linked.relative_to(searched).parts))
+
+
+def _is_litter(name: str) -> bool:
+    """Test whether a file or folder is hidden, or one that systems leave in folders."""
+    return name.startswith(".") or name.lower() in LITTER
 
 
 def _from_class_folders(source: Path) -> list[tuple[ImageItem, str]]:
@@ -268,23 +410,59 @@ def _from_class_folders(source: Path) -> list[tuple[ImageItem, str]]:
     if flat:
         raise CalibrationError(
             f"{source}: {flat} is not in a class folder",
-            "use the layout <class>/<image>, or a CSV with path,class lines",
+            "use the layout <class>/<image>, or give a list: a .csv of path,class lines, or text of path class lines",
         )
     return [(item, item.name.split("/")[0]) for item in items]
 
 
-def _class_index(source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
-    if labels and set(names) <= set(labels):
-        return {name: list(labels).index(name) for name in names}
-    if all(re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes for name in names):
-        return {name: int(name) for name in names}
-    if len(names) == num_classes:
-        return {name: i for i, name in enumerate(names)}
-    unknown = [name for name in names if not labels or name not in labels]
+def _class_index(
+    source: Path, names: list[str], num_classes: int, labels: Sequence[str] | None
+) -> tuple[dict[str, int], str]:
+    """Return the class index of each of `names`, and a sentence on how it was found. Raises CalibrationError."""
+    known: dict[str, list[int]] = {}
+    for index, label in enumerate(labels or ()):
+        known.setdefault(_composed(label), []).append(index)
+    if num_classes == 1:  # absent or present; the label names what is present
+        num_classes, absent = 2, [_composed(name) for name in names if _composed(name) not in known]
+        if len(absent) < min(2, len(names)):
+            known = {**{name: [0] for name in absent}, **{label: [1] for label in known}}
+    unknown = [name for name in names if _composed(name) not in known]
+    by_number = all(re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes for name in names)
+    begin = f"classes of {source.name} got their index"
+    if known and not unknown:
+        twice = next((name for name in names if len(known[_composed(name)]) > 1), None)
+        if twice:
+            places = " and ".join(map(str, known[_composed(twice)]))
+            raise CalibrationError(
+                f"{source}: class {twice} is ambiguous: the labels {places} have this name", "name its class by index"
+            )
+        return {name: known[_composed(name)][0] for name in names}, f"{begin} by name, from the labels"
+    if by_number and len(unknown) == len(names):
+        moved = [f"{name} class {place}" for place, name in enumerate(names) if int(name) != place]
+        other = f"; the alphabet, as in torchvision's ImageFolder, would make {moved[0]}" if moved else ""
+        differs = other if len(names) == num_classes else ""
+        return {name: int(name) for name in names}, f"{begin} by number{differs}"
+    if len(names) == num_classes and not known:
+        shown = [f"{name} is {index}" for index, name in enumerate(names)]
+        listed = ", ".join(shown if len(shown) <= LISTED else [*shown[: LISTED - 1], "..", shown[-1]])
+        return {name: index for index, name in enumerate(names)}, f"{begin} in alphabetical order: {listed}"
+    if len(names) > num_classes or not known:
+        raise CalibrationError(
+            f"{source} has {len(names)} classes ({_some(unknown)}), the head has {num_classes}",
+            "name the classes as in --labels, or by index from 0",
+        )
+    unused = [label for label in labels or () if label not in names]
+    near = difflib.get_close_matches(unknown[0], unused, 1)
     raise CalibrationError(
-        f"{source} has {len(names)} classes ({_some(unknown or names)}), the head has {num_classes}",
-        "name the classes as in --labels, or by index from 0",
+        f"{source}: {len(unknown)} of {len(names)} classes are not among the labels ({_some(unknown)}); "
+        f"labels without images: {_some(unused) or 'none'}",
+        f"did you mean {near[0]}?" if near else "name the classes as in --labels, or all of them by index from 0",
     )
+
+
+def _composed(name: str) -> str:
+    """Return a name with composed letters: macOS may write those of files apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_text(source: Path) -> str:

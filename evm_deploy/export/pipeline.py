@@ -41,6 +41,7 @@ from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
 from evm_deploy.tasks import get_task
+from evm_deploy.tasks.classification import PROBABILITIES
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
 
@@ -255,7 +256,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
     open_values = {key: saved.get(key) for key in PREPROCESSING if key not in given}
     preprocessing = replace(make_preprocessing(imgsz, open_values, "the checkpoint's "), **given)
     task = get_task(spec.task)
-    head = plan.head or task.heads[0]
+    head = plan.head or (PROBABILITIES if plan.multi_label else task.heads[0])
     if head not in task.heads:
         raise UsageError(f"--head {head}: {spec.name} gives {' or '.join(task.heads)}", "leave --head out")
     if plan.val and not task.score:
@@ -340,6 +341,17 @@ def untested(artifact: Artifact) -> list[str]:
     ]
 
 
+def meaning_of_scores(plan: ExportPlan, spec: ModelSpec) -> list[str]:
+    """Return a note on a classifier whose probabilities are not a softmax over all classes."""
+    if not get_task(spec.task).decode:
+        return []
+    if plan.multi_label:
+        return ["the classes are independent: each probability is a sigmoid, and they do not add up to 1"]
+    if spec.num_classes == 1:
+        return ["the head has one class: its output is taken for a logit, the probability is its sigmoid"]
+    return []
+
+
 def describe(
     target: Target, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, artifact: Artifact, seen: Seen
 ) -> Manifest:
@@ -363,5 +375,5 @@ def describe(
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.environment().versions},
         parity=seen.parity.as_dict(),
-        notes=[*spec.notes, *untested(artifact), *seen.remarks],
+        notes=[*spec.notes, *meaning_of_scores(plan, spec), *untested(artifact), *seen.remarks],
     )

@@ -46,6 +46,7 @@ class ExportPlan:
     imgsz: (H, W) pixels. more_imgsz: further sizes that the same artifact takes (Core ML).
     tol: largest accepted difference from the float model, relative to max(1, largest output).
     weights: `ema`, `raw`, or the name of a set of weights in the checkpoint. drop: patterns of its keys to leave out.
+    multi_label: classes are independent of each other: the head is probs, by sigmoid in place of softmax.
     mean, std: of channels scaled to 0..1. crop_pct: share of the resized image that the crop keeps.
     native_library: platform whose native library goes into the bundle. platform: platform that the artifact is for,
     None for any. chosen: target and precision with the reason, if a device profile decided them. min_target: oldest
@@ -63,6 +64,7 @@ class ExportPlan:
     batch: Batch = Batch(1, 1, 1)
     input: str = "image"
     head: str | None = None
+    multi_label: bool = False
     scan: str = "auto"
     native_library: str | None = None
     platform: str | None = None
@@ -90,6 +92,11 @@ class ExportPlan:
         convert_fields(self, NAMES, CONVERTERS)
         if self.head is not None:
             one_of("--head", self.head, HEADS)
+        if self.multi_label and self.head not in (None, "probs"):
+            raise UsageError(
+                f"--multi-label with --head {self.head}: it is for probabilities",
+                "leave --head out, or use --head probs",
+            )
         one_of("--input", self.input, INPUTS)
         if self.precision is not None:
             object.__setattr__(self, "precision", canonical_precision(self.precision))

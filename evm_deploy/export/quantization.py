@@ -143,7 +143,7 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
     }
     if gain:
         facts |= {"speed_over_fp32_here": round(gain.speed, 2), "size_of_fp32": round(gain.size, 3)}
-    notes = [f"image left out: {text}" for text in quantized.skipped]
+    notes = [*quantized.remarks, *(f"image left out: {text}" for text in quantized.skipped)]
     if quantized.table:
         (folder / TABLE).write_text(quantized.table.to_json(), encoding="utf-8")
         facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}

@@ -56,12 +56,12 @@ class Source:
 
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
         """Return the float model of a complete plan (`hub.graph.WrappedNetwork`)."""
-        key = ("reference", plan.head, plan.weights, plan.drop, plan.input, preprocessing)
+        key = ("reference", plan.head, plan.multi_label, plan.weights, plan.drop, plan.input, preprocessing)
         return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 
     def float_run(self, plan: ExportPlan, preprocessing: Preprocessing) -> FloatRun:
         """Return the float model's outputs and scans on the test inputs of a complete plan."""
-        key = ("run", plan.head, plan.weights, plan.drop, plan.input, preprocessing)
+        key = ("run", plan.head, plan.multi_label, plan.weights, plan.drop, plan.input, preprocessing)
         return self._once(
             key, lambda: run_reference(self.reference(plan, preprocessing), make_test_inputs(plan, preprocessing))
         )

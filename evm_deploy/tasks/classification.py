@@ -1,4 +1,8 @@
-"""Classification: the outputs hold one row of class scores per image, as logits or probabilities."""
+"""Classification: the outputs hold one row of class scores per image, as logits or probabilities.
+
+A row of one score is the class against its absence: the logit x counts as the logits (0, x), whose softmax is the
+sigmoid of x, and the probability p as (1 - p, p).
+"""
 
 from __future__ import annotations
 
@@ -41,13 +45,21 @@ def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[st
 def decode(outputs: Outputs, labels: Sequence[str] | None, top: int) -> list[list[Prediction]]:
     """Return the `top` most probable classes of each image, best first. Without labels, a class is named `class 7`."""
     name = scores_name(outputs)
-    rows = outputs[name].astype(np.float64)
+    rows = with_absence(name, outputs[name].astype(np.float64))
     probabilities = rows if name == PROBABILITIES else softmax(rows)
     found = []
-    for row in probabilities:
+    for row in probabilities[:, -outputs[name].shape[1] :]:
         best = np.argsort(-row, kind="stable")[:top]
         found.append([Prediction(labels[i] if labels else f"class {i}", int(i), float(row[i])) for i in best])
     return found
+
+
+def with_absence(name: str, scores: NDArray[Any]) -> NDArray[Any]:
+    """Return scores (images, classes) of the output `name`, with a first column for absence if there is one class."""
+    if scores.shape[1] > 1:
+        return scores
+    absent = 1 - scores if name == PROBABILITIES else np.zeros_like(scores)
+    return np.concatenate([absent, scores], axis=1)
 
 
 def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,15 +70,20 @@ def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def score(outputs: Outputs, labels: Labels) -> dict[str, float]:
-    """Return top-1 and top-5 accuracy: the shares (0..1) of images whose label is among the best 1 and 5 classes."""
-    scores = outputs[scores_name(outputs)]
+    """Return top-1 and top-5 accuracy: the shares (0..1) of images whose label is among the best 1 and 5 classes.
+
+    With one class, label 0 is its absence and 1 its presence.
+    """
+    name = scores_name(outputs)
+    scores = with_absence(name, outputs[name])
     return {f"top{k}": _top(scores, labels, k) for k in (1, 5)}
 
 
 def agree(expected: Outputs, actual: Outputs) -> float:
     """Return the share (0..1) of images for which both outputs have the same best class."""
     name = scores_name(expected)
-    return float((actual[name].argmax(-1) == expected[name].argmax(-1)).mean())
+    best, wanted = (with_absence(name, each[name]).argmax(-1) for each in (actual, expected))
+    return float((best == wanted).mean())
 
 
 def _top(scores: NDArray[Any], labels: Labels, k: int) -> float:

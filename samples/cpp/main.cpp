@@ -112,22 +112,41 @@ std::string row_of(const std::string &image, const std::vector<evm::Prediction> 
     return "{\"image\": " + quoted(image) + ", \"top\": " + listed(parts) + "}";
 }
 
-void classify(const evm::Model &model, const Arguments &args) {
-    std::vector<std::string> rows;
-    for (size_t start = 0; start < args.images.size(); start += AT_ONCE) {
+// Print the classes of the images [first, last) of the arguments, or add them to `rows`. Returns whether all could be read. An image
+// that cannot be read costs no other: its part is halved until it is alone.
+bool classify(const evm::Model &model, const Arguments &args, size_t first, size_t last, std::vector<std::string> &rows) {
+    try {
         std::vector<RgbImage> rgb_images;
         std::vector<evm::Image> views;
-        for (size_t i = start; i < std::min(start + AT_ONCE, args.images.size()); i++) rgb_images.push_back(read_image(args.images[i]));
+        for (size_t i = first; i < last; i++) rgb_images.push_back(read_image(args.images[i]));
         for (const RgbImage &rgb_image : rgb_images) views.push_back(rgb_image.view());
         const auto found = model.classify(views, args.top);
         for (size_t i = 0; i < found.size(); i++) {
-            rows.push_back(row_of(args.images[start + i], found[i]));
+            rows.push_back(row_of(args.images[first + i], found[i]));
             if (args.json) continue;
-            std::printf("%s\n", args.images[start + i].c_str());
+            std::printf("%s\n", args.images[first + i].c_str());
             for (const evm::Prediction &p : found[i]) std::printf("  %6.2f%%  %s\n", 100 * p.score, p.label.c_str());
         }
+        return true;
+    } catch (const evm::ImageError &error) {
+        const size_t middle = first + (last - first) / 2;
+        if (middle > first) {
+            const bool good = classify(model, args, first, middle, rows);
+            return classify(model, args, middle, last, rows) && good;
+        }
+        std::cerr << "evm-classify: " << error.what() << '\n';
+        rows.push_back("{\"image\": " + quoted(args.images[first]) + ", \"error\": " + quoted(error.what()) + "}");
+        return false;
     }
+}
+
+bool classify(const evm::Model &model, const Arguments &args) {
+    std::vector<std::string> rows;
+    bool good = true;
+    for (size_t start = 0; start < args.images.size(); start += AT_ONCE)
+        good = classify(model, args, start, std::min(start + AT_ONCE, args.images.size()), rows) && good;
     if (args.json) std::printf("%s\n", listed(rows).c_str());
+    return good;
 }
 
 void bench(const evm::Model &model, const Arguments &args) {
@@ -145,8 +164,7 @@ int run(const Arguments &args) {
         std::cerr << "scans run in their portable form: " << model.scan().reason << '\n';
     if (args.selftest && !selftest(model, args.json)) return 4;
     if (args.bench) bench(model, args);
-    if (!args.images.empty()) classify(model, args);
-    return 0;
+    return args.images.empty() || classify(model, args) ? 0 : 2;
 }
 
 }  // namespace

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from evm_deploy import EvmError, load
+from evm_deploy.data.images import find_images
 from evm_deploy.errors import ImageError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 AT_ONCE = 64
 
 
 def main(bundle: str, folder: str) -> int:
     """Classify all images below `folder` and return the exit code."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [item.source for item in find_images(Path(folder)) if isinstance(item.source, Path)]
     table = csv.writer(sys.stdout)
     table.writerow(["file", "label", "score"])
     unreadable = 0

@@ -117,6 +117,10 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
 
     probabilities = plan.head == PROBABILITIES
 
+    def probabilities_of(logits: Tensor) -> Tensor:
+        independent = plan.multi_label or logits.shape[-1] == 1
+        return torch.sigmoid(logits) if independent else torch.softmax(logits, dim=-1)
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,7 +138,7 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             found = self.model(x)
             values = found if isinstance(found, (tuple, list)) else (found,)
             return tuple(
-                torch.softmax(value, dim=-1) if name == PROBABILITIES else value
+                probabilities_of(value) if name == PROBABILITIES else value
                 for name, value in zip(self.outputs, values, strict=True)
             )
 
@@ -150,7 +154,7 @@ def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
     """Return the settings of a plan that decide the hub graph. Plans with equal keys share one trace."""
-    return plan.imgsz, plan.batch, plan.input, plan.head, plan.opset
+    return plan.imgsz, plan.batch, plan.input, plan.head, plan.multi_label, plan.opset
 
 
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:

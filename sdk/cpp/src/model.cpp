@@ -36,7 +36,9 @@ std::filesystem::path library_file(const Source &source, const std::string &name
     return file->path();
 }
 
+// Probabilities of the logits of one image. The logit of a single class is against 0, that of its absence.
 std::vector<double> softmax(const float *scores, std::size_t count) {
+    if (count == 1) return {1 / (1 + std::exp(-static_cast<double>(*scores)))};
     std::vector<double> result(scores, scores + count);
     const double largest = *std::max_element(result.begin(), result.end());
     for (double &x : result) x = std::exp(x - largest);

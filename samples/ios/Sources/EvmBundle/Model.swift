@@ -189,7 +189,9 @@ private func pixelBuffer(_ pixels: RgbImage) throws -> CVPixelBuffer {
     return made
 }
 
+/// Returns the probabilities of the logits of one image. The logit of a single class is against 0, that of its absence.
 private func softmax(_ scores: [Double]) -> [Double] {
+    if scores.count == 1 { return [1 / (1 + exp(-scores[0]))] }
     let largest = scores.max() ?? 0
     let powers = scores.map { exp($0 - largest) }
     let sum = powers.reduce(0, +)

@@ -156,7 +156,9 @@ export class Model {
   }
 }
 
+/** Probabilities of the logits of one image. The logit of a single class is against 0, that of its absence. */
 function softmax(x: readonly number[]): number[] {
+  if (x.length === 1) return [1 / (1 + Math.exp(-x[0]!))];
   const most = Math.max(...x);
   const powers = x.map((value) => Math.exp(value - most));
   const sum = powers.reduce((a, b) => a + b, 0);

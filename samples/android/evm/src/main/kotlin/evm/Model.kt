@@ -141,7 +141,9 @@ class Model private constructor(
     }
 }
 
+/** Returns the probabilities of the logits of one image. The logit of a single class is against 0, that of its absence. */
 internal fun softmax(scores: List<Double>): List<Double> {
+    if (scores.size == 1) return listOf(1 / (1 + exp(-scores[0])))
     val largest = scores.max()
     val powers = scores.map { exp(it - largest) }
     val sum = powers.sum()

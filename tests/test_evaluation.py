@@ -1,0 +1,215 @@
+"""Evaluation on --val: candidates are compared on a part; the order of the classes and chance are said."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evm_deploy import cli
+from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.calib import int8
+from evm_deploy.calib.candidate import QuantizationCandidate
+from evm_deploy.calib.evaluate import Accuracy, compare_outputs
+from evm_deploy.calib.int8 import ImageSets, choose
+from evm_deploy.calib.quantize import Layer
+from evm_deploy.data.images import ImageItem, ImageSet
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.demo import digits
+from evm_deploy.tasks.classification import CLASSIFICATION
+
+CLASSES = 4
+BLOCKS = ["a", "b", "c"]
+
+
+def image_set(count):
+    """Images whose first pixel is their number, with a label each."""
+    items = []
+    for i in range(count):
+        pixels = np.zeros((4, 4, 3), np.uint8)
+        pixels[0, 0] = i // 256, i % 256, 0
+        items.append(ImageItem(str(i), pixels, i % CLASSES, decoded=pixels))
+    return ImageSet(tuple(items), Preprocessing((4, 4)), order="classes of val got their index by number")
+
+
+def number(pixels):
+    return int(pixels[0, 0, 0]) * 256 + int(pixels[0, 0, 1])
+
+
+def logits(i, wrong=False):
+    return np.eye(CLASSES, dtype=np.float32)[(i + wrong) % CLASSES] * 10
+
+
+class Evaluated:
+    """A quantisation of nothing: a candidate is the set of its blocks in int8; `bad(blocks, i)`: is image i wrong?
+
+    seen: the blocks and the number of images of each pass, in order.
+    """
+
+    def __init__(self, bad, max_drop=1.0, float_wrong=lambda i: False):
+        self.bad, self.seen, self.floats = bad, [], []
+        self.float_wrong = float_wrong
+        self.config = SimpleNamespace(
+            val="val", input="image", task=CLASSIFICATION, max_drop=max_drop, num_classes=CLASSES
+        )
+
+    @contextmanager
+    def open(self, blocks):
+        self.seen.append([blocks, 0])
+
+        def run(feeds):
+            (pixels,) = feeds["image"]
+            self.seen[-1][1] += 1
+            return {"logits": logits(number(pixels), self.bad(blocks, number(pixels)))[None]}
+
+        yield SimpleNamespace(inputs={"image": SimpleNamespace(shape=(1,))}, run=run)
+
+    def float_outputs(self, images):
+        self.floats.append(len(images))
+        found = [number(pixels) for pixels in images.pixels()]
+        return {"logits": np.stack([logits(i, self.float_wrong(i)) for i in found])}
+
+    def choose(self, images, names=("off",)):
+        layers = [Layer(block, block, "x", "y", block) for block in BLOCKS]
+        source = QuantizationCandidate(
+            None, layers, BLOCKS, rewrite=lambda model, layers, ranges: frozenset(layer.module for layer in layers)
+        )
+        steps = []
+
+        @contextmanager
+        def step(name, detail):
+            steps.append((name, detail))
+            yield lambda done, total: steps.append((done, total))
+
+        found = choose(
+            dict.fromkeys(names, source), ImageSets(None, images), self.config, self.float_outputs, self.open, step
+        )
+        return found, steps
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch):
+    monkeypatch.setattr(int8, "COMPARED", 100)
+
+
+def test_few_images_are_evaluated_whole_and_once():
+    run = Evaluated(lambda blocks, i: False)
+    found, steps = run.choose(image_set(100), names=("off", "on"))
+    assert [count for _, count in run.seen] == [100, 100] and run.floats == [100]
+    assert found.accuracy.images == 100 and found.accuracy.drop == 0
+    assert not any("compared" in text for text in found.remarks)
+    assert (99, 100) in steps
+
+
+def test_candidates_are_compared_on_a_part_and_the_chosen_one_is_evaluated_on_all():
+    run = Evaluated(lambda blocks, i: False)
+    found, _ = run.choose(image_set(1000), names=("off", "on"))
+    assert [count for _, count in run.seen] == [100, 100, 1000] and run.floats == [100, 1000]
+    assert found.accuracy.images == 1000
+    assert any("compared on 100 images" in text for text in found.remarks)
+
+
+def test_the_part_is_drawn_by_a_fixed_seed_and_spread_over_all():
+    part, whole = int8.evaluation_stages(image_set(1000))
+    again = int8.evaluation_stages(image_set(1000))[0]
+    names = [int(item.name) for item in part.items]
+    assert names == [int(item.name) for item in again.items] and len(whole) == 1000
+    assert min(names) < 100 and max(names) > 900 and len(set(part.labels.tolist())) == CLASSES
+
+
+def test_sensitive_blocks_stay_in_float_as_the_part_says():
+    run = Evaluated(lambda blocks, i: "b" in blocks and i % 10 == 0)
+    found, _ = run.choose(image_set(1000))
+    assert found.in_float == ("b",) and found.accuracy.drop == 0 and found.accuracy.images == 1000
+    assert found.model == {"a", "c"}
+    assert [count for _, count in run.seen] == [100] * 5 + [1000]  # all, each block, without b; the result
+
+
+def test_a_loss_that_only_all_images_show_is_mended_too():
+    part = {int(item.name) for item in int8.evaluation_stages(image_set(1000))[0].items}
+    run = Evaluated(lambda blocks, i: "c" in blocks and i not in part and i % 3 == 0)
+    found, _ = run.choose(image_set(1000))
+    assert found.accuracy.images == 1000 and found.accuracy.ok and "c" in found.in_float
+    assert sum(count == 100 for _, count in run.seen) == 1 + len(BLOCKS)  # sensitivity is measured on the part
+
+
+def test_a_loss_beyond_repair_is_that_of_all_images():
+    run = Evaluated(lambda blocks, i: True)
+    found, _ = run.choose(image_set(300))
+    assert not found.accuracy.ok and found.accuracy.images == 300 and found.in_float == tuple(BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "classes", "chance"),
+    [
+        (8, 160, 32, True),
+        (160, 160, 32, False),
+        (20, 160, 32, False),
+        (0, 160, 32, True),
+        (250, 1000, 4, True),
+        (300, 1000, 4, False),
+        (25000, 50000, 2, True),
+        (25600, 50000, 2, False),
+        (50, 50000, 1000, True),
+        (50000, 50000, 1000, False),
+        (1, 1, 2, True),
+    ],
+)
+def test_chance_is_told_from_skill(right, images, classes, chance):
+    accuracy = Accuracy(images, 30.0, 1.0, {"top1": 0.0}, {"top1": right / images}, "top1")
+    assert accuracy.at_chance(classes) == chance
+    assert not replace(accuracy, scores={}, float_scores={}).at_chance(classes)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(lambda i: i % 4 != 0, True), (lambda i: i % 4 == 0, False)])
+def test_a_float_network_at_chance_is_a_remark(wrong, said):
+    found, _ = Evaluated(lambda blocks, i: wrong(i), float_wrong=wrong).choose(image_set(200))
+    assert any("chance" in text for text in found.remarks) == said
+    assert "by number" in found.remarks[0]
+
+
+def test_the_comparison_in_parts_is_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    want, have = ({"logits": rng.normal(size=(2500, 7)).astype(np.float32)} for _ in range(2))
+    whole = compare_outputs(want, have, CLASSIFICATION)
+    monkeypatch.setattr("evm_deploy.calib.evaluate.ROWS", 10**6)
+    assert compare_outputs(want, have, CLASSIFICATION).sqnr_db == pytest.approx(whole.sqnr_db, abs=1e-9)
+    have["logits"][2400, 3] = np.nan
+    assert compare_outputs(want, have, CLASSIFICATION).sqnr_db == -np.inf
+
+
+def class_folders(folder, order):
+    """Digits in folders named after `order`."""
+    images, labels = digits("heldout")
+    for i, (image, label) in enumerate(zip(images[:80], labels[:80], strict=True)):
+        path = folder / order[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("order", "code", "says"),
+    [
+        ([str(i) for i in range(10)], 0, "by name, from the labels"),
+        ([str((i + 1) % 10) for i in range(10)], 0, "chance"),
+        ([*"012345678", "nine"], 2, "nine"),
+    ],
+    ids=["right", "rotated", "misspelt"],
+)
+def test_what_an_export_says_of_its_classes(order, code, says, tmp_path, capsys):
+    val = class_folders(tmp_path / "val", order)
+    flags = ["--target", "onnx", "--precision", "w8", "--val", str(val), "--max-drop", "5", "-o", str(tmp_path / "o")]
+    assert cli.export_main(flags) == code
+    said = capsys.readouterr()
+    if code:
+        assert says in said.err and "labels without images: 9" in said.err
+        return
+    (bundle,) = (tmp_path / "o").iterdir()
+    notes = open_bundle(bundle).manifest.notes
+    assert any(says in note for note in notes) and says in said.out
+    assert any("chance" in note for note in notes) == (says == "chance")
