@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from evm_deploy import errors
+from evm_deploy._util import processes
 from evm_deploy._util.schema import TEXT, Schema, keys
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import ToolchainError
@@ -23,9 +24,9 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
     Raises BundleError, UsageError, and ToolchainError if the target does not run on this machine, the process died, or
     the measurement did not end within settings.limit_s + 600 seconds.
     """
-    command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(settings.as_dict())]
+    command = [sys.executable, "-m", "evm_deploy.bench.worker", "--tied", str(bundle), json.dumps(settings.as_dict())]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
+        done = processes.run(command, timeout=settings.limit_s + STARTUP_S, tied=True)
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(f"measuring {bundle} did not end within {error.timeout:.0f} s") from error
     return record_of(done.stdout, done.stderr, done.returncode, str(bundle))

@@ -1,8 +1,9 @@
 """Measuring process: it measures one bundle and nothing else, so load time and peak memory are the bundle's.
 
-    python -m evm_deploy.bench.worker SUBJECT SETTINGS
+    python -m evm_deploy.bench.worker [--tied] SUBJECT SETTINGS
 
 SUBJECT: path of a bundle, or of a checkpoint to measure in torch. SETTINGS: bench.record.Settings as JSON.
+--tied: end when stdin ends.
 
 The process prints one JSON object: the Record, or `error` with the type, text and hint of an EvmError.
 """
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.processes import end_with_stdin
 from evm_deploy.bench import device
 from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
@@ -29,6 +31,7 @@ from evm_deploy.bundle import archive
 from evm_deploy.errors import EvmError
 
 PARTS_RUNS = 50
+INTERRUPTED = 130  # exit code
 
 
 def work(path: Path, settings: Settings) -> Record:
@@ -126,7 +129,9 @@ def peak_mb() -> float:
 
 def main() -> int:
     """Measure as the command line says and print the result as JSON. Return 0, also after an EvmError."""
-    path, settings = sys.argv[1:]
+    *tied, path, settings = sys.argv[1:]
+    if tied:
+        end_with_stdin(INTERRUPTED)
     try:
         print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings))))))
     except EvmError as error:

@@ -65,7 +65,7 @@ def bench_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-bench` with `argv` and return the exit code."""
     args = bench_parser().parse_intermixed_args(argv)  # flags between bundles, too
-    return run_command("evm-bench", lambda: _bench(args), args.verbose)
+    return run_command("evm-bench", lambda: _bench(args), args)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def doctor_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-doctor` with `argv` and return the exit code: 0, even if something is missing."""
     args = doctor_parser().parse_args(argv)
-    return run_command("evm-doctor", lambda: _doctor(args), args.verbose)
+    return run_command("evm-doctor", lambda: _doctor(args), args)
 
 
 def examine() -> dict[str, Any]:

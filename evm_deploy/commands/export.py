@@ -174,15 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
-        settings = args
         if args.config:
             from evm_deploy.commands.config import read_config
 
             parser.set_defaults(**read_config(Path(args.config), parser))
-            settings = parser.parse_args(argv)
-        return _export(settings)
+            vars(args).update(vars(parser.parse_args(argv)))
+        return _export(args)
 
-    return run_command("evm-export", body, args.verbose)
+    return run_command("evm-export", body, args)
 
 
 def _export(args: argparse.Namespace) -> int:

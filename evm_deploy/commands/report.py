@@ -55,7 +55,7 @@ def report_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-report` with `argv` and return the exit code."""
     args = report_parser().parse_intermixed_args(argv)  # flags between paths, too
-    return run_command("evm-report", lambda: _report(args), args.verbose)
+    return run_command("evm-report", lambda: _report(args), args)
 
 
 def _report(args: argparse.Namespace) -> int:

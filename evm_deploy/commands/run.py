@@ -44,7 +44,7 @@ def run_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-run` with `argv` and return the exit code."""
     args = run_parser().parse_intermixed_args(argv)  # evm-run BUNDLE --top 3 cat.jpg
-    return run_command("evm-run", lambda: _run(args), args.verbose)
+    return run_command("evm-run", lambda: _run(args), args)
 
 
 def _run(args: argparse.Namespace) -> int:

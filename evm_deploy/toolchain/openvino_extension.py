@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from evm_deploy._util import processes
 from evm_deploy._util.files import cache_folder
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import SHOWN_LINES, compiled_once, read_recipe
@@ -101,7 +101,7 @@ def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    done = processes.run(command, env=environment)
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - SHOWN_LINES))

@@ -1,0 +1,131 @@
+"""Child processes that end with this process, together with the processes that they have started themselves.
+
+Every child runs in a process group of its own, which `leave` and a failed `run` kill as a whole; children of the child
+stay in this group. A tied child also ends itself when its stdin ends, whatever has ended its parent: SIGKILL too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, NoReturn
+
+from evm_deploy.errors import ToolchainError
+
+GROUPED = "EVM_PROCESS_GROUP"  # variable of the processes in a group that this module or a board's supervisor made
+PATIENCE_S = 5.0  # time for a process to end by itself after its stdin was closed
+
+_running: set[Process] = set()
+_leaving: set[int] = set()  # identifier of the thread that ends this process
+
+
+class Process(subprocess.Popen[Any]):
+    """Child process in a process group of its own. group: False for a program that also starts servers, such as adb."""
+
+    def __init__(
+        self, command: Sequence[str], *, group: bool = True, env: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        self.pid: Any = None
+        self.returncode: Any = None
+        self.tie: IO[Any] | None = None  # stdin of a tied process, where communicate() must not close it
+        _running.difference_update({each for each in list(_running) if each.returncode is not None})
+        _running.add(self)  # before the start: an interruption may come while the start is under way
+        if _leaving and threading.get_ident() not in _leaving:
+            raise ToolchainError("interrupted")
+        self.leads = group and GROUPED not in os.environ
+        env = {**(os.environ if env is None else env), GROUPED: "1"} if self.leads else env
+        super().__init__(command, env=env, start_new_session=self.leads, **options)
+
+    def gone(self) -> bool:
+        """Test whether the process has ended, without taking its exit code from a thread that waits for it."""
+        if self.pid is None or self.returncode is not None:
+            return True
+        if not hasattr(os, "waitid"):
+            return self.poll() is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
+    def kill_all(self) -> None:
+        """Kill the process and all processes in its group."""
+        if self.pid is None or self.returncode is not None:
+            return
+        with contextlib.suppress(OSError):
+            if self.leads and hasattr(os, "killpg"):
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self.kill()
+
+
+def run(
+    command: Sequence[str], *, timeout: float | None = None, tied: bool = False, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return its exit code, stdout and stderr as text.
+
+    tied: the command ends itself when its stdin ends (`end_with_stdin`); the stdin of other commands is empty. Raises
+    OSError if the command cannot be started, and subprocess.TimeoutExpired. The command and all processes that it has
+    started are killed then, and by any exception in this thread, such as KeyboardInterrupt.
+    """
+    stdin = subprocess.PIPE if tied else subprocess.DEVNULL
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with Process(command, env=env, stdin=stdin, **pipes) as process:
+        process.tie, process.stdin = process.stdin, None
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill_all()
+            raise
+        finally:
+            if process.tie:
+                process.tie.close()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end(processes: Iterable[Process]) -> None:
+    """End processes: close the stdin of each, wait at most PATIENCE_S for the tied ones, and kill what is left."""
+    found = [process for process in processes if process.pid is not None and process.returncode is None]
+    for process in found:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # another thread may be writing to it
+            if tie := process.tie or process.stdin:
+                tie.close()
+            else:
+                process.kill_all()
+    late = time.monotonic() + PATIENCE_S
+    while time.monotonic() < late and not all(process.gone() for process in found):
+        time.sleep(0.01)
+    for process in found:
+        process.kill_all()
+
+
+def leave(code: int, message: str = "") -> NoReturn:
+    """End this process at once, from any thread: children first, then unfinished files, then `message` on stderr.
+
+    Unfinished files are registered with atexit (`temporary_sibling` in _util/files.py). No other thread can start a
+    process meanwhile.
+    """
+    _leaving.add(threading.get_ident())
+    end(list(_running))
+    atexit._run_exitfuncs()
+    if message:
+        os.write(2, message.encode())
+    if GROUPED in os.environ and hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # what children of children are left, and this process
+    os._exit(code)
+
+
+def end_with_stdin(code: int) -> None:
+    """Start a thread that ends this process, its children and its unfinished files when stdin ends."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin: this thread would hold its lock when the interpreter ends
+            pass
+        leave(code)
+
+    threading.Thread(target=wait, daemon=True).start()
