@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from evm_deploy.commands.console import guarded_output
-from evm_deploy.errors import EvmError
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
@@ -41,4 +40,4 @@ def _main(command: str, argv: Sequence[str] | None) -> int:
     """Run a command and return its exit code: also 2 if its results could not be written to stdout."""
     with guarded_output() as stdout:
         code: int = import_module(f"evm_deploy.commands.{command}").main(argv)
-    return code or (EvmError.exit_code if stdout.lost else 0)
+    return code or stdout.exit_code

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from evm_deploy.errors import UsageError
 
 
 def package_folders() -> list[Path]:
@@ -42,6 +45,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file = Path(folder) / path.name
         file.write_bytes(data)
         file.replace(path)
+
+
+def require_writable(path: Path, flag: str, folder: bool = False) -> None:
+    """Check before work begins that results can be written to `path`. Leaves no trace.
+
+    folder: `path` is a folder for files, which is made later if it does not exist; otherwise `path` is a file. flag:
+    flag that named the path. Raises UsageError.
+    """
+    place = path if folder else path.parent
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not folder and path.exists() and not path.is_file():
+            return  # a device or pipe: to open it may wait for a reader
+        while not os.path.lexists(place):
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=".evm-", dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", f"choose another {flag}") from error
 
 
 def artifact_bytes(path: Path) -> int:

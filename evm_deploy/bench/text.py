@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from evm_deploy.bench.record import Record
+from evm_deploy.bench.device import key
+from evm_deploy.bench.record import Record, Settings
+from evm_deploy.errors import UsageError
 
 
 def file_name(record: Record) -> str:
-    """Return the file name for a bundle and its settings, such as `<bundle>-t1-b1.json`; `-s2` for two streams."""
+    """Return the file name for a bundle, its settings and its host, such as `<bundle>-t1-b1.json`.
+
+    What differs from the default follows: `-s2` for two streams, `-GPU`, `-cuda_graph`, `-at-pi@board`.
+    """
     settings = record.settings
-    end = "-end-to-end" if settings["timed"] == "end-to-end" else ""
-    scan = "" if settings["scan"] == "auto" else f"-{settings['scan']}"
-    streams = "" if settings["streams"] == 1 else f"-s{settings['streams']}"
-    name = re.sub(r"[^\w.+-]", "_", record.bundle["name"])  # a name from another machine must not act as a path
-    return f"{name}-t{settings['threads'] or 'auto'}-b{settings['batch']}{streams}{scan}{end}.json"
+    parts = [record.bundle["name"], f"t{settings['threads'] or 'auto'}", f"b{settings['batch']}"]
+    parts += [f"s{settings['streams']}"] if settings["streams"] != 1 else []
+    parts += [settings["scan"]] if settings["scan"] != "auto" else []
+    own = Settings.of(settings)
+    for name, flag in own.flags().items():
+        value = dict(own.own)[name]
+        parts += [name if flag.here or isinstance(value, bool) else str(value)]
+    parts += ["end-to-end"] if settings["timed"] == "end-to-end" else []
+    parts += [f"at-{record.device['at']}"] if record.device.get("at") else []
+    return re.sub(r"[^\w.+@-]", "_", "-".join(parts)) + ".json"  # a name from another machine must not act as a path
+
+
+def record_path(folder: Path, record: Record) -> Path:
+    """Return the path of a record in `folder`: the first of `<name>.json`, `<name>-2.json`, .. that may be written.
+
+    A record of the same device is replaced. A record of another device, and a file that is no record, is not.
+    """
+    name = file_name(record).removesuffix(".json")
+    for number in itertools.count(1):
+        path = folder / (f"{name}-{number}.json" if number > 1 else f"{name}.json")
+        if not os.path.lexists(path):
+            return path
+        with suppress(UsageError):
+            if key(Record.read(path).device) == key(record.device):
+                return path
+    raise AssertionError
 
 
 def lines(record: Record, path: Path) -> list[str]:
@@ -39,7 +68,8 @@ def lines(record: Record, path: Path) -> list[str]:
         f"Load      {loads['fresh']:.0f} ms in a new process, "
         + (f"{loads['again']:.0f} ms again, " if "again" in loads else "")
         + f"first inference {record.first_ms:.3g} ms",
-        f"Memory    peak {memory['peak']:.0f} MB"
+        "Memory    "
+        + (f"peak {memory['peak']:.0f} MB" if "peak" in memory else "not reported by this system")
         + (f", {memory['before']:.0f} MB before loading" if "before" in memory else "")
         + f"   artifact {record.bundle['artifact_bytes'] / 1e6:.1f} MB",
         *(f"Note      {text}" for text in record.warnings),
@@ -54,15 +84,16 @@ def format_parts(parts: dict[str, float], unit: str = "ms") -> str:
 
 def shares(record: Record) -> str:
     """Format the share of each kind of layer: `scan 43 %, projections 21 %, norms 36 %   sum 98 % of an inference`."""
-    layers = record.layers
-    kinds = ", ".join(f"{kind} {ms / layers['sum_ms']:.0%}" for kind, ms in layers["kinds"].items())
+    layers, total = record.layers, record.layers["sum_ms"] or 1.0
+    kinds = ", ".join(f"{kind} {ms / total:.0%}" for kind, ms in layers["kinds"].items())
     return f"{kinds}   sum {layers['of_inference']:.0%} of an inference".replace("%", " %")
 
 
 def layer_lines(record: Record) -> list[str]:
     """Return one line for each block or other part of the network: time in ms, share, and time by kind."""
-    if not record.layers:
+    if not record.layers or not record.layers["modules"]:
         return ["No times by layer: evm-deploy reads no profiler of this runtime."]
+    total = record.layers["sum_ms"] or 1.0
     blocks: dict[str, dict[str, float]] = {}
     for part in record.layers["modules"]:
         kinds = blocks.setdefault(block_name(part["module"]), {})
@@ -72,7 +103,7 @@ def layer_lines(record: Record) -> list[str]:
     for name, kinds in blocks.items():
         ms = sum(kinds.values())
         largest = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-        share = f"{ms / record.layers['sum_ms']:.1%}".replace("%", " %")
+        share = f"{ms / total:.1%}".replace("%", " %")
         rows.append(f"{name:<{width}}  {ms:8.3f} ms  {share:>7}   {format_parts(largest)}")
     return [*rows, f"How       {record.layers['how']}"]
 

@@ -48,7 +48,8 @@ class Quantized:
     table: calibration table, if activations are int8 too. accuracy: None without evaluation images. smooth: `on`,
     `off`, or "" if the target does not smooth. tried: accuracy of each candidate with all blocks quantised, by the
     value of smooth. layers: number of quantised layers. in_float: blocks kept in float. sensitivity: SQNR in dB with
-    only this block quantised. skipped: messages on images that were left out.
+    only this block quantised. skipped: messages on images that were left out. evaluated_on: digest of the evaluation
+    images, empty without them.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Quantized:
     in_float: tuple[str, ...]
     sensitivity: dict[str, float]
     skipped: tuple[str, ...]
+    evaluated_on: str = ""
 
 
 def quantize_graph(
@@ -129,6 +131,7 @@ def choose(
         layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
+        evaluated_on=judged.digest() if judged else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
     )
 

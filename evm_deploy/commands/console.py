@@ -120,6 +120,11 @@ class Output:
         self._stream = stream
         self.lost: OSError | None = None
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a command that has found nothing wrong: 2 if its results could not be written."""
+        return EvmError.exit_code if self.lost else 0
+
     def write(self, text: str) -> int:
         """Write `text`. Returns its length, also if the stream cannot be written."""
         self._attempt(self._stream.write, text)

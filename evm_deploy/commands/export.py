@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
@@ -208,7 +209,7 @@ def _export(args: argparse.Namespace) -> int:
         found = {plans.index(each.plan): _reported(each, args, key, len(plans) > 1) for each in outcomes}
         results, codes = map(list, zip(*(found[i] for i in sorted(found)), strict=True))
     if args.json:
-        print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
+        print(strict_json(results[0] if len(results) == 1 else results, indent=1))
     return max(codes)
 
 
@@ -254,7 +255,7 @@ def _finish(args: argparse.Namespace) -> int:
         sign(bundle.path, key)
     if args.json:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
-        print(json.dumps(facts, indent=1))
+        print(strict_json(facts, indent=1))
     else:
         print(escape_controls(export_summary(bundle, seconds)))
     return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps
 from evm_deploy.errors import UsageError
@@ -63,7 +63,7 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
             for record, path in outcome.found
         ]
         failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
-        print(json.dumps([*rows, *failed], indent=1))
+        print(strict_json([*rows, *failed], indent=1))
     else:
         print(escape_controls("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
     return max((outcome.error.exit_code for outcome in outcomes if outcome.error), default=0)

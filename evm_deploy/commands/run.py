@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
             facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
             lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
             if args.json:
-                print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
+                print(strict_json({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
                 print(escape_controls("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
                 print("PASSED" if passed else "FAILED")
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
                     {"image": image, "top": [vars(p) for p in predictions]}
                     for image, predictions in zip(args.images, found, strict=True)
                 ]
-                print(json.dumps(rows, indent=1))
+                print(strict_json(rows, indent=1))
             else:
                 for image, predictions in zip(args.images, found, strict=True):
                     print(image)

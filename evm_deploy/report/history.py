@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.schema import lenient_json, strict_json
 from evm_deploy.bench.record import Record
 from evm_deploy.errors import UsageError
 from evm_deploy.report.candidate import Candidate
@@ -37,7 +37,7 @@ def append(db: Path, records: Iterable[Record]) -> int:
     """
     rows = []
     for record in records:
-        content = json.dumps(asdict(record), sort_keys=True)
+        content = strict_json(asdict(record), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         rows.append((digest, record.date, record.bundle["model"], record.bundle["target"], content))
     with _opened(db, create=True) as connection:
@@ -128,6 +128,6 @@ def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> Non
 def _parsed(db: Path, digest: str, content: str) -> Record:
     """Parse one row of the database. Raises UsageError that names file and row."""
     try:
-        return Record.parse(json.loads(content), f"{db}, row {digest[:12]}")
+        return Record.parse(lenient_json(content), f"{db}, row {digest[:12]}")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{db}, row {digest[:12]} is damaged: {error}") from error

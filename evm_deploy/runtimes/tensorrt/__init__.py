@@ -143,6 +143,12 @@ class TensorRtRuntime:
         }
         return results
 
+    @property
+    def runs_on(self) -> str:
+        """Name of the GPU that runs the engine: `GPU: NVIDIA A10`."""
+        properties = self._call(self.cuda.cudaGetDeviceProperties(self._call(self.cuda.cudaGetDevice())))
+        return f"GPU: {properties.name.decode()}"
+
     def __enter__(self) -> Runtime:
         return self
 
