@@ -1,7 +1,7 @@
 """Child processes that end with this process, together with the processes that they have started themselves.
 
-Every child runs in a process group of its own, which `leave` and a failed `run` kill as a whole; children of the child
-stay in this group. A tied child also ends itself when its stdin ends, whatever has ended its parent: SIGKILL too.
+Every child runs in a session of its own, which `leave` and a failed `run` end as a whole; children of the child stay in
+this session. A tied child also ends itself when its stdin ends, whatever has ended its parent: SIGKILL too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from evm_deploy.errors import ToolchainError
 
-GROUPED = "EVM_PROCESS_GROUP"  # variable of the processes in a group that this module or a board's supervisor made
+GROUPED = "EVM_PROCESS_GROUP"  # variable of the processes in a session that this module or a board's supervisor made
 PATIENCE_S = 5.0  # time for a process to end by itself after its stdin was closed
 
 _running: set[Process] = set()
@@ -26,7 +27,7 @@ _leaving: set[int] = set()  # identifier of the thread that ends this process
 
 
 class Process(subprocess.Popen[Any]):
-    """Child process in a process group of its own. group: False for a program that also starts servers, such as adb."""
+    """Child process in a session of its own. group: False for a program that also starts servers, such as adb."""
 
     def __init__(
         self, command: Sequence[str], *, group: bool = True, env: Mapping[str, str] | None = None, **options: Any
@@ -53,15 +54,31 @@ class Process(subprocess.Popen[Any]):
         except ChildProcessError:
             return True
 
-    def kill_all(self) -> None:
-        """Kill the process and all processes in its group."""
-        if self.pid is None or self.returncode is not None:
-            return
-        with contextlib.suppress(OSError):
-            if self.leads and hasattr(os, "killpg"):
-                os.killpg(self.pid, signal.SIGKILL)
-            else:
-                self.kill()
+    def members(self) -> list[int]:
+        """Return the running processes that belong to the child: its whole session, where the system lists it."""
+        if self.pid is None or self.returncode is not None:  # the number may be another process's by now
+            return []
+        return (in_session(self.pid) if self.leads else []) or ([] if self.gone() else [self.pid])
+
+    def signal_all(self, which: int) -> None:
+        """Send a signal to all members. Does nothing if they have ended."""
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                os.kill(pid, which)
+
+
+def in_session(session: int) -> list[int]:
+    """Return the running processes of a session, from /proc; empty on systems without it.
+
+    Not the process group: ninja puts each of its jobs into another one.
+    """
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            state, _, _, its = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
+            if its == str(session) and state not in "ZX":
+                found.append(int(file.parent.name))
+    return found
 
 
 def run(
@@ -80,7 +97,7 @@ def run(
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            process.kill_all()
+            end([process])
             raise
         finally:
             if process.tie:
@@ -89,19 +106,22 @@ def run(
 
 
 def end(processes: Iterable[Process]) -> None:
-    """End processes: close the stdin of each, wait at most PATIENCE_S for the tied ones, and kill what is left."""
+    """End processes with all that they have started: tied ones by the end of their stdin, others by SIGTERM.
+
+    What is left after PATIENCE_S is killed.
+    """
     found = [process for process in processes if process.pid is not None and process.returncode is None]
     for process in found:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # another thread may be writing to it
             if tie := process.tie or process.stdin:
                 tie.close()
             else:
-                process.kill_all()
+                process.signal_all(signal.SIGTERM)
     late = time.monotonic() + PATIENCE_S
-    while time.monotonic() < late and not all(process.gone() for process in found):
-        time.sleep(0.01)
+    while time.monotonic() < late and any(process.members() for process in found):
+        time.sleep(0.02)
     for process in found:
-        process.kill_all()
+        process.signal_all(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def leave(code: int, message: str = "") -> NoReturn:
@@ -112,11 +132,13 @@ def leave(code: int, message: str = "") -> NoReturn:
     """
     _leaving.add(threading.get_ident())
     end(list(_running))
+    if GROUPED in os.environ:  # what children of children are left
+        for pid in set(in_session(os.getsid(0))) - {os.getpid()}:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
     atexit._run_exitfuncs()
     if message:
         os.write(2, message.encode())
-    if GROUPED in os.environ and hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)  # what children of children are left, and this process
     os._exit(code)
 
 

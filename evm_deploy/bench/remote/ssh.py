@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from evm_deploy._util.processes import Process
+from evm_deploy._util.processes import Process, end
 from evm_deploy._util.schema import TEXT, TRUTH, Schema, keys
 from evm_deploy.bench.remote import supervisor
 from evm_deploy.errors import ToolchainError, UsageError
@@ -137,7 +137,7 @@ class Connection:
         try:
             self._ssh.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._ssh.kill_all()
+            end([self._ssh])
             self._ssh.wait()
         self._ssh.stdout.close()  # type: ignore[union-attr]
         self._stderr.close()
@@ -167,7 +167,7 @@ class Connection:
 
     def _line(self, seconds: float, limit: int) -> bytes:
         """Read the next line from the board. Raises ToolchainError if no line comes within `seconds`."""
-        late = threading.Timer(seconds, self._ssh.kill_all)
+        late = threading.Timer(seconds, self._ssh.kill)
         late.start()
         line = b""
         try:
