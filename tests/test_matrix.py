@@ -44,7 +44,7 @@ def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
     outcome = run_matrix(matrix, first)
     records = {each.bundle["target"] + each.bundle["precision"]: each for each in map(Record.read, outcome.records)}
     assert list(records) == ["torchfp32", "onnxfp32", "onnxint8"] and not outcome.failed
-    assert first.seen.count(("measure", "onnx int8")) == 1 and ("judge", "onnx fp32") in first.seen
+    assert first.seen.count(("measure", "onnx int8")) == 1 and ("evaluate", "onnx fp32") in first.seen
     for name, record in records.items():
         accuracy = record.bundle["accuracy"]
         assert accuracy["images"] == 599 and accuracy["top1"] >= 0.98, name
@@ -57,7 +57,7 @@ def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
     unstable.write_text(json.dumps({**json.loads(unstable.read_text()), "stable": False}))
     assert run_matrix(matrix, again).records == outcome.records
     kept, measured = ("kept", "torch fp32"), ("measure", "onnx fp32")
-    assert again.seen == [kept, measured, ("judge", "onnx fp32"), ("kept", "onnx int8")]
+    assert again.seen == [kept, measured, ("evaluate", "onnx fp32"), ("kept", "onnx int8")]
 
     source, target = Checkpoint(matrix), get_target("onnx")
     path = tmp_path / "bundles" / "evm_digits-onnx-int8-64x64"

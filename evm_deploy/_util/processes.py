@@ -91,7 +91,7 @@ def run(
     started are killed then, and by any exception in this thread, such as KeyboardInterrupt.
     """
     stdin = subprocess.PIPE if tied else subprocess.DEVNULL
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with Process(command, env=env, stdin=stdin, **pipes) as process:
         process.tie, process.stdin = process.stdin, None
         try:
@@ -117,11 +117,12 @@ def end(processes: Iterable[Process]) -> None:
                 tie.close()
             else:
                 process.signal_all(signal.SIGTERM)
-    late = time.monotonic() + PATIENCE_S
-    while time.monotonic() < late and any(process.members() for process in found):
-        time.sleep(0.02)
-    for process in found:
-        process.signal_all(getattr(signal, "SIGKILL", signal.SIGTERM))
+    for which in (getattr(signal, "SIGKILL", signal.SIGTERM), 0):
+        late = time.monotonic() + PATIENCE_S
+        while time.monotonic() < late and any(process.members() for process in found):
+            time.sleep(0.02)
+        for process in found:
+            process.signal_all(which)
 
 
 def leave(code: int, message: str = "") -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from evm_deploy.errors import ToolchainError
 
 STARTUP_S = 600.0  # time for loading, in addition to the limit of the measurement
 DEFAULTS = Settings()
+UTF8 = {"PYTHONIOENCODING": "utf-8"}  # the result is read as UTF-8, whatever the user's terminal takes
 FAILED = Schema(lambda: keys(error=keys(type=TEXT, text=TEXT, hint=TEXT)))
 
 
@@ -26,7 +28,7 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS) -> Record:
     """
     command = [sys.executable, "-m", "evm_deploy.bench.worker", "--tied", str(bundle), json.dumps(settings.as_dict())]
     try:
-        done = processes.run(command, timeout=settings.limit_s + STARTUP_S, tied=True)
+        done = processes.run(command, timeout=settings.limit_s + STARTUP_S, tied=True, env={**os.environ, **UTF8})
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(f"measuring {bundle} did not end within {error.timeout:.0f} s") from error
     return record_of(done.stdout, done.stderr, done.returncode, str(bundle))

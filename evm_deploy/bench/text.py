@@ -14,9 +14,9 @@ from evm_deploy.errors import UsageError
 
 
 def file_name(record: Record) -> str:
-    """Return the file name for a bundle, its settings and its host, such as `<bundle>-t1-b1.json`.
+    """Return the file name for a bundle and its settings, such as `<bundle>-t1-b1.json`.
 
-    What differs from the default follows: `-s2` for two streams, `-GPU`, `-cuda_graph`, `-at-pi@board`.
+    Settings that differ from their default follow: `-s2` for two streams, `-portable`, `-GPU`, `-cuda_graph`.
     """
     settings = record.settings
     parts = [record.bundle["name"], f"t{settings['threads'] or 'auto'}", f"b{settings['batch']}"]
@@ -27,8 +27,7 @@ def file_name(record: Record) -> str:
         value = dict(own.own)[name]
         parts += [name if flag.here or isinstance(value, bool) else str(value)]
     parts += ["end-to-end"] if settings["timed"] == "end-to-end" else []
-    parts += [f"at-{record.device['at']}"] if record.device.get("at") else []
-    return re.sub(r"[^\w.+@-]", "_", "-".join(parts)) + ".json"  # a name from another machine must not act as a path
+    return re.sub(r"[^\w.+-]", "_", "-".join(parts)) + ".json"  # a name from another machine must not act as a path
 
 
 def record_path(folder: Path, record: Record) -> Path:

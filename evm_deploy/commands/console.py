@@ -218,15 +218,19 @@ def run_command(prog: str, body: Callable[[], int], args: argparse.Namespace) ->
     try:
         with _interruptible(prog):
             return body()
-    except EvmError as error:
-        code, said = error.exit_code, str(error)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code, said = EvmError.exit_code, f"{where}{error.strerror or error}"
     except Exception as error:
-        more = "" if args.verbose else "\n  run again with -v and report the traceback"
-        code, said = 1, f"internal error: {type(error).__name__}: {error}{more}"
-    print(escape_controls(f"{prog}: {said}"), file=sys.stderr)
-    if args.verbose:
-        traceback.print_exc()
-    return code
+        code, said = _explained(error, args.verbose)
+        print(escape_controls(f"{prog}: {said}"), file=sys.stderr)
+        if args.verbose:
+            traceback.print_exc()
+        return code
+
+
+def _explained(error: Exception, verbose: bool) -> tuple[int, str]:
+    """Return exit code and message of an exception."""
+    if isinstance(error, EvmError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return EvmError.exit_code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    more = "" if verbose else "\n  run again with -v and report the traceback"
+    return 1, f"internal error: {type(error).__name__}: {error}{more}"

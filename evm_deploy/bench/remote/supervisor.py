@@ -64,7 +64,7 @@ class Supervisor:
             [sys.executable, *arguments],
             cwd=self.folder,
             # ONNX Runtime for example leaves a file .ses in TMPDIR; the group is that of _util/processes.py
-            env={**os.environ, "TMPDIR": self.folder, "EVM_PROCESS_GROUP": "1"},
+            env={**os.environ, "TMPDIR": self.folder, "EVM_PROCESS_GROUP": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=tied,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
