@@ -302,13 +302,12 @@ def test_fields_of_proc_may_be_missing(file, spoilt, tmp_path, monkeypatch):
     """As in gVisor: each line alone, each file, and all of /proc and /sys."""
     monkeypatch.setattr(device, "PROC", tmp_path)
     monkeypatch.setattr(device, "SYS", tmp_path / "sys")
-    for name, lines in FIELDS.items():
+    for name, whole in FIELDS.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         form = SPOILT[spoilt] if file in (name, "every file") else None
         if form != "" or file != "every file":
-            spoilt_lines = [form.format(name=line.partition(":")[0]) for line in lines] if form is not None else lines
-            path.write_text("\n".join(spoilt_lines))
+            path.write_text("\n".join(line if form is None else form.format(name=line.split(":")[0]) for line in whole))
     facts = device.facts()
     assert facts["memory_mb"] == (7959 if spoilt == "whole" or file in ("cpuinfo", "self/status") else None)
     peak = worker.peak_mb()

@@ -17,7 +17,7 @@ from evm_deploy.cli import bench_main
 from evm_deploy.demo import CHECKPOINT, digits, write_images
 from evm_deploy.errors import UsageError
 from evm_deploy.export.targets import get_target
-from tests.records import record
+from tests.records import record as make_record
 
 QUICK = ["--threads", "1", "--limit", "20"]
 
@@ -104,7 +104,7 @@ def timeless(monkeypatch):
         measured.append(Path(path).name)
         with worker.open_subject(Path(path), settings) as subject:
             facts, runtime = json.loads(json.dumps([subject.facts(), subject.runtime()]))
-        made = record(device=device.facts())
+        made = make_record(device=device.facts())
         kept = {**settings.as_dict(), "batch": 1}
         return replace(made, bundle=facts, runtime=runtime, settings=kept)
 
@@ -167,7 +167,7 @@ def test_a_record_of_another_version_or_device_is_not_reused(what, timeless, tmp
     assert not run_matrix(matrix).failed and not run_matrix(matrix).failed
     assert len(timeless) == 1
     if what == "torch":
-        monkeypatch.setattr("torch.__version__", "9.9")
+        monkeypatch.setattr("torch.__version__", "99.9.0")
     else:
         changed = {"gpu": {"gpus": ["NVIDIA T9"]}, "system": {"system": "Linux 99"}}[what]
         facts = {**device.facts(), **changed}
