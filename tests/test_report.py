@@ -20,7 +20,7 @@ from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.cli import bench_main, report_main
 from evm_deploy.commands.report import milliseconds, percent
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.report import history
 from evm_deploy.report.candidate import Candidate, plain
 from evm_deploy.report.collect import candidates, collect
@@ -415,13 +415,19 @@ def test_a_history_takes_all_or_nothing(tmp_path):
     assert len(history.read(db)) == 1
 
 
-def test_a_damaged_history(tmp_path):
+def test_a_damaged_history(tmp_path, capsys):
     db = tmp_path / "history.db"
     history.append(db, [FP32])
     with sqlite3.connect(db) as connection:
         connection.execute("UPDATE records SET content = '{'")
     with pytest.raises(UsageError, match=r"history\.db, row .* is damaged"):
         history.read(db)
+    assert report_main(["--history", "--db", str(db)]) == 2  # it holds nothing else
+    history.append(db, [INT8])
+    damaged: list[EvmError] = []
+    assert len(history.read(db, damaged=damaged)) == 1 == len(damaged)
+    assert report_main(["--history", "--db", str(db)]) == 0
+    assert "left out" in capsys.readouterr().err
 
 
 def test_small_things():

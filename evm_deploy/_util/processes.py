@@ -38,7 +38,7 @@ class Process(subprocess.Popen[Any]):
         _running.difference_update({each for each in list(_running) if each.returncode is not None})
         _running.add(self)  # before the start: an interruption may come while the start is under way
         if _leaving and threading.get_ident() not in _leaving:
-            raise ToolchainError("interrupted")
+            raise ToolchainError(f"interrupted before {command[0]} was started", "run the command again")
         self.leads = group and GROUPED not in os.environ
         env = {**(os.environ if env is None else env), GROUPED: "1"} if self.leads else env
         super().__init__(command, env=env, start_new_session=self.leads, **options)

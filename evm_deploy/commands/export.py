@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.files import require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
@@ -197,6 +198,7 @@ def _export(args: argparse.Namespace) -> int:
         return _finish(args)
     if args.library:
         raise UsageError("--library needs --finish", "leave --library out")
+    require_writable(Path(args.out), "--out", folder=True)
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))

@@ -14,7 +14,7 @@ from evm_deploy._util.files import require_writable, write_atomically
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, print_document, run_command, stdout_console
-from evm_deploy.errors import LatencyError, UsageError
+from evm_deploy.errors import EvmError, LatencyError, UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.report.collect import Collected
@@ -163,7 +163,11 @@ def _history(args: argparse.Namespace) -> None:
     gate = _gate(args)
     if args.paths:
         _collected(args, args.paths)
-    found = courses(read(Path(args.db), args.model, args.target), args.last)
+    damaged: list[EvmError] = []
+    found = courses(read(Path(args.db), args.model, args.target, damaged), args.last)
+    _left_out(damaged)
+    if not found and damaged:
+        raise damaged[0]
     if not found:
         raise UsageError(f"{args.db} has no records of this model and target", "leave --model and --target out")
     if args.json:
@@ -196,13 +200,18 @@ def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Collected:
     from evm_deploy.report.history import append
 
     found = collect(paths)
-    for error in found.damaged:
-        print(escape_controls(f"evm-report: left out: {error}"), file=sys.stderr)
+    _left_out(found.damaged)
     for path in found.ignored:
         print(f"evm-report: {path} is not a record: ignored", file=sys.stderr)
     if args.db:
         append(Path(args.db), found.records)
     return found
+
+
+def _left_out(damaged: Sequence[EvmError]) -> None:
+    """Name the records and bundles that are left out of the report, on stderr."""
+    for error in damaged:
+        print(escape_controls(f"evm-report: left out: {error}"), file=sys.stderr)
 
 
 def milliseconds(said: str | None) -> float | None:

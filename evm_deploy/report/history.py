@@ -17,7 +17,7 @@ from typing import Any
 
 from evm_deploy._util.schema import lenient_json, strict_json
 from evm_deploy.bench.record import Record
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.report.candidate import Candidate
 from evm_deploy.report.collect import identity
 from evm_deploy.report.compare import Pair
@@ -46,15 +46,28 @@ def append(db: Path, records: Iterable[Record]) -> int:
         return connection.total_changes - before
 
 
-def read(db: Path, model: str | None = None, target: str | None = None) -> list[Record]:
-    """Return the records by date, only those of `model` and `target` if given. Raises UsageError."""
+def read(
+    db: Path, model: str | None = None, target: str | None = None, damaged: list[EvmError] | None = None
+) -> list[Record]:
+    """Return the records by date, only those of `model` and `target` if given. Raises UsageError.
+
+    damaged: if given, the errors of rows that cannot be read are added to it, and the other rows are returned.
+    """
     with _opened(db, create=False) as connection:
         rows = connection.execute(
             "SELECT digest, content FROM records WHERE model = coalesce(?, model) AND target = coalesce(?, target) "
             "ORDER BY date, rowid",
             (model, target),
         ).fetchall()
-    return [_parsed(db, digest, content) for digest, content in rows]
+    found = []
+    for digest, content in rows:
+        try:
+            found.append(_parsed(db, digest, content))
+        except UsageError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+    return found
 
 
 def courses(records: Iterable[Record], last: int | None = None) -> list[list[Candidate]]:

@@ -65,6 +65,16 @@ def engine_bytes(content: bytes) -> bytes:
     return content
 
 
+SETTINGS_KEYS = ("settings", "engine")  # keys of the settings in plan; the second one in older bundles
+
+
+def _inside(content: Any, *keys: str) -> Any:
+    """Return the value behind `keys` in untrusted JSON, or None if there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
 def check_built_for(path: Path, version: str) -> None:
     """Raise ToolchainError if the manifest next to an engine names another TensorRT release than `version`.
 
@@ -73,10 +83,8 @@ def check_built_for(path: Path, version: str) -> None:
     sidecar = path.parent / "manifest.json"
     if sidecar.is_file():
         manifest = json.loads(sidecar.read_text(encoding="utf-8"))
-        built = manifest.get("details", {}).get("engine", {}).get("tensorrt", version)
-        plan = manifest.get("plan", {})
-        settings = plan.get("settings") or plan.get("engine") or {}  # "engine" in older bundles
-        compatible = settings.get("version_compatible", False)
+        built = _inside(manifest, "details", "engine", "tensorrt") or version
+        compatible = any(_inside(manifest, "plan", key, "version_compatible") for key in SETTINGS_KEYS)
         if built != version and not compatible:
             raise ToolchainError(f"{path} was built with TensorRT {built}, but {version} is installed", REBUILD)
 
