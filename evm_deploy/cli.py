@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
+from evm_deploy.commands.console import guarded_output
+
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-export`: export a checkpoint to verified bundles. Returns the exit code."""
@@ -35,5 +37,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(command: str, argv: Sequence[str] | None) -> int:
-    code: int = import_module(f"evm_deploy.commands.{command}").main(argv)
-    return code
+    """Run a command and return its exit code: also 2 if its results could not be written to stdout."""
+    with guarded_output() as stdout:
+        code: int = import_module(f"evm_deploy.commands.{command}").main(argv)
+    return code or stdout.exit_code

@@ -13,6 +13,7 @@ from evm_deploy.bench.record import Record
 
 JUDGED = {
     "images": 599,
+    "images_sha256": "0" * 64,
     "sqnr_db": 40.1,
     "agreement": 0.998,
     "top1": 0.993,
@@ -70,6 +71,8 @@ def content(
             "usable_cores": 4,
             "governor": "performance",
             "memory_mb": 8000,
+            "gpus": ["NVIDIA A10"],
+            "runs_on": "CPU",
             "system": "Linux 6",
             "python": "3.11.2",
         },

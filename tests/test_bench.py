@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +18,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evm_deploy.bench import device, energy
+from evm_deploy._util.schema import strict_json
+from evm_deploy.bench import device, energy, worker
 from evm_deploy.bench.latency import Latency, differ, measure, median_interval, throughput
 from evm_deploy.bench.measurable import require_runnable
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
+from evm_deploy.bench.text import layer_lines, lines, record_path
+from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.cli import bench_main, doctor_main
+from evm_deploy.calib.evaluate import Accuracy
+from evm_deploy.cli import bench_main, doctor_main, export_main, report_main, run_main
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.targets import load_targets
 from evm_deploy.runtimes.info import Availability
+from tests.imports import PACKAGE
+from tests.records import JUDGED, LAYERS
+from tests.records import record as make_record
 
 QUICK = Settings(threads=1, limit_s=3.0)
 
@@ -277,3 +286,198 @@ def test_the_doctor(capsys, monkeypatch):
     assert (
         "the native scan was not built" in out and "install g++" in out and all(name in out for name in load_targets())
     )
+
+
+FIELDS = {
+    "cpuinfo": ["model name\t: CPU of a board", "flags\t: avx2 fma"],
+    "meminfo": ["MemTotal:        8151000 kB", "MemFree: 1 kB"],
+    "self/status": ["Name:\tpython", "VmHWM:\t  204800 kB"],
+}
+SPOILT = {"whole": None, "missing": "", "no value": "{name}:", "no number": "{name}:\tmany kB", "nan": "{name}: nan kB"}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize("file", [*FIELDS, "every file"])
+def test_fields_of_proc_may_be_missing(file, spoilt, tmp_path, monkeypatch):
+    """As in gVisor: each line alone, each file, and all of /proc and /sys."""
+    monkeypatch.setattr(device, "PROC", tmp_path)
+    monkeypatch.setattr(device, "SYS", tmp_path / "sys")
+    for name, whole in FIELDS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        form = SPOILT[spoilt] if file in (name, "every file") else None
+        if form != "" or file != "every file":
+            path.write_text("\n".join(line if form is None else form.format(name=line.split(":")[0]) for line in whole))
+    facts = device.facts()
+    assert facts["memory_mb"] == (7959 if spoilt == "whole" or file in ("cpuinfo", "self/status") else None)
+    peak = worker.peak_mb()
+    assert peak == (200.0 if spoilt == "whole" or file in ("cpuinfo", "meminfo") else None)
+    assert facts["cpu"] and device.state().clocks_mhz == () and device.cpu_features() in ([], ["avx2", "fma"])
+
+
+def test_a_load_that_is_not_told(monkeypatch):
+    def untold():
+        raise OSError("Load averages are unobtainable")
+
+    monkeypatch.setattr(device.os, "getloadavg", untold)
+    assert device.state().load is None
+
+
+def test_a_record_without_memory_is_written_and_printed(tmp_path):
+    record = make_record(memory_mb={})
+    record.write(tmp_path / "r.json")
+    assert "Memory    not reported" in "\n".join(lines(Record.read(tmp_path / "r.json"), tmp_path))
+
+
+def test_layers_without_time_are_printed():
+    for layers in (
+        {"how": "h", "sum_ms": 0.0, "of_inference": 0.0, "scan_share": None, "kinds": {"scan": 0.0}, "modules": []},
+        {**LAYERS, "sum_ms": 0.0},
+    ):
+        record = make_record(layers=layers)
+        assert lines(record, Path("x")) and layer_lines(record)
+
+
+OF_ONE = {"memory_mb": 7990, "system": "Linux 7", "python": "3.13", "governor": "powersave", "profile": "x"}
+OF_TWO = {"at": "pi@board", "model": "other", "cpu": "other", "machine": "arm64", "usable_cores": 2, "memory_mb": 3900}
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_a_device_stays_the_same(name):
+    one = make_record().device
+    assert device.key(one) == device.key({**one, name: OF_ONE[name]})
+
+
+@pytest.mark.parametrize("change", [*OF_TWO.items(), ("system", "Darwin 6"), ("runs_on", "GPU: NVIDIA T4")], ids=str)
+def test_another_device_is_another(change):
+    one = make_record().device
+    assert device.key(one) != device.key({**one, **dict([change])})
+
+
+@pytest.mark.parametrize(
+    ("memory", "sold"), [(3792, "4"), (7837, "8"), (11700, "12"), (15800, "16"), (950, "1"), (62000, "64"), (8192, "8")]
+)
+def test_memory_is_compared_as_it_is_sold(memory, sold):
+    assert device.as_sold(memory) == f"{sold} GB"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": {"at": "pi@board"}},
+        {"device": {"runs_on": "GPU: NVIDIA T4"}},
+        {"device": {"model": "another"}},
+        {"settings": {"device": "GPU"}},
+        {"settings": {"device": "HETERO:GPU,CPU"}},
+        {"settings": {"cuda_graph": True}},
+        {"settings": {"scan": "portable"}},
+        {"settings": {"streams": 2}},
+        {"settings": {"threads": None}},
+        {"settings": {"timed": "end-to-end"}},
+    ],
+    ids=str,
+)
+def test_records_of_other_devices_and_settings_are_not_replaced(changes, tmp_path):
+    first, other = make_record(), make_record(changes=changes)
+    path = record_path(tmp_path, first)
+    first.write(path)
+    assert record_path(tmp_path, first) == path != record_path(tmp_path, other)
+    assert record_path(tmp_path, other).parent == tmp_path
+
+
+def test_a_file_that_is_no_record_is_not_replaced(tmp_path):
+    path = record_path(tmp_path, make_record())
+    for i, content in enumerate(("notes", "{}", None)):
+        path.write_text(content) if content else path.mkdir()
+        assert record_path(tmp_path, make_record()).name == f"{path.stem}-2.json", i
+        path.unlink() if content else path.rmdir()
+    path.symlink_to("nowhere")
+    assert record_path(tmp_path, make_record()) != path
+
+
+def test_one_bundle_that_fails_does_not_hide_the_others(micro_bundle, tmp_path, capsys):
+    flags = [str(tmp_path / "nowhere"), str(micro_bundle.path), "--json", "--limit", "1", "-q", "-o", str(tmp_path)]
+    assert bench_main(flags) == 2
+    bad, good = json.loads(capsys.readouterr().out)
+    assert bad["exit_code"] == 2 and "does not exist" in bad["error"] and good["p50"] > 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
+def test_the_measuring_process_speaks_its_own_encoding(encoding, micro_bundle, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    assert bench(micro_bundle.path, Settings(threads=1, limit_s=0.5)).summary_ms["p50"] > 0
+
+
+@pytest.mark.parametrize("out", ["a_file", "a_file/x", "/proc/x"])
+@pytest.mark.parametrize("kind", ["a bundle", "a matrix", "a fleet"])
+def test_an_output_is_refused_before_work(out, kind, micro_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    (tmp_path / "fleet.toml").write_text('[[board]]\nname = "b"\nhost = "nowhere"')
+    subjects = {"a bundle": [str(micro_bundle.path)], "a matrix": ["--matrix"]}
+    flags = subjects.get(kind, [str(micro_bundle.path), "--devices", "fleet.toml"])
+    for work in ("bench.remote.hosts.opened", "bench.remote.fleet.run_fleet", "bench.matrix.run_matrix"):
+        monkeypatch.setattr(f"evm_deploy.{work}", lambda *_: pytest.fail("work was begun"))
+    assert bench_main([*flags, "-o", out]) == 2
+    assert f"cannot write {out}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "finish", "report"])
+def test_a_target_that_is_not_known_is_named(command, micro_bundle, tmp_path, capsys):
+    shutil.copytree(micro_bundle.path, tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps({**manifest, "target": "null"}))
+    mains = {
+        "run": lambda b: run_main([b, "--selftest"]),
+        "bench": lambda b: bench_main([b, "-o", str(tmp_path / "out")]),
+        "finish": lambda b: export_main(["--finish", b]),
+        "report": lambda b: report_main([b]),
+    }
+    assert mains[command](str(tmp_path / "b")) == (0 if command == "report" else 2)
+    shown = capsys.readouterr()
+    assert "null" in shown.out + shown.err and "internal error" not in shown.err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")], ids=str)
+def test_json_is_strict(value, micro_bundle, tmp_path):
+    """Manifests and records have null in place of what JSON lacks; files of older versions open."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    kept = {"a": [value, {"b": (value, 1.5)}], "c": "NaN"}
+    assert json.loads(strict_json(kept), parse_constant=refuse) == {"a": [None, {"b": [None, 1.5]}], "c": "NaN"}
+    accuracy = {**JUDGED, "sqnr_db": value}
+    manifest = replace(micro_bundle.manifest, accuracy=accuracy)
+    assert json.loads(manifest.to_json(), parse_constant=refuse)["accuracy"]["sqnr_db"] is None
+    shutil.copytree(micro_bundle.path, tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    assert open_bundle(tmp_path / "b").manifest.accuracy["sqnr_db"] is None
+    record = make_record(accuracy=JUDGED)
+    replace(record, bundle={**record.bundle, "accuracy": accuracy}).write(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+    assert Record.read(tmp_path / "r.json").bundle["accuracy"]["sqnr_db"] is None
+    assert (
+        str(Accuracy.from_dict({**JUDGED, "sqnr_db": None})) and not Accuracy.from_dict(accuracy | {"sqnr_db": None}).ok
+    )
+
+
+def test_only_one_function_writes_json_for_others():
+    """Every other json.dumps is the input of a hash, or goes to a process or file of another program."""
+    found = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "json.dumps(" in p.read_text()}
+    assert found == {
+        "_util/schema.py",
+        "bench/bench_on_mac.py",
+        "bench/matrix.py",
+        "bench/remote/agent.py",
+        "bench/remote/ssh.py",
+        "bench/remote/ssh_host.py",
+        "bench/remote/supervisor.py",
+        "bench/run.py",
+        "calib/table.py",
+        "demo/train.py",
+        "export/coreml/package.py",
+        "export/pipeline.py",
+        "export/tensorrt/target.py",
+        "runtimes/tensorrt/build_engine.py",
+    }

@@ -14,7 +14,7 @@ from PIL import Image
 from evm_deploy import cli, errors
 from evm_deploy._util.packages import install_hint
 from evm_deploy.calib import evaluate
-from evm_deploy.errors import EvmError
+from evm_deploy.errors import BundleError
 from tests.records import record, written
 
 PACKAGE = Path(errors.__file__).parent
@@ -82,7 +82,7 @@ SCENES = {
         ("logits differ by", "limit", "kept for inspection", ".rejected"),
     ),
     "AccuracyError": Scene(inaccurate, ("w8 is not accurate enough", "kept for inspection", ".rejected")),
-    "LatencyError": Scene(slow, ("ms", "0.01 ms allowed")),
+    "LatencyError": Scene(slow, ("ms", "limit: 0.01 ms", "judged")),
 }
 
 
@@ -101,9 +101,10 @@ def test_what_a_user_sees(name, micro, micro_bundle, tmp_path, capsys, monkeypat
     assert len(said.strip().splitlines()) <= 4
 
 
-def test_v_shows_where_it_came_from(tmp_path):
-    with pytest.raises(EvmError):
-        cli.run_main([str(tmp_path / "none"), "--selftest", "-v"])
+def test_v_shows_where_it_came_from(tmp_path, capsys):
+    assert cli.run_main([str(tmp_path / "none"), "--selftest", "-v"]) == BundleError.exit_code
+    said = capsys.readouterr().err
+    assert "make one with evm-export" in said and "Traceback" in said and "in open_bundle" in said
 
 
 def test_what_nobody_foresaw_has_no_traceback_either(micro_bundle, monkeypatch, capsys, tmp_path):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evm_deploy._util.progress import silent
+from evm_deploy.bench import device, worker
 from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.cli import bench_main
-from evm_deploy.demo import CHECKPOINT
+from evm_deploy.demo import CHECKPOINT, digits, write_images
 from evm_deploy.errors import UsageError
 from evm_deploy.export.targets import get_target
+from tests.records import record as make_record
 
 QUICK = ["--threads", "1", "--limit", "20"]
 
@@ -88,3 +93,84 @@ def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
 def test_what_cannot_be_compared_is_said(flags, said, capsys, tmp_path):
     assert bench_main([*flags, "-o", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def timeless(monkeypatch):
+    """Measurements without the measuring, each stable. Returns the subjects that were measured."""
+    measured = []
+
+    def bench(path, settings):
+        measured.append(Path(path).name)
+        with worker.open_subject(Path(path), settings) as subject:
+            facts, runtime = json.loads(json.dumps([subject.facts(), subject.runtime()]))
+        made = make_record(device=device.facts())
+        kept = {**settings.as_dict(), "batch": 1}
+        return replace(made, bundle=facts, runtime=runtime, settings=kept)
+
+    monkeypatch.setattr("evm_deploy.bench.matrix.bench", bench)
+    return measured
+
+
+def digits_of(path: Path, turned: int, count: int = 40) -> str:
+    """Digits with labels that are `turned` further."""
+    images, labels = digits("heldout")
+    np.savez(path, images=images[:count], labels=(labels[:count] + turned) % 10)
+    return str(path)
+
+
+def accuracies(outcome) -> list[float | None]:
+    assert not outcome.failed
+    found = [Record.read(path).bundle["accuracy"] for path in outcome.records]
+    return [each and each["top1"] for each in found]
+
+
+def test_the_accuracy_is_that_of_the_images_asked_about(timeless, tmp_path):
+    """By content: other labels, other images under the same path, no images; what is the same is not done again."""
+    matrix = Matrix(CHECKPOINT, parse_forms("torch,onnx:fp32"), (Settings(1, 1),), tmp_path / "out")
+    val = digits_of(tmp_path / "val.npz", 0)
+    assert accuracies(run_matrix(matrix)) == [None, None]
+    right = accuracies(run_matrix(replace(matrix, val=val)))
+    assert min(right) > 0.9
+    assert accuracies(run_matrix(replace(matrix, val=digits_of(tmp_path / "other.npz", 1)))) < [0.1, 0.1]
+    assert accuracies(run_matrix(replace(matrix, val=val))) == right
+    digits_of(tmp_path / "val.npz", 1)
+    assert accuracies(run_matrix(replace(matrix, val=val))) < [0.1, 0.1]
+    assert accuracies(run_matrix(matrix)) == [None, None]
+    assert len(timeless) == 2  # the latencies stay
+
+
+@pytest.mark.slow
+def test_a_bundle_is_exported_again_for_other_images(timeless, tmp_path):
+    """Also if they lie under the same path."""
+    images = write_images(tmp_path / "calib", "train", 120) and str(tmp_path / "calib")
+    val = digits_of(tmp_path / "val.npz", 0)
+    matrix = Matrix(
+        CHECKPOINT, parse_forms("onnx:int8,onnx:w8"), (Settings(1, 1),), tmp_path / "out", None, images, val
+    )
+    exported = []
+    for change in (None, None, "val", None, "calib", None):
+        if change == "val":
+            digits_of(tmp_path / "val.npz", 0, 41)
+        if change == "calib":
+            next((tmp_path / "calib").rglob("*.png")).unlink()
+        steps = Steps()
+        assert not run_matrix(matrix, steps).failed
+        exported.append([form for name, form in steps.seen if name == "export"])
+    both = ["onnx int8", "onnx w8"]
+    assert exported == [both, [], both, [], ["onnx int8"], []]
+
+
+@pytest.mark.parametrize("what", ["torch", "gpu", "system"])
+def test_a_record_of_another_version_or_device_is_not_reused(what, timeless, tmp_path, monkeypatch):
+    matrix = Matrix(CHECKPOINT, parse_forms("torch"), (Settings(1, 1),), tmp_path / "out")
+    assert not run_matrix(matrix).failed and not run_matrix(matrix).failed
+    assert len(timeless) == 1
+    if what == "torch":
+        monkeypatch.setattr("torch.__version__", "99.9.0")
+    else:
+        changed = {"gpu": {"gpus": ["NVIDIA T9"]}, "system": {"system": "Linux 99"}}[what]
+        facts = {**device.facts(), **changed}
+        monkeypatch.setattr(device, "facts", lambda: facts)
+    assert not run_matrix(matrix).failed
+    assert len(timeless) == 2

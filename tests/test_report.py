@@ -20,14 +20,15 @@ from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.cli import bench_main, report_main
 from evm_deploy.commands.report import milliseconds, percent
-from evm_deploy.errors import LatencyError, UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.report import history
 from evm_deploy.report.candidate import Candidate, plain
 from evm_deploy.report.collect import candidates, collect
-from evm_deploy.report.compare import compare, require
+from evm_deploy.report.compare import compare
+from evm_deploy.report.gate import Gate
 from evm_deploy.report.table import grouped, remarks
 from evm_deploy.report.terminal import sparkline
-from evm_deploy.report.verdict import verdict
+from evm_deploy.report.verdict import EVALUATE, verdict
 from tests.records import JUDGED, LAYERS, content, record, written
 
 HOSTILE = "<script>alert(1)</script>|`x`\x1b[31m\n=1+1"
@@ -57,7 +58,12 @@ INT8 = record("openvino", "int8", 0.5, accuracy=JUDGED)
             "ship onnx fp32: onnx int8 has 1.01x the speed here",
         ),
         ([FP32, record("openvino", "fp32", 2.0)], "ship onnx fp32: nothing is faster"),
-        ([FP32, record("onnx", "fp16", 0.5)], "ship onnx fp16: 2.00x faster than onnx fp32, accuracy unknown"),
+        ([FP32, record("onnx", "fp16", 0.5)], "ship onnx fp32: the only candidate of known accuracy"),
+        (
+            [record("onnx", "fp16", 0.5), record("onnx", "w8", 0.8)],
+            f"fastest is onnx fp16: 1.60x faster than onnx w8, accuracy unknown: {EVALUATE}",
+        ),
+        ([record("onnx", "fp16", 0.5)], f"fastest is onnx fp16: the only candidate, accuracy unknown: {EVALUATE}"),
         (
             [FP32, record("onnx", "int8", 0.5, accuracy={**JUDGED, "drop": 1.2})],
             "ship onnx fp32: the only candidate",
@@ -76,7 +82,7 @@ INT8 = record("openvino", "int8", 0.5, accuracy=JUDGED)
         ),
         (
             [FP32, record("onnx", "int8", 0.5, accuracy={**JUDGED, "drop": None, "top1": None})],
-            "ship onnx int8: 2.00x faster than onnx fp32, accuracy unknown",
+            "ship onnx fp32: the only candidate of known accuracy",
         ),
     ],
 )
@@ -184,11 +190,8 @@ def test_comparing(times):
 )
 def test_a_regression_fails_when_it_is_one(old, new, limit, fails):
     pairs = compare([record(median=old[0], spread=old[1])], [record(median=new[0], spread=new[1])]).pairs
-    if fails:
-        with pytest.raises(LatencyError, match=r"1\.20x the old time"):
-            require(pairs, (), limit)
-    else:
-        require(pairs, (), limit)
+    error = Gate(max_regression=limit).judge((), pairs)[1]
+    assert ("1.20x the old time" in str(error)) if fails else error is None
 
 
 def test_what_has_no_counterpart_is_listed():
@@ -412,13 +415,19 @@ def test_a_history_takes_all_or_nothing(tmp_path):
     assert len(history.read(db)) == 1
 
 
-def test_a_damaged_history(tmp_path):
+def test_a_damaged_history(tmp_path, capsys):
     db = tmp_path / "history.db"
     history.append(db, [FP32])
     with sqlite3.connect(db) as connection:
         connection.execute("UPDATE records SET content = '{'")
     with pytest.raises(UsageError, match=r"history\.db, row .* is damaged"):
         history.read(db)
+    assert report_main(["--history", "--db", str(db)]) == 2  # it holds nothing else
+    history.append(db, [INT8])
+    damaged: list[EvmError] = []
+    assert len(history.read(db, damaged=damaged)) == 1 == len(damaged)
+    assert report_main(["--history", "--db", str(db)]) == 0
+    assert "left out" in capsys.readouterr().err
 
 
 def test_small_things():
@@ -438,3 +447,102 @@ def test_the_bench_adds_to_a_history(micro_bundle, tmp_path, capsys, monkeypatch
     monkeypatch.setattr("evm_deploy.bench.run.bench", lambda *_: pytest.fail("measured for nothing"))
     assert bench_main([*flags, str(micro_bundle.path / FILE)]) == 2
     assert "cannot be used as a history" in capsys.readouterr().err
+
+
+def ruled(records, *flags, tmp_path, capsys):
+    code = report_main([str(written(tmp_path / "rec", *records)), *flags])
+    return code, capsys.readouterr().err
+
+
+SLOW_TORCH = record("torch", "fp32", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("records", "flags", "code", "says"),
+    [
+        ([FP32, SLOW_TORCH], ["--max-latency", "2ms"], 0, "judged: evm_tiny-onnx-fp32-64x64"),
+        ([FP32, SLOW_TORCH], ["--max-latency", "0.5ms"], 6, "p50 1.00 ms (limit: 0.5 ms)"),
+        ([SLOW_TORCH], ["--max-latency", "20ms"], 2, "no measured bundle to judge"),
+        ([replace(FP32, stable=False)], ["--max-latency", "2ms"], 6, "not stable"),
+        ([FP32, record("onnx", "int8", 9.0, accuracy={**JUDGED, "drop": 5.0})], ["--max-latency", "2ms"], 0, "-5.00"),
+        ([FP32, record("onnx", "int8", 9.0)], ["--max-latency", "2ms"], 6, "onnx-int8"),
+        ([FP32, record("onnx", "int8", 9.0)], ["--max-latency", "2ms", "--select", "onnx,fp32"], 0, "not selected"),
+        ([FP32, record("openvino", "fp32", 9.0)], ["--max-latency", "2ms", "--select", "openvino"], 6, "openvino"),
+        ([FP32], ["--max-latency", "2ms", "--select", "trt"], 2, "no measured bundle"),
+        ([FP32], ["--select", "onnx"], 2, "--select needs"),
+    ],
+)
+def test_a_latency_gate_judges_the_bundles_that_can_ship(records, flags, code, says, tmp_path, capsys):
+    found, err = ruled(records, *flags, tmp_path=tmp_path, capsys=capsys)
+    assert found == code and says in err
+
+
+def test_a_latency_gate_needs_a_measurement(micro_bundle, tmp_path, capsys):
+    assert report_main([str(micro_bundle.path), "--max-latency", "0.001ms"]) == 2
+    assert "not measured" in capsys.readouterr().err
+    folder = written(tmp_path, FP32)
+    assert report_main([str(folder), str(micro_bundle.path), "--max-latency", "2ms"]) == 0
+    assert "not measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "flags", "code", "says"),
+    [
+        ([FP32, INT8], [FP32], [], 0, ""),
+        ([FP32, INT8], [FP32], ["--max-regression", "5%"], 6, "measured in OLD, missing in NEW"),
+        ([FP32, INT8], [FP32], ["--max-regression", "5%", "--select", "onnx"], 0, "judged"),
+        ([FP32, SLOW_TORCH], [FP32], ["--max-regression", "5%"], 0, "judged"),
+        ([FP32, record("torch", "fp32", 1.0)], [FP32, SLOW_TORCH], ["--max-regression", "5%"], 0, "a baseline"),
+        ([FP32], [replace(FP32, stable=False)], ["--max-regression", "5%"], 6, "not stable"),
+        ([FP32], [record("onnx", "fp32", 1.5)], ["--max-regression", "5%"], 6, "1.50x"),
+        ([FP32], [record(median=1.5, changes={"device": {"system": "Linux 7"}})], ["--max-regression", "5%"], 6, "1.5"),
+        ([FP32], [record(median=1.5, changes={"device": {"memory_mb": 7990}})], ["--max-regression", "5%"], 6, "1.5"),
+    ],
+)
+def test_a_comparison_with_a_limit(old, new, flags, code, says, tmp_path, capsys):
+    folders = [str(written(tmp_path / name, *records)) for name, records in (("old", old), ("new", new))]
+    assert report_main(["--compare", *folders, *flags]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_one_damaged_file_of_a_folder_is_left_out_with_a_note(micro_bundle, tmp_path, capsys):
+    folder = written(tmp_path / "bench", FP32)
+    (folder / "cut.json").write_text('{"samples_ms": [1')
+    (folder / "nan.json").write_text(json.dumps({**content(), "first_ms": float("nan")}))
+    for name, change in (("bad", {"plan": 1}), ("old", {"schema_version": 99}), ("empty", None)):
+        (folder / name).mkdir()
+        kept = json.loads((micro_bundle.path / FILE).read_text())
+        (folder / name / FILE).write_text(json.dumps({**kept, **change}) if change else "{")
+    (folder / "closed").mkdir()
+    (folder / "closed" / FILE).symlink_to("manifest.json")  # a loop
+    assert report_main([str(folder), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert [group["ship"] for group in json.loads(shown.out)] == ["evm_tiny-onnx-fp32-64x64"]
+    for name in ("cut.json", "nan.json", "bad", "old", "empty"):
+        assert f"{name}" in shown.err and "left out" in shown.err
+    assert report_main([str(folder / "cut.json")]) == 2  # named itself
+    assert report_main([str(folder / "bad")]) == 2
+
+
+@pytest.mark.parametrize("flag", ["--html", "--csv", "--markdown", "--db"])
+@pytest.mark.parametrize("place", ["a_file/x", "/proc/x", "a_folder"])
+def test_outputs_are_refused_before_work(flag, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_folder").mkdir()
+    monkeypatch.setattr("evm_deploy.report.collect.collect", lambda paths: pytest.fail("work was begun"))
+    assert report_main([str(written(tmp_path / "rec", FP32)), flag, place]) == 2
+    assert f"cannot write {place}" in capsys.readouterr().err
+
+
+def test_an_output_replaces_no_input_and_no_other_output(tmp_path, capsys):
+    folder = written(tmp_path / "rec", FP32)
+    before = (folder / "0.json").read_bytes()
+    assert report_main([str(folder / "0.json"), "--html", str(folder / "0.json")]) == 2
+    assert (folder / "0.json").read_bytes() == before
+    assert report_main([str(folder), "--html", str(tmp_path / "x"), "--csv", str(tmp_path / "x")]) == 2
+
+
+def test_energy_is_given_in_millijoules(tmp_path, capsys):
+    assert report_main([str(written(tmp_path, replace(FP32, energy_mj={"a ms": 1.0}))), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["candidates"][0]["energy"] == "a ms 1 mJ"

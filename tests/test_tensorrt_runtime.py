@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from evm_deploy.errors import ToolchainError
 from evm_deploy.runtimes import tensorrt
-from evm_deploy.runtimes.tensorrt import TensorRtRuntime
+from evm_deploy.runtimes.tensorrt import TensorRtRuntime, check_built_for
 
 
 class Status(enum.Enum):
@@ -260,3 +261,20 @@ def test_a_plan_behind_a_length_and_json(cuda):
     cuda.path.write_bytes(b"not a plan")
     with pytest.raises(ToolchainError, match="cannot be opened"):
         TensorRtRuntime(cuda.path, "trt")
+
+
+@pytest.mark.parametrize(
+    "content", [[], {}, {"details": []}, {"details": {"engine": [1]}}, {"plan": {"settings": "x"}}]
+)
+def test_a_manifest_of_any_shape_beside_an_engine_is_no_crash(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    check_built_for(tmp_path / "model.engine", "10.9")
+
+
+def test_an_engine_of_another_release_is_still_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"details": {"engine": {"tensorrt": "10.1"}}}))
+    with pytest.raises(ToolchainError, match=r"built with TensorRT 10\.1"):
+        check_built_for(tmp_path / "model.engine", "10.9")
+    compatible = {"details": {"engine": {"tensorrt": "10.1"}}, "plan": {"engine": {"version_compatible": True}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(compatible))
+    check_built_for(tmp_path / "model.engine", "10.9")

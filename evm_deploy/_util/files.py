@@ -14,6 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from evm_deploy.errors import UsageError
+
 #: errno of a rename that a file system does not have.
 NO_RENAME = frozenset({errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -165,6 +167,26 @@ def require_regular(path: Path) -> None:
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "Not a regular file")
+
+
+def require_writable(path: Path, flag: str, folder: bool = False) -> None:
+    """Check before work begins that results can be written to `path`. Leaves no trace.
+
+    folder: `path` is a folder for files, which is made later if it does not exist; otherwise `path` is a file. flag:
+    flag that named the path. Raises UsageError.
+    """
+    place = path if folder else path.parent
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not folder and path.exists() and not path.is_file():
+            return  # a device or pipe: to open it may wait for a reader
+        while not os.path.lexists(place):
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=".evm-", dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", f"choose another {flag}") from error
 
 
 def artifact_bytes(path: Path) -> int:

@@ -65,6 +65,24 @@ def published(package: str, file: str) -> Definition:
     return definition
 
 
+def strict_json(value: Any, **options: Any) -> str:
+    """Return `value` as JSON text that every parser reads: NaN and infinities become null. options: of json.dumps."""
+    return json.dumps(_nulled(value), allow_nan=False, **options)
+
+
+def lenient_json(text: str | bytes) -> Any:
+    """Parse JSON; NaN and infinities, which older versions wrote, become None. Raises ValueError, RecursionError."""
+    return json.loads(text, parse_constant=lambda name: None)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def keys(**definitions: Definition) -> Definition:
     """Return the schema of an object in which all these keys are required."""
     return {"type": "object", "required": [*definitions], "properties": definitions}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ FEATURES = (
     *("amx_int8", "amx_bf16", "amx_fp16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
+CPU = "CPU"  # start of `runs_on` if the model ran on the processor
 MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 BUSY = 0.5  # load average per core above which a warning is given
 
@@ -36,13 +40,13 @@ class State:
 
 
 def facts() -> dict[str, Any]:
-    """Return model, processor, cores, clock governor, memory and system of this device."""
+    """Return model, processor, cores, clock governor, memory, GPUs and system of this device."""
     cpu: dict[str, str] = {}
     for line in text(PROC / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
         cpu.setdefault(key.strip(), value.strip())
     board = text(PROC / "device-tree" / "model").strip("\0\n") or text(SYS / "class/dmi/id/product_name").strip()
-    memory = next((line.split()[1] for line in text(PROC / "meminfo").splitlines() if line.startswith("MemTotal")), "")
+    memory = proc_kb("meminfo", "MemTotal")
     return {
         "model": board or platform.node(),
         "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or platform.machine(),
@@ -50,10 +54,32 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "governor": text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
-        "memory_mb": int(memory) // 1024 if memory else None,
+        "memory_mb": int(memory) // 1024 if memory is not None else None,
+        "gpus": gpus(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def key(device: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the facts of `Record.device` that decide whether two measurements are of the same device.
+
+    These are host, model, processor, architecture, usable cores, memory (as sold, because the usable part differs
+    between kernels), operating system without its version, and the GPU or NPU if the model ran on one.
+    """
+    names = ("at", "model", "cpu", "machine", "usable_cores")
+    system = str(device.get("system") or "").partition(" ")[0]
+    runs_on = str(device.get("runs_on") or "")
+    facts = [str(device.get(name) or "") for name in names]
+    return (*facts, as_sold(device.get("memory_mb")), system, "" if runs_on.startswith(CPU) else runs_on)
+
+
+def as_sold(memory_mb: float | None) -> str:
+    """Return the size of memory modules that holds `memory_mb`: the next of 1, 1.5, 2, 3, 4, 6, 8, 12, .. GB."""
+    if not memory_mb:
+        return ""
+    power = math.ceil(math.log2(memory_mb / 1024))
+    return f"{2.0**power if memory_mb / 1024 > 0.75 * 2.0**power else 0.75 * 2.0**power:g} GB"
 
 
 def cpu_features() -> list[str]:
@@ -86,8 +112,15 @@ def state() -> State:
         tuple(clock / 1e3 for clock in clocks if clock is not None),
         {f"{text(zone / 'type').strip()} {zone.name[12:]}": t / 1e3 for zone, t in zones.items() if t is not None},
         sum(counted) if counted else None,
-        round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else None,
+        load(),
     )
+
+
+def load() -> float | None:
+    """Return the load average of the last minute, per core; None if the system does not report it."""
+    with contextlib.suppress(AttributeError, OSError):
+        return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
+    return None
 
 
 def warnings(device: dict[str, Any], before: State, after: State) -> list[str]:
@@ -111,8 +144,26 @@ def text(path: Path) -> str:
 
 
 def number(path: Path) -> float | None:
-    """Read the number in a file; return None if the file cannot be read or holds no number."""
+    """Read the number in a file; return None if the file cannot be read or holds no finite number."""
+    return finite(text(path))
+
+
+def finite(said: str) -> float | None:
+    """Convert text to a number; return None if it is no finite number."""
     try:
-        return float(text(path))
+        value = float(said)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
+
+
+def proc_kb(file: str, field: str) -> float | None:
+    """Return the value of a line `field: value kB` of a file in /proc; None without the file, the line or a number.
+
+    Sandboxes such as gVisor leave lines out.
+    """
+    for line in text(PROC / file).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field and value.split():
+            return finite(value.split()[0])
+    return None

@@ -34,6 +34,7 @@ class FloatModel:
 
     batch = Batch(1, 1, None)
     milliseconds: Mapping[str, float] = {}
+    runs_on = "CPU"
 
     def __init__(self, path: Path, settings: Settings) -> None:
         if (settings.timed, settings.scan, settings.streams) != ("model", "auto", 1):

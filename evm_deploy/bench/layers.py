@@ -194,7 +194,7 @@ def summary(how: str, parts: Sequence[Part], inference_ms: float) -> dict[str, A
     return {
         "how": how,
         "sum_ms": round(total, 4),
-        "of_inference": round(total / inference_ms, 4),
+        "of_inference": round(total / inference_ms, 4) if inference_ms else 0.0,
         "scan_share": round(kinds.get("scan", 0.0) / total, 4) if known else None,
         "kinds": {kind: round(ms, 4) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
         "modules": [{**asdict(part), "ms": round(part.ms, 5)} for part in parts],

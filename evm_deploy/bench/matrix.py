@@ -6,10 +6,12 @@ Bundles and records of an earlier call are reused if they are still current.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +27,16 @@ from evm_deploy.bench.text import record_path
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import FILE as MANIFEST
+from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.calib.candidate import feeds
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
-from evm_deploy.calib.int8 import stacked
+from evm_deploy.calib.int8 import image_sets, stacked
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.export.pipeline import bundle_path, complete, export
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan, canonical_precision, parse_imgsz
+from evm_deploy.export.quantization import quantization_config
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Target, check_plan
 from evm_deploy.export.targets import get_target
@@ -134,6 +138,7 @@ class Checkpoint:
         self.matrix, self.path = matrix, matrix.checkpoint
         self.source = Source(matrix.checkpoint)
         self.float = FloatModel(self.path, Settings(imgsz=matrix.imgsz))
+        self.digests: dict[tuple[Any, ...], list[str | None]] = {}
 
     def exported(self, form: Form, step: Step) -> Path:
         """Return the path of the form's bundle; export it unless a current one exists. Raises EvmError."""
@@ -169,27 +174,51 @@ class Checkpoint:
             manifest.plan == json.loads(json.dumps(plan.as_dict()))
             and manifest.model["checkpoint"]["sha256"] == self.float.spec.checkpoint["sha256"]
             and made_with.items() <= manifest.versions.items()
+            and (plan.precision not in QUANTIZED or self.same_images(manifest, plan))
         )
+
+    def same_images(self, manifest: Manifest, plan: ExportPlan) -> bool:
+        """Test whether a bundle was calibrated and evaluated on the images that the plan names now, by their content.
+
+        Raises CalibrationError.
+        """
+        config = quantization_config(plan, self.float.spec)
+        key = (config.precision, config.calib, config.val)
+        if key not in self.digests:
+            images = image_sets(config, self.float.preprocessing, silent)
+            self.digests[key] = [each.digest() if each else None for each in images]
+        calibration = manifest.details.get("quantization", {}).get("calibration", {}).get("images", {})
+        return [calibration.get("sha256"), (manifest.accuracy or {}).get("images_sha256")] == self.digests[key]
 
     def measured(self, form: Form, path: Path, settings: Settings, step: Step) -> Path:
         """Return the path of the form's record; measure it unless a stable one exists. Raises EvmError.
 
-        With `matrix.val` the record also gets the accuracy of a form whose manifest has none.
+        The record of a form whose manifest has no accuracy gets the accuracy on `matrix.val`, or none without it.
         """
         settings = replace(settings, imgsz=self.matrix.imgsz) if form.target == TORCH else settings
         subject = sha256(path if form.target == TORCH else path / MANIFEST)
-        found = find_record(self.matrix.out, subject, settings)
-        if found:
-            with step("kept", f"{form}, {settings}"):
-                return found
-        with step("measure", f"{form}, {settings}"):
-            record = bench(path, settings)
-        if self.matrix.val and not record.bundle["accuracy"]:
-            with step("evaluate", f"{form}, {len(self.images)} images"):
-                record = replace(record, bundle={**record.bundle, "accuracy": self.accuracy(form, path).as_dict()})
-        file = record_path(self.matrix.out, record)
-        record.write(file)
+        file, record = find_record(self.matrix.out, subject, settings, self.versions(form)) or (None, None)
+        with step("kept" if record else "measure", f"{form}, {settings}"):
+            record = record or bench(path, settings)
+        in_manifest = form.target != TORCH and Manifest.read(path).accuracy
+        wanted = self.images.digest() if self.matrix.val else None
+        if not in_manifest and (record.bundle.get("accuracy") or {}).get("images_sha256") != wanted:
+            accuracy = None
+            if self.matrix.val:
+                with step("evaluate", f"{form}, {len(self.images)} images"):
+                    accuracy = {**self.accuracy(form, path).as_dict(), "images_sha256": wanted}
+            file, record = None, replace(record, bundle={**record.bundle, "accuracy": accuracy})
+        if file is None:
+            file = record_path(self.matrix.out, record)
+            record.write(file)
         return file
+
+    def versions(self, form: Form) -> Mapping[str, str]:
+        """Return the versions of the packages that run a form on this machine."""
+        if form.target == TORCH:
+            versions: dict[str, str] = self.float.runtime()["versions"]
+            return versions
+        return get_target(form.target).runtime.availability().versions
 
     def accuracy(self, form: Form, path: Path) -> Accuracy:
         """Measure the accuracy of a float form on the labelled images `matrix.val`."""
@@ -218,10 +247,12 @@ class Checkpoint:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:
-    """Return the path of a stable record in `folder` with these settings from this machine, or None.
+def find_record(
+    folder: Path, subject: str, settings: Settings, versions: Mapping[str, str]
+) -> tuple[Path, Record] | None:
+    """Return a stable record in `folder` with these settings from this machine, and its path, or None.
 
-    subject: sha256 of the bundle's manifest, or of the checkpoint.
+    subject: sha256 of the bundle's manifest, or of the checkpoint. versions: of the packages that run the model.
     """
     wanted = {key: value for key, value in settings.as_dict().items() if key != "limit_s"}
     here = device.facts()
@@ -232,6 +263,7 @@ def find_record(folder: Path, subject: str, settings: Settings) -> Path | None:
             continue  # not a record, or of another schema version
         same_machine = here.items() <= record.device.items()
         same_settings = wanted.items() <= record.settings.items()
-        if record.stable and same_machine and same_settings and record.bundle["manifest_sha256"] == subject:
-            return file
+        same = same_machine and same_settings and record.runtime["versions"] == dict(versions)
+        if record.stable and same and record.bundle.get("manifest_sha256") == subject:
+            return file, record
     return None

@@ -41,6 +41,11 @@ class Measurable(Protocol):
         ...
 
     @property
+    def runs_on(self) -> str:
+        """Processor that runs the model, with its full name: `CPU: ..`, `GPU: NVIDIA A10`; empty if not known."""
+        ...
+
+    @property
     def milliseconds(self) -> Mapping[str, float]:
         """Device time of each part of the last run, in ms; empty if the runtime does not measure parts."""
         ...
@@ -89,6 +94,11 @@ class MeasuredBundle:
             "scan": asdict(self.model.scan),
             "plan": dict(self.model.compute_plan()),
         }
+
+    @property
+    def runs_on(self) -> str:
+        """Processor that runs the model, with its full name; empty if the runtime does not tell."""
+        return self.model.runs_on
 
     @property
     def milliseconds(self) -> Mapping[str, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.files import write_output
-from evm_deploy._util.schema import Schema, published
+from evm_deploy._util.schema import Schema, lenient_json, published, strict_json
 from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
 from evm_deploy.bench.latency import Latency
 from evm_deploy.errors import UsageError
@@ -115,7 +114,7 @@ class Record:
     def write(self, path: Path) -> None:
         """Write the record as JSON to `path`, atomically. Raises UsageError if the file cannot be written."""
         try:
-            write_output(path, json.dumps(asdict(self), indent=1) + "\n")
+            write_output(path, strict_json(asdict(self), indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 
@@ -125,7 +124,7 @@ class Record:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise UsageError(f"{path} is not a record: larger than {MAX_BYTES >> 20} MB")
-            content = json.loads(path.read_bytes())
+            content = lenient_json(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"record {path} cannot be read: {error}") from error
         return cls.parse(content, str(path))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from evm_deploy import errors
+from evm_deploy._util import processes
 from evm_deploy._util.schema import TEXT, Schema, keys
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import ToolchainError
 
 STARTUP_S = 600.0  # time for loading, in addition to the limit of the measurement
 DEFAULTS = Settings()
+UTF8 = {"PYTHONIOENCODING": "utf-8"}  # the result is read as UTF-8, whatever the user's terminal takes
 FAILED = Schema(lambda: keys(error=keys(type=TEXT, text=TEXT, hint=TEXT)))
 
 
@@ -25,10 +28,10 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS, require_signature: 
     Raises BundleError, UsageError, and ToolchainError if the target does not run on this machine, the process died, or
     the measurement did not end within settings.limit_s + 600 seconds.
     """
-    command = [sys.executable, "-m", "evm_deploy.bench.worker", str(bundle), json.dumps(settings.as_dict())]
+    command = [sys.executable, "-m", "evm_deploy.bench.worker", "--tied", str(bundle), json.dumps(settings.as_dict())]
     command += [str(require_signature)] if require_signature else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=settings.limit_s + STARTUP_S)
+        done = processes.run(command, timeout=settings.limit_s + STARTUP_S, tied=True, env={**os.environ, **UTF8})
     except subprocess.TimeoutExpired as error:
         raise ToolchainError(f"measuring {bundle} did not end within {error.timeout:.0f} s") from error
     return record_of(done.stdout, done.stderr, done.returncode, str(bundle))

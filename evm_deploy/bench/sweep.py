@@ -35,10 +35,18 @@ class Sweep:
 
     def run(self, bench: Host, step: Step) -> Iterator[tuple[Record, Path]]:
         """Measure every bundle with every combination on `bench`; yield each record and its path. Raises EvmError."""
-        for bundle, settings in itertools.product(self.bundles, self.every()):
-            bench.prepare(bundle, settings)
-            with step("measure", f"{Path(bundle).name}, {settings}"):
-                record = bench(bundle, settings)
-            path = record_path(self.out, record)
-            record.write(path)
-            yield record, path
+        for bundle, settings in self.pairs():
+            yield self.measured(bench, bundle, settings, step)
+
+    def pairs(self) -> Iterator[tuple[str, Settings]]:
+        """Return every bundle with every combination of settings."""
+        return itertools.product(self.bundles, self.every())
+
+    def measured(self, bench: Host, bundle: str, settings: Settings, step: Step) -> tuple[Record, Path]:
+        """Measure one bundle with one combination on `bench`; return its record and the path. Raises EvmError."""
+        bench.prepare(bundle, settings)
+        with step("measure", f"{Path(bundle).name}, {settings}"):
+            record = bench(bundle, settings)
+        path = record_path(self.out, record)
+        record.write(path)
+        return record, path

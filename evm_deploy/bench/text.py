@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
@@ -36,7 +35,7 @@ def file_name(record: Record) -> str:
     stem = "-".join(map(str, parts))
     safe = re.sub(r"[^\w.+-]", "_", stem)  # a name from another machine must not act as a path
     safe = safe.encode()[:MAX_STEM].decode(errors="ignore")
-    here = _device({"at": None, **device.facts()}) == _device(record.device)
+    here = device.key({"at": None, **device.facts()}) == device.key(record.device)
     return f"{safe}{'' if safe == stem and here else f'-{_digest(record)}'}.json"
 
 
@@ -59,14 +58,8 @@ def record_path(folder: Path, record: Record) -> Path:
 def _digest(record: Record) -> str:
     """Return eight hex digits of all that decides a record: bundle name, settings and device."""
     settings = {key: value for key, value in record.settings.items() if key != "limit_s"}
-    text = json.dumps([record.bundle["name"], settings, _device(record.device)], sort_keys=True)
+    text = json.dumps([record.bundle["name"], settings, device.key(record.device)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _device(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that tell devices apart, without those that an update or a setting of the system changes."""
-    kept = {key: value for key, value in facts.items() if key not in ("profile", "governor", "python", "memory_mb")}
-    return {**kept, "system": str(facts.get("system") or "").partition(" ")[0]}
 
 
 def lines(record: Record, path: Path) -> list[str]:
@@ -90,7 +83,8 @@ def lines(record: Record, path: Path) -> list[str]:
         f"Load      {loads['fresh']:.0f} ms in a new process, "
         + (f"{loads['again']:.0f} ms again, " if "again" in loads else "")
         + f"first inference {record.first_ms:.3g} ms",
-        f"Memory    peak {memory['peak']:.0f} MB"
+        "Memory    "
+        + (f"peak {memory['peak']:.0f} MB" if "peak" in memory else "not reported by this system")
         + (f", {memory['before']:.0f} MB before loading" if "before" in memory else "")
         + f"   artifact {record.bundle['artifact_bytes'] / 1e6:.1f} MB",
         *(f"Note      {text}" for text in record.warnings),
@@ -105,15 +99,16 @@ def format_parts(parts: dict[str, float], unit: str = "ms") -> str:
 
 def shares(record: Record) -> str:
     """Format the share of each kind of layer: `scan 43 %, projections 21 %, norms 36 %   sum 98 % of an inference`."""
-    layers = record.layers
-    kinds = ", ".join(f"{kind} {ms / layers['sum_ms']:.0%}" for kind, ms in layers["kinds"].items())
+    layers, total = record.layers, record.layers["sum_ms"] or 1.0
+    kinds = ", ".join(f"{kind} {ms / total:.0%}" for kind, ms in layers["kinds"].items())
     return f"{kinds}   sum {layers['of_inference']:.0%} of an inference".replace("%", " %")
 
 
 def layer_lines(record: Record) -> list[str]:
     """Return one line for each block or other part of the network: time in ms, share, and time by kind."""
-    if not record.layers:
+    if not record.layers or not record.layers["modules"]:
         return ["No times by layer: evm-deploy reads no profiler of this runtime."]
+    total = record.layers["sum_ms"] or 1.0
     blocks: dict[str, dict[str, float]] = {}
     for part in record.layers["modules"]:
         kinds = blocks.setdefault(block_name(part["module"]), {})
@@ -123,7 +118,7 @@ def layer_lines(record: Record) -> list[str]:
     for name, kinds in blocks.items():
         ms = sum(kinds.values())
         largest = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-        share = f"{ms / record.layers['sum_ms']:.1%}".replace("%", " %")
+        share = f"{ms / total:.1%}".replace("%", " %")
         rows.append(f"{name:<{width}}  {ms:8.3f} ms  {share:>7}   {format_parts(largest)}")
     return [*rows, f"How       {record.layers['how']}"]
 

@@ -1,9 +1,9 @@
 """Measuring process: it measures one bundle and nothing else, so load time and peak memory are the bundle's.
 
-    python -m evm_deploy.bench.worker SUBJECT SETTINGS [KEY]
+    python -m evm_deploy.bench.worker [--tied] SUBJECT SETTINGS [KEY]
 
 SUBJECT: path of a bundle, or of a checkpoint to measure in torch. SETTINGS: bench.record.Settings as JSON. KEY: PEM
-file of the public key that must have signed the bundle.
+file of the public key that must have signed the bundle. --tied: end when stdin ends.
 
 The process prints one JSON object: the Record, or `error` with the type, text and hint of an EvmError.
 """
@@ -21,6 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.processes import end_with_stdin
+from evm_deploy._util.schema import strict_json
 from evm_deploy.bench import device
 from evm_deploy.bench.energy import Meter
 from evm_deploy.bench.latency import measure, throughput
@@ -30,6 +32,7 @@ from evm_deploy.bundle import archive
 from evm_deploy.errors import EvmError
 
 PARTS_RUNS = 50
+INTERRUPTED = 130  # exit code
 
 
 def work(path: Path, settings: Settings, require_signature: str | None = None) -> Record:
@@ -50,6 +53,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
         after = device.state()
         memory["peak"] = peak_mb()
         parts, bundle, runtime = on_device(subject, run), subject.facts(), subject.runtime()
+        runs_on = subject.runs_on
     again_ms, subject = timed(opened)
     with subject:
         warnings = device.warnings(facts, before, after)
@@ -58,7 +62,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of the windows differ by more than 5 %")
     return Record(
         bundle=bundle,
-        device={"at": None, "profile": None, **facts},
+        device={"at": None, "profile": None, **facts, "runs_on": runs_on or None},
         runtime=runtime,
         settings={**settings.as_dict(), "batch": batch},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -73,7 +77,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
         layers=by_layer,
         energy_mj=meter.millijoules(latency.warm_up + len(latency.samples)),
         throughput=round(throughput(latency, batch), 2),
-        memory_mb={name: round(value, 1) for name, value in memory.items()},
+        memory_mb={name: round(value, 1) for name, value in memory.items() if value is not None},
         before=asdict(before),
         after=asdict(after),
         warnings=warnings,
@@ -108,30 +112,33 @@ def on_device(subject: Measurable, run: Callable[[], object]) -> dict[str, float
     return {part: round(statistics.median(each[part] for each in seen), 5) for part in (seen[0] if seen else ())}
 
 
-def peak_mb() -> float:
-    """Return the peak resident memory of this process so far, in MB (2**20 bytes); 0 if the system does not report it.
+def peak_mb() -> float | None:
+    """Return the peak resident memory of this process so far, in MB (2**20 bytes); None if it is not reported.
 
-    On Linux a process inherits ru_maxrss from its parent, so VmHWM in /proc/self/status is read instead.
+    On Linux a process inherits ru_maxrss from its parent, so only VmHWM in /proc/self/status tells.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
+    if sys.platform == "linux":
+        peak = device.proc_kb("self/status", "VmHWM")
+        return None if peak is None else peak / 1024
     with suppress(ImportError):
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
-    return 0.0
+    return None
 
 
 def main() -> int:
     """Measure as the command line says and print the result as JSON. Return 0, also after an EvmError."""
-    path, settings, *key = sys.argv[1:]
+    arguments = sys.argv[1:]
+    if arguments[0] == "--tied":
+        end_with_stdin(INTERRUPTED)
+        arguments = arguments[1:]
+    path, settings, *key = arguments
     try:
-        print(json.dumps(asdict(work(Path(path), Settings.of(json.loads(settings)), *key))))
+        print(strict_json(asdict(work(Path(path), Settings.of(json.loads(settings)), *key))))
     except EvmError as error:
-        print(json.dumps({"error": {"type": type(error).__name__, "text": error.args[0], "hint": error.hint}}))
+        print(strict_json({"error": {"type": type(error).__name__, "text": error.args[0], "hint": error.hint}}))
     return 0
 
 

@@ -100,6 +100,11 @@ class LoadedBundle:
         """Device time of the last run in ms, by part (inputs, compute, outputs); empty if the runtime has no timer."""
         return getattr(self._runtime, "milliseconds", {})
 
+    @property
+    def runs_on(self) -> str:
+        """Processor that runs the model, with its full name: `GPU: NVIDIA A10`; empty if the runtime does not tell."""
+        return str(getattr(self._runtime, "runs_on", ""))
+
     def compute_plan(self) -> Mapping[str, Any]:
         """Return the number of operations and the estimated cost per device. Only Core ML reports them."""
         return getattr(self._opened(), "compute_plan", dict)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +10,7 @@ from typing import Any
 
 from evm_deploy._util.files import require_regular
 from evm_deploy._util.packages import upgrade_hint
-from evm_deploy._util.schema import InvalidError, Schema, published
+from evm_deploy._util.schema import InvalidError, Schema, lenient_json, published, strict_json
 from evm_deploy._util.text import size_text
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, UsageError
@@ -78,7 +77,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as JSON text with sorted keys."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return strict_json(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @property
     def plugins(self) -> dict[str, str]:
@@ -146,7 +145,7 @@ class Manifest:
             data = path.read_bytes()
             if check:
                 check(data)
-            content = json.loads(data)
+            content = lenient_json(data)
         except FileNotFoundError as error:
             message = f"{bundle} is not a bundle: no {FILE} inside"
             raise BundleError(message, "make one with evm-export", code="manifest.missing") from error

@@ -49,7 +49,12 @@ class Accuracy:
 
     @property
     def ok(self) -> bool:
-        """Whether the drop is within the limit; without labels or limit, whether the SQNR reaches MIN_SQNR_DB."""
+        """Whether the drop is within the limit; without labels or limit, whether the SQNR reaches MIN_SQNR_DB.
+
+        Outputs that are not finite (an SQNR of minus infinity) are never within a limit.
+        """
+        if not np.isfinite(self.sqnr_db):
+            return False
         if self.drop is not None and self.limit is not None:
             return self.drop <= self.limit
         return self.sqnr_db >= MIN_SQNR_DB
@@ -89,7 +94,7 @@ class Accuracy:
         known = [name for name in names if facts.get(name) is not None]
         return cls(
             facts["images"],
-            facts["sqnr_db"],
+            -np.inf if facts["sqnr_db"] is None else facts["sqnr_db"],
             facts["agreement"],
             {name: facts[name] for name in known},
             {name: facts[f"{name}_float"] for name in known},

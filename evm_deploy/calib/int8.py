@@ -51,6 +51,7 @@ class Quantized:
     `off`, or "" if the target does not smooth. tried: accuracy of each candidate with all blocks quantised, by the
     value of smooth. layers: number of quantised layers. in_float: blocks kept in float. sensitivity: SQNR in dB with
     only this block quantised. skipped: messages on images that were left out. remarks: sentences on the evaluation.
+    evaluated_on: digest of the evaluation images, empty without them.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Quantized:
     sensitivity: dict[str, float]
     skipped: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+    evaluated_on: str = ""
 
 
 def quantize_graph(
@@ -144,6 +146,7 @@ def choose(
         layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
+        evaluated_on=judged.digest() if judged else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
         remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.files import require_writable
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.commands.hosts import fleet, host_flags, host_options
 from evm_deploy.commands.matrix import matrix, matrix_flags, refuse_matrix_flags
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.runtimes.registry import setting_kinds
 
 if TYPE_CHECKING:
@@ -66,21 +68,25 @@ def bench_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-bench` with `argv` and return the exit code."""
     args = bench_parser().parse_intermixed_args(argv)  # flags between bundles, too
-    return run_command("evm-bench", lambda: _bench(args), args.verbose)
+    return run_command("evm-bench", lambda: _bench(args), args)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """Measure bundles on one host, or hand over to --matrix or --devices. Return the exit code."""
+    """Measure bundles on one host, or hand over to --matrix or --devices. Return the largest exit code.
+
+    A measurement that fails does not stop the others.
+    """
     from evm_deploy.bench.remote.hosts import opened
     from evm_deploy.bench.text import layer_lines, lines
     from evm_deploy.bundle.signing import public_key
     from evm_deploy.report.history import append
 
     options, sweep = host_options(args), _sweep(args)
+    require_writable(sweep.out, "--out", folder=True)  # what cannot be written must fail now, not after measuring
     if args.db:
-        append(Path(args.db), [])  # an unusable file must fail now, not after minutes of measuring
+        append(Path(args.db), [])
     if args.require_signature:
-        public_key(args.require_signature)  # an unusable key must fail now
+        public_key(args.require_signature)
     if args.matrix:
         if args.require_signature:
             raise UsageError("--require-signature cannot be combined with --matrix", "--matrix makes its own bundles")
@@ -90,17 +96,24 @@ def _bench(args: argparse.Namespace) -> int:
         raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo checkpoint")
     if args.devices:
         return fleet(args, options, sweep)
-    steps, records = Steps(args.quiet), []
+    steps, results, code = Steps(args.quiet), [], 0
     with opened(options, steps) as bench:
-        for record, path in sweep.run(bench, steps):
-            if args.db:
-                append(Path(args.db), [record])
-            records.append({"record": str(path), **record.bundle, **record.summary_ms})
+        for bundle, settings in sweep.pairs():
+            try:
+                record, path = sweep.measured(bench, bundle, settings, steps)
+                if args.db:
+                    append(Path(args.db), [record])
+            except EvmError as error:
+                code = max(code, error.exit_code)
+                print(escape_controls(f"evm-bench: {bundle}, {settings}: {error}"), file=sys.stderr)
+                results.append({"bundle": bundle, "error": str(error), "exit_code": error.exit_code})
+                continue
+            results.append({"record": str(path), **record.bundle, **record.summary_ms})
             if not args.json:
                 print(escape_controls("\n".join([*lines(record, path), *(layer_lines(record) if args.layers else [])])))
     if args.json:
-        print(json.dumps(records, indent=1))
-    return 0
+        print(strict_json(results, indent=1))
+    return code
 
 
 def _sweep(args: argparse.Namespace) -> Sweep:

@@ -25,17 +25,24 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if action.dest not in ("help", "config", "version")
     }
     values: dict[str, Any] = {}
+    keys: dict[str, str] = {}
     for key, value in content.items():
         action = actions[one_of(f"--config {path}: key", key.replace("_", "-"), actions)]
-        if isinstance(action, argparse._StoreConstAction):  # flags without a value, such as fp16 = true
-            if not isinstance(value, bool):
-                raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
-            if value:
-                values[action.dest] = action.const
+        where = f"--config {path}: {key}"
+        flag = isinstance(action, argparse._StoreConstAction)  # without a value, such as fp16 = true
+        if flag and not isinstance(value, bool):
+            raise UsageError(f"{where} must be true or false, got {value!r}")
+        if flag and not value:
             continue
-        if isinstance(value, list):
+        if isinstance(value, list) and "," in str(action.metavar):
             value = ",".join(map(str, value))
-        if isinstance(value, dict | bool):
-            raise UsageError(f"--config {path}: {key} must be a string, a number or a list, got {value!r}")
-        values[action.dest] = str(value)
+        elif isinstance(value, list):
+            form = f"{action.metavar}" if action.metavar else "one value"
+            raise UsageError(f"{where} must be one value, got {value!r}", f"write it as on the command line: {form}")
+        if not flag and isinstance(value, dict | bool):
+            raise UsageError(f"{where} must be a string, a number or a list, got {value!r}")
+        if action.dest in keys:
+            raise UsageError(f"{where} and {keys[action.dest]} set the same: leave one of them out")
+        keys[action.dest] = key
+        values[action.dest] = action.const if flag else str(value)
     return values

@@ -6,17 +6,18 @@ Results go to stdout. Progress and messages go to stderr.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
+from evm_deploy._util.processes import leave
 from evm_deploy._util.progress import Progress, silent
 from evm_deploy._util.text import escape_controls
 from evm_deploy.errors import EvmError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BAR_WIDTH = 30
 PLAIN_WIDTH = 200  # columns of output when stdout is not a terminal
-SHOW_CURSOR = b"\x1b[?25h"
+SHOW_CURSOR = "\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
   5 accuracy gate failed   6 latency budget failed   130 interrupted"""
@@ -109,27 +110,99 @@ def common_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--version", action="version", version=f"evm-deploy {__version__}")
 
 
+class Output:
+    """Text stream whose reader may go away, and which may be full: what a command finds does not depend on either.
+
+    After the first failed write all output is dropped. lost: the error of that write, None if its reader went away.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a command that has found nothing wrong: 2 if its results could not be written."""
+        return EvmError.exit_code if self.lost else 0
+
+    def write(self, text: str) -> int:
+        """Write `text`. Returns its length, also if the stream cannot be written."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[..., object], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            self.lost = None if isinstance(error, BrokenPipeError) else error
+            with contextlib.suppress(OSError):  # a stream in memory has no file
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def guarded_output() -> Iterator[Output]:
+    """Context manager: stdout and stderr take every character, and no reader or full disk ends the command.
+
+    Yields the guarded stdout. Characters that the encoding of a stream lacks become `?`. A stream that was closed
+    before the start is replaced by one that drops all, because files opened later would get its number.
+    """
+    before = (sys.stdout, sys.stderr)
+    settings = [(stream, stream.encoding, stream.errors) for stream in before if hasattr(stream, "reconfigure")]
+    for stream, _, _ in settings:
+        stream.reconfigure(errors="replace")
+    out, err = (Output(stream or open(os.devnull, "w")) for stream in before)  # noqa: PTH123, SIM115
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out
+    finally:
+        out.flush()
+        if out.lost:
+            print(f"the results cannot be written to stdout: {out.lost.strerror}", file=sys.stderr)
+        err.flush()
+        for stream, encoding, errors in settings:
+            stream.reconfigure(encoding=encoding, errors=errors)
+        sys.stdout, sys.stderr = before
+
+
+def print_document(text: str) -> None:
+    """Print a document to stdout in UTF-8, as in a file, whatever the encoding of the terminal is."""
+    sys.stdout.flush()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(text, end="")
+
+
 @contextlib.contextmanager
 def _interruptible(prog: str) -> Iterator[None]:
-    """Context manager: on Ctrl-C and SIGTERM, delete unfinished files, show the cursor and end the process at once.
+    """Context manager: on Ctrl-C, SIGTERM and SIGHUP, end child processes, delete unfinished files and end at once.
 
     The handler raises no exception, because libraries swallow exceptions raised inside their imports, abort on
-    exceptions inside their callbacks, or report them as errors of their own. Unfinished files are registered with
-    atexit (`aside` in _util/files.py).
+    exceptions inside their callbacks, or report them as errors of their own. A signal that is ignored, as by nohup,
+    stays ignored.
     """
 
     def stop(signum: int, frame: Any) -> NoReturn:
-        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends the process without this clean-up
-        atexit._run_exitfuncs()
-        if sys.stderr.isatty():
-            os.write(2, SHOW_CURSOR)
-        os.write(2, f"{prog}: interrupted; nothing was left behind\n".encode())
-        os._exit(INTERRUPTED)
+        for which in before:
+            signal.signal(which, signal.SIG_DFL)  # a second Ctrl-C ends the process without this clean-up
+        cursor = SHOW_CURSOR if os.isatty(2) else ""
+        leave(INTERRUPTED, f"{cursor}{prog}: interrupted; nothing was left behind\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {which: signal.getsignal(which) for which in signals if signal.getsignal(which) != signal.SIG_IGN}
+    for which in before:
+        signal.signal(which, stop)
     try:
         yield
     finally:
@@ -137,33 +210,27 @@ def _interruptible(prog: str) -> Iterator[None]:
             signal.signal(which, handler)
 
 
-def run_command(prog: str, body: Callable[[], int], verbose: bool = False) -> int:
+def run_command(prog: str, body: Callable[[], int], args: argparse.Namespace) -> int:
     """Run the body of a command and return its exit code. Every exception becomes one message on stderr.
 
-    verbose: raise exceptions again, so that Python prints their traceback.
+    args: with args.verbose, Python's traceback is printed below the message.
     """
     try:
         with _interruptible(prog):
-            code = body()
-        sys.stdout.flush()
-        return code
-    except EvmError as error:
-        print(escape_controls(f"{prog}: {error}"), file=sys.stderr)
-        if verbose:
-            raise
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(escape_controls(f"{prog}: {where}{error.strerror or error}"), file=sys.stderr)
-        if verbose:
-            raise
-        return EvmError.exit_code
+            return body()
     except Exception as error:
-        if verbose:
-            raise
-        said = escape_controls(f"{prog}: internal error: {type(error).__name__}: {error}")
-        print(f"{said}\n  run again with -v and report the traceback", file=sys.stderr)
-        return 1
+        code, said = _explained(error, args.verbose)
+        print(escape_controls(f"{prog}: {said}"), file=sys.stderr)
+        if args.verbose:
+            traceback.print_exc()
+        return code
+
+
+def _explained(error: Exception, verbose: bool) -> tuple[int, str]:
+    """Return exit code and message of an exception."""
+    if isinstance(error, EvmError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return EvmError.exit_code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    more = "" if verbose else "\n  run again with -v and report the traceback"
+    return 1, f"internal error: {type(error).__name__}: {error}{more}"

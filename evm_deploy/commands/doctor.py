@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy import __version__
+from evm_deploy._util.schema import strict_json
 from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
 from evm_deploy.errors import ToolchainError
 
@@ -33,7 +33,7 @@ def doctor_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-doctor` with `argv` and return the exit code: 0, even if something is missing."""
     args = doctor_parser().parse_args(argv)
-    return run_command("evm-doctor", lambda: _doctor(args), args.verbose)
+    return run_command("evm-doctor", lambda: _doctor(args), args)
 
 
 def examine() -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _doctor(args: argparse.Namespace) -> int:
     """Print the result of `examine` as a table or as JSON."""
     found = examine()
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(strict_json(found, indent=1))
         return 0
     from rich.table import Table
 

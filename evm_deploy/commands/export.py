@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.files import require_writable
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
@@ -197,15 +199,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> int:
-        settings = args
         if args.config:
             from evm_deploy.commands.config import read_config
 
             parser.set_defaults(**read_config(Path(args.config), parser))
-            settings = parser.parse_args(argv)
-        return _export(settings)
+            vars(args).update(vars(parser.parse_args(argv)))
+        return _export(args)
 
-    return run_command("evm-export", body, args.verbose)
+    return run_command("evm-export", body, args)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -221,6 +222,7 @@ def _export(args: argparse.Namespace) -> int:
     for flag in FINISH_ONLY:
         if getattr(args, flag.replace("-", "_")):
             raise UsageError(f"--{flag} needs --finish", f"leave --{flag} out")
+    require_writable(Path(args.out), "--out", folder=True)
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
     source = Source(_checkpoint(args))
@@ -236,7 +238,7 @@ def _export(args: argparse.Namespace) -> int:
         found = {plans.index(each.plan): _reported(each, args, len(plans) > 1) for each in outcomes}
         results, codes = map(list, zip(*(found[i] for i in sorted(found)), strict=True))
     if args.json:
-        print(json.dumps(results[0] if len(results) == 1 else results, indent=1))
+        print(strict_json(results[0] if len(results) == 1 else results, indent=1))
     return max(codes)
 
 
@@ -290,7 +292,7 @@ def _finish(args: argparse.Namespace) -> int:
         )
     if args.json:
         facts = {"bundle": str(bundle.path), "seconds": round(seconds, 2), **_facts(bundle)}
-        print(json.dumps({**facts, "signed": bool(args.sign)}, indent=1))
+        print(strict_json({**facts, "signed": bool(args.sign)}, indent=1))
     else:
         print(escape_controls(export_summary(bundle, seconds)))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.files import require_writable
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps
 from evm_deploy.errors import UsageError
@@ -53,7 +54,10 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
     from evm_deploy.bench.remote.fleet import read_fleet, run_fleet, table
     from evm_deploy.report.history import append
 
-    outcomes = run_fleet(read_fleet(Path(args.devices), options, sweep), Steps(args.quiet, live=False))
+    members = read_fleet(Path(args.devices), options, sweep)
+    for member in members:
+        require_writable(member.sweep.out, "--out", folder=True)
+    outcomes = run_fleet(members, Steps(args.quiet, live=False))
     if args.db:
         append(Path(args.db), [record for outcome in outcomes for record, _ in outcome.found])
     if args.json:
@@ -63,7 +67,7 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
             for record, path in outcome.found
         ]
         failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
-        print(json.dumps([*rows, *failed], indent=1))
+        print(strict_json([*rows, *failed], indent=1))
     else:
         print(escape_controls("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
     return max((outcome.error.exit_code for outcome in outcomes if outcome.error), default=0)

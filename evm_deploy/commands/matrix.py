@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import write_output
+from evm_deploy._util.files import require_writable, write_output
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps, stdout_console
 from evm_deploy.errors import UsageError
@@ -64,6 +64,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
             "--matrix only measures on this machine", "to measure on another one: evm-bench BUNDLE.. --host .."
         )
     _require_own(Path(args.out) / PAGE)
+    require_writable(sweep.out / PAGE, "--out")
     demo = not args.bundles
     wanted = Matrix(
         checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
@@ -114,7 +115,7 @@ def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None
     groups = grouped(candidates(found), MAX_DROP)
     write_output(out / PAGE, page(groups))
     if args.json:
-        print(json.dumps(as_dicts(groups), indent=1))
+        print(strict_json(as_dicts(groups), indent=1))
         return
     show_groups(stdout_console(), groups)
     print(f"Saved    {out / PAGE} and {len(records)} records in the same folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy import __version__
-from evm_deploy._util.files import write_output
-from evm_deploy.commands.console import EXIT_CODES, Parser, run_command, stdout_console
-from evm_deploy.errors import UsageError
+from evm_deploy._util.files import require_writable, write_output
+from evm_deploy._util.schema import strict_json
+from evm_deploy._util.text import escape_controls
+from evm_deploy.commands.console import EXIT_CODES, Parser, print_document, run_command, stdout_console
+from evm_deploy.errors import EvmError, LatencyError, UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.report.collect import Collected
+    from evm_deploy.report.gate import Gate
     from evm_deploy.report.table import Group
 
 
@@ -40,7 +42,15 @@ def report_parser() -> Parser:
         metavar="PERCENT",
         help="with --compare: exit code 6 if a median rose by more than this, such as 5%%",
     )
-    add("--max-latency", metavar="T", help="exit code 6 if a median is above this, such as 20ms")
+    add("--max-latency", metavar="T", help="exit code 6 if the median of a bundle is above this, such as 20ms")
+    add(
+        "--select",
+        action="append",
+        default=[],
+        metavar="T[,P]",
+        help="bundles that --max-latency and --max-regression judge, such as onnx or onnx,int8; may be repeated; "
+        "default: all that can ship",
+    )
     add("--db", metavar="FILE", help="history of records (SQLite): add the records to it; --history reads it")
     add("--history", action="store_true", help="print the latencies in --db over time")
     add("--model", metavar="M", help="with --history: only records of this model")
@@ -55,7 +65,7 @@ def report_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-report` with `argv` and return the exit code."""
     args = report_parser().parse_intermixed_args(argv)  # flags between paths, too
-    return run_command("evm-report", lambda: _report(args), args.verbose)
+    return run_command("evm-report", lambda: _report(args), args)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -79,6 +89,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--{files[0]} cannot be combined with --compare or --history", "use --json")
     if args.history and not args.db:
         raise UsageError("--history needs --db FILE", "to create a history: evm-report RECORD.. --db FILE")
+    if args.select and args.max_latency is None and args.max_regression is None:
+        raise UsageError("--select needs --max-latency or --max-regression")
     if args.max_regression and not args.compare:
         raise UsageError("--max-regression needs --compare OLD NEW")
     if not args.history and any(value is not None for value in (args.model, args.target, args.last)):
@@ -91,17 +103,26 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("nothing to report", "give records of evm-bench, bundles, or folders of them")
     if [args.markdown, args.csv, args.html, "-" if args.json else ""].count("-") > 1:
         raise UsageError("only one of --markdown, --csv, --html and --json can write to stdout")
+    written = {flag: Path(getattr(args, flag)) for flag in files if getattr(args, flag) != "-"}
+    for flag, path in written.items():
+        require_writable(path, f"--{flag}")
+        for other in (*written.values(), *map(Path, args.paths)):
+            if other is not path and path.resolve() == other.resolve():
+                raise UsageError(
+                    f"--{flag} {path} would replace another file of this command", f"choose another --{flag}"
+                )
+    if args.db:
+        require_writable(Path(args.db), "--db")
 
 
 def _groups(args: argparse.Namespace) -> None:
     """Print and write the report, then apply --max-latency."""
     from evm_deploy.report.collect import candidates
-    from evm_deploy.report.compare import require
     from evm_deploy.report.table import grouped
     from evm_deploy.report.terminal import show_groups
     from evm_deploy.report.write import as_dicts, markdown, table_csv
 
-    max_latency = milliseconds(args.max_latency)
+    gate = _gate(args)
     all_candidates = candidates(_collected(args, args.paths))
     groups = grouped(all_candidates, args.max_drop)
     on_stdout = args.json
@@ -111,46 +132,66 @@ def _groups(args: argparse.Namespace) -> None:
             _write(target, form(groups))
             on_stdout |= target == "-"
     if args.json:
-        print(json.dumps(as_dicts(groups), indent=1))
+        print(strict_json(as_dicts(groups), indent=1))
     if not on_stdout:
         show_groups(stdout_console(), groups)
-    require((), all_candidates, max_latency_ms=max_latency)
+    _require(gate.judge(all_candidates))
 
 
 def _compare(args: argparse.Namespace) -> None:
     """Print the comparison of OLD and NEW, then apply --max-regression and --max-latency."""
-    from evm_deploy.report.compare import compare, require
+    from evm_deploy.report.compare import compare
     from evm_deploy.report.terminal import show_comparison
 
-    limits = percent(args.max_regression), milliseconds(args.max_latency)
+    gate = _gate(args)
     old, new = (_collected(args, [path]).records for path in args.compare)
     comparison = compare(old, new)
     if args.json:
         print(
-            json.dumps({"pairs": [p.as_dict() for p in comparison.pairs], "unmatched": comparison.unmatched}, indent=1)
+            strict_json({"pairs": [p.as_dict() for p in comparison.pairs], "unmatched": comparison.unmatched}, indent=1)
         )
     else:
         show_comparison(stdout_console(), comparison)
-    require(comparison.pairs, comparison.new, *limits)
+    _require(gate.judge(comparison.new, comparison.pairs, comparison.gone))
 
 
 def _history(args: argparse.Namespace) -> None:
     """Print the history, then apply --max-latency to the newest measurements."""
-    from evm_deploy.report.compare import require
     from evm_deploy.report.history import as_dicts, courses, read
     from evm_deploy.report.terminal import show_history
 
-    max_latency = milliseconds(args.max_latency)
+    gate = _gate(args)
     if args.paths:
         _collected(args, args.paths)
-    found = courses(read(Path(args.db), args.model, args.target), args.last)
+    damaged: list[EvmError] = []
+    found = courses(read(Path(args.db), args.model, args.target, damaged), args.last)
+    _left_out(damaged)
+    if not found and damaged:
+        raise damaged[0]
     if not found:
         raise UsageError(f"{args.db} has no records of this model and target", "leave --model and --target out")
     if args.json:
-        print(json.dumps([as_dicts(course) for course in found], indent=1))
+        print(strict_json([as_dicts(course) for course in found], indent=1))
     else:
         show_history(stdout_console(), found)
-    require((), [course[-1] for course in found], max_latency_ms=max_latency)
+    _require(gate.judge([course[-1] for course in found]))
+
+
+def _gate(args: argparse.Namespace) -> Gate:
+    """Return the limits in `args`. Raises UsageError."""
+    from evm_deploy.report.gate import Gate
+
+    select = tuple(",".join(part.strip() for part in text.split(",")) for text in args.select)
+    return Gate(milliseconds(args.max_latency), percent(args.max_regression), select, args.max_drop)
+
+
+def _require(found: tuple[list[str], LatencyError | None]) -> None:
+    """Print what a gate has judged to stderr, and raise its error if it has one."""
+    said, error = found
+    for text in said:
+        print(escape_controls(f"evm-report: {text}"), file=sys.stderr)
+    if error:
+        raise error
 
 
 def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Collected:
@@ -159,11 +200,18 @@ def _collected(args: argparse.Namespace, paths: Sequence[str]) -> Collected:
     from evm_deploy.report.history import append
 
     found = collect(paths)
+    _left_out(found.damaged)
     for path in found.ignored:
         print(f"evm-report: {path} is not a record: ignored", file=sys.stderr)
     if args.db:
         append(Path(args.db), found.records)
     return found
+
+
+def _left_out(damaged: Sequence[EvmError]) -> None:
+    """Name the records and bundles that are left out of the report, on stderr."""
+    for error in damaged:
+        print(escape_controls(f"evm-report: left out: {error}"), file=sys.stderr)
 
 
 def milliseconds(said: str | None) -> float | None:
@@ -195,7 +243,7 @@ def _page(groups: Sequence[Group]) -> str:
 def _write(target: str, text: str) -> None:
     """Write `text` to the file `target`, or to stdout if `target` is `-`. Raises UsageError."""
     if target == "-":
-        print(text, end="")
+        print_document(text)
         return
     try:
         write_output(Path(target), text)

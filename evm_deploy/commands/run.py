@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
@@ -59,7 +59,7 @@ def run_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-run` with `argv` and return the exit code."""
     args = run_parser().parse_intermixed_args(argv)  # evm-run BUNDLE --top 3 cat.jpg
-    return run_command("evm-run", lambda: _run(args), args.verbose)
+    return run_command("evm-run", lambda: _run(args), args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
             facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
             lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
             if args.json:
-                print(json.dumps({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
+                print(strict_json({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
                 print(escape_controls("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
                 print("PASSED" if passed else "FAILED")
@@ -130,7 +130,7 @@ def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
                     )
     finally:  # what follows may fail: the results so far are the user's
         if args.json:
-            print(json.dumps(rows, indent=1))
+            print(strict_json(rows, indent=1))
     failed = sum("error" in row for row in rows)
     if failed and len(rows) > 1:
         print(f"evm-run: {failed} of {len(rows)} images could not be read", file=sys.stderr)

@@ -89,7 +89,7 @@ class ImageSet:
         return np.array([item.label for item in self.items], np.int64)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the preprocessing and of the content of all images in order, as hex digits."""
+        """Return the SHA-256 of the preprocessing, the images in order and their labels, as hex digits."""
         total = hashlib.sha256(repr(self.preprocessing).encode())
         for item in self.items:
             source = item.source
@@ -97,6 +97,8 @@ class ImageSet:
                 source.read_bytes() if isinstance(source, Path) else repr(source.shape).encode() + source.tobytes()
             )
             total.update(hashlib.sha256(content).digest())
+            if item.label is not None:
+                total.update(f"label {item.label}".encode())
         return total.hexdigest()
 
 

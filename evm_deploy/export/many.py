@@ -7,20 +7,20 @@ stdout. It ends when stdin is closed, and so does not outlive the process that s
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO, Any
 
 from evm_deploy._util.cores import usable_cores
+from evm_deploy._util.processes import Process, end_with_stdin
 from evm_deploy._util.progress import Progress, Step, silent
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.errors import EvmError, ToolchainError
@@ -106,7 +106,7 @@ class Worker:
         self.job, self.step = job, step
         self.found: list[TargetOutcome] = []
         command = [sys.executable, "-m", "evm_deploy.export.many"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = Process(command, stdin=PIPE, stdout=PIPE)
         with contextlib.suppress(BrokenPipeError):  # the process has died: `outcomes` reports it
             self._pipe(self.process.stdin).write(pickle.dumps(job))
             self._pipe(self.process.stdin).flush()
@@ -155,7 +155,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # text that libraries print goes to stderr: stdout holds answers only
     job: Job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin(INTERRUPTED)
 
     def tell(*message: Any) -> None:
         pickle.dump(message, answers)
@@ -176,14 +176,6 @@ def main() -> int:
         options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
         tell("outcome", attempted(source, plan, step, **options))
     return 0
-
-
-def _end_with_stdin() -> None:
-    """End this process when stdin is closed. Exit handlers run first and remove unfinished files."""
-    while os.read(0, 1):
-        pass
-    atexit._run_exitfuncs()
-    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

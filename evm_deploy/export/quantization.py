@@ -153,7 +153,9 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
         notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 on this machine: no useful gain")
     return replace(
         manifest,
-        accuracy=quantized.accuracy.as_dict() if quantized.accuracy else None,
+        accuracy={**quantized.accuracy.as_dict(), "images_sha256": quantized.evaluated_on}
+        if quantized.accuracy
+        else None,
         details={**manifest.details, "quantization": facts},
         notes=[*manifest.notes, *notes],
     )

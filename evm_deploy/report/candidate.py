@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evm_deploy._util.text import escape_controls
+from evm_deploy.bench.device import key
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.bundle import Bundle
 
@@ -164,16 +165,15 @@ class Candidate:
 
 
 def device_key(record: Record) -> tuple[str, ...]:
-    """Return the facts that identify a device: host, model, processor, architecture, usable cores, memory, system."""
-    names = ("at", "model", "cpu", "machine", "usable_cores", "memory_mb", "system")
-    return tuple(plain(str(record.device.get(name) or "")) for name in names)
+    """Return the facts that identify a device, see `bench.device.key`, as printable text."""
+    return tuple(map(plain, key(record.device)))
 
 
-def device_name(key: tuple[str, ...]) -> str:
+def device_name(facts: tuple[str, ...]) -> str:
     """Format the result of `device_key` for people: `raspberry at pi@raspberry: Cortex-A76, 4 cores`."""
-    at, model, cpu, _, cores, _, _ = key
+    at, model, cpu, _, cores, _, _, runs_on = facts
     where = f" at {at}" if at else ""
-    return f"{model or 'unnamed device'}{where}: {cpu or 'processor unknown'}, {cores or '?'} cores"
+    return f"{model or 'unnamed device'}{where}: {runs_on or cpu or 'processor unknown'}, {cores or '?'} cores"
 
 
 def finite(value: object) -> float | None:

@@ -12,7 +12,7 @@ from evm_deploy.bench.record import MAX_BYTES, Record
 from evm_deploy.bundle.archive import SUFFIX as ZIP
 from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE, Manifest
-from evm_deploy.errors import BundleError, UsageError
+from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.report.candidate import Candidate, Conditions
 
 
@@ -20,19 +20,23 @@ from evm_deploy.report.candidate import Candidate, Conditions
 class Collected:
     """Records and bundles that were read.
 
-    bundles: by the sha256 of their manifest. ignored: JSON files in the folders that are not records.
+    bundles: by the sha256 of their manifest. ignored: JSON files in the folders that are not records. damaged: error of
+    each bundle and record in the folders that cannot be read.
     """
 
     records: tuple[Record, ...]
     bundles: dict[str, Bundle]
     ignored: tuple[Path, ...]
+    damaged: tuple[EvmError, ...] = ()
 
 
 def collect(paths: Iterable[str | Path]) -> Collected:
     """Read records and bundles at `paths`; in a folder also the bundles one level below it.
 
-    Raises UsageError and BundleError that name the file.
+    A damaged bundle or record in a folder does not hide the others. Raises UsageError and BundleError that name the
+    file, if it was named itself or if its folder holds nothing else.
     """
+    damaged: list[EvmError] = []
     records: list[Record] = []
     bundles: dict[str, Bundle] = {}
     ignored: list[Path] = []
@@ -46,19 +50,34 @@ def collect(paths: Iterable[str | Path]) -> Collected:
             continue
         if not path.is_dir():
             raise UsageError(f"{path} does not exist", "give records of evm-bench, bundles, or folders of them")
-        before = len(records) + len(bundles)
+        before, wrong = len(records) + len(bundles), len(damaged)
         for folder in (path, *sorted(child for child in path.iterdir() if _is_bundle(child))):
+            own: set[str] = set()
             if _is_bundle(folder):
-                bundle = open_light(folder)
-                bundles[sha256(folder / FILE)] = bundle
-            found, other = _records_in(folder)
-            records += found
-            ignored += other
+                try:
+                    bundle = open_light(folder)
+                    bundles[sha256(folder / FILE)] = bundle
+                except (EvmError, OSError) as error:
+                    damaged.append(error if isinstance(error, EvmError) else BundleError(f"{folder}: {error.strerror}"))
+                    continue
+                own = {FILE, *bundle.manifest.files}
+            for file in sorted(folder.glob("*.json")):
+                if file.name in own or not file.is_file():
+                    continue
+                try:
+                    if _looks_like_a_record(file):
+                        records.append(Record.read(file))
+                    else:
+                        ignored.append(file)
+                except UsageError as error:
+                    damaged.append(error)
         if len(records) + len(bundles) == before:
+            if damaged[wrong:]:
+                raise damaged[wrong]
             raise UsageError(
                 f"{path} contains no records and no bundles", "evm-bench writes records, evm-export writes bundles"
             )
-    return Collected(tuple(records), bundles, tuple(ignored))
+    return Collected(tuple(records), bundles, tuple(ignored), tuple(damaged))
 
 
 def open_light(path: Path) -> Bundle:
@@ -111,33 +130,19 @@ def _joined(record: Record, bundles: dict[str, Bundle]) -> Candidate:
 
 
 def _is_bundle(path: Path) -> bool:
-    """Test whether the folder `path` has a manifest."""
-    return (path / FILE).is_file()
-
-
-def _records_in(folder: Path) -> tuple[list[Record], list[Path]]:
-    """Read the records directly in `folder`; return them and the JSON files that are not records.
-
-    Raises UsageError for a damaged record.
-    """
-    records, ignored = [], []
-    own = {FILE, *Manifest.read(folder).files} if _is_bundle(folder) else set()
-    for path in sorted(folder.glob("*.json")):
-        if path.name in own or not path.is_file():
-            continue
-        if _looks_like_a_record(path):
-            records.append(Record.read(path))
-        else:
-            ignored.append(path)
-    return records, ignored
+    """Test whether the folder `path` has a manifest. False for a folder of another user, such as lost+found."""
+    try:
+        return (path / FILE).is_file()
+    except OSError:
+        return False
 
 
 def _looks_like_a_record(path: Path) -> bool:
     """Test whether a JSON file has samples, or is damaged, so that reading it explains the damage."""
-    if path.stat().st_size > MAX_BYTES:
-        return False
     try:
+        if path.stat().st_size > MAX_BYTES:
+            return False
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return True  # Record.read then raises an error that says what is wrong
     return isinstance(content, dict) and "samples_ms" in content

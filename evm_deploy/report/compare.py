@@ -8,8 +8,8 @@ from typing import Any
 
 from evm_deploy.bench.latency import apart
 from evm_deploy.bench.record import Record
-from evm_deploy.errors import LatencyError, UsageError
-from evm_deploy.report.candidate import Candidate, Conditions, device_name, milliseconds
+from evm_deploy.errors import UsageError
+from evm_deploy.report.candidate import Candidate, Conditions, device_name, plain
 from evm_deploy.report.collect import identity, newest
 
 
@@ -44,6 +44,16 @@ class Pair:
         return low / old_high, high / old_low
 
     @property
+    def changes(self) -> list[str]:
+        """Versions of the system and of packages that differ between the two measurements: `Linux 6.1 -> Linux 6.8`."""
+        assert self.old.record and self.new.record
+        old, new = self.old.record, self.new.record
+        found = [(old.device.get(key), new.device.get(key), "") for key in ("system", "governor")]
+        versions = (old.runtime["versions"], new.runtime["versions"])
+        found += [(versions[0].get(name), versions[1].get(name), f"{name} ") for name in {**versions[0], **versions[1]}]
+        return [plain(f"{name}{before} -> {after}") for before, after, name in found if before != after]
+
+    @property
     def stable(self) -> bool:
         """Whether both measurements were stable."""
         return self.old.stable and self.new.stable
@@ -67,6 +77,7 @@ class Pair:
             "interval": [round(end, 4) for end in self.interval],
             "verdict": self.verdict,
             "stable": self.stable,
+            "changes": self.changes,
         }
 
 
@@ -74,11 +85,13 @@ class Pair:
 class Comparison:
     """Result of comparing OLD with NEW.
 
-    new: all candidates of NEW. unmatched: one sentence for each record without a counterpart.
+    new: all candidates of NEW. gone: candidates of OLD without a counterpart in NEW. unmatched: one sentence for each
+    record without a counterpart.
     """
 
     pairs: tuple[Pair, ...]
     new: tuple[Candidate, ...]
+    gone: tuple[Candidate, ...]
     unmatched: tuple[str, ...]
 
 
@@ -98,31 +111,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
         raise UsageError(
             "nothing to compare: no record of OLD has a counterpart in NEW\n  " + "\n  ".join(unmatched[:10])
         )
-    return Comparison(pairs, tuple(news.values()), unmatched)
-
-
-def require(
-    pairs: Sequence[Pair],
-    measured: Sequence[Candidate],
-    max_regression: float | None = None,
-    max_latency_ms: float | None = None,
-) -> None:
-    """Raise LatencyError for a regression above `max_regression` percent or a median above `max_latency_ms`."""
-    slow = []
-    if max_regression is not None:
-        slow += [
-            f"{pair.label}: {pair.ratio:.2f}x the old time (limit: {max_regression:g} % more)"
-            for pair in pairs
-            if pair.verdict == "regression" and pair.ratio > 1 + max_regression / 100
-        ]
-    if max_latency_ms is not None:
-        slow += [
-            f"{each.name} ({each.conditions}): p50 {milliseconds(each.p50)} ms (limit: {max_latency_ms:g} ms)"
-            for each in measured
-            if each.p50 is not None and each.p50 > max_latency_ms
-        ]
-    if slow:
-        raise LatencyError("latency limit exceeded\n  " + "\n  ".join(slow))
+    return Comparison(pairs, tuple(news.values()), tuple(olds[key] for key in olds if key not in news), unmatched)
 
 
 def _elsewhere(each: Candidate, others: dict[tuple[object, ...], Candidate]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.packages import upgrade_hint
+from evm_deploy._util.schema import lenient_json, strict_json
 from evm_deploy._util.text import command
 from evm_deploy.bench.record import Record
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.report.candidate import Candidate
 from evm_deploy.report.collect import identity
 from evm_deploy.report.compare import Pair
@@ -39,7 +39,7 @@ def append(db: Path, records: Iterable[Record]) -> int:
     """
     rows = []
     for record in records:
-        content = json.dumps(asdict(record), sort_keys=True)
+        content = strict_json(asdict(record), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         rows.append((digest, record.date, record.bundle["model"], record.bundle["target"], content))
     with _opened(db, create=True) as connection:
@@ -48,15 +48,28 @@ def append(db: Path, records: Iterable[Record]) -> int:
         return connection.total_changes - before
 
 
-def read(db: Path, model: str | None = None, target: str | None = None) -> list[Record]:
-    """Return the records by date, only those of `model` and `target` if given. Raises UsageError."""
+def read(
+    db: Path, model: str | None = None, target: str | None = None, damaged: list[EvmError] | None = None
+) -> list[Record]:
+    """Return the records by date, only those of `model` and `target` if given. Raises UsageError.
+
+    damaged: if given, the errors of rows that cannot be read are added to it, and the other rows are returned.
+    """
     with _opened(db, create=False) as connection:
         rows = connection.execute(
             "SELECT digest, content FROM records WHERE model = coalesce(?, model) AND target = coalesce(?, target) "
             "ORDER BY date, rowid",
             (model, target),
         ).fetchall()
-    return [_parsed(db, digest, content) for digest, content in rows]
+    found = []
+    for digest, content in rows:
+        try:
+            found.append(_parsed(db, digest, content))
+        except UsageError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+    return found
 
 
 def courses(records: Iterable[Record], last: int | None = None) -> list[list[Candidate]]:
@@ -130,6 +143,6 @@ def _require_ours(db: Path, connection: sqlite3.Connection, create: bool) -> Non
 def _parsed(db: Path, digest: str, content: str) -> Record:
     """Parse one row of the database. Raises UsageError that names file and row."""
     try:
-        return Record.parse(json.loads(content), f"{db}, row {digest[:12]}")
+        return Record.parse(lenient_json(content), f"{db}, row {digest[:12]}")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{db}, row {digest[:12]} is damaged: {error}") from error

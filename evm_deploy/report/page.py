@@ -186,12 +186,16 @@ def device_facts(group: Group) -> list[tuple[str, str]]:
     if not group.measured:
         return []
     record = max((each.record for each in group.measured if each.record), key=lambda record: record.date)
-    device, names = record.device, {"memory_mb": "memory, MB", "usable_cores": "usable cores", "at": "at"}
+    device, names = (
+        record.device,
+        {"memory_mb": "memory, MB", "runs_on": "runs on", "usable_cores": "usable cores", "at": "at"},
+    )
     order = (
         "model",
         "at",
         "profile",
         "cpu",
+        "runs_on",
         "machine",
         "cores",
         "usable_cores",

@@ -200,7 +200,7 @@ def facts(each: Candidate, group: Group) -> dict[str, Any]:
         "load_ms": record.load_ms.get("fresh") if record else None,
         "peak_mb": record.memory_mb.get("peak") if record else None,
         "scan_share_percent": each.scan_share,
-        "energy": format_parts(record.energy_mj).replace(" ms", " mJ") if record else "",
+        "energy": format_parts(record.energy_mj, "mJ") if record else "",
         "date": record.date if record else None,
         "notes": "; ".join(each.notes),
     }

@@ -44,6 +44,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         for pair in comparison.pairs
     ]
     _table(console, ["bundle", "conditions", "old", "new", "time", "interval", "verdict"], rows)
+    for text in dict.fromkeys(change for pair in comparison.pairs for change in pair.changes):
+        console.print(f"Note     changed between OLD and NEW: {text}")
     for text in comparison.unmatched:
         console.print(f"Note     {text}")
 

@@ -5,8 +5,9 @@ The rule for the candidates of one group (same model, device, image size, batch,
 1. These candidates are excluded: the torch baseline, which has no bundle; a bundle that was rejected at export, failed
    its accuracy gate, or lost more than `max_drop` points of top-1; a measurement that was not stable.
 2. Two latencies differ if the 95 % intervals of their medians do not overlap. Among the candidates that do not differ
-   from the fastest one, the rule ships the one with the smallest loss of accuracy (an unknown loss counts as the
-   largest), then the smallest one. So no accuracy is given up for a speed that was not shown.
+   from the fastest one, the rule ships the one with the smallest loss of accuracy, then the smallest one. So no
+   accuracy is given up for a speed that was not shown. A candidate of unknown accuracy is never shipped: a note names
+   it if it is faster, and it is only called the fastest if there is no other.
 3. Speeds are relative to the baseline: ONNX fp32, else the fastest fp32 bundle, else torch, else the slowest candidate.
    A note names each int8 bundle that is not faster than the fp32 bundle of its own target.
 """
@@ -21,6 +22,8 @@ from evm_deploy.bench.measurable import TORCH
 from evm_deploy.report.candidate import Candidate
 
 MAX_DROP = 1.0  # points of top-1
+UNSTABLE = "latency not stable: measure again on an idle machine"
+EVALUATE = "evaluate it before you ship it: evm-bench --matrix --val, or for int8 and w8 evm-export --val"
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,28 @@ def verdict(group: Sequence[Candidate], max_drop: float = MAX_DROP) -> Verdict:
         return Verdict("nothing was measured: run evm-bench on these bundles", None, None, notes)
     if not running:
         return Verdict("nothing to ship: every candidate is excluded", None, baseline, notes)
-    ship = choose(running)
     assert baseline is not None
-    return Verdict(f"ship {ship.label}: {reason(ship, baseline, running, measured)}", ship, baseline, notes)
+    known = [each for each in running if each.drop is not None]
+    if not known:
+        best = choose(running)
+        sentence = f"fastest is {best.label}: {reason(best, baseline, running)}: {EVALUATE}"
+        return Verdict(sentence, None, baseline, notes)
+    ship = choose(known)
+    notes += tuple(
+        f"{each.label} is {speed(each, ship):.2f}x as fast as {ship.label}, accuracy unknown: {EVALUATE}"
+        for each in running
+        if each.drop is None and _p50(each) < _p50(ship) and differ(each, ship)
+    )
+    return Verdict(f"ship {ship.label}: {reason(ship, baseline, running)}", ship, baseline, notes)
 
 
 def why_out(each: Candidate, max_drop: float) -> str:
     """Return the reason to exclude a candidate, or an empty string."""
+    return why_unfit(each, max_drop) or ("" if each.stable else UNSTABLE)
+
+
+def why_unfit(each: Candidate, max_drop: float) -> str:
+    """Return the reason that a candidate cannot be shipped whatever its latency is, or an empty string."""
     if each.target == TORCH:
         return "a baseline, not a bundle"
     if each.rejected:
@@ -66,8 +84,6 @@ def why_out(each: Candidate, max_drop: float) -> str:
         return f"{-each.drop:+.2f} points of top-1, limit {-max_drop:g}"
     if each.accuracy and each.accuracy.get("ok") is False:
         return "accuracy gate failed"
-    if not each.stable:
-        return "latency not stable: measure again on an idle machine"
     return ""
 
 
@@ -106,9 +122,10 @@ def speed(each: Candidate, baseline: Candidate) -> float:
     return _p50(baseline) / _p50(each)
 
 
-def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate], measured: Sequence[Candidate]) -> str:
+def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate]) -> str:
     """Return the reason in the verdict's sentence: `1.70x faster than onnx fp32 at -0.2 points`."""
-    slower_int8 = [each for each in running if each is not ship and each.precision == "int8" and _p50(each) > 0]
+    known = [each for each in running if each.drop is not None]
+    slower_int8 = [each for each in known if each is not ship and each.precision == "int8" and _p50(each) > 0]
     if ship is not baseline and differ(ship, baseline):
         ratio = speed(ship, baseline)
         return f"{ratio:.2f}x {'faster than' if ratio > 1 else 'the speed of'} {baseline.label}{at_accuracy(ship)}"
@@ -117,8 +134,11 @@ def reason(ship: Candidate, baseline: Candidate, running: Sequence[Candidate], m
     if ship.is_float and slower_int8:
         best = min(slower_int8, key=_p50)
         return f"{best.label} has {speed(best, ship):.2f}x the speed here{at_accuracy(ship)}"
-    alone = "the only candidate" if len(running) == 1 else "nothing is faster"
-    return f"{alone}{at_accuracy(ship)}"
+    if len(running) == 1:
+        return f"the only candidate{at_accuracy(ship)}"
+    if len(known) < len(running) and known:
+        return f"{'the only candidate' if len(known) == 1 else 'the fastest'} of known accuracy{at_accuracy(ship)}"
+    return f"nothing is faster{at_accuracy(ship)}"
 
 
 def at_accuracy(ship: Candidate) -> str:

@@ -103,6 +103,12 @@ class OpenVinoRuntime:
         """Data type for computing the operations, in OpenVINO's words: f32, bf16 or f16."""
         return str(self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
+    @property
+    def runs_on(self) -> str:
+        """Devices that run the model, each with its full name: `GPU.0: Intel(R) Arc(TM) A770 Graphics`."""
+        devices = [str(name).strip("()") for name in self.compiled.get_property("EXECUTION_DEVICES")]
+        return ", ".join(f"{name}: {self.core.get_property(name, 'FULL_DEVICE_NAME').strip()}" for name in devices)
+
     def __enter__(self) -> OpenVinoRuntime:
         return self
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from evm_deploy._util import processes
 from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.files import checksum_matches, move, package_folders, writable_cache, write_checksum
 from evm_deploy._util.packages import install_hint
@@ -107,7 +107,7 @@ class Compiler:
         """Run the compiler. Raises ToolchainError with the first lines of its output if it fails."""
         command = [*self.command, *map(str, arguments)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=self.environment)
+            done = processes.run(command, env=self.environment)
         except OSError as error:
             raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}") from error
         if done.returncode:

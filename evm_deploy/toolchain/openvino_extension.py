@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from evm_deploy._util import processes
 from evm_deploy._util.files import cache_folder
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
@@ -103,7 +103,7 @@ def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        done = processes.run(command, env=environment)
     except OSError as error:
         raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}", BUILD_HINT) from error
     if done.returncode:

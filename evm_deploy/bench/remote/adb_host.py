@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.processes import Process
 from evm_deploy._util.progress import Step
 from evm_deploy.bench.device import State
 from evm_deploy.bench.latency import throughput
@@ -246,8 +247,9 @@ class AdbHost:
         """
         command = ["adb", "-s", self._serial, *arguments]
         try:
-            with subprocess.Popen(
+            with Process(
                 command,
+                group=False,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -258,13 +260,13 @@ class AdbHost:
         except FileNotFoundError as error:
             raise ToolchainError("adb is not installed", "install Android's platform-tools") from error
 
-    def _printed(self, process: subprocess.Popen[str], arguments: tuple[str, ...], seconds: float) -> str:
+    def _printed(self, process: Process, arguments: tuple[str, ...], seconds: float) -> str:
         """Return the output of a running adb command; kill the command after `seconds`. Raises ToolchainError."""
         assert process.stdout
         late = threading.Timer(seconds, process.kill)
         late.start()
         try:
-            printed = process.stdout.read()
+            printed: str = process.stdout.read()
             code = process.wait()
         finally:
             late.cancel()

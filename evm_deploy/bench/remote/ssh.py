@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from evm_deploy._util.processes import Process, end
 from evm_deploy._util.schema import TEXT, TRUTH, Schema, keys
 from evm_deploy.bench.remote import supervisor
 from evm_deploy.errors import ToolchainError, UsageError
@@ -91,9 +92,7 @@ class Connection:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         try:
-            self._ssh = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
-            )
+            self._ssh = Process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0)
         except OSError as error:
             raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}", "install OpenSSH's client") from error
         threading.Thread(target=self._stay_alive, daemon=True).start()
@@ -138,7 +137,7 @@ class Connection:
         try:
             self._ssh.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._ssh.kill()
+            end([self._ssh])
             self._ssh.wait()
         self._ssh.stdout.close()  # type: ignore[union-attr]
         self._stderr.close()

@@ -63,7 +63,8 @@ class Supervisor:
         self.running = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
-            env={**os.environ, "TMPDIR": self.folder},  # for example ONNX Runtime leaves a file .ses in TMPDIR
+            # ONNX Runtime for example leaves a file .ses in TMPDIR; the group is that of _util/processes.py
+            env={**os.environ, "TMPDIR": self.folder, "EVM_PROCESS_GROUP": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=tied,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

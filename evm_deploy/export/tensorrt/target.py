@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util import processes
 from evm_deploy._util.files import copy_folder
 from evm_deploy._util.onnx import inlined
 from evm_deploy._util.progress import Step
@@ -112,8 +112,7 @@ def build_engine(target: str, folder: Path, library: str | None = None, timing_c
     """
     given = {"--library": library, "--timing-cache": timing_cache}
     flags = [f"{flag}={path}" for flag, path in given.items() if path]
-    command = [sys.executable, engine_builder.__file__, *flags, "--", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = processes.run([sys.executable, engine_builder.__file__, *flags, "--", str(folder)])
     if done.returncode < 0:
         raise ToolchainError(f"the builder of {target} was ended by signal {-done.returncode}", done.stderr[-500:])
     if done.returncode:

@@ -66,6 +66,8 @@ def engine_bytes(content: bytes) -> bytes:
     return content
 
 
+
+
 def check_built_for(path: Path, version: str) -> None:
     """Raise ToolchainError if the manifest next to an engine names another TensorRT release than `version`.
 
@@ -148,6 +150,12 @@ class TensorRtRuntime:
             for part, ends in zip(PARTS, pairwise(self.marks), strict=True)
         }
         return results
+
+    @property
+    def runs_on(self) -> str:
+        """Name of the GPU that runs the engine: `GPU: NVIDIA A10`."""
+        properties = self._call(self.cuda.cudaGetDeviceProperties(self._call(self.cuda.cudaGetDevice())))
+        return f"GPU: {properties.name.decode()}"
 
     def __enter__(self) -> Runtime:
         return self

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
+from evm_deploy._util import processes
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.toolchain.compile import read_recipe
 
@@ -54,7 +54,7 @@ def compile_kernel(architecture: str, to: str = "ptx") -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"scan.{to}"
         command = [nvcc, "-std=c++17", f"-{to}", f"-arch={target}", "-o", str(path), str(source())]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        done = processes.run(command)
         if done.returncode:
             raise ToolchainError(f"nvcc failed for {architecture}: {done.stderr.strip()[-500:]}", NVCC_HINT)
         return path.read_bytes()
