@@ -82,7 +82,9 @@ def few(folder: Path) -> str:
         (["--std", "58.395,57.12,57.375"], "divide them by 255"),
         (["--crop-pct", "0.005"], "from 0.1 to 1"),
     ],
-    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
+    ids=lambda value: (
+        " ".join(getattr(each, "__name__", each) for each in value)[:40] if isinstance(value, list) else ""
+    ),
 )
 def test_a_dry_run_refuses_what_the_export_refuses(here, capsys, flags, says):
     flags = [flag(here) if callable(flag) else flag for flag in flags]

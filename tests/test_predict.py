@@ -74,7 +74,9 @@ def test_many_images_are_as_many_answers(form, model, files):
     assert model.predict(MANY[form](files)) == [model.predict(file)[0] for file in files]
 
 
-@pytest.mark.parametrize("empty", [[], (), iter(()), np.empty((0, 8, 8, 3), np.uint8)], ids=repr)
+@pytest.mark.parametrize(
+    "empty", [[], (), iter(()), np.empty((0, 8, 8, 3), np.uint8)], ids=lambda value: type(value).__name__
+)
 def test_no_images_are_no_answers(empty, model):
     assert model.predict(empty) == []
 

@@ -66,8 +66,6 @@ def engine_bytes(content: bytes) -> bytes:
     return content
 
 
-
-
 def check_built_for(path: Path, version: str) -> None:
     """Raise ToolchainError if the manifest next to an engine names another TensorRT release than `version`.
 
