@@ -298,7 +298,7 @@ def choose(weights: Weights, wanted: str) -> tuple[WeightSet, list[WeightSet]]:
     listed = "; ".join(map(str, sets[:LISTED])) + (f"; and {len(sets) - LISTED} more" if len(sets) > LISTED else "")
     flag = f"--weights {shlex.quote(sets[0].name)}"
     hint = f"choose one by its name:  {flag}  or write it to a file of its own:  evm-export convert CKPT {flag}"
-    if wanted not in WORDS:
+    if wanted not in tuple(WORDS):
         fit = [each for each in sets if each.name == wanted]
         if not fit:
             raise CheckpointError(f"checkpoint {path} has no weights '{wanted!s:.80}'; it has: {listed}", hint)
