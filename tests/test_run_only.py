@@ -124,7 +124,7 @@ def test_without_the_runtime_the_extra_is_named(demo_bundle, monkeypatch):
     command = [sys.executable, "-c", FENCE, ",".join(set(closure("run-onnx")) - {"onnxruntime"})]
     command += [str(SAMPLES / "classify.py"), str(demo_bundle.path), "cat.jpg"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert "onnxruntime is not installed\n  pip install 'evm-deploy[run-onnx]'" in done.stderr
+    assert f"onnxruntime is not installed\n  {install_hint('run-onnx')}" in done.stderr
 
 
 def test_a_folder_becomes_a_table(demo_bundle, digits, tmp_path):

@@ -67,9 +67,9 @@ TOOLCHAINS = {
     "kotlin": Toolchain(partial(programs, "java"), "a wheel of PyPI, downloaded once"),
     "chromium": Toolchain(lambda: bool(CHROMIUM), "apt-get install chromium"),
     "node": Toolchain(partial(programs, "node", "npm"), "install nodejs 20 or newer and npm"),
-    "coremltools": Toolchain(lambda: bool(find_spec("coremltools")), "pip install 'evm-deploy[coreml]'"),
-    "TensorRT-RTX": Toolchain(lambda: bool(find_spec("tensorrt_rtx_bindings")), "pip install 'evm-deploy[trt-rtx]'"),
-    "TensorRT's Python": Toolchain(lambda: bool(find_spec("tensorrt_bindings")), "pip install 'evm-deploy[dev]'"),
+    "coremltools": Toolchain(lambda: bool(find_spec("coremltools")), install_hint("coreml")),
+    "TensorRT-RTX": Toolchain(lambda: bool(find_spec("tensorrt_rtx_bindings")), install_hint("trt-rtx")),
+    "TensorRT's Python": Toolchain(lambda: bool(find_spec("tensorrt_bindings")), install_hint("dev")),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence
     "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
     "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),
