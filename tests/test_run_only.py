@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from evm_deploy import load
+from evm_deploy._util.packages import install_hint
 from evm_deploy.demo import write_images
 from evm_deploy.errors import UsageError
 

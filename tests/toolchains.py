@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from evm_deploy._util.packages import install_hint
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

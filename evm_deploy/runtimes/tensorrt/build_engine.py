@@ -185,9 +185,12 @@ def configure(trt: Any, builder: Any, network: Any, settings: dict[str, Any], ti
         for i, name in enumerate(names):
             config.set_compute_capability(getattr(capabilities, name), i)
     if timing_cache:
-        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            raise EngineBuildError(f"--timing-cache {timing_cache} is not a timing cache of this TensorRT and GPU")
+        content, empty = timing_cache.read_bytes() if timing_cache.exists() else b"", config.create_timing_cache(b"")
+        if content and content[:4] != bytes(empty.serialize())[:4]:  # TensorRT 11 only warns, and starts an empty one
+            raise EngineBuildError(
+                f"--timing-cache {timing_cache} holds no timing cache of this TensorRT: name another"
+            )
+        config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
     if settings["profile"]:
         profile = builder.create_optimization_profile()
         profile.set_shape(network.get_input(0).name, *settings["profile"])
