@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evm_deploy._util.progress import silent
 from evm_deploy.bench.record import Record, Settings
@@ -23,12 +25,14 @@ from evm_deploy.bench.remote.hosts import HostOptions
 from evm_deploy.bench.remote.ssh import Connection, SshAddress, explained
 from evm_deploy.bench.remote.ssh_host import SshHost
 from evm_deploy.bench.sweep import Sweep
+from evm_deploy.bundle.signing import sign
 from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.info import Requirement
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
+from tests.test_signing import write_keys
 
 pytestmark = pytest.mark.ssh
 
@@ -71,6 +75,26 @@ def test_a_board_is_measured_and_left_as_it_was(board, host_bundle, tmp_path, ca
     assert record.runtime["scan"]["value"] == "plugin" and "from the bundle" in record.runtime["scan"]["reason"]
     assert record.samples_ms and record.bundle["name"] == host_bundle.path.name and record.settings["scan"] == "bundled"
     assert "at board" in shown.out and all(step in shown.err for step in ("connect", "send", "measure"))
+
+
+def test_a_library_of_the_bundle_runs_only_if_it_is_trusted(board, host_bundle, tmp_path, capsys):
+    """A library is a program: nobody asked for it, or vouched for it."""
+    path = shutil.copytree(host_bundle.path, tmp_path / "bundle")
+    key = Ed25519PrivateKey.generate()
+    _, public = write_keys(tmp_path, "key", key)
+    command = [str(path), *flags(board, tmp_path / "out"), "--threads", "1"]
+    assert bench_main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    record = Record.read(Path(row["record"]))
+    assert record.runtime["scan"]["value"] == "portable"
+    assert any("was not run, because a library is a program" in warning for warning in record.warnings)
+
+    assert bench_main([*command, "--require-signature", str(public)]) == 2
+    assert "is not signed" in capsys.readouterr().err and board.clean()
+    sign(path, key)
+    assert bench_main([*command, "--require-signature", str(public), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert Record.read(Path(row["record"])).runtime["scan"]["value"] == "plugin"
 
 
 def test_a_bundle_without_a_library_for_the_board(board, micro_bundle, tmp_path, capsys, monkeypatch):
@@ -414,7 +438,10 @@ def test_a_fleet_of_which_one_fails(board, host_bundle, tmp_path, capsys):
     shown = capsys.readouterr()
     files = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.json")}
     name = host_bundle.path.name
-    assert files == {f"good/{name}-tauto-b1.json", f"other/{name}-t1-b1-portable.json"}
+    assert {re.sub(r"-\w{8}\.json", "", each) for each in files} == {
+        f"good/{name}-tauto-b1-board",
+        f"other/{name}-t1-b1-portable-board",
+    }
     lines = shown.out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["board", "good", "other"]
     assert any(line.startswith("bad: FAILED: board cannot run python9") for line in lines)

@@ -17,6 +17,8 @@ from evm_deploy import cli, load
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.signing import SIGNATURE, private_key, public_key, sign
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
+from evm_deploy.export.pipeline import export
+from evm_deploy.export.plan import ExportPlan
 from tests.toolchains import need
 
 PEM = serialization.Encoding.PEM
@@ -138,6 +140,31 @@ def test_export_signs_and_run_checks(micro, keys, tmp_path, capsys):
     for path in (facts["bundle"], facts["zip"]):
         assert cli.run_main([path, "--selftest", "--require-signature", str(keys[1])]) == 0
         assert "PASSED" in capsys.readouterr().out
+
+
+def test_bench_measures_only_what_the_key_signed(signed, keys, tmp_path, capsys):
+    flags = [str(signed), "--limit", "0.5", "-o", str(tmp_path / "out"), "--require-signature", str(keys[1])]
+    assert cli.bench_main(flags) == 0
+    edit_manifest(signed)
+    assert cli.bench_main(flags) == 2
+    assert "was changed after signing" in capsys.readouterr().err
+    (signed / SIGNATURE).unlink()
+    assert cli.bench_main(flags) == 2
+    assert "is not signed" in capsys.readouterr().err
+    checkpoint = tmp_path / "x.safetensors"
+    checkpoint.write_bytes(b"")
+    assert cli.bench_main([str(checkpoint), *flags[1:]]) == 2  # no bundle, so nobody signed it
+    assert "is a file, not a bundle" in capsys.readouterr().err
+    assert cli.bench_main(["--matrix", "--require-signature", str(keys[1])]) == 2
+    assert cli.bench_main([*flags[:-1], str(tmp_path / "gone.pem")]) == 2
+    assert "gone.pem cannot be read" in capsys.readouterr().err
+
+
+def test_a_key_that_vanishes_signs_nothing(micro, keys, tmp_path):
+    """A signature that was asked for is never left out."""
+    with pytest.raises(UsageError, match="cannot be read"):
+        export(micro, ExportPlan("onnx", imgsz=(64, 64)), tmp_path / "out", sign=tmp_path / "gone.pem")
+    assert not (tmp_path / "out").exists()
 
 
 def encrypted(folder: Path) -> Path:

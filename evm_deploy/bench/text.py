@@ -12,7 +12,7 @@ from evm_deploy.bench import device
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.errors import UsageError
 
-MAX_PART = 120  # characters of one part of a file name
+MAX_STEM = 200  # bytes; a file system takes 255, temporary files beside it have longer names
 
 
 def file_name(record: Record) -> str:
@@ -29,14 +29,15 @@ def file_name(record: Record) -> str:
         f"b{settings['batch']}",
         *([f"s{settings['streams']}"] if settings["streams"] != 1 else []),
         *([settings["scan"]] if settings["scan"] != "auto" else []),
-        *(name.replace("_", "-") if value is True else str(value) for name, value in Settings.of(settings).own),
+        *(name if value is True else f"{name}-{value}" for name, value in Settings.of(settings).own),
         *([settings["timed"]] if settings["timed"] != "model" else []),
         *([at] if at else []),
     ]
-    # a name from another machine must not act as a path, nor be longer than a file system takes
-    safe = [re.sub(r"[^\w.+-]", "_", part)[:MAX_PART] for part in parts]
+    stem = "-".join(map(str, parts))
+    safe = re.sub(r"[^\w.+-]", "_", stem)  # a name from another machine must not act as a path
+    safe = safe.encode()[:MAX_STEM].decode(errors="ignore")
     here = _device({"at": None, **device.facts()}) == _device(record.device)
-    return f"{'-'.join(safe)}{'' if safe == parts and here else f'-{_digest(record)}'}.json"
+    return f"{safe}{'' if safe == stem and here else f'-{_digest(record)}'}.json"
 
 
 def record_path(folder: Path, record: Record) -> Path:
