@@ -121,7 +121,7 @@ class Options(ctypes.Structure):
         ("size", ctypes.c_size_t),
         ("threads", ctypes.c_int),
         ("streams", ctypes.c_int),
-        *((name, ctypes.c_char_p) for name in ("scan", "plugin", "device", "cache")),
+        *((name, ctypes.c_char_p) for name in ("scan", "plugin", "device", "cache", "require_signature")),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,12 +26,14 @@ from PIL import Image
 from evm_deploy import load, plugin_path
 from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.signing import private_key, sign
 from evm_deploy.errors import EvmError, ImageError
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST, changed_manifest, refusal
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
+from tests.test_signing import BAD, write_keys
 from tests.test_vectors import CONTENT
 from tests.toolchains import need
 
@@ -378,3 +383,130 @@ def test_json_of_any_kind_is_read(tmp_path_factory, values):
         commands.append(("json", path))
     for value, answer in zip(values, drive(*commands), strict=True):
         assert answer in (f"ok {names.get(type(value), 'number')}", "ok null" if isinstance(value, float) else "")
+
+
+# Signatures
+
+
+@pytest.fixture(scope="module")
+def signing_keys(tmp_path_factory) -> tuple[Path, Path]:
+    return write_keys(tmp_path_factory.mktemp("keys"), "key", Ed25519PrivateKey.generate())
+
+
+@pytest.fixture
+def signed_bundle(micro_bundle, signing_keys, tmp_path) -> Path:
+    path = Path(shutil.copytree(micro_bundle.path, tmp_path / "signed"))
+    sign(path, private_key(signing_keys[0]))
+    return path
+
+
+def bad_keys(folder: Path) -> dict[str, Path]:
+    """Files that hold no ed25519 public key."""
+    (folder / "empty.pem").touch()
+    (folder / "bytes.pem").write_bytes(b"\xff" * 100)
+    rsa_private, rsa_public = write_keys(folder, "rsa", rsa.generate_private_key(65537, 1024))
+    return {
+        "gone": folder / "gone.pem",
+        "a folder": folder,
+        "empty": folder / "empty.pem",
+        "no PEM": folder / "bytes.pem",
+        "rsa": rsa_public,
+        "private": rsa_private,
+        "private ed25519": write_keys(folder, "other", Ed25519PrivateKey.generate())[0],
+    }
+
+
+def test_signatures_as_in_python(signed_bundle, signing_keys, tmp_path):
+    """Under AddressSanitizer: every change of a signed bundle, folder and zip, is refused, with Python's words."""
+    public = signing_keys[1]
+    good = [signed_bundle, write_zip(signed_bundle)]
+    changed_bundles = []
+    for name, (change, _) in BAD.items():
+        bundle = Path(shutil.copytree(signed_bundle, tmp_path / f"changed {len(changed_bundles)}"))
+        change(bundle)
+        changed_bundles.append((name, bundle))
+    in_zips = [name for name in BAD if "link" not in name]
+    zips = [(name, write_zip(bundle)) for name, bundle in changed_bundles if name in in_zips]
+    broken = [*changed_bundles, *zips]
+    answers = drive(*(("signed", path, public) for path in [*good, *(path for _, path in broken)]))
+    assert all(answer.startswith("ok ") for answer in answers[: len(good)]), answers
+    for (name, path), answer in zip(broken, answers[len(good) :], strict=True):
+        assert told(answer)[0] == "BundleError", (name, answer)
+        python = python_says(path, require_signature=public)
+        if path.is_dir():  # Python's message has the temporary folder of a zip
+            said = [
+                text.replace("its sha256", "sha256")
+                for text in (answer.split("\t")[3], "|".join(str(python).split("\n")))
+            ]
+            assert said[0] == said[1], name
+
+
+def test_without_a_signature_or_with_another_key(micro_bundle, signed_bundle, signing_keys, tmp_path):
+    other = write_keys(tmp_path, "other", Ed25519PrivateKey.generate())[1]
+    for bundle, key in ((micro_bundle.path, signing_keys[1]), (signed_bundle, other)):
+        (answer,) = drive(("signed", bundle, key))
+        assert answer.split("\t")[3] == str(python_says(bundle, require_signature=key)).replace("\n", "|")
+
+
+def test_keys_that_are_none(signed_bundle, tmp_path):
+    keys = bad_keys(tmp_path)
+    answers = drive(*(("signed", signed_bundle, key) for key in keys.values()))
+    for (name, key), answer in zip(keys.items(), answers, strict=True):
+        assert told(answer)[0] == "UsageError", name
+        python = python_says(signed_bundle, require_signature=key)
+        assert answer.split("\t")[3] == str(python).replace("\n", "|"), name
+
+
+def test_signatures_through_c_and_the_sample(signed_bundle, signing_keys, demo_bundle):
+    with Model(signed_bundle, require_signature=signing_keys[1]) as model:
+        assert model.run(np.zeros((1, 64, 64, 3), np.uint8))
+    assert "is not signed" in str(cpp_says(demo_bundle.path, require_signature=signing_keys[1]))
+    done = classify(signed_bundle, "--selftest", "--require-signature", signing_keys[1])
+    assert done.returncode == 0 and "PASSED" in done.stdout
+    done = classify(demo_bundle.path, "--selftest", "--require-signature", signing_keys[1])
+    assert done.returncode == 2 and "is not signed\n  sign it with evm-export --sign" in done.stderr
+
+
+def test_built_without_openssl_a_required_signature_is_an_error(tmp_path):
+    """Compiled alone: no silent pass where the library is missing."""
+    program = tmp_path / "main.cpp"
+    program.write_text(
+        '#include "signature.h"\n#include <cstdio>\n'
+        'int main() { try { evm::check_signature(*evm::open_source("."), "", "k"); } '
+        "catch (const evm::ToolchainError &error) { return std::puts(error.what()), 3; } return 0; }\n"
+    )
+    sources = [ROOT / "sdk" / "cpp" / "src" / f"{name}.cpp" for name in ("signature", "source", "sha256", "text")]
+    stub = tmp_path / "stub.cpp"
+    stub.write_text(
+        '#include "archive.h"\n'
+        "std::unique_ptr<evm::Source> evm::open_zip(const std::filesystem::path &) { return {}; }\n"
+    )
+    command = ["g++", "-std=c++17", f"-I{ROOT}/sdk/cpp/include", f"-I{ROOT}/sdk/cpp/src", program, stub, *sources]
+    subprocess.run([*map(str, command), "-o", str(tmp_path / "main")], check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+    assert (
+        done.returncode == 3
+        and "built without OpenSSL and cannot check signatures\n  install libssl-dev" in done.stdout
+    )
+
+
+HOSTILE = ["a b", "x; touch y", "$(touch y)", "`touch y`", "it's", 'a"b', "-rf", "~", "*", "a|b", "#a", "\\", "é"]
+
+
+def test_paths_in_hints_are_one_word_of_a_shell():
+    for text, answer in zip(HOSTILE, drive(*(("word", text) for text in HOSTILE)), strict=True):
+        word = answer.removeprefix("ok ")
+        assert shlex.split(word) == [f"./{text}" if text.startswith("-") else text]
+        shown = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True).stdout
+        assert shown == shlex.split(word)[0]
+
+
+@pytest.mark.parametrize("thing", ["pipe", "device"])
+def test_files_without_an_end_are_refused(thing, micro_bundle, tmp_path):
+    names = ("manifest.json", "README.md", "model.onnx")
+    bundles = [Path(shutil.copytree(micro_bundle.path, tmp_path / name)) for name in names]
+    for bundle, name in zip(bundles, names, strict=True):
+        (bundle / name).unlink()
+        os.mkfifo(bundle / name) if thing == "pipe" else (bundle / name).symlink_to("/dev/zero")
+    for bundle, answer in zip(bundles, drive(*(("open", bundle, "auto") for bundle in bundles)), strict=True):
+        assert told(answer) == refusal(lambda bundle=bundle: load(bundle)), bundle.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,20 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda bundle: ((bundle / SIGNATURE).unlink(), (bundle / SIGNATURE).mkdir()),
         "cannot be read",
     ),
+    "signature is longer": (lambda bundle: (bundle / SIGNATURE).write_bytes(bytes(65)), CHANGED),
+    "signature is huge": (lambda bundle: (bundle / SIGNATURE).write_bytes(bytes(1 << 20)), CHANGED),
+    "signature is empty": (lambda bundle: (bundle / SIGNATURE).write_bytes(b""), CHANGED),
+    "good signature and more": (lambda bundle: (bundle / SIGNATURE).open("ab").write(b"\n"), CHANGED),
+    "signature is a pipe": (
+        lambda bundle: ((bundle / SIGNATURE).unlink(), os.mkfifo(bundle / SIGNATURE)),
+        "cannot be read: Not a regular file",
+    ),
+    "deep in it": (
+        lambda bundle: ((bundle / "a" / "b").mkdir(parents=True), (bundle / "a" / "b" / "c.so").write_bytes(b"x")),
+        "a/b/c.so is not in the manifest",
+    ),
+    "a link more": (lambda bundle: (bundle / "x").symlink_to("/etc/hostname"), "x is a link"),
+    "a link to a folder": (lambda bundle: (bundle / "x").symlink_to("/etc"), "x is a link"),
     "more in it": (lambda bundle: (bundle / "plugin.so").write_bytes(b"x"), "plugin.so is not in the manifest"),
     "a link": (link, "README.md is a link"),
 }

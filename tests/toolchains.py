@@ -29,6 +29,7 @@ SDK_HEADERS = {
     "png.h": "libpng-dev",
     "zlib.h": "zlib1g-dev",
     "jpeglib.h": "libjpeg62-turbo-dev",
+    "openssl/evp.h": "libssl-dev",
 }
 NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 

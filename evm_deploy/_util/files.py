@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -61,6 +63,13 @@ def write_output(path: Path, content: str | bytes) -> None:
     if mode is not None:
         with contextlib.suppress(OSError):  # a file system without permissions
             path.chmod(mode)
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError unless `path` can be read to an end: not for a pipe or a device, which could be read for ever."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "Not a regular file")
 
 
 def artifact_bytes(path: Path) -> int:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, sha256
+from evm_deploy._util.files import artifact_bytes, require_regular, sha256
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
@@ -71,8 +70,8 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     for name, facts in manifest.files.items():
         file = path / name
         try:
-            regular = stat.S_ISREG(file.stat().st_mode)  # a pipe or a device would be read for ever
-            damaged = not regular or sha256(file) != facts["sha256"]
+            require_regular(file)
+            damaged = sha256(file) != facts["sha256"]
         except FileNotFoundError as error:
             message = f"bundle {path}: {name} is missing"
             raise BundleError(message, "copy the whole bundle again", code="file.missing", where=name) from error

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evm_deploy._util.files import require_regular
 from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.schema import InvalidError, Schema, published
 from evm_deploy._util.text import size_text
@@ -127,6 +128,7 @@ class Manifest:
         """
         path = bundle / FILE
         try:
+            require_regular(path)
             if path.stat().st_size > MAX_BYTES:
                 raise BundleError(f"{path} is larger than {MAX_BYTES} bytes: not a manifest", code="manifest.damaged")
             data = path.read_bytes()

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evm_deploy._util.files import write_atomically
+from evm_deploy._util.files import require_regular, write_atomically
 from evm_deploy._util.packages import install_hint
 from evm_deploy.bundle.manifest import FILE
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
@@ -60,7 +60,9 @@ def check(key: Ed25519PublicKey, bundle: Path, manifest: bytes) -> None:
     from cryptography.exceptions import InvalidSignature
 
     try:
-        signature = (bundle / SIGNATURE).read_bytes()
+        require_regular(bundle / SIGNATURE)
+        with (bundle / SIGNATURE).open("rb") as file:
+            signature = file.read(MAX_BYTES)
     except FileNotFoundError as error:
         raise BundleError(f"bundle {bundle} is not signed", "sign it with evm-export --sign") from error
     except OSError as error:
@@ -77,10 +79,10 @@ def check_nothing_else(bundle: Path, listed: set[str]) -> None:
     """Raise BundleError if the bundle contains a link, or a file that is not in the manifest and thus not signed."""
     for file in sorted(bundle.rglob("*")):
         name = file.relative_to(bundle).as_posix()
-        if not file.is_dir() and name not in listed | {FILE, SIGNATURE}:
-            raise BundleError(f"bundle {bundle}: {name} is not in the manifest, and thus not signed", "remove the file")
         if file.is_symlink():
             raise BundleError(f"bundle {bundle}: {name} is a link", "use regular files in signed bundles")
+        if not file.is_dir() and name not in listed | {FILE, SIGNATURE}:
+            raise BundleError(f"bundle {bundle}: {name} is not in the manifest, and thus not signed", "remove the file")
 
 
 def _cryptography() -> tuple[Any, Any]:

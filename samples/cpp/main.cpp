@@ -11,6 +11,7 @@ namespace {
 constexpr const char *USAGE =
     "usage: evm-classify BUNDLE [IMAGE ..] [--top K] [--selftest] [--bench] [--threads N] [--scan auto|plugin|bundled|portable]\n"
     "                    [--plugin LIBRARY] [--device D] [--cache DIR] [--batch N] [--seconds S] [--json]\n"
+    "                    [--require-signature PUB]\n"
     "exit codes: 0 ok, 1 internal error, 2 wrong usage, bundle or image, 3 runtime missing, 4 self-test failed\n";
 constexpr size_t AT_ONCE = 16;  // number of images in memory at the same time
 
@@ -53,13 +54,14 @@ Arguments parse(const std::vector<std::string> &words) {
         else if (flag == "--plugin") args.options.plugin = take();
         else if (flag == "--device") args.options.device = take();
         else if (flag == "--cache") args.options.cache = take();
+        else if (flag == "--require-signature") args.options.require_signature = take();
         else if (flag.size() > 1 && flag[0] == '-') throw evm::UsageError("unrecognized arguments: " + words[i], "see  evm-classify --help");
         else if (args.bundle.empty()) args.bundle = words[i];
         else args.images.push_back(words[i]);
     }
     if (args.help) return args;
     if (args.bundle.empty()) throw evm::UsageError("the following arguments are required: BUNDLE", "see  evm-classify --help");
-    if (args.images.empty() && !args.selftest && !args.bench) throw evm::UsageError("nothing to do", "give images, or:  evm-classify " + args.bundle + " --selftest");
+    if (args.images.empty() && !args.selftest && !args.bench) throw evm::UsageError("nothing to do", "give images, or --selftest");
     return args;
 }
 

@@ -64,6 +64,8 @@ class InvalidBundleError(EngineBuildError):
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of the bundle. Raises InvalidBundleError."""
     try:
+        if not path.is_file() and path.exists():  # a pipe or a device would be read for ever
+            raise InvalidBundleError(f"{path} is not a file")
         if path.stat().st_size > MAX_JSON:
             raise InvalidBundleError(f"{path} is larger than {MAX_JSON} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ class Zip : public Source {
   public:
     explicit Zip(const std::filesystem::path &file) : Source(file.string()) {
         std::ifstream stream = opened();
-        list(stream);
+        read_directory(stream);
         root_ = root();
     }
 
@@ -74,6 +74,14 @@ class Zip : public Source {
     }
 
     std::uint64_t size(const std::string &name) const override { return find(name).size; }
+
+    std::vector<Listed> list() const override {
+        std::vector<Listed> found;
+        for (const auto &entry : entries_)
+            if (entry.first.compare(0, root_.size(), root_) == 0) found.push_back({entry.first.substr(root_.size()), false});
+        return found;
+    }
+
     bool on_disk() const override { return false; }
 
   private:
@@ -105,7 +113,7 @@ class Zip : public Source {
     }
 
     // Read the directory at the end of the file and check every entry.
-    void list(std::ifstream &stream) {
+    void read_directory(std::ifstream &stream) {
         stream.seekg(0, std::ios::end);
         const std::uint64_t length = static_cast<std::uint64_t>(stream.tellg());
         const std::uint64_t tail = std::min<std::uint64_t>(length, 22 + 0xffff);  // the end record and the longest comment

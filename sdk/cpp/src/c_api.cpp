@@ -55,6 +55,7 @@ evm::Options options_of(const evm_options *given) {
     if (known.plugin) options.plugin = known.plugin;
     if (known.device) options.device = known.device;
     if (known.cache) options.cache = known.cache;
+    if (known.require_signature) options.require_signature = known.require_signature;
     return options;
 }
 

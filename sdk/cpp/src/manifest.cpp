@@ -1,6 +1,7 @@
 #include "manifest.h"
 
 #include "json.h"
+#include "signature.h"
 #include "text.h"
 
 #include <algorithm>
@@ -189,7 +190,7 @@ std::string failures_of(const std::string &json) {
 
 }  // namespace
 
-Manifest read_manifest(const Source &source) {
+Manifest read_manifest(const Source &source, const std::filesystem::path &signed_by) {
     const std::string path = source.path + "/" + FILE_NAME;
     Json content;
     Manifest manifest;
@@ -201,6 +202,7 @@ Manifest read_manifest(const Source &source) {
         if (error.missing) throw BundleError(source.path + " is not a bundle: no " + FILE_NAME + " inside", "make one with evm-export", {"manifest.missing"});
         throw BundleError(path + " cannot be read: " + error.what(), "", {"manifest.missing"});
     }
+    if (!signed_by.empty()) check_signature(source, json, signed_by);
     try {
         content = parse_json(json);
     } catch (const std::runtime_error &error) {

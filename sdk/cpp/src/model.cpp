@@ -4,6 +4,7 @@
 #include "platform.h"
 #include "png.h"
 #include "selftest.h"
+#include "signature.h"
 #include "text.h"
 
 #include <algorithm>
@@ -114,9 +115,11 @@ struct Model::Impl {
     Impl(const std::filesystem::path &bundle, const Options &given) : options(given) {
         check_options(options);
         source = open_source(bundle);
-        manifest = read_manifest(*source);
+        manifest = read_manifest(*source, options.require_signature);
         check_bundle(*source, manifest);
-        if (!manifest.built) throw BundleError("bundle " + source->path + " has no engine yet", "on the device:  evm-export --finish " + source->path, {"bundle.unfinished"});
+        if (!options.require_signature.empty()) check_nothing_else(*source, manifest);
+        if (!manifest.built)
+            throw BundleError("bundle " + source->path + " has no engine yet", "on the device:  evm-export --finish " + shell_word(source->path), {"bundle.unfinished"});
         target = &find_target(manifest.target);
         try {
             labels = read_labels(*source, manifest);
@@ -142,7 +145,7 @@ struct Model::Impl {
         const float *const end = found.data<float>() + found.bytes.size() / sizeof(float);
         if (!std::all_of(found.data<float>(), end, [](float x) { return std::isfinite(x); }))
             throw BundleError("bundle " + source->path + ": the network gives NaN or Inf on this device",
-                              "run the self-test:  evm-run " + source->path + " --selftest");
+                              "run the self-test:  evm-run " + shell_word(source->path) + " --selftest");
         return found;
     }
 

@@ -23,6 +23,8 @@ class Folder : public Source {
         const fs::path file = fs::path(path) / name;
         std::error_code ignored;
         if (fs::is_directory(file, ignored)) throw failure(EISDIR);
+        if (fs::exists(file, ignored) && !fs::is_regular_file(file, ignored))  // a pipe or a device would be read for ever
+            throw ReadError("Not a regular file", false);
         errno = 0;
         std::ifstream stream(file, std::ios::binary);
         if (!stream) throw failure(errno);
@@ -37,6 +39,19 @@ class Folder : public Source {
         const std::uint64_t bytes = fs::file_size(fs::path(path) / name, error);
         if (error) throw failure(error.value());
         return bytes;
+    }
+
+    std::vector<Listed> list() const override {
+        std::vector<Listed> found;
+        std::error_code error;
+        fs::recursive_directory_iterator at(path, error);
+        for (; !error && at != fs::recursive_directory_iterator(); at.increment(error)) {
+            std::error_code ignored;
+            const bool link = at->is_symlink(ignored);
+            if (link || !at->is_directory(ignored)) found.push_back({at->path().lexically_relative(path).generic_string(), link});
+        }
+        if (error) throw failure(error.value());
+        return found;
     }
 
     bool on_disk() const override { return true; }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace evm {
 
@@ -15,6 +16,12 @@ using Sink = std::function<void(const char *data, std::size_t size)>;
 struct ReadError : std::runtime_error {
     bool missing;
     ReadError(const std::string &reason, bool is_missing) : std::runtime_error(reason), missing(is_missing) {}
+};
+
+// Name of a file of a bundle, relative to the bundle; whether it is a symbolic link, to a file or a folder.
+struct Listed {
+    std::string name;
+    bool link;
 };
 
 class Source {
@@ -27,6 +34,8 @@ class Source {
     virtual void read(const std::string &name, const Sink &sink) const = 0;
     // Return the size of a file in bytes; for a zip, the size that its directory states. Throws ReadError.
     virtual std::uint64_t size(const std::string &name) const = 0;
+    // Return the names of all files and links of the bundle, in any order. Throws ReadError.
+    virtual std::vector<Listed> list() const = 0;
     // Test whether the files exist on disk, as path + '/' + name.
     virtual bool on_disk() const = 0;
 

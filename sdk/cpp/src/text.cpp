@@ -30,4 +30,13 @@ std::string shape_text(const std::vector<std::int64_t> &shape) {
     return "[" + join(sizes) + "]";
 }
 
+std::string shell_word(const std::string &text) {
+    const std::string path = text.rfind('-', 0) == 0 ? "./" + text : text;
+    const bool plain = path.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+=:,./-_") == std::string::npos;
+    if (plain && !path.empty()) return path;
+    std::string quoted = "'";
+    for (const char c : path) quoted += c == '\'' ? std::string("'\"'\"'") : std::string(1, c);
+    return quoted + "'";
+}
+
 }  // namespace evm

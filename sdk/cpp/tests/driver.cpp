@@ -7,6 +7,8 @@
 //   normalised H W FILE OUT                     preprocess and normalise with ImageNet's mean; OUT: float32. ok
 //   json FILE, safetensors FILE, png FILE       read a file that may be damaged. ok
 //   open BUNDLE SCAN                            open a bundle. ok NAME
+//   signed BUNDLE KEY                           open a bundle that this public key must have signed. ok NAME
+//   word TEXT                                   quote for a shell. ok WORD
 //   classify BUNDLE                             a white image. ok INDEX
 //   selftest BUNDLE                             ok PASSED or FAILED
 //   overflow, race                              make an error that AddressSanitizer or ThreadSanitizer reports
@@ -15,6 +17,7 @@
 #include "../src/json.h"
 #include "../src/png.h"
 #include "../src/safetensors.h"
+#include "../src/text.h"
 
 #include <algorithm>
 #include <fstream>
@@ -67,6 +70,12 @@ std::string normalised(const Words &words) {
 std::string open(const Words &words) {
     evm::Options options;
     options.scan = words.at(2), options.threads = 1;
+    return evm::Model(words.at(1), options).manifest().name;
+}
+
+std::string signed_bundle(const Words &words) {
+    evm::Options options;
+    options.require_signature = words.at(2);
     return evm::Model(words.at(1), options).manifest().name;
 }
 
@@ -135,6 +144,8 @@ const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"safetensors", [](const Words &words) { return std::to_string(evm::read_safetensors(bytes_of(words.at(1))).size()); }},
     {"png", [](const Words &words) { return std::to_string(evm::read_png(bytes_of(words.at(1))).width); }},
     {"open", open},
+    {"signed", signed_bundle},
+    {"word", [](const Words &words) { return evm::shell_word(words.at(1)); }},
     {"classify", classify},
     {"selftest", selftest},
     {"threads", threads},

@@ -43,6 +43,7 @@ typedef struct evm_options {
     size_t size;
     int threads, streams;
     const char *scan, *plugin, *device, *cache;
+    const char *require_signature; /* PEM file of the ed25519 public key that must have signed the bundle */
 } evm_options;
 
 /* Packed 8-bit RGB image. stride: bytes from row to row, 0 for rows without gaps. */

@@ -80,6 +80,7 @@ struct Options {
     std::string device;             // OpenVINO: CPU (default), GPU, AUTO, HETERO:GPU,CPU
     std::filesystem::path cache;    // OpenVINO: folder for compiled models; empty: no cache
     int streams = 1;                // number of threads that will run inferences at the same time
+    std::filesystem::path require_signature;  // PEM file of the ed25519 public key that must have signed the bundle; empty: not checked
 };
 
 // Packed 8-bit RGB image, rows from top to bottom. stride: bytes from row to row, 0 for rows without gaps. name: name of the image in
