@@ -59,7 +59,8 @@ def source() -> str:
             return str(folder.parent)
     try:
         origin = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
-        path = Path(url2pathname(urlparse(origin["url"]).path))
-        return str(path) if urlparse(origin["url"]).scheme == "file" and path.exists() else UNKNOWN
+        url = urlparse(str(origin["url"]))
+        path = Path(url2pathname(url.path))
+        return str(path) if url.scheme == "file" and path.exists() else UNKNOWN
     except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError):
         return UNKNOWN
