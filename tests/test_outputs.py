@@ -22,6 +22,7 @@ from evm_deploy.bundle import bundle as bundles
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import check_free, commit, open_bundle, temporary_bundle
 from evm_deploy.bundle.signing import SIGNATURE, private_key
+from evm_deploy.commands.matrix import _require_own
 from evm_deploy.errors import BundleError, ParityError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
@@ -410,3 +411,24 @@ def test_a_record_of_another_machine_with_this_name_stays(tmp_path, monkeypatch)
     assert record_path(tmp_path, replace(record(), date="2030-01-01T00:00:00+00:00")) == mine
     a_file(path)
     assert record_path(tmp_path, record()) == mine  # a file that is no record stays, too
+
+
+def test_the_page_of_a_comparison_replaces_only_such_a_page(tmp_path, capsys):
+    a_file(tmp_path / "report.html")
+    assert cli.bench_main(["--matrix", "-o", str(tmp_path)]) == 2
+    assert "report.html exists and is no latency report" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_bytes() == PRECIOUS
+    (tmp_path / "r.json").write_text(json.dumps(content()))
+    assert cli.report_main([str(tmp_path / "r.json"), "--html", str(tmp_path / "report.html")]) == 0
+    _require_own(tmp_path / "report.html")
+    _require_own(tmp_path / "none.html")
+
+
+@pytest.mark.parametrize("name", ["b", "b.rejected", "b.zip"])
+def test_loops_of_links_are_no_internal_errors(name, made, tmp_path):
+    (tmp_path / name).symlink_to(tmp_path / name)
+    try:
+        path = made(tmp_path / "b", force=True, rejected=False).path
+        write_zip(path, force=True)
+    except BundleError as error:
+        assert name == "b" and "cannot write the bundle" in str(error)

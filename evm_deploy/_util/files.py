@@ -47,6 +47,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.replace(path)
 
 
+def real_path(path: Path) -> Path:
+    """Return the absolute path behind all symbolic links. A loop of links stays as it is, unlike in Path.resolve."""
+    return Path(os.path.realpath(path))
+
+
 def write_output(path: Path, content: str | bytes) -> None:
     """Write a file whose path the user gave, as `write_atomically` does.
 
@@ -57,7 +62,7 @@ def write_output(path: Path, content: str | bytes) -> None:
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         return
     if path.is_symlink():
-        path = path.resolve()
+        path = real_path(path)
     mode = path.stat().st_mode if path.is_file() else None
     write_atomically(path, content)
     if mode is not None:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evm_deploy._util.files import sha256, temporary_sibling
+from evm_deploy._util.files import real_path, sha256, temporary_sibling
 from evm_deploy.bundle.manifest import FILE, inside_bundle
 from evm_deploy.errors import BundleError
 
@@ -51,7 +51,7 @@ def write_zip(bundle: Path, force: bool = False) -> Path:
     """
     path = zip_path(bundle)
     try:
-        with temporary_sibling(path.resolve()) as folder:
+        with temporary_sibling(real_path(path)) as folder:
             file = Path(folder) / path.name
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for source in sorted(bundle.rglob("*")):
@@ -62,7 +62,7 @@ def write_zip(bundle: Path, force: bool = False) -> Path:
                             shutil.copyfileobj(reader, writer, 1 << 20)
             if not (path.is_file() and sha256(path) == sha256(file)):
                 check_free(path, force)
-                file.replace(path.resolve())
+                file.replace(real_path(path))
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from error
     return path

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, require_regular, sha256
+from evm_deploy._util.files import artifact_bytes, real_path, require_regular, sha256
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
@@ -110,7 +110,7 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
     First removes the temporary folders of killed exports to the same path. The folder is locked, so that exports of
     other processes and containers do not take it for such a folder. Raises BundleError if writing fails.
     """
-    path = path.resolve()
+    path = real_path(path)
     prefix = f".{path.name}.{_machine()}."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def publish(folder: Path, path: Path, *, force: bool = False, key: Ed25519Privat
     if key:
         signing.sign(folder, key)
     manifest = Manifest.read(folder)
-    _place(folder, path.resolve(), force, manifest.rejected)
+    _place(folder, real_path(path), force, manifest.rejected)
     return Bundle(path, manifest)
 
 

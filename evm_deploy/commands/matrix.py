@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evm_deploy.bench.sweep import Sweep
 
 PAGE = "report.html"
+PAGE_TITLE = b"<title>Latency report"
 ONLY_HERE = ("forms", "imgsz", "calib", "val")
 
 
@@ -62,6 +63,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
         raise UsageError(
             "--matrix only measures on this machine", "to measure on another one: evm-bench BUNDLE.. --host .."
         )
+    _require_own(Path(args.out) / PAGE)
     demo = not args.bundles
     wanted = Matrix(
         checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
@@ -81,6 +83,19 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     if outcome.records:
         report(outcome.records, wanted.out, args)
     return next((error.exit_code for error in outcome.failed.values()), 0)
+
+
+def _require_own(page: Path) -> None:
+    """Raise UsageError if the file `page`, whose name the user did not choose, is another one than our report."""
+    if not page.exists():
+        return
+    try:
+        with page.open("rb") as file:
+            ours = PAGE_TITLE in file.read(4096)
+    except OSError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{page} exists and is no latency report: it is not replaced", "choose another --out")
 
 
 def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None:

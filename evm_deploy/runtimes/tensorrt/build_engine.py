@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -268,7 +269,7 @@ def build(folder: Path, library: str | None = None, timing_cache: Path | None = 
         raise EngineBuildError(f"the build failed: {logger.errors()}")
     layers = layer_list(trt, logger, plan)
     if timing_cache:
-        write(timing_cache.resolve(), bytes(config.get_timing_cache().serialize()))
+        write(Path(os.path.realpath(timing_cache)), bytes(config.get_timing_cache().serialize()))
     for name, content in {ENGINE: bytes(plan), **layers}.items():
         write(folder / name, content)
     version = trt.__version__
