@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +211,22 @@ def test_a_library_for_android_is_used_where_a_bundle_has_one(device):
         signed._library(manifest, Settings(scan="plugin"))
     arguments = " ".join(perf_test.arguments("m", 1, None, 4, "./evm.so"))
     assert arguments == "-I -e cpu -m duration -t 1 -x 0 -f batch:4 -R ./evm.so m result.csv"
+
+
+@pytest.mark.parametrize("name", ["libc++_shared.so", "-e", "perf test", "libonnxruntime.so", "a b; touch x"])
+def test_names_of_a_bundle_are_not_names_on_the_device(name, device, micro_bundle, tmp_path):
+    """LD_LIBRARY_PATH is the folder there: a model of such a name would be loaded as that library."""
+    bundle = shutil.copytree(micro_bundle.path, tmp_path / "-bundle")
+    (bundle / "model.onnx").rename(bundle / name)
+    content = json.loads((bundle / "manifest.json").read_text())
+    content["files"][name] = content["files"].pop("model.onnx")
+    (bundle / "manifest.json").write_text(json.dumps({**content, "artifact": name}))
+    with AdbHost("R5CX", device / "bin" / "perf test", silent) as phone:
+        phone.prepare(bundle, Settings())
+        (folder,) = (device / "tmp").iterdir()
+        assert {file.name for file in folder.iterdir()} == {"model.onnx", "perf test", "libonnxruntime.so"}
+        assert (folder / "libonnxruntime.so").read_bytes() == b"" and b"python" in (folder / "perf test").read_bytes()
+        assert phone(bundle, Settings(limit_s=1.0)).samples_ms
 
 
 def test_without_adb(device, micro_bundle, tmp_path, capsys, monkeypatch):
