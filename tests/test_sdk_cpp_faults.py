@@ -490,11 +490,11 @@ def test_built_without_openssl_a_required_signature_is_an_error(tmp_path):
     )
 
 
-HOSTILE = ["a b", "x; touch y", "$(touch y)", "`touch y`", "it's", 'a"b', "-rf", "~", "*", "a|b", "#a", "\\", "é"]
+SHELL_NAMES = ["a b", "x; touch y", "$(touch y)", "`touch y`", "it's", 'a"b', "-rf", "~", "*", "a|b", "#a", "\\", "é"]
 
 
 def test_paths_in_hints_are_one_word_of_a_shell():
-    for text, answer in zip(HOSTILE, drive(*(("word", text) for text in HOSTILE)), strict=True):
+    for text, answer in zip(SHELL_NAMES, drive(*(("word", text) for text in SHELL_NAMES)), strict=True):
         word = answer.removeprefix("ok ")
         assert shlex.split(word) == [f"./{text}" if text.startswith("-") else text]
         shown = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True).stdout
