@@ -13,6 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from evm_deploy.errors import UsageError
+
 #: errno of a rename that a file system does not have.
 NO_RENAME = frozenset({errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -99,6 +101,15 @@ def move(source: Path, to: Path) -> None:
         shutil.rmtree(to, ignore_errors=True) if to.is_dir() else to.unlink(missing_ok=True)
         raise
     shutil.rmtree(source) if source.is_dir() else source.unlink()
+
+
+def native_path(path: Path) -> str:
+    """Return a path as text for a native library. Raises UsageError for a path that is not UTF-8, which few take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the path {path} is not UTF-8 text", "rename the folder or file, or use another") from error
+    return str(path)
 
 
 def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.files import native_path
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
@@ -284,6 +285,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     spec = source.network(plan).spec
     given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
+    native_path(path.absolute())
     check_free(path, args.force)
     images: dict[str, str] = {}
     if plan.precision in QUANTIZED:
