@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from evm_deploy._util import files
-from evm_deploy.bundle.bundle import temporary_bundle
+from evm_deploy.bundle.archive import write_zip
+from evm_deploy.bundle.bundle import open_bundle, temporary_bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.calib.table import calibrate
 from evm_deploy.demo import CHECKPOINT
-from evm_deploy.errors import BundleError, EvmError, ToolchainError
+from evm_deploy.errors import BundleError, EvmError, ToolchainError, UsageError
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.toolchain.compile import compiled_once
 from evm_deploy.toolchain.openvino_extension import _run
@@ -129,11 +131,15 @@ def test_only_errors_below_the_folder_are_the_bundles(tmp_path, error, says):
         raise error
 
 
-def refuse(code):
-    def function(*args, **options):
-        raise OSError(code, os.strerror(code), str(args[0]))
+def refuse(code, function=None, below=""):
+    """An operation that fails on every path, or only below a folder where the file system lacks it."""
 
-    return function
+    def refused(*args, **options):
+        if function is None or str(args[0]).startswith(str(below)):
+            raise OSError(code, os.strerror(code), str(args[0]))
+        return function(*args, **options)
+
+    return refused
 
 
 #: Functions that some file systems lack, and the errors that they give.
@@ -189,7 +195,7 @@ def test_every_target_exports_where_the_file_system_lacks_something(monkeypatch,
     names, (code, *_) = LACKS[lack]
     for name in names:
         if hasattr(os, name):
-            monkeypatch.setattr(os, name, refuse(code))
+            monkeypatch.setattr(os, name, refuse(code, getattr(os, name), tmp_path))
     scan = "plugin" if target == "trt" else "auto"  # copies a folder of sources
     for force in (False, True):
         bundle = export(CHECKPOINT, ExportPlan(target, scan=scan), tmp_path, force=force)
@@ -200,3 +206,32 @@ def test_the_negative_control_of_the_above(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "mkdir", refuse(errno.EPERM))
     with pytest.raises(EvmError, match="cannot write"):
         export(CHECKPOINT, ExportPlan("onnx"), tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
+def test_a_folder_that_is_not_utf8_is_refused_before_work(monkeypatch, tmp_path):
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    monkeypatch.setattr("evm_deploy.export.pipeline.temporary_bundle", lambda path: pytest.fail("work has started"))
+    for target in ("onnx", "openvino", "coreml", "trt"):
+        with pytest.raises(UsageError, match="is not UTF-8 text"):
+            export(CHECKPOINT, ExportPlan(target), out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
+def test_a_bundle_in_a_folder_that_is_not_utf8_opens_or_says_so(micro_bundle, coreml_bundle, tmp_path):
+    for bundle in (micro_bundle, coreml_bundle):
+        folder = tmp_path / os.fsdecode(b"caf\xe9" + bundle.manifest.target.encode())
+        shutil.copytree(bundle.path, folder)
+        with pytest.raises(EvmError, match=r"is not UTF-8 text|macOS"):
+            load(folder)
+        with pytest.raises(UsageError, match="is not UTF-8 text"):
+            files.native_path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["out dir [1]", "модель ü 模型", "a'b\"c", "$HOME;x", "50%", "#1?"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
+def test_any_folder_of_utf8_is_written_and_read(tmp_path, name, target):
+    bundle = export(CHECKPOINT, ExportPlan(target), tmp_path / name)
+    assert open_bundle(bundle.path).manifest.files == bundle.manifest.files
+    assert open_bundle(write_zip(bundle.path)).manifest.files == bundle.manifest.files

@@ -104,6 +104,15 @@ def move(source: Path, to: Path) -> None:
     shutil.rmtree(source) if source.is_dir() else source.unlink()
 
 
+def native_path(path: Path) -> str:
+    """Return a path as text for a native library. Raises UsageError for a path that is not UTF-8, which few take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the path {path} is not UTF-8 text", "rename the folder or file, or use another") from error
+    return str(path)
+
+
 def temporary_sibling(path: Path) -> tempfile.TemporaryDirectory[str]:
     """Create a temporary folder `.<name>.<pid>.<random>` next to `path`, for atomic writes: fill it, then rename.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evm_deploy._util.files import require_writable
+from evm_deploy._util.files import native_path, require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, all_fields, flag_of, given
 from evm_deploy._util.text import escape_controls
@@ -318,6 +318,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     spec = source.network(plan).spec
     given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
+    native_path(path.absolute())
     check_free(path, args.force, args.zip)
     images: dict[str, str] = {}
     if plan.precision in QUANTIZED:

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from evm_deploy import __version__
+from evm_deploy._util.files import native_path
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import command, size_text
 from evm_deploy._util.torch_settings import default_torch_settings
@@ -77,6 +78,7 @@ def export(
         spec = source.network(plan).spec
         given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(out, target, plan, spec)
+    native_path(path.absolute())
     check_free(path, force, zipped)
     with temporary_bundle(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import native_path
 from evm_deploy.errors import BundleError, ToolchainError
 from evm_deploy.runtimes.base import Feeds, NodeTime, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
@@ -50,7 +51,7 @@ class OnnxRuntime:
         if self.profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile / "profile")
-        source = str(model) if isinstance(model, Path) else model
+        source = native_path(model) if isinstance(model, Path) else model
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:

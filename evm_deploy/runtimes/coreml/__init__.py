@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import native_path
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.coreml.tools import coremltools
@@ -36,7 +37,7 @@ class CoreMlRuntime:
             )
         ct = coremltools()
         try:
-            self.model: Any = ct.models.MLModel(str(path), function_name=function)
+            self.model: Any = ct.models.MLModel(native_path(path), function_name=function)
         except Exception as error:  # coremltools wraps some of Core ML's errors in RuntimeError
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BundleError(f"Core ML cannot open {path}: {reason}") from error

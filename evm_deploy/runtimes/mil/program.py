@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.files import native_path
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
@@ -228,9 +229,10 @@ def _load(path: Path) -> tuple[Any, Any]:
 
     if not path.exists():
         raise BundleError(f"{path} does not exist")
+    package = native_path(path)
     try:
         with silence_libraries():
-            spec = ct.utils.load_spec(str(path))
+            spec = ct.utils.load_spec(package)
             weights = path / "Data" / "com.apple.CoreML" / "weights"
             return spec, load(spec, spec.specificationVersion, str(weights))
     except Exception as error:  # coremltools raises many types for damaged files
