@@ -58,7 +58,7 @@ def with_settings(bundle: Path, **changes: Any) -> Path:
 
 
 class FakeTensorRt:
-    """As much of TensorRT as the builder script calls; `told` holds the contents of timing caches that it got."""
+    """Stand-in for the part of TensorRT that the builder calls; `told` holds the contents of timing caches."""
 
     __version__ = "10.9.0"
 
@@ -102,7 +102,7 @@ def tensorrt(monkeypatch) -> FakeTensorRt:
         return SimpleNamespace(returncode=builder.main(), stdout="", stderr="\n".join(said))
 
     monkeypatch.setattr(builder, "load_tensorrt", lambda target: fake)
-    monkeypatch.setattr("evm_deploy.export.tensorrt.target.subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("evm_deploy.export.tensorrt.target.processes", SimpleNamespace(run=run))
     monkeypatch.setattr(builder, "gpu", lambda: {"name": "", "sm": ""})
     return fake
 

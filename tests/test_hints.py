@@ -76,7 +76,7 @@ def test_the_targets_hints():
 
 
 class Installed:
-    """What importlib.metadata says of an installed evm-deploy."""
+    """Stand-in for importlib.metadata's facts of an installed evm-deploy."""
 
     def __init__(self, origin: str | None) -> None:
         self.origin = origin

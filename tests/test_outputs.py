@@ -247,7 +247,7 @@ def test_a_live_folder_stays_and_a_dead_one_goes(another, tmp_path, monkeypatch)
 
 
 def test_a_folder_of_another_host_stays(another, tmp_path, monkeypatch):
-    """Its lock may be invisible here, so even a dead one stays."""
+    """The lock of another machine may be invisible here, so even a dead folder stays."""
     process, folder = another
     process.kill()
     process.wait()
@@ -377,7 +377,7 @@ DIFFERING = [
     {"device": {"cpu": "another"}},
     {"device": {"usable_cores": 1234}},
     {"device": {"system": "Plan9 4"}},
-    {"device": {"gpu": ["a GPU"]}},
+    {"device": {"runs_on": "a GPU"}},
     {"bundle": {"name": "a/b"}},
     {"bundle": {"name": "a_b"}},
     {"bundle": {"name": "x" * 300}},

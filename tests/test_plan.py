@@ -214,7 +214,6 @@ def test_settings_refuse_what_they_cannot_mean(kind, name, value):
     ("kind", "name", "value", "want"),
     [
         (EngineSettings, "workspace_mib", np.int64(64), 64),
-        (EngineSettings, "timing_cache", Path("a b"), "a b"),
         (EngineSettings, "sms", [86, np.int32(89)], (86, 89)),
         (EngineSettings, "defer", np.False_, False),
         (OpenVinoSettings, "cache", Path("a b"), "a b"),

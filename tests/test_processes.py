@@ -155,7 +155,7 @@ def test_the_tool_outlives_a_command_that_does_not_end_it(tools):
 
 
 def test_an_ignored_signal_stays_ignored(tools):
-    """As nohup asks."""
+    """Ignore a signal that nohup has ignored."""
     folder, _ = tools
     body = BODY.replace("WAIT", "os.kill(os.getpid(), 1)")
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}

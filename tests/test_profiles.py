@@ -149,7 +149,7 @@ def test_the_command_refuses(micro, capsys, flags, says):
 def test_all_targets_of_a_device(micro, capsys):
     assert cli.export_main([str(micro), "--device", "n100", "--target", "all", "--dry-run", "--json", "-q"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["Would"].split(" -> ")[1].split(",")[0] for row in rows] == ["openvino fp32", "onnx fp32"]
+    assert [row["Would"].split(" -> ")[1].split(",")[0] for row in rows] == ["OpenVINO fp32", "ONNX fp32"]
 
 
 def test_the_doctor_lists_them(capsys):

@@ -52,7 +52,7 @@ def test_w8a16_is_another_name_of_w8():
 def test_w8a16_from_the_command_line(tmp_path, capsys):
     for flags in (["--target", "onnx"], ["--device", "pi5"]):
         assert cli.export_main([*flags, "--precision", "w8a16", "--dry-run", "-o", str(tmp_path)]) == 0
-        assert "-> onnx w8, 64x64" in capsys.readouterr().out
+        assert "-> ONNX w8, 64x64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

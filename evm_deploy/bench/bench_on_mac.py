@@ -204,6 +204,7 @@ def this_mac() -> dict[str, Any]:
         "memory_mb": int(ask("hw.memsize") or 0) // MB,
         "system": f"macOS {platform.mac_ver()[0]}",
         "python": platform.python_version(),
+        "gpus": [],
     }
 
 

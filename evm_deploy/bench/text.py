@@ -21,7 +21,7 @@ def file_name(record: Record) -> str:
     and `at` for another machine. A digest follows if a text had to be changed to be a file name, or if the record is of
     another device than this one.
     """
-    settings, at = record.settings, record.device["at"]
+    settings, at = record.settings, record.device.get("at")
     parts = [
         record.bundle["name"],
         f"t{settings['threads'] or 'auto'}",
@@ -66,7 +66,7 @@ def lines(record: Record, path: Path) -> list[str]:
     """Return the lines that evm-bench prints for a record. path: file of the record."""
     settings, times, runs = record.settings, record.summary_ms, len(record.samples_ms)
     low, high = record.interval_ms
-    at = f", at {record.device['at']}" if record.device["at"] else ""
+    at = f", at {record.device['at']}" if record.device.get("at") else ""
     loads, memory = record.load_ms, record.memory_mb
     threads, scan = settings["threads"] or "auto", record.runtime["scan"]["value"]
     streams = "" if settings["streams"] == 1 else f"streams {settings['streams']}, "

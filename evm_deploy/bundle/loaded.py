@@ -376,5 +376,5 @@ def at_least_one(what: str, value: Any) -> int:
     """Return a whole number from 1. Raises UsageError for other values."""
     found = whole(what, value)
     if found < 1:
-        raise UsageError(f"{what} is {found}, it must be at least 1")
+        raise UsageError(f"{what} is {found}, it must be a whole number from 1")
     return found

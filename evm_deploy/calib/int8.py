@@ -146,7 +146,7 @@ def choose(
         layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
-        evaluated_on=judged.digest() if judged else "",
+        evaluated_on=images.judged.digest() if images.judged else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
         remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
     )

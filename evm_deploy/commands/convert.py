@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
 from evm_deploy.errors import UsageError
@@ -40,7 +40,7 @@ def convert_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-export convert` with `argv` and return the exit code."""
     args = convert_parser().parse_args(argv)
-    return run_command(PROG, lambda: _convert(args), args.verbose)
+    return run_command(PROG, lambda: _convert(args), args)
 
 
 def drop_patterns(text: str | None) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def _convert(args: argparse.Namespace) -> int:
         )
     facts: dict[str, Any] = {"saved": str(out), **raw.facts(), "notes": raw.notes}
     if args.json:
-        print(json.dumps(facts, indent=1))
+        print(strict_json(facts, indent=1))
         return 0
     dropped = [("Dropped", f"{len(raw.dropped)} keys: {', '.join(sorted(raw.dropped)[:4])}")] if raw.dropped else []
     kind = "averaged weights" if raw.weights == "ema" else "weights"

@@ -470,6 +470,8 @@ def _composed(name: str) -> str:
 def _read_text(source: Path) -> str:
     try:
         return source.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{source} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CalibrationError(f"{source} cannot be read: {reason}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from evm_deploy._util import processes
 from evm_deploy._util.files import sha256
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.checkpoint_file import Content, read_content, saved_by_torch
@@ -36,15 +36,11 @@ def read_trusted(path: Path) -> Content:
     """
     with tempfile.TemporaryDirectory(prefix="evm-deploy-") as folder:
         result = Path(folder) / "plain.pt"
-        with (Path(folder) / "log").open("w+b") as log:
-            # the process ends with this one: its stdin is closed then
-            command = [sys.executable, "-m", __spec__.name, os.path.abspath(path), str(result)]  # noqa: PTH100
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
-                code = process.wait()
-            log.seek(0)
-            said = log.read().decode("utf-8", "replace").strip()
-        if code or not result.is_file():
-            why = said[-TAIL:] or f"its process ended with code {code}"
+        command = [sys.executable, "-m", __spec__.name, os.path.abspath(path), str(result)]  # noqa: PTH100
+        done = processes.run(command, tied=True)
+        if done.returncode or not result.is_file():
+            said = (done.stdout + done.stderr).strip()
+            why = said[-TAIL:] or f"its process ended with code {done.returncode}"
             raise CheckpointError(f"checkpoint {path} cannot be loaded, even with its code: {why}")
         content = read_content(result)
     return replace(content, path=path, sha256=sha256(path))
