@@ -123,19 +123,19 @@ def test_one_unreadable_image_costs_that_image(model, files):
     assert [answers[i] for i in (1, 3, 4)] == [[], [], []]
 
 
-@pytest.mark.parametrize("top", [1, np.int64(3), np.uint8(2), True, 99])
+@pytest.mark.parametrize("top", [1, np.int64(3), np.uint8(2), 99])
 def test_top_is_a_whole_number_of_any_kind(top, model, files):
     assert len(model.predict(files[0], top=top)[0]) == min(int(top), 10)
     assert len(model.classify([model.preprocessing.pixels(files[0])], top=top)[0]) == min(int(top), 10)
 
 
 @pytest.mark.parametrize(
-    "top", [0, -1, 2.0, np.float32(2), "2", None, [2], Fraction(2), float("nan"), np.array([1, 2])]
+    "top", [0, -1, True, 2.0, np.float32(2), "2", None, [2], Fraction(2), float("nan"), np.array([1, 2])]
 )
 def test_any_other_top_is_refused(top, model, files):
     pixels = np.stack([model.preprocessing.pixels(files[0])])
     for call in (lambda: model.predict(files[0], top=top), lambda: model.classify(pixels, top=top)):
-        with pytest.raises(UsageError, match="a whole number from 1"):
+        with pytest.raises(UsageError, match="a whole number"):
             call()
 
 

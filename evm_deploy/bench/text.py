@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from evm_deploy.bench import device
@@ -40,19 +43,23 @@ def file_name(record: Record) -> str:
 
 
 def record_path(folder: Path, record: Record) -> Path:
-    """Return the path for a record in `folder`: `file_name`, with a digest if another thing has this name already.
+    """Return the path for a record in `folder`: `file_name`, with a digest or a number if something else has that name.
 
     A record of the same bundle name, settings and device is replaced.
     """
-    path = folder / file_name(record)
-    if path.exists():
-        try:
-            same = _digest(Record.read(path)) == _digest(record)
-        except UsageError:
-            same = False
-        if not same:
-            return path.with_name(f"{path.stem.removesuffix(f'-{_digest(record)}')}-{_digest(record)}.json")
-    return path
+    name, digest = file_name(record), _digest(record)
+    stem = f"{name.removesuffix('.json').removesuffix(f'-{digest}')}-{digest}"
+    names = itertools.chain([name, f"{stem}.json"], (f"{stem}-{number}.json" for number in itertools.count(2)))
+    return next(folder / each for each in names if _may_write(folder / each, digest))
+
+
+def _may_write(path: Path, digest: str) -> bool:
+    """Test whether nothing is at `path`, or a record with this digest."""
+    if not os.path.lexists(path):
+        return True
+    with suppress(UsageError):
+        return _digest(Record.read(path)) == digest
+    return False
 
 
 def _digest(record: Record) -> str:
