@@ -22,6 +22,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanAccess
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
+from evm_deploy.scan.onnx_function import INPUTS, SOFTPLUS
 from evm_deploy.scan.reference import Scan, large_delta_case, ssm_error
 from evm_deploy.tasks.task import Task
 
@@ -74,7 +75,7 @@ class Parity:
 class FloatRun:
     """Outputs and scans of the float model on the test inputs, computed in torch alone.
 
-    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the seven inputs of each scan, in
+    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan, in
     execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot hold.
     """
 
@@ -170,9 +171,7 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
     class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.evm.selective_scan.default:
-                scans.append(
-                    dict(zip(("u", "delta", "A", "B", "C", "skip", "bias"), (a.numpy() for a in args), strict=True))
-                )
+                scans.append({name: np.asarray(a) for name, a in zip((*INPUTS, SOFTPLUS), args, strict=False)})
             return func(*args, **(kwargs or {}))
 
     watched = reaching(reference, float16.LARGEST)
@@ -195,13 +194,14 @@ def _verify_scans(
     results = []
     for index, (name, want, have) in enumerate(zip(access.names, float_scans, seen, strict=True)):
         constants = {key: have.get(key, want[key]) for key in ("A", "skip", "bias")}
+        form = {key: want[key] for key in (SOFTPLUS,) if key in want}
         first = {key: want[key][:1] for key in ("u", "delta", "B", "C")}
         inputs = max(
             *(_relative(have[key][:1], first[key]) for key in first),
             *(_relative(constants[key], want[key]) for key in constants),
         )
-        ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
-        probe = large_delta_case({**constants, **first}, rng)
+        ssm, ssm_limit = ssm_error(have["y"][:1], {**form, **constants, **{key: have[key][:1] for key in first}})
+        probe = large_delta_case({**form, **constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
         alone, alone_limit = ssm_error(access.alone(index, batched)[:1], probe)
         results.append(ScanParity(name, inputs, ssm, alone))

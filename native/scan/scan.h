@@ -25,6 +25,7 @@ struct ScanRows {
     const float *delta;           // delta before softplus; if null, delta = dt times dt_weight (R, stride)
     const float *dt, *dt_weight;
     int64_t R, L, N;
+    bool no_softplus;             // if true, dt = delta + bias
     float *delta_out;             // output array of delta for verification, laid out as u without padding, or null
     int64_t delta_out_stride;
 };
@@ -79,7 +80,8 @@ inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t c
     const vec bias = load_some(rows.bias + channel, count), skip = load_some(rows.skip + channel, count);
     for (int t = 0; t < block.steps; t++) {
         const int64_t at = (start + t) * rows.stride + channel;
-        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count), dt = softplus(delta + bias);
+        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count);
+        const vec dt = rows.no_softplus ? delta + bias : softplus(delta + bias);
         if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, delta, count);
         store(block.dt + t * LANES, dt);
         store(block.inflow + t * LANES, dt * x);

@@ -28,7 +28,7 @@ def scan_site(program: Program, path: str) -> ScanSite:
         if name.startswith(prefix):
             ops[name.removeprefix(prefix + "_").removesuffix("_cast_fp16")] = op
     try:
-        delta = ops.get("delta") or ops["softplus_0"]  # a bias of zeros is optimised away
+        delta = ops.get("delta") or ops.get("softplus_0") or ops["u"]  # a bias of zeros is optimised away
         reads = {"delta": str(delta.variables["x"]), "u": str(ops["u"].variables["y"])}
         reads |= {key: str(ops[key].variables["x"]) for key in ("B", "C")}
         writes = ops["y"].results[0].name

@@ -173,7 +173,7 @@ def _trace(model: Any, plan: ExportPlan) -> Graph:
 
         proto = _export(model, plan)
         name_after_modules(proto, root=ROOT)
-        proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
+        onnx_function.add_functions(proto, plan.opset or DEFAULT_OPSET)
         proto = _simplify(proto)
         name_after_neighbours(proto)
         name_values_after_nodes(proto)
@@ -195,8 +195,8 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     onnx_function.register_schema()
     evm = onnxscript.values.Opset(onnx_function.DOMAIN, onnx_function.VERSION)
 
-    def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any) -> Any:
-        return evm.SelectiveScan(u, delta, A, B, C, skip, bias)
+    def selective_scan(*tensors: Any, delta_softplus: bool = True) -> Any:
+        return evm.SelectiveScan(*tensors, **({} if delta_softplus else {onnx_function.SOFTPLUS: 0}))
 
     dtype = torch.uint8 if plan.input == "image" else torch.float32
     example = torch.zeros(
