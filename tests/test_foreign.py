@@ -95,6 +95,19 @@ def test_what_has_no_stand_in_is_refused_by_name(call, message):
         call(*case())
 
 
+def test_convolutions_of_every_release():
+    x, weight, bias = torch.randn(2, 6, 9), torch.randn(6, 4), torch.randn(6)
+    padded = F.pad(x.double(), (3, 0))
+    want = sum(padded[..., i : i + 9] * weight[:, i, None] for i in range(4)) + bias[:, None]
+    close(mamba1.causal_conv1d_fn(x, weight, bias), want)
+    close(mamba1.causal_conv1d_fwd(x, weight, bias, True), F.silu(want))
+    close(mamba1.causal_conv1d_fwd(x, weight, bias, None, True), F.silu(want))
+    close(mamba1.causal_conv1d_fwd(x, weight, bias, None, None, None, False), want)
+    out = torch.empty_like(x)
+    assert mamba1.causal_conv1d_fwd(x, weight, bias, None, None, out, None, True) is None
+    close(out, F.silu(want))
+
+
 def test_norms():
     x, residual, weight = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.randn(16)
     total = (x + residual).double()

@@ -1,9 +1,22 @@
-"""Stand-ins for orders in which networks scan the tokens of an image."""
+"""Stand-ins for the orders in which networks scan the tokens of an image, without writes into a part of a tensor."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def cross_scan(x: Tensor, in_channel_first: bool = True, out_channel_first: bool = True) -> Tensor:
+    """Stand in for VMamba's cross scan: rows, columns, and both from the end.
+
+    x: (b, C, H, W), or (b, H, W, C). Returns (b, 4, C, L), or (b, L, 4, C).
+    """
+    if not in_channel_first:
+        x = x.permute(0, 3, 1, 2)
+    forth = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)
+    y = torch.cat([forth, forth.flip(-1)], 1)
+    return y if out_channel_first else y.permute(0, 3, 1, 2).contiguous()
 
 
 def local_scan(x: Tensor, K: int, flip: bool, H: int | None = None, W: int | None = None) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from evm_deploy.model.foreign.imports import LIBRARIES, importable
+from evm_deploy.model.foreign.own_loops import Context, replaced
 from evm_deploy.model.foreign.stand_ins import AUTOGRAD
 
 
@@ -40,20 +40,13 @@ def _first_argument(cls: type, x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
-class _Context(SimpleNamespace):
-    """The context that a forward keeps things for backward in, which never comes."""
-
-    def save_for_backward(self, *_: Any) -> None:
-        pass
-
-    mark_non_differentiable = mark_dirty = set_materialize_grads = save_for_forward = save_for_backward
-
-
 def _forward(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Call an autograd function's stand-in, else its forward."""
     if cls.__name__ in AUTOGRAD:
         names = [*inspect.signature(cls.forward).parameters][1:]  # releases differ in the order of arguments
         return AUTOGRAD[cls.__name__](**dict(zip(names, args, strict=False)), **kwargs)
+    if cls in replaced:
+        return replaced[cls](*args, **kwargs)
     if cls.setup_context is not torch.autograd.Function.setup_context:
         return cls.forward(*args, **kwargs)
-    return cls.forward(_Context(needs_input_grad=(False,) * len(args)), *args, **kwargs)
+    return cls.forward(Context(), *args, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evm_deploy.model.foreign.mamba1 import SILU, causal_conv, refuse
 from evm_deploy.model.foreign.norms import gated_rms_norm
+from evm_deploy.scan.portable import softplus_series
 
 CHUNK = 64
 NO_LIMIT = (0.0, math.inf)
@@ -51,7 +52,7 @@ def mamba_chunk_scan_combined(
     chunks = -(-length // steps)
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     if dt_softplus:
-        dt = F.softplus(dt)
+        dt = softplus_series(dt)  # the runtimes' own lose small values
     if tuple(dt_limit) != NO_LIMIT:
         dt = dt.clamp(*dt_limit)
 
@@ -59,15 +60,15 @@ def mamba_chunk_scan_combined(
         tensor = F.pad(tensor.float(), (0, 0, 0, 0, 0, chunks * steps - length))
         return tensor.reshape(batch, chunks, steps, -1, tensor.shape[-1]).permute(0, 3, 1, 2, 4)
 
-    def per_head(tensor: Tensor) -> Tensor:  # (b, G, ..) -> (b, H, ..)
-        return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+    def per_head(tensor: Tensor) -> Tensor:  # (b, L, G, N) -> (b, L, H, N); coremltools 9.0 has no repeat_interleave
+        return tensor.unsqueeze(3).expand(-1, -1, -1, heads // tensor.shape[2], -1).flatten(2, 3)
 
-    inflow, Bs, Cs = split(x.float() * dt.unsqueeze(-1)), per_head(split(B)), per_head(split(C))
+    inflow, Bs, Cs = split(x.float() * dt.unsqueeze(-1)), split(per_head(B)), split(per_head(C))
     rate = split((dt * A.float()).unsqueeze(-1))  # (b, H, chunks, steps, 1), <= 0
     every = torch.ones(steps, steps, device=x.device)
-    sums = (rate * every.tril(-1)).cumsum(-2)  # [i, j]: the sum of the rates of steps j + 1 .. i
+    sums = (rate * every.tril(-1)).cumsum(3)  # [i, j]: the sum of the rates of steps j + 1 .. i
     y = (Cs @ Bs.transpose(-1, -2) * torch.exp(sums) * every.tril()) @ inflow
-    since_start = rate.cumsum(-2)
+    since_start = rate.cumsum(3)
     until_end = torch.exp(sums[..., -1:, :]).transpose(-1, -2)
     ends = (until_end * Bs).transpose(-1, -2) @ inflow  # (b, H, chunks, N, P)
     over = torch.exp(since_start[..., -1:, :])
