@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from torch import nn
 import evm_deploy
 from evm_deploy import load
 from evm_deploy.errors import UsageError
-from evm_deploy.export import ExportPlan, export
+from evm_deploy.export import ExportPlan, export, verify
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import load_targets
 from evm_deploy.model import Network
@@ -46,6 +47,7 @@ def test_every_entry_point_on_every_target(target, scan, every_block, tmp_path):
     names = {each["name"] for each in parity["scans"]}
     assert len(names) == 20 and {"blocks.module.mamba#2", "blocks.core#2", "blocks.own_loop"} <= names
     assert all(max(each["ssm"], each["probe"]) < 2e-5 for each in parity["scans"])
+    assert all(0.3 < each["share"] < 3 for each in parity["scans"])
     assert [each["name"] for each in manifest.outputs] == ["logits", "maps"]
 
 
@@ -64,6 +66,19 @@ def test_a_network_runs_tests_itself_and_has_no_scatter(tmp_path):
         want = given.module(x)
     assert np.abs(have["logits"] - want["logits"].numpy()).max() <= 1e-5 * want["logits"].abs().max()
     assert np.abs(have["maps"] - want["maps"][0].numpy()).max() <= 1e-5 * want["maps"][0].abs().max()
+
+
+def test_an_export_whose_scans_carry_nothing_says_so(tmp_path):
+    given = network("core", "interface")
+    with torch.no_grad():
+        for block in given.module.blocks.values():
+            block.bias.fill_(-30.0)  # dt of 1e-13
+            block.dt_proj.weight.fill_(0.0)
+            block.mix = lambda u, z, delta, A, B, C, self=block: foreign_package.Nrow.mix(self, u, z, delta, A, B, C)
+    manifest = export(given, ExportPlan("onnx", "fp32"), tmp_path).manifest
+    assert max(scan["share"] for scan in manifest.parity["scans"]) < 0.01
+    assert any("of any scan's output" in note for note in manifest.notes)
+    assert not verify.blind(replace(verify.Parity(0, 1, 1, 1, 1, (), ()), scans=()))
 
 
 def test_writes_into_a_tensor_are_no_scatters(tmp_path):

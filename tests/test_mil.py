@@ -45,6 +45,7 @@ INFERRED = [
     ("square", {"x": X}),
     ("clip", {"x": X, "alpha": np.float32(-0.5), "beta": np.float32(0.25)}),
     ("cumsum", {"x": X, "axis": 2}),
+    ("pow", {"x": np.abs(X), "y": np.float32(2.5)}),
     ("reverse", {"x": X, "axes": [1, -1]}),
     ("relu", {"x": X}),
     ("sigmoid", {"x": 3 * X}),

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+LEAST_SHARE = 0.01
+
+
 @dataclass(frozen=True)
 class ScanParity:
     """Relative errors of one scan.
 
     inputs: against the float model's inputs. ssm: SSM part in situ against the float64 loop. probe: SSM part of the
-    scan alone on large deltas against the float64 loop.
+    scan alone on large deltas against the float64 loop. share: of the recurrence in the output, |y - skip u| / |y|.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ScanParity:
     ssm: float
     probe: float
     lowering: str = "portable"
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def _verify_scans(
         probe = large_delta_case({**form, **constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
         alone, alone_limit = ssm_error(access.alone(index, batched)[:1], probe)
-        results.append(ScanParity(name, inputs, ssm, alone))
+        share = recurrence_share(have["y"][:1], constants["skip"], have["u"][:1])
+        results.append(ScanParity(name, inputs, ssm, alone, share=share))
         for what, error, limit in (
             ("reads inputs", inputs, max(plan.tolerance, 1e-4)),
             ("is", ssm, ssm_limit),
@@ -213,6 +218,22 @@ def _verify_scans(
             if not error <= limit:
                 failures.append(f"scan {name} {what} off by {error:.2g} (relative), limit {limit:.2g}")
     return tuple(results)
+
+
+def recurrence_share(y: NDArray[Any], skip: NDArray[Any], u: NDArray[Any]) -> float:
+    """Return |y - skip u| / |y| of a scan."""
+    return float(np.linalg.norm(y - skip[:, None] * u) / max(float(np.linalg.norm(y)), 1e-30))
+
+
+def blind(parity: Parity) -> list[str]:
+    """Return a note if no scan's recurrence is LEAST_SHARE of its output: the outputs then hide a wrong scan."""
+    shares = [scan.share for scan in parity.scans]
+    if not shares or max(shares) >= LEAST_SHARE:
+        return []
+    return [
+        f"the recurrence is at most {max(shares):.1g} of any scan's output, as in a network that was not trained: the "
+        "parity of the outputs says little about the scans"
+    ]
 
 
 def _relative(have: NDArray[Any], want: NDArray[Any]) -> float:

@@ -72,7 +72,7 @@ def mamba_chunk_scan_combined(
     until_end = torch.exp(sums[..., -1:, :]).transpose(-1, -2)
     ends = (until_end * Bs).transpose(-1, -2) @ inflow  # (b, H, chunks, N, P)
     over = torch.exp(since_start[..., -1:, :])
-    state = torch.zeros_like(ends[:, :, 0])
+    state = ends[:, :, 0] * 0
     starts = []
     for chunk in range(chunks):
         starts.append(state)

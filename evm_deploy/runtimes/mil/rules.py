@@ -42,6 +42,7 @@ def _elementwise() -> dict[str, Rule]:
         "maximum": torch.maximum,
         "minimum": torch.minimum,
         "mul": torch.mul,
+        "pow": torch.pow,
         "real_div": torch.true_divide,
         "sub": torch.sub,
     }
