@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
+    from evm_deploy.model.network import Network
 
 
 def export_parser() -> Parser:
@@ -44,6 +45,15 @@ def export_parser() -> Parser:
         help=".ckpt, .pth, .pt, .pth.tar or .safetensors file; default: the embedded demo checkpoint",
     )
     model("--weights", default="ema", metavar="W", help="ema (default, if the file has EMA weights) or raw")
+    model(
+        "--model",
+        metavar="MODULE:NAME",
+        help="a network of your own: package.module:factory, or file.py:factory; the code is run; CKPT then holds its "
+        "state dict",
+    )
+    model("--model-arg", metavar="K=V[,..]", help="with --model: arguments of the factory, as Python literals")
+    model("--outputs", metavar="A,B", help="with --model: names of the outputs, in order")
+    model("--task", metavar="TASK", help="with --model: raw (default), classification or features")
     model(
         "--imgsz",
         metavar="N|HxW",
@@ -195,11 +205,15 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.finish:
         return _finish(args)
+    for name in ("model_arg", "outputs", "task"):
+        if getattr(args, name) is not None and not args.model:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} needs --model", f"leave {flag} out")
     if args.library:
         raise UsageError("--library needs --finish", "leave --library out")
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
-    source = Source(_checkpoint(args))
+    source = Source(_own_network(args, plans[0]) if args.model else _checkpoint(args))
     key = private_key(args.sign) if args.sign else None
     if args.dry_run:
         results, codes = [_dry_run(source, plan, args) for plan in plans], [0]
@@ -293,6 +307,21 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     if not args.json:
         print(escape_controls("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
     return facts
+
+
+def _own_network(args: argparse.Namespace, plan: ExportPlan) -> Network:
+    """Return the network that --model makes, with the weights of CKPT. Raises EvmErrors."""
+    from evm_deploy.model.foreign.door import model_arguments, network_of
+    from evm_deploy.tasks import get_task
+
+    return network_of(
+        args.model,
+        Path(args.checkpoint) if args.checkpoint else None,
+        arguments=model_arguments(args.model_arg or ""),
+        outputs=args.outputs.split(",") if args.outputs else None,
+        task=get_task(args.task or "raw").name,
+        imgsz=plan.imgsz or (224, 224),
+    )
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:
