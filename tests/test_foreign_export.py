@@ -186,3 +186,18 @@ def test_an_output_too_many_is_named(tmp_path):
     given = Network.of(Returns(lambda y: (y, y)), outputs=["a"])
     with pytest.raises(UsageError, match="returns 2 tensors, but its outputs are a"):
         export(given, ExportPlan("onnx", "fp32", imgsz=(8, 8)), tmp_path)
+
+
+@pytest.mark.parametrize("scan", ["aot", "plugin"])
+def test_tensorrts_plugins_refuse_a_scan_without_softplus(scan, tmp_path):
+    from evm_deploy.export.hub.graph import trace
+    from evm_deploy.export.pipeline import complete, native_metadata
+    from evm_deploy.export.tensorrt.graph import tensorrt_graph
+
+    source = Source(network("softplused"))
+    plan, preprocessing = complete(ExportPlan("trt", "fp32", scan=scan), source.network(None).spec)
+    graph = trace(
+        source.reference(plan, preprocessing), plan, native_metadata(plan, source.network(plan).spec, preprocessing)
+    )
+    with pytest.raises(UsageError, match="the plugins have no scan without softplus"):
+        tensorrt_graph(graph.model, plan)

@@ -58,7 +58,7 @@ def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
     attributes = {**PLUGIN_ATTRIBUTES, **({"aot": 1} if plan.scan == "aot" else {})}
     for node in nodes:
         if not has_softplus(node):
-            raise UsageError(f"{node.name}: the CUDA kernel has no scan without softplus", "use --scan portable")
+            raise UsageError(f"{node.name}: the plugins have no scan without softplus", "use --scan portable")
         K, D, N = shapes[node.input[2]]
         kernel.check_scan(plan.batch.max or 1, K, D, N)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
