@@ -76,6 +76,7 @@ inline int states_at_once(int used) {
 
 // Advance `padded` states through a block, `at_once` at a time.
 inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
+    if (!padded) return;  // no states: y is skip * u
     if (at_once == 2) return advance<2>(block, A2, states, B, C, stride, next);
     if (at_once == 4) return advance<4>(block, A2, states, B, C, stride, next);
     if (STATES > 8 && at_once == 8) return advance<8>(block, A2, states, B, C, stride, next);
