@@ -44,7 +44,7 @@ CALL = "    scan_channels(rows, channels);\n"
 CASES = [(target, scan) for target in ("onnx", "openvino") for scan in ("portable", "plugin")]
 
 
-def no_scan(opset: int, block_steps: int = 0) -> Any:
+def no_scan(opset: int, block_steps: int = 0, softplus: bool = True) -> Any:
     """Return a function for evm::SelectiveScan that reads all inputs and costs almost nothing."""
     from onnx import helper
 

@@ -206,6 +206,6 @@ def bundle_of(shared_folder: Path) -> Callable[..., Any]:
     def make(checkpoint: Path, plan: Any) -> Any:
         content = hashlib.sha256(f"{plan}".encode() + checkpoint.read_bytes()).hexdigest()[:16]
         folder = once(shared_folder / "bundles" / content, lambda folder: export(checkpoint, plan, folder))
-        return open_bundle(next(folder.iterdir()))
+        return open_bundle(next(path for path in folder.iterdir() if path.is_dir()))
 
     return make

@@ -32,7 +32,7 @@ FLOATS = ctypes.POINTER(ctypes.c_float)
 
 class Arguments(ctypes.Structure):
     _fields_ = [(name, FLOATS) for name in (*onnx_function.INPUTS, "y")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("b", "K", "L", "D", "N")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("b", "K", "L", "D", "N", "no_softplus")]
 
 
 def library():
@@ -55,18 +55,18 @@ def scan(request):
     """scan(*inputs) -> y on one instruction set. Canaries around y catch writes outside of it."""
     lib = library()
     assert lib.evm_scan_force_isa(request.param.encode())
-    yield lambda *arrays: run_scan(lib, arrays)
+    yield lambda *arrays, **how: run_scan(lib, arrays, **how)
     lib.evm_scan_force_isa(None)
 
 
-def run_scan(lib, arrays):
+def run_scan(lib, arrays, softplus=True):
     arrays = [np.ascontiguousarray(a, np.float32) for a in arrays]
     shape, size = arrays[0].shape, arrays[0].size
     padded = np.full(size + 64, 123.0, np.float32)
     y = padded[32 : 32 + size]
     y[:] = np.nan
     pointers = [a.ctypes.data_as(FLOATS) for a in (*arrays, y)]
-    arguments = Arguments(*pointers, *shape, arrays[2].shape[2])
+    arguments = Arguments(*pointers, *shape, arrays[2].shape[2], not softplus)
     for tile in range(lib.evm_scan_num_tiles(ctypes.byref(arguments))):
         lib.evm_scan_run_tile(ctypes.addressof(arguments), tile)
     assert (padded[:32] == 123).all() and (padded[32 + size :] == 123).all()
@@ -109,8 +109,18 @@ def test_any_shape(scan):
     check()
 
 
+@pytest.mark.parametrize("sizes", [(2, 3, 33, 50, 16), (1, 1, 70, 7, 1), (1, 2, 5, 20, 100)])
+def test_without_softplus_delta_is_dt(sizes, scan):
+    inputs = random_scan(0, *sizes)
+    inputs[1], inputs[6] = np.abs(inputs[1]) * np.float32(0.01), np.zeros_like(inputs[6])
+    want = reference.selective_scan(*inputs, delta_softplus=False)
+    terms = reference.selective_scan(*magnitudes(*inputs), delta_softplus=False)
+    assert np.abs(scan(*inputs, softplus=False) - want).max() <= 3e-6 * terms.max()
+    assert np.abs(scan(*inputs) - want).max() > 1e-2 * terms.max()
+
+
 def test_empty_sequences_have_no_tiles():
-    arguments = Arguments(*[None] * 8, 2, 4, 0, 16, 16)
+    arguments = Arguments(*[None] * 8, 2, 4, 0, 16, 16, 0)
     assert library().evm_scan_num_tiles(ctypes.byref(arguments)) == 0
 
 
@@ -120,11 +130,11 @@ def test_an_unknown_isa_changes_nothing():
     assert plugins.kernel_isa(plugin_path("onnxruntime")) == before == isas()[-1]
 
 
-def scan_model(*functions):
+def scan_model(*functions, **attributes):
     ranks = dict(zip(onnx_function.INPUTS, (4, 4, 3, 4, 4, 2, 2), strict=True))
     infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * rank) for k, rank in ranks.items()]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
-    node = helper.make_node("SelectiveScan", onnx_function.INPUTS, ["y"], domain="evm")
+    node = helper.make_node("SelectiveScan", onnx_function.INPUTS, ["y"], domain="evm", **attributes)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("evm", 1)]
     graph = helper.make_graph([node], "scan", infos, [output])
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions).SerializeToString()

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from evm_deploy import plugin_path
 from evm_deploy.errors import ToolchainError
+from evm_deploy.export.openvino.ir import save
 from evm_deploy.runtimes.openvino import open_core
 from evm_deploy.scan import onnx_function, reference
 from evm_deploy.toolchain import openvino_extension
@@ -56,6 +57,18 @@ def test_a_scan(sizes, kernel, core):
     y = run(core, scan_model(double()), dict(zip(onnx_function.INPUTS, inputs, strict=True)), threads=2)
     terms = reference.selective_scan(*magnitudes(*inputs))
     assert np.abs(y - reference.selective_scan(*inputs)).max() <= 3e-6 * terms.max()
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+def test_an_ir_keeps_the_attribute_that_is_not_the_default(softplus, core, tmp_path):
+    inputs = random_scan(0, 1, 2, 9, 5, 1)
+    inputs[1] = np.abs(inputs[1])
+    model = core.read_model(scan_model(double(), **({} if softplus else {"delta_softplus": 0})))
+    save(model, tmp_path / "scan.xml")
+    assert ("delta_softplus" in (tmp_path / "scan.xml").read_text()) is not softplus
+    y = run(core, tmp_path / "scan.xml", dict(zip(onnx_function.INPUTS, inputs, strict=True)))
+    want = reference.selective_scan(*inputs, delta_softplus=softplus)
+    assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("b, H, W, dim", [(1, 7, 6, 20), (2, 5, 9, 33), (3, 1, 1, 8)])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from evm_deploy import plugin_path
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import native, onnx_function, reference, unrolled
 from evm_deploy.scan.op import selective_scan
@@ -21,25 +22,49 @@ INPUTS = onnx_function.INPUTS
 
 
 def in_torch(function):
-    return lambda *arrays: function(*(torch.from_numpy(a) for a in arrays)).numpy()
+    return lambda *arrays, **how: function(*(torch.from_numpy(a) for a in arrays), **how).numpy()
 
 
-def in_onnx(*arrays):
+def scan_node(softplus=True):
+    return helper.make_node("SelectiveScan", INPUTS, ["y"], domain="evm", **({} if softplus else {"delta_softplus": 0}))
+
+
+def in_onnx(*arrays, delta_softplus=True):
+    return OnnxRuntime(onnx_model(arrays, delta_softplus).SerializeToString(), 1).run(
+        dict(zip(INPUTS, arrays, strict=True))
+    )["y"]
+
+
+def in_onnx_on_the_kernel(*arrays, delta_softplus=True):
+    model = onnx_model(arrays, delta_softplus).SerializeToString()
+    feeds = dict(zip(INPUTS, arrays, strict=True))
+    return OnnxRuntime(model, 1, plugin_path("onnxruntime")).run(feeds)["y"]
+
+
+def unrolled_in_onnx(*arrays, delta_softplus=True):
+    model = onnx_model(arrays, delta_softplus)
+    length = arrays[0].shape[2]
+    nodes = unrolled.unrolled_scan({k: k for k in INPUTS}, "y", length, "scan/", softplus=delta_softplus)
+    del model.graph.node[:], model.functions[:]
+    model.graph.node.extend(nodes)
+    return OnnxRuntime(model.SerializeToString(), 1).run(dict(zip(INPUTS, arrays, strict=True)))["y"]
+
+
+def onnx_model(arrays, softplus):
     infos = [
         helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * a.ndim)
         for k, a in zip(INPUTS, arrays, strict=True)
     ]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
-    node = helper.make_node("SelectiveScan", INPUTS, ["y"], domain="evm")
     model = helper.make_model(
-        helper.make_graph([node], "scan", infos, [output]),
+        helper.make_graph([scan_node(softplus)], "scan", infos, [output]),
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("evm", 1)],
         ir_version=10,
-        functions=[onnx_function.selective_scan_function(20)],
     )
+    onnx_function.add_functions(model, 20)
     onnx_function.register_schema()
     onnx.checker.check_model(model, full_check=True)
-    return OnnxRuntime(model.SerializeToString(), 1).run(dict(zip(INPUTS, arrays, strict=True)))["y"]
+    return model
 
 
 def standard_nodes(L):
@@ -48,12 +73,12 @@ def standard_nodes(L):
 
 
 def one_node_and_its_function(L):
-    return [helper.make_node("SelectiveScan", INPUTS, ["y"], domain="evm")], [onnx_function.selective_scan_function(20)]
+    return [scan_node()], [onnx_function.selective_scan_function(20)]
 
 
-def eager_without_kernel(*arrays):
+def eager_without_kernel(*arrays, **how):
     with native.without_native_scan():
-        return in_torch(selective_scan)(*arrays)
+        return in_torch(selective_scan)(*arrays, **how)
 
 
 FORMS = {
@@ -61,6 +86,8 @@ FORMS = {
     "eager_without_kernel": eager_without_kernel,
     "two_level": in_torch(two_level_scan),
     "onnx": in_onnx,
+    "kernel": in_onnx_on_the_kernel,
+    "unrolled": unrolled_in_onnx,
 }
 
 
@@ -115,6 +142,66 @@ def test_any_shape_and_delta(seed, b, K, L, D, N, dt):
         assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max(), name
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    L=st.integers(1, 40),
+    D=st.integers(1, 9),
+    N=st.sampled_from([1, 2, 16]),
+    dt=st.sampled_from([1e-6, 1e-3, 0.05, 20.0]),
+)
+def test_without_softplus_delta_is_dt(seed, L, D, N, dt):
+    inputs = random_inputs(seed, 2, 3, L, D, N, 1.0)
+    inputs[1] = (dt * np.random.default_rng(seed).uniform(0.5, 2, inputs[1].shape)).astype(np.float32)
+    want = reference.selective_scan(*inputs, delta_softplus=False)
+    skipped = inputs[5][:, None] * inputs[0]
+    for name, form in FORMS.items():
+        y = form(*inputs, delta_softplus=False)
+        assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max(), name
+        ssm = np.abs(want - skipped).max()
+        assert np.abs(y - want).max() <= 2e-5 * ssm + 5e-7 * np.abs(skipped).max(), name
+
+
+@pytest.mark.parametrize("case", golden.SCAN_CASES)
+def test_without_softplus_golden_scans_with_dt_are_the_same(case):
+    inputs, _ = golden.scan_case(case)
+    inputs = list(golden.channels_last(inputs))
+    want = reference.selective_scan(*inputs)
+    dt = reference.softplus(inputs[1].astype(np.float64) + inputs[6][:, None]).astype(np.float32)
+    for name, form in FORMS.items():
+        y = form(inputs[0], dt, *inputs[2:6], np.zeros_like(inputs[6]), delta_softplus=False)
+        assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max(), name
+
+
+def test_the_same_dt_before_softplus():
+    inputs = dict(zip(INPUTS, random_inputs(1, 1, 2, 9, 3, 4, 0.3), strict=True))
+    inputs["delta"] = np.abs(inputs["delta"])
+    plain = {**inputs, "delta_softplus": np.array(False)}
+    same = reference.with_softplus(plain)
+    assert set(same) == set(INPUTS) and reference.with_softplus(same) == same
+    want = reference.selective_scan(**plain)
+    assert np.abs(reference.selective_scan(**same) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_scans_of_both_kinds_in_one_model(plugin):
+    """The body of the scans without softplus is an overload; without it ONNX Runtime would call the first body."""
+    arrays = dict(zip(INPUTS, random_inputs(5, 1, 2, 9, 3, 4, 1.0), strict=True))
+    arrays["delta"] = np.abs(arrays["delta"])
+    model = onnx_model(list(arrays.values()), True)
+    del model.functions[:]
+    second = scan_node(softplus=False)
+    second.output[0] = "z"
+    model.graph.node.append(second)
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [None] * 4))
+    onnx_function.add_functions(model, 20)
+    onnx.checker.check_model(model, full_check=True)
+    have = OnnxRuntime(model.SerializeToString(), 1, plugin_path("onnxruntime") if plugin else None).run(arrays)
+    for name, softplus in (("y", True), ("z", False)):
+        want = reference.selective_scan(**arrays, delta_softplus=softplus)
+        assert np.abs(have[name] - want).max() <= 1e-5 * np.abs(want).max(), name
+
+
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
 @pytest.mark.parametrize("form", [one_node_and_its_function, standard_nodes])
 @pytest.mark.parametrize(("K", "L", "D", "N"), [(2, 19, 8, 16), (1, 50, 32, 16), (4, 64, 48, 1)])
@@ -157,7 +244,9 @@ def test_eager_runs_on_the_native_kernel_where_it_can(monkeypatch):
     with native.without_native_scan():
         assert native.native_kernel(inputs) is None
     calls = []
-    monkeypatch.setattr("evm_deploy.scan.op.run_native_scan", lambda kernel, x: calls.append(kernel) or x[0].clone())
+    monkeypatch.setattr(
+        "evm_deploy.scan.op.run_native_scan", lambda kernel, x, softplus: calls.append(kernel) or x[0].clone()
+    )
     selective_scan(*inputs)
     assert calls == [kernel]
     monkeypatch.setattr(native, "find_plugin", lambda runtime: None)
@@ -185,6 +274,8 @@ def test_the_op_passes_torchs_own_checks():
 def test_gradients_are_those_of_the_recurrence():
     inputs = [torch.from_numpy(a).double().requires_grad_() for a in random_inputs(2, 1, 2, 6, 2, 3, 0.3)]
     assert torch.autograd.gradcheck(selective_scan, inputs)
+    inputs[1] = (inputs[1].detach().abs() + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, delta_softplus=False), inputs)
 
 
 @pytest.mark.parametrize(("index", "name"), [(1, "delta"), (3, "B"), (5, "skip")])

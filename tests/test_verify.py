@@ -54,8 +54,8 @@ def break_function(monkeypatch):
     original = onnx_function.selective_scan_function
 
     def install(edit):
-        def broken(*args):
-            function = original(*args)
+        def broken(*args, **how):
+            function = original(*args, **how)
             edit(function)
             return function
 
@@ -94,7 +94,7 @@ def test_a_broken_scan_body_is_rejected(fault, target, break_function, micro, tm
     rejected(tmp_path, target)
 
 
-def cumsum_division(opset, block_steps=None):
+def cumsum_division(opset, block_steps=None, softplus=True):
     """The form of several public ports: h_t = P_t * cumsum(x / P), P = exp(cumsum(dt A)). One chunk, no epsilon."""
     f = onnx_function.Body("cumsum/")
     one, two, three, last = f.const([1]), f.const(2), f.const([3]), f.const([4])

@@ -31,6 +31,7 @@ SDK_HEADERS = {
     "jpeglib.h": "libjpeg62-turbo-dev",
     "openssl/evp.h": "libssl-dev",
 }
+MAMBAS = ("opensr-mamba==0.0.1", "mambapy==1.2.0", "bidirectional-mamba==0.2.0", "einops==0.8.2")  # as in Makefile
 NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
@@ -73,6 +74,10 @@ TOOLCHAINS = {
     "coremltools": Toolchain(lambda: bool(find_spec("coremltools")), install_hint("coreml")),
     "TensorRT-RTX": Toolchain(lambda: bool(find_spec("tensorrt_rtx_bindings")), install_hint("trt-rtx")),
     "TensorRT's Python": Toolchain(lambda: bool(find_spec("tensorrt_bindings")), install_hint("dev")),
+    "Mambas of PyPI": Toolchain(
+        lambda: all(map(find_spec, ("opensr_mamba", "mambapy", "bidirectional_mamba", "einops"))),
+        f"pip install --no-deps {' '.join(MAMBAS)}",
+    ),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence
     "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
     "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
+    from evm_deploy.model.network import Network
 
 
 FINISH_ONLY = {
@@ -60,6 +61,15 @@ def export_parser() -> Parser:
         help="ema (default, if the file has averaged weights), raw, or the name of a set of weights in the file",
     )
     model("--drop", metavar="P[,P2..]", help="patterns of keys to leave out, such as 'aux_head.*'")
+    model(
+        "--model",
+        metavar="MODULE:NAME",
+        help="a network of your own: package.module:factory, or file.py:factory; the code is run; CKPT then holds its "
+        "state dict",
+    )
+    model("--model-arg", metavar="K=V[,..]", help="with --model: arguments of the factory, as Python literals")
+    model("--outputs", metavar="A,B", help="with --model: names of the outputs, in order")
+    model("--task", metavar="TASK", help="with --model: raw (default), classification or features")
     model(
         "--imgsz",
         metavar="N|HxW",
@@ -219,13 +229,17 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.finish:
         return _finish(args)
+    for name in ("model_arg", "outputs", "task"):
+        if getattr(args, name) is not None and not args.model:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} needs --model", f"leave {flag} out")
     for flag in FINISH_ONLY:
         if getattr(args, flag.replace("-", "_")):
             raise UsageError(f"--{flag} needs --finish", f"leave --{flag} out")
     require_writable(Path(args.out), "--out", folder=True)
     plans = [check_plan(get_target(plan.target), plan) for plan in _plans(args)]
     _refuse_others_flags(args, plans)
-    source = Source(_checkpoint(args))
+    source = Source(_own_network(args, plans[0]) if args.model else _checkpoint(args))
     if args.calib is None and any(plan.calib for plan in plans):
         print("no --calib given: int8 is calibrated on the demo's own images, as by --calib demo", file=sys.stderr)
     if args.sign:
@@ -346,6 +360,21 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
 
 def _numbers(values: Sequence[float]) -> str:
     return ",".join(map(str, values))
+
+
+def _own_network(args: argparse.Namespace, plan: ExportPlan) -> Network:
+    """Return the network that --model makes, with the weights of CKPT. Raises EvmErrors."""
+    from evm_deploy.model.foreign.door import model_arguments, network_of
+    from evm_deploy.tasks import get_task
+
+    return network_of(
+        args.model,
+        Path(args.checkpoint) if args.checkpoint else None,
+        arguments=model_arguments(args.model_arg or ""),
+        outputs=args.outputs.split(",") if args.outputs else None,
+        task=get_task(args.task or "raw").name,
+        imgsz=plan.imgsz or (224, 224),
+    )
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

@@ -377,5 +377,11 @@ def describe(
         details={key: value for key, value in artifact.details.items() if key != "scans"},
         versions={"evm_deploy": __version__, "python": platform.python_version(), **target.environment().versions},
         parity=seen.parity.as_dict(),
-        notes=[*spec.notes, *meaning_of_scores(plan, spec), *untested(artifact), *seen.remarks],
+        notes=[
+            *spec.notes,
+            *meaning_of_scores(plan, spec),
+            *verify.blind(seen.parity),
+            *untested(artifact),
+            *seen.remarks,
+        ],
     )

@@ -13,7 +13,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target, Traced
 from evm_deploy.export.verify import FloatRun
-from evm_deploy.scan.reference import Scan, large_delta_case, selective_scan, ssm_error
+from evm_deploy.scan.reference import Scan, large_delta_case, selective_scan, ssm_error, with_softplus
 
 TEST_INPUTS = 3
 
@@ -49,7 +49,8 @@ def write(
     """Write the self-test of an export into `folder`/selftest. Returns its limits, for the manifest.
 
     The limit of an output is the precision's tolerance times the output's largest value, or times 1 if that is larger.
-    The limit of a scan's SSM part comes from `scan.reference.ssm_error`.
+    The limit of a scan's SSM part comes from `scan.reference.ssm_error`. Every scan case has softplus: a scan without
+    softplus is tested at the same dt.
     """
     from PIL import Image
     from safetensors.numpy import save_file
@@ -62,7 +63,7 @@ def write(
     tensors = {plan.input: reference.test_inputs, **expected, "picture.pixels": preprocessing.pixels(shot)}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / INPUT_FILE)
     rng = np.random.default_rng(1)
-    cases = {site.name: _head_of(scan) for site, scan in zip(traced.scans, scans, strict=True)}
+    cases = {site.name: with_softplus(_head_of(scan)) for site, scan in zip(traced.scans, scans, strict=True)}
     if cases:
         cases["large_delta"] = large_delta_case(next(iter(cases.values())), rng)
     for probe, names in by_scan_case(target.runtime.scan_case, cases).items():

@@ -22,6 +22,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import ScanAccess
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
+from evm_deploy.scan.onnx_function import INPUTS, SOFTPLUS
 from evm_deploy.scan.reference import Scan, large_delta_case, ssm_error
 from evm_deploy.tasks.task import Task
 
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+LEAST_SHARE = 0.01
+
+
 @dataclass(frozen=True)
 class ScanParity:
     """Relative errors of one scan.
 
     inputs: against the float model's inputs. ssm: SSM part in situ against the float64 loop. probe: SSM part of the
-    scan alone on large deltas against the float64 loop.
+    scan alone on large deltas against the float64 loop. share: of the recurrence in the output, |y - skip u| / |y|.
     """
 
     name: str
@@ -42,6 +46,7 @@ class ScanParity:
     ssm: float
     probe: float
     lowering: str = "portable"
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Parity:
 class FloatRun:
     """Outputs and scans of the float model on the test inputs, computed in torch alone.
 
-    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the seven inputs of each scan, in
+    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan, in
     execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot hold.
     """
 
@@ -176,9 +181,7 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
     class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.evm.selective_scan.default:
-                scans.append(
-                    dict(zip(("u", "delta", "A", "B", "C", "skip", "bias"), (a.numpy() for a in args), strict=True))
-                )
+                scans.append({name: np.asarray(a) for name, a in zip((*INPUTS, SOFTPLUS), args, strict=False)})
             return func(*args, **(kwargs or {}))
 
     watched = reaching(reference, LARGEST)
@@ -201,16 +204,18 @@ def _verify_scans(
     results = []
     for index, (name, want, have) in enumerate(zip(access.names, float_scans, seen, strict=True)):
         constants = {key: have.get(key, want[key]) for key in ("A", "skip", "bias")}
+        form = {key: want[key] for key in (SOFTPLUS,) if key in want}
         first = {key: want[key][:1] for key in ("u", "delta", "B", "C")}
         inputs = max(
             *(_relative(have[key][:1], first[key]) for key in first),
             *(_relative(constants[key], want[key]) for key in constants),
         )
-        ssm, ssm_limit = ssm_error(have["y"][:1], {**constants, **{key: have[key][:1] for key in first}})
-        probe = large_delta_case({**constants, **first}, rng)
+        ssm, ssm_limit = ssm_error(have["y"][:1], {**form, **constants, **{key: have[key][:1] for key in first}})
+        probe = large_delta_case({**form, **constants, **first}, rng)
         batched = {key: np.concatenate([probe[key]] * size) for key in first}
         alone, alone_limit = ssm_error(access.alone(index, batched)[:1], probe)
-        results.append(ScanParity(name, inputs, ssm, alone))
+        share = recurrence_share(have["y"][:1], constants["skip"], have["u"][:1])
+        results.append(ScanParity(name, inputs, ssm, alone, share=share))
         for what, error, limit in (
             ("reads inputs", inputs, max(plan.tolerance, 1e-4)),
             ("is", ssm, ssm_limit),
@@ -219,6 +224,22 @@ def _verify_scans(
             if not error <= limit:
                 failures.append(f"scan {name} {what} off by {error:.2g} (relative), limit {limit:.2g}")
     return tuple(results)
+
+
+def recurrence_share(y: NDArray[Any], skip: NDArray[Any], u: NDArray[Any]) -> float:
+    """Return |y - skip u| / |y| of a scan."""
+    return float(np.linalg.norm(y - skip[:, None] * u) / max(float(np.linalg.norm(y)), 1e-30))
+
+
+def blind(parity: Parity) -> list[str]:
+    """Return a note if no scan's recurrence is LEAST_SHARE of its output: the outputs then hide a wrong scan."""
+    shares = [scan.share for scan in parity.scans]
+    if not shares or max(shares) >= LEAST_SHARE:
+        return []
+    return [
+        f"the recurrence is at most {max(shares):.1g} of any scan's output, as in a network that was not trained: the "
+        "parity of the outputs says little about the scans"
+    ]
 
 
 def _relative(have: NDArray[Any], want: NDArray[Any]) -> float:

@@ -11,7 +11,7 @@ from evm_deploy._util.values import listed, text
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from evm_deploy.model.state_dict import RawCheckpoint
 
@@ -49,7 +49,7 @@ class ModelSpec:
 class Network(NamedTuple):
     """A float32 module in eval mode and the facts about it.
 
-    The module takes normalised images (b, 3, H, W) and returns one tensor or a tuple of tensors.
+    The module takes normalised images (b, 3, H, W) and returns tensors: one, or tuples, lists and dicts of tensors.
     """
 
     module: nn.Module
@@ -57,27 +57,83 @@ class Network(NamedTuple):
 
     @classmethod
     def of(
-        cls, module: nn.Module, *, outputs: Sequence[str], name: str = "", task: str = "raw", **facts: Any
+        cls,
+        module: nn.Module,
+        example: Tensor | None = None,
+        *,
+        outputs: Sequence[str] | None = None,
+        name: str = "",
+        task: str = "raw",
+        **facts: Any,
     ) -> Network:
         """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
-        outputs: names of the module's outputs, in order. name: name of the bundles, by default the class name in lower
-        case. facts: further fields of ModelSpec; `blocks` is by default `default_blocks(module)`. Raises UsageError for
-        a module whose parameters are not float32 on the CPU.
+        example: an input (b, 3, H, W). Its size becomes the default of --imgsz. outputs: names of the module's outputs,
+        in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
+        ModelSpec; `blocks` is by default `default_blocks(module)`.
+
+        With an example, or without outputs, the module is run (`foreign.look.look_at`): on the example, by default
+        noise (1, 3, 224, 224). Outputs are then named by the keys of a dict, `logits` for a single one of rank 2, and
+        else by number. Raises UsageError for a module that cannot be exported, with the reason, such as parameters that
+        are not float32 on the CPU.
         """
-        names = listed("outputs", outputs, text)
+        outputs = None if outputs is None else listed("outputs", outputs, text)
         _check_float32(module)
+        notes = [_EVAL_NOTE] if module.training else []
+        module.eval().requires_grad_(False)
+        if example is not None or outputs is None:
+            outputs, found = _looked_at(module, example, outputs, task)
+            facts = {**found, **facts, "notes": (*notes, *found["notes"], *facts.get("notes", ()))}
         family = type(module).__name__
         spec = ModelSpec(
             name=name or family.lower(),
             family=family,
             task=task,
-            outputs=names,
+            outputs=tuple(outputs),
             checkpoint={"file": "", "sha256": weights_sha256(module), "container": "module", "dropped": []},
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             **{"blocks": tuple(default_blocks(module)), **facts},
         )
-        return cls(module.eval().requires_grad_(False), spec)
+        return cls(module, spec)
+
+
+_EVAL_NOTE = "the module was in training mode: it was exported in eval mode"
+_NO_SCAN_NOTE = "the network has no scan that evm-deploy knows: standard operations only"
+
+
+def _looked_at(
+    module: nn.Module, example: Tensor | None, outputs: Sequence[str] | None, task: str
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
+    import torch
+
+    from evm_deploy.model.foreign.look import look_at
+
+    if example is None:
+        example = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
+        raise UsageError(
+            f"the example input is {example.dtype} {list(example.shape)}: networks of images take float (b, 3, H, W)",
+            "wrap a module of other inputs in one that takes an image",
+        )
+    look = look_at(module, example)
+    tensors = [*look.outputs.values()]
+    if outputs is None:
+        single = [*look.outputs] == ["output"] and tensors[0].dim() == 2
+        outputs = ["logits"] if single else [*look.outputs]
+    if len(outputs) != len(tensors):
+        raise UsageError(
+            f"the network has {len(tensors)} outputs ({', '.join(look.outputs)}), but {len(outputs)} names were given",
+            "give one name for each output",
+        )
+    notes = [] if look.scans else [_NO_SCAN_NOTE]
+    notes += [
+        f"{place} reads the value of a tensor: an artifact keeps the value of a test input" for place in look.reads
+    ]
+    facts: dict[str, Any] = {"notes": tuple(notes), "defaults": {"imgsz": "{}x{}".format(*example.shape[2:])}}
+    if task == "classification":
+        facts["num_classes"] = int(tensors[0].shape[-1])
+    return outputs, facts
 
 
 def _check_float32(module: nn.Module) -> None:

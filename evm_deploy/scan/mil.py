@@ -53,7 +53,17 @@ class NamedOps:
 
 
 def selective_scan(
-    u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any, *, prefix: str = PREFIX, T: int | None = None
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    skip: Any,
+    bias: Any,
+    *,
+    delta_softplus: bool = True,
+    prefix: str = PREFIX,
+    T: int | None = None,
 ) -> Any:
     """Append the operations of `reference.selective_scan` to the MIL program and return y. Any L.
 
@@ -77,7 +87,9 @@ def selective_scan(
         x = mb.transpose(x=x, perm=(0, 3, 2, 1) if axis == 2 else (0, 2, 3, 1))
         return mb.split(x=x, num_splits=T, axis=axis) if T > 1 else (x,)
 
-    dt = mb.softplus(x=mb.add(x=delta, y=_per_direction(mb, bias, K, D, "bias"), name="delta"))
+    dt = mb.add(x=delta, y=_per_direction(mb, bias, K, D, "bias"), name="delta")
+    if delta_softplus:
+        dt = mb.softplus(x=dt)
     inflow = mb.mul(x=dt, y=u, name="u")
     decays = _per_group(mb, A, batch)
     dts, inflows = split(dt, "dt", 2), split(inflow, "inflow", 2)  # padded after softplus: dt = 0 there

@@ -25,7 +25,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*INPUTS, OUTPUT)),
-        *((name, ctypes.c_int64) for name in ("b", "K", "L", "D", "N")),
+        *((name, ctypes.c_int64) for name in ("b", "K", "L", "D", "N", "no_softplus")),
     ]
 
 
@@ -66,7 +66,7 @@ def native_kernel(inputs: Sequence[Tensor]) -> ctypes.CDLL | None:
     return open_kernel(library) if library else None
 
 
-def run_native_scan(kernel: ctypes.CDLL, inputs: Sequence[Tensor]) -> Tensor:
+def run_native_scan(kernel: ctypes.CDLL, inputs: Sequence[Tensor], delta_softplus: bool = True) -> Tensor:
     """Run the scan on seven float32 CPU tensors, in the order of INPUTS, whose shapes fit each other; return y.
 
     The kernel uses as many threads as torch does.
@@ -75,7 +75,8 @@ def run_native_scan(kernel: ctypes.CDLL, inputs: Sequence[Tensor]) -> Tensor:
 
     tensors = [x.contiguous() for x in inputs]
     y = torch.empty_like(tensors[0])
-    arguments = Arguments(*(x.data_ptr() for x in (*tensors, y)), *tensors[0].shape, tensors[2].shape[2])
+    sizes = (*tensors[0].shape, tensors[2].shape[2])
+    arguments = Arguments(*(x.data_ptr() for x in (*tensors, y)), *sizes, not delta_softplus)
     where = ctypes.addressof(arguments)
     tiles = range(kernel.evm_scan_num_tiles(where))
     threads = min(torch.get_num_threads(), len(tiles))

@@ -2,7 +2,7 @@
 
 The function is one ONNX `Scan`, each iteration of which unrolls `block_steps` steps, for any shape and batch:
 
-    dt = softplus(delta + bias);  per block:  a = Exp(dt * A);  x = dt u B  (outer product);
+    dt = softplus(delta + bias), or delta + bias;  per block:  a = Exp(dt * A);  x = dt u B  (outer product);
     h_i = a_i * h_(i-1) + x_i  for each step;  y = C h  (one MatMul over the block's states)
 
 L is padded after softplus: a padded step has dt = 0, decay 1 and inflow 0. States are (b, K, N, D), channels
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DOMAIN, OP_TYPE, VERSION = "evm", "SelectiveScan", 1
 INPUTS = ("u", "delta", "A", "B", "C", "skip", "bias")
 OUTPUT = "y"
+SOFTPLUS = "delta_softplus"  # attribute of a node, written only where it is 0: then dt = delta + bias
 BLOCK_STEPS = 7
 
 
@@ -40,7 +41,9 @@ def register_schema() -> None:
         inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in INPUTS],
         outputs=[onnx.defs.OpSchema.FormalParameter(OUTPUT, "T")],
         type_constraints=[("T", ["tensor(float)"], "State and exp are float32.")],
-        attributes=[  # only TensorRT's parser reads the attributes
+        attributes=[
+            onnx.defs.OpSchema.Attribute(SOFTPLUS, onnx.defs.OpSchema.AttrType.INT, required=False),
+            # only TensorRT's parser reads these
             onnx.defs.OpSchema.Attribute("plugin_namespace", onnx.defs.OpSchema.AttrType.STRING, required=False),
             onnx.defs.OpSchema.Attribute("plugin_version", onnx.defs.OpSchema.AttrType.STRING, required=False),
             onnx.defs.OpSchema.Attribute("aot", onnx.defs.OpSchema.AttrType.INT, required=False),
@@ -96,9 +99,36 @@ class Body:
         return str(self.op("Reshape", tensor, self.op("Concat", *dims, axis=0)))
 
 
-def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.FunctionProto:
+def has_softplus(node: onnx.NodeProto) -> bool:
+    """Test whether a scan node computes dt with softplus, as all do whose attribute `delta_softplus` is not 0."""
+    return all(attribute.i for attribute in node.attribute if attribute.name == SOFTPLUS)
+
+
+def add_functions(model: onnx.ModelProto, opset: int) -> None:
+    """Append the portable body of the model's scans, in place. A model without scans gets the body as well.
+
+    If there are scans of both kinds, those without softplus call an overload of the function.
+    """
+    import onnx
+
+    nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+    plain = [node for node in nodes if not has_softplus(node)]
+    if len(plain) < len(nodes) or not nodes:
+        model.functions.append(selective_scan_function(opset))
+    if plain:
+        function = selective_scan_function(opset, softplus=False)
+        if len(plain) < len(nodes):
+            function.overload = SOFTPLUS
+            model.ir_version = max(model.ir_version, onnx.IR_VERSION_2024_3_25)
+        for node in plain:
+            node.overload = function.overload
+        model.functions.append(function)
+
+
+def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS, *, softplus: bool = True) -> onnx.FunctionProto:
     """Return the function evm::SelectiveScan for models that import the default domain at `opset`.
 
+    softplus: False for nodes with the attribute delta_softplus=0.
     opset: at least 18, for Split. The ONNX checker refuses a function whose opset differs from the model's, so the
     function is built per model. The nodes are named SelectiveScan/..; profiles show these names even where a runtime
     or an exporter has inlined the function.
@@ -108,7 +138,9 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     f = Body(f"{OP_TYPE}/")
     zero, one, two, steps = f.const([0]), f.const([1]), f.const([2]), f.const([block_steps])
     batch, L, K, N, D = f.dim("u", 0), f.dim("u", 2), f.dim("A", 0), f.dim("A", 2), f.dim("A", 1)
-    dt = softplus_series(f, f.op("Add", "delta", f.op("Unsqueeze", "bias", one)))
+    dt = f.op("Add", "delta", f.op("Unsqueeze", "bias", one))
+    if softplus:
+        dt = softplus_series(f, dt)
 
     missing = f.op("Mod", f.op("Sub", steps, f.op("Mod", L, steps)), steps)
     # Pads for all axes: ONNX Runtime 1.32 moves a Transpose through a Pad and ignores the Pad's `axes`, then fails.
@@ -133,7 +165,8 @@ def selective_scan_function(opset: int, block_steps: int = BLOCK_STEPS) -> onnx.
     y = f.op("Slice", y, zero, L, two)
     skipped = f.op("Mul", "u", f.op("Unsqueeze", "skip", one))
     f.write("Add", [y, skipped], OUTPUT)
-    return helper.make_function(DOMAIN, OP_TYPE, INPUTS, [OUTPUT], f.nodes, [helper.make_opsetid("", opset)])
+    opsets, attributes = [helper.make_opsetid("", opset)], [] if softplus else [SOFTPLUS]
+    return helper.make_function(DOMAIN, OP_TYPE, INPUTS, [OUTPUT], f.nodes, opsets, attributes)
 
 
 def softplus_series(f: Body, x: str) -> str:

@@ -19,7 +19,16 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 @torch.library.custom_op("evm::selective_scan", mutates_args=())
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    bias: Tensor,
+    delta_softplus: bool = True,
+) -> Tensor:
     """Compute `reference.selective_scan` on torch tensors, in float32 or float64.
 
     float32 tensors on the CPU run on the native kernel if the library is installed; other tensors run in torch. Raises
@@ -28,17 +37,21 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, sk
     inputs = (u, delta, A, B, C, skip, bias)
     _check_shapes(*inputs)
     kernel = native_kernel(inputs)
-    return run_native_scan(kernel, inputs) if kernel else _scan_in_torch(*inputs)
+    return run_native_scan(kernel, inputs, delta_softplus) if kernel else _scan_in_torch(*inputs, delta_softplus)
 
 
-def _scan_in_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+def _scan_in_torch(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor, delta_softplus: bool
+) -> Tensor:
     """Compute the scan block by block along L.
 
     The decays and inflows of a block are computed at once. The recurrence is one fused multiply-add per step into the
     block's buffer. The outputs are one product per block.
     """
     batch, K, L, D = u.shape
-    dt = F.softplus(delta + bias[:, None])
+    dt = delta + bias[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
     inflow = dt * u
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     h = torch.zeros((batch, K, D, A.shape[-1]), dtype=u.dtype, device=u.device)
@@ -58,19 +71,29 @@ def _scan_in_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, sk
 
 
 @selective_scan.register_fake
-def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    bias: Tensor,
+    delta_softplus: bool = True,
+) -> Tensor:
     return torch.empty(u.shape, dtype=u.dtype, device=u.device)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients with the portable scan, which autograd can differentiate."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        return torch.autograd.grad(two_level_scan(*inputs), inputs, grad)
+        return *torch.autograd.grad(two_level_scan(*inputs, delta_softplus=ctx.delta_softplus), inputs, grad), None
 
 
 selective_scan.register_autograd(_backward, setup_context=_save_inputs)

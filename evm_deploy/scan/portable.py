@@ -34,7 +34,17 @@ def chunk_length(L: int) -> int:
     return max(1, round(math.sqrt(L / 2)))
 
 
-def two_level_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
+def two_level_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor,
+    bias: Tensor,
+    *,
+    delta_softplus: bool = True,
+) -> Tensor:
     """Compute `reference.selective_scan` in standard ops, with static shapes and no in-place writes.
 
     The result has the dtype of the inputs.
@@ -42,7 +52,9 @@ def two_level_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, sk
     batch, K, L, D = u.shape
     T = chunk_length(L)
     chunks = -(-L // T)
-    dt = softplus_series(delta + bias[:, None])
+    dt = delta + bias[:, None]
+    if delta_softplus:
+        dt = softplus_series(dt)
     pad = (0, 0, 0, chunks * T - L)  # padded after softplus: a padded step has dt = 0 and keeps the state
 
     def split(x: Tensor) -> Tensor:  # (b, K, L, X) -> (T, b, K, chunks, X)

@@ -33,12 +33,12 @@ def chunk_length(L: int) -> int:
 
 
 def unrolled_scan(
-    reads: dict[str, str], writes: str, L: int, prefix: str, steps: int | None = None
+    reads: dict[str, str], writes: str, L: int, prefix: str, steps: int | None = None, *, softplus: bool = True
 ) -> list[onnx.NodeProto]:
     """Return nodes that compute the tensor `writes` from the tensors `reads`, for sequences of length L.
 
     reads: names of the tensors for u, delta, A, B, C, skip and bias. prefix: prefix of all new names. steps: steps per
-    chunk T, by default `chunk_length(L)`; L need not be a multiple of T.
+    chunk T, by default `chunk_length(L)`; L need not be a multiple of T. softplus: False for dt = delta + bias.
     """
     f = Body(prefix)
     T = steps or chunk_length(L)
@@ -52,7 +52,9 @@ def unrolled_scan(
         return [f.op("Squeeze", part, three) for part in parts]
 
     one, three = f.const([1]), f.const([3])
-    dt = softplus_series(f, f.op("Add", reads["delta"], f.op("Unsqueeze", reads["bias"], one)))
+    dt = f.op("Add", reads["delta"], f.op("Unsqueeze", reads["bias"], one))
+    if softplus:
+        dt = softplus_series(f, dt)
     A = f.op("Unsqueeze", f.op("Transpose", reads["A"], perm=[0, 2, 1]), one)  # (K, 1, N, D)
     rates, inflows = split(dt, 1, -1), split(f.op("Mul", dt, reads["u"]), 1, -1)
     Bs, Cs = split(reads["B"], -1, 1), split(reads["C"], -1, 1)

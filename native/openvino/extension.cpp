@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include <openvino/core/extension.hpp>
@@ -87,15 +88,21 @@ ov::element::Type element(evm::Type type) {
     return type == evm::FLOAT ? ov::element::f32 : type == evm::INT8 ? ov::element::i8 : ov::element::u8;
 }
 
+void set_softplus(evm_scan_args &args, bool softplus) { args.no_softplus = !softplus; }
+void set_softplus(evm_block_args &, bool) {}
+
 // OpenVINO node of an operator. Attribute scan_outputs (blocks only): the node also returns the inputs and the output of its scan,
-// for verification.
+// for verification. Attribute delta_softplus (scans only): if false, dt = delta + bias.
 template <const evm::Op &OP, class Arguments>
 class Node : public ov::op::Op {
-    bool scan_outputs = false;
+    static constexpr bool is_scan = std::is_same<Arguments, evm_scan_args>::value;
+    bool scan_outputs = false, delta_softplus = true;
 
   public:
     Node() = default;
-    Node(const ov::OutputVector &inputs, bool outputs_of_scan) : Op(inputs), scan_outputs(outputs_of_scan) { constructor_validate_and_infer_types(); }
+    Node(const ov::OutputVector &inputs, bool outputs_of_scan, bool softplus) : Op(inputs), scan_outputs(outputs_of_scan), delta_softplus(softplus) {
+        constructor_validate_and_infer_types();
+    }
 
     static const ov::DiscreteTypeInfo &get_type_info_static() {
         static const ov::DiscreteTypeInfo info = [] {
@@ -125,11 +132,12 @@ class Node : public ov::op::Op {
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Node>(inputs, scan_outputs);
+        return std::make_shared<Node>(inputs, scan_outputs, delta_softplus);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
-        if (OP.output_count > 1) visitor.on_attribute("scan_outputs", scan_outputs);
+        if (is_scan) visitor.on_attribute("delta_softplus", delta_softplus);
+        else visitor.on_attribute("scan_outputs", scan_outputs);
         return true;
     }
 
@@ -138,7 +146,9 @@ class Node : public ov::op::Op {
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
         evm::Tensor in[evm::MAX_INPUTS];
         for (size_t i = 0; i < OP.input_count; i++) in[i] = tensor(inputs[i].data(), inputs[i].get_shape());
-        run(OP, in, outputs, Arguments{});
+        Arguments args = {};
+        set_softplus(args, delta_softplus);
+        run(OP, in, outputs, args);
         return true;
     }
 
@@ -168,7 +178,7 @@ template <class Type>
 ov::OutputVector convert(const ov::frontend::NodeContext &context) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < context.get_input_size(); i++) inputs.push_back(context.get_input((int)i));
-    return std::make_shared<Type>(inputs, false)->outputs();
+    return std::make_shared<Type>(inputs, false, context.get_attribute<int64_t>("delta_softplus", 1) != 0)->outputs();
 }
 
 template <class Type>

@@ -26,6 +26,7 @@ typedef struct {
     const float *skip, *bias; /* (K, D) */
     float *y;                 /* (b, K, L, D) */
     int64_t b, K, L, D, N;
+    int64_t no_softplus;      /* if not 0: dt = delta + bias */
 } evm_scan_args;
 
 /* Number of tiles of a scan. */

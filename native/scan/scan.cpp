@@ -10,6 +10,6 @@ extern "C" void EVM_NAME(evm_scan_tile, EVM_ISA)(const evm_scan_args *a, int64_t
     rows.delta = a->delta + row * L * D + channel;
     rows.B = a->B + row * L * N, rows.C = a->C + row * L * N, rows.state_stride = N;
     rows.A = a->A + constant * N, rows.skip = a->skip + constant, rows.bias = a->bias + constant;
-    rows.L = L, rows.N = N;
+    rows.L = L, rows.N = N, rows.no_softplus = a->no_softplus != 0;
     scan_channels(rows, D - channel < EVM_TILE ? D - channel : (int64_t)EVM_TILE);
 }

@@ -25,6 +25,7 @@ struct ScanRows {
     const float *delta;           // delta before softplus; if null, delta = dt times dt_weight (R, stride)
     const float *dt, *dt_weight;
     int64_t R, L, N;
+    bool no_softplus;             // if true, dt = delta + bias
     float *delta_out;             // output array of delta for verification, laid out as u without padding, or null
     int64_t delta_out_stride;
 };
@@ -40,12 +41,13 @@ struct Rows {
     int64_t stride;
 };
 
-// Advance STATES states through a block, in registers. A2: A * log2(e). stride: floats between two steps of B and C.
+// Advance COUNT states, an even number, through a block, in registers. A2: A * log2(e). stride: floats between two steps of B and C.
 // next: rows that the next block reads and writes in these channels. They are prefetched here because their cache lines are
 // too far apart for the hardware prefetcher; the prefetches are spread over the steps, so that memory and arithmetic overlap.
+template <int COUNT>
 inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
-    vec h[STATES];
-    for (int n = 0; n < STATES; n++) h[n] = states[n];
+    vec h[COUNT];
+    for (int n = 0; n < COUNT; n++) h[n] = states[n];
     for (int t = 0; t < block.steps; t++) {
         __builtin_prefetch(next.u + t * next.stride);
         __builtin_prefetch(next.delta + t * next.stride);
@@ -54,7 +56,7 @@ inline void advance(Block &block, const vec *A2, vec *states, const float *B, co
         vec even = load(block.y + t * LANES), odd = broadcast(0.f);  // two accumulators: half the latency
         const float *b = B + t * stride, *c = C + t * stride;
 #pragma GCC unroll 16
-        for (int n = 0; n < STATES; n += 2) {
+        for (int n = 0; n < COUNT; n += 2) {
             h[n] = exp2_above_floor(dt * A2[n]) * h[n] + x * b[n];
             even += h[n] * c[n];
             h[n + 1] = exp2_above_floor(dt * A2[n + 1]) * h[n + 1] + x * b[n + 1];
@@ -62,7 +64,23 @@ inline void advance(Block &block, const vec *A2, vec *states, const float *B, co
         }
         store(block.y + t * LANES, even + odd);
     }
-    for (int n = 0; n < STATES; n++) states[n] = h[n];
+    for (int n = 0; n < COUNT; n++) states[n] = h[n];
+}
+
+// Number of states that are advanced at once for a scan of `used` states: 2, 4, 8 or STATES. VMamba has one state.
+inline int states_at_once(int used) {
+    int count = STATES;
+    while (count > 2 && count / 2 >= used) count /= 2;
+    return count;
+}
+
+// Advance `padded` states through a block, `at_once` at a time.
+inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
+    if (!padded) return;  // no states: y is skip * u
+    if (at_once == 2) return advance<2>(block, A2, states, B, C, stride, next);
+    if (at_once == 4) return advance<4>(block, A2, states, B, C, stride, next);
+    if (STATES > 8 && at_once == 8) return advance<8>(block, A2, states, B, C, stride, next);
+    for (int n = 0; n < padded; n += STATES) advance<STATES>(block, A2 + n, states + n, B + n, C + n, stride, next);
 }
 
 inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t count) {
@@ -79,7 +97,8 @@ inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t c
     const vec bias = load_some(rows.bias + channel, count), skip = load_some(rows.skip + channel, count);
     for (int t = 0; t < block.steps; t++) {
         const int64_t at = (start + t) * rows.stride + channel;
-        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count), dt = softplus(delta + bias);
+        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count);
+        const vec dt = rows.no_softplus ? delta + bias : softplus(delta + bias);
         if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, delta, count);
         store(block.dt + t * LANES, dt);
         store(block.inflow + t * LANES, dt * x);
@@ -92,7 +111,8 @@ inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t c
 void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
     constexpr int VECTORS = EVM_TILE / LANES;
     const int64_t N = rows.N;
-    const int used = (int)(N - first < GROUP ? N - first : GROUP), padded = (used + STATES - 1) / STATES * STATES;
+    const int used = (int)(N - first < GROUP ? N - first : GROUP), at_once = states_at_once(used);
+    const int padded = (used + at_once - 1) / at_once * at_once;
     const bool in_place = used == padded;  // B and C need no padded copy
     vec A2[VECTORS][GROUP], h[VECTORS][GROUP];
     for (int v = 0; v * LANES < channels; v++)
@@ -122,7 +142,7 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
             prepare(block, rows, start, channel, count, first == 0);
             const int64_t at = (start + STEPS) * rows.stride + channel;
             const Rows next = {rows.u + at, (rows.delta ? rows.delta : rows.u) + at, rows.y + at, rows.stride};
-            for (int n = 0; n < padded; n += STATES) advance(block, A2[v] + n, h[v] + n, blockB + n, blockC + n, stride, next);
+            advance_all(block, padded, at_once, A2[v], h[v], blockB, blockC, stride, next);
             for (int t = 0; t < block.steps; t++)
                 store_some(rows.y + (start + t) * rows.stride + channel, load(block.y + t * LANES), count);
         }

@@ -4,6 +4,7 @@
 // A block of 128 threads scans 8 channels of one direction, 16 steps at a time. In the recurrence a thread computes one state of
 // one channel. Before and after it, a thread computes one step of one channel, so that 8 channels are one sector of memory.
 // Sums over the states go through shared memory, in rows of 17 words: 32 rows that are summed at once have no bank conflict.
+// The kernels named _dt compute dt = delta + bias, without softplus.
 // Launch: grid (ceil(D / 8), K, b), block 128, no dynamic shared memory. Any b, K, L, D; N from 1 to 16.
 // The next tile is loaded while the current one is computed. Only cuda_fp16.h is included: NVRTC has no system headers.
 #include "selective_scan.h"
@@ -33,7 +34,7 @@ __device__ inline float exp2_fast(float x) {
 
 __device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-template <typename T>
+template <bool SOFTPLUS, typename T>
 __device__ inline void scan(const T* u, const T* delta, const float* A, const T* B, const T* C, const float* skip,
                             const float* bias, int L, int D, int N, T* y) {
     __shared__ float inflow[kSteps][kChannels], rate[kSteps][kChannels];
@@ -71,7 +72,8 @@ __device__ inline void scan(const T* u, const T* delta, const float* A, const T*
     fetch(0);
     for (int start = 0; start < L; start += kSteps) {
         const bool inside = mine && start + step < L;
-        const float now_u = next_u, dt = inside ? softplus(next_delta + channel_bias) : 0.0f;  // dt = 0 keeps h
+        const float now_u = next_u, raw = next_delta + channel_bias;
+        const float dt = inside ? (SOFTPLUS ? softplus(raw) : raw) : 0.0f;  // dt = 0 keeps h
         rate[step][channel] = dt;
         inflow[step][channel] = dt * now_u;
         for (int half = 0; half < 2; half++) {
@@ -95,5 +97,7 @@ __device__ inline void scan(const T* u, const T* delta, const float* A, const T*
 
 }  // namespace
 
-EVM_SCAN_KERNEL(evm_scan_f32, float) { scan(u, delta, A, B, C, skip, bias, L, D, N, y); }
-EVM_SCAN_KERNEL(evm_scan_f16, __half) { scan(u, delta, A, B, C, skip, bias, L, D, N, y); }
+EVM_SCAN_KERNEL(evm_scan_f32, float) { scan<true>(u, delta, A, B, C, skip, bias, L, D, N, y); }
+EVM_SCAN_KERNEL(evm_scan_f16, __half) { scan<true>(u, delta, A, B, C, skip, bias, L, D, N, y); }
+EVM_SCAN_KERNEL(evm_scan_dt_f32, float) { scan<false>(u, delta, A, B, C, skip, bias, L, D, N, y); }
+EVM_SCAN_KERNEL(evm_scan_dt_f16, __half) { scan<false>(u, delta, A, B, C, skip, bias, L, D, N, y); }

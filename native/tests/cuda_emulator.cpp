@@ -52,7 +52,7 @@ struct Call {
     const float *A, *skip, *bias;
     int L, D, N;
     void* y;
-    int half;
+    int half, no_softplus;
 } call;
 std::vector<char> done;
 
@@ -67,7 +67,8 @@ void run(Kernel<T> kernel) {
 
 void body() {
     threadIdx.x = current;
-    call.half ? run(evm_scan_f16) : run(evm_scan_f32);
+    if (call.no_softplus) call.half ? run(evm_scan_dt_f16) : run(evm_scan_dt_f32);
+    else call.half ? run(evm_scan_f16) : run(evm_scan_f32);
     done[current] = 1;
 }
 
@@ -94,8 +95,8 @@ void run_block(int threads, bool backwards) {
 
 extern "C" void evm_emulate(const void* u, const void* delta, const float* A, const void* B, const void* C, const float* skip,
                             const float* bias, int L, int D, int N, void* y, int half, const int32_t* grid, int threads,
-                            int backwards) {
-    call = {u, delta, B, C, A, skip, bias, L, D, N, y, half};
+                            int backwards, int no_softplus) {
+    call = {u, delta, B, C, A, skip, bias, L, D, N, y, half, no_softplus};
     fibers = std::vector<Fiber>(threads);
     gridDim = {grid[0], grid[1], grid[2]};
     for (int z = 0; z < grid[2]; z++)

@@ -85,7 +85,7 @@ void run_scan() {
     float *in[7];
     for (int i = 0; i < 7; i++) in[i] = read_array(counts[i], names[i]);
     Guarded y("y", b * K * L * D);
-    evm_scan_args args = {in[0], in[1], in[2], in[3], in[4], in[5], in[6], y.data, b, K, L, D, N};
+    evm_scan_args args = {in[0], in[1], in[2], in[3], in[4], in[5], in[6], y.data, b, K, L, D, N, 0};
     for (int64_t tile = evm_scan_num_tiles(&args); tile--;) evm_scan_run_tile(&args, tile);
     y.finish(true);
     for (float *array : in) free(array);

@@ -194,7 +194,9 @@ def _register_scan() -> None:
 
     @register_torch_op(torch_alias=[OP], override=True)  # type: ignore[untyped-decorator]
     def selective_scan(context: Any, node: Any) -> None:
-        y = mil.selective_scan(*_get_inputs(context, node, expected=7), prefix=scan_prefix(next(_scan_paths.get())))
+        *tensors, softplus = _get_inputs(context, node, expected=8)
+        prefix = scan_prefix(next(_scan_paths.get()))
+        y = mil.selective_scan(*tensors, delta_softplus=bool(softplus.val), prefix=prefix)
         context.add(y, torch_name=node.name)
 
 

@@ -28,7 +28,7 @@ def scan_site(program: Program, path: str) -> ScanSite:
         if name.startswith(prefix):
             ops[name.removeprefix(prefix + "_").removesuffix("_cast_fp16")] = op
     try:
-        delta = ops.get("delta") or ops["softplus_0"]  # a bias of zeros is optimised away
+        delta = ops.get("delta") or ops.get("softplus_0") or ops["u"]  # a bias of zeros is optimised away
         reads = {"delta": str(delta.variables["x"]), "u": str(ops["u"].variables["y"])}
         reads |= {key: str(ops[key].variables["x"]) for key in ("B", "C")}
         writes = ops["y"].results[0].name
@@ -73,12 +73,11 @@ class CoreMlScanAccess:
         return self.runtime.run({site.reads[key]: value for key, value in feeds.items()}, [site.writes])[site.writes]
 
     def _constants(self, site: ScanSite, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Return the program's A (K, D, N), skip and bias (K, D). A scan of a single step needs and has no A."""
+        """Return those of A (K, D, N), skip and bias (K, D) that the program has under the scan's own name.
+
+        The others were optimised away: A of a single step, skip of ones, bias of zeros, a copy of another scan's.
+        """
         _, K, _, D = values[site.reads["u"]].shape
         program = self.runtime.program
         found = {key: program.constants[site.reads[key]].numpy() for key in ("A", "skip", "bias") if key in site.reads}
-        return {
-            **({"A": found["A"][:K].reshape(K, D, -1)} if "A" in found else {}),  # the program tiles A over the batch
-            "skip": found["skip"].reshape(K, D) if "skip" in found else np.ones((K, D), np.float32),
-            "bias": found["bias"].reshape(K, D) if "bias" in found else np.zeros((K, D), np.float32),
-        }
+        return {key: value[:K].reshape(K, D, -1) if key == "A" else value.reshape(K, D) for key, value in found.items()}

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evm_deploy._util.packages import install_hint
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.errors import ToolchainError
+from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
@@ -115,6 +116,9 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
     import torch
     from torch import nn
 
+    from evm_deploy.model.foreign.look import named_tensors
+    from evm_deploy.model.foreign.running import foreign_code
+
     probabilities = plan.head == PROBABILITIES
 
     def probabilities_of(logits: Tensor) -> Tensor:
@@ -135,8 +139,11 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
-            found = self.model(x)
-            values = found if isinstance(found, (tuple, list)) else (found,)
+            with foreign_code():
+                values = [value for _, value in named_tensors(self.model(x))]
+            if len(values) != len(self.outputs):
+                names = ", ".join(self.outputs)
+                raise UsageError(f"{network.spec.name} returns {len(values)} tensors, but its outputs are {names}")
             return tuple(
                 probabilities_of(value) if name == PROBABILITIES else value
                 for name, value in zip(self.outputs, values, strict=True)
@@ -178,7 +185,7 @@ def _trace(model: Any, plan: ExportPlan) -> Graph:
 
         proto = _export(model, plan)
         name_after_modules(proto, root=ROOT)
-        proto.functions.append(onnx_function.selective_scan_function(plan.opset or DEFAULT_OPSET))
+        onnx_function.add_functions(proto, plan.opset or DEFAULT_OPSET)
         proto = _simplify(proto)
         name_after_neighbours(proto)
         name_values_after_nodes(proto)
@@ -200,8 +207,11 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     onnx_function.register_schema()
     evm = onnxscript.values.Opset(onnx_function.DOMAIN, onnx_function.VERSION)
 
-    def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any) -> Any:
-        return evm.SelectiveScan(u, delta, A, B, C, skip, bias)
+    def selective_scan(
+        u: Any, delta: Any, A: Any, B: Any, C: Any, skip: Any, bias: Any, delta_softplus: bool = True
+    ) -> Any:
+        attributes = {} if delta_softplus else {onnx_function.SOFTPLUS: 0}
+        return evm.SelectiveScan(u, delta, A, B, C, skip, bias, **attributes)
 
     dtype = torch.uint8 if plan.input == "image" else torch.float32
     example = torch.zeros(
@@ -210,19 +220,27 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     dynamic = None
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
-    with silence_libraries():
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            opset_version=plan.opset or DEFAULT_OPSET,
-            input_names=[plan.input],
-            output_names=list(model.outputs),
-            dynamic_shapes=dynamic,
-            custom_translation_table={torch.ops.evm.selective_scan.default: selective_scan},
-            optimize=False,  # done below: the exporter's folding would name convolutions after their norms
-        )
+    try:
+        with silence_libraries():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                opset_version=plan.opset or DEFAULT_OPSET,
+                input_names=[plan.input],
+                output_names=list(model.outputs),
+                dynamic_shapes=dynamic,
+                custom_translation_table={
+                    torch.ops.evm.selective_scan.default: selective_scan,
+                    **scatter_translations(plan.opset or DEFAULT_OPSET),
+                },
+                optimize=False,  # done below: the exporter's folding would name convolutions after their norms
+            )
+    except EvmError:
+        raise
+    except Exception as error:  # of torch's tracer, on code of others
+        raise _not_traceable(error) from error
     if program is None:
         raise ToolchainError(
             f"torch.onnx.export of torch {torch.__version__} returned nothing",
@@ -233,6 +251,22 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
         program.optimize()
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def _not_traceable(error: Exception) -> EvmError:
+    """Return the reason why torch cannot trace a network, with the place in its code."""
+    from evm_deploy.model.foreign.look import innermost, reason
+
+    cause = innermost(error)
+    if isinstance(cause, EvmError):
+        return cause
+    why = reason(error)
+    if "data-dependent" in why.lower():
+        return UsageError(
+            f"the network's path depends on the values of its input: {why}",
+            "an artifact has one path: use torch.where, or a constant in place of the condition",
+        )
+    return ToolchainError(f"torch cannot trace the network: {why}", "report this, with the output of evm-doctor")
 
 
 def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -62,6 +62,8 @@ class OnnxScanAccess:
             with OnnxRuntime(scan_alone(self.model).SerializeToString(), plugin=self.plugin) as runtime:
                 return runtime.run({**feeds, **fixed})[onnx_function.OUTPUT]
         extracted = Extractor(self.model).extract_model(list(reads.values()), [site.writes])
+        del extracted.functions[:]  # onnx 1.23 loses overloads
+        extracted.functions.extend(self.model.functions)
         with OnnxRuntime(extracted.SerializeToString(), plugin=self.plugin) as runtime:
             values = runtime.run({reads[key]: value for key, value in feeds.items()})
         return values[site.writes]

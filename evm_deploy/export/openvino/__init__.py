@@ -105,7 +105,10 @@ def unrolled(proto: onnx.ModelProto) -> onnx.ModelProto:
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for function in proto.functions:
         if function.name == onnx_function.OP_TYPE:
-            function.CopyFrom(onnx_function.selective_scan_function(opset, BLOCK_STEPS))
+            softplus = onnx_function.SOFTPLUS not in function.attribute
+            longer = onnx_function.selective_scan_function(opset, BLOCK_STEPS, softplus=softplus)
+            longer.overload = function.overload
+            function.CopyFrom(longer)
     return inlined(proto)
 
 

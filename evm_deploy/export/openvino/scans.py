@@ -36,19 +36,22 @@ class OpenVinoScanAccess:
                 nodes[site.inside].set_attribute("scan_outputs", True)
         tapped.validate_nodes_and_infer_types()
         by_name = outputs_by_name(tapped)
-        wanted = []
+        wanted: dict[str, Any] = {}  # name -> output: scans may share a tensor
+        names: dict[tuple[str, str], str] = {}
         for site in self.sites:
             if site.inside:
                 outputs = dict(zip(SCAN_OUTPUTS, nodes[site.inside].outputs()[1:], strict=True))
             else:
                 outputs = {**{key: by_name[site.reads[key]] for key in SCAN_READS}, "y": by_name[site.writes]}
             for key, output in outputs.items():
-                output.get_tensor().set_names({f"{site.name}/{key}"})
-                wanted.append(output)
-        tapped.add_outputs(wanted)
+                name = f"{output.get_node().friendly_name}:{output.get_index()}"
+                names[site.name, key] = name
+                output.get_tensor().set_names({name})
+                wanted[name] = output
+        tapped.add_outputs([*wanted.values()])
         with OpenVinoRuntime(tapped, RunOptions(plugin=self.plugin)) as runtime:
             values = runtime.run(feeds)
-        return [{key: values[f"{site.name}/{key}"] for key in SCAN_OUTPUTS} for site in self.sites]
+        return [{key: values[names[site.name, key]] for key in SCAN_OUTPUTS} for site in self.sites]
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
         """Run scan `index` by itself on u, delta, B and C. Returns y."""

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evm_deploy.errors import ToolchainError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import ScanSite, check, scan_sites
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.tensorrt import kernel
-from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE
+from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE, has_softplus
 from evm_deploy.scan.unrolled import unrolled_scan
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelPr
 def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
     """Mark every scan with its plugin. Returns how many. "aot" embeds the kernel, "plugin" needs a library for it.
 
-    Raises UsageError for a scan that the kernel does not support.
+    Raises UsageError for a scan that the kernel does not support, such as one without softplus.
     """
     from onnx import helper
 
@@ -57,6 +57,8 @@ def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
     nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
     attributes = {**PLUGIN_ATTRIBUTES, **({"aot": 1} if plan.scan == "aot" else {})}
     for node in nodes:
+        if not has_softplus(node):
+            raise UsageError(f"{node.name}: the plugins have no scan without softplus", "use --scan portable")
         K, D, N = shapes[node.input[2]]
         kernel.check_scan(plan.batch.max or 1, K, D, N)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
@@ -78,7 +80,8 @@ def unroll(model: onnx.ModelProto) -> int:
             continue
         names = ("u", "delta", "A", "B", "C", "skip", "bias")
         reads = dict(zip(names, node.input, strict=True))
-        kept += unrolled_scan(reads, node.output[0], lengths[node.output[0]], f"{node.name}/")
+        softplus = has_softplus(node)
+        kept += unrolled_scan(reads, node.output[0], lengths[node.output[0]], f"{node.name}/", softplus=softplus)
         count += 1
     del model.graph.node[:]
     model.graph.node.extend(kept)

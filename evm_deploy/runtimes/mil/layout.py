@@ -26,6 +26,12 @@ def transpose(x: Any, perm: Sequence[int]) -> Any:
 
 
 @rule
+def reverse(x: Any, axes: Sequence[int] | None = None) -> Any:
+    """Reverse the order along `axes`, or along all axes if None."""
+    return x.flip(list(axes) if axes is not None else list(range(x.dim())))
+
+
+@rule
 def expand_dims(x: Any, axes: Sequence[int]) -> Any:
     """Insert axes of size 1. `axes` count in the shape of the result."""
     rank = x.dim() + len(axes)

@@ -25,12 +25,15 @@ def _elementwise() -> dict[str, Rule]:
     import torch.nn.functional as F
 
     one: dict[str, Callable[..., Any]] = {
+        "abs": torch.abs,
+        "erf": torch.erf,
         "exp": torch.exp,
         "identity": torch.clone,
         "relu": torch.relu,
         "sigmoid": torch.sigmoid,
         "silu": F.silu,
         "softplus": F.softplus,
+        "square": torch.square,
         "sqrt": torch.sqrt,
         "tanh": torch.tanh,
     }
@@ -39,11 +42,38 @@ def _elementwise() -> dict[str, Rule]:
         "maximum": torch.maximum,
         "minimum": torch.minimum,
         "mul": torch.mul,
+        "pow": torch.pow,
         "real_div": torch.true_divide,
         "sub": torch.sub,
     }
     rules: dict[str, Rule] = {name: lambda x, apply=apply: apply(x) for name, apply in one.items()}
     return rules | {name: lambda x, y, apply=apply: apply(tensor(x), tensor(y)) for name, apply in two.items()}
+
+
+@rule
+def rsqrt(x: Any, epsilon: Any = 1e-12) -> Any:
+    """Compute 1 / sqrt(x + epsilon)."""
+    return (x + epsilon).rsqrt()
+
+
+@rule
+def log(x: Any, epsilon: Any = 1e-45) -> Any:
+    """Compute the natural logarithm of x + epsilon."""
+    return (x + epsilon).log()
+
+
+@rule
+def clip(x: Any, alpha: Any, beta: Any) -> Any:
+    """Limit the values to alpha..beta."""
+    return x.clamp(float(alpha), float(beta))
+
+
+@rule
+def cumsum(x: Any, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> Any:
+    """Compute the running sum along an axis. Raises UnsupportedError for an exclusive or reversed one."""
+    if exclusive or reverse:
+        raise UnsupportedError("cumsum that is exclusive or reversed")
+    return x.cumsum(axis)
 
 
 @rule

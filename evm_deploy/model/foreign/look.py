@@ -1,0 +1,138 @@
+"""A first look at a module before its export: one run that finds what no artifact could reproduce."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.model.foreign.running import foreign_code
+
+#: Operations of one run above which a graph takes minutes to load. The largest network tried has 2500.
+MOST_OPERATIONS = 30_000
+SCAN = "evm::selective_scan"
+READ = "aten::_local_scalar_dense"  # bool(tensor), int(tensor), tensor.item()
+OURS, TORCH = (str(Path(module.__file__ or "").parent) for module in (sys.modules["evm_deploy"], torch))
+
+
+@dataclass(frozen=True)
+class Look:
+    """Facts of one run. outputs: tensors by name. scans: number of scans. reads: `file:line` where values are read."""
+
+    outputs: dict[str, Tensor]
+    scans: int
+    reads: tuple[str, ...]
+
+
+def look_at(module: nn.Module, example: Tensor) -> Look:
+    """Run a module in eval mode on an example input, and twice on the same. Raises UsageError, with the reason.
+
+    Refused are modules that raise, return something else than tensors, or give different outputs for the same input,
+    and runs of more than MOST_OPERATIONS operations.
+    """
+    watch = _Watch()
+    with torch.no_grad(), foreign_code():
+        first = _run(module, example)  # some modules make their tensors in the first run
+        with watch:
+            outputs = _run(module, example)
+    if watch.total > MOST_OPERATIONS:
+        place, count = watch.lines.most_common(1)[0]
+        raise UsageError(
+            f"one run of the network is {watch.total} operations, {count} of them at {place}: a loop over the tokens",
+            "import the network within evm_deploy.cpu_mamba(), or register the op in place of the loop",
+        )
+    for name, value in outputs.items():
+        differ = first[name].shape != value.shape or not torch.equal(first[name].nan_to_num(), value.nan_to_num())
+        if differ and not torch.allclose(first[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
+            raise UsageError(
+                f"the network is random at inference: output {name} differs between two runs on the same input",
+                "replace the random operation, such as dropout or gumbel_softmax, by its mean behaviour",
+            )
+    return Look(outputs, watch.scans, tuple(watch.reads))
+
+
+def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    try:
+        return dict(named_tensors(module(example)))
+    except EvmError:
+        raise
+    except Exception as error:  # code of others
+        raise UsageError(
+            f"the network does not run on an input {list(example.shape)}: {reason(error)}",
+            "give an example input that the network takes; its package may have to be imported in cpu_mamba()",
+        ) from error
+
+
+def named_tensors(found: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a module's result: a tensor, or tuples, lists and dicts of these. None is left out.
+
+    Keys of a dict are names; items of a sequence have the sequence's name and a number, if there are several. A name
+    is `output` where there is no key. Raises UsageError for a value of another type.
+    """
+    if isinstance(found, Tensor):
+        yield name or "output", found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from named_tensors(value, f"{name}_{key}" if name else str(key))
+    elif isinstance(found, Sequence) and not isinstance(found, str):
+        several = len(found) > 1
+        for number, value in enumerate(found):
+            yield from named_tensors(value, f"{name or 'output'}{number}" if several else name)
+    elif found is not None:
+        raise UsageError(f"the network returns a {type(found).__name__}", "wrap it in a module that returns tensors")
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the first of the exceptions that led to this one."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an exception's innermost cause, and `file:line` of the last code that is not torch's."""
+    error = innermost(error)
+    trace, place = error.__traceback__, ""
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((OURS, TORCH, "<")):
+            place = f" ({file}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}{place}"
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count of the operations of a run: in all, by line of code, scans, and the lines that read a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = self.scans = 0
+        self.lines: Counter[str] = Counter()
+        self.reads: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        self.total += 1
+        self.scans += name == SCAN
+        place = _place()
+        self.lines[place] += 1
+        if name == READ:
+            self.reads[place] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _place() -> str:
+    """Return `file:line` of the innermost frame that is neither torch's nor ours."""
+    frame: Any = sys._getframe(2)
+    while frame and frame.f_code.co_filename.startswith((OURS, TORCH)):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""

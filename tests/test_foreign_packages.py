@@ -1,0 +1,102 @@
+"""Mamba packages of PyPI, unmodified and installed without their dependencies, through every target."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import evm_deploy
+from evm_deploy.export import ExportPlan, export
+from evm_deploy.export.source import Source
+from evm_deploy.export.targets import load_targets
+from evm_deploy.model import Network
+from tests.toolchains import need
+
+pytestmark = pytest.mark.slow
+WIDTH = 64
+SIZE = (64, 96)
+
+
+class OnPatches(nn.Module):
+    """A layer of others on the patches of an image. tokens: (b, L, C) -> (b, L, C), else (b, H, W, C)."""
+
+    def __init__(self, layer, tokens=True):
+        super().__init__()
+        self.stem, self.layer, self.tokens = nn.Conv2d(3, WIDTH, 8, stride=8), layer, tokens
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        if not self.tokens:
+            return self.layer(x)
+        return self.layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+
+def seed(module):
+    """Weights with which the recurrence matters: a small D, dt of 0.01 to 2."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            leaf = name.rpartition(".")[2]
+            if leaf in ("D", "Ds", "D_b"):
+                value.fill_(0.1)
+            elif "dt" in name and (leaf.endswith("bias") or value.dim() < 2):
+                value.copy_(torch.log(torch.expm1(torch.logspace(-2, 0.3, value.numel()).reshape(value.shape))))
+            elif value.dim() > 1 and "A_log" not in leaf:
+                value.copy_(torch.randn_like(value) / value[0].numel() ** 0.5)
+    return module
+
+
+def mambapy():
+    vim = importlib.import_module("mambapy.vim")
+    return OnPatches(vim.VMamba(vim.MambaConfig(d_model=WIDTH, n_layers=2, use_cuda=True)))
+
+
+def bidirectional():
+    package = importlib.import_module("bidirectional_mamba")
+    return OnPatches(package.BiMambaStack(WIDTH, 2, d_state=32, headdim=32))
+
+
+def opensr():
+    """The package imports timm for three small functions; this project does not have timm."""
+    timm = {name: ModuleType(name) for name in ("timm", "timm.models", "timm.models.layers")}
+    timm["timm.models.layers"].to_2tuple = lambda x: (x, x)
+    timm["timm.models.layers"].trunc_normal_ = nn.init.trunc_normal_
+    timm["timm"].models, timm["timm.models"].layers = timm["timm.models"], timm["timm.models.layers"]
+    timm["timm"].layers = timm["timm.models.layers"]
+    sys.modules.update(timm)
+    try:
+        model = importlib.import_module("opensr_mamba.mamba.model")
+    finally:
+        for name in timm:
+            del sys.modules[name]
+    return OnPatches(model.SS2D(WIDTH, d_state=16), tokens=False)
+
+
+#: Scans; those of Mamba-2 are standard operations.
+PACKAGES = {"mambapy": (mambapy, 4), "bidirectional": (bidirectional, 0), "opensr": (opensr, 1)}
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def package(request):
+    need("Mambas of PyPI")
+    make, scans = PACKAGES[request.param]
+    with evm_deploy.cpu_mamba():
+        module = seed(make())
+    return Source(Network.of(module, torch.rand(1, 3, *SIZE), name=request.param)), scans
+
+
+@pytest.mark.parametrize("target", load_targets())
+def test_a_package_of_others_on_every_target(target, package, tmp_path):
+    source, scans = package
+    for scan in ("auto", "portable"):
+        manifest = export(source, ExportPlan(target, "fp32", scan=scan), tmp_path / scan).manifest
+        parity = manifest.parity
+        scale = parity["limit"] / ExportPlan("onnx", "fp32").tolerance
+        assert parity["ok"] and parity["max_abs"] <= (1e-5 if scans else 2e-5) * scale
+        assert len({each["name"] for each in parity["scans"]}) == scans
+        assert any("no scan" in note for note in manifest.notes) is not bool(scans)
