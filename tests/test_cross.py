@@ -168,7 +168,7 @@ def test_a_bundle_carries_its_library_which_runs_when_asked_for(host_bundle, mon
     assert manifest.plugins == {HOST: inside}
     assert inside in manifest.files
     assert inside in (host_bundle.path / "README.md").read_text()
-    assert not manifest.notes
+    assert not [note for note in manifest.notes if note.startswith("plugins/")]
     with load(host_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")
     monkeypatch.setattr("evm_deploy.toolchain.plugins.find_plugin", lambda runtime: None)
@@ -198,7 +198,7 @@ def test_a_damaged_library_is_not_loaded(host_bundle, tmp_path):
 
 
 def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypatch):
-    assert other_bundle.manifest.notes == [
+    assert [note for note in other_bundle.manifest.notes if note.startswith("plugins/")] == [
         f"plugins/{OTHER} was compiled but not run: check it on the device with evm-run --selftest"
     ]
     with load(other_bundle.path) as loaded:
@@ -295,8 +295,9 @@ def test_another_ziglang_compiles_again(no_cache, monkeypatch):
     assert cross_compile.cached_path("onnxruntime", OTHER) != before
 
 
-def test_a_cache_that_cannot_be_written_says_where(no_cache, monkeypatch, tmp_path):
+def test_without_a_cache_the_library_is_still_compiled(no_cache, monkeypatch, tmp_path):
+    """A cache is a convenience: a folder that cannot be made is a note."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ToolchainError, match=r"file/evm-deploy(?s:.*)set XDG_CACHE_HOME"):
-        cross_compile.library("onnxruntime", OTHER)
+    assert cross_compile.library("onnxruntime", OTHER).read_bytes() == b"a library"
+    assert no_cache == [OTHER]

@@ -95,7 +95,7 @@ def test_a_package_its_own_weights_and_names(folder, capsys):
         (("--model", "someones_net.py:build", "--model-arg", "width=open('x')"), "--model-arg \"width=open('x')\""),
         (("--model", "someones_net.py:broken"), "someones_net.py:broken fails: RuntimeError"),
         (("--model", "someones_net.py:number"), "is a int, not a function, class or module"),
-        (("--model", "someones_net.py:Tiny", "w.pth"), "missing head.bias"),
+        (("--model", "someones_net.py:Tiny", "w.pth"), "no tensor of it is named mamba.out_proj.weight"),
         (("--outputs", "a"), "--outputs needs --model"),
         (("--model", "someones_net.py:Tiny", "--task", "dance"), "dance"),
     ],
