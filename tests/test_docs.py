@@ -88,7 +88,7 @@ PROGRAMS = {
 }
 LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
-ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix", "GPU", "NPU")  # need a board, a GPU, minutes
+ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU")  # need what is not here
 
 
 def documented_commands() -> list[str]:

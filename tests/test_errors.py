@@ -82,7 +82,7 @@ SCENES = {
         ("logits differ by", "limit", "kept for inspection", ".rejected"),
     ),
     "AccuracyError": Scene(inaccurate, ("w8 is not accurate enough", "kept for inspection", ".rejected")),
-    "LatencyError": Scene(slow, ("ms", "limit: 0.01 ms", "judged")),
+    "LatencyError": Scene(slow, ("ms", "limit: 0.01 ms", "checked")),
 }
 
 

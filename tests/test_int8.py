@@ -42,7 +42,7 @@ def cache(monkeypatch, tmp_path_factory):
 
 
 def plan(calib, **changes):
-    """Not smoothed: that is calibrated and judged in tests of its own."""
+    """Not smoothed: that is calibrated and evaluated in tests of its own."""
     return ExportPlan("onnx", **{"precision": "int8", "calib": str(calib), "smooth": "off", **changes})
 
 

@@ -156,11 +156,11 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
 def test_without_cmake_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(openvino_extension.shutil, "which", lambda name, path: None)
-    with pytest.raises(ToolchainError, match=r"CMake is not installed(?s:.*)evm-deploy\[openvino\]"):
+    with pytest.raises(ToolchainError, match=r"CMake is not installed(?s:.*)pip install .*\[openvino\]"):
         extension()
 
 
 def test_without_openvino_it_says_so(monkeypatch):
     monkeypatch.setattr(openvino_extension, "find_spec", lambda name: None)
-    with pytest.raises(ToolchainError, match=r"openvino is not installed(?s:.*)evm-deploy\[run-openvino\]"):
+    with pytest.raises(ToolchainError, match=r"openvino is not installed(?s:.*)pip install .*\[run-openvino\]"):
         extension()

@@ -1,4 +1,4 @@
-"""int8 in OpenVINO: the same quantised graph as ONNX, judged as OpenVINO computes it."""
+"""int8 in OpenVINO: the same quantised graph as ONNX, evaluated as OpenVINO computes it."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_comparing(times):
 )
 def test_a_regression_fails_when_it_is_one(old, new, limit, fails):
     pairs = compare([record(median=old[0], spread=old[1])], [record(median=new[0], spread=new[1])]).pairs
-    error = Gate(max_regression=limit).judge((), pairs)[1]
+    error = Gate(max_regression=limit).check((), pairs)[1]
     assert ("1.20x the old time" in str(error)) if fails else error is None
 
 
@@ -460,9 +460,9 @@ SLOW_TORCH = record("torch", "fp32", 9.0)
 @pytest.mark.parametrize(
     ("records", "flags", "code", "says"),
     [
-        ([FP32, SLOW_TORCH], ["--max-latency", "2ms"], 0, "judged: evm_tiny-onnx-fp32-64x64"),
+        ([FP32, SLOW_TORCH], ["--max-latency", "2ms"], 0, "checked: evm_tiny-onnx-fp32-64x64"),
         ([FP32, SLOW_TORCH], ["--max-latency", "0.5ms"], 6, "p50 1.00 ms (limit: 0.5 ms)"),
-        ([SLOW_TORCH], ["--max-latency", "20ms"], 2, "no measured bundle to judge"),
+        ([SLOW_TORCH], ["--max-latency", "20ms"], 2, "no measured bundle to check"),
         ([replace(FP32, stable=False)], ["--max-latency", "2ms"], 6, "not stable"),
         ([FP32, record("onnx", "int8", 9.0, accuracy={**JUDGED, "drop": 5.0})], ["--max-latency", "2ms"], 0, "-5.00"),
         ([FP32, record("onnx", "int8", 9.0)], ["--max-latency", "2ms"], 6, "onnx-int8"),
@@ -472,7 +472,7 @@ SLOW_TORCH = record("torch", "fp32", 9.0)
         ([FP32], ["--select", "onnx"], 2, "--select needs"),
     ],
 )
-def test_a_latency_gate_judges_the_bundles_that_can_ship(records, flags, code, says, tmp_path, capsys):
+def test_a_latency_gate_checks_the_bundles_that_can_ship(records, flags, code, says, tmp_path, capsys):
     found, err = ruled(records, *flags, tmp_path=tmp_path, capsys=capsys)
     assert found == code and says in err
 
@@ -490,8 +490,8 @@ def test_a_latency_gate_needs_a_measurement(micro_bundle, tmp_path, capsys):
     [
         ([FP32, INT8], [FP32], [], 0, ""),
         ([FP32, INT8], [FP32], ["--max-regression", "5%"], 6, "measured in OLD, missing in NEW"),
-        ([FP32, INT8], [FP32], ["--max-regression", "5%", "--select", "onnx"], 0, "judged"),
-        ([FP32, SLOW_TORCH], [FP32], ["--max-regression", "5%"], 0, "judged"),
+        ([FP32, INT8], [FP32], ["--max-regression", "5%", "--select", "onnx"], 0, "checked"),
+        ([FP32, SLOW_TORCH], [FP32], ["--max-regression", "5%"], 0, "checked"),
         ([FP32, record("torch", "fp32", 1.0)], [FP32, SLOW_TORCH], ["--max-regression", "5%"], 0, "a baseline"),
         ([FP32], [replace(FP32, stable=False)], ["--max-regression", "5%"], 6, "not stable"),
         ([FP32], [record("onnx", "fp32", 1.5)], ["--max-regression", "5%"], 6, "1.50x"),

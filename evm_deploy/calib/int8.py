@@ -37,10 +37,10 @@ COMPARED = 2000  # evaluation images that candidates are compared on; the chosen
 
 
 class ImageSets(NamedTuple):
-    """Calibration images (`used`) and evaluation images (`judged`); None for no images."""
+    """Calibration images (`used`) and evaluation images (`evaluation`); None for no images."""
 
     used: ImageSet | None
-    judged: ImageSet | None
+    evaluation: ImageSet | None
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def choose(
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
     compare: Evaluate | None = None
-    stages = evaluation_stages(images.judged) if images.judged else []
-    for judged in stages:
-        with step("evaluate", f"{len(judged)} images, {'labelled' if config.val else 'without labels'}") as progress:
-            watched = replace(judged, progress=progress)
+    stages = evaluation_stages(images.evaluation) if images.evaluation else []
+    for evaluated in stages:
+        with step("evaluate", f"{len(evaluated)} images, {'labelled' if config.val else 'without labels'}") as progress:
+            watched = replace(evaluated, progress=progress)
             evaluate = evaluator(float_outputs(watched), watched, config, open_candidate)
             if compare is None:
                 compare = evaluate
@@ -146,16 +146,16 @@ def choose(
         layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
-        evaluated_on=images.judged.digest() if images.judged else "",
+        evaluated_on=images.evaluation.digest() if images.evaluation else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
         remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
     )
 
 
-def evaluation_stages(judged: ImageSet) -> list[ImageSet]:
+def evaluation_stages(evaluated: ImageSet) -> list[ImageSet]:
     """Return the images to compare candidates on, and all images if these are more."""
-    part = replace(judged, items=tuple(sample(judged.items, COMPARED)))
-    return [part, judged] if len(part) < len(judged) else [judged]
+    part = replace(evaluated, items=tuple(sample(evaluated.items, COMPARED)))
+    return [part, evaluated] if len(part) < len(evaluated) else [evaluated]
 
 
 def without(source: QuantizationCandidate, kept: Collection[str]) -> Any:
@@ -245,21 +245,21 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
     Only int8 calibrates. With `val`, evaluation images are those of `val`. Without `val`, w8 is evaluated on the images
     of `calib`, and int8 on a part of these images that is held out.
     """
-    used = judged = None
+    used = evaluated = None
     if config.calib:
         with step("images", f"up to {config.images} from {config.calib}") as progress:
             chosen = calibration_images(
                 config.calib, preprocessing, config.images, force=config.force, progress=progress
             )
-        used, judged = _split(chosen) if config.precision == "int8" else (None, chosen)
+        used, evaluated = _split(chosen) if config.precision == "int8" else (None, chosen)
     if config.val:
         with step("images", f"labelled, from {config.val}") as progress:
-            judged = labelled_images(config.val, preprocessing, config.num_classes, config.labels, progress=progress)
-    for each in (used, judged):
+            evaluated = labelled_images(config.val, preprocessing, config.num_classes, config.labels, progress=progress)
+    for each in (used, evaluated):
         if each and any(item.decoded is None for item in each.items):
             with step("images", f"no room in {tempfile.gettempdir()} for pixels: each pass decodes {len(each)} again"):
                 pass
-    return ImageSets(used, judged)
+    return ImageSets(used, evaluated)
 
 
 def evaluator(

@@ -140,7 +140,7 @@ def export_parser() -> Parser:
     accuracy(
         "--val",
         metavar="DIR",
-        help="labelled images to evaluate int8 or w8: class folders, CSV of path,class, or demo",
+        help="labelled images to evaluate int8 or w8: class folders, list of path and class, .npz, or demo",
     )
     accuracy(
         "--max-drop",
@@ -336,9 +336,9 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     check_free(path, args.force, args.zip)
     images: dict[str, str] = {}
     if plan.precision in QUANTIZED:
-        used, judged = image_sets(quantization_config(plan, spec), preprocessing, Steps(args.quiet))
+        used, evaluated = image_sets(quantization_config(plan, spec), preprocessing, Steps(args.quiet))
         images |= {"Calibrate": f"{len(used)} images of {plan.calib}"} if used else {}
-        images |= {"Evaluate": f"{len(judged)} images of {plan.val or plan.calib}"} if judged else {}
+        images |= {"Evaluate": f"{len(evaluated)} images of {plan.val or plan.calib}"} if evaluated else {}
     facts = {
         "Would": f"export {spec.name} -> {target.runtime.label} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",

@@ -48,7 +48,7 @@ def report_parser() -> Parser:
         action="append",
         default=[],
         metavar="T[,P]",
-        help="bundles that --max-latency and --max-regression judge, such as onnx or onnx,int8; may be repeated; "
+        help="bundles that --max-latency and --max-regression check, such as onnx or onnx,int8; may be repeated; "
         "default: all that can ship",
     )
     add("--db", metavar="FILE", help="history of records (SQLite): add the records to it; --history reads it")
@@ -135,7 +135,7 @@ def _groups(args: argparse.Namespace) -> None:
         print(strict_json(as_dicts(groups), indent=1))
     if not on_stdout:
         show_groups(stdout_console(), groups)
-    _require(gate.judge(all_candidates))
+    _require(gate.check(all_candidates))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ def _compare(args: argparse.Namespace) -> None:
         )
     else:
         show_comparison(stdout_console(), comparison)
-    _require(gate.judge(comparison.new, comparison.pairs, comparison.gone))
+    _require(gate.check(comparison.new, comparison.pairs, comparison.gone))
 
 
 def _history(args: argparse.Namespace) -> None:
@@ -174,7 +174,7 @@ def _history(args: argparse.Namespace) -> None:
         print(strict_json([as_dicts(course) for course in found], indent=1))
     else:
         show_history(stdout_console(), found)
-    _require(gate.judge([course[-1] for course in found]))
+    _require(gate.check([course[-1] for course in found]))
 
 
 def _gate(args: argparse.Namespace) -> Gate:
@@ -186,7 +186,7 @@ def _gate(args: argparse.Namespace) -> Gate:
 
 
 def _require(found: tuple[list[str], LatencyError | None]) -> None:
-    """Print what a gate has judged to stderr, and raise its error if it has one."""
+    """Print what a gate has checked to stderr, and raise its error if it has one."""
     said, error = found
     for text in said:
         print(escape_controls(f"evm-report: {text}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Latency gate: limits for the bundles that can ship. A limit that judged no bundle has not been met."""
+"""Latency gate: limits for the bundles that can ship. A limit that checked no bundle has not been met."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Gate:
     """Limits of a report.
 
     max_latency_ms: largest accepted median. max_regression: largest accepted rise of a median in percent. select:
-    `target` or `target,precision` of the bundles to judge; empty for all. max_drop: accepted top-1 drop in points;
-    bundles beyond it cannot ship, so they are not judged.
+    `target` or `target,precision` of the bundles to check; empty for all. max_drop: accepted top-1 drop in points;
+    bundles beyond it cannot ship, so they are not checked.
     """
 
     max_latency_ms: float | None = None
@@ -25,14 +25,14 @@ class Gate:
     select: tuple[str, ...] = ()
     max_drop: float = MAX_DROP
 
-    def judge(
+    def check(
         self, candidates: Sequence[Candidate], pairs: Sequence[Pair] = (), gone: Sequence[Candidate] = ()
     ) -> tuple[list[str], LatencyError | None]:
-        """Apply the limits. Returns sentences that name the rows that were judged and those that were not, and the
+        """Apply the limits. Returns sentences that name the rows that were checked and those that were not, and the
         error of a limit that is exceeded, or None.
 
         A measurement that was not stable exceeds every limit. gone: candidates that were measured before, and are
-        missing now; with `max_regression` they exceed it. Raises UsageError if a limit has nothing to judge.
+        missing now; with `max_regression` they exceed it. Raises UsageError if a limit has nothing to check.
         """
         if self.max_latency_ms is None and self.max_regression is None:
             return [], None
@@ -63,7 +63,7 @@ class Gate:
         return said, LatencyError("latency limit exceeded\n  " + "\n  ".join(failed)) if failed else None
 
     def _judged(self, candidates: Sequence[Candidate], limit: str) -> tuple[list[Candidate], list[str]]:
-        """Return the measured candidates that can ship, and sentences about what was judged. Raises UsageError."""
+        """Return the measured candidates that can ship, and sentences about what was checked. Raises UsageError."""
         rows, said, others = [], [], []
         for each in candidates:
             why = "not selected" if not self._selected(each) else why_unfit(each, self.max_drop)
@@ -74,11 +74,11 @@ class Gate:
                 rows.append(each)
         if not rows:
             raise UsageError(
-                f"{limit}: no measured bundle to judge\n  " + "\n  ".join(others[:10]),
+                f"{limit}: no measured bundle to check\n  " + "\n  ".join(others[:10]),
                 "measure bundles with evm-bench" + (", or choose another --select" if self.select else ""),
             )
-        said = [f"{limit}, judged: {'; '.join(map(name, rows))}"]
-        return rows, said + ([f"{limit}, not judged: {'; '.join(others)}"] if others else [])
+        said = [f"{limit}, checked: {'; '.join(map(name, rows))}"]
+        return rows, said + ([f"{limit}, not checked: {'; '.join(others)}"] if others else [])
 
     def _selected(self, each: Candidate) -> bool:
         """Test whether --select names the candidate."""

@@ -76,8 +76,8 @@ def quantize_program(
             ranges = table.ranges(config.method) if table else {}
             source = QuantizationCandidate(saved, found, config.blocks, table, ranges, rewrite=quantize_layers)
 
-            def float_outputs(judged: ImageSet) -> Outputs:
-                return stacked(_outputs(module, feed) for feed in feeds(judged, config.input, runtime))
+            def float_outputs(evaluated: ImageSet) -> Outputs:
+                return stacked(_outputs(module, feed) for feed in feeds(evaluated, config.input, runtime))
 
             return choose({"": source}, images, config, float_outputs, open_candidate, step)
 

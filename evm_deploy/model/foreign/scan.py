@@ -30,7 +30,7 @@ def scan(
     not depend on the input.
     """
     if A.is_complex():
-        raise UsageError("selective scan: A is complex, the op has real states only")
+        raise UsageError("selective scan: A is complex", "the op has real states only: use the network's real form")
     batch, channels, length = u.shape
     B, C = _grouped(B, "B"), _grouped(C, "C")
     groups = max(B.shape[1], C.shape[1])
