@@ -88,6 +88,8 @@ def test_the_compiled_entry_points():
         (lambda u, d, A, B, C: scan(u, d, A, B[0, 0], C), "B of shape .* does not depend on the input"),
         (lambda *x: mamba1.selective_scan_fn(*x, return_last_state=True), "return_last_state has no stand-in"),
         (lambda u, *_: mamba1.causal_conv1d_fn(u, u[0, :, :4], seq_idx=1), "seq_idx has no stand-in"),
+        (lambda u, *_: mamba1.causal_conv1d_fn(u, u[0, :, :4], activation="relu"), "activation='relu' has no stand-in"),
+        (lambda *_: mamba1.Mamba(16, bimamba_type="v3"), "bimamba_type='v3' has no stand-in"),
     ],
 )
 def test_what_has_no_stand_in_is_refused_by_name(call, message):
@@ -100,6 +102,8 @@ def test_convolutions_of_every_release():
     padded = F.pad(x.double(), (3, 0))
     want = sum(padded[..., i : i + 9] * weight[:, i, None] for i in range(4)) + bias[:, None]
     close(mamba1.causal_conv1d_fn(x, weight, bias), want)
+    close(mamba1.causal_conv1d_fn(x, weight, bias, activation="swish"), F.silu(want))
+    assert mamba1.causal_conv1d_fn(x.half(), weight, bias).dtype == torch.float16  # a bias in another dtype
     close(mamba1.causal_conv1d_fwd(x, weight, bias, True), F.silu(want))
     close(mamba1.causal_conv1d_fwd(x, weight, bias, None, True), F.silu(want))
     close(mamba1.causal_conv1d_fwd(x, weight, bias, None, None, None, False), want)

@@ -42,8 +42,8 @@ def export_parser() -> Parser:
     """Return the argument parser of evm-export."""
     parser = Parser(
         "evm-export",
-        description="Export a trained EfficientVMamba checkpoint to ONNX Runtime, OpenVINO, TensorRT or Core ML, as a "
-        "verified bundle.",
+        description="Export a trained EfficientVMamba checkpoint, or with --model another visual Mamba, to ONNX "
+        "Runtime, OpenVINO, TensorRT or Core ML, as a verified bundle.",
         epilog="evm-export convert CKPT  writes a checkpoint of any layout to a safetensors file\n\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

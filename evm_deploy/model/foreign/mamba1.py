@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from evm_deploy.errors import UsageError
 from evm_deploy.model.foreign.scan import scan, scan_states
 
-SILU = ("silu", "swish")
+ACTIVATIONS = (None, "silu", "swish")
+BIMAMBA_TYPES = (None, "none", "v1", "v2")
+REGISTER = "register a function for it: evm_deploy.model.foreign.register"
 
 
 def selective_scan_fn(
@@ -89,19 +92,28 @@ def refuse(name: str, **features: Any) -> None:
     """Raise UsageError for the first feature that is neither None nor False."""
     for feature, value in features.items():
         if value is not None and value is not False:
-            raise UsageError(
-                f"{name}: {feature} has no stand-in", "register a function for it: evm_deploy.model.foreign.register"
-            )
+            raise UsageError(f"{name}: {feature} has no stand-in", REGISTER)
+
+
+def require_one_of(name: str, argument: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise UsageError if an argument has a value that its stand-in does not know."""
+    if value not in known:
+        raise UsageError(f"{name}: {argument}={value!r} has no stand-in, only {', '.join(map(repr, known))}", REGISTER)
 
 
 # ---------------------------------------------------------------------------------------------- the short convolution
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Convolve each channel of x (b, D, L) with its own causal filter, weight (D, width) -> (b, D, L)."""
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Convolve each channel of x (b, D, L) with its own causal filter, weight (D, width) -> (b, D, L).
+
+    Raises UsageError for an activation that is not in ACTIVATIONS.
+    """
+    require_one_of("causal_conv1d", "activation", activation, ACTIVATIONS)
     weight = weight.reshape(weight.shape[0], 1, -1).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     y = F.conv1d(F.pad(x, (weight.shape[-1] - 1, 0)), weight, bias, groups=x.shape[1])
-    return F.silu(y) if silu else y
+    return y if activation is None else F.silu(y)
 
 
 def causal_conv1d_fn(
@@ -122,7 +134,7 @@ def causal_conv1d_fn(
         return_final_states=return_final_states,
         final_states_out=final_states_out,
     )
-    return causal_conv(x, weight, bias, activation in SILU)
+    return causal_conv(x, weight, bias, activation)
 
 
 def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor | None:
@@ -133,7 +145,7 @@ def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     *states, silu = rest
     out = states.pop(2) if len(states) == 4 else None
     refuse("causal_conv1d_fwd", states=next((state for state in states if state is not None), None))
-    y = causal_conv(x, weight, bias, bool(silu))
+    y = causal_conv(x, weight, bias, "silu" if silu else None)
     if out is None:
         return y
     out.copy_(y)
@@ -159,7 +171,7 @@ def _inner(
 ) -> Tensor:
     """Compute everything of a Mamba layer between its two projections; with A_b, a second scan from the end."""
     x, z = xz.chunk(2, dim=1)
-    x = causal_conv(x, conv_weight, conv_bias, True)
+    x = causal_conv(x, conv_weight, conv_bias, "silu")
     rank, states = dt_proj.shape[1], A.shape[1]
     projected = F.linear(x.transpose(1, 2), x_proj)
     delta = F.linear(projected[..., :rank], dt_proj).transpose(1, 2)
@@ -249,7 +261,8 @@ class Mamba(nn.Module):
     """Stand-in for mamba_ssm's `Mamba`, for users who have no mamba_ssm: (b, L, C) -> (b, L, C).
 
     Parameters have the names of the original, the bidirectional variants of Vim's copy included. Arguments that decide
-    only initial values are accepted, and not used: the weights are loaded.
+    only initial values are accepted, and not used: the weights are loaded. Raises UsageError for a bimamba_type that is
+    not in BIMAMBA_TYPES.
     """
 
     def __init__(
@@ -270,10 +283,11 @@ class Mamba(nn.Module):
         layer_idx: int | None = None,
         device: Any = None,
         dtype: Any = None,
-        bimamba_type: str = "none",
+        bimamba_type: str | None = "none",
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
     ) -> None:
+        require_one_of("Mamba", "bimamba_type", bimamba_type, BIMAMBA_TYPES)
         super().__init__()
         inner = int(expand * d_model)
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evm_deploy.model.foreign.mamba1 import SILU, causal_conv, refuse
+from evm_deploy.model.foreign.mamba1 import causal_conv, refuse
 from evm_deploy.model.foreign.norms import gated_rms_norm
 from evm_deploy.scan.portable import softplus_series
 
@@ -125,7 +125,7 @@ def mamba_split_conv1d_scan_combined(
     unread = zxbcdt.shape[-1] - 2 * inner - 2 * ngroups * states - heads
     refuse("mamba_split_conv1d_scan_combined", channels_without_scan=unread or None)
     z, xBC, dt = torch.split(zxbcdt, [inner, inner + 2 * ngroups * states, heads], -1)
-    xBC = causal_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation in SILU).transpose(1, 2)
+    xBC = causal_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation).transpose(1, 2)
     x, B, C = torch.split(xBC, [inner, ngroups * states, ngroups * states], -1)
     y, last = mamba_chunk_scan_combined(
         by(x, heads, width),
