@@ -108,7 +108,7 @@ CASES: Mapping[str, Case] = {
 
 
 def write(case: Case, path: Path) -> str:
-    """Write a checkpoint of the demo with the case's weights; return the name of the first changed tensor."""
+    """Write a checkpoint of the demo with the case's weights; return the alphabetically first changed tensor."""
     from safetensors.torch import load_file, save_file
 
     from evm_deploy.demo import CHECKPOINT
@@ -118,7 +118,7 @@ def write(case: Case, path: Path) -> str:
     for name in changed:
         state[name] = case.change(state[name]).contiguous()
     save_file(state, path)
-    return changed[0]
+    return min(changed)
 
 
 def attempt(case: Case, form: str, folder: Path) -> tuple[str, str]:

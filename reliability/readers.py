@@ -200,7 +200,7 @@ def _profile(path: Path) -> object:
 
 def _config(path: Path) -> object:
     from evm_deploy.commands.config import read_config
-    from evm_deploy.commands.export import export_parser
+    from evm_deploy.commands.export_flags import export_parser
 
     return read_config(path, export_parser())
 

@@ -13,7 +13,7 @@ import pytest
 from evm_deploy import cli
 from evm_deploy._util.packages import install_hint
 from evm_deploy.commands.bench import bench_parser
-from evm_deploy.commands.export import export_parser
+from evm_deploy.commands.export_flags import export_parser
 from evm_deploy.errors import UsageError
 from evm_deploy.export.onnx import TARGET
 from evm_deploy.export.plan import ExportPlan

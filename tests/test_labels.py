@@ -8,7 +8,7 @@ import pytest
 
 from evm_deploy import cli
 from evm_deploy.bundle.loaded import load
-from evm_deploy.commands import export
+from evm_deploy.commands import export_plans
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import complete
@@ -30,8 +30,8 @@ def test_one_name_a_line_however_lines_end(end, between, bom, tmp_path, monkeypa
     path = tmp_path / "labels.txt"
     path.write_bytes((bom + between.join(NAMES) + end).encode())
     seen = []
-    real = export._labels
-    monkeypatch.setattr(export, "_labels", lambda path: seen.append(real(path)) or seen[-1])
+    real = export_plans._labels
+    monkeypatch.setattr(export_plans, "_labels", lambda path: seen.append(real(path)) or seen[-1])
     assert dry_run(path) == 0
     assert list(seen[0]) == NAMES
 

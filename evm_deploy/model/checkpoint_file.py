@@ -168,7 +168,7 @@ def _read_safetensors(path: Path, digest: str) -> Content:
 
     data = path.read_bytes()
     try:
-        value = load(data)
+        value = dict(sorted(load(data).items()))  # the library's order changes from run to run
         (length,) = struct.unpack_from("<Q", data)
         header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError, struct.error, RecursionError) as error:
