@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from evm_deploy import cli
+from evm_deploy._util.text import command
 from evm_deploy.bundle.bundle import check_free, open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.demo import digits, write_images
@@ -97,6 +98,16 @@ def test_not_a_bundle(tmp_path):
     for path, message in ((tmp_path / "no", "does not exist"), (tmp_path, "not a bundle"), (__file__, "is a file")):
         with pytest.raises(BundleError, match=message):
             load(path)
+
+
+def test_the_hint_for_a_path_that_is_no_bundle_names_the_nearest_bundle(copy, tmp_path):
+    for path in (copy / "model.onnx", copy / "selftest", copy / "no.onnx"):
+        with pytest.raises(BundleError) as refused:
+            load(path)
+        assert refused.value.hint == f"give the folder of the bundle:  {command(copy)}"
+    with pytest.raises(BundleError) as refused:
+        load(copy.parent)
+    assert refused.value.hint == f"give one of the bundles inside:  {command(copy)}"
 
 
 def test_predictions_are_those_of_the_torch_model(demo_bundle, tmp_path):

@@ -94,6 +94,7 @@ BAD_FLAGS = {
     "config": (["--target", "onnx", "--config", "no.toml"], "No such file"),
     "two precisions": (["--target", "onnx", "--fp16", "--precision", "fp32"], "not allowed with"),
     "flag": (["--target", "onnx", "--fast"], "unrecognized arguments"),
+    "misspelt flag": (["--target", "onnx", "--imgsize=64"], "did you mean --imgsz?"),
 }
 
 

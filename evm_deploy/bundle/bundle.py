@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from evm_deploy._util.files import artifact_bytes, make_readable, move, real_path, require_regular, sha256
 from evm_deploy.bundle import archive, signing
-from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
+from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest, nearest
 from evm_deploy.errors import BundleError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
-        raise BundleError(f"bundle {path} {what}", "make one with evm-export", code="bundle.missing")
+        raise BundleError(f"bundle {path} {what}", nearest(path), code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
     if manifest.rejected:
         message = f"bundle {path} was rejected at export: {'; '.join(manifest.parity['failures'])}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evm_deploy._util.files import require_regular
 from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.schema import InvalidError, Schema, lenient_json, published, strict_json
-from evm_deploy._util.text import size_text
+from evm_deploy._util.text import command, size_text
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
@@ -33,6 +35,18 @@ LEAVES = re.compile(
 def portable(name: str) -> str:
     """Return the name of a file or folder with `_` for every character that FAT, NTFS or SMB does not take."""
     return re.sub(r'[\x00-\x1f<>:"|?*\\]', "_", name)
+
+
+def nearest(path: Path) -> str:
+    """Return the hint for a `path` that is no bundle: the bundle that the path is inside, or the bundles inside it."""
+    with contextlib.suppress(OSError):
+        for parent in list(path.absolute().parents)[:4]:
+            if (parent / FILE).is_file():
+                return f"give the folder of the bundle:  {command(parent)}"
+        found = [command(each.parent) for each in islice(sorted(path.glob(f"*/{FILE}")), 4)] if path.is_dir() else []
+        if found:
+            return "give one of the bundles inside:  " + "  ".join(found[:3]) + " .." * (len(found) > 3)
+    return "make one with evm-export"
 
 
 def inside_bundle(name: str) -> bool:
@@ -148,7 +162,7 @@ class Manifest:
             content = lenient_json(data)
         except FileNotFoundError as error:
             message = f"{bundle} is not a bundle: no {FILE} inside"
-            raise BundleError(message, "make one with evm-export", code="manifest.missing") from error
+            raise BundleError(message, nearest(bundle), code="manifest.missing") from error
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}", code="manifest.missing") from error
         except (ValueError, RecursionError) as error:

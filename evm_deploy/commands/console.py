@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
@@ -97,8 +98,12 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose errors have the same form as every EvmError."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and a pointer to --help on stderr, and exit with code 2."""
-        print(f"{self.prog}: {escape_controls(message)}\n  see  {self.prog} --help", file=sys.stderr)
+        """Print `message`, the flags that misspelt ones resemble, and a pointer to --help on stderr; exit with code 2."""
+        flags = self._option_string_actions
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = [name for word in unknown if word not in flags for name in get_close_matches(word, flags, 1)]
+        meant = f"  did you mean {', '.join(near)}?\n" if message.startswith("unrecognized") and near else ""
+        print(f"{self.prog}: {escape_controls(message)}\n{meant}  see  {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
