@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose errors have the same form as every EvmError."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message`, the flags that misspelt ones resemble, and a pointer to --help on stderr; exit with code 2."""
+        """Print `message`, flags like a misspelt one, and a pointer to --help on stderr; exit with code 2."""
         flags = self._option_string_actions
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         near = [name for word in unknown if word not in flags for name in get_close_matches(word, flags, 1)]
