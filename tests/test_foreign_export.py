@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import evm_deploy
-from evm_deploy import load
+from evm_deploy import cli, load
+from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import UsageError
 from evm_deploy.export import ExportPlan, export, verify
 from evm_deploy.export.source import Source
@@ -144,6 +145,16 @@ def test_what_an_example_says():
         "the module was in training mode",
         "the network has no scan that evm-deploy knows",
     ]
+
+
+def test_a_network_without_scans_is_not_said_to_run_scans(tmp_path, capsys):
+    network = Network.of(Returns(lambda y: y.mean((2, 3))), torch.rand(1, 3, 16, 24), task="classification")
+    bundle = export(network, ExportPlan("onnx"), tmp_path)
+    summary = export_summary(bundle, 1.0)
+    assert "no scans" in summary and "\nScan" not in summary
+    assert cli.run_main([str(bundle.path), "--selftest"]) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("PASSED\n") and "scans" not in said.out + said.err
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

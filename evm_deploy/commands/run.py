@@ -83,21 +83,21 @@ def _run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("threads", "scan", "require_signature")}
     options |= given(args, setting_kinds())
     with load(args.bundle, **options) as model:
-        here = model.target.availability()
+        here, has_scans = model.target.availability(), bool(model.manifest.parity["scans"])
         if not here.can_run and not args.quiet:
             print(here.hint, file=sys.stderr)
-        elif args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
+        elif has_scans and args.scan == "auto" and model.scan.value == "portable" and not args.quiet:
             print(escape_controls(f"scans run in their portable form: {model.scan.reason}"), file=sys.stderr)
         if args.selftest:
             checks = model.selftest()
             passed = all(check.ok for check in checks)
             facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
             lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
+            lines += [f"scans ran as {model.scan.value}: {model.scan.reason}"] if has_scans else []
             if args.json:
                 print(strict_json({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
             else:
-                print(escape_controls("\n".join([*lines, f"scans ran as {model.scan.value}: {model.scan.reason}"])))
-                print("PASSED" if passed else "FAILED")
+                print(escape_controls("\n".join([*lines, "PASSED" if passed else "FAILED"])))
             if not passed:
                 return 4
         if args.images:

@@ -42,7 +42,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
         *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
         *(("In float", block) for q in quantized for block in q["in_float"]),
         *((("Chosen", f"{chosen['value']}, {chosen['reason']}"),) if (chosen := m.plan.get("chosen")) else ()),
-        ("Scan", f"{m.scan['value']}: {m.scan['reason']}"),
+        *((("Scan", f"{m.scan['value']}: {m.scan['reason']}"),) if parity["scans"] else ()),
         *(("Note", note) for note in m.notes),
         *(
             ("Dropped", f"{len(keys)} keys: {', '.join(keys[:4])}")
