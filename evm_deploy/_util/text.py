@@ -20,7 +20,7 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
     choices = tuple(choices)
     if value in choices:
         return value
-    near = difflib.get_close_matches(value, choices, 1)
+    near = difflib.get_close_matches(value.lower(), choices, 1)
     hint = f"did you mean {near[0]}?" if near else ""
     raise UsageError(f"{what} {value!r} is unknown; choose from: {', '.join(choices)}", hint)
 

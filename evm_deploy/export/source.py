@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evm_deploy._util.values import path_text
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import make_test_inputs
@@ -28,6 +30,9 @@ class Source:
     """
 
     def __init__(self, given: str | Path | Network) -> None:
+        if not isinstance(given, (Network, str, os.PathLike)):
+            message = f"source is a {type(given).__name__}, it must be the path of a checkpoint, or a Network"
+            raise UsageError(message, "make a Network of a torch module with  Network.of(module, example)")
         self._given = given if isinstance(given, Network) else path_text("source", given)
         self._kept: dict[tuple[Any, ...], Any] = {}
 
