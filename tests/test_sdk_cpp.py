@@ -27,7 +27,7 @@ from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
 from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
-from tests.test_vectors import CASES, FOLDER, preprocessing
+from tests.test_vectors import CASES, FOLDER, expected, preprocessing
 from tests.toolchains import need, tensorrt_headers
 
 pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
@@ -70,7 +70,10 @@ def test_the_vectors(tmp_path):
     for name, case in CASES.items():
         spec = preprocessing(case)
         commands.append(
-            ("pixels", *spec.size, spec.crop_pct, spec.interpolation, FOLDER / case["image"], tmp_path / name)
+            (
+                *("pixels", *spec.size, spec.crop_pct, spec.interpolation, spec.resize),
+                *(",".join(map(str, spec.mean)), FOLDER / case["image"], tmp_path / name),
+            )
         )
         names.append(name)
     for name, answer in zip(names, drive(*commands), strict=True):
@@ -79,17 +82,17 @@ def test_the_vectors(tmp_path):
             assert answer.startswith(f"error: ImageError\t{case['code']}\t\t"), answer
             continue
         assert answer == "ok ", name
-        want = np.asarray(Image.open(FOLDER / case["expected"])).astype(int)
+        want = expected(case).astype(int)
         have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
         assert np.abs(have - want).max() == 0, name
 
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
 def test_images_are_decoded_as_python_does(name, tmp_path):
-    from evm_deploy.data.preprocessing import read_rgb
+    from evm_deploy.data.reading import read_image
 
     case = CASES[name]
-    want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
+    want = np.asarray(read_image(FOLDER / case["image"])).astype(int)
     assert drive(("image", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
     have = np.fromfile(tmp_path / "rgb", np.uint8).reshape(want.shape)
     assert np.abs(have - want).max() == 0
@@ -97,13 +100,13 @@ def test_images_are_decoded_as_python_does(name, tmp_path):
 
 def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
     """And strides are heeded."""
-    from evm_deploy.data.preprocessing import read_rgb
+    from evm_deploy.data.reading import read_image
 
     with Model(demo_bundle.path) as model, load(demo_bundle.path) as python:
         for case in CASES.values():
             if case["image"] == "too-narrow.png":
                 continue
-            rgb = np.ascontiguousarray(read_rgb(FOLDER / case["image"]))
+            rgb = np.ascontiguousarray(read_image(FOLDER / case["image"]))
             want = python.preprocessing.pixels(rgb)
             assert np.array_equal(model.preprocess(rgb), want), case["name"]
             wide = np.zeros((rgb.shape[0], rgb.shape[1] + 3, 3), np.uint8)
@@ -114,7 +117,14 @@ def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
 def test_any_size_is_preprocessed_to_the_bit(demo_bundle, tmp_path):
     """Noise, which shows the order of the passes."""
     rng = np.random.default_rng(8)
-    specs = [{"size": [48, 64]}, {"size": [100, 30], "interpolation": "bilinear"}, {"size": [64, 64], "crop_pct": 0.7}]
+    specs = [
+        {"size": [48, 64]},
+        {"size": [100, 30], "interpolation": "bilinear"},
+        {"size": [64, 64], "crop_pct": 0.7},
+        {"size": [90, 64], "resize": "stretch", "mean": [0.5], "std": [0.5]},
+        {"size": [64, 90], "resize": "pad"},
+        {"size": [90, 64], "resize": "pad", "interpolation": "bilinear-opencv", "mean": [0.3], "std": [0.5]},
+    ]
     for i, spec in enumerate(specs):
         bundle = changed(
             demo_bundle.path, tmp_path / str(i), lambda content, spec=spec: content["preprocessing"].update(spec)

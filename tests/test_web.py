@@ -22,7 +22,8 @@ from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.preprocessing import RESIZES, Preprocessing
+from evm_deploy.data.resizing import INTERPOLATIONS
 from evm_deploy.demo import write_images
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
@@ -37,7 +38,7 @@ from tests.broken import (
 )
 from tests.test_archive import link, made, of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
-from tests.test_vectors import CONTENT
+from tests.test_vectors import CONTENT, expected
 from tests.test_vectors import FOLDER as VECTORS
 from tests.toolchains import need, without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
@@ -115,7 +116,7 @@ def test_the_vectors_in_a_browser(library):
         assert have.get("code") == case.get("code")
         if "code" in case:
             continue
-        want = np.asarray(Image.open(VECTORS / case["expected"]))
+        want = expected(case)
         pixels = np.frombuffer(base64.b64decode(have["pixels"]), np.uint8).reshape(want.shape)
         limit = 1 if case["image"].endswith(".jpg") else 0  # decoders of JPEG may differ by a rounding
         assert np.abs(pixels.astype(int) - want).max() <= limit, case["name"]
@@ -128,10 +129,11 @@ def test_sizes_at_random_are_pillows(library):
     """Seeded noise and settings: to the last bit."""
     rng = np.random.default_rng(0)
     given, want = [], []
-    for kind in ("bicubic", "bilinear") * 20:
+    for kind in INTERPOLATIONS * 20:
         height, width = (int(side) for side in rng.integers(3, 90, 2))
         size = tuple(int(side) for side in rng.integers(8, 70, 2))
-        spec = Preprocessing(size, float(rng.uniform(0.3, 1)), kind)
+        resize, grey = rng.choice(RESIZES), {"mean": (0.37,), "std": (0.5,)} if rng.random() < 0.3 else {}
+        spec = Preprocessing(size, float(rng.uniform(0.3, 1)), kind, resize=str(resize), **grey)
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         rgb = base64.b64encode(image.tobytes()).decode()
         given.append({"preprocessing": vars(spec), "width": width, "height": height, "rgb": rgb})

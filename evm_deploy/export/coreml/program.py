@@ -62,7 +62,7 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
     Raises ToolchainError if coremltools fails, and UsageError for a weight that float16 cannot hold.
     """
     with silence_libraries():
-        folded = fold_batch_norm(channels_first(module, plan), example(plan))
+        folded = fold_batch_norm(channels_first(module, plan), example(plan, module.channels))
     if plan.precision != "fp32":
         float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
     sizes = (plan.imgsz, *plan.more_imgsz)
@@ -74,9 +74,9 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
     """Convert a module for one image size. folded: the module with Core ML's input layout and BatchNorm folded."""
     import torch
 
-    ct = converter()
+    ct, shown = converter(), example(plan, module.channels)
     with silence_libraries(), torch.no_grad():
-        traced = torch.jit.trace(folded, example(plan), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(folded, shown, check_trace=False)  # type: ignore[no-untyped-call]
         graph = traced.inlined_graph  # keep a reference: nodes are freed with their graph
         calls: Counter[str] = Counter()
         paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
@@ -86,7 +86,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
             _number_from_zero()
             model = _convert(
                 traced,
-                inputs=[_input_type(plan, tuple(example(plan).shape))],
+                inputs=[_input_type(plan, tuple(shown.shape))],
                 **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
                 minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
                 compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
@@ -129,7 +129,7 @@ def scan_prefix(path: str) -> str:
 
 
 def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
-    """Wrap a module for Core ML's input layout: an image is float (1, 3, H, W) with pixels 0..255."""
+    """Wrap a module for Core ML's input layout: an image is float (1, channels, H, W) with pixels 0..255."""
     from torch import nn
 
     class ChannelsFirst(nn.Module):
@@ -143,12 +143,12 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
     return ChannelsFirst().eval() if plan.input == "image" else module
 
 
-def example(plan: ExportPlan) -> Tensor:
-    """Return an example input in Core ML's layout: zeros, float32 (batch, 3, H, W)."""
+def example(plan: ExportPlan, channels: int) -> Tensor:
+    """Return an example input in Core ML's layout: zeros, float32 (batch, channels, H, W)."""
     import torch
 
     height, width = plan.imgsz or (0, 0)
-    return torch.zeros(plan.batch.min, 3, height, width)
+    return torch.zeros(plan.batch.min, channels, height, width)
 
 
 def _number_from_zero() -> None:
@@ -208,7 +208,8 @@ def network_path(path: str) -> str:
 def _input_type(plan: ExportPlan, shape: tuple[int, ...]) -> Any:
     ct = converter()
     if plan.input == "image":
-        return ct.ImageType(name=plan.input, shape=shape, color_layout=ct.colorlayout.RGB)
+        colours = ct.colorlayout.RGB if shape[1] == 3 else ct.colorlayout.GRAYSCALE
+        return ct.ImageType(name=plan.input, shape=shape, color_layout=colours)
     return ct.TensorType(name=TENSOR_INPUT, shape=shape, dtype=np.float32)
 
 
