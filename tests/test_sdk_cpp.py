@@ -173,9 +173,9 @@ def test_the_same_five_best_on_50_images(name, bundles, images_50):
         assert done.returncode == 0, done.stderr
         rows = json.loads(done.stdout)
         assert [row["image"] for row in rows] == [str(path) for path in images_50]
-        for row, expected in zip(rows, want, strict=True):
-            assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in expected]
-            assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in expected], abs=1e-5)
+        for row, best in zip(rows, want, strict=True):
+            assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in best]
+            assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in best], abs=1e-5)
 
 
 def test_the_c_abi_gives_the_same(bundles, images_50):
