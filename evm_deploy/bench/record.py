@@ -25,8 +25,9 @@ class Settings:
 
     threads: intra-op threads; None: chosen by the runtime. batch: images per inference; None: the bundle's smallest.
     streams: concurrent inferences, each in its own thread. timed: `model` (from arrays to arrays on the host) or
-    `end-to-end` (from an image file to its five best classes). imgsz: input size of a checkpoint measured in torch;
-    None: the size saved with the weights. limit_s: seconds after which an unstable measurement ends.
+    `end-to-end` (from an image file to its five best classes). For a checkpoint measured in torch, imgsz: input size,
+    None: the size saved with the weights; weights, drop: as in ExportPlan, drop as text with commas.
+    limit_s: seconds after which an unstable measurement ends.
     own: the given settings of the runtimes, as pairs of name and value that `load` accepts.
     """
 
@@ -36,6 +37,8 @@ class Settings:
     streams: int = 1
     timed: str = "model"
     imgsz: str | None = None
+    weights: str | None = None
+    drop: str | None = None
     limit_s: float = 60.0
     own: tuple[tuple[str, Any], ...] = ()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, make_readable, move, real_path, require_regular, sha256
+from evm_deploy._util.files import artifact_bytes, lock_folder, make_readable, move, real_path, require_regular, sha256
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
@@ -117,7 +117,7 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
         _sweep(path, prefix)
         while True:
             unfinished = TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
-            lock = _lock(Path(unfinished.name), wait=True)
+            lock = lock_folder(Path(unfinished.name), wait=True)
             if Path(unfinished.name).is_dir():  # else another export has swept it before it was locked
                 break
     except OSError as error:
@@ -238,7 +238,7 @@ def _sweep(path: Path, prefix: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.rename(path)  # the export was killed between its two renames: restore the old bundle
-        elif (lock := _lock(left)) is not None:
+        elif (lock := lock_folder(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
 
@@ -250,24 +250,3 @@ def _machine() -> str:
     except (OSError, ValueError):
         name = f"{platform.node()} {uuid.getnode()}" if sys.platform == "darwin" else uuid.uuid4().hex
     return hashlib.sha256(name.encode()).hexdigest()[:12]
-
-
-def _lock(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder until the returned file descriptor is closed. The lock ends with the process.
-
-    None if the folder is locked by another process, or if locks do not work there. wait: for the other process.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
+from evm_deploy._util.kept import what_is_left
 from evm_deploy._util.processes import leave
 from evm_deploy._util.progress import Progress, silent
 from evm_deploy._util.text import escape_controls
@@ -31,7 +32,8 @@ PLAIN_WIDTH = 200  # columns of output when stdout is not a terminal
 SHOW_CURSOR = "\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
-  5 accuracy gate failed   6 latency budget failed   130 interrupted"""
+  5 accuracy gate failed   6 latency budget failed   130 interrupted
+  of several targets, bundles, forms, boards or images: the largest code"""
 
 
 class Steps:
@@ -194,7 +196,7 @@ def _interruptible(prog: str) -> Iterator[None]:
         for which in before:
             signal.signal(which, signal.SIG_DFL)  # a second Ctrl-C ends the process without this clean-up
         cursor = SHOW_CURSOR if os.isatty(2) else ""
-        leave(INTERRUPTED, f"{cursor}{prog}: interrupted; nothing was left behind\n")
+        leave(INTERRUPTED, f"{cursor}{prog}: interrupted; {what_is_left()}\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield

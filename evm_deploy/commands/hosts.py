@@ -66,7 +66,11 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
             for outcome in outcomes
             for record, path in outcome.found
         ]
-        failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
+        failed = [
+            {"board": outcome.name, "error": str(outcome.error), "exit_code": outcome.error.exit_code}
+            for outcome in outcomes
+            if outcome.error
+        ]
         print(strict_json([*rows, *failed], indent=1))
     else:
         print(escape_controls("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))
