@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import check_threads
 from evm_deploy._util.files import sha256
 from evm_deploy.bench.measurable import TORCH, repeated
 from evm_deploy.bench.record import Settings
@@ -43,6 +44,7 @@ class FloatModel:
                 f"{path.name} is a checkpoint: torch only times its network, one inference at a time",
                 "leave --end-to-end, --scan and --streams out, or torch out of --forms",
             )
+        check_threads(settings.threads)
         network = load_checkpoint(
             path, weights=settings.weights or "ema", drop=settings.drop.split(",") if settings.drop else ()
         )

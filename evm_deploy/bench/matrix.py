@@ -102,7 +102,7 @@ def parse_forms(text: str) -> tuple[Form, ...]:
                 raise UsageError(f"--forms {part}: torch measures the checkpoint unchanged", f"use {TORCH}:fp32")
             forms.append(Form(TORCH, "fp32"))
             continue
-        target, precision = get_target(name), canonical_precision(precision)
+        target, precision = get_target(name, "--forms"), canonical_precision(precision)
         if precision and precision not in target.precisions:
             has = ", ".join(target.precisions)
             raise UsageError(f"--forms {part}: target '{target.name}' has no such precision", f"choose from: {has}")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import check_threads
 from evm_deploy._util.files import sha256
 from evm_deploy._util.text import command
 from evm_deploy._util.values import path_text, text, whole
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
-from evm_deploy.bundle.lowering import choose_lowering
+from evm_deploy.bundle.lowering import lowering_here
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.signing import public_key
 from evm_deploy.data.preprocessing import is_one_image
@@ -72,7 +73,7 @@ class LoadedBundle:
         self.preprocessing = self.manifest.preprocess()
         self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()
-        self.plugin, self.scan = choose_lowering(bundle, self.target, scan)
+        self.plugin, self.scan = lowering_here(bundle, self.target, scan)
         identity = sha256(bundle.path / MANIFEST)[:16]
         self._options = replace(options, plugin=self.plugin, settings=own, identity=identity)
         self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
@@ -316,6 +317,7 @@ def load(
     options = RunOptions(
         None if threads is None else at_least_one("threads", threads), streams=at_least_one("streams", streams)
     )
+    check_threads(options.threads, options.streams)
     scan = text("scan", scan)
     key = None if require_signature is None else public_key(path_text("require_signature", require_signature))
     return LoadedBundle(open_bundle(path_text("path of the bundle", path), key), options, scan, settings)

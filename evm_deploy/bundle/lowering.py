@@ -12,7 +12,7 @@ from evm_deploy.runtimes.info import NativeKernels, RuntimeInfo
 from evm_deploy.toolchain.platforms import host_platform
 
 
-def choose_lowering(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path | None, Decision]:
+def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path | None, Decision]:
     """Choose how the scans of a bundle run on this machine. Returns the native library, None for portable, and why.
 
     scan: as in `load`. Raises UsageError for a lowering that the bundle does not have, ToolchainError for a missing

@@ -96,7 +96,32 @@ def stdout_console() -> Console:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors have the same form as every EvmError."""
+    """Argument parser whose errors have the same form as every EvmError, and that refuses empty arguments.
+
+    An empty argument is mostly a shell variable that is not set: a path of it would be the working directory, and a key
+    of it no key. All positional arguments are paths: those after `--` that begin with a hyphen get `./` in front,
+    because `parse_intermixed_args` takes them for flags.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`, by default those of the process. Exits with code 2 for an empty argument."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place, argument in enumerate(given):
+            flag, _, value = argument.partition("=")
+            if not argument:
+                before = given[place - 1] if place and given[place - 1].startswith("-") else f"argument {place + 1}"
+                self.error(f"{before}: the value is empty; is a shell variable not set?")
+            if flag.startswith("--") and flag != argument and not value:
+                self.error(f"{flag}: the value is empty; is a shell variable not set?")
+        return super().parse_known_args(given, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args` with flags between positional arguments; after `--` there are none."""
+        given = list(sys.argv[1:] if args is None else args)
+        if "--" in given:
+            place = given.index("--")
+            given[place:] = [f"./{each}" if each.startswith("-") else each for each in given[place + 1 :]]
+        return super().parse_intermixed_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and a pointer to --help on stderr, and exit with code 2."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,8 +169,10 @@ def _history(args: argparse.Namespace) -> None:
     _left_out(damaged)
     if not found and damaged:
         raise damaged[0]
-    if not found:
+    if not found and (args.model or args.target):
         raise UsageError(f"{args.db} has no records of this model and target", "leave --model and --target out")
+    if not found:
+        raise UsageError(f"{args.db} has no records", f"evm-bench BUNDLE --db {shlex.quote(args.db)}")
     if args.json:
         print(strict_json([as_dicts(course) for course in found], indent=1))
     else:

@@ -50,13 +50,14 @@ def collect(paths: Iterable[str | Path]) -> Collected:
             continue
         if not path.is_dir():
             raise UsageError(f"{path} does not exist", "give records of evm-bench, bundles, or folders of them")
-        before, wrong = len(records) + len(bundles), len(damaged)
+        seen, wrong = 0, len(damaged)
         for folder in (path, *sorted(child for child in path.iterdir() if _is_bundle(child))):
             own: set[str] = set()
             if _is_bundle(folder):
                 try:
                     bundle = open_light(folder)
                     bundles[sha256(folder / FILE)] = bundle
+                    seen += 1
                 except (EvmError, OSError) as error:
                     damaged.append(error if isinstance(error, EvmError) else BundleError(f"{folder}: {error.strerror}"))
                     continue
@@ -67,11 +68,12 @@ def collect(paths: Iterable[str | Path]) -> Collected:
                 try:
                     if _looks_like_a_record(file):
                         records.append(Record.read(file))
+                        seen += 1
                     else:
                         ignored.append(file)
                 except UsageError as error:
                     damaged.append(error)
-        if len(records) + len(bundles) == before:
+        if not seen:
             if damaged[wrong:]:
                 raise damaged[wrong]
             raise UsageError(
