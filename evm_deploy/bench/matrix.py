@@ -75,10 +75,10 @@ class Matrix:
     settings: tuple[Settings, ...]
     out: Path
     imgsz: str | None = None
-    weights: str = "ema"
-    drop: tuple[str, ...] = ()
     calib: str | None = None
     val: str | None = None
+    weights: str = "ema"
+    drop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

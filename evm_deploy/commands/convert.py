@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
@@ -47,6 +48,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     path = Path(args.checkpoint)
     out = _out(path, args.out)
+    require_writable(out, "-o")
     if args.trust:
         warning = f"{PROG}: WARNING: --trust runs the code in {path} with all your rights, if it needs code to load"
         print(escape_controls(warning), file=sys.stderr)

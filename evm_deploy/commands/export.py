@@ -15,7 +15,7 @@ from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps, run_command
 from evm_deploy.commands.convert import main as convert_main
-from evm_deploy.commands.export_flags import FINISH_ONLY, export_parser
+from evm_deploy.commands.export_flags import FINISH_ONLY, FINISH_TOO, export_parser
 from evm_deploy.commands.export_plans import plans_of, refuse_others_flags
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import UsageError
@@ -111,10 +111,7 @@ def _finish(args: argparse.Namespace) -> int:
     from evm_deploy.bundle.signing import SIGNATURE
     from evm_deploy.export.pipeline import build_engine
 
-    if args.checkpoint or args.target:
-        raise UsageError("--finish cannot be combined with a checkpoint or --target", "evm-export --finish BUNDLE")
-    if args.zip:
-        raise UsageError("--finish cannot be combined with --zip", "leave --zip out")
+    _refuse_export_flags(args)
     signature, start = Path(args.finish) / SIGNATURE, time.perf_counter()
     signed = signature.exists()
     bundle = build_engine(
@@ -138,6 +135,16 @@ def _finish(args: argparse.Namespace) -> int:
     else:
         print(escape_controls(export_summary(bundle, seconds)))
     return 0
+
+
+def _refuse_export_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError if an argument is given that --finish does not use: an ignored --dry-run would build."""
+    used = {*(flag.replace("-", "_") for flag in FINISH_ONLY), *FINISH_TOO}
+    for action in export_parser()._actions:
+        if action.dest in used or not hasattr(args, action.dest) or getattr(args, action.dest) == action.default:
+            continue
+        name = action.option_strings[-1] if action.option_strings else "a checkpoint"
+        raise UsageError(f"--finish cannot be combined with {name}", "evm-export --finish BUNDLE")
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:

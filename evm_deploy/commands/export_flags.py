@@ -16,6 +16,7 @@ FINISH_ONLY = {
     "timing-cache": "TensorRT's timing cache, read and updated by each build",
     "require-signature": "refuse bundles not signed with this ed25519 key (a PEM file)",
 }
+FINISH_TOO = ("finish", "sign", "json", "verbose", "quiet", "config")  # other arguments that --finish uses
 
 
 def weights_flags(add: Callable[..., object], default: str | None = "ema", of: str = "") -> None:

@@ -43,7 +43,9 @@ def host_options(args: argparse.Namespace) -> HostOptions:
     for flag, value in (("--python", args.python), ("--ssh", args.ssh)):
         if value is not None and not (args.host or args.devices):
             raise UsageError(f"{flag} needs --host or --devices", f"leave {flag} out")
-    options = HostOptions(args.host, args.adb, args.profile, ssh, args.python or "python3", args.runner, args.require_signature)
+    options = HostOptions(
+        args.host, args.adb, args.profile, ssh, args.python or "python3", args.runner, args.require_signature
+    )
     if args.devices and (args.host or args.adb):
         raise UsageError("--devices cannot be combined with --host or --adb", "leave --host and --adb out")
     return options

@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace) -> None:
                 raise UsageError(
                     f"--{flag} {path} would replace another file of this command", f"choose another --{flag}"
                 )
-    if args.db:
+    if args.db and (args.paths or not args.history):  # --history alone only reads
         require_writable(Path(args.db), "--db")
 
 

@@ -158,8 +158,7 @@ def gain_over_float32(
     """
     feeds = {plan.input: np.repeat(test_inputs[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
-        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
-        other = target.build(traced, float32, Path(folder))
+        other = target.build(traced, plan.in_float32(), Path(folder))
         size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
         with target.runtime.open(other.path, options) as slow, target.runtime.open(artifact, options) as fast:
