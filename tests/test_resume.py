@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +22,14 @@ from evm_deploy.calib import evaluation
 from evm_deploy.data.decoded import INDEX, PIXELS
 from evm_deploy.data.images import labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.demo import digits
+from evm_deploy.demo import CHECKPOINT, digits
+from evm_deploy.export import quantization
+from evm_deploy.export.pipeline import complete
+from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.target import check_plan
+from evm_deploy.export.targets import get_target
+from evm_deploy.model.families import load_checkpoint
+from evm_deploy.runtimes.base import Batch
 from tests import cache
 from tests.test_evaluation import Evaluated, image_set
 
@@ -85,6 +93,7 @@ def leftovers(home):
     return list(folder.iterdir()) if folder.exists() else []
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     class_folders(tmp_path / "val")
     whole = run(tmp_path, "whole", "add 0 0", "home")
@@ -183,6 +192,46 @@ def test_results_of_other_images_labels_or_layers_are_not_taken(tmp_path):
     assert rows(image_set(60), good, val=None)[1] == 60
 
 
+def test_all_that_decides_a_result_is_in_its_identity(monkeypatch):
+    """Another torch, network, setting, kernel or processor starts anew; other choices among candidates continue."""
+    target, spec = get_target("onnx"), load_checkpoint(CHECKPOINT).spec
+    plan, pre = complete(check_plan(target, ExportPlan("onnx", "w8", val="demo")), spec)
+    seen = []
+    monkeypatch.setattr(quantization, "kept_results", lambda identity: seen.append(json.dumps(identity, default=str)))
+
+    def identity(plan=plan, spec=spec, pre=pre, network="a", **patched):
+        with monkeypatch.context() as patch:
+            for name, value in patched.items():
+                patch.setattr(quantization, name, value)
+            quantization.keeping(SimpleNamespace(sha256=network), plan, spec, pre, target)
+        return seen[-1]
+
+    first = identity()
+    assert first == identity()
+    for same_question in (
+        {"max_drop": 2.0},
+        {"calib_images": 7},
+        {"smooth": "off"},
+        {"calib_method": "minmax"},
+        {"tol": 0.1},
+    ):
+        assert identity(replace(plan, **same_question)) == first
+    others = [
+        identity(replace(plan, opset=18)),
+        identity(replace(plan, scan="portable")),
+        identity(replace(plan, batch=Batch(2, 2, 2))),
+        identity(spec=replace(spec, checkpoint={**spec.checkpoint, "sha256": "0"})),
+        identity(spec=replace(spec, checkpoint={**spec.checkpoint, "container": "state_dict"})),
+        identity(pre=replace(pre, crop_pct=0.5)),
+        identity(network="b"),
+        identity(package_versions=lambda names: {"torch": "9.0"}),
+        identity(cpu_model=lambda: "another processor"),
+        identity(usable_cores=lambda: 99),
+        identity(library_here=lambda target: None, find_plugin=lambda name: None),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+
+
 # ------------------------------------------------------------------------------------------------ decoded images
 
 
@@ -257,12 +306,24 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(val, tmp_path, monkeyp
         lambda path: order.append(len(caplog.records)) or Image.open(path).convert("RGB"),
     )
     images, pixels = decoded(val, kept_folder(tmp_path))
-    assert set(order) == {1} and "no room in" in caplog.text and "11.5 kB" in caplog.text
+    assert set(order) == {1} and "no room for" in caplog.text and "11.5 kB" in caplog.text
     assert all(item.decoded is None for item in images.items) and same(pixels, decoded(val, None)[1])
 
 
+def test_a_cache_that_is_too_small_gives_way_to_the_temporary_folder(val, tmp_path, monkeypatch, caplog):
+    folder = kept_folder(tmp_path)
+    monkeypatch.setattr(
+        "evm_deploy.data.decoded.shutil.disk_usage",
+        lambda path: SimpleNamespace(free=10_000 if path == folder else 10**9),
+    )
+    images, pixels = decoded(val, folder)
+    assert "not kept if this run is interrupted" in caplog.text and not (folder / PIXELS).stat().st_size
+    assert all(item.decoded is not None for item in images.items)
+    monkeypatch.undo()
+    assert same(pixels, decoded(val, None)[1])
+
+
 def test_a_disk_that_fills_up_stops_nothing(val, tmp_path, monkeypatch):
-    real = os.open
     folder = kept_folder(tmp_path)
 
     def full(file, data):
@@ -272,7 +333,7 @@ def test_a_disk_that_fills_up_stops_nothing(val, tmp_path, monkeypatch):
     images, pixels = decoded(val, folder)
     assert all(item.decoded is None for item in images.items) and (folder / PIXELS).stat().st_size == 0
     monkeypatch.undo()
-    assert same(pixels, decoded(val, None)[1]) and real
+    assert same(pixels, decoded(val, None)[1])
 
 
 # ---------------------------------------------------------------------------------------------------- kept results
@@ -315,6 +376,14 @@ def test_a_damaged_result_is_missing(home):
         with pytest.raises(Interrupted), kept_results({}) as results:
             assert results.get("rows") is None
             raise Interrupted
+
+
+def test_results_do_not_fill_the_disk(home, monkeypatch, caplog):
+    kept.log_no_cache.cache_clear()
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: SimpleNamespace(free=kept.RESERVED_BYTES))
+    with kept_results({}) as results:
+        results.put("rows", ROWS)
+        assert not list(results.folder.iterdir()) and results.get("rows") is ROWS and "No space" in caplog.text
 
 
 def test_nothing_is_left_of_work_that_kept_nothing(home):
@@ -361,6 +430,7 @@ def test_results_need_no_cache(tmp_path, monkeypatch, caplog):
     assert "nothing is cached" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "w8"])
 def test_a_rejected_artifact_keeps_its_evaluation(precision, home, tmp_path, capsys, monkeypatch):
     """The same command with another --max-drop asks the candidates nothing that they have answered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ Arrays = Mapping[str, NDArray[Any]]
 FOLDER = "unfinished"  # in the cache folder: one folder for each interrupted work
 KEPT_DAYS = 14  # an interrupted work that nobody continues is deleted after this time
 KEPT_WORKS = 3  # interrupted works beside the present one that are kept, the newest
+RESERVED_BYTES = 256 << 20  # that stay free on the disk for others
 DIGEST_BYTES = 32  # SHA-256 before the content of each file
 
 _open: list[Path] = []  # folders that this process fills now
@@ -66,6 +68,8 @@ class KeptResults:
             np.savez(content, **arrays)  # type: ignore[arg-type]  # the stub takes `allow_pickle` for one of the arrays
             data = content.getvalue()
             try:
+                if shutil.disk_usage(self.folder).free < len(data) + RESERVED_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
                 write_atomically(self._file(name), hashlib.sha256(data).digest() + data)
                 return
             except OSError as error:

@@ -27,8 +27,8 @@ class DecodedImages:
 
     folder: where the file and its index are kept, so that a later process finds the images by their content (`found`);
     pixels that a power failure has damaged are not found. Without a folder the file has no name, and goes with the last
-    array, also if the process is killed. There is no file if it would take more than MAX_SHARE of the free bytes, which
-    is logged, or if it cannot be written.
+    array, also if the process is killed. A file that would take more than MAX_SHARE of the free bytes is made in the
+    temporary folder, or not at all; this is logged before any image is decoded. There is none if it cannot be written.
     """
 
     def __init__(self, count: int, shape: tuple[int, ...], folder: Path | None = None) -> None:
@@ -39,20 +39,29 @@ class DecodedImages:
         self._digests: NDArray[Any] = np.empty(0, ROW)
         self._map: NDArray[np.uint8] | None = None
         self.added = 0
-        place = folder or Path(tempfile.gettempdir())
-        with contextlib.suppress(OSError):
-            if folder:
+        if folder:
+            with contextlib.suppress(OSError):
                 self._open(folder)
-            room = MAX_SHARE * shutil.disk_usage(place).free
-            if (count - self.added) * self._size > room:
-                self._close()
-                logging.getLogger("evm_deploy").warning(
-                    "no room in %s for the pixels of %s images: %s, and at most half of the free space is taken\n"
-                    "  each pass decodes the images again",
-                    *(place, f"{count:,}", bytes_text(count * self._size)),
-                )
-            elif not folder:
+            if not self._file or self._fits(count - self.added, folder):
+                return
+            self._close()
+            self.added = 0
+        temporary = Path(tempfile.gettempdir())
+        lacking = f"no room for the pixels of {count:,} images ({bytes_text(count * self._size)})"
+        if self._fits(count, temporary):
+            with contextlib.suppress(OSError):
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  the arrays outlive every block
+            if folder:
+                _warn(f"{lacking} in {folder}: they are in {temporary}, and not kept if this run is interrupted")
+        else:
+            _warn(f"{lacking} in {temporary}: each pass decodes the images again")
+
+    def _fits(self, count: int, folder: Path) -> bool:
+        """Test whether the pixels of `count` images take at most MAX_SHARE of the free bytes of a folder's disk."""
+        try:
+            return count * self._size <= MAX_SHARE * shutil.disk_usage(folder).free
+        except OSError:
+            return False
 
     def found(self, content: bytes) -> int | None:
         """Return the place of the image whose encoded form has the SHA-256 `content`, None if it is not kept."""
@@ -112,6 +121,11 @@ class DecodedImages:
             with contextlib.suppress(OSError):
                 file.close()
         self._file = self._index = None
+
+
+def _warn(text: str) -> None:
+    """Log a warning. Python prints it on stderr unless logging is configured."""
+    logging.getLogger("evm_deploy").warning("%s (at most half of what is free is taken)", text)
 
 
 def _append(file: IO[bytes], data: bytes) -> None:
