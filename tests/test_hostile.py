@@ -210,6 +210,43 @@ def test_forms_are_called_forms(capsys):
     assert "--forms 'onxx' is unknown" in said and "did you mean onnx" in said
 
 
+@pytest.mark.parametrize("command", [["run"], ["bench"], ["report"], ["export", "--finish"]], ids=lambda c: c[-1])
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx"])
+def test_a_file_of_a_bundle_is_not_the_bundle(command, name, demo_bundle, tmp_path, capsys, monkeypatch):
+    if command == ["bench"]:  # in this process, where the worker would load no torch
+        from evm_deploy.bench import worker
+
+        with pytest.raises(BundleError, match="give its folder"):
+            worker.open_subject(demo_bundle.path / name, worker.Settings())
+        return
+    more = ["--selftest"] if command == ["run"] else []
+    assert code_of(*command, demo_bundle.path / name, *more) == 2
+    said = capsys.readouterr().err
+    assert "is a file of a bundle" in said and f"give its folder:  {demo_bundle.path}" in said
+
+
+@pytest.mark.parametrize("flag", ["--html", "--csv", "--markdown"])
+def test_a_report_replaces_no_data(flag, demo_bundle, tmp_path, capsys):
+    """`--html bench/x.json` replaced a record that the report had read; `--csv h.db --db h.db` the whole history."""
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    record().write(folder / "r.json")
+    assert code_of("report", folder, "--db", tmp_path / "h.db") == 0
+    files = [folder / "r.json", tmp_path / "h.db", demo_bundle.path / "manifest.json"]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        assert code_of("report", folder, flag, file) == 2
+        assert "would replace" in capsys.readouterr().err
+    assert code_of("report", folder, flag, tmp_path / "new.db", "--db", tmp_path / "new.db") == 2
+    assert [file.read_bytes() for file in files] == before
+    for _ in range(2):
+        assert code_of("report", folder, flag, tmp_path / "report.txt") == 0  # an older report is replaced
+
+
+def test_a_device_is_neither_a_file_nor_a_folder(capsys):
+    assert code_of("report", "/dev/null") == 2 and "neither a file nor a folder" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------ exit codes
 
 ERRORS = (BundleError("a"), ParityError("b"), AccuracyError("c"))
@@ -266,3 +303,11 @@ def test_a_matrix_without_a_result_is_json_too(monkeypatch, tmp_path, capsys):
 def test_every_help_says_which_code_counts(command, capsys):
     assert code_of(command, "--help") == 0
     assert "the largest code" in capsys.readouterr().out
+
+
+def test_a_history_that_is_only_read_need_not_be_writable(tmp_path, capsys, monkeypatch):
+    from evm_deploy.report.history import append
+
+    append(tmp_path / "h.db", [record()])
+    monkeypatch.setattr("evm_deploy.commands.report.require_writable", lambda *a, **k: pytest.fail("asked to write"))
+    assert code_of("report", "--history", "--db", tmp_path / "h.db") == 0

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.files import artifact_bytes, lock_folder, make_readable, move, real_path, require_regular, sha256
+from evm_deploy._util.text import command
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest
 from evm_deploy.errors import BundleError
@@ -61,6 +62,7 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     except OSError as error:
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
+        refuse_part_of_a_bundle(path)
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", "make one with evm-export", code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
@@ -101,6 +103,17 @@ def check_free(path: Path, force: bool, zipped: bool = False) -> None:
         _require_ours(path, path)
     if zipped:
         archive.check_free(archive.zip_path(path), force)
+
+
+def refuse_part_of_a_bundle(path: Path) -> None:
+    """Raise BundleError if `path` is a file of a bundle, such as its manifest or model, given for the whole bundle."""
+    try:
+        listed = {FILE, *Manifest.read(path.parent).files} if path.is_file() else set()
+    except (BundleError, OSError):
+        return
+    if path.name in listed:
+        message = f"{path} is a file of a bundle, not the bundle"
+        raise BundleError(message, f"give its folder:  {command(path.parent)}", code="bundle.missing")
 
 
 @contextlib.contextmanager
