@@ -32,6 +32,7 @@ VALIDATION = 1000
 def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float]:
     """Export a golden case; return the artifact and the seconds."""
     from evm_deploy import load_checkpoint
+    from evm_deploy._util.kept import KeptResults
     from evm_deploy._util.progress import silent
     from evm_deploy.export import coreml
     from evm_deploy.export.coreml import coremltools_patch
@@ -48,7 +49,7 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     coremltools_patch.converter()  # import coremltools before the clock starts
     start = time.process_time()
     program = mlprogram.trace(module, plan, {})
-    program, _ = quantize(program, plan, network.spec, preprocessing, coreml.TARGET, silent)
+    program, _ = quantize(program, plan, network.spec, preprocessing, coreml.TARGET, KeptResults(), silent)
     return coreml.build(program, plan, folder), time.process_time() - start
 
 

@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from evm_deploy._util.progress import silent
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.calib.candidate import make_candidates
 from evm_deploy.calib.evaluate import Accuracy
+from evm_deploy.calib.evaluation import Evaluation, graph_outputs
 from evm_deploy.calib.histogram import METHODS
-from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
+from evm_deploy.calib.int8 import candidates, each_block, image_sets
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
@@ -55,8 +57,8 @@ def print_blocks(plan: ExportPlan) -> None:
     graph = trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
     config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(config, preprocessing, silent)
-    expected = graph_outputs(graph.model, config, plugin, judged)
-    evaluate = evaluator(expected, judged, config, candidate_opener(get_target(plan.target), graph, plan))
+    run_float = partial(graph_outputs, graph.model, config, plugin)
+    evaluate = Evaluation(judged, run_float, config, candidate_opener(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     for smooth, source in make_candidates(graph.model, layers, used, config, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))

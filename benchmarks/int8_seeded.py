@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from safetensors.numpy import save_file
 
 from evm_deploy._util.progress import silent
 from evm_deploy.calib.candidate import make_candidates
-from evm_deploy.calib.int8 import candidates, each_block, evaluator, graph_outputs, image_sets
+from evm_deploy.calib.evaluation import Evaluation, graph_outputs
+from evm_deploy.calib.int8 import candidates, each_block, image_sets
 from evm_deploy.export import ExportPlan
 from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
@@ -45,13 +47,13 @@ def print_variant(variant: str, folder: Path) -> None:
     config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(config, preprocessing, silent)
     assert judged is not None
-    expected = graph_outputs(graph.model, config, plugin, judged)
-    evaluate = evaluator(expected, judged, config, candidate_opener(get_target(plan.target), graph, plan))
+    run_float = partial(graph_outputs, graph.model, config, plugin)
+    evaluate = Evaluation(judged, run_float, config, candidate_opener(get_target(plan.target), graph, plan))
     layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     found = make_candidates(graph.model, layers, used, config, plugin, silent)
     rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}
     print(f"\n{variant}, {len(judged)} images          as is  smoothed")
-    whole = [evaluate(source.quantized(source.blocks)).sqnr_db for source in found.values()]
+    whole = [evaluate(source, source.blocks).sqnr_db for source in found.values()]
     print(f"{'all blocks':<22} {whole[0]:6.1f} dB {whole[1]:6.1f} dB")
     for block in rows["off"]:
         print(f"{block:<22} {rows['off'][block].sqnr_db:6.1f} dB {rows['on'][block].sqnr_db:6.1f} dB")

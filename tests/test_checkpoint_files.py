@@ -310,7 +310,7 @@ def test_convert_replaces_nothing_by_itself(tmp_path, capsys):
         (tmp_path / "no",),
     ):
         assert convert(*flags) == 2
-    assert convert(file, "--drop", "") == 2 and convert(file, "-o", "/proc/b.safetensors") == 2
+    assert convert(file, "--drop", ",") == 2 and convert(file, "-o", "/proc/b.safetensors") == 2
     assert out.read_text() == "mine" and file.read_bytes() == to_safetensors(
         EMA, {"evm_deploy": json.dumps({"imgsz": 64})}
     )

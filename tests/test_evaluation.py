@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from evm_deploy import cli
+from evm_deploy._util.kept import KeptResults
 from evm_deploy.bundle.bundle import open_bundle
-from evm_deploy.calib import int8
+from evm_deploy.calib import evaluation
 from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
+from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import ImageSets, choose
 from evm_deploy.calib.quantize import Layer
 from evm_deploy.data.images import ImageSet
@@ -55,7 +57,7 @@ class Evaluated:
         self.bad, self.seen, self.floats = bad, [], []
         self.float_wrong = float_wrong
         self.config = SimpleNamespace(
-            val="val", input="image", task=CLASSIFICATION, max_drop=max_drop, num_classes=CLASSES
+            val="val", input="image", task=CLASSIFICATION, max_drop=max_drop, num_classes=CLASSES, kept=KeptResults()
         )
 
     @contextmanager
@@ -71,8 +73,8 @@ class Evaluated:
 
     def float_outputs(self, images):
         self.floats.append(len(images))
-        found = [number(pixels) for pixels in images.pixels()]
-        return {"logits": np.stack([logits(i, self.float_wrong(i)) for i in found])}
+        for i in map(number, images.pixels()):
+            yield {"logits": logits(i, self.float_wrong(i))[None]}
 
     def choose(self, images, names=("off",)):
         layers = [Layer(block, block, "x", "y", block) for block in BLOCKS]
@@ -86,15 +88,14 @@ class Evaluated:
             steps.append((name, detail))
             yield lambda done, total: steps.append((done, total))
 
-        found = choose(
-            dict.fromkeys(names, source), ImageSets(None, images), self.config, self.float_outputs, self.open, step
-        )
+        choices = {name: replace(source, ranges={name: Range(-1.0, 1.0)}) for name in names}
+        found = choose(choices, ImageSets(None, images), self.config, self.float_outputs, self.open, step)
         return found, steps
 
 
 @pytest.fixture(autouse=True)
 def compared(monkeypatch):
-    monkeypatch.setattr(int8, "COMPARED", 100)
+    monkeypatch.setattr(evaluation, "COMPARED", 100)
 
 
 def test_few_images_are_evaluated_whole_and_once():
@@ -115,8 +116,8 @@ def test_candidates_are_compared_on_a_part_and_the_chosen_one_is_evaluated_on_al
 
 
 def test_the_part_is_drawn_by_a_fixed_seed_and_spread_over_all():
-    part, whole = int8.evaluation_stages(image_set(1000))
-    again = int8.evaluation_stages(image_set(1000))[0]
+    part, whole = evaluation.evaluation_stages(image_set(1000))
+    again = evaluation.evaluation_stages(image_set(1000))[0]
     names = [int(item.name) for item in part.items]
     assert names == [int(item.name) for item in again.items] and len(whole) == 1000
     assert min(names) < 100 and max(names) > 900 and len(set(part.labels.tolist())) == CLASSES
@@ -131,7 +132,7 @@ def test_sensitive_blocks_stay_in_float_as_the_part_says():
 
 
 def test_a_loss_that_only_all_images_show_is_mended_too():
-    part = {int(item.name) for item in int8.evaluation_stages(image_set(1000))[0].items}
+    part = {int(item.name) for item in evaluation.evaluation_stages(image_set(1000))[0].items}
     run = Evaluated(lambda blocks, i: "c" in blocks and i not in part and i % 3 == 0)
     found, _ = run.choose(image_set(1000))
     assert found.accuracy.images == 1000 and found.accuracy.ok and "c" in found.in_float

@@ -209,8 +209,9 @@ def test_an_output_too_many_is_named(tmp_path):
 
 @pytest.mark.parametrize("scan", ["aot", "plugin"])
 def test_tensorrts_plugins_refuse_a_scan_without_softplus(scan, tmp_path):
+    from evm_deploy.export.description import native_metadata
     from evm_deploy.export.hub.graph import trace
-    from evm_deploy.export.pipeline import complete, native_metadata
+    from evm_deploy.export.pipeline import complete
     from evm_deploy.export.tensorrt.graph import tensorrt_graph
 
     source = Source(network("softplused"))

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from evm_deploy import cli
 from evm_deploy._util.progress import silent
 from evm_deploy.bench import device, worker
 from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.cli import bench_main
 from evm_deploy.demo import CHECKPOINT, digits, write_images
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import CheckpointError, ToolchainError, UsageError
 from evm_deploy.export.targets import get_target
+from evm_deploy.model.families import load_checkpoint
 from tests.records import record as make_record
 
 QUICK = ["--threads", "1", "--limit", "20"]
@@ -174,3 +178,52 @@ def test_a_record_of_another_version_or_device_is_not_reused(what, timeless, tmp
         monkeypatch.setattr(device, "facts", lambda: facts)
     assert not run_matrix(matrix).failed
     assert len(timeless) == 2
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """A file with averaged and raw weights, and a tensor beside the network."""
+    averaged = load_file(str(CHECKPOINT))
+    bias = "classifier.head.bias"
+    raw = {name: value + (name == bias) for name, value in averaged.items()}
+    raw["aux.weight"] = torch.ones(2)
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, tmp_path / "two.pt")
+    return tmp_path / "two.pt", raw[bias], averaged[bias]
+
+
+def test_the_weights_of_a_comparison_are_those_that_were_asked_for(two_sets, tmp_path):
+    file, raw, averaged = two_sets
+    forms, settings = parse_forms("torch,onnx:fp32"), (Settings(1, 1, imgsz="64"),)
+    for weights, drop, want in (("raw", ("aux.*",), raw), ("ema", (), averaged)):
+        source = Checkpoint(Matrix(file, forms, settings, tmp_path / "o", "64", weights=weights, drop=drop))
+        plan = source.plan(forms[1])
+        assert (plan.weights, plan.drop) == (weights, drop)
+        for network in (source.float.module, source.source.network(plan).module):
+            assert torch.equal(dict(network.named_parameters())[next_bias(network)], want)
+    with pytest.raises(CheckpointError, match="fits no key"):
+        Checkpoint(Matrix(file, forms, settings, tmp_path / "o", "64", drop=("nothing.*",)))
+
+
+def next_bias(network):
+    return next(name for name, _ in network.named_parameters() if name.endswith("classifier.head.bias"))
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_weights_are_flags_of_evm_bench(matrix, two_sets, tmp_path, monkeypatch, capsys):
+    """With --matrix they go into the exports, and into the settings of torch; else into those of the checkpoint."""
+    seen = []
+
+    def stop(subject, settings=None, *rest):
+        seen.append((subject, settings))
+        raise ToolchainError("stop")
+
+    monkeypatch.setattr("evm_deploy.bench.remote.hosts.bench", stop)
+    monkeypatch.setattr("evm_deploy.bench.matrix.bench", stop)
+    monkeypatch.setattr("evm_deploy.bench.matrix.export", lambda source, plan, *a, **k: stop("export", plan))
+    flags = ["--weights", "raw", "--drop", "aux.*, loss.*", "-o", str(tmp_path / "o"), "-q"]
+    more = ["--matrix", "--forms", "torch,onnx", "--imgsz", "64"] if matrix else []
+    monkeypatch.setattr("evm_deploy.bench.float_model.load_checkpoint", lambda path, **k: load_checkpoint(path))
+    assert cli.bench_main([str(two_sets[0]), *flags, *more]) == 3
+    (_, in_torch), *exported = seen
+    assert (in_torch.weights, in_torch.drop) == ("raw", "aux.*,loss.*")
+    assert [(plan.weights, plan.drop) for _, plan in exported] == [("raw", ("aux.*", "loss.*"))] * matrix

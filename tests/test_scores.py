@@ -99,7 +99,7 @@ def test_accuracy_of_one_class_is_about_absent_and_present(name):
     scores = np.array([[-3.0], [2.0], [0.5], [-0.1]])
     outputs = {name: sigmoid(scores) if name == "probs" else scores}
     labels = np.array([0, 1, 0, 1])
-    assert CLASSIFICATION.score(outputs, labels)["top1"] == 0.5
+    assert CLASSIFICATION.score(outputs, labels)["top1"].mean() == 0.5
     turned = {name: 1 - outputs[name] if name == "probs" else -outputs[name]}
-    assert CLASSIFICATION.agree(outputs, outputs) == 1 and CLASSIFICATION.agree(outputs, turned) == 0
+    assert CLASSIFICATION.agree(outputs, outputs).all() and not CLASSIFICATION.agree(outputs, turned).any()
     assert compare_outputs(outputs, turned, CLASSIFICATION, labels, limit=1.0).agreement == 0

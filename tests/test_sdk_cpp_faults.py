@@ -27,7 +27,9 @@ from evm_deploy import load, plugin_path
 from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.signing import private_key, sign
+from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError, ImageError
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.toolchain.platforms import host_platform
 from tests.broken import BROKEN, NO_SELF_TEST, changed_manifest, refusal
@@ -522,3 +524,37 @@ def test_files_without_an_end_are_refused(thing, micro_bundle, tmp_path):
         os.mkfifo(bundle / name) if thing == "pipe" else (bundle / name).symlink_to("/dev/zero")
     for bundle, answer in zip(bundles, drive(*(("open", bundle, "auto") for bundle in bundles)), strict=True):
         assert told(answer) == refusal(lambda bundle=bundle: load(bundle)), bundle.name
+
+
+@pytest.mark.parametrize("change", ["nothing", "bit", "cut", "unsealed", "other checksum"])
+def test_a_cached_model_that_was_changed_is_compiled_again(change, bundle_of, tmp_path):
+    """OpenVINO itself would load most of these, and compute something else."""
+    bundle = bundle_of(CHECKPOINT, ExportPlan("openvino", scan="portable")).path
+    image, cache = synthetic_image(64, 64, seed=3), tmp_path / "cache"
+    with Model(bundle, cache=cache) as model:
+        want = model.classify([image])
+    (blob,) = cache.rglob("*.blob")
+    checksum, content = blob.with_name(f"{blob.name}.sha256"), blob.read_bytes()
+    assert checksum.read_text() == sha256(blob)
+    broken = bytearray(content)
+    broken[len(content) // 2] ^= 0x40
+    if change in ("bit", "cut"):
+        blob.write_bytes(broken if change == "bit" else content[: len(content) // 2])
+    if change == "unsealed":
+        checksum.unlink()
+    if change == "other checksum":
+        checksum.write_bytes(b"\xff")
+    written = blob.stat().st_mtime_ns
+    with Model(bundle, cache=cache) as model:
+        assert model.classify([image]) == want
+    assert (blob.stat().st_mtime_ns == written) == (change == "nothing")
+    assert checksum.read_text() == sha256(blob)
+    assert len(list(blob.parent.iterdir())) == 2
+
+
+def test_a_cache_of_cpp_that_cannot_be_used_is_an_error(bundle_of, tmp_path):
+    bundle = bundle_of(CHECKPOINT, ExportPlan("openvino", scan="portable")).path
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        error = cpp_says(bundle, cache=cache)
+        assert "cannot be used" in str(error) and "another folder" in error.hint

@@ -17,11 +17,12 @@ from evm_deploy.bundle.manifest import Decision
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, CalibrationError, ParityError, ToolchainError
 from evm_deploy.export.hub import graph as graph_module
-from evm_deploy.export.pipeline import export, lowerings
+from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact
 from evm_deploy.export.targets import load_targets
+from evm_deploy.export.verify_lowerings import lowerings
 from evm_deploy.model import batch_norm
 from evm_deploy.model.efficientvmamba import network
 from evm_deploy.scan import onnx_function

@@ -68,6 +68,27 @@ def writable_cache(folder: Path) -> Path:
     return folder
 
 
+def lock_folder(folder: Path, wait: bool = False) -> int | None:
+    """Lock a folder until the returned file descriptor is closed. The lock ends with the process.
+
+    None if the folder is locked by another process, or if locks do not work there. wait: for the other process.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def make_readable(path: Path) -> None:
     """Let other users read a file or folder. File systems without modes (FAT, SMB, S3) keep theirs."""
     with contextlib.suppress(OSError):

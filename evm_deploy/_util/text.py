@@ -46,6 +46,14 @@ def size_text(imgsz: tuple[int, int]) -> str:
     return f"{imgsz[0]}x{imgsz[1]}"
 
 
+def bytes_text(count: float) -> str:
+    """Format a number of bytes in decimal units: `7.5 GB`, `12.3 MB`, `512 bytes`."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def command(*words: str | Path) -> str:
     """Return a line that a POSIX shell splits into exactly these words, for messages that a user pastes.
 

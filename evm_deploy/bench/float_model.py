@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import check_threads
 from evm_deploy._util.files import sha256
 from evm_deploy.bench.measurable import TORCH, repeated
 from evm_deploy.bench.record import Settings
@@ -28,6 +29,7 @@ from evm_deploy.toolchain.plugins import find_plugin
 class FloatModel:
     """Float network of the checkpoint `path`, for images of size settings.imgsz or of the size saved with the weights.
 
+    settings.weights and settings.drop say which of its weights are taken.
     Inside its `with` block torch uses settings.threads threads in the whole process. Raises CheckpointError, and
     UsageError for settings that torch does not have (end-to-end, scan, streams).
     """
@@ -42,7 +44,10 @@ class FloatModel:
                 f"{path.name} is a checkpoint: torch only times its network, one inference at a time",
                 "leave --end-to-end, --scan and --streams out, or torch out of --forms",
             )
-        network = load_checkpoint(path)
+        check_threads(settings.threads)
+        network = load_checkpoint(
+            path, weights=settings.weights or "ema", drop=settings.drop.split(",") if settings.drop else ()
+        )
         self.spec = network.spec
         imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
         self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)

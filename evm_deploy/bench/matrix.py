@@ -30,7 +30,8 @@ from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.calib.candidate import feeds
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
-from evm_deploy.calib.int8 import image_sets, stacked
+from evm_deploy.calib.evaluation import stacked
+from evm_deploy.calib.int8 import image_sets
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
@@ -65,8 +66,8 @@ class Matrix:
     """Settings of a comparison, which makes one record for each form and each of `settings`.
 
     settings: each with its `batch`. out: folder for the records; bundles go into its subfolder `bundles`.
-    imgsz: input size; None: saved with the weights. calib, val: as for ExportPlan; with `val` the accuracy of every
-    form is measured.
+    imgsz: input size; None: saved with the weights. weights, drop, calib, val: as for ExportPlan; with `val` the
+    accuracy of every form is measured.
     """
 
     checkpoint: Path
@@ -76,6 +77,8 @@ class Matrix:
     imgsz: str | None = None
     calib: str | None = None
     val: str | None = None
+    weights: str = "ema"
+    drop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def parse_forms(text: str) -> tuple[Form, ...]:
                 raise UsageError(f"--forms {part}: torch measures the checkpoint unchanged", f"use {TORCH}:fp32")
             forms.append(Form(TORCH, "fp32"))
             continue
-        target, precision = get_target(name), canonical_precision(precision)
+        target, precision = get_target(name, "--forms"), canonical_precision(precision)
         if precision and precision not in target.precisions:
             has = ", ".join(target.precisions)
             raise UsageError(f"--forms {part}: target '{target.name}' has no such precision", f"choose from: {has}")
@@ -137,8 +140,13 @@ class Checkpoint:
     def __init__(self, matrix: Matrix) -> None:
         self.matrix, self.path = matrix, matrix.checkpoint
         self.source = Source(matrix.checkpoint)
-        self.float = FloatModel(self.path, Settings(imgsz=matrix.imgsz))
+        self.float = FloatModel(self.path, self.in_torch(Settings()))
         self.digests: dict[tuple[Any, ...], list[str | None]] = {}
+
+    def in_torch(self, settings: Settings) -> Settings:
+        """Return the settings with what a measurement of the checkpoint itself must know."""
+        weights = None if self.matrix.weights == "ema" else self.matrix.weights
+        return replace(settings, imgsz=self.matrix.imgsz, weights=weights, drop=",".join(self.matrix.drop) or None)
 
     def exported(self, form: Form, step: Step) -> Path:
         """Return the path of the form's bundle; export it unless a current one exists. Raises EvmError."""
@@ -160,6 +168,8 @@ class Checkpoint:
             batch=Batch.parse("1" if all(each.batch == 1 for each in self.matrix.settings) else "dynamic"),
             calib=self.matrix.calib if calibrated else None,
             val=self.matrix.val if evaluated else None,
+            weights=self.matrix.weights,
+            drop=self.matrix.drop,
         )
         return complete(check_plan(get_target(form.target), plan), self.float.spec)[0]
 
@@ -195,7 +205,7 @@ class Checkpoint:
 
         The record of a form whose manifest has no accuracy gets the accuracy on `matrix.val`, or none without it.
         """
-        settings = replace(settings, imgsz=self.matrix.imgsz) if form.target == TORCH else settings
+        settings = self.in_torch(settings) if form.target == TORCH else settings
         subject = sha256(path if form.target == TORCH else path / MANIFEST)
         file, record = find_record(self.matrix.out, subject, settings, self.versions(form)) or (None, None)
         with step("kept" if record else "measure", f"{form}, {settings}"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evm_deploy._util.files import write_output
+from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.schema import Schema, lenient_json, published, strict_json
 from evm_deploy._util.settings import Flag, all_fields, changed, flag_of
 from evm_deploy.bench.latency import Latency
@@ -25,8 +26,9 @@ class Settings:
 
     threads: intra-op threads; None: chosen by the runtime. batch: images per inference; None: the bundle's smallest.
     streams: concurrent inferences, each in its own thread. timed: `model` (from arrays to arrays on the host) or
-    `end-to-end` (from an image file to its five best classes). imgsz: input size of a checkpoint measured in torch;
-    None: the size saved with the weights. limit_s: seconds after which an unstable measurement ends.
+    `end-to-end` (from an image file to its five best classes). For a checkpoint measured in torch, imgsz: input size,
+    None: the size saved with the weights; weights, drop: as in ExportPlan, drop as text with commas.
+    limit_s: seconds after which an unstable measurement ends.
     own: the given settings of the runtimes, as pairs of name and value that `load` accepts.
     """
 
@@ -37,6 +39,8 @@ class Settings:
     timed: str = "model"
     imgsz: str | None = None
     limit_s: float = 60.0
+    weights: str | None = None
+    drop: str | None = None
     own: tuple[tuple[str, Any], ...] = ()
 
     def with_own(self, **values: Any) -> Settings:
@@ -126,18 +130,28 @@ class Record:
                 raise UsageError(f"{path} is not a record: larger than {MAX_BYTES >> 20} MB")
             content = lenient_json(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"record {path} cannot be read: {error}") from error
+            reason = "it is empty" if isinstance(error, ValueError) and not path.stat().st_size else error
+            raise UsageError(f"record {path} cannot be read: {reason}", "evm-bench BUNDLE writes records") from error
         return cls.parse(content, str(path))
 
     @classmethod
     def parse(cls, content: Any, source: str) -> Record:
         """Make a Record of decoded JSON, after checking keys, types and numbers. Raises UsageError naming `source`."""
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{source} is not a record of schema {SCHEMA_VERSION}", "evm-bench writes records")
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if type(version) is not int:
+            raise UsageError(f"{source} is not a record of evm-bench", "evm-bench BUNDLE writes records")
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{source} is a record of schema {version}; this evm-deploy reads schema {SCHEMA_VERSION}",
+                upgrade_hint() if version > SCHEMA_VERSION else "measure again with evm-bench",
+            )
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             differing = ", ".join(sorted(names ^ set(content)))
-            raise UsageError(f"{source} is not a record: missing or unknown fields: {differing:.200}")
+            raise UsageError(
+                f"{source} is a damaged record: missing or unknown fields: {differing:.200}",
+                "measure again with evm-bench",
+            )
         try:
             SCHEMA(content)
         except (ValueError, RecursionError) as error:

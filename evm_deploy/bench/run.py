@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def bench(bundle: str | Path, settings: Settings = DEFAULTS, require_signature: 
     return record_of(done.stdout, done.stderr, done.returncode, str(bundle))
 
 
+def ended(code: int | None) -> str:
+    """Return how a process ended: `died with code 1`, or `was ended by SIGKILL`, as by a system without memory."""
+    if code is None or code >= 0:
+        return f"died with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
 def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record:
     """Parse the output of the measuring process (bench/worker.py) into a record.
 
@@ -49,7 +60,7 @@ def record_of(stdout: str, stderr: str, code: int | None, bundle: str) -> Record
             FAILED(content)
     except (IndexError, ValueError, RecursionError) as error:
         said = (stderr.strip().splitlines() or ["no error message"])[-1]
-        raise ToolchainError(f"the process measuring {bundle} died with code {code}: {said}") from error
+        raise ToolchainError(f"the process measuring {bundle} {ended(code)}: {said}") from error
     if failed:
         kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
         kind = kinds.get(content["error"]["type"], ToolchainError)

@@ -29,6 +29,7 @@ from evm_deploy.bench.latency import measure, throughput
 from evm_deploy.bench.measurable import Measurable, MeasuredBundle, batch_size
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bundle import archive
+from evm_deploy.bundle.bundle import refuse_part_of_a_bundle
 from evm_deploy.errors import EvmError
 
 PARTS_RUNS = 50
@@ -87,6 +88,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
 def open_subject(path: Path, settings: Settings, require_signature: str | None = None) -> Measurable:
     """Load the bundle (folder or .zip) or the checkpoint file at `path`. Raises EvmError."""
     if path.is_file() and path.suffix != archive.SUFFIX and not require_signature:
+        refuse_part_of_a_bundle(path)
         from evm_deploy.bench.float_model import FloatModel
 
         return FloatModel(path, settings)

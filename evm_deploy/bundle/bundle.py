@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from evm_deploy._util.files import artifact_bytes, make_readable, move, real_path, require_regular, sha256
+from evm_deploy._util.files import artifact_bytes, lock_folder, make_readable, move, real_path, require_regular, sha256
+from evm_deploy._util.text import command
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest, nearest
 from evm_deploy.errors import BundleError
@@ -61,6 +62,7 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     except OSError as error:
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
+        refuse_part_of_a_bundle(path)
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", nearest(path), code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
@@ -103,6 +105,17 @@ def check_free(path: Path, force: bool, zipped: bool = False) -> None:
         archive.check_free(archive.zip_path(path), force)
 
 
+def refuse_part_of_a_bundle(path: Path) -> None:
+    """Raise BundleError if `path` is a file of a bundle, such as its manifest or model, given for the whole bundle."""
+    try:
+        listed = {FILE, *Manifest.read(path.parent).files} if path.is_file() else set()
+    except (BundleError, OSError):
+        return
+    if path.name in listed:
+        message = f"{path} is a file of a bundle, not the bundle"
+        raise BundleError(message, f"give its folder:  {command(path.parent)}", code="bundle.missing")
+
+
 @contextlib.contextmanager
 def temporary_bundle(path: Path) -> Iterator[Path]:
     """Context manager: a temporary folder next to `path`, deleted on exit unless `publish` has renamed it.
@@ -117,7 +130,7 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
         _sweep(path, prefix)
         while True:
             unfinished = TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
-            lock = _lock(Path(unfinished.name), wait=True)
+            lock = lock_folder(Path(unfinished.name), wait=True)
             if Path(unfinished.name).is_dir():  # else another export has swept it before it was locked
                 break
     except OSError as error:
@@ -238,7 +251,7 @@ def _sweep(path: Path, prefix: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.rename(path)  # the export was killed between its two renames: restore the old bundle
-        elif (lock := _lock(left)) is not None:
+        elif (lock := lock_folder(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
 
@@ -250,24 +263,3 @@ def _machine() -> str:
     except (OSError, ValueError):
         name = f"{platform.node()} {uuid.getnode()}" if sys.platform == "darwin" else uuid.uuid4().hex
     return hashlib.sha256(name.encode()).hexdigest()[:12]
-
-
-def _lock(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder until the returned file descriptor is closed. The lock ends with the process.
-
-    None if the folder is locked by another process, or if locks do not work there. wait: for the other process.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

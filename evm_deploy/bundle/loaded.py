@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.cores import check_threads
 from evm_deploy._util.files import sha256
-from evm_deploy._util.text import command, one_of
+from evm_deploy._util.text import command
 from evm_deploy._util.values import path_text, text, whole
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.lowering import lowering_here
 from evm_deploy.bundle.manifest import FILE as MANIFEST
-from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.signing import public_key
 from evm_deploy.data.reading import is_one_image
-from evm_deploy.errors import BundleError, ImageError, ToolchainError, UsageError
+from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.runtimes.base import (
     DEFAULTS,
     Feeds,
@@ -32,11 +33,9 @@ from evm_deploy.runtimes.base import (
     check_feeds,
     run_batched,
 )
-from evm_deploy.runtimes.info import NativeKernels
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
 from evm_deploy.tasks.task import Decode, Prediction
-from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
     from evm_deploy.data.reading import ImageLike
@@ -74,7 +73,7 @@ class LoadedBundle:
         self.preprocessing = self.manifest.preprocess()
         self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()
-        self.plugin, self.scan = self._lowering(scan)
+        self.plugin, self.scan = lowering_here(bundle, self.target, scan)
         identity = sha256(bundle.path / MANIFEST)[:16]
         self._options = replace(options, plugin=self.plugin, settings=own, identity=identity)
         self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
@@ -197,55 +196,6 @@ class LoadedBundle:
             )
         return self._runtime
 
-    def _lowering(self, scan: str) -> tuple[Path | None, Decision]:
-        """Decide how the scans run on this machine. Returns the native library (or None), and the reason."""
-        one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
-        modes = self.manifest.scan["value"].split("+")
-        if scan == "portable" and "portable" not in modes:
-            raise UsageError(
-                "portable scans are not available: the bundle has native nodes only", "export it with --scan portable"
-            )
-        if "aot" in modes:
-            return None, Decision("aot", "the kernel is inside the engine")
-        if scan == "portable" or "plugin" not in modes:
-            if scan in ("plugin", "bundled"):
-                raise UsageError(
-                    "native kernels are not available: the bundle was exported with portable scans",
-                    "export it with --scan auto",
-                )
-            reason = "as requested" if scan == "portable" else "the bundle has portable scans only"
-            return None, Decision("portable", reason)
-        plugins, host = self.manifest.plugins, host_platform()
-        if scan == "bundled":
-            if host not in plugins:
-                raise UsageError(
-                    f"no native library for {host} in the bundle; available: {', '.join(plugins) or 'none'}",
-                    "export it with --platform",
-                )
-            own = self.bundle.path / plugins[host]
-            return own, Decision("plugin", f"native kernel, {self._kernels.isa(own)}, from the bundle ({host})")
-        try:
-            plugin = self._kernels.installed()
-        except ToolchainError as error:
-            reason = error.args[0]
-            if host in plugins:  # a library is a program: it runs only if the user asks for it
-                reason += "; the bundle contains a library for this platform: use scan 'bundled' to trust and run it"
-            elif plugins:
-                reason += f"; the libraries in the bundle are for {', '.join(plugins)}, this machine is {host}"
-            if scan == "plugin" or "portable" not in modes:
-                raise ToolchainError(reason, error.hint) from error
-            return None, Decision("portable", reason)
-        return plugin, Decision("plugin", f"native kernel, {self._kernels.isa(plugin)}, installed")
-
-    @property
-    def _kernels(self) -> NativeKernels:
-        if not self.target.kernels:
-            raise BundleError(
-                f"bundle {self.bundle.path} needs a native kernel, but target {self.target.name!r} has none",
-                "export it again",
-            )
-        return self.target.kernels
-
     @property
     def _batch_size(self) -> int:
         return self.manifest.batch.max or DYNAMIC_BATCH
@@ -367,6 +317,7 @@ def load(
     options = RunOptions(
         None if threads is None else at_least_one("threads", threads), streams=at_least_one("streams", streams)
     )
+    check_threads(options.threads, options.streams)
     scan = text("scan", scan)
     key = None if require_signature is None else public_key(path_text("require_signature", require_signature))
     return LoadedBundle(open_bundle(path_text("path of the bundle", path), key), options, scan, settings)

@@ -54,6 +54,11 @@ class QuantizationCandidate:
         chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
         return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges)
 
+    def identity(self, blocks: Collection[str]) -> str:
+        """Return a text of all that makes `quantized(blocks)` of the network: layers, ranges and calibration table."""
+        chosen = sorted(repr(layer) for layer in self.layers if self.block_of(layer) in blocks)
+        return repr((self.table.key if self.table else "", sorted(self.ranges.items()), chosen))
+
     def block_of(self, layer: Layer) -> str:
         """Return the block of a layer: the innermost of `paths` around it, else the first part of the layer's path."""
         around = [path for path in self.paths if below_any(layer.module, [path])]

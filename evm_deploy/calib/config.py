@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from evm_deploy._util.kept import KeptResults
 from evm_deploy.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last four."""
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last four but one.
+
+    kept: results of an interrupted run, and those of this one.
+    """
 
     precision: str
     calib: Path | None
@@ -28,3 +32,4 @@ class QuantizationConfig:
     blocks: tuple[str, ...]
     keep_float: tuple[str, ...]
     weight_only: tuple[str, ...]
+    kept: KeptResults = field(default_factory=KeptResults, compare=False)

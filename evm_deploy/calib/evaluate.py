@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.tasks.task import Labels, Outputs, Task
+
+Rows = Mapping[str, NDArray[np.float64]]  # figure -> its value for each image, (images,)
 
 CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
 ROWS = 1024  # images whose outputs are held in float64 at a time
@@ -34,6 +36,26 @@ class Accuracy:
     float_scores: Mapping[str, float] = field(default_factory=dict)
     metric: str = ""
     limit: float | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Rows], task: Task, limit: float | None = None) -> Accuracy:
+        """Create the Accuracy of all images in `parts`. Sums are exact: neither parts nor order change a digit."""
+        columns: dict[str, list[NDArray[np.float64]]] = {}
+        for rows in parts:
+            for name, values in rows.items():
+                columns.setdefault(name, []).append(values)
+        joined = {name: np.concatenate(values) for name, values in columns.items()}
+        means = {name: math.fsum(values) / len(values) for name, values in joined.items()}
+        names = [name for name in means if f"{name}_float" in means]
+        return cls(
+            len(joined["sqnr_db"]),
+            means["sqnr_db"],
+            means.get("agreement"),
+            {name: means[name] for name in names},
+            {name: means[f"{name}_float"] for name in names},
+            task.metric if names else "",
+            limit,
+        )
 
     @property
     def gated(self) -> list[float]:
@@ -113,6 +135,30 @@ class Accuracy:
         return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
 
 
+def compare_images(reference: Outputs, outputs: Outputs, task: Task, labels: Labels | None = None) -> Rows:
+    """Compare the outputs of a quantised network with `reference`, those of the float one, image by image.
+
+    reference, outputs: by name, (images, ...). Returns `sqnr_db`, minus infinity for outputs that are not finite;
+    `agreement`, if the task gives answers; and with labels the task's figures, such as `top1`, with those of the float
+    network, such as `top1_float`. The accuracy on a set of images is the mean of their rows, in any order and parts.
+    """
+    count = len(next(iter(reference.values())))
+    decibels = []
+    for start in range(0, count, ROWS):
+        part = slice(start, start + ROWS)
+        want, have = (flattened({name: each[name][part] for name in reference}) for each in (reference, outputs))
+        noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
+        values = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
+        decibels.append(np.where(np.isfinite(have).all(1), values, -np.inf))
+    rows = {"sqnr_db": np.concatenate(decibels)}
+    if task.agree:
+        rows["agreement"] = task.agree(reference, outputs)
+    if task.score and labels is not None:
+        rows |= task.score(outputs, labels)
+        rows |= {f"{name}_float": value for name, value in task.score(reference, labels).items()}
+    return rows
+
+
 def compare_outputs(
     reference: Outputs,
     outputs: Outputs,
@@ -122,20 +168,7 @@ def compare_outputs(
     limit: float | None = None,
 ) -> Accuracy:
     """Compare the outputs of a quantised network with `reference`, those of the float one. By name: (images, ...)."""
-    count = len(next(iter(reference.values())))
-    decibels, finite = [], True
-    for start in range(0, count, ROWS):
-        rows = slice(start, start + ROWS)
-        want, have = (flattened({name: each[name][rows] for name in reference}) for each in (reference, outputs))
-        noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
-        decibels.append(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30)))
-        finite = finite and bool(np.isfinite(have).all())
-    sqnr = float(np.concatenate(decibels).mean()) if finite else -np.inf
-    agreement = task.agree(reference, outputs) if task.agree else None
-    if not task.score or labels is None:
-        return Accuracy(count, sqnr, agreement, limit=limit)
-    scores, float_scores = task.score(outputs, labels), task.score(reference, labels)
-    return Accuracy(count, sqnr, agreement, scores, float_scores, task.metric, limit)
+    return Accuracy.of([compare_images(reference, outputs, task, labels)], task, limit)
 
 
 def flattened(outputs: Outputs) -> NDArray[np.float64]:

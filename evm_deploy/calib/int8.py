@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evm_deploy._util.progress import Progress, Step
-from evm_deploy.calib.candidate import QuantizationCandidate, feeds, make_candidates
+from evm_deploy.calib.candidate import QuantizationCandidate, make_candidates
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
+from evm_deploy.calib.evaluate import Accuracy, keep_float_until
+from evm_deploy.calib.evaluation import Evaluation, OpenCandidate, Run, evaluation_stages, graph_outputs
 from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
 from evm_deploy.calib.table import CalibrationTable
-from evm_deploy.data.images import ImageSet, calibration_images, labelled_images, sample
+from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.runtimes.base import Runtime
-from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import FusedOp
-from evm_deploy.tasks.task import Outputs
 
 if TYPE_CHECKING:
     import onnx
 
-FloatOutputs = Callable[[ImageSet], Outputs]
-Evaluate = Callable[[Any], Accuracy]
-OpenCandidate = Callable[[Any], AbstractContextManager[Runtime]]
 HELD_OUT_EVERY, MAX_HELD_OUT = 8, 64  # calibration images held out for evaluation without --val
-COMPARED = 2000  # evaluation images that candidates are compared on; the chosen one is evaluated on all
 
 
 class ImageSets(NamedTuple):
@@ -98,7 +87,7 @@ def choose(
     choices: Mapping[str, QuantizationCandidate],
     images: ImageSets,
     config: QuantizationConfig,
-    float_outputs: FloatOutputs,
+    float_outputs: Run,
     open_candidate: OpenCandidate,
     step: Step,
 ) -> Quantized:
@@ -114,19 +103,20 @@ def choose(
     accuracy: Accuracy | None = None
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
-    compare: Evaluate | None = None
+    compare: Evaluation | None = None
     stages = evaluation_stages(images.evaluation) if images.evaluation else []
     for evaluated in stages:
         with step("evaluate", f"{len(evaluated)} images, {'labelled' if config.val else 'without labels'}") as progress:
-            watched = replace(evaluated, progress=progress)
-            evaluate = evaluator(float_outputs(watched), watched, config, open_candidate)
+            evaluate = Evaluation(replace(evaluated, progress=progress), float_outputs, config, open_candidate)
             if compare is None:
                 compare = evaluate
-                tried = {name: evaluate(each.quantized(each.blocks)) for name, each in choices.items()}
+                tried = {name: evaluate(each, each.blocks) for name, each in choices.items()}
                 smooth = max(tried, key=lambda name: tried[name].rank)
                 accuracy = tried[smooth]
             else:
-                accuracy = evaluate(without(choices[smooth], kept))
+                accuracy = evaluate.without(choices[smooth], kept)
+        if evaluate.taken:
+            say(step, f"{evaluate.taken:,} evaluations of an image taken from the interrupted run")
         if accuracy.ok or config.max_drop is None:
             continue
         source = choices[smooth]
@@ -135,10 +125,10 @@ def choose(
                 sensitivity = {block: alone.sqnr_db for block, alone in each_block(source, compare, progress)}
         more = sorted((block for block in source.blocks if block not in kept), key=sensitivity.__getitem__)
         with step("in float", f"the most sensitive blocks, until at most {config.max_drop:g} points are lost"):
-            kept, accuracy = keep_float_until(partial(_evaluated_without, evaluate, source), more, kept, accuracy)
+            kept, accuracy = keep_float_until(partial(evaluate.without, source), more, kept, accuracy)
     source = choices[smooth]
     return Quantized(
-        model=without(source, kept),
+        model=source.quantized(set(source.blocks) - kept),
         table=source.table,
         accuracy=accuracy,
         smooth=smooth,
@@ -150,21 +140,6 @@ def choose(
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
         remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
     )
-
-
-def evaluation_stages(evaluated: ImageSet) -> list[ImageSet]:
-    """Return the images to compare candidates on, and all images if these are more."""
-    part = replace(evaluated, items=tuple(sample(evaluated.items, COMPARED)))
-    return [part, evaluated] if len(part) < len(evaluated) else [evaluated]
-
-
-def without(source: QuantizationCandidate, kept: Collection[str]) -> Any:
-    """Return the network with all blocks quantised except `kept`."""
-    return source.quantized(set(source.blocks) - set(kept))
-
-
-def _evaluated_without(evaluate: Evaluate, source: QuantizationCandidate, kept: frozenset[str]) -> Accuracy:
-    return evaluate(without(source, kept))
 
 
 def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, num_classes: int) -> Iterator[str]:
@@ -181,11 +156,13 @@ def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, num_classes:
         yield f"candidates were compared on {len(stages[0])} images, the chosen one on all {len(stages[1])}"
 
 
-def each_block(source: QuantizationCandidate, evaluate: Evaluate, progress: Progress) -> Iterator[tuple[str, Accuracy]]:
+def each_block(
+    source: QuantizationCandidate, evaluate: Evaluation, progress: Progress
+) -> Iterator[tuple[str, Accuracy]]:
     """Yield every block with the accuracy of the network when only this block is quantised."""
     for done, block in enumerate(source.blocks):
         progress(done, len(source.blocks))
-        yield block, evaluate(source.quantized([block]))
+        yield block, evaluate(source, [block])
 
 
 def candidates(
@@ -218,27 +195,6 @@ def candidates(
     ]
 
 
-def run_all(runtime: Runtime, images: ImageSet, config: QuantizationConfig) -> Outputs:
-    """Run a model on every image. Returns its outputs by name: (images, ...)."""
-    (name,) = runtime.inputs
-    return stacked(runtime.run({name: feed}) for feed in feeds(images, config.input, runtime))
-
-
-def stacked(runs: Iterable[Outputs]) -> Outputs:
-    """Stack the first image of each run. Returns the outputs by name: (runs, ...)."""
-    rows: dict[str, list[NDArray[Any]]] = {}
-    for outputs in runs:
-        for name, value in outputs.items():
-            rows.setdefault(name, []).append(value[0])
-    return {name: np.stack(values) for name, values in rows.items()}
-
-
-def graph_outputs(model: onnx.ModelProto, config: QuantizationConfig, plugin: Path | None, images: ImageSet) -> Outputs:
-    """Run a hub graph on every image, in ONNX Runtime. Returns its outputs by name: (images, ...)."""
-    with OnnxRuntime(model.SerializeToString(), plugin=plugin) as runtime:
-        return run_all(runtime, images, config)
-
-
 def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: Step) -> ImageSets:
     """Find the calibration and evaluation images of a config. Raises CalibrationError.
 
@@ -254,29 +210,20 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
         used, evaluated = _split(chosen) if config.precision == "int8" else (None, chosen)
     if config.val:
         with step("images", f"labelled, from {config.val}") as progress:
-            evaluated = labelled_images(config.val, preprocessing, config.num_classes, config.labels, progress=progress)
-    for each in (used, evaluated):
-        if each and any(item.decoded is None for item in each.items):
-            with step("images", f"no room in {tempfile.gettempdir()} for pixels: each pass decodes {len(each)} again"):
-                pass
+            evaluated = labelled_images(
+                *(config.val, preprocessing, config.num_classes, config.labels),
+                folder=config.kept.folder,
+                progress=progress,
+            )
+        if evaluated.taken:
+            say(step, f"{evaluated.taken:,} of {len(evaluated):,} images taken from the interrupted run")
     return ImageSets(used, evaluated)
 
 
-def evaluator(
-    expected: Outputs, images: ImageSet, config: QuantizationConfig, open_candidate: OpenCandidate
-) -> Evaluate:
-    """Return a function that measures a candidate's Accuracy on `images`, on the artifact as exported.
-
-    expected: outputs of the float network on `images`.
-    """
-    labels = images.labels if config.val else None
-
-    def evaluate(candidate: Any) -> Accuracy:
-        with open_candidate(candidate) as runtime:
-            outputs = run_all(runtime, images, config)
-        return compare_outputs(expected, outputs, config.task, labels, limit=config.max_drop)
-
-    return evaluate
+def say(step: Step, text: str) -> None:
+    """Report a fact among the steps, as a step that takes no time."""
+    with step("resume", text):
+        pass
 
 
 def _split(images: ImageSet) -> tuple[ImageSet, ImageSet]:

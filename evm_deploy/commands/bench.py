@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
+from evm_deploy.commands.export_flags import drop_patterns, weights_flags
 from evm_deploy.commands.hosts import fleet, host_flags, host_options
 from evm_deploy.commands.matrix import matrix, matrix_flags, refuse_matrix_flags
 from evm_deploy.errors import EvmError, UsageError
@@ -34,7 +36,7 @@ def bench_parser() -> Parser:
     )
     measured = parser.add_argument_group("what to measure")
     add = measured.add_argument
-    add("bundles", nargs="*", metavar="BUNDLE", help="folder or .zip of a bundle; with --matrix: a checkpoint")
+    add("bundles", nargs="*", metavar="BUNDLE", help="folder or .zip of a bundle; or a checkpoint, measured in torch")
     add(
         "--threads",
         default="",
@@ -50,6 +52,7 @@ def bench_parser() -> Parser:
         help="auto (default), plugin (installed native library), bundled (the bundle's own native library), or "
         "portable (no native library)",
     )
+    weights_flags(add, default=None, of="of a checkpoint: ")
     add_flags(measured, setting_kinds())
     add("--end-to-end", action="store_true", help="time from the image file to the five best classes")
     add("--require-signature", metavar="PUB", help="refuse bundles not signed with this ed25519 key (a PEM file)")
@@ -94,6 +97,7 @@ def _bench(args: argparse.Namespace) -> int:
     refuse_matrix_flags(args)
     if not args.bundles:
         raise UsageError("no bundle is given", "evm-bench BUNDLE, or evm-bench --matrix for the demo checkpoint")
+    _refuse_weights_of_bundles(args)
     if args.devices:
         return fleet(args, options, sweep)
     steps, results, code = Steps(args.quiet), [], 0
@@ -116,6 +120,17 @@ def _bench(args: argparse.Namespace) -> int:
     return code
 
 
+def _refuse_weights_of_bundles(args: argparse.Namespace) -> None:
+    """Raise UsageError if --weights or --drop is given for bundles: an export has chosen their weights."""
+    from evm_deploy.bundle.archive import SUFFIX
+
+    for flag, value in (("--weights", args.weights), ("--drop", args.drop)):
+        there = args.host or args.adb or args.devices
+        bundle = next((each for each in args.bundles if there or Path(each).is_dir() or each.endswith(SUFFIX)), None)
+        if value is not None and bundle:
+            raise UsageError(f"{flag} is for checkpoints: {bundle} has the weights of its export", f"leave {flag} out")
+
+
 def _sweep(args: argparse.Namespace) -> Sweep:
     """Return the bundles and every combination of settings in `args`. Raises UsageError for an invalid number."""
     from evm_deploy.bench.record import Settings
@@ -128,6 +143,8 @@ def _sweep(args: argparse.Namespace) -> Sweep:
         timed="end-to-end" if args.end_to_end else "model",
         limit_s=args.limit,
     )
+    if not args.matrix:  # which passes them to its exports
+        settings = replace(settings, weights=args.weights, drop=",".join(drop_patterns(args.drop)) or None)
     settings = settings.with_own(**given(args, setting_kinds()))
     return Sweep(
         bundles=args.bundles,

@@ -41,6 +41,10 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise UsageError(f"{where} must be one value, got {value!r}", f"write it as on the command line: {form}")
         if not flag and isinstance(value, dict | bool):
             raise UsageError(f"{where} must be a string, a number or a list, got {value!r}")
+        if "\0" in str(value):
+            raise UsageError(f"{where} holds a NUL character", "no path or name has one")
+        if value == "":
+            raise UsageError(f"{where} is empty", f"give a value, or leave {key} out")
         if action.dest in keys:
             raise UsageError(f"{where} and {keys[action.dest]} set the same: leave one of them out")
         keys[action.dest] = key

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
+from evm_deploy._util.kept import what_is_left
 from evm_deploy._util.processes import leave
 from evm_deploy._util.progress import Progress, silent
 from evm_deploy._util.text import escape_controls
@@ -32,7 +33,8 @@ PLAIN_WIDTH = 200  # columns of output when stdout is not a terminal
 SHOW_CURSOR = "\x1b[?25h"
 EXIT_CODES = """exit codes:
   0 ok   1 crash   2 usage or bad input   3 toolchain missing   4 parity failed
-  5 accuracy gate failed   6 latency budget failed   130 interrupted"""
+  5 accuracy gate failed   6 latency budget failed   130 interrupted
+  of several targets, bundles, forms, boards or images: the largest code"""
 
 
 class Steps:
@@ -95,7 +97,32 @@ def stdout_console() -> Console:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors have the same form as every EvmError."""
+    """Argument parser whose errors have the same form as every EvmError, and that refuses empty arguments.
+
+    An empty argument is mostly a shell variable that is not set: a path of it would be the working directory, and a key
+    of it no key. All positional arguments are paths: those after `--` that begin with a hyphen get `./` in front,
+    because `parse_intermixed_args` takes them for flags.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`, by default those of the process. Exits with code 2 for an empty argument."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place, argument in enumerate(given):
+            flag, _, value = argument.partition("=")
+            if not argument:
+                before = given[place - 1] if place and given[place - 1].startswith("-") else f"argument {place + 1}"
+                self.error(f"{before}: the value is empty; is a shell variable not set?")
+            if flag.startswith("--") and flag != argument and not value:
+                self.error(f"{flag}: the value is empty; is a shell variable not set?")
+        return super().parse_known_args(given, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args` with flags between positional arguments; after `--` there are none."""
+        given = list(sys.argv[1:] if args is None else args)
+        if "--" in given:
+            place = given.index("--")
+            given[place:] = [f"./{each}" if each.startswith("-") else each for each in given[place + 1 :]]
+        return super().parse_intermixed_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `message`, flags like a misspelt one, and a pointer to --help on stderr; exit with code 2."""
@@ -199,7 +226,7 @@ def _interruptible(prog: str) -> Iterator[None]:
         for which in before:
             signal.signal(which, signal.SIG_DFL)  # a second Ctrl-C ends the process without this clean-up
         cursor = SHOW_CURSOR if os.isatty(2) else ""
-        leave(INTERRUPTED, f"{cursor}{prog}: interrupted; nothing was left behind\n")
+        leave(INTERRUPTED, f"{cursor}{prog}: interrupted; {what_is_left()}\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evm_deploy._util.files import require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, Steps, common_flags, run_command
-from evm_deploy.errors import UsageError
+from evm_deploy.commands.export_flags import drop_patterns, weights_flags
 
 PROG = "evm-export convert"
 
@@ -29,8 +30,7 @@ def convert_parser() -> Parser:
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint file of PyTorch or safetensors")
     add("-o", "--out", metavar="FILE", help="file or folder to write to; default CKPT's name with .safetensors")
-    add("--weights", default="ema", metavar="W", help="ema (default, if the file has averaged weights), raw, or a name")
-    add("--drop", metavar="P[,P2..]", help="patterns of keys to leave out, such as 'aux_head.*'")
+    weights_flags(add)
     add("--trust", action="store_true", help="RUN THE CODE IN THE FILE if it does not load without it")
     add("--force", action="store_true", help="replace an existing file")
     common_flags(parser)
@@ -43,19 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(PROG, lambda: _convert(args), args)
 
 
-def drop_patterns(text: str | None) -> tuple[str, ...]:
-    """Parse the value of --drop: patterns with commas between them. Raises UsageError for an empty pattern."""
-    patterns = tuple(each.strip() for each in text.split(",")) if text is not None else ()
-    if not all(patterns):
-        raise UsageError(f"--drop {text!r} has an empty pattern", "write patterns with commas: 'aux_head.*,loss.*'")
-    return patterns
-
-
 def _convert(args: argparse.Namespace) -> int:
     from evm_deploy.model.convert import convert
 
     path = Path(args.checkpoint)
     out = _out(path, args.out)
+    require_writable(out, "-o")
     if args.trust:
         warning = f"{PROG}: WARNING: --trust runs the code in {path} with all your rights, if it needs code to load"
         print(escape_controls(warning), file=sys.stderr)

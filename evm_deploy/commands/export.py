@@ -16,7 +16,7 @@ from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import count_text, escape_controls
 from evm_deploy.commands.console import Steps, run_command
 from evm_deploy.commands.convert import main as convert_main
-from evm_deploy.commands.export_flags import FINISH_ONLY, export_parser
+from evm_deploy.commands.export_flags import FINISH_ONLY, FINISH_TOO, export_parser
 from evm_deploy.commands.export_plans import plans_of, refuse_others_flags
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.data.preprocessing import CROP, MAX_CHANNELS
@@ -114,10 +114,7 @@ def _finish(args: argparse.Namespace) -> int:
     from evm_deploy.bundle.signing import SIGNATURE
     from evm_deploy.export.pipeline import build_engine
 
-    if args.checkpoint or args.target:
-        raise UsageError("--finish cannot be combined with a checkpoint or --target", "evm-export --finish BUNDLE")
-    if args.zip:
-        raise UsageError("--finish cannot be combined with --zip", "leave --zip out")
+    _refuse_export_flags(args)
     signature, start = Path(args.finish) / SIGNATURE, time.perf_counter()
     signed = signature.exists()
     bundle = build_engine(
@@ -143,6 +140,16 @@ def _finish(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_export_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError if an argument is given that --finish does not use: an ignored --dry-run would build."""
+    used = {*(flag.replace("-", "_") for flag in FINISH_ONLY), *FINISH_TOO}
+    for action in export_parser()._actions:
+        if action.dest in used or not hasattr(args, action.dest) or getattr(args, action.dest) == action.default:
+            continue
+        name = action.option_strings[-1] if action.option_strings else "a checkpoint"
+        raise UsageError(f"--finish cannot be combined with {name}", "evm-export --finish BUNDLE")
+
+
 def _facts(bundle: Bundle) -> dict[str, Any]:
     """Return size and manifest of a bundle for --json."""
     manifest: dict[str, Any] = json.loads(bundle.manifest.to_json())
@@ -153,7 +160,8 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.calib.int8 import image_sets
-    from evm_deploy.export.pipeline import assumed, bundle_path, complete, require_toolchain
+    from evm_deploy.export.description import assumed
+    from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
     from evm_deploy.export.plan import QUANTIZED
     from evm_deploy.export.quantization import quantization_config
     from evm_deploy.export.targets import get_target

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from evm_deploy._util.settings import add_flags
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags
+from evm_deploy.errors import UsageError
 from evm_deploy.export import settings as target_settings
 from evm_deploy.toolchain.platforms import PLATFORMS
 
@@ -14,6 +16,29 @@ FINISH_ONLY = {
     "timing-cache": "TensorRT's timing cache, read and updated by each build",
     "require-signature": "refuse bundles not signed with this ed25519 key (a PEM file)",
 }
+FINISH_TOO = ("finish", "sign", "json", "verbose", "quiet", "config")  # other arguments that --finish uses
+
+
+def weights_flags(add: Callable[..., object], default: str | None = "ema", of: str = "") -> None:
+    """Add the flags that say which weights of a checkpoint are taken: --weights and --drop.
+
+    add: `add_argument` of a parser or group. default: of --weights. of: begin of the help texts.
+    """
+    add(
+        "--weights",
+        default=default,
+        metavar="W",
+        help=f"{of}ema (default, if the file has averaged weights), raw, or the name of a set of weights in the file",
+    )
+    add("--drop", metavar="P[,P2..]", help=f"{of}patterns of keys to leave out, such as 'aux_head.*'")
+
+
+def drop_patterns(text: str | None) -> tuple[str, ...]:
+    """Parse the value of --drop: patterns with commas between them. Raises UsageError for an empty pattern."""
+    patterns = tuple(each.strip() for each in text.split(",")) if text is not None else ()
+    if not all(patterns):
+        raise UsageError(f"--drop {text!r} has an empty pattern", "write patterns with commas: 'aux_head.*,loss.*'")
+    return patterns
 
 
 def export_parser() -> Parser:
@@ -32,13 +57,7 @@ def export_parser() -> Parser:
         metavar="CKPT",
         help="checkpoint file of PyTorch or safetensors, whatever its suffix; default: the embedded demo checkpoint",
     )
-    model(
-        "--weights",
-        default="ema",
-        metavar="W",
-        help="ema (default, if the file has averaged weights), raw, or the name of a set of weights in the file",
-    )
-    model("--drop", metavar="P[,P2..]", help="patterns of keys to leave out, such as 'aux_head.*'")
+    weights_flags(model)
     model(
         "--model",
         metavar="MODULE:NAME",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.settings import all_fields, flag_of, given
-from evm_deploy.commands.convert import drop_patterns
+from evm_deploy.commands.export_flags import drop_patterns
 from evm_deploy.errors import UsageError
 from evm_deploy.export import settings as target_settings
 from evm_deploy.toolchain.platforms import PLATFORMS

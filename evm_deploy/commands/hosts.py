@@ -28,7 +28,7 @@ def host_flags(parser: argparse.ArgumentParser) -> None:
         help="device profile (evm-doctor lists them) or FILE.toml: gives threads and settings that no flag sets",
     )
     add("--host", metavar="USER@BOARD[:PORT]", help="measure on this board over ssh; it needs Python and the runtime")
-    add("--python", default="python3", metavar="PATH", help="Python interpreter on the board, default python3")
+    add("--python", metavar="PATH", help="Python interpreter on the board, default python3")
     add("--ssh", metavar="COMMAND", help="ssh command, such as 'ssh -F my_config'; default: $EVM_SSH, else ssh")
     add("--adb", metavar="SERIAL", help="measure on this Android device; needs --runner")
     add("--runner", metavar="FILE", help="ONNX Runtime's onnxruntime_perf_test, compiled for Android")
@@ -40,7 +40,12 @@ def host_options(args: argparse.Namespace) -> HostOptions:
     from evm_deploy.bench.remote.hosts import HostOptions
 
     ssh = args.ssh or os.environ.get("EVM_SSH") or "ssh"
-    options = HostOptions(args.host, args.adb, args.profile, ssh, args.python, args.runner, args.require_signature)
+    for flag, value in (("--python", args.python), ("--ssh", args.ssh)):
+        if value is not None and not (args.host or args.devices):
+            raise UsageError(f"{flag} needs --host or --devices", f"leave {flag} out")
+    options = HostOptions(
+        args.host, args.adb, args.profile, ssh, args.python or "python3", args.runner, args.require_signature
+    )
     if args.devices and (args.host or args.adb):
         raise UsageError("--devices cannot be combined with --host or --adb", "leave --host and --adb out")
     return options
@@ -66,7 +71,11 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
             for outcome in outcomes
             for record, path in outcome.found
         ]
-        failed = [{"board": outcome.name, "error": str(outcome.error)} for outcome in outcomes if outcome.error]
+        failed = [
+            {"board": outcome.name, "error": str(outcome.error), "exit_code": outcome.error.exit_code}
+            for outcome in outcomes
+            if outcome.error
+        ]
         print(strict_json([*rows, *failed], indent=1))
     else:
         print(escape_controls("\n".join([*table(outcomes), f"Saved  {sweep.out}"])))

@@ -13,6 +13,7 @@ from evm_deploy._util.files import require_writable, write_output
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
 from evm_deploy.commands.console import Steps, stdout_console
+from evm_deploy.commands.export_flags import drop_patterns
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def refuse_matrix_flags(args: argparse.Namespace) -> None:
 def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     """Export and measure every form of one checkpoint, and print the report.
 
-    Return the exit code of the first form that failed, or 0.
+    Return the largest exit code of the forms that failed, or 0.
     """
     from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
     from evm_deploy.demo import CHECKPOINT
@@ -72,6 +73,8 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
         settings=tuple(replace(each, batch=each.batch or 1) for each in sweep.every()),
         out=Path(args.out),
         imgsz=args.imgsz,
+        weights=args.weights or "ema",
+        drop=drop_patterns(args.drop),
         calib=args.calib or ("demo" if demo else None),
         val=args.val or ("demo" if demo else None),
     )
@@ -83,7 +86,9 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
         print(escape_controls(f"{form}: {error}"), file=sys.stderr)
     if outcome.records:
         report(outcome.records, wanted.out, args)
-    return next((error.exit_code for error in outcome.failed.values()), 0)
+    elif args.json:
+        print(strict_json([], indent=1))
+    return max((error.exit_code for error in outcome.failed.values()), default=0)
 
 
 def _require_own(page: Path) -> None:

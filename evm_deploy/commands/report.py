@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,13 +107,27 @@ def _check(args: argparse.Namespace) -> None:
     written = {flag: Path(getattr(args, flag)) for flag in files if getattr(args, flag) != "-"}
     for flag, path in written.items():
         require_writable(path, f"--{flag}")
-        for other in (*written.values(), *map(Path, args.paths)):
+        _refuse_data(path, flag)
+        for other in (*written.values(), *map(Path, args.paths), *([Path(args.db)] if args.db else [])):
             if other is not path and path.resolve() == other.resolve():
                 raise UsageError(
                     f"--{flag} {path} would replace another file of this command", f"choose another --{flag}"
                 )
-    if args.db:
+    if args.db and (args.paths or not args.history):  # --history alone only reads
         require_writable(Path(args.db), "--db")
+
+
+def _refuse_data(path: Path, flag: str) -> None:
+    """Raise UsageError if the file `path` is a record, a manifest or a history: no report begins like one."""
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            begin = file.read(16)
+    except OSError:
+        return
+    if begin.startswith((b"{", b"SQLite format 3")):
+        raise UsageError(f"--{flag} {path} would replace a file of data by a report", f"choose another --{flag}")
 
 
 def _groups(args: argparse.Namespace) -> None:
@@ -168,8 +183,10 @@ def _history(args: argparse.Namespace) -> None:
     _left_out(damaged)
     if not found and damaged:
         raise damaged[0]
-    if not found:
+    if not found and (args.model or args.target):
         raise UsageError(f"{args.db} has no records of this model and target", "leave --model and --target out")
+    if not found:
+        raise UsageError(f"{args.db} has no records", f"evm-bench BUNDLE --db {shlex.quote(args.db)}")
     if args.json:
         print(strict_json([as_dicts(course) for course in found], indent=1))
     else:

@@ -19,7 +19,7 @@ from evm_deploy.data.classes import class_index
 from evm_deploy.data.decoded import DecodedImages
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import read_image
-from evm_deploy.data.sources import ImageItem, Pixels, find_images, named_images, numbered_images
+from evm_deploy.data.sources import ImageItem, Pixels, content_sha256, find_images, named_images, numbered_images
 from evm_deploy.errors import CalibrationError, ImageError
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Set of images with their preprocessing. Each was decoded once, into a temporary file that goes with the set.
+    """Set of images with their preprocessing. Each was decoded once, into a file that goes with the set or its folder.
 
     skipped: "name: reason" of each image that could not be read. order: sentence on how classes got their index.
-    progress: called with the number of images that `pixels` has given, and of all.
+    progress: called with the number of images that `pixels` has given, and of all. taken: number of images that an
+    interrupted run had decoded already.
     """
 
     items: tuple[ImageItem, ...]
@@ -50,6 +51,7 @@ class ImageSet:
     skipped: tuple[str, ...] = ()
     order: str = ""
     progress: Progress = field(default=no_progress, compare=False, repr=False)
+    taken: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -69,11 +71,7 @@ class ImageSet:
         """Return the SHA-256 of the preprocessing, the images in order and their labels, as hex digits."""
         total = hashlib.sha256(repr(self.preprocessing).encode())
         for item in self.items:
-            source = item.source
-            content = (
-                source.read_bytes() if isinstance(source, Path) else repr(source.shape).encode() + source.tobytes()
-            )
-            total.update(hashlib.sha256(content).digest())
+            total.update(item.content or content_sha256(item.source))
             if item.label is not None:
                 total.update(f"label {item.label}".encode())
         return total.hexdigest()
@@ -129,6 +127,7 @@ def labelled_images(
     num_classes: int,
     labels: Sequence[str] | None = None,
     *,
+    folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> ImageSet:
     """Return all images of `source` with their class index in the order of the head.
@@ -136,15 +135,17 @@ def labelled_images(
     source: a folder with one folder per class; a list with `path,class` (.csv) or `path class` (text) lines, in which
     the folder of each path is its class if no line names one; or an .npz with `images` (uint8) and `labels` (integers).
     A class is given by its name in `labels` or by its index. Without `labels`, other names are numbered in alphabetical
-    order, if there are as many names as classes. A head of one class has two: 0 is absent, 1 is present. Raises
+    order, if there are as many names as classes. A head of one class has two: 0 is absent, 1 is present. folder: keeps
+    the decoded images, and gives those that an interrupted run has left there (`data.decoded`). Raises
     CalibrationError if the classes do not fit the head, or if more than 5 % of the images are unreadable.
     """
     if source.suffix.lower() == ".npz":
-        return _readable(source, numbered_images(source, max(num_classes, 2)), preprocessing, progress)[0]
+        items = numbered_images(source, max(num_classes, 2))
+        return _readable(source, items, preprocessing, progress, folder=folder)[0]
     named = named_images(source)
     index, order = class_index(source, sorted({name for _, name in named}), num_classes, labels)
     items = [replace(item, label=index[name]) for item, name in named]
-    return replace(_readable(source, items, preprocessing, progress)[0], order=order)
+    return replace(_readable(source, items, preprocessing, progress, folder=folder)[0], order=order)
 
 
 @dataclass(frozen=True)
@@ -167,22 +168,31 @@ def _readable(
     preprocessing: Preprocessing,
     progress: Progress,
     *,
+    folder: Path | None = None,
     inspected: bool = False,
 ) -> tuple[ImageSet, list[_Facts]]:
     """Decode the images and return those that are readable, with their statistics if they are `inspected`.
 
-    Raises CalibrationError if more than 5 % are unreadable.
+    Images that `folder` keeps are not decoded again. Raises CalibrationError if more than 5 % are unreadable.
     """
-    good, skipped, facts = [], [], []
-    decoded = DecodedImages(len(items), (*preprocessing.size, preprocessing.channels))
+    good, places, skipped, facts, taken = [], [], [], [], 0
+    decoded = DecodedImages(len(items), (*preprocessing.size, preprocessing.channels), folder)
 
-    def read(item: ImageItem) -> tuple[Pixels, _Facts | None] | ImageError:
+    def read(item: ImageItem) -> _Read | ImageError:
         try:
+            try:
+                content = content_sha256(item.source)
+            except (OSError, ValueError):
+                read_image(item.source, preprocessing.channels)  # raises, with words for the reason
+                raise
+            place = decoded.found(content)
+            if place is not None:
+                return _Read(content, place)
             original = read_image(item.source, preprocessing.channels)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
             return error
-        return pixels, _facts(item.name, original, pixels) if inspected else None
+        return _Read(content, None, pixels, _facts(item.name, original, pixels) if inspected else None)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         parts = (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
@@ -192,16 +202,28 @@ def _readable(
             if isinstance(found, ImageError):
                 skipped.append(f"{shortened(item.name)}: {found}")
                 continue
-            pixels, fact = found
-            good.append(item)
-            decoded.add(pixels)
-            facts += [fact] if fact else []
+            good.append(replace(item, content=found.content))
+            taken += found.place is not None
+            places.append(decoded.add(found.content, found.pixels) if found.place is None else found.place)
+            facts += [found.facts] if found.facts else []
     if len(skipped) > MAX_BAD_SHARE * len(items):
         raise CalibrationError(
             f"{source}: {len(skipped)} of {len(items)} images cannot be read: {skipped[0]}", "remove or replace them"
         )
-    kept = (replace(item, decoded=array) for item, array in zip(good, decoded.arrays(), strict=True))
-    return ImageSet(tuple(kept), preprocessing, tuple(skipped)), facts
+    arrays = decoded.arrays()
+    if arrays is not None:
+        good = [replace(item, decoded=arrays[place]) for item, place in zip(good, places, strict=True)]
+    return ImageSet(tuple(good), preprocessing, tuple(skipped), taken=taken), facts
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image that was read: SHA-256 of its content, and its place among the decoded images or its pixels."""
+
+    content: bytes
+    place: int | None
+    pixels: Pixels = field(default_factory=lambda: np.empty(0, np.uint8))
+    facts: _Facts | None = None
 
 
 def _facts(name: str, original: Image, pixels: Pixels) -> _Facts:

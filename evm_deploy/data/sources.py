@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -28,13 +29,21 @@ Pixels = NDArray[np.uint8]
 class ImageItem:
     """Source of one image: a file, or an array of an .npz. label: class index in the order of the head, if known.
 
-    decoded: preprocessed pixels, in a temporary file, if the image has been decoded.
+    content: SHA-256 of the file or array, if the image has been read. decoded: preprocessed pixels, in a file, if the
+    image has been decoded.
     """
 
     name: str
     source: Path | Pixels
     label: int | None = None
+    content: bytes | None = field(default=None, compare=False, repr=False)
     decoded: Pixels | None = field(default=None, compare=False, repr=False)
+
+
+def content_sha256(source: Path | Pixels) -> bytes:
+    """Return the SHA-256 of an image: of its file, or of its shape and values. Raises OSError."""
+    content = source.read_bytes() if isinstance(source, Path) else repr(source.shape).encode() + source.tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def image_suffixes() -> frozenset[str]:

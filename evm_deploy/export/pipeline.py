@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import platform
+import contextlib
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from evm_deploy import __version__
 from evm_deploy._util.files import native_path
 from evm_deploy._util.progress import Step, silent
 from evm_deploy._util.text import command, count_text, size_text
@@ -19,29 +14,28 @@ from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, publish, seal, temporary_bundle
-from evm_deploy.bundle.manifest import Manifest, portable
+from evm_deploy.bundle.manifest import portable
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.bundle.signing import private_key, public_key
 from evm_deploy.bundle.signing import sign as sign_bundle
-from evm_deploy.data.preprocessing import CROP, Preprocessing
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import MODES, listed_channels
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
+from evm_deploy.export.description import assumed, describe, native_metadata
 from evm_deploy.export.plan import (
     DEFAULT_IMGSZ,
     MAX_DROP,
-    PREPROCESSING,
     ExportPlan,
     check_labels,
     make_preprocessing,
     read_size,
 )
-from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
-from evm_deploy.export.target import Artifact, Target, check_plan, library_here, native_library, open_here
+from evm_deploy.export.target import Artifact, Target, check_plan, library_here
 from evm_deploy.export.targets import get_target
+from evm_deploy.export.verify_lowerings import verified
 from evm_deploy.model.network import ModelSpec, Network
-from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
 from evm_deploy.tasks import get_task
 from evm_deploy.tasks.classification import PROBABILITIES
 from evm_deploy.toolchain import cross_compile
@@ -81,10 +75,11 @@ def export(
     path = bundle_path(out, target, plan, spec)
     native_path(path.absolute())
     check_free(path, force, zipped)
-    with temporary_bundle(path) as folder:
+    with contextlib.ExitStack() as stack, temporary_bundle(path) as folder:
         with step("trace", f"{plan.sizes}, batch {plan.batch}"):
             in_float = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
-        traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, step)
+        kept = stack.enter_context(quantization.keeping(in_float, plan, spec, preprocessing, target))
+        traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, kept, step)
         with step("build", f"{target.runtime.label} {plan.precision}, scan {plan.scan}"):
             artifact = target.build(traced, plan, folder)
         if plan.native_library:
@@ -110,8 +105,8 @@ def export(
             hint = f"the artifact is kept for inspection: {rejected}"
             try:
                 commit(folder, rejected, replace(manifest, rejected=True), force=True)
-            except BundleError as kept:
-                hint = f"the artifact is not kept: {kept.args[0].removesuffix(': --force does not replace it')}"
+            except BundleError as not_kept:
+                hint = f"the artifact is not kept: {not_kept.args[0].removesuffix(': --force does not replace it')}"
             raise type(error)(str(error), hint) from error
         with step("bundle", path.name):
             # quantised: expect the artifact's outputs from this machine. The float model's differ from them by more
@@ -136,47 +131,6 @@ def export(
     if zipped:
         write_zip(bundle.path, force)
     return bundle
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Results of the verification: the float model's run, the artifact's outputs, tensor specs and parity.
-
-    plugin: the native library of the last lowering that ran, None if that was portable. remarks: the target's notes.
-    """
-
-    reference: verify.FloatRun
-    outputs: dict[str, NDArray[Any]]
-    interface: tuple[list[TensorSpec], list[TensorSpec]]
-    parity: verify.Parity
-    plugin: Path | None
-    remarks: list[str]
-
-
-def verified(
-    source: Source, target: Target, artifact: Artifact, plan: ExportPlan, preprocessing: Preprocessing, step: Step
-) -> Seen:
-    """Compare the artifact with the float model, in every lowering that runs on this machine and every image size."""
-    task = get_task(source.network(plan).spec.task)
-    modes, float16 = lowerings(target, artifact), plan.precision in target.float16
-    with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
-        reference = source.float_run(plan, preprocessing)
-        parities: dict[str, verify.Parity] = {}
-        for mode, plugin in modes.items():
-            with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
-                access = target.scan_access(artifact, plugin)
-                parities[mode] = verify.verify(reference, runtime, access, plan, task, float16=float16)
-                outputs = run_batched(runtime, plan.batch, reference.test_inputs)
-                interface = list(runtime.inputs.values()), list(runtime.outputs.values())
-                remarks = target.remarks(runtime)
-        for size, each in artifact.more.items():
-            there, smaller = replace(plan, imgsz=size, more_imgsz=()), replace(preprocessing, size=size)
-            run = source.float_run(there, smaller)
-            with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
-                access = target.scan_access(each, None)
-                found = verify.verify(run, runtime, access, there, task, float16=float16)
-            parities[f"portable {size_text(size)}"] = found
-    return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 
 
 def engine_built_here(plan: ExportPlan) -> bool:
@@ -228,19 +182,6 @@ def with_plugin(target: Target, artifact: Artifact, platform: str, folder: Path)
     (folder / inside).parent.mkdir(parents=True)
     shutil.copyfile(library, folder / inside)
     return replace(artifact, plugins={platform: inside})
-
-
-def lowerings(target: Target, artifact: Artifact) -> dict[str, Path | None]:
-    """Return the lowerings that run on this machine: `portable`, `plugin` or both, each with its native library.
-
-    Raises ToolchainError if none runs here, because then nothing can be verified.
-    """
-    found: dict[str, Path | None] = {"portable": None} if "portable" in artifact.scan.value.split("+") else {}
-    plugin = native_library(target, artifact)
-    if not found and not plugin:
-        library_here(target)  # raises with the reason
-        raise ToolchainError(f"no scan of the artifact runs on this machine: --scan {artifact.scan.value}")
-    return {**found, "plugin": plugin} if plugin else found
 
 
 def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessing]:
@@ -299,30 +240,6 @@ def _check_channels(plan: ExportPlan, spec: ModelSpec) -> None:
             raise UsageError(f"{flag}: {why}", "export it in fp32 or fp16: calibration and evaluation read images")
 
 
-def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> list[str]:
-    """Return a note on the settings that neither the plan nor the checkpoint gives, with the values taken for them.
-
-    plan: as the user gave it, not completed. No parity check can see a wrong value here: the float model gets the same.
-    """
-    known = {key for key in ("imgsz", *PREPROCESSING) if getattr(plan, key) is not None or key in spec.defaults}
-    count = count_text(spec.channels, "channel")
-    repeated = "" if spec.channels == 3 else f" (ImageNet's for RGB, repeated for {count})"
-    values = {
-        "imgsz": f"size {size_text(preprocessing.size)}",
-        "mean": f"mean {','.join(map(str, preprocessing.mean))}{repeated}",
-        "std": f"std {','.join(map(str, preprocessing.std))}{repeated}",
-        "resize": f"resize {preprocessing.resize}",
-        "crop_pct": f"crop {preprocessing.crop_pct}",
-        "interpolation": f"interpolation {preprocessing.interpolation}",
-    }
-    if preprocessing.resize != CROP:
-        known.add("crop_pct")
-    elif "crop_pct" in known:  # the share tells that there is a crop
-        known.add("resize")
-    texts = [text for key, text in values.items() if key not in known]
-    return [f"assumed, because neither the checkpoint nor a flag says: {', '.join(texts)}"] if texts else []
-
-
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
     """Raise ToolchainError unless this machine can build for `target`, and compile and verify the plan's scans."""
     found = target.environment()
@@ -342,70 +259,3 @@ def require_toolchain(target: Target, plan: ExportPlan) -> None:
 def bundle_path(out: str | Path, target: Target, plan: ExportPlan, spec: ModelSpec) -> Path:
     """Return the bundle's path, `out`/<stem>-<target>-<precision>-<HxW>[+<HxW>..]; any file system takes the name."""
     return Path(out) / f"{portable(spec.name)}-{target.name}-{plan.precision}-{plan.sizes}"
-
-
-def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:
-    """Return the metadata that the native file itself carries, for users who have only this file."""
-    facts = {
-        "evm_deploy": __version__,
-        "model": spec.name,
-        "family": spec.family,
-        "variant": spec.variant,
-        "checkpoint_sha256": spec.checkpoint["sha256"],
-        "preprocessing": json.dumps(preprocessing.as_dict(), sort_keys=True),
-        "input": plan.input,
-        "head": str(plan.head),
-    }
-    return {**facts, **({"labels": json.dumps(plan.labels)} if plan.labels else {})}
-
-
-def untested(artifact: Artifact) -> list[str]:
-    """Return a note on each native library that was compiled for another platform, and so was not run here."""
-    there = [name for name in artifact.plugins if name != host_platform()]
-    return [
-        f"plugins/{name} was compiled but not run: check it on the device with evm-run --selftest" for name in there
-    ]
-
-
-def meaning_of_scores(plan: ExportPlan, spec: ModelSpec) -> list[str]:
-    """Return a note on a classifier whose probabilities are not a softmax over all classes."""
-    if not get_task(spec.task).decode:
-        return []
-    if plan.multi_label:
-        return ["the classes are independent: each probability is a sigmoid, and they do not add up to 1"]
-    if spec.num_classes == 1:
-        return ["the head has one class: its output is taken for a logit, the probability is its sigmoid"]
-    return []
-
-
-def describe(
-    target: Target, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, artifact: Artifact, seen: Seen
-) -> Manifest:
-    """Create the manifest of an export. `bundle.commit` adds the hashes of the files."""
-    sites = artifact.details.get("scans", ())
-    inputs, outputs = seen.interface
-    return Manifest(
-        name=f"{spec.name}-{target.name}-{plan.precision}",
-        target=target.name,
-        artifact=artifact.path.name,
-        plan=plan.as_dict(),
-        model=asdict(spec),
-        preprocessing=preprocessing.as_dict(),
-        inputs=[asdict(value) for value in inputs],
-        outputs=[asdict(value) for value in outputs],
-        scan={
-            **asdict(artifact.scan),
-            "nodes": [site.name for site in sites],
-            **({"plugins": dict(artifact.plugins)} if artifact.plugins else {}),
-        },
-        details={key: value for key, value in artifact.details.items() if key != "scans"},
-        versions={"evm_deploy": __version__, "python": platform.python_version(), **target.environment().versions},
-        parity=seen.parity.as_dict(),
-        notes=[
-            *spec.notes,
-            *meaning_of_scores(plan, spec),
-            *verify.blind(seen.parity),
-            *untested(artifact),
-            *seen.remarks,
-        ],
-    )

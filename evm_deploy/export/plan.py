@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,7 @@ PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with fl
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
 CALIBRATED = ("int8", "int8-fp16")  # int8-fp16: float16 outside the int8 layers
 QUANTIZED = (*CALIBRATED, "w8")
+HOW_TO_CALIBRATE = ("calib_images", "calib_method", "force_calib")  # fields without effect on a float export
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
 SCANS = ("auto", "plugin", "aot", "portable")
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
@@ -142,6 +143,9 @@ class ExportPlan:
                 "add --calib DIR, with about 512 images like those the network will see",
             )
         given = [flag for flag, value in (("--calib", self.calib), ("--val", self.val)) if value is not None]
+        if self.precision not in QUANTIZED and not given:
+            chosen = [name for name in HOW_TO_CALIBRATE if getattr(self, name) != DEFAULTS[name]]
+            given = [f"--{name.replace('_', '-')}" for name in chosen]
         if self.precision not in QUANTIZED and given:
             raise UsageError(
                 f"{given[0]} is for int8 and w8, this export is {self.precision or 'float'}",
@@ -177,9 +181,17 @@ class ExportPlan:
         """Image sizes of a complete plan as text: `224x224`, or `192x192+224x224` for several."""
         return "+".join(size_text(size) for size in (self.imgsz, *self.more_imgsz) if size)
 
+    def in_float32(self) -> ExportPlan:
+        """Return the plan of the float32 export of the same network, to compare a quantised one with."""
+        calibration: dict[str, Any] = {name: DEFAULTS[name] for name in HOW_TO_CALIBRATE}
+        return replace(self, precision="fp32", calib=None, val=None, max_drop=None, smooth="off", **calibration)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for manifests and records."""
         return {**asdict(self), "batch": str(self.batch)}
+
+
+DEFAULTS = {each.name: each.default for each in fields(ExportPlan)}
 
 
 def canonical_precision(name: str) -> str:

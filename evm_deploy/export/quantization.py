@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,38 +16,81 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.files import artifact_bytes
+from evm_deploy import __version__
+from evm_deploy._util.cores import cpu_model, usable_cores
+from evm_deploy._util.files import artifact_bytes, sha256
+from evm_deploy._util.kept import KeptResults, kept_results
+from evm_deploy._util.packages import package_versions
 from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision, Manifest
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import MIN_SQNR_DB
-from evm_deploy.calib.int8 import OpenCandidate, Quantized
+from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.int8 import Quantized
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import images_path
-from evm_deploy.errors import AccuracyError
+from evm_deploy.errors import AccuracyError, ToolchainError
 from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
-from evm_deploy.export.target import Target, native_library, open_here
+from evm_deploy.export.target import Target, Traced, library_here, native_library, open_here
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.tasks import get_task
+from evm_deploy.toolchain.plugins import find_plugin
 
 TABLE = "calibration.json"
+PACKAGES = ("torch", "onnx", "onnxruntime", "numpy", "PIL")  # that compute or decode, beside those of the target
+#: Settings of a plan that choose among candidates, or are in the identity of a candidate's ranges.
+CHOOSING = ("calib", "calib_images", "calib_method", "smooth", "force_calib", "max_drop", "tol")
 WARM_UP, TIMED = 3, 15  # runs of each precision, to measure the gain in speed
 WORTH_IT = 1.05  # times as fast as float32; int8 below it gets a note
 
 
 def quantize(
-    traced: Any, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target, step: Step
+    traced: Any,
+    plan: ExportPlan,
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    target: Target,
+    kept: KeptResults,
+    step: Step,
 ) -> tuple[Any, Quantized | None]:
     """Quantise the traced network if the plan asks for it. Returns the network, and the result or None.
 
-    Raises CalibrationError for images that cannot be used.
+    kept: results of an interrupted export (`keeping`). Raises CalibrationError for images that cannot be used.
     """
     if plan.precision not in QUANTIZED:
         return traced, None
     open_candidate = candidate_opener(target, traced, plan)
-    quantized = target.quantize(traced, quantization_config(plan, spec), preprocessing, open_candidate, step)
+    config = replace(quantization_config(plan, spec), kept=kept)
+    quantized = target.quantize(traced, config, preprocessing, open_candidate, step)
     return replace(traced, model=quantized.model), quantized
+
+
+def keeping(
+    traced: Traced, plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing, target: Target
+) -> AbstractContextManager[KeptResults]:
+    """Return a context manager that keeps the results of an evaluation until its block ends without an exception.
+
+    Results are found again by all that decides them: network, plan, packages, native libraries and processor. Images,
+    quantised layers and ranges are in the names of the results, so that the plan's choice among candidates may change.
+    """
+    if plan.precision not in QUANTIZED:
+        return nullcontext(KeptResults())
+    try:
+        library = library_here(target)
+    except ToolchainError:
+        library = None
+    libraries = {each for each in (library, find_plugin("onnxruntime")) if each}
+    identity = {
+        "versions": {"evm_deploy": __version__, **package_versions(PACKAGES), **target.environment().versions},
+        "weights": weights_sha256(spec.checkpoint),
+        "network": traced.sha256,
+        "plan": {key: value for key, value in plan.as_dict().items() if key not in CHOOSING},
+        "preprocessing": asdict(preprocessing),
+        "libraries": sorted(map(sha256, libraries)),
+        "processor": [cpu_model(), usable_cores()],
+    }
+    return kept_results(identity)
 
 
 def candidate_opener(target: Target, traced: Any, plan: ExportPlan) -> OpenCandidate:
@@ -115,8 +158,7 @@ def gain_over_float32(
     """
     feeds = {plan.input: np.repeat(test_inputs[:1], plan.batch.min, axis=0)}
     with tempfile.TemporaryDirectory() as folder:
-        float32 = replace(plan, precision="fp32", calib=None, val=None, max_drop=None, smooth="off")
-        other = target.build(traced, float32, Path(folder))
+        other = target.build(traced, plan.in_float32(), Path(folder))
         size = artifact_bytes(artifact) / artifact_bytes(other.path)
         options = RunOptions(threads=1, plugin=plugin)
         with target.runtime.open(other.path, options) as slow, target.runtime.open(artifact, options) as fast:

@@ -16,7 +16,8 @@ from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.readme import Usage
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
+from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.int8 import Quantized, quantize_graph
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.errors import ToolchainError, UsageError
@@ -88,6 +89,11 @@ class Traced(Protocol):
     @property
     def scans(self) -> tuple[ScanSite, ...]:
         """Scans of the network in execution order."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the model, which traces of the same network share, also in other processes."""
         ...
 
 

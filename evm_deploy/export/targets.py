@@ -15,11 +15,11 @@ def load_targets() -> dict[str, Target]:
     return {target.name: target for target in TARGETS}
 
 
-def get_target(name: str) -> Target:
-    """Return the target with this name or alias. Raises UsageError with the list of all names."""
+def get_target(name: str, flag: str = "--target") -> Target:
+    """Return the target with this name or alias, the value of `flag`. Raises UsageError with the list of all names."""
     targets = load_targets()
     names = {alias: target for target in targets.values() for alias in (target.name, *target.runtime.aliases)}
-    return names[one_of("--target", name.lower(), names)]
+    return names[one_of(flag, name.lower(), names)]
 
 
 def resolve_names(text: str) -> list[str]:

@@ -116,7 +116,7 @@ def verify(
         if not limit or error / allowed > max_abs / limit:
             max_abs, limit = error, allowed
         cosine = min(cosine, _cosine(have, want))
-    agreement = task.agree(expected, actual) if task.agree else None
+    agreement = float(task.agree(expected, actual).mean()) if task.agree else None
     first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
     scans = _verify_scans(access, first, reference.scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))

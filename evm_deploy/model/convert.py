@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from evm_deploy._util.files import write_atomically
+from evm_deploy._util.files import write_output
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.checkpoint_file import ORIGIN, UNSAFE, Content, read_content
 from evm_deploy.model.families import find_network
@@ -25,7 +25,9 @@ def convert(
     """
     if not out.name.lower().endswith(".safetensors"):
         raise CheckpointError(f"{out} is no name for a safetensors file", "end the name of -o with .safetensors")
-    if os.path.lexists(out) and (not force or out.is_dir() or out.resolve() == path.resolve()):
+    if os.path.lexists(out) and out.resolve() == path.resolve():
+        raise CheckpointError(f"{out} is the checkpoint itself, which is not replaced", "give another name with -o")
+    if os.path.lexists(out) and (not force or out.is_dir()):
         raise CheckpointError(f"{out} exists already", "give another name with -o, or replace a file with --force")
     _, raw = find_network(_content(path, trust), weights, drop)
     if not raw.origin:
@@ -51,6 +53,6 @@ def _write(out: Path, raw: RawCheckpoint) -> None:
     settings = {"evm_deploy": json.dumps(raw.metadata)} if raw.metadata else {}
     content = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(raw.origin), **settings})
     try:
-        write_atomically(out, content)
+        write_output(out, content)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}", "give a name with -o") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from evm_deploy._util.files import sha256
 from evm_deploy.bench.record import MAX_BYTES, Record
 from evm_deploy.bundle.archive import SUFFIX as ZIP
-from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.bundle import Bundle, open_bundle, refuse_part_of_a_bundle
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.report.candidate import Candidate, Conditions
@@ -46,17 +47,20 @@ def collect(paths: Iterable[str | Path]) -> Collected:
             bundles[sha256(bundle.path / FILE)] = bundle
             continue
         if path.is_file():
+            refuse_part_of_a_bundle(path)
             records.append(Record.read(path))
             continue
         if not path.is_dir():
-            raise UsageError(f"{path} does not exist", "give records of evm-bench, bundles, or folders of them")
-        before, wrong = len(records) + len(bundles), len(damaged)
+            what = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
+            raise UsageError(f"{path} {what}", "give records of evm-bench, bundles, or folders of them")
+        seen, wrong = 0, len(damaged)
         for folder in (path, *sorted(child for child in path.iterdir() if _is_bundle(child))):
             own: set[str] = set()
             if _is_bundle(folder):
                 try:
                     bundle = open_light(folder)
                     bundles[sha256(folder / FILE)] = bundle
+                    seen += 1
                 except (EvmError, OSError) as error:
                     damaged.append(error if isinstance(error, EvmError) else BundleError(f"{folder}: {error.strerror}"))
                     continue
@@ -67,11 +71,12 @@ def collect(paths: Iterable[str | Path]) -> Collected:
                 try:
                     if _looks_like_a_record(file):
                         records.append(Record.read(file))
+                        seen += 1
                     else:
                         ignored.append(file)
                 except UsageError as error:
                     damaged.append(error)
-        if len(records) + len(bundles) == before:
+        if not seen:
             if damaged[wrong:]:
                 raise damaged[wrong]
             raise UsageError(

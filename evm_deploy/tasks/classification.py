@@ -69,8 +69,8 @@ def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def score(outputs: Outputs, labels: Labels) -> dict[str, float]:
-    """Return top-1 and top-5 accuracy: the shares (0..1) of images whose label is among the best 1 and 5 classes.
+def score(outputs: Outputs, labels: Labels) -> dict[str, NDArray[np.float64]]:
+    """Return `top1` and `top5` of each image, (images,): 1 if its label is among the best 1 or 5 classes, else 0.
 
     With one class, label 0 is its absence and 1 its presence.
     """
@@ -79,16 +79,18 @@ def score(outputs: Outputs, labels: Labels) -> dict[str, float]:
     return {f"top{k}": _top(scores, labels, k) for k in (1, 5)}
 
 
-def agree(expected: Outputs, actual: Outputs) -> float:
-    """Return the share (0..1) of images for which both outputs have the same best class."""
+def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
+    """Return 1 for each image for which both outputs have the same best class, else 0: (images,)."""
     name = scores_name(expected)
     best, wanted = (with_absence(name, each[name]).argmax(-1) for each in (actual, expected))
-    return float((best == wanted).mean())
+    same: NDArray[np.float64] = (best == wanted).astype(np.float64)
+    return same
 
 
-def _top(scores: NDArray[Any], labels: Labels, k: int) -> float:
+def _top(scores: NDArray[Any], labels: Labels, k: int) -> NDArray[np.float64]:
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(1).mean())
+    right: NDArray[np.float64] = (best == labels[:, None]).any(1).astype(np.float64)
+    return right
 
 
 CLASSIFICATION = Task(

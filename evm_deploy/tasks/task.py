@@ -47,9 +47,10 @@ class Task:
     messages.
     `check(outputs, labels)`: return None for valid outputs, else two texts: the actual outputs and the expectation.
     `decode(outputs, labels, top)`: return the `top` best answers per image, best first.
-    `score(outputs, labels)`: return metrics against the true labels, 0..1, larger is better. `metric` names the one
-    that accuracy limits apply to.
-    `agree(expected, actual)`: return the share of images with the same answer.
+    `score(outputs, labels)`: return the metrics of each image against its true label, (images,) float64 by name, 0..1,
+    larger is better. The metric of a set is the mean of its images. `metric` names the one that accuracy limits apply
+    to.
+    `agree(expected, actual)`: return 1 for each image with the same answer, else 0, (images,) float64.
     """
 
     name: str
@@ -57,6 +58,6 @@ class Task:
     gives: str
     check: Callable[[Mapping[str, Spec], Sequence[str] | None], tuple[str, str] | None] | None = None
     decode: Decode | None = None
-    score: Callable[[Outputs, Labels], dict[str, float]] | None = None
-    agree: Callable[[Outputs, Outputs], float] | None = None
+    score: Callable[[Outputs, Labels], dict[str, NDArray[np.float64]]] | None = None
+    agree: Callable[[Outputs, Outputs], NDArray[np.float64]] | None = None
     metric: str = ""

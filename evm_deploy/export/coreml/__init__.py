@@ -11,7 +11,8 @@ from evm_deploy._util.text import size_text
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.int8 import OpenCandidate, Quantized
+from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.int8 import Quantized
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.coreml import package

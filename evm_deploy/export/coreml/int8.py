@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import islice
@@ -24,8 +24,9 @@ from evm_deploy._util.progress import Step
 from evm_deploy._util.silence import one_at_a_time, silence_libraries
 from evm_deploy.calib.candidate import QuantizationCandidate, feeds
 from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.evaluation import OpenCandidate
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.int8 import OpenCandidate, Quantized, choose, image_sets, stacked
+from evm_deploy.calib.int8 import Quantized, choose, image_sets
 from evm_deploy.calib.quantize import Layer, activations, below_any
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
@@ -76,8 +77,9 @@ def quantize_program(
             ranges = table.ranges(config.method) if table else {}
             source = QuantizationCandidate(saved, found, config.blocks, table, ranges, rewrite=quantize_layers)
 
-            def float_outputs(evaluated: ImageSet) -> Outputs:
-                return stacked(_outputs(module, feed) for feed in feeds(evaluated, config.input, runtime))
+            def float_outputs(evaluated: ImageSet) -> Generator[Outputs, None, None]:
+                for feed in feeds(evaluated, config.input, runtime):
+                    yield _outputs(module, feed)
 
             return choose({"": source}, images, config, float_outputs, open_candidate, step)
 

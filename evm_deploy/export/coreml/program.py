@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ class MlProgram:
     scans: tuple[ScanSite, ...]
     modules: Mapping[str, str]
     more: Mapping[tuple[int, int], MlProgram] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the program without its weights, which conversions of the same network share."""
+        return hashlib.sha256(self.model.get_spec().SerializeToString(deterministic=True)).hexdigest()
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:

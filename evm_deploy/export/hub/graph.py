@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class Graph:
     def scans(self) -> tuple[ScanSite, ...]:
         """Scans of the graph in execution order."""
         return scan_sites(self.model)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the model, which traces of the same network share."""
+        return hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = None) -> tuple[ScanSite, ...]:

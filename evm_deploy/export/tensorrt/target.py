@@ -21,7 +21,8 @@ from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision, Manifest
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
+from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.int8 import Quantized, quantize_graph
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, scan_alone

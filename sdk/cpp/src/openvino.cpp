@@ -11,6 +11,8 @@
 #include <fstream>
 #include <iterator>
 #include <mutex>
+#include <random>
+#include <set>
 
 namespace evm {
 namespace {
@@ -77,6 +79,60 @@ std::string precision_hint(const std::string &xml) {
     return at == std::string::npos ? "f32" : xml.substr(at + key.size(), xml.find('"', at + key.size()) - at - key.size());
 }
 
+std::string sha256_of(const std::filesystem::path &file) {
+    std::ifstream stream(file, std::ios::binary);
+    Sha256 hash;
+    for (char block[1 << 16]; stream.read(block, sizeof block), stream.gcount() > 0;) hash.add(block, static_cast<std::size_t>(stream.gcount()));
+    return hash.hex();
+}
+
+// Cache of compiled models whose checksums are beside them, in the form that evm-deploy's Python runtime writes: both share
+// a cache. OpenVINO 2026.4.1 loads a cached model with changed bytes without an error. Throws UsageError if the folder
+// cannot be used.
+class SealedCache {
+    std::filesystem::path folder_;  // empty: no cache
+    std::set<std::filesystem::path> known_;
+
+    static std::filesystem::path checksum(const std::filesystem::path &model) { return model.string() + ".sha256"; }
+
+    std::vector<std::filesystem::path> models() const {
+        std::vector<std::filesystem::path> found;
+        for (const auto &entry : std::filesystem::directory_iterator(folder_))
+            if (entry.path().extension() == ".blob") found.push_back(entry.path());
+        return found;
+    }
+
+    [[noreturn]] void refuse(const std::string &why) const { throw UsageError("the cache " + folder_.string() + " cannot be used: " + why, "give another folder"); }
+
+  public:
+    // Delete the models that are not as `seal` has left them.
+    explicit SealedCache(std::filesystem::path folder) : folder_(std::move(folder)) {
+        if (folder_.empty()) return;
+        try {
+            std::filesystem::create_directories(folder_);
+            for (const auto &model : models()) {
+                std::ifstream stream(checksum(model));
+                const std::string expected{std::istreambuf_iterator<char>(stream), {}};
+                if (expected == sha256_of(model)) known_.insert(model);
+                else std::filesystem::remove(model);
+            }
+        } catch (const std::filesystem::filesystem_error &error) { refuse(error.code().message()); }
+    }
+
+    // Write the checksums of new models. A process that dies before leaves a model without one, which the next deletes.
+    void seal() const {
+        if (folder_.empty()) return;
+        try {
+            for (const auto &model : models()) {
+                if (known_.count(model)) continue;
+                const std::filesystem::path aside = checksum(model).string() + "." + std::to_string(std::random_device{}());
+                if (!(std::ofstream(aside, std::ios::binary) << sha256_of(model)).flush()) refuse("a checksum cannot be written");
+                std::filesystem::rename(aside, checksum(model));
+            }
+        } catch (const std::filesystem::filesystem_error &error) { refuse(error.code().message()); }
+    }
+};
+
 // Read the weights file of an IR into a tensor; an empty tensor if there is no such file.
 ov::Tensor weights_of(const Source &source, const std::string &name) {
     try {
@@ -124,6 +180,7 @@ class OpenVino : public Runtime {
         ov::AnyMap properties{{"PERFORMANCE_HINT", "LATENCY"}, {"INFERENCE_PRECISION_HINT", precision_hint(xml)}};
         if (options.threads) properties["INFERENCE_NUM_THREADS"] = std::to_string(options.threads * options.streams);
         if (options.streams > 1) properties["NUM_STREAMS"] = std::to_string(options.streams);
+        const SealedCache cache(options.cache.empty() ? std::filesystem::path() : cache_folder(source, options));
         if (!options.cache.empty()) properties["CACHE_DIR"] = cache_folder(source, options).string();
         try {
             compiled_ = core_.compile_model(xml, weights, device, properties);
@@ -133,6 +190,7 @@ class OpenVino : public Runtime {
                                   "set `plugin` to the path of the extension, or export with --scan portable");
             throw BundleError("OpenVINO cannot compile " + path + " for " + device + ": " + reason(error.what()));
         }
+        cache.seal();
         for (const auto &port : compiled_.inputs()) inputs.push_back(spec_of(port));
         for (const auto &port : compiled_.outputs()) outputs.push_back(spec_of(port));
     }
