@@ -1,4 +1,4 @@
-"""A network to export, loaded once and traced once for all plans that trace it alike."""
+"""A network to export, made once and traced once for all plans that trace it alike."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import make_test_inputs
 from evm_deploy.export.target import Target
 from evm_deploy.export.verify import FloatRun, run_reference
+from evm_deploy.model.factory import Factory
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.model.network import Network
 
@@ -20,30 +21,34 @@ T = TypeVar("T")
 
 
 class Source:
-    """A checkpoint's path or a Network, for any number of exports in one thread. Raises UsageError for other types.
+    """A checkpoint's path, a Factory or a Network, for any number of exports in one thread.
+
+    Raises UsageError for other types.
 
     Loading, tracing and running the float model take most of an export's time, and are the same for most targets and
     precisions. A Source does each of these steps once for all plans with the same settings for the step, and keeps the
     result.
     """
 
-    def __init__(self, given: str | Path | Network) -> None:
-        self._given = given if isinstance(given, Network) else path_text("source", given)
+    def __init__(self, given: str | Path | Factory | Network) -> None:
+        self._given = given if isinstance(given, (Factory, Network)) else path_text("source", given)
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
-    def of(cls, given: str | Path | Network | Source) -> Source:
+    def of(cls, given: str | Path | Factory | Network | Source) -> Source:
         """Return `given` if it is a Source already, else a new Source of it."""
         return given if isinstance(given, Source) else cls(given)
 
     @property
-    def checkpoint(self) -> str | None:
-        """Path of the checkpoint; None for a Network."""
+    def recipe(self) -> str | Factory | None:
+        """Path of the checkpoint, or the Factory: another process can make the network of it. None for a Network."""
         return None if isinstance(self._given, Network) else self._given
 
     @property
     def name(self) -> str:
-        """Name of the Network, or file name of the checkpoint."""
+        """Name of the Network, place of the Factory, or file name of the checkpoint."""
+        if isinstance(self._given, Factory):
+            return self._given.where
         return self._given.spec.name if isinstance(self._given, Network) else Path(self._given).name
 
     def network(self, plan: ExportPlan) -> Network:
@@ -51,6 +56,10 @@ class Source:
         given = self._given
         if isinstance(given, Network):
             return given
+        if isinstance(given, Factory):
+            from evm_deploy.model.foreign.door import network_of
+
+            return self._once(("network",), lambda: network_of(given))
         key = ("network", plan.head == "features", plan.weights, plan.drop)
         return self._once(key, lambda: load_checkpoint(given, head=plan.head, weights=plan.weights, drop=plan.drop))
 

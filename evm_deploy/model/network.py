@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,26 +64,36 @@ class Network(NamedTuple):
         outputs: Sequence[str] | None = None,
         name: str = "",
         task: str = "raw",
+        run: bool = False,
         **facts: Any,
     ) -> Network:
         """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
         example: an input (b, 3, H, W). Its size becomes the default of --imgsz. outputs: names of the module's outputs,
         in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
-        ModelSpec; `blocks` is by default `default_blocks(module)`.
+        ModelSpec; `blocks` is by default `default_blocks(module)`. Preprocessing and labels are those of the module's
+        `pretrained_cfg` or `default_cfg`, if it has one (`foreign.saved`).
 
-        With an example, or without outputs, the module is run (`foreign.look.look_at`): on the example, by default
-        noise (1, 3, 224, 224). Outputs are then named by the keys of a dict, `logits` for a single one of rank 2, and
-        else by number. Raises UsageError for a module that cannot be exported, with the reason, such as parameters that
-        are not float32 on the CPU.
+        With an example, without outputs, and with `run`, the module is run (`foreign.look.look_at`): on the example, by
+        default noise of the module's own size, else of 224x224. Outputs are then named by the keys of a dict, `logits`
+        for a single one of rank 2, and else by number. Raises UsageError for a module that cannot be exported, with the
+        reason, such as parameters that are not float32 on the CPU.
         """
         outputs = None if outputs is None else listed("outputs", outputs, text)
+        from evm_deploy.model.foreign.saved import saved_in
+
         _check_float32(module)
-        notes = [_EVAL_NOTE] if module.training else []
+        saved = saved_in(module)
+        found: dict[str, Any] = {"defaults": saved.defaults}
+        notes = [*([_EVAL_NOTE] if module.training else []), *saved.notes]
         module.eval().requires_grad_(False)
-        if example is not None or outputs is None:
-            outputs, found = _looked_at(module, example, outputs, task)
-            facts = {**found, **facts, "notes": (*notes, *found["notes"], *facts.get("notes", ()))}
+        if example is not None or outputs is None or run:
+            outputs, seen = _looked_at(module, _example(saved.defaults) if example is None else example, outputs, task)
+            notes += seen.pop("notes")
+            found.update(seen)
+        if example is not None:
+            found["defaults"] = {**saved.defaults, "imgsz": "{}x{}".format(*example.shape[2:])}
+        facts = {**found, **facts, "notes": (*notes, *facts.get("notes", ()))}
         family = type(module).__name__
         spec = ModelSpec(
             name=name or family.lower(),
@@ -101,16 +111,20 @@ _EVAL_NOTE = "the module was in training mode: it was exported in eval mode"
 _NO_SCAN_NOTE = "the network has no scan that evm-deploy knows: standard operations only"
 
 
-def _looked_at(
-    module: nn.Module, example: Tensor | None, outputs: Sequence[str] | None, task: str
-) -> tuple[Sequence[str], dict[str, Any]]:
-    """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
+def _example(defaults: Mapping[str, Any]) -> Tensor:
+    """Return noise (1, 3, H, W) of the size in `defaults`, else of 224x224."""
     import torch
 
+    height, _, width = defaults.get("imgsz", "224x224").partition("x")
+    return torch.rand(1, 3, int(height), int(width), generator=torch.Generator().manual_seed(0))
+
+
+def _looked_at(
+    module: nn.Module, example: Tensor, outputs: Sequence[str] | None, task: str
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
     from evm_deploy.model.foreign.look import look_at
 
-    if example is None:
-        example = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
         raise UsageError(
             f"the example input is {example.dtype} {list(example.shape)}: networks of images take float (b, 3, H, W)",
@@ -130,10 +144,8 @@ def _looked_at(
     notes += [
         f"{place} reads the value of a tensor: an artifact keeps the value of a test input" for place in look.reads
     ]
-    facts: dict[str, Any] = {"notes": tuple(notes), "defaults": {"imgsz": "{}x{}".format(*example.shape[2:])}}
-    if task == "classification":
-        facts["num_classes"] = int(tensors[0].shape[-1])
-    return outputs, facts
+    classes = {"num_classes": int(tensors[0].shape[-1])} if task == "classification" else {}
+    return outputs, {"notes": notes, **classes}
 
 
 def _check_float32(module: nn.Module) -> None:
