@@ -97,9 +97,46 @@ def loud():
     return module.float()
 
 
+def video():
+    return nn.Conv3d(3, 4, 1)
+
+
+def text():
+    return nn.Embedding(9, 4)
+
+
+class Conditioned(nn.Conv2d):
+    def forward(self, x, step):
+        return super().forward(x)
+
+
+def grey():
+    return nn.Conv2d(1, 4, 3)
+
+
 if __name__ == "__main__":
     os.abort()
 """
+
+
+KERNELS = """
+import triton
+from torch import nn
+
+
+@triton.jit
+def spin_kernel(x, y, BLOCK: int):
+    pass
+
+
+class Net(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+    def forward(self, x):
+        spin_kernel[(1,)](x, x, BLOCK=4)
+        return x
+"""
+CONVOLUTION = {"in_channels": 3, "out_channels": 4, "kernel_size": 1}
 
 
 @pytest.fixture
@@ -107,11 +144,12 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "someones_net.py").write_text(CODE)
     (tmp_path / "needs_more.py").write_text("import no_such_package_anywhere\n")
     (tmp_path / "hostile.py").write_text(HOSTILE)
+    (tmp_path / "kernels.py").write_text(KERNELS.strip())
     (tmp_path / "no_python.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
-    for name in ("someones_net", "needs_more", "hostile"):
+    for name in ("someones_net", "needs_more", "hostile", "kernels"):
         sys.modules.pop(name, None)
 
 
@@ -172,6 +210,15 @@ def test_a_package_its_own_weights_and_names(folder, capsys):
             {"where": "hostile.py:Leaving", "imgsz": (32, 32)},
             "an input [1, 3, 32, 32]: SystemExit: 9 (",
         ),
+        ({"where": "hostile.py:video"}, "to have 3 channels, but got 1 channels"),
+        ({"where": "hostile.py:text"}, "Expected tensor for argument #1 'indices' to have one of the following"),
+        (
+            {"where": "hostile.py:Conditioned", "arguments": CONVOLUTION},
+            "missing 1 required positional argument: 'step'",
+        ),
+        ({"where": "hostile.py:grey"}, "expected input[1, 3, 224, 224] to have 1 channels, but got 3 channels"),
+        ({"where": "kernels.py:Net"}, "the Triton kernel spin_kernel has no form for the CPU; "),
+        ({"where": "kernels.py:Net"}, "kernels.py:14 calls it"),
         ({"where": "no_python.py:f"}, "no_python.py:f fails: SyntaxError"),
         ({"where": "timm:hf-hub:a/b"}, "names no factory"),
         ({"where": "timm:x", "arguments": {"pretrained": True}}, "nothing is downloaded"),

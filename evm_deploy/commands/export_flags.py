@@ -42,8 +42,8 @@ def export_parser() -> Parser:
     model(
         "--model",
         metavar="MODULE:NAME",
-        help="a network of your own: package.module:factory, file.py:factory, or timm:NAME; the code is run, in a process "
-        "of its own; CKPT then holds its state dict",
+        help="a network of your own: package.module:factory, file.py:factory, or timm:NAME; the code is run, in a "
+        "process of its own; CKPT then holds its state dict",
     )
     model("--model-arg", metavar="K=V[,..]", help="with --model: arguments of the factory, as Python literals")
     model("--outputs", metavar="A,B", help="with --model: names of the outputs, in order")
