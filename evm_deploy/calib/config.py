@@ -10,7 +10,7 @@ from evm_deploy.tasks.task import Task
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last four."""
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last five."""
 
     precision: str
     calib: Path | None
@@ -28,3 +28,4 @@ class QuantizationConfig:
     blocks: tuple[str, ...]
     keep_float: tuple[str, ...]
     weight_only: tuple[str, ...]
+    float_around_scans: bool

@@ -26,7 +26,8 @@ class ModelSpec:
     min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
     keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the modules whose weights
     become int8 while their inputs stay in float. In every network the layers that write a scan's delta, B and C stay in
-    float. defaults: imgsz, crop_pct, mean, std and labels saved with the weights. details: further facts of the family.
+    float; float_around_scans: so do the layers that write its u and read its y. defaults: imgsz, crop_pct, mean, std and
+    labels saved with the weights. details: further facts of the family.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelSpec:
     blocks: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = ()
     weight_only: tuple[str, ...] = ()
+    float_around_scans: bool = False
     notes: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
@@ -71,8 +73,8 @@ class Network(NamedTuple):
 
         example: an input (b, 3, H, W). Its size becomes the default of --imgsz. outputs: names of the module's outputs,
         in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
-        ModelSpec; `blocks` is by default `default_blocks(module)`. Preprocessing and labels are those of the module's
-        `pretrained_cfg` or `default_cfg`, if it has one (`foreign.saved`).
+        ModelSpec; `blocks` is by default `default_blocks(module)`, `float_around_scans` True. Preprocessing and labels
+        are those of the module's `pretrained_cfg` or `default_cfg`, if it has one (`foreign.saved`).
 
         With an example, without outputs, and with `run`, the module is run (`foreign.look.look_at`): on the example, by
         default noise of the module's own size, else of 224x224. Outputs are then named by the keys of a dict, `logits`
@@ -102,7 +104,7 @@ class Network(NamedTuple):
             outputs=tuple(outputs),
             checkpoint={"file": "", "sha256": weights_sha256(module), "container": "module", "dropped": []},
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            **{"blocks": tuple(default_blocks(module)), **facts},
+            **{"blocks": tuple(default_blocks(module)), "float_around_scans": True, **facts},
         )
         return cls(module, spec)
 
@@ -185,16 +187,21 @@ class Family:
 
 
 def default_blocks(module: nn.Module) -> Iterator[str]:
-    """Yield the paths of the children of the innermost ModuleLists: layers.0.blocks.1, layers.3.
+    """Yield the paths of the children of the innermost lists of blocks: layers.0.blocks.1, layers.3.
 
-    A child that contains a further ModuleList is replaced by the children of that list.
+    A list is a ModuleList, or a Sequential of which a child has children. A child that contains a further list is
+    replaced by the children of that list.
     """
     from torch import nn
 
-    lists = [path for path, each in module.named_modules() if isinstance(each, nn.ModuleList)]
+    def is_list(each: nn.Module) -> bool:
+        nested = isinstance(each, nn.Sequential) and any(any(child.children()) for child in each.children())
+        return nested or isinstance(each, nn.ModuleList)
+
+    lists = [path for path, each in module.named_modules() if is_list(each)]
     for path in lists:
-        children = (f"{path}.{name}" for name, _ in module.get_submodule(path).named_children())
-        yield from (child for child in children if not any(each.startswith(child + ".") for each in lists))
+        children = (f"{path}.{name}".lstrip(".") for name, _ in module.get_submodule(path).named_children())
+        yield from (child for child in children if not any(f"{each}.".startswith(f"{child}.") for each in lists))
 
 
 def weights_sha256(module: nn.Module) -> str:
