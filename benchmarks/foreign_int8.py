@@ -3,7 +3,8 @@
     python benchmarks/foreign_int8.py [NAME ..]
 
 Weights are seeded, not trained. Of 64 generated images, every eighth is used for evaluation, the others for
-calibration. Variants: `feeds` keeps the layers in float that write delta, B and C; `around` also those that write u and read y.
+calibration. Variants: `feeds` keeps the layers in float that write delta, B and C; `around` also those that write u
+and read y.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from evm_deploy.tasks.task import Labels, Outputs, Task
 
 CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
 ROWS = 1024  # images whose outputs are held in float64 at a time
+DIFFERENCES = ("relative_error", "psnr_db")  # figures of Task.compare
 MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 
 
@@ -34,6 +35,7 @@ class Accuracy:
     float_scores: Mapping[str, float] = field(default_factory=dict)
     metric: str = ""
     limit: float | None = None
+    differences: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gated(self) -> list[float]:
@@ -84,7 +86,7 @@ class Accuracy:
         """Return plain data for manifests and records. Figures have keys such as `top1` and `top1_float`."""
         facts = {key: getattr(self, key) for key in ("images", "sqnr_db", "agreement", "metric", "limit", "drop", "ok")}
         of_float = {f"{name}_float": value for name, value in self.float_scores.items()}
-        return {**facts, **self.scores, **of_float}
+        return {**facts, **self.scores, **of_float, **self.differences}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Accuracy:
@@ -100,6 +102,7 @@ class Accuracy:
             {name: facts[f"{name}_float"] for name in known},
             metric,
             facts["limit"],
+            {name: facts[name] for name in DIFFERENCES if facts.get(name) is not None},
         )
 
     def __str__(self) -> str:
@@ -110,6 +113,9 @@ class Accuracy:
                 f"({-(self.drop or 0):+.2f}{limit}, {self.images} images)   SQNR {self.sqnr_db:.1f} dB"
             )
         same = f"same class {100 * self.agreement:.1f} %   " if self.agreement is not None else ""
+        far = self.differences
+        if "relative_error" in far:
+            same += f"relative error {100 * far['relative_error']:.2g} %   PSNR {far['psnr_db']:.1f} dB   "
         return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
 
 
@@ -133,7 +139,8 @@ def compare_outputs(
     sqnr = float(np.concatenate(decibels).mean()) if finite else -np.inf
     agreement = task.agree(reference, outputs) if task.agree else None
     if not task.score or labels is None:
-        return Accuracy(count, sqnr, agreement, limit=limit)
+        differences = task.compare(reference, outputs) if task.compare and finite else {}
+        return Accuracy(count, sqnr, agreement, limit=limit, differences=differences)
     scores, float_scores = task.score(outputs, labels), task.score(reference, labels)
     return Accuracy(count, sqnr, agreement, scores, float_scores, task.metric, limit)
 

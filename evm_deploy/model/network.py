@@ -26,8 +26,8 @@ class ModelSpec:
     min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
     keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the modules whose weights
     become int8 while their inputs stay in float. In every network the layers that write a scan's delta, B and C stay in
-    float; float_around_scans: so do the layers that write its u and read its y. defaults: imgsz, crop_pct, mean, std and
-    labels saved with the weights. details: further facts of the family.
+    float; float_around_scans: so do the layers that write its u and read its y. defaults: imgsz, crop_pct, mean, std
+    and labels saved with the weights. details: further facts of the family.
     """
 
     name: str

@@ -50,6 +50,7 @@ class Task:
     `score(outputs, labels)`: return metrics against the true labels, 0..1, larger is better. `metric` names the one
     that accuracy limits apply to.
     `agree(expected, actual)`: return the share of images with the same answer.
+    `compare(expected, actual)`: return figures on the difference of outputs that have no answer, without labels.
     """
 
     name: str
@@ -59,4 +60,5 @@ class Task:
     decode: Decode | None = None
     score: Callable[[Outputs, Labels], dict[str, float]] | None = None
     agree: Callable[[Outputs, Outputs], float] | None = None
+    compare: Callable[[Outputs, Outputs], dict[str, float]] | None = None
     metric: str = ""

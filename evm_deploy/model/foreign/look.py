@@ -68,7 +68,7 @@ def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:
     except OTHERS as error:
         raise UsageError(
             f"the network does not run on an input {list(example.shape)}: {reason(error)}",
-            "an artifact takes one input, images (b, 3, H, W): wrap a network of other inputs; see --imgsz, --model-arg",
+            "an artifact takes one input, images (b, 3, H, W): wrap a network of other inputs; see also --imgsz",
         ) from error
 
 
