@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.worker import TargetOutcome
     from evm_deploy.model.factory import Factory
+    from evm_deploy.model.graph_file import GraphFile
     from evm_deploy.model.network import ModelSpec
+
+
+MODEL, READY = "--model", "an ONNX file"
+OWNERS = {"model_arg": (MODEL,), "outputs": (MODEL, READY), "task": (MODEL, READY), "scan_op": (READY,)}
+SUFFIX = ".onnx"  # of ready-made files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,17 +63,21 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.finish:
         return _finish(args)
-    for name in ("model_arg", "outputs", "task"):
-        if getattr(args, name) is not None and not args.model:
+    ready = not args.model and str(args.checkpoint).lower().endswith(SUFFIX)
+    for name, owners in OWNERS.items():
+        if getattr(args, name) is not None and not any({MODEL: args.model, READY: ready}[each] for each in owners):
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} needs --model", f"leave {flag} out")
+            raise UsageError(f"{flag} needs {' or '.join(owners)}", f"leave {flag} out")
     for flag in FINISH_ONLY:
         if getattr(args, flag.replace("-", "_")):
             raise UsageError(f"--{flag} needs --finish", f"leave --{flag} out")
     require_writable(Path(args.out), "--out", folder=True)
     plans = [check_plan(get_target(plan.target), plan) for plan in plans_of(args)]
     refuse_others_flags(args, plans)
-    source = Source(_factory(args, plans[0]) if args.model else _checkpoint(args))
+    if args.model:
+        source = Source(_factory(args, plans[0]))
+    else:
+        source = Source(_graph_file(args) if ready else _checkpoint(args))
     if args.calib is None and any(plan.calib for plan in plans):
         print("no --calib given: int8 is calibrated on the demo's own images, as by --calib demo", file=sys.stderr)
     if args.sign:
@@ -208,6 +218,15 @@ def _factory(args: argparse.Namespace, plan: ExportPlan) -> Factory:
         get_task(args.task or "raw").name,
         plan.imgsz,
     )
+
+
+def _graph_file(args: argparse.Namespace) -> GraphFile:
+    """Return the ready-made ONNX file that is given in the place of a checkpoint."""
+    from evm_deploy.model.graph_file import GraphFile
+    from evm_deploy.tasks import get_task
+
+    outputs = tuple(args.outputs.split(",")) if args.outputs else None
+    return GraphFile(args.checkpoint, args.scan_op, outputs, get_task(args.task or "raw").name)
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

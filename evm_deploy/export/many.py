@@ -18,11 +18,12 @@ from evm_deploy.export.source import Source
 from evm_deploy.export.targets import get_target
 from evm_deploy.export.worker import Job, TargetOutcome, Worker, attempted
 from evm_deploy.model.factory import Factory
+from evm_deploy.model.graph_file import GraphFile
 from evm_deploy.model.network import ModelSpec, Network
 
 
 def export_all(
-    source: str | Path | Factory | Network | Source,
+    source: str | Path | Factory | GraphFile | Network | Source,
     plans: Sequence[ExportPlan],
     out: str | Path = "dist",
     *,

@@ -28,6 +28,7 @@ from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
 from evm_deploy.model.factory import Factory
+from evm_deploy.model.graph_file import GraphFile
 from evm_deploy.model.network import ModelSpec
 
 INTERRUPTED = 130  # exit code
@@ -55,11 +56,11 @@ class TargetOutcome:
 class Job:
     """Exports of one network that one process runs one after the other.
 
-    recipe: path of a checkpoint, or a Factory. named: whether steps have the target's name before the detail. A job
-    without plans makes the network of a Factory, and answers with its spec.
+    recipe: path of a checkpoint, Factory or GraphFile. named: whether steps have the target's name before the detail.
+    A job without plans makes the network of a Factory, and answers with its spec.
     """
 
-    recipe: str | Factory
+    recipe: str | Factory | GraphFile
     plans: tuple[ExportPlan, ...]
     out: str | Path = ""
     force: bool = False
