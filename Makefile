@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # packages of others, for tests: without their dependencies, which are CUDA's; as in tests/toolchains.py
-MAMBAS := opensr-mamba==0.0.1 mambapy==1.2.0 bidirectional-mamba==0.2.0 einops==0.8.2
+MAMBAS := opensr-mamba==0.0.1 mambapy==1.2.0 bidirectional-mamba==0.2.0 timm==1.0.31 einops==0.8.2
 DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
 .PHONY: demo quick test check docs bench coverage sbom setup clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.sources import ImageItem
 from evm_deploy.demo import digits
 from evm_deploy.tasks.classification import CLASSIFICATION
+from evm_deploy.tasks.raw import RAW
 
 CLASSES = 4
 BLOCKS = ["a", "b", "c"]
@@ -172,6 +174,23 @@ def test_a_float_network_at_chance_is_a_remark(wrong, said):
     found, _ = Evaluated(lambda blocks, i: wrong(i), float_wrong=wrong).choose(image_set(200))
     assert any("chance" in text for text in found.remarks) == said
     assert "by number" in found.remarks[0]
+
+
+def test_tensors_without_an_answer_are_compared_by_error_and_psnr():
+    rng = np.random.default_rng(0)
+    want = {"a": rng.random((3, 4, 5)), "b": 8 * rng.random((3, 2))}
+    have = {name: np.stack([each + 0.1 * np.ptp(each) for each in value]) for name, value in want.items()}
+    found = compare_outputs(want, have, RAW)
+    noise, signal = (
+        sum((value.reshape(3, -1) ** 2).sum(1) for value in values)
+        for values in ([have[name] - want[name] for name in want], want.values())
+    )
+    error = np.sqrt(noise / signal).mean()
+    assert found.differences == pytest.approx({"relative_error": error, "psnr_db": 20.0})
+    assert f"relative error {100 * error:.2g} %   PSNR 20.0 dB" in str(found) and found.agreement is None
+    assert Accuracy.from_dict(json.loads(json.dumps(found.as_dict()))).differences == found.differences
+    assert compare_outputs(want, want, RAW).differences["relative_error"] == 0
+    assert not compare_outputs(want, {**want, "a": want["a"] * np.inf}, RAW).differences
 
 
 def test_the_comparison_in_parts_is_the_same(monkeypatch):

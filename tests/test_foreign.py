@@ -97,6 +97,19 @@ def test_what_has_no_stand_in_is_refused_by_name(call, message):
         call(*case())
 
 
+def test_the_inner_function_takes_every_argument_by_position():
+    """checkpoint_lvl and the weights of norms stand behind delta_softplus."""
+    torch.manual_seed(0)
+    xz, x_proj, dt_proj = torch.randn(1, 8, 5), torch.randn(2 + 6, 4), torch.randn(4, 2)
+    inner = (xz, torch.randn(4, 3), None, x_proj, dt_proj)
+    out, A, D, bias = torch.randn(6, 4), -torch.rand(4, 3), torch.randn(4), torch.randn(4)
+    y = mamba1.mamba_inner_fn_no_out_proj(*inner, A, None, None, D, bias, None, None, True)
+    rest = (None, None, D, bias, None, None, True, 1, None, None, None, 1e-6)
+    close(mamba1.mamba_inner_fn(*inner, out, None, A, *rest), y.transpose(1, 2) @ out.T)
+    with pytest.raises(UsageError, match="c_rms_weight has no stand-in"):
+        mamba1.mamba_inner_fn(*inner, out, None, A, *rest[:8], None, torch.ones(3))
+
+
 def test_convolutions_of_every_release():
     x, weight, bias = torch.randn(2, 6, 9), torch.randn(6, 4), torch.randn(6)
     padded = F.pad(x.double(), (3, 0))
@@ -194,6 +207,18 @@ def test_strong_decays_lose_no_bits():
 def test_ssd_refuses_states_by_name():
     with pytest.raises(UsageError, match="initial_states has no stand-in"):
         ssd.mamba_chunk_scan_combined(*[torch.ones(1, 2, 2, 2)] * 5, 64, initial_states=torch.ones(1))
+
+
+def test_the_whole_layer_of_mamba2_says_that_headdim_is_missing():
+    heads, groups, states, width = 2, 1, 3, 4
+    channels = heads * width + 2 * groups * states
+    tensors = (torch.randn(1, 5, heads * width + channels + heads), torch.randn(channels, 3), None)
+    rest = (torch.zeros(heads), -torch.ones(heads), torch.ones(heads), 64)
+    with pytest.raises(UsageError, match=r"headdim is missing, and D of shape \[2\] does not give it"):
+        ssd.mamba_split_conv1d_scan_combined(*tensors, *rest)
+    y = ssd.mamba_split_conv1d_scan_combined(*tensors, *rest, headdim=width)
+    wide = (*rest[:2], torch.ones(heads, width), 64)
+    assert torch.equal(y, ssd.mamba_split_conv1d_scan_combined(*tensors, *wide))
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

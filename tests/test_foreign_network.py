@@ -8,14 +8,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from evm_deploy import load
+from evm_deploy.calib.quantize import quantizable_layers
 from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub import graph as hub
+from evm_deploy.export.pipeline import complete
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import load_targets
+from evm_deploy.model.network import default_blocks
 from tests.toy import CLASSES, OUTPUTS, toy_network
 
 SIZE = (32, 48)
@@ -105,8 +109,35 @@ def test_int8_by_blocks_of_its_own(toy, tmp_path):
         for n in nodes
         if n.op_type in ("Conv", "MatMul", "Gemm") and n.input[1] in dequantized
     }
-    assert {"mix", "reduce", "blocks.0.out_proj", "shared.out_proj"} <= int8
-    assert not [name for name in int8 if name.endswith(("x_proj", "dt_proj"))]
+    assert {"mix", "reduce", "head"} <= int8
+    assert not [name for name in int8 if name.endswith(("x_proj", "dt_proj", "out_proj"))]
+    assert bundle.manifest.model["float_around_scans"] is True
+
+
+def test_layers_around_scans_are_found_by_the_graph(toy):
+    """u comes from a norm after the layer before, y goes to out_proj; a network may have them in int8."""
+    source = toy
+    plan, preprocessing = complete(ExportPlan("onnx", "fp32", imgsz=SIZE), source.network(None).spec)
+    model = hub.trace(source.reference(plan, preprocessing), plan, {}).model
+    every = {layer.module for layer in quantizable_layers(model)}
+    around = {layer.module for layer in quantizable_layers(model, float_around_scans=True)}
+    assert every - around >= {"blocks.0.out_proj", "blocks.1.out_proj", "shared.out_proj"} and "head" in around
+
+
+def test_blocks_are_the_children_of_the_innermost_lists():
+    def block():
+        return nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.down = nn.Sequential(block(), block()), nn.Conv2d(3, 3, 1)
+
+    whole = nn.Module()
+    whole.stem, whole.stages = block(), nn.ModuleList([Stage(), nn.Identity()])
+    assert list(default_blocks(whole)) == ["stages.1", "stages.0.blocks.0", "stages.0.blocks.1"]
+    assert list(default_blocks(nn.Sequential(block(), nn.ReLU()))) == ["0", "1"]
+    assert list(default_blocks(block())) == []
 
 
 def test_a_scan_that_is_wrong_in_the_artifact_is_named(toy, tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import load_targets
 from evm_deploy.model import Network
+from tests.fake_torchvision import torchvision
 from tests.toolchains import need
 
 pytestmark = pytest.mark.slow
@@ -62,23 +61,23 @@ def bidirectional():
 
 
 def opensr():
-    """The package imports timm for three small functions; this project does not have timm."""
-    timm = {name: ModuleType(name) for name in ("timm", "timm.models", "timm.models.layers")}
-    timm["timm.models.layers"].to_2tuple = lambda x: (x, x)
-    timm["timm.models.layers"].trunc_normal_ = nn.init.trunc_normal_
-    timm["timm"].models, timm["timm.models"].layers = timm["timm.models"], timm["timm.models.layers"]
-    timm["timm"].layers = timm["timm.models.layers"]
-    sys.modules.update(timm)
-    try:
+    with torchvision():  # the package imports timm for three small functions
         model = importlib.import_module("opensr_mamba.mamba.model")
-    finally:
-        for name in timm:
-            del sys.modules[name]
     return OnPatches(model.SS2D(WIDTH, d_state=16), tokens=False)
 
 
+def mambaout():
+    with torchvision():
+        return importlib.import_module("timm").create_model("mambaout_femto", pretrained=False, depths=(1, 1, 2, 1))
+
+
 #: Scans; those of Mamba-2 are standard operations.
-PACKAGES = {"mambapy": (mambapy, 4), "bidirectional": (bidirectional, 0), "opensr": (opensr, 1)}
+PACKAGES = {
+    "mambapy": (mambapy, 4),
+    "bidirectional": (bidirectional, 0),
+    "opensr": (opensr, 1),
+    "mambaout": (mambaout, 0),
+}
 
 
 @pytest.fixture(scope="module", params=PACKAGES)

@@ -106,7 +106,7 @@ def test_another_kind_of_trace_runs_in_a_process_of_its_own(micro, tmp_path):
 
 
 def test_a_process_that_dies_is_an_error_of_its_plans(micro, tmp_path, monkeypatch):
-    monkeypatch.setattr(many.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     plans = [ExportPlan(target, imgsz=(64, 64)) for target in ("onnx", "coreml")]
     first, second = many.export_all(micro, plans, tmp_path, cores=2)
     assert first.bundle and "ended with exit code 1" in str(second.error) and second.error.exit_code == 3

@@ -31,7 +31,8 @@ SDK_HEADERS = {
     "jpeglib.h": "libjpeg62-turbo-dev",
     "openssl/evp.h": "libssl-dev",
 }
-MAMBAS = ("opensr-mamba==0.0.1", "mambapy==1.2.0", "bidirectional-mamba==0.2.0", "einops==0.8.2")  # as in Makefile
+#: As in Makefile.
+MAMBAS = ("opensr-mamba==0.0.1", "mambapy==1.2.0", "bidirectional-mamba==0.2.0", "timm==1.0.31", "einops==0.8.2")
 NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
@@ -75,7 +76,7 @@ TOOLCHAINS = {
     "TensorRT-RTX": Toolchain(lambda: bool(find_spec("tensorrt_rtx_bindings")), install_hint("trt-rtx")),
     "TensorRT's Python": Toolchain(lambda: bool(find_spec("tensorrt_bindings")), install_hint("dev")),
     "Mambas of PyPI": Toolchain(
-        lambda: all(map(find_spec, ("opensr_mamba", "mambapy", "bidirectional_mamba", "einops"))),
+        lambda: all(map(find_spec, ("opensr_mamba", "mambapy", "bidirectional_mamba", "timm", "einops"))),
         f"pip install --no-deps {' '.join(MAMBAS)}",
     ),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence

@@ -74,6 +74,7 @@ def toy_network() -> Network:
     torch.manual_seed(0)
     module = ToyMamba()
     with torch.no_grad():
+        assert module.bn.running_mean is not None and module.bn.running_var is not None
         module.bn.running_mean.uniform_(-0.5, 0.5)
         module.bn.running_var.uniform_(0.5, 2.0)
         module.bn.weight.uniform_(0.5, 1.5)

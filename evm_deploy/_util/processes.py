@@ -144,10 +144,16 @@ def leave(code: int, message: str = "") -> NoReturn:
 
 
 def end_with_stdin(code: int) -> None:
-    """Start a thread that ends this process, its children and its unfinished files when stdin ends."""
+    """Start a thread that ends this process, its children and its unfinished files when stdin ends.
+
+    The rest of the process has an empty stdin from now on: nobody would answer what it asks.
+    """
+    tie, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
     def wait() -> None:
-        while os.read(0, 1):  # not sys.stdin: this thread would hold its lock when the interpreter ends
+        while os.read(tie, 1):  # not sys.stdin: this thread would hold its lock when the interpreter ends
             pass
         leave(code)
 

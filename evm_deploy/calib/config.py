@@ -11,7 +11,7 @@ from evm_deploy.tasks.task import Task
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last four but one.
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last five but one.
 
     kept: results of an interrupted run, and those of this one.
     """
@@ -32,4 +32,5 @@ class QuantizationConfig:
     blocks: tuple[str, ...]
     keep_float: tuple[str, ...]
     weight_only: tuple[str, ...]
+    float_around_scans: bool
     kept: KeptResults = field(default_factory=KeptResults, compare=False)

@@ -16,6 +16,7 @@ Rows = Mapping[str, NDArray[np.float64]]  # figure -> its value for each image, 
 
 CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
 ROWS = 1024  # images whose outputs are held in float64 at a time
+DIFFERENCES = ("relative_error", "psnr_db")  # figures of Task.compare
 MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 
 
@@ -36,6 +37,7 @@ class Accuracy:
     float_scores: Mapping[str, float] = field(default_factory=dict)
     metric: str = ""
     limit: float | None = None
+    differences: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parts: Iterable[Rows], task: Task, limit: float | None = None) -> Accuracy:
@@ -55,6 +57,7 @@ class Accuracy:
             {name: means[f"{name}_float"] for name in names},
             task.metric if names else "",
             limit,
+            {name: means[name] for name in DIFFERENCES if math.isfinite(means.get(name, math.nan))},
         )
 
     @property
@@ -106,7 +109,7 @@ class Accuracy:
         """Return plain data for manifests and records. Figures have keys such as `top1` and `top1_float`."""
         facts = {key: getattr(self, key) for key in ("images", "sqnr_db", "agreement", "metric", "limit", "drop", "ok")}
         of_float = {f"{name}_float": value for name, value in self.float_scores.items()}
-        return {**facts, **self.scores, **of_float}
+        return {**facts, **self.scores, **of_float, **self.differences}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Accuracy:
@@ -122,6 +125,7 @@ class Accuracy:
             {name: facts[f"{name}_float"] for name in known},
             metric,
             facts["limit"],
+            {name: facts[name] for name in DIFFERENCES if facts.get(name) is not None},
         )
 
     def __str__(self) -> str:
@@ -132,6 +136,9 @@ class Accuracy:
                 f"({-(self.drop or 0):+.2f}{limit}, {self.images} images)   SQNR {self.sqnr_db:.1f} dB"
             )
         same = f"same class {100 * self.agreement:.1f} %   " if self.agreement is not None else ""
+        far = self.differences
+        if "relative_error" in far:
+            same += f"relative error {100 * far['relative_error']:.2g} %   PSNR {far['psnr_db']:.1f} dB   "
         return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
 
 
@@ -139,8 +146,9 @@ def compare_images(reference: Outputs, outputs: Outputs, task: Task, labels: Lab
     """Compare the outputs of a quantised network with `reference`, those of the float one, image by image.
 
     reference, outputs: by name, (images, ...). Returns `sqnr_db`, minus infinity for outputs that are not finite;
-    `agreement`, if the task gives answers; and with labels the task's figures, such as `top1`, with those of the float
-    network, such as `top1_float`. The accuracy on a set of images is the mean of their rows, in any order and parts.
+    `agreement`, if the task gives answers; with labels the task's figures, such as `top1`, and those of the float
+    network, such as `top1_float`; without labels the figures of `Task.compare`. The accuracy on a set of images is the
+    mean of their rows, in any order and parts.
     """
     count = len(next(iter(reference.values())))
     decibels = []
@@ -148,7 +156,8 @@ def compare_images(reference: Outputs, outputs: Outputs, task: Task, labels: Lab
         part = slice(start, start + ROWS)
         want, have = (flattened({name: each[name][part] for name in reference}) for each in (reference, outputs))
         noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
-        values = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
+        with np.errstate(divide="ignore", invalid="ignore"):  # outputs that are not finite
+            values = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
         decibels.append(np.where(np.isfinite(have).all(1), values, -np.inf))
     rows = {"sqnr_db": np.concatenate(decibels)}
     if task.agree:
@@ -156,6 +165,8 @@ def compare_images(reference: Outputs, outputs: Outputs, task: Task, labels: Lab
     if task.score and labels is not None:
         rows |= task.score(outputs, labels)
         rows |= {f"{name}_float": value for name, value in task.score(reference, labels).items()}
+    elif task.compare:
+        rows |= task.compare(reference, outputs)
     return rows
 
 

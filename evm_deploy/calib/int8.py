@@ -74,7 +74,14 @@ def quantize_graph(
     Runtime, which makes calibration faster. Raises CalibrationError. An accuracy beyond its limit raises no error: it
     is in the result.
     """
-    found = candidates(model, config.precision, fused, config.keep_float, config.weight_only)
+    found = candidates(
+        model,
+        config.precision,
+        fused,
+        config.keep_float,
+        config.weight_only,
+        float_around_scans=config.float_around_scans,
+    )
     images = image_sets(config, preprocessing, step)
     choices = make_candidates(model, found, images.used, config, plugin, step)
     if symmetric:
@@ -171,16 +178,18 @@ def candidates(
     fused: Mapping[str, FusedOp],
     keep_float: Collection[str] = (),
     weight_only: Collection[str] = (),
+    *,
+    float_around_scans: bool = False,
 ) -> list[Layer]:
     """Return the layers that become int8.
 
-    keep_float: paths of modules whose layers are left out.
+    keep_float: paths of modules whose layers are left out. float_around_scans: as in ModelSpec.
     Precision int8: in a module that may become one op, only the layers that the op takes as int8; their outputs stay
     float. In the modules `weight_only` only weights become int8.
     Precision w8: only weights become int8. Modules that may become one op are left out, because the op takes float
     weights.
     """
-    every = quantizable_layers(model, keep_float)
+    every = quantizable_layers(model, keep_float, float_around_scans=float_around_scans)
     if precision == "w8":
         return [replace(layer, weight_only=True) for layer in every if not below_any(layer.module, fused)]
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}

@@ -1,13 +1,14 @@
 """int8 layers in an ONNX graph: explicit Q/DQ pairs with our ranges, or int8 weights alone.
 
 Convolutions and linear layers with constant weights can be quantised. Exceptions: layers that a network keeps in float,
-and layers that write a scan's delta, B and C, because these tensors feed exp and the state.
+and layers that write a scan's delta, B and C, because these tensors feed exp and the state. A network of an unknown
+family also keeps the layers that write a scan's u and read its y.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 LAYERS = ("Conv", "MatMul", "Gemm")
 SCAN_FEEDS = ("delta", "B", "C")  # inputs of a scan that int8 layers must not write
+NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization")
 SMALLEST_SCALE = 1e-12
 
 
@@ -42,21 +44,26 @@ class Layer:
     weight_only: bool = False
 
 
-def quantizable_layers(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> list[Layer]:
+def quantizable_layers(
+    model: onnx.ModelProto, keep_float: Collection[str] = (), *, float_around_scans: bool = False
+) -> list[Layer]:
     """Return the layers of a hub graph that can be quantised, in execution order.
 
-    Layers that feed a scan are left out. keep_float: paths of further modules whose layers are left out.
+    Layers that write a scan's delta, B and C are left out. float_around_scans: so are those that write its u, and those
+    that read its y. keep_float: paths of further modules whose layers are left out.
     """
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    feeding = scan_feeding_layers(model)
+    beside = scan_feeding_layers(model)
+    if float_around_scans:
+        beside |= scan_input_layers(model) | scan_reading_layers(model)
     found = []
     for node in model.graph.node:
         module = node.name.rpartition("/")[0]
-        if not _is_layer(node, ranks) or node.name in feeding or below_any(module, keep_float):
+        if not _is_layer(node, ranks) or node.name in beside or below_any(module, keep_float):
             continue
         after = readers.get(node.output[0], [])
         relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
@@ -69,20 +76,61 @@ def quantizable_layers(model: onnx.ModelProto, keep_float: Collection[str] = ())
 
 def scan_feeding_layers(model: onnx.ModelProto) -> set[str]:
     """Return the names of LAYERS nodes from which a scan's delta, B and C come, with no other such node in between."""
-    producers = {name: node for node in model.graph.node for name in node.output}
     places = [onnx_function.INPUTS.index(name) for name in SCAN_FEEDS]
-    scans = [node for node in model.graph.node if node.op_type == onnx_function.OP_TYPE]
-    waiting = [node.input[i] for node in scans for i in places]
-    found, seen = set(), set(waiting)
+    return _nearest(
+        _producers(model), lambda node: node.input, (node.input[i] for node in _scans(model) for i in places)
+    )
+
+
+def scan_input_layers(model: onnx.ModelProto) -> set[str]:
+    """Return the names of LAYERS nodes from which a scan's u comes, with no other such node in between.
+
+    Nor is there a norm or a residual in between: what is before them writes the block's input, not the scan's.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    place = onnx_function.INPUTS.index("u")
+
+    def before(node: onnx.NodeProto) -> Iterable[str]:
+        residual = node.op_type == "Add" and not constants & set(node.input)
+        return () if residual or node.op_type in NORMS else node.input
+
+    return _nearest(_producers(model), before, (node.input[place] for node in _scans(model)))
+
+
+def _producers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    return {name: [node] for node in model.graph.node for name in node.output}
+
+
+def scan_reading_layers(model: onnx.ModelProto) -> set[str]:
+    """Return the names of LAYERS nodes that read the output of a scan, with no other such node in between."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return _nearest(readers, lambda node: node.output, (node.output[0] for node in _scans(model)))
+
+
+def _scans(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == onnx_function.OP_TYPE]
+
+
+def _nearest(
+    neighbours: Mapping[str, Sequence[onnx.NodeProto]],
+    onward: Callable[[onnx.NodeProto], Iterable[str]],
+    tensors: Iterable[str],
+) -> set[str]:
+    """Return the names of the first LAYERS nodes on every way from these tensors. A scan ends a way, too."""
+    found: set[str] = set()
+    waiting = list(tensors)
+    seen = set(waiting)
     while waiting:
-        node = producers.get(waiting.pop())
-        if node is None or node.op_type == onnx_function.OP_TYPE:
-            continue
-        if node.op_type in LAYERS:
-            found.add(node.name)
-            continue
-        waiting += (new := set(node.input) - seen)
-        seen |= new
+        for node in neighbours.get(waiting.pop(), ()):
+            if node.op_type in LAYERS:
+                found.add(node.name)
+            elif node.op_type != onnx_function.OP_TYPE:
+                new = set(onward(node)) - seen
+                waiting += new
+                seen |= new
     return found
 
 
@@ -161,16 +209,23 @@ def _drop_output_pairs(model: onnx.ModelProto, nodes: Collection[str]) -> int:
     """Remove the Q/DQ pairs after these nodes, so that the outputs are no longer rounded. Returns how many.
 
     before:  %1 = MatMul(..);  %2 = QuantizeLinear(%1);  %3 = DequantizeLinear(%2);  %4 = Add(%3, ..)
-    after:   %1 = MatMul(..);  %4 = Add(%1, ..)
+    after:   %1 = MatMul(..);  %4 = Add(%1, ..)                  if %3 is an output of the graph: %3 = MatMul(..)
     """
     graph = model.graph
-    outputs = {node.output[0] for node in graph.node if node.name in nodes}
-    quantized = {n.output[0]: n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in outputs}
+    results = {value.name for value in graph.output}
+    layers = {node.output[0]: node for node in graph.node if node.name in nodes}
+    quantized = {n.output[0]: n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in layers}
     pairs = {n.output[0]: (n, quantized[n.input[0]]) for n in graph.node if n.input and n.input[0] in quantized}
+    names = {name: quantizer.input[0] for name, (_, quantizer) in pairs.items()}
+    kept = {
+        written: name for name, written in names.items() if name in results
+    }  # an output of the graph keeps its name
     for node in graph.node:
         for i, name in enumerate(node.input):
-            if name in pairs:
-                node.input[i] = pairs[name][1].input[0]
+            name = names.get(name, name)
+            node.input[i] = kept.get(name, name)
+    for written, name in kept.items():
+        layers[written].output[0] = name
     for dequantize, quantizer in pairs.values():
         graph.node.remove(dequantize)
         if quantizer in graph.node:

@@ -25,10 +25,22 @@ from evm_deploy.errors import UsageError
 if TYPE_CHECKING:
     from evm_deploy.bundle.bundle import Bundle
     from evm_deploy.data.preprocessing import Preprocessing
-    from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
-    from evm_deploy.export.source import Source
-    from evm_deploy.model.network import Network
+    from evm_deploy.export.worker import TargetOutcome
+    from evm_deploy.model.factory import Factory
+    from evm_deploy.model.graph_file import GraphFile
+    from evm_deploy.model.network import ModelSpec
+
+
+MODEL, READY = "--model", "an ONNX file"
+OWNERS = {
+    "model_arg": (MODEL,),
+    "outputs": (MODEL, READY),
+    "task": (MODEL, READY),
+    "channels": (MODEL,),
+    "scan_op": (READY,),
+}
+SUFFIX = ".onnx"  # of ready-made files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,30 +65,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> int:
     """Export to every target and return the largest exit code. A target that fails does not stop the others."""
     from evm_deploy.bundle.signing import private_key
-    from evm_deploy.export.many import export_all
+    from evm_deploy.export.many import export_all, specs
     from evm_deploy.export.source import Source
     from evm_deploy.export.target import check_plan
     from evm_deploy.export.targets import get_target
 
     if args.finish:
         return _finish(args)
-    for name in ("model_arg", "outputs", "task", "channels"):
-        if getattr(args, name) is not None and not args.model:
+    ready = not args.model and str(args.checkpoint).lower().endswith(SUFFIX)
+    for name, owners in OWNERS.items():
+        if getattr(args, name) is not None and not any({MODEL: args.model, READY: ready}[each] for each in owners):
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} needs --model", f"leave {flag} out")
+            raise UsageError(f"{flag} needs {' or '.join(owners)}", f"leave {flag} out")
     for flag in FINISH_ONLY:
         if getattr(args, flag.replace("-", "_")):
             raise UsageError(f"--{flag} needs --finish", f"leave --{flag} out")
     require_writable(Path(args.out), "--out", folder=True)
     plans = [check_plan(get_target(plan.target), plan) for plan in plans_of(args)]
     refuse_others_flags(args, plans)
-    source = Source(_own_network(args, plans[0]) if args.model else _checkpoint(args))
+    if args.model:
+        source = Source(_factory(args, plans[0]))
+    else:
+        source = Source(_graph_file(args) if ready else _checkpoint(args))
     if args.calib is None and any(plan.calib for plan in plans):
         print("no --calib given: int8 is calibrated on the demo's own images, as by --calib demo", file=sys.stderr)
     if args.sign:
         private_key(args.sign)  # an unusable key must fail now
     if args.dry_run:
-        results, codes = [_dry_run(source, plan, args) for plan in plans], [0]
+        found_specs = zip(plans, specs(source, plans), strict=True)
+        results, codes = [_dry_run(plan, spec, args) for plan, spec in found_specs], [0]
     else:
         steps = Steps(args.quiet, live=len(plans) == 1)
         outcomes = export_all(source, plans, args.out, force=args.force, sign=args.sign, zipped=args.zip, step=steps)
@@ -156,7 +173,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {"artifact_bytes": bundle.size_bytes, "manifest": manifest}
 
 
-def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict[str, Any]:
+def _dry_run(plan: ExportPlan, spec: ModelSpec, args: argparse.Namespace) -> dict[str, Any]:
     """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.calib.int8 import image_sets
@@ -168,7 +185,6 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
 
     target = get_target(plan.target)
     require_toolchain(target, plan)
-    spec = source.network(plan).spec
     given, (plan, preprocessing) = plan, complete(plan, spec)
     path = bundle_path(args.out, target, plan, spec)
     native_path(path.absolute())
@@ -181,10 +197,10 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     facts = {
         "Would": f"export {spec.name} -> {target.runtime.label} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
-        "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}', {spec.checkpoint['weights']}",
+        "Weights": _weights(spec),
         "Input": f"{plan.input}, {count_text(preprocessing.channels, 'channel')}, resize {_resize_text(preprocessing)}",
         "Normalise": f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}",
-        **({"Note": "; ".join(notes)} if (notes := assumed(given, spec, preprocessing)) else {}),
+        **({"Note": "; ".join(notes)} if (notes := [*spec.notes, *assumed(given, spec, preprocessing)]) else {}),
         **images,
         "Output": plan.head,
         "Scan": plan.scan,
@@ -206,29 +222,43 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(map(str, values))
 
 
-def _own_network(args: argparse.Namespace, plan: ExportPlan) -> Network:
-    """Return the network that --model makes, with the weights of CKPT. Raises EvmErrors."""
-    from evm_deploy.model.foreign.door import model_arguments, network_of
+def _weights(spec: ModelSpec) -> str:
+    saved = spec.checkpoint
+    return f"{saved['file']}, key '{saved['container']}', {saved['weights']}" if saved["file"] else "the module's own"
+
+
+def _factory(args: argparse.Namespace, plan: ExportPlan) -> Factory:
+    """Return the network that --model describes, with the weights of CKPT. Its code is not run here."""
+    from evm_deploy.model.factory import Factory, model_arguments
     from evm_deploy.tasks import get_task
 
-    return network_of(
+    return Factory(
         args.model,
-        Path(args.checkpoint) if args.checkpoint else None,
-        arguments=model_arguments(args.model_arg or ""),
-        outputs=args.outputs.split(",") if args.outputs else None,
-        task=get_task(args.task or "raw").name,
-        channels=_channels(args.channels),
-        imgsz=plan.imgsz or (224, 224),
+        args.checkpoint,
+        model_arguments(args.model_arg or ""),
+        tuple(args.outputs.split(",")) if args.outputs else None,
+        get_task(args.task or "raw").name,
+        plan.imgsz,
+        _channels(args.channels),
     )
 
 
-def _channels(text: str | None) -> int:
-    """Parse --channels, by default 3. Raises UsageError."""
+def _channels(text: str | None) -> int | None:
+    """Parse --channels; None if the flag is not given. Raises UsageError."""
     if text is None:
-        return 3
+        return None
     if not re.fullmatch("[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MAX_CHANNELS:
         raise UsageError(f"--channels {text!r}: use a number from 1 to {MAX_CHANNELS}")
     return int(text)
+
+
+def _graph_file(args: argparse.Namespace) -> GraphFile:
+    """Return the ready-made ONNX file that is given in the place of a checkpoint."""
+    from evm_deploy.model.graph_file import GraphFile
+    from evm_deploy.tasks import get_task
+
+    outputs = tuple(args.outputs.split(",")) if args.outputs else None
+    return GraphFile(args.checkpoint, args.scan_op, outputs, get_task(args.task or "raw").name)
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

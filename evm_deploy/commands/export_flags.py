@@ -55,19 +55,21 @@ def export_parser() -> Parser:
         "checkpoint",
         nargs="?",
         metavar="CKPT",
-        help="checkpoint file of PyTorch or safetensors, whatever its suffix; default: the embedded demo checkpoint",
+        help="checkpoint file of PyTorch or safetensors, whatever its suffix, or a ready-made .onnx file whose scans "
+        "are com.depthart::SelectiveScan or --scan-op; default: the embedded demo checkpoint",
     )
     weights_flags(model)
     model(
         "--model",
         metavar="MODULE:NAME",
-        help="a network of your own: package.module:factory, or file.py:factory; the code is run; CKPT then holds its "
-        "state dict",
+        help="a network of your own: package.module:factory, file.py:factory, or timm:NAME; the code is run, in a "
+        "process of its own; CKPT then holds its state dict",
     )
     model("--model-arg", metavar="K=V[,..]", help="with --model: arguments of the factory, as Python literals")
-    model("--outputs", metavar="A,B", help="with --model: names of the outputs, in order")
-    model("--task", metavar="TASK", help="with --model: raw (default), classification or features")
+    model("--outputs", metavar="A,B", help="with --model or an ONNX file: names of the outputs, in order")
+    model("--task", metavar="TASK", help="with --model or an ONNX file: raw (default), classification or features")
     model("--channels", metavar="N", help="with --model: channels of the network's input, default 3")
+    model("--scan-op", metavar="DOMAIN::TYPE", help="with an ONNX file: its operator that is a selective scan")
     model(
         "--imgsz",
         metavar="N|HxW",

@@ -35,6 +35,8 @@ from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, check_plan, library_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.export.verify_lowerings import verified
+from evm_deploy.model.factory import Factory
+from evm_deploy.model.graph_file import GraphFile
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.tasks import get_task
 from evm_deploy.tasks.classification import PROBABILITIES
@@ -44,7 +46,7 @@ from evm_deploy.toolchain.platforms import host_platform
 
 @default_torch_settings()
 def export(
-    source: str | Path | Network | Source,
+    source: str | Path | Factory | GraphFile | Network | Source,
     plan: ExportPlan,
     out: str | Path = "dist",
     *,
@@ -55,7 +57,8 @@ def export(
 ) -> Bundle:
     """Export a network to a verified bundle, `out`/<stem>-<target>-<precision>-<HxW>.
 
-    source: a checkpoint's path, a Network, or a Source that several exports share (a Source loads and traces once).
+    source: a checkpoint's path, a Factory, whose code then runs in this process, a GraphFile, a Network, or a Source
+    that several exports share (a Source loads and traces once).
     force: replace a bundle that is already there. sign: PEM file of the ed25519 private key that signs the bundle.
     zipped: also write <bundle>.zip. `step(name, detail)`: context manager around each step, for progress.
     Torch computes with its default settings meanwhile, whatever the host program has set (`default_torch_settings`).

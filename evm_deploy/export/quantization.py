@@ -129,6 +129,7 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
         blocks=spec.blocks,
         keep_float=spec.keep_float,
         weight_only=spec.weight_only,
+        float_around_scans=spec.float_around_scans,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +27,8 @@ class ModelSpec:
     weights in it were loaded. min_pixels: smallest side of an image. blocks: paths of the modules that can stay in
     float as a whole. keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the
     modules whose weights become int8 while their inputs stay in float. In every network the layers that write a scan's
-    delta, B and C stay in float. defaults: imgsz, resize, crop_pct, interpolation, mean, std and labels saved with the
-    weights. details: further facts of the family.
+    delta, B and C stay in float; float_around_scans: so do the layers that write its u and read its y. defaults: imgsz,
+    resize, crop_pct, interpolation, mean, std and labels saved with the weights. details: further facts of the family.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModelSpec:
     blocks: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = ()
     weight_only: tuple[str, ...] = ()
+    float_around_scans: bool = False
     notes: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
@@ -68,26 +69,39 @@ class Network(NamedTuple):
         outputs: Sequence[str] | None = None,
         name: str = "",
         task: str = "raw",
+        run: bool = False,
         **facts: Any,
     ) -> Network:
         """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
         example: an input (b, channels, H, W). Its size becomes the default of --imgsz. outputs: names of the module's
         outputs, in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
-        ModelSpec; `blocks` is by default `default_blocks(module)`.
+        ModelSpec; `blocks` is by default `default_blocks(module)`, `float_around_scans` True. Preprocessing, channels
+        and labels are those of the module's `pretrained_cfg` or `default_cfg`, if it has one (`foreign.saved`).
 
-        With an example, or without outputs, the module is run (`foreign.look.look_at`): on the example, by default
-        noise (1, channels, 224, 224), with 3 channels unless `facts` has `channels`. Outputs are then named by the keys
-        of a dict, `logits` for a single one of rank 2, and else by number. Raises UsageError for a module that cannot
-        be exported, with the reason, such as parameters that are not float32 on the CPU.
+        With an example, without outputs, and with `run`, the module is run (`foreign.look.look_at`): on the example, by
+        default noise of the module's own size, else of 224x224. Outputs are then named by the keys of a dict, `logits`
+        for a single one of rank 2, and else by number. Raises UsageError for a module that cannot be exported, with the
+        reason, such as parameters that are not float32 on the CPU.
         """
         outputs = None if outputs is None else listed("outputs", outputs, text)
+        from evm_deploy.model.foreign.saved import saved_in
+
         _check_float32(module)
-        notes = [_EVAL_NOTE] if module.training else []
+        _check_example(example, facts.get("channels"))
+        saved = saved_in(module, facts.get("channels") if example is None else example.shape[1])
+        channels = saved.channels
+        found: dict[str, Any] = {"defaults": saved.defaults, "channels": channels}
+        notes = [*([_EVAL_NOTE] if module.training else []), *saved.notes]
         module.eval().requires_grad_(False)
-        if example is not None or outputs is None:
-            outputs, found = _looked_at(module, example, outputs, task, facts.get("channels"))
-            facts = {**found, **facts, "notes": (*notes, *found["notes"], *facts.get("notes", ()))}
+        if example is not None or outputs is None or run:
+            tried = _noise(saved.defaults, channels) if example is None else example
+            outputs, seen = _looked_at(module, tried, outputs, task)
+            notes += seen.pop("notes")
+            found.update(seen)
+        if example is not None:
+            found["defaults"] = {**saved.defaults, "imgsz": "{}x{}".format(*example.shape[2:])}
+        facts = {**found, **facts, "notes": (*notes, *facts.get("notes", ()))}
         family = type(module).__name__
         spec = ModelSpec(
             name=name or family.lower(),
@@ -96,7 +110,7 @@ class Network(NamedTuple):
             outputs=tuple(outputs),
             checkpoint={"file": "", "sha256": weights_sha256(module), "container": "module", "dropped": []},
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            **{"blocks": tuple(default_blocks(module)), **facts},
+            **{"blocks": tuple(default_blocks(module)), "float_around_scans": True, **facts},
         )
         return cls(module, spec)
 
@@ -105,16 +119,18 @@ _EVAL_NOTE = "the module was in training mode: it was exported in eval mode"
 _NO_SCAN_NOTE = "the network has no scan that evm-deploy knows: standard operations only"
 
 
-def _looked_at(
-    module: nn.Module, example: Tensor | None, outputs: Sequence[str] | None, task: str, channels: int | None
-) -> tuple[Sequence[str], dict[str, Any]]:
-    """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
+def _noise(defaults: Mapping[str, Any], channels: int) -> Tensor:
+    """Return noise (1, channels, H, W) of the size in `defaults`, else of 224x224."""
     import torch
 
-    from evm_deploy.model.foreign.look import look_at
+    height, _, width = defaults.get("imgsz", "224x224").partition("x")
+    return torch.rand(1, channels, int(height), int(width), generator=torch.Generator().manual_seed(0))
 
+
+def _check_example(example: Tensor | None, channels: int | None) -> None:
+    """Raise UsageError for an example that is no batch of images, or has another number of channels."""
     if example is None:
-        example = torch.rand(1, channels or 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        return
     if example.dim() != 4 or 0 in example.shape or not example.is_floating_point():
         raise UsageError(
             f"the example input is {example.dtype} {list(example.shape)}: networks of images take float (b, channels, "
@@ -125,6 +141,14 @@ def _looked_at(
         raise UsageError(
             f"the example input {list(example.shape)} has {count_text(example.shape[1], 'channel')}, not {channels}"
         )
+
+
+def _looked_at(
+    module: nn.Module, example: Tensor, outputs: Sequence[str] | None, task: str
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
+    from evm_deploy.model.foreign.look import look_at
+
     look = look_at(module, example)
     tensors = [*look.outputs.values()]
     if outputs is None:
@@ -139,14 +163,8 @@ def _looked_at(
     notes += [
         f"{place} reads the value of a tensor: an artifact keeps the value of a test input" for place in look.reads
     ]
-    facts: dict[str, Any] = {
-        "notes": tuple(notes),
-        "channels": int(example.shape[1]),
-        "defaults": {"imgsz": "{}x{}".format(*example.shape[2:])},
-    }
-    if task == "classification":
-        facts["num_classes"] = int(tensors[0].shape[-1])
-    return outputs, facts
+    classes = {"num_classes": int(tensors[0].shape[-1])} if task == "classification" else {}
+    return outputs, {"notes": notes, **classes}
 
 
 def _check_float32(module: nn.Module) -> None:
@@ -186,16 +204,21 @@ class Family:
 
 
 def default_blocks(module: nn.Module) -> Iterator[str]:
-    """Yield the paths of the children of the innermost ModuleLists: layers.0.blocks.1, layers.3.
+    """Yield the paths of the children of the innermost lists of blocks: layers.0.blocks.1, layers.3.
 
-    A child that contains a further ModuleList is replaced by the children of that list.
+    A list is a ModuleList, or a Sequential of which a child has children. A child that contains a further list is
+    replaced by the children of that list.
     """
     from torch import nn
 
-    lists = [path for path, each in module.named_modules() if isinstance(each, nn.ModuleList)]
+    def is_list(each: nn.Module) -> bool:
+        nested = isinstance(each, nn.Sequential) and any(any(child.children()) for child in each.children())
+        return nested or isinstance(each, nn.ModuleList)
+
+    lists = [path for path, each in module.named_modules() if is_list(each)]
     for path in lists:
-        children = (f"{path}.{name}" for name, _ in module.get_submodule(path).named_children())
-        yield from (child for child in children if not any(each.startswith(child + ".") for each in lists))
+        children = (f"{path}.{name}".lstrip(".") for name, _ in module.get_submodule(path).named_children())
+        yield from (child for child in children if not any(f"{each}.".startswith(f"{child}.") for each in lists))
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from evm_deploy.tasks.task import Task
+from typing import Any
 
-FEATURES = Task("features", ("features",), "feature maps")
-RAW = Task("raw", ("raw",), "tensors")
+import numpy as np
+from numpy.typing import NDArray
+
+from evm_deploy.tasks.task import Outputs, Task
+
+LEAST = 1e-30  # noise below which decibels end
+
+
+def compare(expected: Outputs, actual: Outputs) -> dict[str, NDArray[np.float64]]:
+    """Return how far the outputs of each image are from those of the float network, (images,) float64 by name.
+
+    relative_error: norm of the difference of all outputs, divided by the norm of the expected ones. psnr_db: mean over
+    the outputs of 10 log10(peak^2 / mean squared error) in dB; peak is the range (largest - smallest) of the expected
+    output of the image.
+    """
+    noise: Any = 0.0
+    signal: Any = 0.0
+    ratios = []
+    for name, value in expected.items():
+        want, have = (each.reshape(len(each), -1).astype(np.float64) for each in (value, actual[name]))
+        squares = (have - want) ** 2
+        noise, signal = noise + squares.sum(1), signal + (want**2).sum(1)
+        peak = np.ptp(want, axis=1) ** 2
+        with np.errstate(divide="ignore", invalid="ignore"):  # outputs that are not finite
+            ratios.append(10 * np.log10(np.maximum(peak, LEAST) / np.maximum(squares.mean(1), LEAST)))
+    return {"relative_error": np.sqrt(noise / np.maximum(signal, LEAST)), "psnr_db": np.mean(ratios, axis=0)}
+
+
+FEATURES = Task("features", ("features",), "feature maps", compare=compare)
+RAW = Task("raw", ("raw",), "tensors", compare=compare)

@@ -51,6 +51,8 @@ class Task:
     larger is better. The metric of a set is the mean of its images. `metric` names the one that accuracy limits apply
     to.
     `agree(expected, actual)`: return 1 for each image with the same answer, else 0, (images,) float64.
+    `compare(expected, actual)`: return figures on the difference of outputs that have no answer, (images,) float64 by
+    name.
     """
 
     name: str
@@ -60,4 +62,5 @@ class Task:
     decode: Decode | None = None
     score: Callable[[Outputs, Labels], dict[str, NDArray[np.float64]]] | None = None
     agree: Callable[[Outputs, Outputs], NDArray[np.float64]] | None = None
+    compare: Callable[[Outputs, Outputs], dict[str, NDArray[np.float64]]] | None = None
     metric: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import islice
@@ -90,11 +90,11 @@ def quantizable_ops(
     """Return the layers of a program that can be quantised, like `calib.int8.candidates` for an ONNX graph."""
     every = [op for op in program.operations if op.type in TYPES and _plain(op.weight) in modules]
     readers = {name: op for op in reversed(program.operations) for name in op.reads}
-    feeding = scan_feeding_layers(program)
+    beside = layers_beside_scans(program, config.float_around_scans)
     found = []
     for op in every:
         module, writes = modules[_plain(op.weight)], op.results[0].name
-        if writes in feeding or below_any(module, config.keep_float):
+        if writes in beside or below_any(module, config.keep_float):
             continue
         if writes in readers and readers[writes].type in ACTIVATIONS:
             writes = readers[writes].results[0].name
@@ -104,21 +104,47 @@ def quantizable_ops(
     return found
 
 
-def scan_feeding_layers(program: Program) -> set[str]:
-    """Return the results of TYPES ops from which a scan's delta, B and C come, with no other such op in between."""
-    producers = {result.name: op for op in program.operations for result in op.results}
-    scans = re.compile(rf"{mil.PREFIX}_.*_(?:{'|'.join(mil.FEEDS)})")
-    waiting = [name for op in program.operations if scans.fullmatch(op.name) for name in op.reads]
-    found, seen = set(), set(waiting)
+def layers_beside_scans(program: Program, around: bool) -> set[str]:
+    """Return the results of the TYPES ops nearest to scans, which write their delta, B and C.
+
+    around: also those that write u and read y.
+    """
+    scans = [op for op in program.operations if op.name.startswith(f"{mil.PREFIX}_")]
+    feeds = re.compile(rf"{mil.PREFIX}_.*_(?:{'|'.join(mil.FEEDS)})")
+    producers = {result.name: [op] for op in program.operations for result in op.results}
+    fed = (name for op in scans if feeds.fullmatch(op.name) for name in op.reads)
+    found = _nearest(producers, lambda op: op.reads, fed)
+    if around:
+        readers: dict[str, list[Any]] = {}
+        for op in program.operations:
+            for name in op.reads:
+                readers.setdefault(name, []).append(op)
+
+        def before(op: Any) -> Iterable[str]:  # not through a residual or a norm, as in calib.quantize
+            residual = op.type == "add" and len([*op.reads]) > 1
+            return () if residual or op.type.endswith("_norm") else op.reads
+
+        found |= _nearest(producers, before, (name for op in scans for name in op.reads))
+        written = (result.name for op in scans for result in op.results)
+        found |= _nearest(readers, lambda op: [result.name for result in op.results], written)
+    return found
+
+
+def _nearest(
+    neighbours: Mapping[str, Sequence[Any]], onward: Callable[[Any], Iterable[str]], tensors: Iterable[str]
+) -> set[str]:
+    """Return the results of the first TYPES ops on every way from these tensors. A scan ends a way, too."""
+    found: set[str] = set()
+    waiting = list(tensors)
+    seen = set(waiting)
     while waiting:
-        op = producers.get(name := waiting.pop())
-        if op is None or op.name.startswith(f"{mil.PREFIX}_"):
-            continue
-        if op.type in TYPES:
-            found.add(name)
-            continue
-        waiting += (new := set(op.reads) - seen)
-        seen |= new
+        for op in neighbours.get(waiting.pop(), ()):
+            if op.type in TYPES:
+                found.add(op.results[0].name)
+            elif not op.name.startswith(f"{mil.PREFIX}_"):
+                new = set(onward(op)) - seen
+                waiting += new
+                seen |= new
     return found
 
 

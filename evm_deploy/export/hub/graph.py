@@ -15,6 +15,7 @@ from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.hub.ready import hub_graph
 from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
@@ -191,11 +192,16 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
 
 def _trace(model: Any, plan: ExportPlan) -> Graph:
     """Make the hub graph without metadata."""
+    from evm_deploy.model.foreign.ready import ReadyGraph
+
     try:
         import onnx
 
-        proto = _export(model, plan)
-        name_after_modules(proto, root=ROOT)
+        if isinstance(getattr(model, ROOT), ReadyGraph):
+            proto = hub_graph(getattr(model, ROOT), model, plan)
+        else:
+            proto = _export(model, plan)
+            name_after_modules(proto, root=ROOT)
         onnx_function.add_functions(proto, plan.opset or DEFAULT_OPSET)
         proto = _simplify(proto)
         name_after_neighbours(proto)

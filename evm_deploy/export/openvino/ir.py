@@ -120,7 +120,26 @@ def cut_out(model: Any, site: ScanSite) -> Any:
         parameters.append(parameter)
     y = outputs[site.writes]
     y.get_tensor().set_names({"y"})
+    for node in _behind(y.get_node(), parameters):
+        if node.get_type_name() == "ShapeOf":
+            node.output(0).replace(_sizes(node, parameters[0]))
     return Model([y], parameters, site.name)
+
+
+def _sizes(shape_of: Any, u: Any) -> Any:
+    """Return the sizes that a ShapeOf reads, from constants and the batch of u.
+
+    OpenVINO computes equal sizes of several scans once, so that a scan may read the shape of a tensor before another
+    scan.
+    """
+    from openvino import opset13
+
+    sizes, element = shape_of.input(0).get_partial_shape(), shape_of.output(0).get_element_type()
+    if sizes.is_static:
+        return opset13.constant([*sizes.to_shape()], element).output(0)
+    known = opset13.constant([size.get_length() for size in [*sizes][1:]], element)
+    batch = opset13.gather(opset13.shape_of(u, element), opset13.constant([0]), opset13.constant(0))
+    return opset13.concat([batch, known], axis=0).output(0)
 
 
 def describe(model: Any, facts: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from evm_deploy.model.foreign.running import foreign_code
 MOST_OPERATIONS = 30_000
 SCAN = "evm::selective_scan"
 READ = "aten::_local_scalar_dense"  # bool(tensor), int(tensor), tensor.item()
+OTHERS = (Exception, SystemExit)  # raised by code of others: an import or a run may call sys.exit
 OURS, TORCH = (str(Path(module.__file__ or "").parent) for module in (sys.modules["evm_deploy"], torch))
 
 
@@ -64,11 +65,11 @@ def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:
         return dict(named_tensors(module(example)))
     except EvmError:
         raise
-    except Exception as error:  # code of others
+    except OTHERS as error:
         raise UsageError(
             f"the network does not run on an input {list(example.shape)}: {reason(error)}",
-            "give an example input that the network takes, with its channels (--channels); its package may have to be "
-            "imported in cpu_mamba()",
+            "an artifact takes one input, images (b, channels, H, W): wrap a network of other inputs; see also --imgsz "
+            "and --channels",
         ) from error
 
 

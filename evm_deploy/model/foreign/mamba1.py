@@ -217,17 +217,29 @@ def mamba_inner_fn(
     out_proj_weight: Tensor,
     out_proj_bias: Tensor | None,
     A: Tensor,
-    *arguments: Any,
-    **named: Any,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """Stand in for mamba_ssm's `mamba_inner_fn`: xz (b, 2 D, L) -> (b, L, C)."""
-    for name in ("b_rms_weight", "c_rms_weight", "dt_rms_weight"):
-        refuse("mamba_inner_fn", **{name: named.pop(name, None)})
-    named.pop("checkpoint_lvl", None)
-    named.pop("b_c_dt_rms_eps", None)
-    y = mamba_inner_fn_no_out_proj(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, *arguments, **named
+    """Stand in for mamba_ssm's `mamba_inner_fn`: xz (b, 2 D, L) -> (b, L, C). checkpoint_lvl is of the training."""
+    refuse(
+        "mamba_inner_fn",
+        B_proj_bias=B_proj_bias,
+        C_proj_bias=C_proj_bias,
+        b_rms_weight=b_rms_weight,
+        c_rms_weight=c_rms_weight,
+        dt_rms_weight=dt_rms_weight,
     )
+    y = _inner(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, delta_softplus)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 

@@ -6,6 +6,8 @@ the number of groups of B and C, and becomes the directions K of the op.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    op: Callable[..., Tensor] = selective_scan,
 ) -> Tensor:
     """Compute the selective scan of a channels-first call, in float32, gated by silu(z) if z is given.
 
@@ -42,7 +45,7 @@ def scan(
         x = A.new_zeros(channels) if x is None else x
         return x.float().reshape(groups, -1)
 
-    y: Tensor = selective_scan(
+    y: Tensor = op(
         last(u),
         last(delta),
         A.float().reshape(groups, -1, A.shape[-1]),

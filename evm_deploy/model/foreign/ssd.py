@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evm_deploy.errors import UsageError
 from evm_deploy.model.foreign.mamba1 import causal_conv, refuse
 from evm_deploy.model.foreign.norms import gated_rms_norm
 from evm_deploy.scan.portable import softplus_series
@@ -119,6 +120,11 @@ def mamba_split_conv1d_scan_combined(
         return tensor.reshape(*tensor.shape[:-1], *shape)
 
     heads = dt_bias.shape[0]
+    if headdim is None and D.dim() < 2:
+        raise UsageError(
+            f"mamba_split_conv1d_scan_combined: headdim is missing, and D of shape {list(D.shape)} does not give it",
+            "pass headdim, as mamba_ssm requires for a D of one number a head",
+        )
     width = headdim or D.shape[1]
     inner = heads * width
     states = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
