@@ -110,8 +110,18 @@ def test_an_export_whose_scans_carry_nothing_says_so(tmp_path):
 def test_a_network_without_scans_gets_no_native_library(target, tmp_path):
     bundle = export(Network.of(nn.Conv2d(3, 4, 1), torch.rand(1, 3, 8, 8)), ExportPlan(target, "fp32"), tmp_path)
     scan = bundle.manifest.scan
-    assert scan == {"value": "portable", "reason": "the network has no scan: standard operations only", "nodes": []}
+    assert scan == {
+        "value": "portable",
+        "reason": "the network has no Mamba-1 scan: standard operations only",
+        "nodes": [],
+    }
     assert not (bundle.path / "plugins").exists()
+
+
+def test_mamba2_is_said():
+    notes = network("mamba2", "mamba2_fused").spec.notes
+    assert notes[-1:] == ("Mamba-2 scans: 2, in standard operations, chunk by chunk, without a native kernel",)
+    assert not [note for note in notes if "no scan" in note]
 
 
 def test_writes_into_a_tensor_are_no_scatters(tmp_path):

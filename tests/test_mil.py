@@ -60,7 +60,6 @@ INFERRED = [
     ("sigmoid_hard", {"x": 4 * X, "alpha": np.float32(0.25), "beta": np.float32(0.4)}),
     ("select", {"cond": X > 0, "a": X, "b": Y}),
     *((op, {"x": X, "axes": [1, 2], "keep_dims": True}) for op in ("reduce_max", "reduce_min", "reduce_l2_norm")),
-    ("reduce_max", {"x": X}),
     ("gather", {"x": X, "indices": np.array([[2, 0], [1, -1]], np.int32), "axis": 1}),
     ("cast", {"x": X, "dtype": "int32"}),
     ("layer_norm", {"x": X, "axes": [-1], "gamma": ROW, "beta": 2 * ROW, "epsilon": np.float32(1e-3)}),

@@ -142,7 +142,7 @@ def built(target: Target, traced: Traced, plan: ExportPlan, folder: Path) -> Art
     if traced.scans or plan.scan != "auto":
         return target.build(traced, plan, folder)
     artifact = target.build(traced, replace(plan, scan="portable"), folder)
-    return replace(artifact, scan=Decision("portable", "the network has no scan: standard operations only"))
+    return replace(artifact, scan=Decision("portable", "the network has no Mamba-1 scan: standard operations only"))
 
 
 @dataclass(frozen=True)
