@@ -301,10 +301,10 @@ BLOCKS = {
 class Network(nn.Module):
     """A patch embedding, blocks, and a map: (b, 3, H, W) -> {"logits": (b, 10), "maps": [(b, 16, H/8, W/8)]}."""
 
-    def __init__(self, *names):
+    def __init__(self, *names, blocks=BLOCKS):
         super().__init__()
         self.stem = nn.Conv2d(3, WIDTH, 8, stride=8)
-        self.blocks = nn.ModuleDict({name: BLOCKS[name]() for name in names})
+        self.blocks = nn.ModuleDict({name: blocks[name]() for name in names})
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 10)
 

@@ -21,15 +21,15 @@ from evm_deploy.export.targets import load_targets
 from evm_deploy.model import Network
 
 with evm_deploy.cpu_mamba():
-    from tests import foreign_package
+    from tests import foreign_copies, foreign_package
 
 SIZE = (32, 48)
 
 
-def network(*names):
+def network(*names, blocks=foreign_package.BLOCKS):
     """Return a network whose scans carry a part of the output: D small, B and C large."""
     torch.manual_seed(0)
-    module = foreign_package.Network(*names)
+    module = foreign_package.Network(*names, blocks=blocks)
     with torch.no_grad():
         for path, value in module.named_parameters():
             if path.endswith((".D", ".D_b")):
@@ -60,6 +60,23 @@ def test_every_entry_point_on_every_target(target, scan, every_block, tmp_path):
     assert [each["name"] for each in manifest.outputs] == ["logits", "maps"]
 
 
+@pytest.fixture(scope="module")
+def every_copy():
+    """Return a Source of a network of the blocks that bring kernels of their own, traced once."""
+    return Source(network(*foreign_copies.BLOCKS, blocks=foreign_copies.BLOCKS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", load_targets())
+def test_copies_of_kernels_on_every_target(target, every_copy, tmp_path):
+    manifest = export(every_copy, ExportPlan(target, "fp32"), tmp_path).manifest
+    parity = manifest.parity
+    assert parity["ok"] and parity["max_abs"] <= 1e-5 * parity["limit"] / ExportPlan("onnx", "fp32").tolerance
+    names = {each["name"] for each in parity["scans"]}
+    assert names == {"blocks.windows", "blocks.by_vmamba", "blocks.simple.mamba", "blocks.simple.mamba#2"}
+    assert min(each["share"] for each in parity["scans"]) > 0.01
+
+
 def test_a_network_runs_tests_itself_and_has_no_scatter(tmp_path):
     given = network("softplused", "vmamba", "mamba2", "interface")
     bundle = export(given, ExportPlan("onnx", "fp32"), tmp_path)
@@ -88,6 +105,24 @@ def test_an_export_whose_scans_carry_nothing_says_so(tmp_path):
     assert max(scan["share"] for scan in manifest.parity["scans"]) < 0.01
     assert any("of any scan's output" in note for note in manifest.notes)
     assert not verify.blind(replace(verify.Parity(0, 1, 1, 1, 1, (), ()), scans=()))
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_a_network_without_scans_gets_no_native_library(target, tmp_path):
+    bundle = export(Network.of(nn.Conv2d(3, 4, 1), torch.rand(1, 3, 8, 8)), ExportPlan(target, "fp32"), tmp_path)
+    scan = bundle.manifest.scan
+    assert scan == {
+        "value": "portable",
+        "reason": "the network has no Mamba-1 scan: standard operations only",
+        "nodes": [],
+    }
+    assert not (bundle.path / "plugins").exists()
+
+
+def test_mamba2_is_said():
+    notes = network("mamba2", "mamba2_fused").spec.notes
+    assert notes[-1:] == ("Mamba-2 scans: 2, in standard operations, chunk by chunk, without a native kernel",)
+    assert not [note for note in notes if "no scan" in note]
 
 
 def test_writes_into_a_tensor_are_no_scatters(tmp_path):

@@ -98,4 +98,4 @@ def test_a_package_of_others_on_every_target(target, package, tmp_path):
         scale = parity["limit"] / ExportPlan("onnx", "fp32").tolerance
         assert parity["ok"] and parity["max_abs"] <= (1e-5 if scans else 2e-5) * scale
         assert len({each["name"] for each in parity["scans"]}) == scans
-        assert any("no scan" in note for note in manifest.notes) is not bool(scans)
+        assert any("Mamba-2 scans" in note for note in manifest.notes) is not bool(scans)

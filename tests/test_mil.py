@@ -12,7 +12,7 @@ import torch
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
-from evm_deploy.runtimes.mil import MilRuntime, Program
+from evm_deploy.runtimes.mil import MilRuntime, Program, images
 from evm_deploy.runtimes.mil.rule import UnsupportedError
 from evm_deploy.runtimes.mil.rules import all_rules
 from tests.toolchains import need
@@ -34,28 +34,33 @@ INFERRED = [
     ("sub", {"x": X, "y": Y}),
     ("mul", {"x": X, "y": np.float32(0.3)}),
     ("real_div", {"x": X, "y": Y}),
-    ("maximum", {"x": X, "y": Y}),
-    ("minimum", {"x": X, "y": Y}),
+    *((op, {"x": X, "y": Y}) for op in ("maximum", "minimum")),
     ("add", {"x": np.array([1, 2], np.int32), "y": np.int32(3)}),
-    ("abs", {"x": X}),
-    ("erf", {"x": X}),
-    ("exp", {"x": X}),
     ("log", {"x": np.abs(X) + 1}),
     ("rsqrt", {"x": np.abs(X), "epsilon": np.float32(0.1)}),
-    ("square", {"x": X}),
     ("clip", {"x": X, "alpha": np.float32(-0.5), "beta": np.float32(0.25)}),
     ("cumsum", {"x": X, "axis": 2}),
     ("pow", {"x": np.abs(X), "y": np.float32(2.5)}),
     ("reverse", {"x": X, "axes": [1, -1]}),
-    ("relu", {"x": X}),
     ("sigmoid", {"x": 3 * X}),
     ("softplus", {"x": 8 * X}),
     ("sqrt", {"x": X * X}),
-    ("tanh", {"x": X}),
     ("gelu", {"x": X, "mode": "EXACT"}),
     ("gelu", {"x": X, "mode": "TANH_APPROXIMATION"}),
     ("gelu", {"x": X, "mode": "SIGMOID_APPROXIMATION"}),
     ("softmax", {"x": X, "axis": 1}),
+    *((op, {"x": X}) for op in ("abs", "erf", "exp", "square", "relu", "tanh")),
+    *((op, {"x": 3 * X}) for op in ("ceil", "cos", "floor", "relu6", "round", "sign", "sin")),
+    *((op, {"x": X, "y": np.float32(0.5)}) for op in ("greater", "greater_equal", "less", "less_equal")),
+    *((op, {"x": np.round(X), "y": np.round(Y)}) for op in ("equal", "not_equal")),
+    *((op, {"x": X > 0, "y": Y > 0}) for op in ("logical_and", "logical_or")),
+    ("logical_not", {"x": X > 0}),
+    *((op, {"x": 5 * X, "y": np.float32(1.5)}) for op in ("floor_div", "mod")),
+    ("leaky_relu", {"x": X, "alpha": np.float32(0.2)}),
+    ("sigmoid_hard", {"x": 4 * X, "alpha": np.float32(0.25), "beta": np.float32(0.4)}),
+    ("select", {"cond": X > 0, "a": X, "b": Y}),
+    *((op, {"x": X, "axes": [1, 2], "keep_dims": True}) for op in ("reduce_max", "reduce_min", "reduce_l2_norm")),
+    ("gather", {"x": X, "indices": np.array([[2, 0], [1, -1]], np.int32), "axis": 1}),
     ("cast", {"x": X, "dtype": "int32"}),
     ("layer_norm", {"x": X, "axes": [-1], "gamma": ROW, "beta": 2 * ROW, "epsilon": np.float32(1e-3)}),
     ("layer_norm", {"x": X, "axes": [2, 3]}),
@@ -155,6 +160,12 @@ def test_rules_that_coremltools_does_not_infer():
     np.testing.assert_allclose(computed("batch_norm", given)[0], want - three.reshape(shape), atol=1e-5)
     alternating = computed("concat", {"values": (X, Y), "axis": 1, "interleave": True})[0]
     assert (alternating[:, ::2] == X).all() and (alternating[:, 1::2] == Y).all()
+    mean, variance = X.mean((2, 3), keepdims=True), X.var((2, 3), keepdims=True)
+    given = {"x": X, "gamma": three, "beta": -three, "epsilon": np.float32(0.5)}
+    want = (X - mean) / np.sqrt(variance + 0.5) * three.reshape(shape) - three.reshape(shape)
+    np.testing.assert_allclose(computed("instance_norm", given)[0], want, atol=1e-5)
+    given = {"values": (X, Y), "equation": "abcd,abed->abce"}
+    np.testing.assert_allclose(computed("einsum", given)[0], X @ Y.swapaxes(2, 3), atol=1e-5)
     label, row = all_rules()["classify"](torch.tensor([[0.1, 0.7, 0.2]]), ["a", "b", "c"])
     assert label == "b" and row.shape == (3,)
 
@@ -178,6 +189,7 @@ def test_quantisation_rules():
 def test_every_rule_is_tested_here():
     elsewhere = {"conv", "silu", "identity", "batch_norm", "classify", "quantize", "dequantize"}
     elsewhere |= {"constexpr_affine_dequantize", "constexpr_blockwise_shift_scale"}
+    elsewhere |= {"einsum", "instance_norm", *images.RULES}  # images: test_mil_images.py
     assert set(all_rules()) == elsewhere | {op for op, _ in INFERRED}
 
 

@@ -14,7 +14,7 @@ from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import Bundle, check_free, commit, open_bundle, publish, seal, temporary_bundle
-from evm_deploy.bundle.manifest import portable
+from evm_deploy.bundle.manifest import Decision, portable
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.bundle.signing import private_key, public_key
 from evm_deploy.bundle.signing import sign as sign_bundle
@@ -32,7 +32,7 @@ from evm_deploy.export.plan import (
     read_size,
 )
 from evm_deploy.export.source import Source
-from evm_deploy.export.target import Artifact, Target, check_plan, library_here
+from evm_deploy.export.target import Artifact, Target, Traced, check_plan, library_here
 from evm_deploy.export.targets import get_target
 from evm_deploy.export.verify_lowerings import verified
 from evm_deploy.model.factory import Factory
@@ -84,7 +84,7 @@ def export(
         kept = stack.enter_context(quantization.keeping(in_float, plan, spec, preprocessing, target))
         traced, quantized = quantization.quantize(in_float, plan, spec, preprocessing, target, kept, step)
         with step("build", f"{target.runtime.label} {plan.precision}, scan {plan.scan}"):
-            artifact = target.build(traced, plan, folder)
+            artifact = built(target, traced, plan, folder)
         if plan.native_library:
             with step("native", f"library for {plan.native_library}; the first compilation takes 1-2 minutes"):
                 artifact = with_plugin(target, artifact, plan.native_library, folder)
@@ -134,6 +134,14 @@ def export(
     if zipped:
         write_zip(bundle.path, force)
     return bundle
+
+
+def built(target: Target, traced: Traced, plan: ExportPlan, folder: Path) -> Artifact:
+    """Build the artifact in `folder`. With scan `auto`, a network without scans gets no native library."""
+    if traced.scans or plan.scan != "auto":
+        return target.build(traced, plan, folder)
+    artifact = target.build(traced, replace(plan, scan="portable"), folder)
+    return replace(artifact, scan=Decision("portable", "the network has no Mamba-1 scan: standard operations only"))
 
 
 def engine_built_here(plan: ExportPlan) -> bool:

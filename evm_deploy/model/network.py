@@ -159,7 +159,9 @@ def _looked_at(
             f"the network has {len(tensors)} outputs ({', '.join(look.outputs)}), but {len(outputs)} names were given",
             "give one name for each output",
         )
-    notes = [] if look.scans else [_NO_SCAN_NOTE]
+    notes = [] if look.scans or look.chunked else [_NO_SCAN_NOTE]
+    if look.chunked:
+        notes.append(f"Mamba-2 scans: {look.chunked}, in standard operations, chunk by chunk, without a native kernel")
     notes += [
         f"{place} reads the value of a tensor: an artifact keeps the value of a test input" for place in look.reads
     ]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import linecache
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FrameType, FunctionType, ModuleType
@@ -18,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from evm_deploy.errors import UsageError
 from evm_deploy.model.foreign import stand_ins
+from evm_deploy.model.foreign.guarded import dispensable_imports
 from evm_deploy.model.foreign.own_loops import replace_own_loops
 
 #: Packages that look for Triton themselves, and must find that there is none.
@@ -160,21 +158,5 @@ def _importer() -> str:
 
 
 def _has_another_way() -> bool:
-    """Test whether an import statement that is being carried out stands in a `try`: its code can do without."""
-    return any(frame.f_lineno in _tried_imports(frame.f_code.co_filename) for frame in _importing_frames())
-
-
-@lru_cache(maxsize=256)
-def _tried_imports(file: str) -> frozenset[int]:
-    """Return the lines of a file that belong to import statements in the body of a `try`."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return frozenset()
-    found: set[int] = set()
-    for attempt in ast.walk(tree):
-        if isinstance(attempt, ast.Try):
-            for node in (each for statement in attempt.body for each in ast.walk(statement)):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    found.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return frozenset(found)
+    """Test whether the code of an import statement that is being carried out can do without its module."""
+    return any(frame.f_lineno in dispensable_imports(frame.f_code.co_filename) for frame in _importing_frames())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.model.foreign import ssd
 from evm_deploy.model.foreign.running import foreign_code
 
 #: Operations of one run above which a graph takes minutes to load. The largest network tried has 2500.
@@ -26,10 +27,15 @@ OURS, TORCH = (str(Path(module.__file__ or "").parent) for module in (sys.module
 
 @dataclass(frozen=True)
 class Look:
-    """Facts of one run. outputs: tensors by name. scans: number of scans. reads: `file:line` where values are read."""
+    """Facts of one run.
+
+    outputs: tensors by name. scans: number of Mamba-1 scans. chunked: number of Mamba-2 scans. reads: `file:line` where
+    values are read.
+    """
 
     outputs: dict[str, Tensor]
     scans: int
+    chunked: int
     reads: tuple[str, ...]
 
 
@@ -42,8 +48,10 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
     watch = _Watch()
     with torch.no_grad(), foreign_code():
         first = _run(module, example)  # some modules make their tensors in the first run
+        before = ssd.calls.total()
         with watch:
             outputs = _run(module, example)
+        chunked = ssd.calls.total() - before
     if watch.total > MOST_OPERATIONS:
         place, count = watch.lines.most_common(1)[0]
         raise UsageError(
@@ -57,7 +65,7 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
                 f"the network is random at inference: output {name} differs between two runs on the same input",
                 "replace the random operation, such as dropout or gumbel_softmax, by its mean behaviour",
             )
-    return Look(outputs, watch.scans, tuple(watch.reads))
+    return Look(outputs, watch.scans, chunked, tuple(watch.reads))
 
 
 def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ Inside a chunk, y_i = sum_(j <= i) (C_i B_j) exp(S_i - S_j) dt_j x_j with S the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from evm_deploy.model.foreign.norms import gated_rms_norm
 from evm_deploy.scan.portable import softplus_series
 
 CHUNK = 64
+#: How often each function of this module was called in this process: a look at a module counts its scans by it.
+calls: Counter[str] = Counter()
 NO_LIMIT = (0.0, math.inf)
 
 
@@ -48,6 +51,7 @@ def mamba_chunk_scan_combined(
     not read: the result does not depend on it. Raises UsageError for initial states and packed sequences.
     """
     refuse("mamba_chunk_scan_combined", initial_states=initial_states, seq_idx=seq_idx, cu_seqlens=cu_seqlens, **more)
+    calls["mamba_chunk_scan_combined"] += 1
     batch, length, heads, width = x.shape
     steps = min(CHUNK, length)
     chunks = -(-length // steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
 RULES: dict[str, Rule] = {}
 rule = into(RULES)
@@ -125,3 +125,13 @@ def slice_by_index(
                 slice(None if (begin_mask or none)[i] else first, None if (end_mask or none)[i] else last, step)
             )
     return x[tuple(index)]
+
+
+@rule
+def gather(x: Any, indices: Any, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Any:
+    """Take the slices of x at `indices` along an axis. UnsupportedError for batch_dims."""
+    if batch_dims:
+        raise UnsupportedError("gather with batch_dims")
+    at, axis = tensor(indices).long(), axis % x.dim()
+    at = at.where(at >= 0, at + x.shape[axis])
+    return x.index_select(axis, at.reshape(-1)).reshape(*x.shape[:axis], *at.shape, *x.shape[axis + 1 :])

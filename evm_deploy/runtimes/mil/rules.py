@@ -2,8 +2,8 @@
 
 The parameters of a rule are the inputs of the operation, with MIL's names and defaults. Tensors are torch tensors, and
 float16 tensors are passed as float32. Integer, boolean and string constants are Python values. A rule raises
-UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `layout` and
-`compression`.
+UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `images`, `layout`
+and `compression`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from evm_deploy.runtimes.mil import compression, layout
+from evm_deploy.runtimes.mil import compression, images, layout
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
 RULES: dict[str, Rule] = {}
@@ -26,12 +26,20 @@ def _elementwise() -> dict[str, Rule]:
 
     one: dict[str, Callable[..., Any]] = {
         "abs": torch.abs,
+        "ceil": torch.ceil,
+        "cos": torch.cos,
         "erf": torch.erf,
         "exp": torch.exp,
+        "floor": torch.floor,
         "identity": torch.clone,
+        "logical_not": torch.logical_not,
         "relu": torch.relu,
+        "relu6": F.relu6,
+        "round": torch.round,
         "sigmoid": torch.sigmoid,
+        "sign": torch.sign,
         "silu": F.silu,
+        "sin": torch.sin,
         "softplus": F.softplus,
         "square": torch.square,
         "sqrt": torch.sqrt,
@@ -39,15 +47,45 @@ def _elementwise() -> dict[str, Rule]:
     }
     two: dict[str, Callable[..., Any]] = {
         "add": torch.add,
+        "equal": torch.eq,
+        "floor_div": torch.floor_divide,
+        "greater": torch.gt,
+        "greater_equal": torch.ge,
+        "less": torch.lt,
+        "less_equal": torch.le,
+        "logical_and": torch.logical_and,
+        "logical_or": torch.logical_or,
         "maximum": torch.maximum,
         "minimum": torch.minimum,
+        "mod": torch.remainder,
         "mul": torch.mul,
+        "not_equal": torch.ne,
         "pow": torch.pow,
         "real_div": torch.true_divide,
         "sub": torch.sub,
     }
-    rules: dict[str, Rule] = {name: lambda x, apply=apply: apply(x) for name, apply in one.items()}
+    rules: dict[str, Rule] = {name: lambda x, apply=apply: apply(tensor(x)) for name, apply in one.items()}
     return rules | {name: lambda x, y, apply=apply: apply(tensor(x), tensor(y)) for name, apply in two.items()}
+
+
+@rule
+def leaky_relu(x: Any, alpha: Any = 0.01) -> Any:
+    """Compute x, or alpha x where x is negative."""
+    import torch.nn.functional as F
+
+    return F.leaky_relu(x, float(alpha))
+
+
+@rule
+def sigmoid_hard(x: Any, alpha: Any = 0.2, beta: Any = 0.5) -> Any:
+    """Compute alpha x + beta, limited to 0..1."""
+    return (float(alpha) * x + float(beta)).clamp(0, 1)
+
+
+@rule
+def select(cond: Any, a: Any, b: Any) -> Any:
+    """Take a where cond is true, else b."""
+    return tensor(a).where(tensor(cond), tensor(b))
 
 
 @rule
@@ -176,6 +214,40 @@ def reduce_mean(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = Fal
 
 
 @rule
+def reduce_max(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Compute the largest value over `axes`, or over all axes if None."""
+    return x.amax(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims)
+
+
+@rule
+def reduce_min(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Compute the smallest value over `axes`, or over all axes if None."""
+    return x.amin(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims)
+
+
+@rule
+def reduce_l2_norm(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Compute the root of the sum of squares over `axes`, or over all axes if None."""
+    return reduce_sum(x.square(), axes, keep_dims).sqrt()
+
+
+@rule
+def instance_norm(x: Any, gamma: Any = None, beta: Any = None, epsilon: Any = 1e-5) -> Any:
+    """Normalise each channel (axis 1) of each image by its own mean and variance, then scale and shift."""
+    import torch.nn.functional as F
+
+    return F.instance_norm(x, weight=gamma, bias=beta, eps=float(epsilon))
+
+
+@rule
+def einsum(values: Sequence[Any], equation: str) -> Any:
+    """Multiply and sum tensors as the equation says."""
+    import torch
+
+    return torch.einsum(equation, *values)
+
+
+@rule
 def classify(probabilities: Any, classes: Sequence[str]) -> Any:
     """Return the most probable label, and the row of probabilities in the order of the classes."""
     row = probabilities.reshape(-1)
@@ -185,4 +257,4 @@ def classify(probabilities: Any, classes: Sequence[str]) -> Any:
 @cache
 def all_rules() -> dict[str, Rule]:
     """Return the rules of all operations: MIL operation type -> rule. Every call returns the same table."""
-    return {**_elementwise(), **RULES, **layout.RULES, **compression.RULES}
+    return {**_elementwise(), **RULES, **images.RULES, **layout.RULES, **compression.RULES}
