@@ -19,6 +19,7 @@ from evm_deploy import cli
 from evm_deploy._util import kept
 from evm_deploy._util.kept import KeptResults, kept_results
 from evm_deploy.calib import evaluation
+from evm_deploy.data import decoded as data_decoded
 from evm_deploy.data.decoded import INDEX, PIXELS
 from evm_deploy.data.images import labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
@@ -310,30 +311,43 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(val, tmp_path, monkeyp
     assert all(item.decoded is None for item in images.items) and same(pixels, decoded(val, None)[1])
 
 
-def test_a_cache_that_is_too_small_gives_way_to_the_temporary_folder(val, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("before", [0, 20])
+def test_a_cache_that_is_too_small_gives_way_to_the_temporary_folder(before, val, tmp_path, monkeypatch, caplog):
     folder = kept_folder(tmp_path)
+    if before:  # what is there already must not be taken for what is elsewhere
+        decoded(class_folders(tmp_path / "part", before), folder)
     monkeypatch.setattr(
         "evm_deploy.data.decoded.shutil.disk_usage",
-        lambda path: SimpleNamespace(free=10_000 if path == folder else 10**9),
+        lambda path: SimpleNamespace(free=1000 if path == folder else 10**9),
     )
     images, pixels = decoded(val, folder)
-    assert "not kept if this run is interrupted" in caplog.text and not (folder / PIXELS).stat().st_size
+    assert "not kept if this run is interrupted" in caplog.text and images.taken == 0
     assert all(item.decoded is not None for item in images.items)
     monkeypatch.undo()
     assert same(pixels, decoded(val, None)[1])
 
 
-def test_a_disk_that_fills_up_stops_nothing(val, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [0, 20])
+def test_a_disk_that_fills_up_stops_nothing(before, val, tmp_path, monkeypatch):
     folder = kept_folder(tmp_path)
+    if before:
+        decoded(class_folders(tmp_path / "part", before), folder)
+    real, left = data_decoded._append, [9]
 
     def full(file, data):
-        raise OSError(28, "No space left on device")
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(file, data)
 
-    monkeypatch.setattr("evm_deploy.data.decoded._append", full)
+    monkeypatch.setattr(data_decoded, "_append", full)
     images, pixels = decoded(val, folder)
-    assert all(item.decoded is None for item in images.items) and (folder / PIXELS).stat().st_size == 0
+    assert all(item.decoded is None for item in images.items)
+    assert (folder / PIXELS).stat().st_size == before * 8 * 8 * 3
     monkeypatch.undo()
     assert same(pixels, decoded(val, None)[1])
+    images, pixels_again = decoded(val, folder)
+    assert images.taken == before and same(pixels, pixels_again)
 
 
 # ---------------------------------------------------------------------------------------------------- kept results

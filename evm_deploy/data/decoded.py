@@ -45,7 +45,7 @@ class DecodedImages:
             if not self._file or self._fits(count - self.added, folder):
                 return
             self._close()
-            self.added = 0
+            self.added, self._old = 0, {}
         temporary = Path(tempfile.gettempdir())
         lacking = f"no room for the pixels of {count:,} images ({bytes_text(count * self._size)})"
         if self._fits(count, temporary):
@@ -80,10 +80,11 @@ class DecodedImages:
                 _append(self._file, data)
             if self._index:
                 _append(self._index, content + hashlib.sha256(data).digest())
-        except OSError:  # full: make room for the others
-            for file in filter(None, (self._file, self._index)):
-                with contextlib.suppress(OSError):
-                    file.truncate(0)
+        except OSError:  # full: make room for others, but not below what is mapped, which other threads may be reading
+            if self._index:
+                for file, size in self._sizes():
+                    with contextlib.suppress(OSError):
+                        file.truncate(len(self._digests) * size)
             self._close()
         return place
 
