@@ -67,7 +67,7 @@ EXCEPTIONS = {
     "scan/mil.py": "the scan's lowering for coreml",
     "bench/bench_on_mac.py": "measures coreml in a bundle, without evm-deploy",
     "bench/matrix.py": "the default forms of a comparison",
-    "commands/export_flags.py": "the help of --target, --precision, --imgsz, --scan and --min-target, which loads no target",
+    "commands/export_flags.py": "the help of --target, --precision, --imgsz, --scan, --min-target; it loads no target",
     "commands/matrix.py": "the help of --forms",
 }
 MODEL = re.compile("EVSS")
