@@ -114,7 +114,7 @@ def test_any_shape(scan):
 def test_few_states(sizes, states, scan):
     """N = 1 and 2 have a loop of their own; 65 and 66 leave so many for the last group. dt is up to 20 and more."""
     for spread in (0.1, 1.0, 10.0):
-        inputs = random_scan(1, *sizes, states, spread)
+        inputs = random_scan(1, *(*sizes, states), spread=spread)
         want, terms = reference.selective_scan(*inputs), reference.selective_scan(*magnitudes(*inputs))
         assert np.abs(scan(*inputs) - want).max() <= 3e-6 * terms.max()
 
