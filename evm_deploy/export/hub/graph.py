@@ -15,6 +15,7 @@ from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.merge_moves import merge_moves
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.hub.pooling import pooling_translations
 from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
@@ -236,6 +237,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                 custom_translation_table={
                     torch.ops.evm.selective_scan.default: selective_scan,
                     **scatter_translations(plan.opset or DEFAULT_OPSET),
+                    **pooling_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )
