@@ -109,6 +109,27 @@ def test_any_shape(scan):
     check()
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 1, 3, 15), (1, 2, 4, 48), (1, 1, 33, 70), (2, 3, 70, 97)])
+@pytest.mark.parametrize("states", [1, 2, 3, 4, 8, 65, 66])
+def test_few_states(sizes, states, scan):
+    """N = 1 and 2 have a loop of their own; 65 and 66 leave so many for the last group. dt is up to 20 and more."""
+    for spread in (0.1, 1.0, 10.0):
+        inputs = random_scan(1, *(*sizes, states), spread=spread)
+        want, terms = reference.selective_scan(*inputs), reference.selective_scan(*magnitudes(*inputs))
+        assert np.abs(scan(*inputs) - want).max() <= 3e-6 * terms.max()
+
+
+@pytest.mark.parametrize("states", [1, 2, 16])
+@pytest.mark.parametrize("name", onnx_function.INPUTS)
+def test_a_nan_reaches_what_it_must_and_nothing_else(name, states, scan):
+    inputs = random_scan(2, 1, 2, 9, 50, states)
+    spoilt = inputs[onnx_function.INPUTS.index(name)]
+    spoilt.reshape(-1)[spoilt.size // 2] = np.nan
+    want = reference.selective_scan(*inputs)
+    assert 0 < np.isnan(want).sum() < want.size
+    np.testing.assert_array_equal(np.isnan(scan(*inputs)), np.isnan(want))
+
+
 @pytest.mark.parametrize("sizes", [(2, 3, 33, 50, 16), (1, 1, 70, 7, 1), (1, 2, 5, 20, 100)])
 def test_without_softplus_delta_is_dt(sizes, scan):
     inputs = random_scan(0, *sizes)

@@ -11,7 +11,10 @@ namespace {
 
 constexpr int STATES = EVM_STATES;  // states kept in registers at once: half of the register file
 constexpr int STEPS = 32, GROUP = 64;
+constexpr int TOGETHER = 4;         // steps whose softplus is computed side by side
+constexpr int VECTORS = EVM_TILE / LANES;
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
+static_assert(STEPS % TOGETHER == 0, "TOGETHER does not divide a block");
 static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % EVM_LANES == 0, "vectors do not divide a tile");
 
 // Rows of one direction of one image, from one channel on. y may be the same array as u if N <= GROUP.
@@ -98,18 +101,32 @@ inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t c
     for (int t = 0; t < block.steps; t++) {
         const int64_t at = (start + t) * rows.stride + channel;
         const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count);
-        const vec dt = rows.no_softplus ? delta + bias : softplus(delta + bias);
         if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, delta, count);
-        store(block.dt + t * LANES, dt);
-        store(block.inflow + t * LANES, dt * x);
+        store(block.dt + t * LANES, delta + bias);
+        store(block.inflow + t * LANES, x);
         store(block.y + t * LANES, first_group ? skip * x : load_some(rows.y + at, count));
     }
+    for (int t = 0; t < block.steps; t += TOGETHER) {  // steps after the last one compute what nobody reads
+        vec dt[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) dt[i] = load(block.dt + (t + i) * LANES);
+        if (!rows.no_softplus) softplus(dt);
+        for (int i = 0; i < TOGETHER; i++) {
+            store(block.dt + (t + i) * LANES, dt[i]);
+            store(block.inflow + (t + i) * LANES, dt[i] * load(block.inflow + (t + i) * LANES));
+        }
+    }
+}
+
+// Return column n of A * log2(e) for one vector of channels.
+inline vec decay_rates(const ScanRows &rows, int64_t channel, int64_t count, int64_t n) {
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < LANES && i < count; i++) lanes[i] = rows.A[(channel + i) * rows.N + n] * LOG2_E;
+    return load(lanes);
 }
 
 // Scan `channels` channels (at most EVM_TILE) with at most GROUP states, from state `first` on. The first group writes y and the
 // later groups add to y, so that N has no limit. The loop over steps is outermost, so that memory is accessed row by row.
 void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
-    constexpr int VECTORS = EVM_TILE / LANES;
     const int64_t N = rows.N;
     const int used = (int)(N - first < GROUP ? N - first : GROUP), at_once = states_at_once(used);
     const int padded = (used + at_once - 1) / at_once * at_once;
@@ -117,10 +134,7 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
     vec A2[VECTORS][GROUP], h[VECTORS][GROUP];
     for (int v = 0; v * LANES < channels; v++)
         for (int n = 0; n < padded; n++) {
-            float lanes[LANES] = {};
-            for (int64_t i = 0; n < used && i < LANES && v * LANES + i < channels; i++)
-                lanes[i] = rows.A[(v * LANES + i) * N + first + n] * LOG2_E;
-            A2[v][n] = load(lanes);
+            A2[v][n] = n < used ? decay_rates(rows, v * LANES, channels - v * LANES, first + n) : broadcast(0.f);
             h[v][n] = broadcast(0.f);
         }
     const float *B = rows.B + first, *C = rows.C + first;
@@ -149,7 +163,65 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
     }
 }
 
+// Scan TOGETHER steps of one vector of channels, from `start` on. WHOLE: there are LANES channels and TOGETHER steps, and delta is
+// read and not kept.
+template <int N, bool WHOLE>
+inline void advance_few_states(const ScanRows &rows, int64_t start, int64_t channel, int64_t count, const vec *A2, vec *states) {
+    const auto read = [=](const float *p) { return WHOLE ? load(p) : load_some(p, count); };
+    const vec bias = read(rows.bias + channel), skip = read(rows.skip + channel);
+    vec x[TOGETHER], dt[TOGETHER], y[TOGETHER], decay[TOGETHER];
+    int64_t step[TOGETHER];  // after the last step the last one again
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) {
+        step[i] = WHOLE || start + i < rows.L ? start + i : rows.L - 1;
+        const int64_t at = step[i] * rows.stride + channel, ahead = at + STEPS * rows.stride;
+        if (WHOLE) {
+            __builtin_prefetch(rows.u + ahead);
+            __builtin_prefetch(rows.delta + ahead);
+            __builtin_prefetch(rows.y + ahead, 1);
+        }
+        const vec delta = WHOLE ? load(rows.delta + at) : delta_of(rows, step[i], channel, count);
+        if (!WHOLE && rows.delta_out) store_some(rows.delta_out + step[i] * rows.delta_out_stride + channel, delta, count);
+        x[i] = read(rows.u + at), dt[i] = delta + bias;
+    }
+    if (!rows.no_softplus) softplus(dt);
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) y[i] = skip * x[i], x[i] *= dt[i];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+        for (int i = 0; i < TOGETHER; i++) decay[i] = dt[i] * A2[n];
+        exp2_above_floor(decay);
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) {
+            states[n] = decay[i] * states[n] + x[i] * rows.B[step[i] * rows.state_stride + n];
+            y[i] += states[n] * rows.C[step[i] * rows.state_stride + n];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++)
+        if (WHOLE || start + i < rows.L) store_some(rows.y + step[i] * rows.stride + channel, y[i], WHOLE ? LANES : count);
+}
+
+// Scan `channels` channels (at most EVM_TILE) with N states, one or two. With so few states all values of TOGETHER steps stay in
+// registers, from the rows of u and delta to the row of y, and softplus is most of the work.
+template <int N>
+void scan_few_states(const ScanRows &rows, int64_t channels) {
+    vec A2[VECTORS][N], h[VECTORS][N];
+    for (int v = 0; v * LANES < channels; v++)
+        for (int n = 0; n < N; n++) A2[v][n] = decay_rates(rows, v * LANES, channels - v * LANES, n), h[v][n] = broadcast(0.f);
+    for (int64_t start = 0; start < rows.L; start += TOGETHER)
+        for (int v = 0; v * LANES < channels; v++) {
+            const int64_t channel = v * LANES, count = channels - channel;
+            if (count >= LANES && start + TOGETHER <= rows.L && rows.delta && !rows.delta_out)
+                advance_few_states<N, true>(rows, start, channel, count, A2[v], h[v]);
+            else
+                advance_few_states<N, false>(rows, start, channel, count, A2[v], h[v]);
+        }
+}
+
 inline void scan_channels(const ScanRows &rows, int64_t channels) {
+    if (rows.N == 1) return scan_few_states<1>(rows, channels);
+    if (rows.N == 2) return scan_few_states<2>(rows, channels);
     for (int64_t first = 0; first == 0 || first < rows.N; first += GROUP) scan_group(rows, channels, first);
 }
 

@@ -77,33 +77,52 @@ inline float sum(vec v) {
 constexpr float LOG2_E = 1.44269504f;
 constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and puts the integer into the low mantissa bits
 
-// Compute 2^t for t <= 100: t = n + r with |r| <= 1/2 and 2^r = 1 + r q(r). The relative error is 9e-8, and 0 at r = 0: an error
-// of decays near 1 would accumulate over many steps. The smallest result is 2^-100, because products of denormals are slow.
-inline vec exp2_above_floor(vec t) {
-    t = largest(t, broadcast(-100.f));
-    const vec shifted = t + ROUND;
-    const vec r = t - (shifted - ROUND);
-    vec p = broadcast(0.00132647273f);
-    p = p * r + broadcast(0.00967151299f);
-    p = p * r + broadcast(0.0555073358f);
-    p = p * r + broadcast(0.240222424f);
-    p = p * r + broadcast(0.693147004f);
-    p = p * r + broadcast(1.f);
-    return of_bits((ivec)((uvec)bits_of(p) + ((uvec)bits_of(shifted) << 23)));  // the bits of ROUND itself are shifted out
+// Functions of an array compute its W vectors side by side: one polynomial is a chain of dependent operations, which alone leaves
+// most of a core idle.
+
+// Compute c0 x^n + .. + cn for W vectors.
+template <int W, int TERMS>
+inline void polynomial(vec (&p)[W], const vec (&x)[W], const float (&c)[TERMS]) {
+    for (int i = 0; i < W; i++) p[i] = broadcast(c[0]);
+#pragma GCC unroll 16
+    for (int n = 1; n < TERMS; n++)
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) p[i] = p[i] * x[i] + c[n];
 }
 
-// Compute softplus as max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): no log, and full relative accuracy for very
-// negative x too.
-inline vec softplus(vec x) {
-    const vec e = exp2_above_floor(magnitude(x) * -LOG2_E), s = e / (e + 2.f), q = s * s;
-    vec p = broadcast(1.f / 13);
-    p = p * q + 1.f / 11;
-    p = p * q + 1.f / 9;
-    p = p * q + 1.f / 7;
-    p = p * q + 1.f / 5;
-    p = p * q + 1.f / 3;
-    p = p * q + 1.f;
-    return largest(x, broadcast(0.f)) + 2.f * s * p;
+// Replace t <= 100 by 2^t: t = n + r with |r| <= 1/2 and 2^r = 1 + r q(r). The relative error is 9e-8, and 0 at r = 0: an error
+// of decays near 1 would accumulate over many steps. The smallest result is 2^-100, because products of denormals are slow.
+template <int W>
+inline void exp2_above_floor(vec (&t)[W]) {
+    constexpr float COEFFICIENTS[] = {0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.f};
+    vec p[W], shifted[W];
+    for (int i = 0; i < W; i++) {
+        t[i] = largest(t[i], broadcast(-100.f));
+        shifted[i] = t[i] + ROUND;
+        t[i] -= shifted[i] - ROUND;
+    }
+    polynomial(p, t, COEFFICIENTS);
+    for (int i = 0; i < W; i++)  // the bits of ROUND itself are shifted out
+        t[i] = of_bits((ivec)((uvec)bits_of(p[i]) + ((uvec)bits_of(shifted[i]) << 23)));
+}
+
+inline vec exp2_above_floor(vec t) {
+    vec one[] = {t};
+    exp2_above_floor(one);
+    return one[0];
+}
+
+// Replace x by softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|): no division, and full relative accuracy for very negative x
+// too. log(1 + e) = e + e^2 p(e), with a relative error of 3e-8 before rounding.
+template <int W>
+inline void softplus(vec (&x)[W]) {
+    constexpr float COEFFICIENTS[] = {0.00536482451f, -0.0300657935f, 0.0792045384f, -0.137538026f,
+                                      0.191536551f,   -0.248571637f,  0.333213226f,  -0.49999648f};
+    vec e[W], p[W];
+    for (int i = 0; i < W; i++) e[i] = magnitude(x[i]) * -LOG2_E;
+    exp2_above_floor(e);
+    polynomial(p, e, COEFFICIENTS);
+    for (int i = 0; i < W; i++) x[i] = largest(x[i], broadcast(0.f)) + (e[i] * e[i] * p[i] + e[i]);
 }
 
 inline vec sigmoid_denominator(vec x) { return exp2_above_floor(smallest(x * -LOG2_E, broadcast(100.f))) + 1.f; }

@@ -14,7 +14,9 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
+from evm_deploy.export.hub.merge_moves import merge_moves
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
+from evm_deploy.export.hub.pooling import pooling_translations
 from evm_deploy.export.hub.ready import hub_graph
 from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
@@ -180,8 +182,8 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
     """Trace a module of `with_pre_and_postprocessing` to the hub graph. The same module and plan give the same bytes.
 
     Steps: torch.export with the scan as one op; BatchNorm folded; nodes and values named after module paths; the
-    portable body added as a local function; onnxsim; the oldest IR version that the opset allows; full check;
-    metadata. Raises ToolchainError if a package is missing or a step fails.
+    portable body added as a local function; onnxsim; chains of moves merged; the oldest IR version that the opset
+    allows; full check; metadata. Raises ToolchainError if a package is missing or a step fails.
     """
     graph = _trace(model, plan)
     for key in sorted(metadata):
@@ -197,6 +199,7 @@ def _trace(model: Any, plan: ExportPlan) -> Graph:
     try:
         import onnx
 
+        fusable = {path.removeprefix(f"{ROOT}."): op for path, op in fusable_modules(model)}
         if isinstance(getattr(model, ROOT), ReadyGraph):
             proto = hub_graph(getattr(model, ROOT), model, plan)
         else:
@@ -205,14 +208,14 @@ def _trace(model: Any, plan: ExportPlan) -> Graph:
         onnx_function.add_functions(proto, plan.opset or DEFAULT_OPSET)
         proto = _simplify(proto)
         name_after_neighbours(proto)
+        merge_moves(proto, fusable)
         name_values_after_nodes(proto)
         proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
     except ImportError as error:
         raise ToolchainError(f"{error.name} is not installed", INSTALL_HINT) from error
     check(proto)
     names = {value.data_ptr(): name.removeprefix(f"{ROOT}.") for name, value in model.named_parameters()}
-    modules = ((path.removeprefix(f"{ROOT}."), op) for path, op in fusable_modules(model))
-    return Graph(proto, {path: match_constants(proto, path, op, names) for path, op in modules})
+    return Graph(proto, {path: match_constants(proto, path, op, names) for path, op in fusable.items()})
 
 
 def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
@@ -250,6 +253,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                 custom_translation_table={
                     torch.ops.evm.selective_scan.default: selective_scan,
                     **scatter_translations(plan.opset or DEFAULT_OPSET),
+                    **pooling_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )
