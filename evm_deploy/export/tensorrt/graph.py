@@ -49,16 +49,25 @@ def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelPr
 def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
     """Mark every scan with its plugin. Returns how many. "aot" embeds the kernel, "plugin" needs a library for it.
 
-    Raises UsageError for a scan that the kernel does not support, such as one without softplus.
+    Raises UsageError for a scan that the kernel does not support: one without softplus, of more than 16 states, or of
+    an A that is not constant.
     """
     from onnx import helper
 
     shapes = constant_shapes(model)
     nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
     attributes = {**PLUGIN_ATTRIBUTES, **({"aot": 1} if plan.scan == "aot" else {})}
-    for node in nodes:
+    for node, site in zip(nodes, scan_sites(model), strict=True):
         if not has_softplus(node):
-            raise UsageError(f"{node.name}: the plugins have no scan without softplus", "use --scan portable")
+            raise UsageError(
+                f"scan {site.name} gets dt without softplus, and the kernel of --scan {plan.scan} computes softplus",
+                "use --scan portable, which has both forms, or let the network pass delta before softplus",
+            )
+        if node.input[2] not in shapes:
+            raise UsageError(
+                f"A of scan {site.name} is computed at run time, and the kernel of --scan {plan.scan} needs constants",
+                "use --scan portable",
+            )
         K, D, N = shapes[node.input[2]]
         kernel.check_scan(plan.batch.max or 1, K, D, N)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
