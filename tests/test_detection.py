@@ -16,6 +16,7 @@ from evm_deploy.tasks import detection, drawing
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
 from evm_deploy.tasks.detection import Detection
 from evm_deploy.tasks.detection_labels import read_labels
+from evm_deploy.tasks.task import Reading
 
 CLASSES = 5
 
@@ -145,7 +146,7 @@ def test_padded_rows_are_no_detections():
     first, second = detection.select(outputs([rows, []], count=[2, 0]), SelectionSettings())
     assert first.scores.tolist() == [np.float32(0.9), np.float32(0.8)]  # the artifact has done the NMS
     assert len(second.scores) == 0
-    (decoded, nothing) = detection.decode([first, second], None)
+    (decoded, nothing) = detection.decode(outputs([rows, []], count=[2, 0]), Reading())
     assert decoded[0] == Detection("class 0", 0, float(np.float32(0.9)), (0, 0, 9, 9))
     assert nothing == []
 

@@ -35,7 +35,7 @@ from evm_deploy.runtimes.base import (
 from evm_deploy.runtimes.info import NativeKernels
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
-from evm_deploy.tasks.task import Decode, Prediction
+from evm_deploy.tasks.task import Decode, Prediction, Reading
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
@@ -162,7 +162,9 @@ class LoadedBundle:
         decode = self._require_answers(top)
         array = self._stacked(pixels)
         chunks = (array[start : start + self._batch_size] for start in range(0, len(array), self._batch_size))
-        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, whole("top", top))]
+        return [
+            found for chunk in chunks for found in decode(self._answers(chunk), Reading(self.labels, whole("top", top)))
+        ]
 
     def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """Return preprocessed images as one array [n, H, W, 3]. Raises UsageError."""

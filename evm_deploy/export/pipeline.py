@@ -35,6 +35,7 @@ from evm_deploy.export.plan import (
     make_preprocessing,
     read_size,
 )
+from evm_deploy.export.selection import complete_selection
 from evm_deploy.export.selftest import TEST_INPUTS
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, check_plan, library_here, native_library, open_here
@@ -42,7 +43,7 @@ from evm_deploy.export.targets import get_target
 from evm_deploy.model.network import ModelSpec, Network
 from evm_deploy.runtimes.base import RunOptions, TensorSpec, run_batched
 from evm_deploy.tasks import get_task
-from evm_deploy.tasks.classification import PROBABILITIES
+from evm_deploy.tasks.classification import CLASSIFICATION, PROBABILITIES
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import host_platform
 
@@ -265,6 +266,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         raise UsageError(
             f"--val with --head {head}: outputs of this head have no labels to compare with", "leave --val out"
         )
+    plan = complete_selection(plan, spec, get_target(plan.target))
     labels = plan.labels or (listed("the checkpoint's labels", saved["labels"], label) if "labels" in saved else None)
     if not task.decode:
         labels = None
@@ -345,7 +347,7 @@ def untested(artifact: Artifact) -> list[str]:
 
 def meaning_of_scores(plan: ExportPlan, spec: ModelSpec) -> list[str]:
     """Return a note on a classifier whose probabilities are not a softmax over all classes."""
-    if not get_task(spec.task).decode:
+    if spec.task != CLASSIFICATION.name:
         return []
     if plan.multi_label:
         return ["the classes are independent: each probability is a sigmoid, and they do not add up to 1"]

@@ -10,12 +10,13 @@ from typing import Any
 from evm_deploy._util.text import one_of, size_text
 from evm_deploy._util.values import Converter, convert_fields, listed, number, path_text, text, whole, wrong
 from evm_deploy.bundle.manifest import Decision
+from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
 from evm_deploy.data.preprocessing import MAX_SIDE, Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
 
-HEADS = ("logits", "probs", "features", "raw")
+HEADS = ("logits", "probs", "features", "raw", "detections")
 INPUTS = ("image", "tensor")
 PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
@@ -27,11 +28,14 @@ MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: finds gross faults only; the accuracy check decides. w8: logits of correct exports differ by 0.003 (trained T)
 # to 0.016 (seeded T, S, B), feature maps by up to 0.04. The accuracy check without labels also allows a 10 % error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "int8-fp16": 0.5, "w8": 0.1}
+# Least share of detections that the float model gives too. Random weights put many boxes at the limit of the NMS.
+AGREEMENTS = {"fp32": 0.99, "fp16": 0.9}
 # Relative to the artifact's own outputs. int8: integer kernels round differently. w8 computes in float32, like fp32.
 SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
 MAX_DROP = 1.0
+MAX_DETECTIONS = 1000  # of an image
 MIN_CROP_PCT = 0.1  # below it, a resized image is over 10 times as large as the network's input
 DEFAULT_IMGSZ = (224, 224)
 
@@ -54,7 +58,8 @@ class ExportPlan:
     calib: calibration images for int8, or evaluation images for w8 without val. calib_images: number of these images.
     calib_method: how ranges are computed, one of CALIB_METHODS. force_calib: accept calibration images that fail the
     checks. smooth: whether int8 applies SmoothQuant first. val: labelled evaluation images for int8 and w8. max_drop:
-    largest accepted loss of accuracy on val, in points. settings: the target's own, an instance of `Target.settings`.
+    largest accepted loss of accuracy on val, in points. nms, score_thr, iou, max_det: selection of a detector, as in
+    `data.boxes.SelectionSettings`. settings: the target's own, an instance of `Target.settings`.
     """
 
     target: str
@@ -86,6 +91,10 @@ class ExportPlan:
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
+    nms: str | None = None
+    score_thr: float | None = None
+    iou: float | None = None
+    max_det: int | None = None
     settings: Any = None
 
     def __post_init__(self) -> None:
@@ -120,6 +129,7 @@ class ExportPlan:
             raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
         if self.labels is not None:
             check_labels("--labels", self.labels)
+        self._check_selection()
         make_preprocessing(self.imgsz or DEFAULT_IMGSZ, {key: getattr(self, key) for key in PREPROCESSING}, "--")
 
     def _check_calibration(self) -> None:
@@ -151,10 +161,32 @@ class ExportPlan:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
 
+    def _check_selection(self) -> None:
+        if self.nms is not None:
+            one_of("--nms", self.nms, NMS_MODES)
+        if self.score_thr is not None and not 0 <= self.score_thr < 1:
+            raise UsageError(f"--score-thr {self.score_thr}: use a score from 0 to below 1")
+        if self.iou is not None and not 0 < self.iou <= 1:
+            raise UsageError(f"--iou {self.iou}: use an overlap over 0 and at most 1")
+        if self.max_det is not None and not 1 <= self.max_det <= MAX_DETECTIONS:
+            raise UsageError(f"--max-det {self.max_det}: use a number from 1 to {MAX_DETECTIONS}")
+
+    @property
+    def selection(self) -> SelectionSettings | None:
+        """Selection of a complete plan for a detector; None for other networks."""
+        if self.nms is None:
+            return None
+        return SelectionSettings(self.score_thr or 0.0, self.iou or 0.0, self.max_det or 0, self.nms)
+
     @property
     def tolerance(self) -> float:
         """Largest accepted difference from the float model, as `tol`; by default that of the precision."""
         return self.tol if self.tol is not None else TOLERANCES[self.precision or PRECISIONS[0]]
+
+    @property
+    def agreement(self) -> float:
+        """Least share (0..1) of detections that the artifact and the float model have in common."""
+        return AGREEMENTS.get(self.precision or PRECISIONS[0], 0.5)
 
     @property
     def sizes(self) -> str:

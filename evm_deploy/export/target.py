@@ -17,6 +17,7 @@ from evm_deploy.bundle.readme import Usage
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
+from evm_deploy.data.boxes import NMS_MODES
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
@@ -152,6 +153,7 @@ class Target:
     min_targets: values of --min-target. several_sizes: whether one artifact can take several image sizes.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
     in float16 on the device, so that large values overflow there.
+    nms: where the non-maximum suppression of a detector can run, the default first.
     libraries, emulator, engine: parts that only some targets have.
     settings: dataclass of the target's own settings (fields of `_util.settings`), the type of ExportPlan.settings.
 
@@ -181,6 +183,7 @@ class Target:
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
+    nms: tuple[str, ...] = NMS_MODES
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None
     emulator: Emulator | None = None

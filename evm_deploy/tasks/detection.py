@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evm_deploy.data.boxes import SelectionSettings, apart, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
-from evm_deploy.tasks.task import Outputs, Prediction, Spec
+from evm_deploy.tasks.task import Outputs, Prediction, Reading, Spec, Task
 
 BOXES, SCORES, LABELS, COUNT = "boxes", "scores", "labels", "count"
 SHAPES = {BOXES: ("float32", 3), SCORES: ("float32", 2), LABELS: ("int32", 2), COUNT: ("int32", 1)}
@@ -81,8 +81,9 @@ def _clipped(found: Found, edges: NDArray[Any]) -> Found:
     return Found(boxes, found.scores, found.labels)[(boxes[:, 2:] > boxes[:, :2]).all(1)]
 
 
-def decode(found: Sequence[Found], labels: Sequence[str] | None) -> list[list[Detection]]:
-    """Return the detections of each image as objects, by falling score. Without labels, a class is named `class 7`."""
+def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
+    """Return the detections of each image, by falling score. Without labels, a class is named `class 7`."""
+    labels = reading.labels
     return [
         [
             Detection(labels[label] if labels else f"class {label}", label, score, (x1, y1, x2, y2))
@@ -90,7 +91,7 @@ def decode(found: Sequence[Found], labels: Sequence[str] | None) -> list[list[De
                 each.boxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True
             )
         ]
-        for each in found
+        for each in select(outputs, reading.selection, reading.places)
     ]
 
 
@@ -150,3 +151,6 @@ def _rows(outputs: Outputs) -> list[Found]:
             kept &= np.arange(len(boxes)) < outputs[COUNT][i]
         found.append(Found(boxes[kept], outputs[SCORES][i][kept], outputs[LABELS][i][kept].astype(np.int64)))
     return found
+
+
+DETECTION = Task("detection", ("detections",), "detections", check=check, decode=decode, agree=agree, align=align)

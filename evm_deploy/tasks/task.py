@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.data.boxes import SelectionSettings
+from evm_deploy.data.geometry import Geometry
+
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Labels = NDArray[np.int64]  # (images,)
 
@@ -22,7 +25,21 @@ class Prediction:
     score: float
 
 
-Decode = Callable[[Outputs, Sequence[str] | None, int], list[list[Prediction]]]
+@dataclass(frozen=True)
+class Reading:
+    """Facts beside the outputs that predictions are decoded with.
+
+    labels: class names, None without. top: answers of a classifier for each image. places: place of each image in the
+    network's input; None leaves boxes in pixels of that input. selection: that of a detector.
+    """
+
+    labels: Sequence[str] | None = None
+    top: int = 5
+    places: Sequence[Geometry] | None = None
+    selection: SelectionSettings = SelectionSettings()
+
+
+Decode = Callable[[Outputs, Reading], Sequence[Sequence[Prediction]]]
 
 
 class Spec(Protocol):
@@ -46,10 +63,12 @@ class Task:
     heads: values of --head for the task; the first one is the default. gives: short noun for the outputs, used in
     messages.
     `check(outputs, labels)`: return None for valid outputs, else two texts: the actual outputs and the expectation.
-    `decode(outputs, labels, top)`: return the `top` best answers per image, best first.
+    `decode(outputs, reading)`: return the answers of each image, best first.
     `score(outputs, labels)`: return metrics against the true labels, 0..1, larger is better. `metric` names the one
     that accuracy limits apply to.
     `agree(expected, actual)`: return the share of images with the same answer.
+    `align(expected, actual)`: pair the rows of outputs whose order may differ. Returns the paired rows of both by name,
+    to be compared value by value, and the share of rows that have a pair. None: outputs are compared as they are.
     """
 
     name: str
@@ -60,3 +79,4 @@ class Task:
     score: Callable[[Outputs, Labels], dict[str, float]] | None = None
     agree: Callable[[Outputs, Outputs], float] | None = None
     metric: str = ""
+    align: Callable[[Outputs, Outputs], tuple[Outputs, Outputs, float]] | None = None

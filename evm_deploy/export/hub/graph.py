@@ -15,6 +15,7 @@ from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.hub.scatter import scatter_translations
+from evm_deploy.export.hub.suppression import nms_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
@@ -132,6 +133,9 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             self.outputs = tuple(
                 PROBABILITIES if probabilities and name == LOGITS else name for name in network.spec.outputs
             )
+            if plan.selection:  # the maps of a detector -> detections
+                self.selection = network.module.selection(plan.selection, preprocessing.size)
+                self.outputs = self.selection.outputs
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
             self.scale = nn.Buffer(1 / (255 * std), persistent=False)
             self.shift = nn.Buffer(-mean / std, persistent=False)
@@ -141,6 +145,8 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
             with foreign_code():
                 values = [value for _, value in named_tensors(self.model(x))]
+            if plan.selection:
+                values = list(self.selection(*values))
             if len(values) != len(self.outputs):
                 names = ", ".join(self.outputs)
                 raise UsageError(f"{network.spec.name} returns {len(values)} tensors, but its outputs are {names}")
@@ -161,7 +167,7 @@ def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
     """Return the settings of a plan that decide the hub graph. Plans with equal keys share one trace."""
-    return plan.imgsz, plan.batch, plan.input, plan.head, plan.multi_label, plan.opset
+    return plan.imgsz, plan.batch, plan.input, plan.head, plan.multi_label, plan.selection, plan.opset
 
 
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
@@ -234,6 +240,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                 custom_translation_table={
                     torch.ops.evm.selective_scan.default: selective_scan,
                     **scatter_translations(plan.opset or DEFAULT_OPSET),
+                    **nms_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from evm_deploy._util.onnx import in_order
 from evm_deploy.export.hub import float16
+from evm_deploy.export.hub.suppression import selection_nodes
 from evm_deploy.scan.onnx_function import OP_TYPE
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def to_fp16(model: onnx.ModelProto, sites: Iterable[ScanSite]) -> onnx.ModelProt
         disable_shape_infer=True,
         min_positive_val=5.97e-8,  # smallest float16; the converter's default would change small weights more
         op_block_list=[OP_TYPE, "Resize"],
+        node_block_list=list(selection_nodes(model)),
     )
     if not half.functions:
         half.functions.extend(functions)
