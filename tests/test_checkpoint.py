@@ -128,7 +128,7 @@ BAD_STATES = {
     "vmamba": ({**STATE, "layers.2.blocks.0.op.Ds": torch.zeros(2)}, "plain VMamba"),
     "resnet": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "holds no network of a known family"),
     "gap": ({k.replace("blocks.0", "blocks.3"): v for k, v in STATE.items()}, "gaps"),
-    "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 1, 4, 4)}, "patch_embed.0.weight has shape"),
+    "stem": ({**STATE, "patch_embed.0.weight": torch.zeros(16, 3, 2, 2)}, "patch_embed.0.weight has shape"),
     "unfolds": ({**STATE, "classifier.norm.bias": torch.zeros(1).expand(128)}, "more values than the file holds"),
     "sparse": ({**STATE, "classifier.norm.bias": torch.zeros(128).to_sparse()}, "expected a dense float tensor"),
     "no tensors": ({"epoch": 3}, "holds no state dict"),

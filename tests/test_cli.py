@@ -86,7 +86,10 @@ BAD_FLAGS = {
     "opset text": (["--target", "onnx", "--opset", "new"], "not a whole number"),
     "tol": (["--target", "onnx", "--tol", "-1"], "between 0 and 1"),
     "head": (["--target", "onnx", "--head", "logit"], "did you mean logits?"),
-    "mean": (["--target", "onnx", "--mean", "0.5"], "three numbers"),
+    "mean": (
+        ["--target", "onnx", "--mean", "0.5"],
+        "--mean has 1 value, the network has 3 input channels\n  give 3 numbers, such as 0.5,0.5,0.5",
+    ),
     "std": (["--target", "onnx", "--std", "0,1,1"], "it must be positive"),
     "crop": (["--target", "onnx", "--crop-pct", "2"], "at most 1"),
     "interpolation": (["--target", "onnx", "--interpolation", "cubic"], "choose from: bicubic, bilinear"),
@@ -153,7 +156,7 @@ def test_config_file_and_command_line(micro, tmp_path, capsys):
     )
     assert run_export(micro, "--config", config, "--imgsz", 32, "--json", "-o", tmp_path / "out") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert "fp16, 32x32" in facts["Would"] and facts["Input"].endswith("crop 1.0")
+    assert "fp16, 32x32" in facts["Would"] and facts["Input"] == "image, 3 channels, resize crop 1.0, bicubic"
     config.write_text("imgzs = 96\n")
     assert run_export(micro, "--config", config, "--target", "onnx") == 2
     assert "did you mean imgsz?" in capsys.readouterr().err

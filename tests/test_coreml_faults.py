@@ -95,7 +95,7 @@ def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
     artifact, module, plan = coreml_fp32
     package = shutil.copytree(artifact.path, tmp_path / "model.mlpackage")
     file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    folded = fold_batch_norm(program.channels_first(module, plan), program.example(plan))
+    folded = fold_batch_norm(program.channels_first(module, plan), program.example(plan, module.channels))
     parameters = {program.network_path(path): value for path, value in folded.named_parameters()}
     weight = parameters[name].detach().numpy()
     content = file.read_bytes()

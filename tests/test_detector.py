@@ -93,6 +93,8 @@ def test_what_the_configuration_says_is_used_and_named(tmp_path):
     assert spec.defaults["labels"] == list(detectors.CLASSES)
     assert [spec.defaults[key] for key in ("score_thr", "iou", "max_det")] == [0.2, 0.6, 100]
     assert np.allclose(spec.defaults["mean"], [0.485, 0.456, 0.406])
+    preprocessing = {key: spec.defaults[key] for key in ("imgsz", "resize", "interpolation")}
+    assert preprocessing == {"imgsz": "800x1344", "resize": "pad", "interpolation": "bilinear-opencv"}
     found = spec.details["detector"]
     assert found["score_thr"] == {"value": 0.2, "from": "meta.cfg model.test_cfg.score_thr"}
     assert found["anchors"]["from"] == "meta.cfg model.bbox_head.anchor_generator"
@@ -247,6 +249,7 @@ def test_files_that_do_not_fit_are_refused(changes, message, tmp_path):
     ("old", "new", "message"),
     [
         ("type='nms'", "type='soft_nms'", "NMS of type 'soft_nms'"),
+        ("bgr_to_rgb=True", "bgr_to_rgb=False", "images in the order BGR"),
         ("use_sigmoid=True", "use_sigmoid=False", "a softmax over classes"),
         ("scales_per_octave=3", "scales_per_octave=2", "9 anchors a position; its configuration describes 2 scales"),
     ],

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from evm_deploy.data.preprocessing import Preprocessing, read_rgb
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.reading import read_image
 from evm_deploy.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -81,7 +82,7 @@ def test_file_kinds(tmp_path):
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
     Image.fromarray(np.full((20, 30), 100 * 257, np.uint16)).save(tmp_path / "sixteen.png")
     for path in tmp_path.iterdir():
-        got = np.asarray(read_rgb(path)).astype(int)
+        got = np.asarray(read_image(path)).astype(int)
         assert got.shape == (20, 30, 3), path
         assert np.abs(got - 100).max() <= 2, path
 
@@ -91,9 +92,9 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees to be upright
     image.save(tmp_path / "a.png", exif=exif)
-    assert read_rgb(tmp_path / "a.png").size == (20, 30)
+    assert read_image(tmp_path / "a.png").size == (20, 30)
     with Image.open(tmp_path / "a.png") as opened:  # an app that hands over the image instead of its path
-        assert read_rgb(opened).size == (20, 30)
+        assert read_image(opened).size == (20, 30)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ MODES = "1 L P RGB RGBA RGBX RGBa CMYK YCbCr LAB HSV LA La PA F I I;16 I;16L I;1
 @pytest.mark.parametrize("mode", MODES.split())
 @pytest.mark.filterwarnings("error")
 def test_every_mode_of_pillow_keeps_its_brightness(mode):
-    got = np.asarray(read_rgb(in_mode(mode))).astype(float)
+    got = np.asarray(read_image(in_mode(mode))).astype(float)
     assert np.abs(got - GREY[..., None]).max() <= STEPS_OF.get(mode, 4)
     assert np.abs(got - GREY[..., None]).mean() <= STEPS_OF.get(mode, 4) / 2
     assert got.min() <= 8 and got.max() >= 247  # negative control: what clips is all black or all white
@@ -162,7 +163,7 @@ def test_deep_values_of_a_known_range_are_scaled(dtype, high, top, suffix, tmp_p
     if suffix == "png" and dtype != np.uint16:
         pytest.skip("PNG holds 16 bits")
     Image.fromarray((GREY / 255 * high).astype(dtype)).save(tmp_path / f"a.{suffix}")
-    got = np.asarray(read_rgb(tmp_path / f"a.{suffix}")).astype(float)
+    got = np.asarray(read_image(tmp_path / f"a.{suffix}")).astype(float)
     assert np.abs(got - GREY[..., None] * high / top).max() <= 1.5
 
 
@@ -183,12 +184,12 @@ def test_deep_values_of_an_uncertain_range_are_refused(values, tmp_path):
     Image.fromarray(values).save(tmp_path / "a.tif")
     for image in (tmp_path / "a.tif", Image.fromarray(values)):
         with pytest.raises(ImageError, match=r"values .* to .* in mode"):
-            read_rgb(image)
+            read_image(image)
 
 
 def test_black_is_black_in_every_depth():
     for dtype in (np.float32, np.int32, np.uint16):
-        assert np.asarray(read_rgb(Image.fromarray(np.zeros((4, 4), dtype)))).max() == 0
+        assert np.asarray(read_image(Image.fromarray(np.zeros((4, 4), dtype)))).max() == 0
 
 
 def tiff(bits, content, photometric):
@@ -210,7 +211,7 @@ def tiff(bits, content, photometric):
 )
 def test_tiff_says_how_many_bits_there_are_and_what_is_white(bits, content, photometric, want, tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(bits, content, photometric))
-    got = np.asarray(read_rgb(tmp_path / "a.tif"))[0, :, 0].astype(int)
+    got = np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].astype(int)
     assert np.abs(got - want).max() <= 1, got
 
 
@@ -219,16 +220,16 @@ def test_tiff_says_how_many_bits_there_are_and_what_is_white(bits, content, phot
 def test_transparency_is_dropped_without_a_word(mode, tmp_path):
     image = in_mode("RGB").convert(mode)
     image.save(tmp_path / "a.png", transparency=bytes(range(256)) if mode == "P" else (1, 1, 1) if mode == "RGB" else 1)
-    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "a.png")), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png")), np.asarray(image.convert("RGB")))
 
 
 def test_one_image_in_every_form_is_the_same(tmp_path):
     Image.fromarray(photo(20, 30)).save(tmp_path / "a.png")
-    content, want = (tmp_path / "a.png").read_bytes(), np.asarray(read_rgb(tmp_path / "a.png"))
+    content, want = (tmp_path / "a.png").read_bytes(), np.asarray(read_image(tmp_path / "a.png"))
     with (tmp_path / "a.png").open("rb") as file:
         forms = [str(tmp_path / "a.png"), content, bytearray(content), memoryview(content), io.BytesIO(content), file]
         for each in [*forms, Image.fromarray(want), want, want[::-1][::-1]]:
-            np.testing.assert_array_equal(np.asarray(read_rgb(each)), want)
+            np.testing.assert_array_equal(np.asarray(read_image(each)), want)
 
 
 CLOSED = Image.new("RGB", (3, 3))
@@ -242,10 +243,10 @@ CLOSED.close()
 )
 def test_nothing_else_is_an_image_and_messages_are_short(wrong):
     with pytest.raises(ImageError) as error:
-        read_rgb(wrong)
+        read_image(wrong)
     assert len(str(error.value)) < 800
 
 
 def test_a_folder_is_no_image(tmp_path):
     with pytest.raises(ImageError, match="is a folder"):
-        read_rgb(tmp_path)
+        read_image(tmp_path)

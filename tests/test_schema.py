@@ -18,7 +18,8 @@ from evm_deploy._util.schema import InvalidError, Schema, keys, published
 from evm_deploy.bench import record
 from evm_deploy.bundle import manifest
 from evm_deploy.bundle.manifest import Manifest, inside_bundle
-from evm_deploy.data.preprocessing import INTERPOLATIONS, MAX_SIDE
+from evm_deploy.data.preprocessing import MAX_CHANNELS, MAX_SIDE, RESIZES
+from evm_deploy.data.resizing import INTERPOLATIONS
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
 from tests.broken import change_manifest, changed_manifest
@@ -63,9 +64,11 @@ FULL_MANIFEST: dict[str, Any] = {
             "origin": {},
         },
         "parameters": 3,
+        "channels": 3,
     },
     "preprocessing": {
         "size": [64, 64],
+        "resize": "crop",
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": [0.1, 0.2, 0.3],
@@ -159,7 +162,7 @@ def oversteps(node: dict[str, Any], value: Any) -> Iterator[Any]:
     if "minItems" in node:
         yield value[: node["minItems"] - 1]
     if "maxItems" in node:
-        yield [*value, value[0]]
+        yield [*value, *value[:1] * (node["maxItems"] + 1 - len(value))]
 
 
 def refused(name: str, value: Any) -> str | None:
@@ -229,6 +232,8 @@ def test_a_schema_uses_what_is_checked_here_of_draft_07(name):
 def test_the_schemas_say_what_python_knows():
     known = MANIFEST["properties"]
     assert known["preprocessing"]["properties"]["interpolation"]["enum"] == list(INTERPOLATIONS)
+    assert known["preprocessing"]["properties"]["resize"]["enum"] == list(RESIZES)
+    assert {known["preprocessing"]["properties"][key]["maxItems"] for key in ("mean", "std")} == {MAX_CHANNELS}
     assert known["preprocessing"]["properties"]["size"]["items"]["maximum"] == MAX_SIDE
     assert known["model"]["properties"]["task"]["enum"] == [*sorted(task.name for task in tasks.TASKS), None]
     assert known["schema_version"]["enum"] == [manifest.SCHEMA_VERSION]

@@ -86,10 +86,10 @@ def test_the_vectors(tmp_path):
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
 def test_images_are_decoded_as_python_does(name, tmp_path):
-    from evm_deploy.data.preprocessing import read_rgb
+    from evm_deploy.data.reading import read_image
 
     case = CASES[name]
-    want = np.asarray(read_rgb(FOLDER / case["image"])).astype(int)
+    want = np.asarray(read_image(FOLDER / case["image"])).astype(int)
     assert drive(("image", FOLDER / case["image"], tmp_path / "rgb")) == [f"ok {want.shape[1]} {want.shape[0]}"]
     have = np.fromfile(tmp_path / "rgb", np.uint8).reshape(want.shape)
     assert np.abs(have - want).max() == 0
@@ -97,13 +97,13 @@ def test_images_are_decoded_as_python_does(name, tmp_path):
 
 def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
     """And strides are heeded."""
-    from evm_deploy.data.preprocessing import read_rgb
+    from evm_deploy.data.reading import read_image
 
     with Model(demo_bundle.path) as model, load(demo_bundle.path) as python:
         for case in CASES.values():
             if case["image"] == "too-narrow.png":
                 continue
-            rgb = np.ascontiguousarray(read_rgb(FOLDER / case["image"]))
+            rgb = np.ascontiguousarray(read_image(FOLDER / case["image"]))
             want = python.preprocessing.pixels(rgb)
             assert np.array_equal(model.preprocess(rgb), want), case["name"]
             wide = np.zeros((rgb.shape[0], rgb.shape[1] + 3, 3), np.uint8)

@@ -31,6 +31,11 @@ def shortened(text: object, limit: int = 240) -> str:
     return whole if len(whole) <= limit else f"{whole[: limit // 2]} .. {whole[-limit // 2 :]}"
 
 
+def count_text(count: int, noun: str) -> str:
+    """Format a count with its noun: 1 value, 3 values."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def size_text(imgsz: tuple[int, int]) -> str:
     """Format an image size: (H, W) -> `HxW`."""
     return f"{imgsz[0]}x{imgsz[1]}"

@@ -215,7 +215,8 @@ def example(spec: dict[str, Any]) -> Any:
 
     rng = np.random.default_rng(0)
     if spec["dtype"] == "uint8":
-        return PIL.Image.fromarray(rng.integers(0, 256, spec["shape"][1:], np.uint8))
+        pixels = rng.integers(0, 256, spec["shape"][1:], np.uint8)
+        return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return rng.standard_normal(spec["shape"]).astype(np.float32)
 
 

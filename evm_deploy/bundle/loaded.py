@@ -20,7 +20,7 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.signing import public_key
-from evm_deploy.data.preprocessing import is_one_image
+from evm_deploy.data.reading import is_one_image
 from evm_deploy.errors import BundleError, ImageError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import (
     DEFAULTS,
@@ -39,7 +39,7 @@ from evm_deploy.tasks.task import Decode, Prediction, Reading
 from evm_deploy.toolchain.platforms import host_platform
 
 if TYPE_CHECKING:
-    from evm_deploy.data.preprocessing import ImageLike
+    from evm_deploy.data.reading import ImageLike
 
 OnError = Callable[[int, ImageError], object]
 NO_SETTINGS: Mapping[str, Any] = {}
@@ -122,8 +122,8 @@ class LoadedBundle:
     ) -> list[list[Prediction]]:
         """Return the `top` most probable classes of each image, best first.
 
-        images: any number of images as `data.preprocessing.read_rgb` takes them (paths, encoded bytes, open files,
-        Pillow images, uint8 RGB arrays), or uint8 [n, H, W, 3] or [n, H, W]. One image alone: the list has one answer.
+        images: any number of images as `data.reading.read_image` takes them (paths, encoded bytes, open files,
+        Pillow images, uint8 arrays), or uint8 [n, H, W, C] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
         None raises the error. Raises UsageError if the bundle is not a classifier, or closed, BundleError for outputs
         that are NaN, infinite or of a wrong shape.
@@ -156,7 +156,7 @@ class LoadedBundle:
     def classify(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
 
-        pixels: uint8 [n, H, W, 3] with any n, independent of the bundle's batch, or a list of [H, W, 3]. An app can
+        pixels: uint8 [n, H, W, C] with any n, independent of the bundle's batch, or a list of [H, W, C]. An app can
         preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
         """
         decode = self._require_answers(top)
@@ -167,8 +167,8 @@ class LoadedBundle:
         ]
 
     def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """Return preprocessed images as one array [n, H, W, 3]. Raises UsageError."""
-        shape = (*self.preprocessing.size, 3)
+        """Return preprocessed images as one array [n, H, W, channels]. Raises UsageError."""
+        shape = (*self.preprocessing.size, self.preprocessing.channels)
         if isinstance(pixels, np.ndarray):
             if pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == shape:
                 return pixels
@@ -182,7 +182,7 @@ class LoadedBundle:
             wrong = given[fits.index(False)]
         found = f"{wrong.dtype} {list(wrong.shape)}" if isinstance(wrong, np.ndarray) else type(wrong).__name__
         raise UsageError(
-            f"pixels must be uint8 [n, {shape[0]}, {shape[1]}, 3], got {found}",
+            f"pixels must be uint8 [n, {shape[0]}, {shape[1]}, {shape[2]}], got {found}",
             "preprocessing.pixels(image) makes each, for a list or np.stack; predict(images) takes any images",
         )
 

@@ -128,7 +128,8 @@ class Manifest:
 
     def preprocess(self) -> Preprocessing:
         """Return the preprocessing of the bundle. Raises ValueError for invalid values."""
-        values: dict[str, Any] = {key: _frozen(v) for key, v in self.preprocessing.items()}
+        known = {each.name for each in fields(Preprocessing)}
+        values: dict[str, Any] = {key: _frozen(v) for key, v in self.preprocessing.items() if key in known}
         return Preprocessing(**values)
 
     @classmethod
@@ -173,6 +174,7 @@ class Manifest:
         try:
             SCHEMA(content)
             manifest = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+            _check_channels(manifest)
             manifest.preprocess()
             _check_batch(manifest)
             _check_files(manifest)
@@ -185,6 +187,12 @@ class Manifest:
 def _frozen(value: Any) -> Any:
     """Convert JSON lists to tuples, recursively."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_channels(manifest: Manifest) -> None:
+    mean, std = (len(manifest.preprocessing[key]) for key in ("mean", "std"))
+    if mean != std:
+        raise InvalidError("preprocessing.std", f"has {std} values, mean has {mean}")
 
 
 def _check_batch(manifest: Manifest) -> None:

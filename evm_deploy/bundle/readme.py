@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.data.preprocessing import CROP, PAD, Preprocessing
+from evm_deploy.data.reading import MODES
+from evm_deploy.data.resizing import PLAIN
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,15 @@ class Usage:
 
 def bundle_readme(manifest: Manifest, usage: Usage) -> str:
     """Return the README of a bundle as Markdown. The reader may have only the bundle, without evm-deploy."""
-    spec, pre, plan = manifest.model, manifest.preprocessing, manifest.plan
-    height, width = pre["size"]
+    spec, pre, plan = manifest.model, manifest.preprocess(), manifest.plan
+    height, width = pre.size
     read, outputs = manifest.inputs[0], ", ".join(o["name"] for o in manifest.outputs)
+    channels = {"L": "grey", **{mode: mode for mode in ("RGB", "RGBA")}}.get(MODES.get(pre.channels, ""), "values")
     contract = (
-        "RGB pixels 0..255; mean and std are inside the model"
+        f"{channels} pixels 0..255; mean and std are inside the model"
         if plan["input"] == "image"
-        else f"RGB scaled to 0..1, then (x - mean) / std with mean {list(pre['mean'])} and std {list(pre['std'])}"
+        else f"{channels} scaled to 0..1, then (x - mean) / std with mean {list(pre.mean)} and std {list(pre.std)}"
     )
-    scale = f"covers {round(height / pre['crop_pct'])}x{round(width / pre['crop_pct'])}"
     kind = " ".join(filter(None, (spec["variant"], spec["family"])))
     labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
     libraries = "".join(
@@ -49,8 +52,7 @@ similarity {manifest.parity["cosine"]:.6f}.
 | `selftest/` | test inputs and expected outputs |
 {labels}{libraries}
 Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
-Preprocessing by the app: resize with {pre["interpolation"]} and antialiasing so that the image {scale}, then crop the
-centre.
+Preprocessing by the app: {preprocessing_text(pre)}.
 Output: {outputs}.
 
 ## Python
@@ -69,6 +71,25 @@ with load("path/to/this/folder") as model:
 
     evm-run path/to/this/folder --selftest
 """
+
+
+def preprocessing_text(pre: Preprocessing) -> str:
+    """Describe the resize that an app must do, as text without a full stop at its end."""
+    height, width = pre.size
+    if pre.channels not in MODES:
+        return f"give tensors of {pre.channels} channels; evm-deploy reads no such images"
+    grey = "take the luminance of RGB, " if pre.channels == 1 else ""
+    plain = pre.interpolation == PLAIN
+    how = "bilinear without antialiasing, as OpenCV does" if plain else f"{pre.interpolation}, antialiased"
+    if pre.resize == CROP:
+        covered = f"{round(height / pre.crop_pct)}x{round(width / pre.crop_pct)}"
+        return f"{grey}resize ({how}) so that the image covers {covered}, then crop the centre"
+    if pre.resize == PAD:
+        return (
+            f"{grey}resize ({how}) to fit into {height}x{width} with the aspect ratio kept, then fill the right and "
+            f"the bottom with the pixel {list(pre.fill)}, the mean"
+        )
+    return f"{grey}resize ({how}) to {height}x{width}, without a crop; the aspect ratio is not kept"
 
 
 def shape_of(value: dict[str, object]) -> str:

@@ -3,7 +3,8 @@
 `selftest/probes.safetensors`   inputs, expected outputs, and `picture.pixels`: expected pixels of picture.png
 `selftest/scans.safetensors`    per scan of the model: u, delta, A, B, C, skip, bias, y; also a case `large_delta`
 `selftest/scan*`                model with a single scan, in the target's format, that runs these cases
-`selftest/picture.png`          image of another size than the input, to test the preprocessing
+`selftest/picture.png`          image of another size than the input, to test the preprocessing; none for a network of
+                                tensors that are no images (2 channels, or more than 4)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.data.reading import MODES
 from evm_deploy.errors import BundleError
 from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
 from evm_deploy.runtimes.info import RuntimeInfo
@@ -22,7 +24,7 @@ from evm_deploy.scan.reference import Scan, ssm_error
 from evm_deploy.tasks import get_task
 
 FOLDER = "selftest"
-INPUT_FILE, SCAN_FILE = "probes.safetensors", "scans.safetensors"
+INPUT_FILE, SCAN_FILE, IMAGE_FILE = "probes.safetensors", "scans.safetensors", "picture.png"
 
 
 class ScanShape(NamedTuple):
@@ -58,9 +60,11 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     """
     manifest, here = bundle.manifest, bundle.path / FOLDER
     tensors, cases = _read(bundle, INPUT_FILE), _read_scans(bundle)
-    pixels = manifest.preprocess().pixels(here / "picture.png")
-    off = np.abs(pixels.astype(np.int16) - _like(pixels, bundle, tensors, "picture.pixels")).max()
-    checks = [Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing"))]
+    checks, preprocessing = [], manifest.preprocess()
+    if preprocessing.channels in MODES:
+        pixels = preprocessing.pixels(here / IMAGE_FILE)
+        off = np.abs(pixels.astype(np.int16) - _like(pixels, bundle, tensors, "picture.pixels")).max()
+        checks.append(Check("preprocessing (of 255)", float(off), manifest.limit("preprocessing")))
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
         raise _damaged(bundle, INPUT_FILE, f"has no tensor {manifest.input}")

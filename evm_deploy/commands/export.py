@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.files import native_path, require_writable
 from evm_deploy._util.schema import strict_json
-from evm_deploy._util.text import escape_controls
+from evm_deploy._util.text import count_text, escape_controls
 from evm_deploy.commands.console import Steps, run_command
 from evm_deploy.commands.convert import main as convert_main
 from evm_deploy.commands.export_flags import FINISH_ONLY, export_parser
 from evm_deploy.commands.export_plans import plans_of, refuse_others_flags
 from evm_deploy.commands.summary import export_summary
+from evm_deploy.data.preprocessing import CROP, MAX_CHANNELS
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.bundle.bundle import Bundle
+    from evm_deploy.data.preprocessing import Preprocessing
     from evm_deploy.export.many import TargetOutcome
     from evm_deploy.export.plan import ExportPlan
     from evm_deploy.export.source import Source
@@ -57,7 +60,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.finish:
         return _finish(args)
-    for name in ("model_arg", "outputs", "task"):
+    for name in ("model_arg", "outputs", "task", "channels"):
         if getattr(args, name) is not None and not args.model:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} needs --model", f"leave {flag} out")
@@ -171,7 +174,7 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
         "Would": f"export {spec.name} -> {target.runtime.label} {plan.precision}, {plan.sizes}, batch {plan.batch}",
         "Model": f"{spec.family} {spec.variant}, {spec.parameters:,} parameters, {spec.num_classes or 'no'} classes",
         "Weights": f"{spec.checkpoint['file']}, key '{spec.checkpoint['container']}', {spec.checkpoint['weights']}",
-        "Input": f"{plan.input}, resize {preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+        "Input": f"{plan.input}, {count_text(preprocessing.channels, 'channel')}, resize {_resize_text(preprocessing)}",
         "Normalise": f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}",
         **({"Note": "; ".join(notes)} if (notes := assumed(given, spec, preprocessing)) else {}),
         **images,
@@ -184,6 +187,11 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     if not args.json:
         print(escape_controls("\n".join(f"{key:<10} {value}" for key, value in facts.items())))
     return facts
+
+
+def _resize_text(preprocessing: Preprocessing) -> str:
+    share = f" {preprocessing.crop_pct}" if preprocessing.resize == CROP else ""
+    return f"{preprocessing.resize}{share}, {preprocessing.interpolation}"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -201,8 +209,18 @@ def _own_network(args: argparse.Namespace, plan: ExportPlan) -> Network:
         arguments=model_arguments(args.model_arg or ""),
         outputs=args.outputs.split(",") if args.outputs else None,
         task=get_task(args.task or "raw").name,
+        channels=_channels(args.channels),
         imgsz=plan.imgsz or (224, 224),
     )
+
+
+def _channels(text: str | None) -> int:
+    """Parse --channels, by default 3. Raises UsageError."""
+    if text is None:
+        return 3
+    if not re.fullmatch("[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MAX_CHANNELS:
+        raise UsageError(f"--channels {text!r}: use a number from 1 to {MAX_CHANNELS}")
+    return int(text)
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

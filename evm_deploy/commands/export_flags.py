@@ -48,6 +48,7 @@ def export_parser() -> Parser:
     model("--model-arg", metavar="K=V[,..]", help="with --model: arguments of the factory, as Python literals")
     model("--outputs", metavar="A,B", help="with --model: names of the outputs, in order")
     model("--task", metavar="TASK", help="with --model: raw (default), classification or features")
+    model("--channels", metavar="N", help="with --model: channels of the network's input, default 3")
     model(
         "--imgsz",
         metavar="N|HxW",
@@ -59,10 +60,13 @@ def export_parser() -> Parser:
         "--input",
         default="image",
         metavar="KIND",
-        help="image (default): uint8 NHWC RGB, normalised inside the model; tensor: normalised float32 NCHW",
+        help="image (default): uint8 NHWC RGB (grey for 1 channel, RGBA for 4), normalised inside the model; tensor: "
+        "normalised float32 NCHW",
     )
     model(
-        "--head", metavar="HEAD", help="output of a classifier: logits (default) or probs; features: NCHW feature maps"
+        "--head",
+        metavar="HEAD",
+        help="output of a classifier: logits (default) or probs; features: NCHW feature maps of any network",
     )
     model(
         "--multi-label",
@@ -149,8 +153,8 @@ def export_parser() -> Parser:
     detector(
         "--nms",
         metavar="WHERE",
-        help="non-maximum suppression: graph (in the artifact, default where the target can) or none (the artifact gives "
-        "candidates, and evm-run suppresses)",
+        help="non-maximum suppression: graph (in the artifact, the default where the target can) or none (the artifact "
+        "gives candidates, and evm-run suppresses)",
     )
     detector("--score-thr", metavar="X", help="detections have a larger score, default 0.05")
     detector("--iou", metavar="X", help="of two boxes of a class that overlap more, one is suppressed, default 0.5")
@@ -159,10 +163,28 @@ def export_parser() -> Parser:
     preprocessing = parser.add_argument_group(
         "preprocessing", "Values saved with the weights replace the defaults."
     ).add_argument
-    preprocessing("--mean", metavar="R,G,B", help="mean of each channel, scaled to 0..1; default ImageNet's")
+    preprocessing(
+        "--mean",
+        metavar="R,G,B",
+        help="mean of each channel, scaled to 0..1: one number for each channel of the network; default ImageNet's",
+    )
     preprocessing("--std", metavar="R,G,B", help="standard deviation of each channel, scaled to 0..1; likewise")
-    preprocessing("--crop-pct", metavar="X", help="share of the resized image kept by the centre crop, default 0.875")
-    preprocessing("--interpolation", metavar="I", help="bicubic (default) or bilinear")
+    preprocessing(
+        "--resize",
+        metavar="R",
+        help="crop (default): cover the size, crop the centre; stretch: straight to the size, aspect ratio not kept; "
+        "pad: fit into the size, fill right and bottom with the mean, as mmdet and mmseg do",
+    )
+    preprocessing(
+        "--crop-pct",
+        metavar="X",
+        help="with --resize crop: share of the resized image kept by the centre crop, default 0.875",
+    )
+    preprocessing(
+        "--interpolation",
+        metavar="I",
+        help="bicubic (default), bilinear, or bilinear-opencv (without antialiasing, as mmdet and mmseg resize)",
+    )
 
     group = parser.add_argument_group("device and engine")
     device = group.add_argument

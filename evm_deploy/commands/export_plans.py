@@ -92,8 +92,9 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         drop=drop_patterns(args.drop),
         multi_label=args.multi_label,
         labels=_labels(Path(args.labels)) if args.labels else None,
-        mean=_triple("--mean", args.mean),
-        std=_triple("--std", args.std),
+        mean=_numbers("--mean", args.mean),
+        std=_numbers("--std", args.std),
+        resize=args.resize,
         crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
         interpolation=args.interpolation,
         nms=args.nms,
@@ -132,14 +133,9 @@ def _number(flag: str, text: str, whole: bool = False) -> float:
         raise UsageError(f"{flag} {text!r} is not a {'whole ' if whole else ''}number") from error
 
 
-def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
-    """Parse `R,G,B` into three numbers; None stays None. Raises UsageError that names the flag."""
-    if text is None:
-        return None
-    values = [_number(flag, part) for part in text.split(",")]
-    if len(values) != 3:
-        raise UsageError(f"{flag} {text!r}: use three numbers for red, green, blue, such as 0.485,0.456,0.406")
-    return values[0], values[1], values[2]
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """Parse `V[,V..]`, one number for each channel; None stays None. Raises UsageError that names the flag."""
+    return None if text is None else tuple(_number(flag, part) for part in text.split(","))
 
 
 def _labels(path: Path) -> tuple[str, ...]:

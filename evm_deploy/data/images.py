@@ -21,7 +21,8 @@ from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.progress import Progress
 from evm_deploy._util.text import shortened
 from evm_deploy.data.decoded import DecodedImages
-from evm_deploy.data.preprocessing import Preprocessing, read_rgb
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.reading import read_image
 from evm_deploy.errors import CalibrationError, ImageError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class ImageSet:
         return len(self.items)
 
     def pixels(self) -> Iterator[Pixels]:
-        """Yield the preprocessed pixels of each image, (H, W, 3) uint8, in order. Raises ImageError."""
+        """Yield the preprocessed pixels of each image, (H, W, channels) uint8, in order. Raises ImageError."""
         for done, item in enumerate(self.items):
             self.progress(done, len(self))
             yield self.preprocessing.pixels(item.source) if item.decoded is None else item.decoded
@@ -223,11 +224,11 @@ def _readable(
     Raises CalibrationError if more than 5 % are unreadable.
     """
     good, skipped, facts = [], [], []
-    decoded = DecodedImages(len(items), (*preprocessing.size, 3))
+    decoded = DecodedImages(len(items), (*preprocessing.size, preprocessing.channels))
 
     def read(item: ImageItem) -> tuple[Pixels, _Facts | None] | ImageError:
         try:
-            original = read_rgb(item.source)
+            original = read_image(item.source, preprocessing.channels)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
             return error
@@ -270,7 +271,7 @@ def _correlation(image: Image) -> float:
     The larger of the horizontal and the vertical correlation counts. `image` must not be resized yet, because resizing
     blurs noise. Only the top left 256 x 256 pixels are read. Returns 1 for images that are too small or constant.
     """
-    grey = np.asarray(image.crop((0, 0, *np.minimum(image.size, 256))).convert("F"), np.float64)
+    grey = np.asarray(image.crop((0, 0, *np.minimum(image.size, 256))).convert("RGB").convert("F"), np.float64)
     if grey.size < MIN_PIXELS or min(grey.shape) < 2 or not grey.std():
         return 1.0
     grey = grey - grey.mean()

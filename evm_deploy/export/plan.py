@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
-from evm_deploy._util.text import one_of, size_text
+from evm_deploy._util.text import count_text, one_of, size_text
 from evm_deploy._util.values import Converter, convert_fields, listed, number, path_text, text, whole, wrong
 from evm_deploy.bundle.manifest import Decision
-from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
-from evm_deploy.data.preprocessing import MAX_SIDE, Preprocessing
+from evm_deploy.data.boxes import SelectionSettings
+from evm_deploy.data.preprocessing import (
+    CROP,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_SIDE,
+    RESIZES,
+    Preprocessing,
+    for_channels,
+)
 from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
@@ -35,7 +44,6 @@ SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
 MAX_DROP = 1.0
-MAX_DETECTIONS = 1000  # of an image
 MIN_CROP_PCT = 0.1  # below it, a resized image is over 10 times as large as the network's input
 DEFAULT_IMGSZ = (224, 224)
 
@@ -51,7 +59,8 @@ class ExportPlan:
     tol: largest accepted difference from the float model, relative to max(1, largest output).
     weights: `ema`, `raw`, or the name of a set of weights in the checkpoint. drop: patterns of its keys to leave out.
     multi_label: classes are independent of each other: the head is probs, by sigmoid in place of softmax.
-    mean, std: of channels scaled to 0..1. crop_pct: share of the resized image that the crop keeps.
+    mean, std: one value for each input channel, of channels scaled to 0..1. resize: `crop`, `stretch` or `pad`
+    (`data.preprocessing.Preprocessing`). crop_pct: share of the resized image that the crop keeps; for `crop` alone.
     native_library: platform whose native library goes into the bundle. platform: platform that the artifact is for,
     None for any. chosen: target and precision with the reason, if a device profile decided them. min_target: oldest
     system that must run the artifact (Core ML).
@@ -80,8 +89,9 @@ class ExportPlan:
     weights: str = "ema"
     drop: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: str | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
     calib: str | None = None
@@ -130,7 +140,7 @@ class ExportPlan:
         if self.labels is not None:
             check_labels("--labels", self.labels)
         self._check_selection()
-        make_preprocessing(self.imgsz or DEFAULT_IMGSZ, {key: getattr(self, key) for key in PREPROCESSING}, "--")
+        make_preprocessing(self.imgsz or DEFAULT_IMGSZ, self.preprocessing)
 
     def _check_calibration(self) -> None:
         one_of("--calib-method", self.calib_method, CALIB_METHODS)
@@ -162,21 +172,16 @@ class ExportPlan:
             raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
 
     def _check_selection(self) -> None:
-        if self.nms is not None:
-            one_of("--nms", self.nms, NMS_MODES)
-        if self.score_thr is not None and not 0 <= self.score_thr < 1:
-            raise UsageError(f"--score-thr {self.score_thr}: use a score from 0 to below 1")
-        if self.iou is not None and not 0 < self.iou <= 1:
-            raise UsageError(f"--iou {self.iou}: use an overlap over 0 and at most 1")
-        if self.max_det is not None and not 1 <= self.max_det <= MAX_DETECTIONS:
-            raise UsageError(f"--max-det {self.max_det}: use a number from 1 to {MAX_DETECTIONS}")
+        given = {name: getattr(self, name) for name in SELECTION if getattr(self, name) is not None}
+        try:
+            SelectionSettings(**given)
+        except ValueError as error:
+            raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
 
     @property
     def selection(self) -> SelectionSettings | None:
         """Selection of a complete plan for a detector; None for other networks."""
-        if self.nms is None:
-            return None
-        return SelectionSettings(self.score_thr or 0.0, self.iou or 0.0, self.max_det or 0, self.nms)
+        return None if self.nms is None else SelectionSettings(**{name: getattr(self, name) for name in SELECTION})
 
     @property
     def tolerance(self) -> float:
@@ -187,6 +192,11 @@ class ExportPlan:
     def agreement(self) -> float:
         """Least share (0..1) of detections that the artifact and the float model have in common."""
         return AGREEMENTS.get(self.precision or PRECISIONS[0], 0.5)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings of preprocessing by name, for `make_preprocessing`; None for those that are not given."""
+        return {key: getattr(self, key) for key in PREPROCESSING}
 
     @property
     def sizes(self) -> str:
@@ -211,28 +221,64 @@ def parse_imgsz(given: str | int) -> tuple[int, int]:
     return _checked_size("--imgsz", (int(match[1]), int(match[2] or match[1])))
 
 
-def make_preprocessing(size: tuple[int, int], values: Mapping[str, Any], where: str) -> Preprocessing:
-    """Return the preprocessing with these `values` by name, of PREPROCESSING; None means the default of Preprocessing.
+def make_preprocessing(
+    size: tuple[int, int],
+    given: Mapping[str, Any],
+    saved: Mapping[str, Any] = MappingProxyType({}),
+    channels: int | None = None,
+) -> Preprocessing:
+    """Return the preprocessing with the values `given` by flags, else those `saved` with the weights, else defaults.
 
-    where: text before a value's name in error messages; `--` for flags. Raises UsageError for values that cannot be
-    meant, such as mean and std of channels in 0..255.
+    given, saved: values by name, of PREPROCESSING; None is no value. channels: number of the network's input channels;
+    None if it is not known yet. Raises UsageError for values that cannot be meant, such as mean and std of channels in
+    0..255, or another number of them than channels.
     """
-    names = {key: where + (key.replace("_", "-") if where == "--" else key) for key in PREPROCESSING}
-    given = {key: CONVERTERS[key](names[key], values[key]) for key in PREPROCESSING if values.get(key) is not None}
+    flags = {key: value for key, value in given.items() if value is not None}
+    kept = {key: saved[key] for key in PREPROCESSING if saved.get(key) is not None and key not in flags}
+    if flags.get("resize", CROP) != CROP:
+        kept.pop("crop_pct", None)  # of the resize that the flag replaces
+    names = {key: f"--{key.replace('_', '-')}" if key in flags else f"the checkpoint's {key}" for key in PREPROCESSING}
+    values = {key: CONVERTERS[key](names[key], value) for key, value in {**kept, **flags}.items()}
+    _check_channels(names, values, channels)
+    if "resize" in values:
+        one_of(names["resize"], values["resize"], RESIZES)
+    if "crop_pct" in values and values.get("resize", CROP) != CROP:
+        raise UsageError(
+            f"{names['crop_pct']} with {names['resize']} {values['resize']}: only a crop has a share that is kept",
+            f"leave {names['crop_pct']} out, or use --resize {CROP}" if "crop_pct" in flags else f"add --resize {CROP}",
+        )
+    if values.get("crop_pct", 1) < MIN_CROP_PCT:
+        raise UsageError(f"{names['crop_pct']} is {values['crop_pct']}: use a share from {MIN_CROP_PCT} to 1")
+    count = channels or len(values.get("mean", values.get("std", IMAGENET_MEAN)))
+    defaults = {"mean": for_channels(IMAGENET_MEAN, count), "std": for_channels(IMAGENET_STD, count)}
+    try:
+        return Preprocessing(size, **{**defaults, **values})
+    except (TypeError, ValueError) as error:
+        key = next((key for key in values if str(error).startswith(key)), "")
+        raise UsageError(names.get(key, "preprocessing: ") + str(error).removeprefix(key)) from error
+
+
+def _check_channels(names: Mapping[str, str], values: Mapping[str, Any], channels: int | None) -> None:
+    """Check the range of mean and std, and that there is one value for each input channel. Raises UsageError."""
     for key in ("mean", "std"):
-        if any(not 0 <= value <= 1 for value in given.get(key, ())):
-            texts = (",".join(f"{value / unit:.4g}" for value in given[key]) for unit in (1, 255))
+        if any(not 0 <= value <= 1 for value in values.get(key, ())):
+            texts = (",".join(f"{value / unit:.4g}" for value in values[key]) for unit in (1, 255))
             raise UsageError(
                 f"{names[key]} is {next(texts)}: it is applied after channels are scaled to 0..1, so use values from 0 "
                 "to 1",
                 f"if the values are for channels in 0..255, divide them by 255: {next(texts)}",
             )
-    if given.get("crop_pct", 1) < MIN_CROP_PCT:
-        raise UsageError(f"{names['crop_pct']} is {given['crop_pct']}: use a share from {MIN_CROP_PCT} to 1")
-    try:
-        return Preprocessing(size, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"preprocessing: {where}{error}") from error
+    counts = {key: len(values[key]) for key in ("mean", "std") if key in values}
+    for key, count in counts.items():
+        if channels is not None and count != channels:
+            has, wanted = count_text(count, "value"), count_text(channels, "input channel")
+            raise UsageError(
+                f"{names[key]} has {has}, the network has {wanted}",
+                f"give {count_text(channels, 'number')}, such as {','.join(['0.5'] * min(channels, 4))}",
+            )
+    if len({*counts.values()}) > 1:
+        mean, std = (f"{names[key]} has {count_text(count, 'value')}" for key, count in counts.items())
+        raise UsageError(f"{mean}, {std}", "give one number for each input channel to both")
 
 
 def check_labels(what: str, labels: Sequence[str]) -> None:
@@ -300,7 +346,8 @@ def _unchanged(what: str, value: Any) -> Any:
     return value
 
 
-PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+SELECTION = ("score_thr", "iou", "max_det", "nms")  # settings of a detector
+PREPROCESSING = ("mean", "std", "resize", "crop_pct", "interpolation")
 NAMES = {"native_library": "--platform", "more_imgsz": "--imgsz", "platform": "platform", "chosen": "chosen"}
 CONVERTERS: Mapping[str, Converter] = {
     "imgsz": read_size,
@@ -309,6 +356,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "chosen": _decision,
     "mean": lambda what, value: listed(what, value, number),
     "std": lambda what, value: listed(what, value, number),
+    "resize": text,
     "crop_pct": number,
     "interpolation": text,
     "calib": path_text,

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import QUANTIZED, ExportPlan
+from evm_deploy.export.plan import QUANTIZED, SELECTION, ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.tasks.detection import DETECTION
-
-FLAGS = {"nms": "--nms", "score_thr": "--score-thr", "iou": "--iou", "max_det": "--max-det"}
 
 
 def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> ExportPlan:
@@ -19,10 +17,10 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
 
     Raises UsageError for a setting given for a network that is no detector, and for an NMS that the target cannot do.
     """
-    given = {name: getattr(plan, name) for name in FLAGS if getattr(plan, name) is not None}
+    given = {name: getattr(plan, name) for name in SELECTION if getattr(plan, name) is not None}
     if spec.task != DETECTION.name:
         if given:
-            flag = FLAGS[next(iter(given))]
+            flag = f"--{next(iter(given)).replace('_', '-')}"
             raise UsageError(f"{flag}: {spec.name} is no detector, it gives {spec.task}", f"leave {flag} out")
         return plan
     if plan.precision in QUANTIZED:
@@ -35,7 +33,7 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
             f"--nms {plan.nms}: target '{target.name}' cannot run it; it has: {', '.join(modes)}",
             "with --nms none the artifact gives candidates, and evm-run selects",
         )
-    saved = {name: spec.defaults[name] for name in FLAGS if name in spec.defaults}
+    saved = {name: spec.defaults[name] for name in SELECTION if name in spec.defaults}
     default = SelectionSettings(nms=modes[0])
-    found = {name: given.get(name, saved.get(name, getattr(default, name))) for name in FLAGS}
+    found = {name: given.get(name, saved.get(name, getattr(default, name))) for name in SELECTION}
     return replace(plan, **found)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.bundle.selftest import FOLDER, INPUT_FILE, SCAN_FILE, by_scan_case, shape_of
+from evm_deploy.bundle.selftest import FOLDER, IMAGE_FILE, INPUT_FILE, SCAN_FILE, by_scan_case, shape_of
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.reading import MODES
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target, Traced
 from evm_deploy.export.verify import FloatRun
@@ -20,21 +21,23 @@ MAX_LIMIT = 1e15  # largest number of a manifest
 
 
 def make_test_inputs(plan: ExportPlan, preprocessing: Preprocessing, count: int = TEST_INPUTS) -> NDArray[Any]:
-    """Return seeded synthetic images as the artifact reads them: (n, H, W, 3) uint8, or (n, 3, H, W) float32."""
+    """Return seeded synthetic images as the artifact reads them: (n, H, W, C) uint8, or (n, C, H, W) float32."""
     height, width = preprocessing.size
-    pixels = np.stack([synthetic_image(height, width, seed) for seed in range(count)])
+    pixels = np.stack([synthetic_image(height, width, seed, preprocessing.channels) for seed in range(count)])
     return pixels if plan.input == "image" else preprocessing.normalise(pixels)
 
 
-def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """Return a seeded image (height, width, 3) of waves, a disc and noise, over the whole range of uint8."""
+def synthetic_image(height: int, width: int, seed: int, channels: int = 3) -> NDArray[np.uint8]:
+    """Return a seeded image (height, width, channels) of waves, a disc and noise, over the whole range of uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = np.stack(
-        [np.sin(x * rng.uniform(3, 40) + y * rng.uniform(3, 40) + rng.uniform(0, 6)) for _ in range(3)], -1
+        [np.sin(x * rng.uniform(3, 40) + y * rng.uniform(3, 40) + rng.uniform(0, 6)) for _ in range(channels)], -1
     )
     disc = ((x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.8)) ** 2 < rng.uniform(0.02, 0.1))[..., None]
-    image = 128 + 90 * waves + disc * rng.uniform(-120, 120, 3) + 12 * rng.standard_normal((height, width, 3))
+    contrast = rng.uniform(-120, 120, channels)
+    noise = 12 * rng.standard_normal((height, width, channels))
+    image = 128 + 90 * waves + disc * contrast + noise
     return np.asarray(image.clip(0, 255), np.uint8)
 
 
@@ -58,10 +61,13 @@ def write(
 
     here = folder / FOLDER
     here.mkdir()
-    shot = synthetic_image(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, seed=99)
-    Image.fromarray(shot).save(here / "picture.png")
     expected, scans = reference.outputs, reference.scans
-    tensors = {plan.input: reference.test_inputs, **expected, "picture.pixels": preprocessing.pixels(shot)}
+    tensors = {plan.input: reference.test_inputs, **expected}
+    if preprocessing.channels in MODES:
+        colours = max(3, preprocessing.channels)  # a grey network's app reads colours too
+        shot = synthetic_image(preprocessing.size[0] + 37, 2 * preprocessing.size[1] + 11, 99, colours)
+        Image.fromarray(shot).save(here / IMAGE_FILE)
+        tensors["picture.pixels"] = preprocessing.pixels(shot)
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, here / INPUT_FILE)
     rng = np.random.default_rng(1)
     cases = {site.name: with_softplus(_head_of(scan)) for site, scan in zip(traced.scans, scans, strict=True)}

@@ -19,6 +19,7 @@ from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
 from evm_deploy.data.boxes import NMS_MODES
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.reading import MODES
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
 from evm_deploy.export.plan import SELFTEST_TOLERANCES, ExportPlan
@@ -151,6 +152,7 @@ class Target:
     runtime: the runtime of its artifacts, with the target's name, aliases and precisions.
     scans: lowerings of the scan. packages: modules that a build imports. install_hint: how to install them.
     min_targets: values of --min-target. several_sizes: whether one artifact can take several image sizes.
+    image_channels: numbers of channels that the input `image` can have.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
     in float16 on the device, so that large values overflow there.
     nms: where the non-maximum suppression of a detector can run, the default first.
@@ -184,6 +186,7 @@ class Target:
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
     nms: tuple[str, ...] = NMS_MODES
+    image_channels: tuple[int, ...] = tuple(MODES)
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None
     emulator: Emulator | None = None

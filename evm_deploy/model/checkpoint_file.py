@@ -207,7 +207,7 @@ def _check_settings(settings: Any) -> None:
         **dict.fromkeys(("labels", "mean", "std"), list),
         "imgsz": (int, str),
         "crop_pct": (int, float),
-        "interpolation": str,
+        **dict.fromkeys(("resize", "interpolation"), str),
     }
     for key, kind in kinds.items():
         if key in settings and (not isinstance(settings[key], kind) or isinstance(settings[key], bool)):

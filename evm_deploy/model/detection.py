@@ -115,7 +115,7 @@ class Selection(nn.Module):
         value, label, centre, side, delta = (torch.cat(each, 1) for each in zip(*parts, strict=True))
         boxes = self._decoded(centre, side, delta)
         sides = boxes[..., 2:] - boxes[..., :2]
-        kept = (value > self.threshold) & (sides > self.min_size).all(-1)
+        kept = (value > self.threshold) & (sides.amin(-1) > self.min_size)
         scores = torch.sigmoid(value)
         if self.settings.nms == "none":
             return boxes, torch.where(kept, scores, 0.0), torch.where(kept, label, NO_LABEL).to(torch.int32)
@@ -161,7 +161,7 @@ class Selection(nn.Module):
         shift = label.to(torch.float32) * (float(max(self.size)) + 1.0)
         found = nms(boxes + shift[:, :, None], scores, self.settings.iou, self.settings.max_det)
         real = found >= 0
-        rows = found.clamp(min=0)
+        rows = torch.where(real, found, 0)
         boxes = boxes.gather(1, rows[:, :, None].expand(-1, -1, 4))
         return (
             torch.where(real[:, :, None], boxes, 0.0),

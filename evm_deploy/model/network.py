@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evm_deploy._util.text import count_text
 from evm_deploy._util.values import listed, text
 from evm_deploy.errors import UsageError
 
@@ -22,11 +23,12 @@ class ModelSpec:
 
     name: name of the network's bundles. family: the kind of network, as people write it. variant: the size within the
     family, or empty. task: name of a Task in `tasks`. outputs: names of the module's outputs, in order. num_classes:
-    number of classes of a classifier, else 0. checkpoint: file, sha256, and which weights in it were loaded.
-    min_pixels: smallest side of an image. blocks: paths of the modules that can stay in float as a whole.
-    keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the modules whose weights
-    become int8 while their inputs stay in float. In every network the layers that write a scan's delta, B and C stay in
-    float. defaults: imgsz, crop_pct, mean, std and labels saved with the weights. details: further facts of the family.
+    number of classes of a classifier, else 0. channels: channels of the input. checkpoint: file, sha256, and which
+    weights in it were loaded. min_pixels: smallest side of an image. blocks: paths of the modules that can stay in
+    float as a whole. keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the
+    modules whose weights become int8 while their inputs stay in float. In every network the layers that write a scan's
+    delta, B and C stay in float. defaults: imgsz, resize, crop_pct, interpolation, mean, std and labels saved with the
+    weights. details: further facts of the family.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelSpec:
     checkpoint: dict[str, Any]
     parameters: int
     num_classes: int = 0
+    channels: int = 3
     variant: str = ""
     min_pixels: int = 1
     blocks: tuple[str, ...] = ()
@@ -49,7 +52,8 @@ class ModelSpec:
 class Network(NamedTuple):
     """A float32 module in eval mode and the facts about it.
 
-    The module takes normalised images (b, 3, H, W) and returns tensors: one, or tuples, lists and dicts of tensors.
+    The module takes normalised images (b, channels, H, W) and returns tensors: one, or tuples, lists and dicts of
+    tensors.
     """
 
     module: nn.Module
@@ -68,21 +72,21 @@ class Network(NamedTuple):
     ) -> Network:
         """Return a Network made of any torch module; the module is put into eval mode, without gradients.
 
-        example: an input (b, 3, H, W). Its size becomes the default of --imgsz. outputs: names of the module's outputs,
-        in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
+        example: an input (b, channels, H, W). Its size becomes the default of --imgsz. outputs: names of the module's
+        outputs, in order. name: name of the bundles, by default the class name in lower case. facts: further fields of
         ModelSpec; `blocks` is by default `default_blocks(module)`.
 
         With an example, or without outputs, the module is run (`foreign.look.look_at`): on the example, by default
-        noise (1, 3, 224, 224). Outputs are then named by the keys of a dict, `logits` for a single one of rank 2, and
-        else by number. Raises UsageError for a module that cannot be exported, with the reason, such as parameters that
-        are not float32 on the CPU.
+        noise (1, channels, 224, 224), with 3 channels unless `facts` has `channels`. Outputs are then named by the keys
+        of a dict, `logits` for a single one of rank 2, and else by number. Raises UsageError for a module that cannot
+        be exported, with the reason, such as parameters that are not float32 on the CPU.
         """
         outputs = None if outputs is None else listed("outputs", outputs, text)
         _check_float32(module)
         notes = [_EVAL_NOTE] if module.training else []
         module.eval().requires_grad_(False)
         if example is not None or outputs is None:
-            outputs, found = _looked_at(module, example, outputs, task)
+            outputs, found = _looked_at(module, example, outputs, task, facts.get("channels"))
             facts = {**found, **facts, "notes": (*notes, *found["notes"], *facts.get("notes", ()))}
         family = type(module).__name__
         spec = ModelSpec(
@@ -102,7 +106,7 @@ _NO_SCAN_NOTE = "the network has no scan that evm-deploy knows: standard operati
 
 
 def _looked_at(
-    module: nn.Module, example: Tensor | None, outputs: Sequence[str] | None, task: str
+    module: nn.Module, example: Tensor | None, outputs: Sequence[str] | None, task: str, channels: int | None
 ) -> tuple[Sequence[str], dict[str, Any]]:
     """Run the module. Returns the names of its outputs, and fields of ModelSpec."""
     import torch
@@ -110,11 +114,16 @@ def _looked_at(
     from evm_deploy.model.foreign.look import look_at
 
     if example is None:
-        example = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
+        example = torch.rand(1, channels or 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    if example.dim() != 4 or 0 in example.shape or not example.is_floating_point():
         raise UsageError(
-            f"the example input is {example.dtype} {list(example.shape)}: networks of images take float (b, 3, H, W)",
+            f"the example input is {example.dtype} {list(example.shape)}: networks of images take float (b, channels, "
+            "H, W)",
             "wrap a module of other inputs in one that takes an image",
+        )
+    if channels not in (None, example.shape[1]):
+        raise UsageError(
+            f"the example input {list(example.shape)} has {count_text(example.shape[1], 'channel')}, not {channels}"
         )
     look = look_at(module, example)
     tensors = [*look.outputs.values()]
@@ -130,7 +139,11 @@ def _looked_at(
     notes += [
         f"{place} reads the value of a tensor: an artifact keeps the value of a test input" for place in look.reads
     ]
-    facts: dict[str, Any] = {"notes": tuple(notes), "defaults": {"imgsz": "{}x{}".format(*example.shape[2:])}}
+    facts: dict[str, Any] = {
+        "notes": tuple(notes),
+        "channels": int(example.shape[1]),
+        "defaults": {"imgsz": "{}x{}".format(*example.shape[2:])},
+    }
     if task == "classification":
         facts["num_classes"] = int(tensors[0].shape[-1])
     return outputs, facts

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.data.boxes import SelectionSettings
+from evm_deploy.data.boxes import DEFAULT_SELECTION, SelectionSettings
 from evm_deploy.data.geometry import Geometry
 
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
@@ -36,7 +36,7 @@ class Reading:
     labels: Sequence[str] | None = None
     top: int = 5
     places: Sequence[Geometry] | None = None
-    selection: SelectionSettings = SelectionSettings()
+    selection: SelectionSettings = DEFAULT_SELECTION
 
 
 Decode = Callable[[Outputs, Reading], Sequence[Sequence[Prediction]]]

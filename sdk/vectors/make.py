@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evm_deploy.bundle.manifest import FILE, Manifest
-from evm_deploy.data.preprocessing import Preprocessing, read_rgb
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.reading import read_image
 from evm_deploy.errors import BundleError, ImageError
 from evm_deploy.export.selftest import synthetic_image
 
@@ -65,8 +66,9 @@ REFUSED: list[tuple[str, tuple[object, ...]]] = [
     ("preprocessing.size", (NOTHING, None, 64, [64], [0, 64], [64, 8193], ["64", 64], [64, 64, 3])),
     ("preprocessing.crop_pct", (NOTHING, None, "x", 0, -1, 1.5, True)),
     ("preprocessing.interpolation", (NOTHING, None, 3, "lanczos")),
-    ("preprocessing.mean", (NOTHING, None, [0.5, 0.5], [0.5, 0.5, None], 0.5)),
-    ("preprocessing.std", (NOTHING, None, [0.1, 0.1], [0.1, 0, 0.1], [0.1, -1, 0.1])),
+    ("preprocessing.resize", (None, 3, "letterbox", "")),
+    ("preprocessing.mean", (NOTHING, None, [], [0.5, 0.5], [0.5, 0.5, None], 0.5)),
+    ("preprocessing.std", (NOTHING, None, [], [0.1, 0.1], [0.1, 0, 0.1], [0.1, -1, 0.1])),
     *((f"outputs.0.{key}", (NOTHING, None, 3)) for key in ("name", "dtype", "shape")),
     ("inputs.0.shape", ([1, 0, 64, 3], [1, "64", 64, 3], [1.5])),
     ("files.model~onnx", (None, [], "x", {})),
@@ -141,7 +143,28 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("one-bit", save(folder, "one-bit.png", rgb.convert("1")))
     for orientation in range(2, 9):
         yield Case(f"exif-{orientation}", save(folder, f"exif-{orientation}.jpg", smooth(60, 90), orientation))
+    yield from resized_cases(folder, photo)
     yield Case("exif-in-png", save(folder, "exif-6.png", smooth(60, 90), orientation=6))
+
+
+def resized_cases(folder: Path, photo: NDArray[np.uint8]) -> Iterator[Case]:
+    """Yield cases of the other ways to resize, of the other interpolation, and of grey networks."""
+    grey: dict[str, Any] = {"mean": (0.42,), "std": (0.25,)}
+    for resize in ("stretch", "pad"):
+        yield Case(f"{resize}-wide", "odd.png", Preprocessing((48, 80), resize=resize))
+        yield Case(f"{resize}-tall", "odd.png", Preprocessing((80, 40), interpolation="bilinear", resize=resize))
+        yield Case(f"{resize}-opencv", "odd.png", Preprocessing((52, 60), 1, "bilinear-opencv", resize=resize))
+        yield Case(f"{resize}-larger", "tiny.png", Preprocessing((40, 31), resize=resize))
+        yield Case(f"{resize}-one-pixel", "one-pixel.png", Preprocessing((9, 12), resize=resize))
+        yield Case(f"{resize}-narrow", "too-narrow.png", Preprocessing((64, 64), resize=resize))
+        yield Case(f"{resize}-fits", "fits.png", Preprocessing((64, 64), resize=resize))
+        yield Case(f"{resize}-grey", "odd.png", Preprocessing((48, 40), resize=resize, **grey))
+    halves = Preprocessing((20, 64), mean=(0.1, 0.3, 0.5), std=(0.5, 0.5, 0.5), resize="pad")
+    yield Case("pad-halves", "fits.png", halves)  # 25.5, 76.5 and 127.5: rounded half to even, in double
+    yield Case("crop-opencv", "odd.png", Preprocessing((64, 64), interpolation="bilinear-opencv"))
+    yield Case("grey-network", "odd.png", Preprocessing((64, 64), **grey))
+    yield Case("grey-of-alpha", "alpha.png", Preprocessing((30, 60), **grey))
+    yield Case("exif-pad", "exif-6.jpg", Preprocessing((64, 64), resize="pad"))
 
 
 def smooth(height: int, width: int) -> NDArray[np.uint8]:
@@ -154,22 +177,24 @@ def smooth(height: int, width: int) -> NDArray[np.uint8]:
 def entry(case: Case, folder: Path) -> dict[str, Any]:
     """Write the expected pixels of a case and return its entry of cases.json."""
     path = folder / case.image
-    width, height = read_rgb(path).size
-    facts = {**asdict(case), "width": width, "height": height}
+    width, height = read_image(path).size
+    preprocessing = case.preprocessing.as_dict()
+    facts = {"name": case.name, "image": case.image, "preprocessing": preprocessing, "width": width, "height": height}
     try:
-        pixels = case.preprocessing.pixels(read_rgb(path))
+        pixels = case.preprocessing.pixels(path)
     except ImageError as error:
         return {**facts, "code": error.code}
     expected = f"{case.name}.expected.png"
-    Image.fromarray(pixels).save(folder / expected, optimize=True)
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(folder / expected, optimize=True)
     return {**facts, "expected": expected, "normalised": samples(case.preprocessing, pixels)}
 
 
 def samples(preprocessing: Preprocessing, pixels: NDArray[np.uint8]) -> list[list[float]]:
     """Return three samples [channel, y, x, value] of the normalised pixels."""
     tensor = preprocessing.normalise(pixels[None])[0]
-    _, height, width = tensor.shape
-    at = [(0, 0, 0), (1, height // 2, width // 3), (2, height - 1, width - 1)]
+    height, width = tensor.shape[1:]
+    last = len(tensor) - 1
+    at = [(0, 0, 0), (min(1, last), height // 2, width // 3), (last, height - 1, width - 1)]
     return [[*index, float(tensor[index])] for index in at]
 
 

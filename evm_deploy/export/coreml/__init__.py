@@ -153,6 +153,7 @@ TARGET = Target(
     selftest_tolerances={**SELFTEST_TOLERANCES, "w8": TOLERANCES["fp16"]},  # computed in float16
     float16=("fp16", "int8", "w8"),
     several_sizes=True,
+    image_channels=(1, 3),  # Core ML's image types: grey and RGB
     remarks=remarks,
     emulator=Emulator(emulator, library=lambda: None),
 )

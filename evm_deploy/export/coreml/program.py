@@ -17,6 +17,7 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm, module_path
+from evm_deploy.export.coreml.suppression import INTEGERS, half_precision, register_suppression
 from evm_deploy.export.hub import float16
 from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.hub.graph import ROOT, ScanSite
@@ -62,7 +63,7 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
     Raises ToolchainError if coremltools fails, and UsageError for a weight that float16 cannot hold.
     """
     with silence_libraries():
-        folded = fold_batch_norm(channels_first(module, plan), example(plan))
+        folded = fold_batch_norm(channels_first(module, plan), example(plan, module.channels))
     if plan.precision != "fp32":
         float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
     sizes = (plan.imgsz, *plan.more_imgsz)
@@ -74,22 +75,24 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
     """Convert a module for one image size. folded: the module with Core ML's input layout and BatchNorm folded."""
     import torch
 
-    ct = converter()
+    ct, shown = converter(), example(plan, module.channels)
     with silence_libraries(), torch.no_grad():
-        traced = torch.jit.trace(folded, example(plan), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(folded, shown, check_trace=False)  # type: ignore[no-untyped-call]
         graph = traced.inlined_graph  # keep a reference: nodes are freed with their graph
         calls: Counter[str] = Counter()
         paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
         labels = plan.labels if plan.head == "probs" else None
-        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
+        outputs = [
+            ct.TensorType(name=name, dtype=np.int32 if name in INTEGERS else np.float32) for name in module.outputs
+        ]
         with _scans_named(paths):
             _number_from_zero()
             model = _convert(
                 traced,
-                inputs=[_input_type(plan, tuple(example(plan).shape))],
+                inputs=[_input_type(plan, tuple(shown.shape))],
                 **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
                 minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
-                compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
+                compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else half_precision(),
             )
         if labels:
             model = _rename_output(model, PROBABILITIES, str(plan.head))
@@ -129,7 +132,7 @@ def scan_prefix(path: str) -> str:
 
 
 def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
-    """Wrap a module for Core ML's input layout: an image is float (1, 3, H, W) with pixels 0..255."""
+    """Wrap a module for Core ML's input layout: an image is float (1, channels, H, W) with pixels 0..255."""
     from torch import nn
 
     class ChannelsFirst(nn.Module):
@@ -143,12 +146,12 @@ def channels_first(module: nn.Module, plan: ExportPlan) -> nn.Module:
     return ChannelsFirst().eval() if plan.input == "image" else module
 
 
-def example(plan: ExportPlan) -> Tensor:
-    """Return an example input in Core ML's layout: zeros, float32 (batch, 3, H, W)."""
+def example(plan: ExportPlan, channels: int) -> Tensor:
+    """Return an example input in Core ML's layout: zeros, float32 (batch, channels, H, W)."""
     import torch
 
     height, width = plan.imgsz or (0, 0)
-    return torch.zeros(plan.batch.min, 3, height, width)
+    return torch.zeros(plan.batch.min, channels, height, width)
 
 
 def _number_from_zero() -> None:
@@ -179,6 +182,7 @@ def _convert(source: Any, **options: Any) -> Any:
 def _scans_named(paths: Iterable[str]) -> Iterator[None]:
     """Context manager in which converted scans are named after these module paths, in execution order."""
     _register_scan()
+    register_suppression()
     token = _scan_paths.set(iter(paths))
     try:
         yield
@@ -208,7 +212,8 @@ def network_path(path: str) -> str:
 def _input_type(plan: ExportPlan, shape: tuple[int, ...]) -> Any:
     ct = converter()
     if plan.input == "image":
-        return ct.ImageType(name=plan.input, shape=shape, color_layout=ct.colorlayout.RGB)
+        colours = ct.colorlayout.RGB if shape[1] == 3 else ct.colorlayout.GRAYSCALE
+        return ct.ImageType(name=plan.input, shape=shape, color_layout=colours)
     return ct.TensorType(name=TENSOR_INPUT, shape=shape, dtype=np.float32)
 
 

@@ -6,6 +6,10 @@ from typing import Any
 
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.bundle.readme import Usage
+from evm_deploy.data.reading import MODES
+
+#: Resize -> the nearest of Vision's own. Its scaleFit centres the image.
+VISION = {"crop": "centerCrop", "stretch": "scaleFill", "pad": "scaleFit"}
 
 
 def usage(manifest: Manifest) -> Usage:
@@ -13,12 +17,13 @@ def usage(manifest: Manifest) -> Usage:
     read, wrote = manifest.inputs[0], manifest.outputs[0]["name"]
     height, width = manifest.preprocessing["size"]
     image = read["dtype"] == "uint8"
+    mode = MODES.get(manifest.preprocess().channels)
     given = (
-        f'PIL.Image.open("cat.jpg").convert("RGB").resize(({width}, {height}))'
+        f'PIL.Image.open("cat.jpg").convert("{mode}").resize(({width}, {height}))'
         if image
         else f"np.zeros({tuple(read['shape'])}, np.float32)"
     )
-    swift = _swift_image(read["name"], wrote, height, width) if image else _swift_tensor(read, wrote)
+    swift = _swift_image(manifest, read["name"], wrote) if image else _swift_tensor(read, wrote)
     sections = f"""On a Mac, evm-deploy runs the model in Core ML; on other systems, in its own MIL runtime.
 
 With coremltools alone, on a Mac:
@@ -54,7 +59,10 @@ To choose a function:
 """
 
 
-def _swift_image(name: str, output: str, height: int, width: int) -> str:
+def _swift_image(manifest: Manifest, name: str, output: str) -> str:
+    preprocessing = manifest.preprocess()
+    height, width = preprocessing.size
+    pixels = "32BGRA" if preprocessing.channels == 3 else "OneComponent8"
     return f"""```swift
 import CoreML
 import Vision
@@ -64,16 +72,16 @@ configuration.computeUnits = .all  // also try .cpuAndGPU, .cpuAndNeuralEngine: 
 let url = Bundle.main.url(forResource: "model", withExtension: "mlmodelc")!
 let model = try MLModel(contentsOf: url, configuration: configuration)
 
-// {width} x {height} pixels, cropped as described above, in a CVPixelBuffer of kCVPixelFormatType_32BGRA
+// {width} x {height} pixels, preprocessed as described above, in a CVPixelBuffer of kCVPixelFormatType_{pixels}
 let input = try MLDictionaryFeatureProvider(dictionary: ["{name}": MLFeatureValue(pixelBuffer: pixels)])
 let output = try model.prediction(from: input).featureValue(for: "{output}")
 
-// or let Vision crop and scale, for a classifier (--head probs with labels)
+// or let Vision scale in its own way, for a classifier (--head probs with labels)
 let request = VNCoreMLRequest(model: try VNCoreMLModel(for: model)) {{ request, _ in
     let best = (request.results as? [VNClassificationObservation])?.first
     print(best?.identifier ?? "", best?.confidence ?? 0)
 }}
-request.imageCropAndScaleOption = .centerCrop
+request.imageCropAndScaleOption = .{VISION[preprocessing.resize]}
 try VNImageRequestHandler(cgImage: image).perform([request])
 ```
 """

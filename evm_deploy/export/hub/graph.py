@@ -104,9 +104,13 @@ def scan_alone(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class WrappedNetwork(Protocol):
-    """The float model as exported, a torch module in eval mode. outputs: names of its outputs, in order."""
+    """The float model as exported, a torch module in eval mode.
+
+    outputs: names of its outputs, in order. channels: number of channels of its input.
+    """
 
     outputs: tuple[str, ...]
+    channels: int
 
 
 def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
@@ -136,12 +140,13 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             if plan.selection:  # the maps of a detector -> detections
                 self.selection = network.module.selection(plan.selection, preprocessing.size)
                 self.outputs = self.selection.outputs
+            self.channels = preprocessing.channels
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
             self.scale = nn.Buffer(1 / (255 * std), persistent=False)
             self.shift = nn.Buffer(-mean / std, persistent=False)
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            if plan.input == "image":  # uint8 NHWC RGB -> normalised float32 NCHW
+            if plan.input == "image":  # uint8 NHWC -> normalised float32 NCHW
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
             with foreign_code():
                 values = [value for _, value in named_tensors(self.model(x))]
@@ -158,11 +163,11 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
     return Model().eval()
 
 
-def input_shape(plan: ExportPlan, batch: int) -> tuple[int, ...]:
-    """Return the artifact's input shape for `batch` images: (batch, H, W, 3), or (batch, 3, H, W)."""
+def input_shape(plan: ExportPlan, batch: int, channels: int) -> tuple[int, ...]:
+    """Return the artifact's input shape for `batch` images: (batch, H, W, channels), or (batch, channels, H, W)."""
     if plan.imgsz is None:
         raise ValueError("the plan has not been completed")
-    return (batch, *plan.imgsz, 3) if plan.input == "image" else (batch, 3, *plan.imgsz)
+    return (batch, *plan.imgsz, channels) if plan.input == "image" else (batch, channels, *plan.imgsz)
 
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
@@ -220,9 +225,8 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
         return evm.SelectiveScan(u, delta, A, B, C, skip, bias, **attributes)
 
     dtype = torch.uint8 if plan.input == "image" else torch.float32
-    example = torch.zeros(
-        input_shape(plan, plan.batch.min if plan.batch.static else max(2, plan.batch.min)), dtype=dtype
-    )
+    batch = plan.batch.min if plan.batch.static else max(2, plan.batch.min)
+    example = torch.zeros(input_shape(plan, batch, model.channels), dtype=dtype)
     dynamic = None
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)

@@ -147,8 +147,9 @@ def marked_precise(ir: str) -> str:
     """Mark the operators of our extension, and those that select detections, as precision sensitive in an IR's XML.
 
     OpenVINO's plugin for a device that computes in float16 then keeps these operators and their inputs in float32, with
-    conversions around them. A float16 coordinate has steps of 1 pixel above 1024. Without the mark OpenVINO 2026.4.1 passes float16 to the operators on CPUs with
-    AVX512-FP16, and the model does not compile. OpenVINO's Python interface cannot set the mark.
+    conversions around them. A float16 coordinate has steps of 1 pixel above 1024. Without the mark OpenVINO 2026.4.1
+    passes float16 to our operators on CPUs with AVX512-FP16, and the model does not compile. OpenVINO's Python
+    interface cannot set the mark.
 
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>

@@ -25,7 +25,7 @@ from evm_deploy.calib.int8 import OpenCandidate, Quantized, quantize_graph
 from evm_deploy.data.boxes import NMS_MODES
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, input_shape, scan_alone
+from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, scan_alone
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Emulator, EngineBuild, Target
@@ -93,8 +93,8 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
     mode = "portable" if plan.scan == "auto" else plan.scan
-    batch = plan.batch
-    profile = None if batch.static else [list(input_shape(plan, n or 1)) for n in (batch.min, batch.opt, batch.max)]
+    batch, image = plan.batch, [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+    profile = None if batch.static else [[n or 1, *image] for n in (batch.min, batch.opt, batch.max)]
     settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.settings)}
     del settings["defer"]
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")

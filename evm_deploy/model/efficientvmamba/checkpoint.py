@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.network import Architecture
 
 STAGES = 4
+MAX_CHANNELS = 1024  # of the input
 MIN_PIXELS = 4  # one patch of the embedding
 ANCHORS = ("patch_embed.0.weight", "patch_embed.proj.weight")  # the current name and an older one
 # The patch embedding reads pixels, does 0.7 % of the work and has few weights. Mean and std are folded into them later.
@@ -94,6 +95,7 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: Loa
         task="features" if features else "classification",
         outputs=tuple(f"feature{i}" for i in normalised_stages(raw.tensors)) if features else ("logits",),
         num_classes=0 if features else arch.num_classes,
+        channels=arch.channels,
         parameters=sum(p.numel() for p in model.parameters()),
         checkpoint=raw.facts(),
         min_pixels=MIN_PIXELS,
@@ -115,7 +117,7 @@ def block_paths(model: nn.Module) -> Iterator[str]:
 
 
 def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
-    """Infer widths, depths, number of classes, d_state and dt_rank from keys and shapes.
+    """Infer widths, depths, number of input channels and classes, d_state and dt_rank from keys and shapes.
 
     Raises CheckpointError if the tensors belong to a related network or if blocks are missing.
     """
@@ -123,9 +125,9 @@ def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
 
     _refuse_relatives(path, tensors)
     stem = tuple(tensors["patch_embed.0.weight"].shape)
-    if len(stem) != 4 or stem[1:] != (3, 4, 4) or stem[0] < 8:
+    if len(stem) != 4 or stem[2:] != (4, 4) or stem[0] < 8 or not 1 <= stem[1] <= MAX_CHANNELS:
         raise CheckpointError(
-            f"checkpoint {path}: patch_embed.0.weight has shape {list(stem)}, supported: [dim >= 8, 3, 4, 4]"
+            f"checkpoint {path}: patch_embed.0.weight has shape {list(stem)}, supported: [dim >= 8, channels, 4, 4]"
         )
     dim = stem[0]
     depths = (
@@ -143,6 +145,7 @@ def infer_architecture(path: Path, tensors: dict[str, Tensor]) -> Architecture:
     return Architecture(
         dim=dim,
         depths=depths,
+        channels=stem[1],
         num_classes=int(head.shape[0]) if head is not None and head.dim() else 0,
         d_state=last_dim(first + "A_logs", 16),
         dt_ranks=(

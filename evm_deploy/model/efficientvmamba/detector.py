@@ -26,6 +26,7 @@ BACKBONE = "backbone."
 ANCHORS = ("bbox_head.retina_cls.weight",)
 # Quantised box deltas and logits cost most of the accuracy that int8 detectors lose
 KEEP_FLOAT = ("backbone.patch_embed.0", "bbox_head.retina_cls", "bbox_head.retina_reg")
+PAD_TO = 32
 BLOCKS = ("neck.lateral_convs", "neck.fpn_convs", "bbox_head.cls_convs", "bbox_head.reg_convs")
 
 
@@ -222,6 +223,7 @@ def _refuse_unsupported(raw: RawCheckpoint) -> None:
     kind = given.get("model.test_cfg.nms.type", str)
     odd = {
         f"NMS of type {kind!r}": kind not in (None, "nms"),
+        "images in the order BGR": given.get("model.data_preprocessor.bgr_to_rgb", bool) is False,
         "NMS without regard to classes": given.get("model.test_cfg.nms.class_agnostic", bool) is True,
         "a softmax over classes": given.get("model.bbox_head.loss_cls.use_sigmoid", bool) is False,
         "boxes that are regressed decoded": given.get("model.bbox_head.reg_decoded_bbox", bool) is True,
@@ -272,8 +274,19 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: RetinaNet, settings: _S
 
 
 def _defaults(raw: RawCheckpoint) -> dict[str, Any]:
-    """Return labels, mean, std and image size of the training run, as far as the file has them."""
+    """Return preprocessing and labels of the training run: of the file, else as mmdet does it by default.
+
+    An image is resized to fit into `scale` (long, short side), and padded to a multiple of PAD_TO.
+    """
     found: dict[str, Any] = {"labels": list(raw.training.classes)} if raw.training.classes else {}
+    steps = raw.training.get("test_pipeline", list) or []
+    resizes = [step for step in steps if isinstance(step, Mapping) and step.get("type") == "Resize"]
+    resize = TrainingSettings(resizes[0]) if len(resizes) == 1 else TrainingSettings()
+    found |= {"resize": "stretch" if resize.get("keep_ratio") is False else "pad", "interpolation": "bilinear-opencv"}
+    scale = resize.numbers("scale", 2)
+    if scale and min(scale) >= 1:
+        sides = (min(scale), max(scale)) if found["resize"] == "pad" else scale[::-1]
+        found["imgsz"] = "x".join(str(-(-int(side) // PAD_TO) * PAD_TO) for side in sides)
     for name in ("mean", "std"):
         values = raw.training.numbers(f"model.data_preprocessor.{name}", 3)
         if values:

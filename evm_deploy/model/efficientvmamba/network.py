@@ -19,7 +19,7 @@ from evm_deploy.model.efficientvmamba.blocks import EVSSBlock, InvertedResidual,
 class Architecture:
     """Sizes of a network, inferred from a checkpoint's shapes.
 
-    dim: channels of the patch embedding. num_classes: 0 if there is no classifier head.
+    dim: channels of the patch embedding. num_classes: 0 if there is no classifier head. channels: of the input image.
     """
 
     dim: int
@@ -27,6 +27,7 @@ class Architecture:
     num_classes: int
     dt_ranks: tuple[int, int]  # rank of dt in stages 0 and 1; ceil(C / 16) in every released model
     d_state: int = 16
+    channels: int = 3
 
     @property
     def dims(self) -> tuple[int, int, int, int]:
@@ -98,7 +99,7 @@ class Trunk(nn.Module):
         self.arch = arch
         dims = arch.dims
         self.patch_embed = nn.Sequential(
-            nn.Conv2d(3, arch.dim, 4, stride=4), Permute(0, 2, 3, 1), nn.LayerNorm(arch.dim)
+            nn.Conv2d(arch.channels, arch.dim, 4, stride=4), Permute(0, 2, 3, 1), nn.LayerNorm(arch.dim)
         )
         self.layers = nn.ModuleList(
             [
@@ -112,7 +113,7 @@ class Trunk(nn.Module):
     def maps(self, x: Tensor) -> list[Tensor]:
         """Return the maps of the four stages before downsampling, NHWC, with strides 4, 8, 16 and 32.
 
-        x: normalised images (b, 3, H, W).
+        x: normalised images (b, channels, H, W).
         """
         x = self.patch_embed(x)
         maps = []
@@ -131,7 +132,7 @@ class EfficientVMamba(Trunk):
         self.classifier = Classifier(arch.dims[3], arch.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images (b, 3, H, W), float32, H and W at least 4 -> logits (b, classes)."""
+        """Map normalised images (b, channels, H, W), float32, H and W at least 4 -> logits (b, classes)."""
         out: Tensor = self.classifier(self.maps(x)[-1])
         return out
 
@@ -149,6 +150,6 @@ class EfficientVMambaBackbone(Trunk):
             self.add_module(f"outnorm{i}", nn.LayerNorm(arch.dims[i]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map normalised images (b, 3, H, W) -> one map (b, C, h, w) for each of `stages`, of strides 4, 8, 16, 32."""
+        """Map normalised images (b, channels, H, W) -> a map (b, C, h, w) for each of `stages`, of strides 4 to 32."""
         maps = self.maps(x)
         return tuple(to_nchw(self.get_submodule(f"outnorm{i}")(maps[i])) for i in self.stages)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,18 @@ class ConvBlock(nn.Module):
         return F.relu(x) if self.relu else x
 
 
+def nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """Upsample (b, C, h, w) -> (b, C, height, width) to at most twice its size: source index = floor(i in / out).
+
+    Twice the size is the common case. Other sizes are gathers, because runtimes round differently in a resize.
+    """
+    h, w = (int(side) for side in x.shape[2:])
+    if (height, width) == (2 * h, 2 * w):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    rows, columns = (torch.arange(out) * side // out for out, side in ((height, h), (width, w)))
+    return x[:, :, rows][:, :, :, columns]
+
+
 class FeaturePyramid(nn.Module):
     """Feature pyramid: lateral 1x1 convolutions, top-down sums, 3x3 convolutions, extra coarser levels."""
 
@@ -69,12 +82,12 @@ class FeaturePyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Map the used backbone maps (b, C_j, h_j, w_j) -> `levels` maps (b, channels, h, w), the finest first.
 
-        The nearest resize is given the size of the finer map, which may be odd: source index = floor(i in / out).
+        A map is upsampled to the size of the finer one, which may be odd (`nearest`).
         """
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            upsampled = F.interpolate(laterals[i], size=laterals[i - 1].shape[2:], mode="nearest")
-            laterals[i - 1] = laterals[i - 1] + upsampled
+            height, width = (int(side) for side in laterals[i - 1].shape[2:])
+            laterals[i - 1] = laterals[i - 1] + nearest(laterals[i], height, width)
         outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         if self.sizes.extra == "pooled":
             while len(outs) < self.sizes.levels:

@@ -33,18 +33,20 @@ def network_of(
     outputs: Sequence[str] | None = None,
     task: str = "raw",
     imgsz: tuple[int, int] = (224, 224),
+    channels: int = 3,
 ) -> Network:
     """Import a factory within `cpu_mamba`, call it with `arguments`, load the weights, and return the network.
 
     where: `package.module:name` below the working directory or installed, or `file.py:name`. name: a function, a class
     or a module. weights: a file with a state dict whose keys are exactly the module's; None keeps the factory's own.
+    imgsz, channels: (H, W) and channels of the input that the network is run on once.
     Raises UsageError for what cannot be imported, called or exported, CheckpointError for weights that do not fit.
     """
     module = _made(where, dict(arguments or {}))
     notes = [f"made by {where}"] if weights else [f"made by {where}, with its own weights: no file was given"]
     checkpoint = _load(module, weights) if weights else {}
     name = where.rpartition(":")[2].lower()
-    network = Network.of(module, torch.rand(1, 3, *imgsz), outputs=outputs, task=task, name=name, notes=notes)
+    network = Network.of(module, torch.rand(1, channels, *imgsz), outputs=outputs, task=task, name=name, notes=notes)
     return network._replace(spec=replace(network.spec, checkpoint={**network.spec.checkpoint, **checkpoint}))
 
 

@@ -67,7 +67,8 @@ def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:
     except Exception as error:  # code of others
         raise UsageError(
             f"the network does not run on an input {list(example.shape)}: {reason(error)}",
-            "give an example input that the network takes; its package may have to be imported in cpu_mamba()",
+            "give an example input that the network takes, with its channels (--channels); its package may have to be "
+            "imported in cpu_mamba()",
         ) from error
 
 

@@ -52,12 +52,8 @@ class CoreMlRuntime:
         self.outputs: Mapping[str, TensorSpec] = {v.name: specs[v.name] for v in description.output if v.name in specs}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        """Run one inference. Pixels (1, H, W, 3) uint8 are passed to Core ML as an image."""
-        import PIL.Image
-
-        given = {
-            name: PIL.Image.fromarray(value[0]) if value.dtype == np.uint8 else value for name, value in feeds.items()
-        }
+        """Run one inference. Pixels (1, H, W, 3) or (1, H, W, 1) uint8 are passed to Core ML as an image."""
+        given = {name: _image(value[0]) if value.dtype == np.uint8 else value for name, value in feeds.items()}
         found = self.model.predict(given)
         return {name: self._array(found[name]) for name in self.outputs}
 
@@ -81,6 +77,13 @@ class CoreMlRuntime:
         del self.model
 
 
+def _image(pixels: NDArray[np.uint8]) -> Any:
+    """Return pixels (H, W, 3) or (H, W, 1) as a Pillow image."""
+    import PIL.Image
+
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
 def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
     """Return the spec of an input or output in Core ML's model description; None for a classifier's label.
 
@@ -88,7 +91,9 @@ def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
     """
     kind = value.type.WhichOneof("Type")
     if kind == "imageType":
-        return TensorSpec(value.name, "uint8", (1, value.type.imageType.height, value.type.imageType.width, 3))
+        image = value.type.imageType
+        channels = 1 if image.colorSpace == image.ColorSpace.Value("GRAYSCALE") else 3
+        return TensorSpec(value.name, "uint8", (1, image.height, image.width, channels))
     if kind == "dictionaryType":
         return TensorSpec(value.name, "float32", (1, classes))
     if kind == "stringType":

@@ -19,9 +19,9 @@ from evm_deploy.runtimes.mil.program import Program
 class MilRuntime:
     """Runtime that computes a Program, with the input and output types that the package declares.
 
-    An image input takes uint8 RGB pixels (1, H, W, 3), like the input `image` of every target. The dictionary of a
-    classifier becomes an array (1, classes) of probabilities in the order of the classes. The label output of a
-    classifier is left out.
+    An image input takes uint8 pixels (1, H, W, 3), or (1, H, W, 1) if they are grey, like the input `image` of every
+    target. The dictionary of a classifier becomes an array (1, classes) of probabilities in the order of the classes.
+    The label output of a classifier is left out.
     """
 
     def __init__(self, path: Path, function: str | None = None, *, exact: bool = False) -> None:
