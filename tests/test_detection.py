@@ -14,9 +14,8 @@ from evm_deploy.data.geometry import Geometry
 from evm_deploy.errors import CalibrationError
 from evm_deploy.tasks import detection, drawing
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
-from evm_deploy.tasks.detection import Detection
 from evm_deploy.tasks.detection_labels import read_labels
-from evm_deploy.tasks.task import Reading
+from evm_deploy.tasks.task import Detection, Reading
 
 CLASSES = 5
 

@@ -8,7 +8,6 @@ has no non-maximum suppression (NMS): rows with a positive score are candidates,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,12 @@ from numpy.typing import NDArray
 from evm_deploy.data.boxes import SelectionSettings, apart, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
-from evm_deploy.tasks.task import Outputs, Prediction, Reading, Spec, Task
+from evm_deploy.tasks.drawing import draw_detections
+from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task
 
 BOXES, SCORES, LABELS, COUNT = "boxes", "scores", "labels", "count"
 SHAPES = {BOXES: ("float32", 3), SCORES: ("float32", 2), LABELS: ("int32", 2), COUNT: ("int32", 1)}
 SAME = 0.5  # intersection over union from which two boxes of a class are the same detection
-
-
-@dataclass(frozen=True)
-class Detection(Prediction):
-    """Detected object. box: x1, y1, x2, y2 in pixels of the upright original image, from its left and top edge."""
-
-    box: tuple[float, float, float, float]
 
 
 def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[str, str] | None:
@@ -139,7 +132,7 @@ def align(expected: Outputs, actual: Outputs) -> tuple[Outputs, Outputs, float]:
 
 def agree(expected: Outputs, actual: Outputs) -> float:
     """Return the share (0..1) of the detections of both runs that the other run has too: same label, overlapping."""
-    return align(expected, actual)[2]
+    return np.float64(align(expected, actual)[2])
 
 
 def _rows(outputs: Outputs) -> list[Found]:
@@ -153,4 +146,13 @@ def _rows(outputs: Outputs) -> list[Found]:
     return found
 
 
-DETECTION = Task("detection", ("detections",), "detections", check=check, decode=decode, agree=agree, align=align)
+DETECTION = Task(
+    "detection",
+    ("detections",),
+    "detections",
+    check=check,
+    decode=decode,
+    agree=agree,
+    align=align,
+    draw=draw_detections,
+)

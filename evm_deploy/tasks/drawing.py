@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evm_deploy.tasks.detection import Detection
+from evm_deploy.tasks.task import Detection
 
 if TYPE_CHECKING:
     from PIL.Image import Image

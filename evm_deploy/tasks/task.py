@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.data.boxes import DEFAULT_SELECTION, SelectionSettings
 from evm_deploy.data.geometry import Geometry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Labels = NDArray[np.int64]  # (images,)
@@ -23,6 +26,13 @@ class Prediction:
     label: str
     index: int
     score: float
+
+
+@dataclass(frozen=True)
+class Detection(Prediction):
+    """Detected object. box: x1, y1, x2, y2 in pixels of the upright original image, from its left and top edge."""
+
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Task:
     `agree(expected, actual)`: return the share of images with the same answer.
     `align(expected, actual)`: pair the rows of outputs whose order may differ. Returns the paired rows of both by name,
     to be compared value by value, and the share of rows that have a pair. None: outputs are compared as they are.
+    `draw(image, predictions, least)`: return a copy of an upright image with the predictions from the score `least` on.
     """
 
     name: str
@@ -80,3 +91,4 @@ class Task:
     agree: Callable[[Outputs, Outputs], float] | None = None
     metric: str = ""
     align: Callable[[Outputs, Outputs], tuple[Outputs, Outputs, float]] | None = None
+    draw: Callable[[Image, Sequence[Any], float], Image] | None = None
