@@ -19,7 +19,7 @@ from evm_deploy.export.hub.fuse import fuse_module, match_constants
 from evm_deploy.export.hub.graph import trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.model.efficientvmamba.network import EVSSBlock
+from evm_deploy.model.efficientvmamba.blocks import EVSSBlock
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime

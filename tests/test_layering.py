@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "_util": {"errors"},
     "toolchain": LOW,
     "scan": LOW | {"toolchain"},
-    "model": LOW | {"toolchain", "scan"},
+    "model": LOW | {"toolchain", "scan", "data"},
     "data": LOW,
     "tasks": LOW | {"data"},
     "runtimes": LOW | {"toolchain", "scan"},

@@ -28,6 +28,7 @@ Y = rng.standard_normal((2, 3, 4, 5)).astype(np.float32)
 ROW = rng.standard_normal(5).astype(np.float32)
 MATRIX = rng.standard_normal((6, 5)).astype(np.float32)
 
+WHOLE = np.array([[7, 3, 0], [5, 9, 2]], np.int32)
 #: Operations that coremltools infers the value of: op -> inputs.
 INFERRED = [
     ("add", {"x": X, "y": ROW}),
@@ -36,6 +37,25 @@ INFERRED = [
     ("real_div", {"x": X, "y": Y}),
     *((op, {"x": X, "y": Y}) for op in ("maximum", "minimum")),
     ("add", {"x": np.array([1, 2], np.int32), "y": np.int32(3)}),
+    ("equal", {"x": WHOLE, "y": np.int32(3)}),
+    ("greater", {"x": X, "y": ROW}),
+    ("greater_equal", {"x": WHOLE, "y": np.int32(3)}),
+    ("logical_and", {"x": WHOLE > 2, "y": WHOLE < 9}),
+    ("floor_div", {"x": WHOLE, "y": np.int32(3)}),
+    ("floor_div", {"x": X, "y": np.float32(0.7)}),
+    ("mod", {"x": WHOLE, "y": np.int32(4)}),
+    ("reduce_max", {"x": X, "axes": [2], "keep_dims": False}),
+    ("reduce_max", {"x": X, "axes": [0, 1], "keep_dims": True}),
+    ("reduce_min", {"x": X, "axes": [-1], "keep_dims": True}),
+    ("select", {"cond": X > 0, "a": X, "b": Y}),
+    ("topk", {"x": X, "k": 2, "axis": 2}),
+    ("topk", {"x": X, "k": 3, "axis": -1, "ascending": True}),
+    ("gather", {"x": X, "indices": WHOLE % 3, "axis": 1, "batch_dims": 0}),
+    ("gather", {"x": ROW, "indices": np.array([4, 0, 0], np.int32), "axis": 0, "batch_dims": 0}),
+    ("gather_along_axis", {"x": ROW[None], "indices": np.array([[4, 0, 2, 2]], np.int32), "axis": 1}),
+    ("abs", {"x": X}),
+    ("erf", {"x": X}),
+    ("exp", {"x": X}),
     ("log", {"x": np.abs(X) + 1}),
     ("rsqrt", {"x": np.abs(X), "epsilon": np.float32(0.1)}),
     ("clip", {"x": X, "alpha": np.float32(-0.5), "beta": np.float32(0.25)}),
@@ -166,8 +186,31 @@ def test_rules_that_coremltools_does_not_infer():
     np.testing.assert_allclose(computed("instance_norm", given)[0], want, atol=1e-5)
     given = {"values": (X, Y), "equation": "abcd,abed->abce"}
     np.testing.assert_allclose(computed("einsum", given)[0], X @ Y.swapaxes(2, 3), atol=1e-5)
+    assert all_rules()["reduce_sum"](torch.tensor([[1, 2]], dtype=torch.int32), [1]).dtype == torch.int32
+    given = {"x": X, "scale_factor_height": np.float32(2), "scale_factor_width": np.float32(3)}
+    assert (computed("upsample_nearest_neighbor", given)[0] == X.repeat(2, 2).repeat(3, 3)).all()
     label, row = all_rules()["classify"](torch.tensor([[0.1, 0.7, 0.2]]), ["a", "b", "c"])
     assert label == "b" and row.shape == (3,)
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_non_maximum_suppression(latest):
+    """Boxes are centres and sizes; the second overlaps the first by 0.6, the third by 1/3."""
+    boxes = np.array([[[5, 5, 10, 10], [7.5, 5, 10, 10], [10, 5, 10, 10], [50, 5, 10, 10]]], np.float32)
+    scores = np.array([[[0.9], [0.95], [0.5], [-1]]], np.float32)
+    limits = {"iou_threshold": np.float32(0.5), "max_boxes": 5}
+    if latest:  # of iOS17: no threshold, no count
+        found, kept, index = computed(
+            "non_maximum_suppression", {"boxes": boxes.swapaxes(1, 2), "scores": scores.swapaxes(1, 2), **limits}
+        )
+        found, kept = found.swapaxes(1, 2), kept.swapaxes(1, 2)
+        assert index[0, :2].tolist() == [1, 3]
+    else:
+        limits["score_threshold"] = np.float32(0)
+        found, kept, index, count = computed("non_maximum_suppression", {"boxes": boxes, "scores": scores, **limits})
+        assert count.tolist() == [1] and index[0, 0] == 1
+    assert (found[0, 0] == boxes[0, 1]).all() and kept[0, 0, 0] == np.float32(0.95)
+    assert not kept[0, 2 if latest else 1 :].any()
 
 
 def test_quantisation_rules():
@@ -188,6 +231,7 @@ def test_quantisation_rules():
 
 def test_every_rule_is_tested_here():
     elsewhere = {"conv", "silu", "identity", "batch_norm", "classify", "quantize", "dequantize"}
+    elsewhere |= {"upsample_nearest_neighbor", "non_maximum_suppression"}
     elsewhere |= {"constexpr_affine_dequantize", "constexpr_blockwise_shift_scale"}
     elsewhere |= {"einsum", "instance_norm", *images.RULES}  # images: test_mil_images.py
     assert set(all_rules()) == elsewhere | {op for op, _ in INFERRED}
@@ -202,6 +246,10 @@ def test_every_rule_is_tested_here():
         ("cumsum", {"x": X, "axis": 0, "reverse": True}),
         ("reshape", {"x": X, "shape": [0, -1]}),
         ("slice_by_index", {"x": X, "begin": [0] * 4, "end": [1] * 4, "stride": [-1] * 4}),
+        ("gather", {"x": X, "indices": WHOLE, "axis": 1, "batch_dims": 1}),
+        ("topk", {"x": X, "k": 1, "output_indices_dtype": "int16"}),
+        ("upsample_nearest_neighbor", {"x": X, "scale_factor_height": np.float32(1.5)}),
+        ("non_maximum_suppression", {"boxes": X[0], "scores": X[0], "iou_threshold": np.float32(0.5), "max_boxes": 1}),
         ("quantize", {"input": X, "scale": np.float32(1), "output_dtype": "int4"}),
     ],
 )

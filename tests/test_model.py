@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evm_deploy.model.efficientvmamba.network import merge_directions, split_directions
+from evm_deploy.model.efficientvmamba.blocks import merge_directions, split_directions
 from evm_deploy.model.families import load_checkpoint
 
 

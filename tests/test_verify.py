@@ -24,7 +24,7 @@ from evm_deploy.export.target import Artifact
 from evm_deploy.export.targets import load_targets
 from evm_deploy.export.verify_lowerings import lowerings
 from evm_deploy.model import batch_norm
-from evm_deploy.model.efficientvmamba import network
+from evm_deploy.model.efficientvmamba import blocks
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain import plugins
 from tests.conftest import save_as_released
@@ -158,13 +158,13 @@ def during_trace(monkeypatch, spoil, restore):
 @TARGETS
 @pytest.mark.slow
 def test_a_swapped_direction_is_rejected(target, monkeypatch, micro, tmp_path, capsys):
-    right = network.split_directions
+    right = blocks.split_directions
 
     def swap(model):
-        network.split_directions = lambda x: right(x)[:, [0, 2, 1, 3]]
+        blocks.split_directions = lambda x: right(x)[:, [0, 2, 1, 3]]
 
     def restore(model, undo):
-        network.split_directions = right
+        blocks.split_directions = right
 
     during_trace(monkeypatch, swap, restore)
     assert run(micro, tmp_path, target=target) == 4

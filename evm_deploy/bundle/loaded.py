@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,12 @@ from evm_deploy._util.text import command
 from evm_deploy._util.values import path_text, text, whole
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import Bundle, open_bundle
+from evm_deploy.bundle.given import Stopwatch, each_image, stacked_pixels
 from evm_deploy.bundle.lowering import lowering_here
 from evm_deploy.bundle.manifest import FILE as MANIFEST
 from evm_deploy.bundle.signing import public_key
-from evm_deploy.data.reading import is_one_image
+from evm_deploy.data.geometry import Geometry
+from evm_deploy.data.reading import read_image
 from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.runtimes.base import (
     DEFAULTS,
@@ -35,13 +37,15 @@ from evm_deploy.runtimes.base import (
 )
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
-from evm_deploy.tasks.task import Decode, Prediction
+from evm_deploy.tasks.detection import DETECTION
+from evm_deploy.tasks.task import Decode, Prediction, Reading
 
 if TYPE_CHECKING:
     from evm_deploy.data.reading import ImageLike
 
 OnError = Callable[[int, ImageError], object]
 NO_SETTINGS: Mapping[str, Any] = {}
+STAGES = ("preprocess", "inference", "postprocess")
 DYNAMIC_BATCH = 16  # images per inference of predict() if the batch of the bundle is unbounded
 
 
@@ -59,6 +63,7 @@ class LoadedBundle:
         settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> None:
         self._closed = False
+        self._stopwatch = Stopwatch(STAGES)
         self.bundle, self.manifest = bundle, bundle.manifest
         self.target = runtime_of(self.manifest.target, bundle.path)
         if not self.manifest.built:
@@ -95,6 +100,11 @@ class LoadedBundle:
         return runtime.run(feeds)
 
     @property
+    def spent_ms(self) -> Mapping[str, float]:
+        """Time of the stages of the last `predict` in ms, in all: preprocess, inference and postprocess."""
+        return self._stopwatch.spent_ms
+
+    @property
     def milliseconds(self) -> Mapping[str, float]:
         """Device time of the last run in ms, by part (inputs, compute, outputs); empty if the runtime has no timer."""
         return getattr(self._runtime, "milliseconds", {})
@@ -119,28 +129,32 @@ class LoadedBundle:
     def predict(
         self, images: ImageLike | Iterable[ImageLike], top: int = 5, *, on_error: OnError | None = None
     ) -> list[list[Prediction]]:
-        """Return the `top` most probable classes of each image, best first.
+        """Return the `top` most probable classes of each image, or the detections in it (`Detection`), best first.
 
+        The boxes of detections are in pixels of the upright image. `spent_ms` has the times of the call.
         images: any number of images as `data.reading.read_image` takes them (paths, encoded bytes, open files,
         Pillow images, uint8 arrays), or uint8 [n, H, W, C] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
-        None raises the error. Raises UsageError if the bundle is not a classifier, or closed, BundleError for outputs
-        that are NaN, infinite or of a wrong shape.
+        None raises the error. Raises UsageError if the bundle gives no predictions, or is closed, BundleError for
+        outputs that are NaN, infinite or of a wrong shape.
         """
         self._require_answers(top)
+        self._stopwatch = Stopwatch(STAGES)
         results: list[list[Prediction]] = []
-        waiting: dict[int, NDArray[np.uint8]] = {}
+        waiting: dict[int, tuple[NDArray[np.uint8], Geometry | None]] = {}
 
         def classify() -> None:
             if waiting:
-                for index, answer in zip(waiting, self.classify(np.stack(list(waiting.values())), top), strict=True):
+                pixels, places = zip(*waiting.values(), strict=True)
+                for index, answer in zip(waiting, self._predictions(np.stack(pixels), top, places), strict=True):
                     results[index] = answer
                 waiting.clear()
 
-        for index, image in enumerate(_each(images)):
+        for index, image in enumerate(each_image(images)):
             results.append([])
             try:
-                waiting[index] = self.preprocessing.pixels(image)
+                with self._stopwatch("preprocess"):
+                    waiting[index] = self._placed(image)
             except ImageError as error:
                 if on_error is None and isinstance(image, (str, os.PathLike)):
                     raise  # names the file
@@ -158,30 +172,29 @@ class LoadedBundle:
         pixels: uint8 [n, H, W, C] with any n, independent of the bundle's batch, or a list of [H, W, C]. An app can
         preprocess in other threads and call `classify` here. Raises UsageError, BundleError.
         """
-        decode = self._require_answers(top)
-        array = self._stacked(pixels)
-        chunks = (array[start : start + self._batch_size] for start in range(0, len(array), self._batch_size))
-        return [found for chunk in chunks for found in decode(self._answers(chunk), self.labels, whole("top", top))]
+        self._require_answers(top)
+        array = stacked_pixels(pixels, (*self.preprocessing.size, self.preprocessing.channels))
+        starts = range(0, len(array), self._batch_size)
+        return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top)]
 
-    def _stacked(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """Return preprocessed images as one array [n, H, W, channels]. Raises UsageError."""
-        shape = (*self.preprocessing.size, self.preprocessing.channels)
-        if isinstance(pixels, np.ndarray):
-            if pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == shape:
-                return pixels
-            wrong: object = pixels
-        else:
-            given = list(pixels) if isinstance(pixels, Iterable) else [pixels]
-            arrays = [isinstance(each, np.ndarray) and each.dtype == np.uint8 for each in given]
-            fits = [array and each.shape == shape for array, each in zip(arrays, given, strict=True)]
-            if all(fits):
-                return np.stack(given) if given else np.empty((0, *shape), np.uint8)
-            wrong = given[fits.index(False)]
-        found = f"{wrong.dtype} {list(wrong.shape)}" if isinstance(wrong, np.ndarray) else type(wrong).__name__
-        raise UsageError(
-            f"pixels must be uint8 [n, {shape[0]}, {shape[1]}, {shape[2]}], got {found}",
-            "preprocessing.pixels(image) makes each, for a list or np.stack; predict(images) takes any images",
-        )
+    def _placed(self, image: ImageLike) -> tuple[NDArray[np.uint8], Geometry | None]:
+        """Return the pixels of an image, and its place in the network's input if the task has coordinates."""
+        if self.task.name != DETECTION.name:
+            return self.preprocessing.pixels(image), None
+        upright = read_image(image, self.preprocessing.channels)
+        return self.preprocessing.pixels(upright), self.preprocessing.geometry(*upright.size)
+
+    def _predictions(
+        self, pixels: NDArray[np.uint8], top: int, places: Sequence[Geometry | None] = ()
+    ) -> list[list[Prediction]]:
+        """Return the predictions of at most a batch of images. Without places, boxes are in network pixels."""
+        decode = self._require_answers(top)
+        with self._stopwatch("inference"):
+            outputs = self._answers(pixels)
+        known = [place for place in places if place]
+        reading = Reading(self.labels, whole("top", top), known or None, self.manifest.selection)
+        with self._stopwatch("postprocess"):
+            return [list(each) for each in decode(outputs, reading)]
 
     def selftest(self) -> list[selftest.Check]:
         """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""
@@ -266,20 +279,6 @@ class LoadedBundle:
         if not self._closed:
             self._closed = True
             self._runtime.__exit__(kind, error, trace)
-
-
-def _each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """Return the images to iterate over: one image alone is a list of one. Raises UsageError."""
-    if is_one_image(images):
-        return [cast("ImageLike", images)]
-    if isinstance(images, np.ndarray) and (images.ndim not in (3, 4) or (images.ndim == 3 and len(images) in (3, 4))):
-        raise UsageError(
-            f"array of shape {list(images.shape)}: one image is [H, W] or [H, W, 3], several are [n, H, W, 3]",
-            "transpose [3, H, W]; give three or four grey images as a list, list(images)",
-        )
-    if not isinstance(images, Iterable):
-        raise UsageError(f"images cannot be a {type(images).__name__}", "give a path, an image, or a list of them")
-    return cast("Iterable[ImageLike]", images)
 
 
 def _alike(have: TensorSpec, want: TensorSpec) -> bool:

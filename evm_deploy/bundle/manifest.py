@@ -14,6 +14,7 @@ from evm_deploy._util.files import require_regular
 from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.schema import InvalidError, Schema, lenient_json, published, strict_json
 from evm_deploy._util.text import command, size_text
+from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
@@ -117,6 +118,12 @@ class Manifest:
     def task(self) -> str:
         """Name of the bundle's task. Older bundles do not name a task: it follows from their head."""
         return str(self.model.get("task") or ("features" if self.head == "features" else "classification"))
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """Selection of a detector's bundle; the defaults for other bundles."""
+        given = {each.name: self.plan.get(each.name) for each in fields(SelectionSettings)}
+        return SelectionSettings(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def input(self) -> str:

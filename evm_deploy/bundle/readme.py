@@ -8,6 +8,7 @@ from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.data.preprocessing import CROP, PAD, Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.data.resizing import PLAIN
+from evm_deploy.tasks.detection import DETECTION
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ similarity {manifest.parity["cosine"]:.6f}.
 {labels}{libraries}
 Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
 Preprocessing by the app: {preprocessing_text(pre)}.
-Output: {outputs}.
+Output: {outputs}.{outputs_text(manifest)}
 
 ## Python
 
@@ -63,7 +64,7 @@ With evm-deploy:
 from evm_deploy import load
 
 with load("path/to/this/folder") as model:
-    print(model.predict(["cat.jpg"], top=5))
+    print(model.predict(["cat.jpg"]))
 ```
 
 {usage.sections}
@@ -71,6 +72,27 @@ with load("path/to/this/folder") as model:
 
     evm-run path/to/this/folder --selftest
 """
+
+
+def outputs_text(manifest: Manifest) -> str:
+    """Describe the outputs of a detector for an app that reads them itself; an empty text for other networks."""
+    if manifest.task != DETECTION.name:
+        return ""
+    found, height, width = manifest.selection, *manifest.preprocess().size
+    text = (
+        f" `boxes` are x1, y1, x2, y2 in pixels of the {height}x{width} input: divide them by the factors of the "
+        "resize. `labels` count from 0."
+    )
+    if found.nms == "graph":
+        return (
+            f"{text} The first `count` rows are detections, by falling score, each over {found.score_thr:g}; the "
+            "others hold nothing and have label -1."
+        )
+    return (
+        f"{text} Rows are candidates with a score over {found.score_thr:g}, the others have label -1 and score 0: for "
+        f"each class drop every box that overlaps a better one by over {found.iou:g} (intersection over union), and "
+        f"keep the best {found.max_det}."
+    )
 
 
 def preprocessing_text(pre: Preprocessing) -> str:

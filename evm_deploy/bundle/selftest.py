@@ -21,6 +21,8 @@ from evm_deploy.errors import BundleError
 from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.scan.reference import Scan, ssm_error
+from evm_deploy.tasks import get_task
+from evm_deploy.tasks.task import Outputs
 
 FOLDER = "selftest"
 INPUT_FILE, SCAN_FILE, IMAGE_FILE = "probes.safetensors", "scans.safetensors", "picture.png"
@@ -67,9 +69,15 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
         raise _damaged(bundle, INPUT_FILE, f"has no tensor {manifest.input}")
-    for name, have in run_batched(runtime, manifest.batch, images).items():
-        want = _like(have, bundle, tensors, name)
-        difference = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+    actual: Outputs = run_batched(runtime, manifest.batch, images)
+    expected: Outputs = {name: _like(have, bundle, tensors, name) for name, have in actual.items()}
+    align = get_task(manifest.task).align
+    if align:
+        expected, actual, share = align(expected, actual)
+        checks.append(Check("not in common", 1 - share, manifest.limit("apart", otherwise=0.0)))
+    for name, have in actual.items():
+        error = np.abs(have - expected[name]).max(initial=0.0)
+        difference = float(error) if np.isfinite(have).all() else float("inf")
         checks.append(Check(name, difference, manifest.limit("outputs", name)))
     for probe, found in by_scan_case(target.scan_case, cases).items():
         with target.open(here / probe, options) as scan_runtime:

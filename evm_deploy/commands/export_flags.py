@@ -84,7 +84,11 @@ def export_parser() -> Parser:
         help="image (default): uint8 NHWC RGB (grey for 1 channel, RGBA for 4), normalised inside the model; tensor: "
         "normalised float32 NCHW",
     )
-    model("--head", metavar="HEAD", help="output: logits (default), probs, or features (four NCHW feature maps)")
+    model(
+        "--head",
+        metavar="HEAD",
+        help="output of a classifier: logits (default) or probs; features: NCHW feature maps of any network",
+    )
     model(
         "--multi-label",
         action="store_true",
@@ -163,6 +167,19 @@ def export_parser() -> Parser:
         "(standard operators only)",
     )
     graph("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
+
+    detector = parser.add_argument_group(
+        "detectors", "Values saved with the weights replace the defaults."
+    ).add_argument
+    detector(
+        "--nms",
+        metavar="WHERE",
+        help="non-maximum suppression: graph (in the artifact, the default where the target can) or none (the artifact "
+        "gives candidates, and evm-run suppresses)",
+    )
+    detector("--score-thr", metavar="X", help="detections have a larger score, default 0.05")
+    detector("--iou", metavar="X", help="of two boxes of a class that overlap more, one is suppressed, default 0.5")
+    detector("--max-det", metavar="N", help="most detections of an image, default 100")
 
     preprocessing = parser.add_argument_group(
         "preprocessing", "Values saved with the weights replace the defaults."

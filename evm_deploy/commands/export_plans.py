@@ -97,6 +97,10 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         resize=args.resize,
         crop_pct=_number("--crop-pct", args.crop_pct) if args.crop_pct is not None else None,
         interpolation=args.interpolation,
+        nms=args.nms,
+        score_thr=_number("--score-thr", args.score_thr) if args.score_thr is not None else None,
+        iou=_number("--iou", args.iou) if args.iou is not None else None,
+        max_det=int(_number("--max-det", args.max_det, whole=True)) if args.max_det is not None else None,
         settings=_settings(args, target),
     )
 

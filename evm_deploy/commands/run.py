@@ -1,4 +1,4 @@
-"""evm-run: classify images with a bundle, or run the bundle's self-test."""
+"""evm-run: classify images or detect objects in them with a bundle, or run the bundle's self-test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def run_parser() -> Parser:
     """Return the argument parser of evm-run."""
     parser = Parser(
         "evm-run",
-        description="Classify images with a bundle, or run the bundle's self-test on this device.",
+        description="Classify images or detect objects in them with a bundle, or run the bundle's self-test on this "
+        "device.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,9 +39,17 @@ def run_parser() -> Parser:
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="images to classify: files, folders (searched whole) or patterns such as 'a/*.jpg'",
+        help="images: files, folders (searched whole) or patterns such as 'a/*.jpg'",
     )
     add("--top", type=int, default=5, metavar="K", help="number of classes to print per image, default 5")
+    add(
+        "--min-score",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="of a detector: smallest score of the detections that are printed and drawn, default 0.3",
+    )
+    add("--save", metavar="DIR", help="of a detector: write a copy of each image with its boxes drawn into this folder")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
     add(
@@ -80,6 +89,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
+    if not 0 <= args.min_score <= 1:
+        raise UsageError(f"--min-score {args.min_score}: use a score from 0 to 1")
     options = {name: getattr(args, name) for name in ("threads", "scan", "require_signature")}
     options |= given(args, setting_kinds())
     with load(args.bundle, **options) as model:
@@ -100,8 +111,10 @@ def _run(args: argparse.Namespace) -> int:
                 print(escape_controls("\n".join([*lines, "PASSED" if passed else "FAILED"])))
             if not passed:
                 return 4
+        if args.save and not model.task.draw:
+            raise UsageError(f"--save draws boxes: the bundle gives {model.task.gives}", "leave --save out")
         if args.images:
-            return _classify(model, args)
+            return (_detect if model.task.draw else _classify)(model, args)
     return 0
 
 
@@ -131,6 +144,27 @@ def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
     finally:  # what follows may fail: the results so far are the user's
         if args.json:
             print(strict_json(rows, indent=1))
+    return _unread(rows)
+
+
+def _detect(model: LoadedBundle, args: argparse.Namespace) -> int:
+    """Print the detections of each image as soon as they are known. Return 2 if an image cannot be read, else 0."""
+    from evm_deploy.commands.detections import detect
+
+    names = [name for given in args.images for name in _images(given)]
+    rows: list[dict[str, Any]] = []
+    save = Path(args.save) if args.save else None
+    try:
+        for line in detect(model, names, args.min_score, save, rows, args.json):
+            print(line, flush=True)
+    finally:
+        if args.json:
+            print(strict_json(rows, indent=1))
+    return _unread(rows)
+
+
+def _unread(rows: list[dict[str, Any]]) -> int:
+    """Report how many images could not be read. Return the exit code."""
     failed = sum("error" in row for row in rows)
     if failed and len(rows) > 1:
         print(f"evm-run: {failed} of {len(rows)} images could not be read", file=sys.stderr)

@@ -15,7 +15,7 @@ from evm_deploy.export.plan import PREPROCESSING, ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.export.verify_lowerings import Seen
 from evm_deploy.model.network import ModelSpec
-from evm_deploy.tasks import get_task
+from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.toolchain.platforms import host_platform
 
 
@@ -101,7 +101,7 @@ def untested(artifact: Artifact) -> list[str]:
 
 def meaning_of_scores(plan: ExportPlan, spec: ModelSpec) -> list[str]:
     """Return a note on a classifier whose probabilities are not a softmax over all classes."""
-    if not get_task(spec.task).decode:
+    if spec.task != CLASSIFICATION.name:
         return []
     if plan.multi_label:
         return ["the classes are independent: each probability is a sigmoid, and they do not add up to 1"]

@@ -31,6 +31,7 @@ from evm_deploy.export.plan import (
     make_preprocessing,
     read_size,
 )
+from evm_deploy.export.selection import complete_selection
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, Traced, check_plan, library_here
 from evm_deploy.export.targets import get_target
@@ -217,6 +218,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         raise UsageError(
             f"--val with --head {head}: outputs of this head have no labels to compare with", "leave --val out"
         )
+    plan = complete_selection(plan, spec, get_target(plan.target))
     labels = plan.labels or (listed("the checkpoint's labels", saved["labels"], label) if "labels" in saved else None)
     if not task.decode:
         labels = None

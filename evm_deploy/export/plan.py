@@ -11,6 +11,7 @@ from typing import Any
 from evm_deploy._util.text import count_text, one_of, size_text
 from evm_deploy._util.values import Converter, convert_fields, listed, number, path_text, text, whole, wrong
 from evm_deploy.bundle.manifest import Decision
+from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.preprocessing import (
     CROP,
     IMAGENET_MEAN,
@@ -24,7 +25,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
 
-HEADS = ("logits", "probs", "features", "raw")
+HEADS = ("logits", "probs", "features", "raw", "detections")
 INPUTS = ("image", "tensor")
 PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
@@ -37,6 +38,8 @@ MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: finds gross faults only; the accuracy check decides. w8: logits of correct exports differ by 0.003 (trained T)
 # to 0.016 (seeded T, S, B), feature maps by up to 0.04. The accuracy check without labels also allows a 10 % error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "int8-fp16": 0.5, "w8": 0.1}
+# Least share of detections that the float model gives too. Random weights put many boxes at the limit of the NMS.
+AGREEMENTS = {"fp32": 0.99, "fp16": 0.9}
 # Relative to the artifact's own outputs. int8: integer kernels round differently. w8 computes in float32, like fp32.
 SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
@@ -65,7 +68,8 @@ class ExportPlan:
     calib: calibration images for int8, or evaluation images for w8 without val. calib_images: number of these images.
     calib_method: how ranges are computed, one of CALIB_METHODS. force_calib: accept calibration images that fail the
     checks. smooth: whether int8 applies SmoothQuant first. val: labelled evaluation images for int8 and w8. max_drop:
-    largest accepted loss of accuracy on val, in points. settings: the target's own, an instance of `Target.settings`.
+    largest accepted loss of accuracy on val, in points. nms, score_thr, iou, max_det: selection of a detector, as in
+    `data.boxes.SelectionSettings`. settings: the target's own, an instance of `Target.settings`.
     """
 
     target: str
@@ -98,6 +102,10 @@ class ExportPlan:
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
+    nms: str | None = None
+    score_thr: float | None = None
+    iou: float | None = None
+    max_det: int | None = None
     settings: Any = None
 
     def __post_init__(self) -> None:
@@ -132,6 +140,7 @@ class ExportPlan:
             raise UsageError(f"--tol {self.tol}: use a number between 0 and 1")
         if self.labels is not None:
             check_labels("--labels", self.labels)
+        self._check_selection()
         make_preprocessing(self.imgsz or DEFAULT_IMGSZ, self.preprocessing)
 
     def _check_calibration(self) -> None:
@@ -166,10 +175,27 @@ class ExportPlan:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop {self.max_drop}: use points of accuracy from 0 to 100")
 
+    def _check_selection(self) -> None:
+        given = {name: getattr(self, name) for name in SELECTION if getattr(self, name) is not None}
+        try:
+            SelectionSettings(**given)
+        except ValueError as error:
+            raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
+
+    @property
+    def selection(self) -> SelectionSettings | None:
+        """Selection of a complete plan for a detector; None for other networks."""
+        return None if self.nms is None else SelectionSettings(**{name: getattr(self, name) for name in SELECTION})
+
     @property
     def tolerance(self) -> float:
         """Largest accepted difference from the float model, as `tol`; by default that of the precision."""
         return self.tol if self.tol is not None else TOLERANCES[self.precision or PRECISIONS[0]]
+
+    @property
+    def agreement(self) -> float:
+        """Least share (0..1) of detections that the artifact and the float model have in common."""
+        return AGREEMENTS.get(self.precision or PRECISIONS[0], 0.5)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -332,6 +358,7 @@ def _unchanged(what: str, value: Any) -> Any:
     return value
 
 
+SELECTION = ("score_thr", "iou", "max_det", "nms")  # settings of a detector
 PREPROCESSING = ("mean", "std", "resize", "crop_pct", "interpolation")
 NAMES = {"native_library": "--platform", "more_imgsz": "--imgsz", "platform": "platform", "chosen": "chosen"}
 CONVERTERS: Mapping[str, Converter] = {

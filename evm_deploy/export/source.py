@@ -77,12 +77,12 @@ class Source:
 
     def reference(self, plan: ExportPlan, preprocessing: Preprocessing) -> Any:
         """Return the float model of a complete plan (`hub.graph.WrappedNetwork`)."""
-        key = ("reference", plan.head, plan.multi_label, plan.weights, plan.drop, plan.input, preprocessing)
+        key = ("reference", *self._of_model(plan), preprocessing)
         return self._once(key, lambda: with_pre_and_postprocessing(self.network(plan), plan, preprocessing))
 
     def float_run(self, plan: ExportPlan, preprocessing: Preprocessing) -> FloatRun:
         """Return the float model's outputs and scans on the test inputs of a complete plan."""
-        key = ("run", plan.head, plan.multi_label, plan.weights, plan.drop, plan.input, preprocessing)
+        key = ("run", *self._of_model(plan), preprocessing)
         return self._once(
             key, lambda: run_reference(self.reference(plan, preprocessing), make_test_inputs(plan, preprocessing))
         )
@@ -99,6 +99,11 @@ class Source:
         taken = (plan.weights, plan.drop, preprocessing)
         key = ("traced", target.trace, target.trace_key(plan), *taken, tuple(metadata.items()))
         return self._once(key, lambda: target.trace(self.reference(plan, preprocessing), plan, dict(metadata)))
+
+    @staticmethod
+    def _of_model(plan: ExportPlan) -> tuple[Any, ...]:
+        """Return the settings of a plan that decide the float model."""
+        return plan.head, plan.multi_label, plan.selection, plan.weights, plan.drop, plan.input
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:

@@ -18,6 +18,7 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluation import OpenCandidate
 from evm_deploy.calib.int8 import Quantized, quantize_graph
+from evm_deploy.data.boxes import NMS_MODES
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.errors import ToolchainError, UsageError
@@ -160,6 +161,7 @@ class Target:
     image_channels: numbers of channels that the input `image` can have.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
     in float16 on the device, so that large values overflow there.
+    nms: where the non-maximum suppression of a detector can run, the default first.
     libraries, emulator, engine: parts that only some targets have.
     settings: dataclass of the target's own settings (fields of `_util.settings`), the type of ExportPlan.settings.
 
@@ -189,6 +191,7 @@ class Target:
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
+    nms: tuple[str, ...] = NMS_MODES
     image_channels: tuple[int, ...] = tuple(MODES)
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None

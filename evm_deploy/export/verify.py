@@ -24,7 +24,7 @@ from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.onnx_function import INPUTS, SOFTPLUS
 from evm_deploy.scan.reference import Scan, large_delta_case, ssm_error
-from evm_deploy.tasks.task import Task
+from evm_deploy.tasks.task import Outputs, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,12 +102,17 @@ def verify(
     if float16:
         too_large = f"reaches {{:.2g}}, the largest float16 is {LARGEST:.0f}: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
-    actual = run_batched(runtime, plan.batch, test_inputs)
+    actual: Outputs = run_batched(runtime, plan.batch, test_inputs)
+    agreement = float(task.agree(expected, actual).mean()) if task.agree else None
+    if task.align:
+        expected, actual, share = task.align(expected, actual)
+        if share < plan.agreement:
+            failures.append(f"{share:.1%} of the {task.gives} are those of the float model, limit {plan.agreement:.1%}")
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
         have = actual[name]
-        error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+        error = float(np.abs(have - want).max(initial=0.0)) if np.isfinite(have).all() else float("inf")
         allowed = plan.tolerance * float(np.abs(want[np.isfinite(want)]).max(initial=1.0))
         if not np.isfinite(want).all():
             failures.append(f"{name} of the float model contain NaN or Inf")
@@ -115,8 +120,8 @@ def verify(
             failures.append(f"{name} differ by {error:.2g}, limit {allowed:.2g}")
         if not limit or error / allowed > max_abs / limit:
             max_abs, limit = error, allowed
-        cosine = min(cosine, _cosine(have, want))
-    agreement = float(task.agree(expected, actual).mean()) if task.agree else None
+        if len(want) and want.dtype.kind == "f":
+            cosine = min(cosine, _cosine(have, want))
     first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
     scans = _verify_scans(access, first, reference.scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))

@@ -20,9 +20,11 @@ from typing import IO, Any
 from evm_deploy._util.files import sha256
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.file_kinds import CUT, file_kind
+from evm_deploy.model.openmmlab import LOG, TrainingSettings, logs_ignored
 
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 ORIGIN = "evm_deploy_origin"  # key of a converted file's metadata: the checkpoint that it was made from
+TRAINING = "evm_deploy_training"  # another: the `meta` that mmengine wrote into that checkpoint
 MAX_INDEX_BYTES = 64 << 20
 UNSAFE = "unsafe"  # code of the error for a file that only loads by running the code in it
 FOLDERS = (  # a file that such a folder holds, name of the folder, hint
@@ -42,7 +44,8 @@ class Content:
     """Content of a checkpoint file.
 
     value: dicts and lists of tensors and numbers. metadata: settings saved with the weights. origin: the file that this
-    one was converted from. notes: remarks on the reading, for users.
+    one was converted from. training: settings of the run of mmengine that wrote the file. notes: remarks on the
+    reading, for users.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Content:
     sha256: str
     metadata: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     notes: list[str] = field(default_factory=list)
 
 
@@ -84,7 +88,9 @@ def _read(path: Path, kind: str) -> Content:
             return _read_safetensors(path, digest)
         if kind == "torchscript":
             raise _unsafe(path, "is a TorchScript archive, which holds code")
-        return Content(path, _read_pickle(path, kind), digest)
+        value = _read_pickle(path, kind)
+        meta = value.get("meta") if isinstance(value, dict) else None
+        return Content(path, value, digest, training=TrainingSettings.read(meta))
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
 
@@ -178,7 +184,8 @@ def _read_safetensors(path: Path, digest: str) -> Content:
         _check_settings(metadata)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: metadata 'evm_deploy' is wrong: {error}") from error
-    return Content(path, value, digest, metadata, _origin(header.get(ORIGIN, "{}")))
+    training = TrainingSettings.from_json(header.get(TRAINING, "{}"))
+    return Content(path, value, digest, metadata, _origin(header.get(ORIGIN, "{}")), training)
 
 
 def _origin(text: str) -> dict[str, Any]:
@@ -218,7 +225,14 @@ def _read_pickle(path: Path, kind: str) -> Any:
         # torch warns about old pickle protocols, but loads them; its zip reader opens no name that is not UTF-8
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                if LOG not in str(error):
+                    raise
+            file.seek(0)
+            with logs_ignored():
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if kind == "pickle" and not saved_by_torch(path):
             raise _unsafe(path, "is a pickle that torch.save did not write") from error

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from evm_deploy._util.files import write_output
 from evm_deploy.errors import CheckpointError
-from evm_deploy.model.checkpoint_file import ORIGIN, UNSAFE, Content, read_content
+from evm_deploy.model.checkpoint_file import ORIGIN, TRAINING, UNSAFE, Content, read_content
 from evm_deploy.model.families import find_network
+from evm_deploy.model.openmmlab import TrainingSettings
 from evm_deploy.model.state_dict import RawCheckpoint
 from evm_deploy.model.trusted import read_trusted
 
@@ -51,6 +52,8 @@ def _write(out: Path, raw: RawCheckpoint) -> None:
 
     tensors = {name: tensor.contiguous().clone() for name, tensor in raw.tensors.items()}
     settings = {"evm_deploy": json.dumps(raw.metadata)} if raw.metadata else {}
+    if raw.training != TrainingSettings():
+        settings[TRAINING] = raw.training.to_json()
     content = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(raw.origin), **settings})
     try:
         write_output(out, content)

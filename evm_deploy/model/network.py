@@ -186,10 +186,10 @@ def _check_float32(module: nn.Module) -> None:
 class LoadOptions:
     """Options of loading a checkpoint.
 
-    head: `logits`, `probs` or `features`.
+    head: value of --head; None for the whole network.
     """
 
-    head: str = "logits"
+    head: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.checkpoint_file import Content
+from evm_deploy.model.openmmlab import TrainingSettings
 from evm_deploy.model.weight_sets import (
     Weights,
     WeightSet,
@@ -47,7 +48,7 @@ class RawCheckpoint:
     container: path of the dict in the file that holds it. prefix: what stands in front of the names in that dict.
     weights: `ema` if the tensors are averaged weights, else `raw`. others: the other sets of weights in the file.
     dropped: keys of the file that were left out; `optimizer.*` stands for all that a dict holds. origin: file that this
-    one was converted from.
+    one was converted from. training: settings of the run of mmengine that wrote the file.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class RawCheckpoint:
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts about the file for `ModelSpec.checkpoint`."""
@@ -104,6 +106,7 @@ def take_weights(
         notes=[*content.notes, *found.notes],
         metadata=content.metadata,
         origin=content.origin,
+        training=content.training,
     )
     if others:
         raw.notes.append(f"weights taken: {chosen}; also in the file: {some([str(each) for each in others])}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.tasks.task import Labels, Outputs, Prediction, Spec, Task
+from evm_deploy.tasks.task import Labels, Outputs, Prediction, Reading, Spec, Task
 
 LOGITS, PROBABILITIES = "logits", "probs"
 
@@ -42,8 +42,9 @@ def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[st
     return None
 
 
-def decode(outputs: Outputs, labels: Sequence[str] | None, top: int) -> list[list[Prediction]]:
+def decode(outputs: Outputs, reading: Reading) -> list[list[Prediction]]:
     """Return the `top` most probable classes of each image, best first. Without labels, a class is named `class 7`."""
+    labels, top = reading.labels, reading.top
     name = scores_name(outputs)
     rows = with_absence(name, outputs[name].astype(np.float64))
     probabilities = rows if name == PROBABILITIES else softmax(rows)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evm_deploy.data.boxes import DEFAULT_SELECTION, SelectionSettings
+from evm_deploy.data.geometry import Geometry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Labels = NDArray[np.int64]  # (images,)
@@ -22,7 +28,28 @@ class Prediction:
     score: float
 
 
-Decode = Callable[[Outputs, Sequence[str] | None, int], list[list[Prediction]]]
+@dataclass(frozen=True)
+class Detection(Prediction):
+    """Detected object. box: x1, y1, x2, y2 in pixels of the upright original image, from its left and top edge."""
+
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Facts beside the outputs that predictions are decoded with.
+
+    labels: class names, None without. top: answers of a classifier for each image. places: place of each image in the
+    network's input; None leaves boxes in pixels of that input. selection: that of a detector.
+    """
+
+    labels: Sequence[str] | None = None
+    top: int = 5
+    places: Sequence[Geometry] | None = None
+    selection: SelectionSettings = DEFAULT_SELECTION
+
+
+Decode = Callable[[Outputs, Reading], Sequence[Sequence[Prediction]]]
 
 
 class Spec(Protocol):
@@ -46,13 +73,16 @@ class Task:
     heads: values of --head for the task; the first one is the default. gives: short noun for the outputs, used in
     messages.
     `check(outputs, labels)`: return None for valid outputs, else two texts: the actual outputs and the expectation.
-    `decode(outputs, labels, top)`: return the `top` best answers per image, best first.
+    `decode(outputs, reading)`: return the answers of each image, best first.
     `score(outputs, labels)`: return the metrics of each image against its true label, (images,) float64 by name, 0..1,
     larger is better. The metric of a set is the mean of its images. `metric` names the one that accuracy limits apply
     to.
-    `agree(expected, actual)`: return 1 for each image with the same answer, else 0, (images,) float64.
+    `agree(expected, actual)`: return the share of the answers that are the same, for each image, (images,) float64.
     `compare(expected, actual)`: return figures on the difference of outputs that have no answer, (images,) float64 by
     name.
+    `align(expected, actual)`: pair the rows of outputs whose order may differ. Returns the paired rows of both by name,
+    to be compared value by value, and the share of rows that have a pair. None: outputs are compared as they are.
+    `draw(image, predictions, least)`: return a copy of an upright image with the predictions from the score `least` on.
     """
 
     name: str
@@ -64,3 +94,5 @@ class Task:
     agree: Callable[[Outputs, Outputs], NDArray[np.float64]] | None = None
     compare: Callable[[Outputs, Outputs], dict[str, NDArray[np.float64]]] | None = None
     metric: str = ""
+    align: Callable[[Outputs, Outputs], tuple[Outputs, Outputs, float]] | None = None
+    draw: Callable[[Image, Sequence[Any], float], Image] | None = None

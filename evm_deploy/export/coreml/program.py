@@ -18,6 +18,7 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm, module_path
+from evm_deploy.export.coreml.suppression import INTEGERS, half_precision, register_suppression
 from evm_deploy.export.hub import float16
 from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.hub.graph import ROOT, ScanSite
@@ -87,7 +88,9 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
         calls: Counter[str] = Counter()
         paths = [call_name(network_path(module_path(node)), calls) for node in graph.findAllNodes(OP)]
         labels = plan.labels if plan.head == "probs" else None
-        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in module.outputs]
+        outputs = [
+            ct.TensorType(name=name, dtype=np.int32 if name in INTEGERS else np.float32) for name in module.outputs
+        ]
         with _scans_named(paths):
             _number_from_zero()
             model = _convert(
@@ -95,7 +98,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
                 inputs=[_input_type(plan, tuple(shown.shape))],
                 **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
                 minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
-                compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
+                compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else half_precision(),
             )
         if labels:
             model = _rename_output(model, PROBABILITIES, str(plan.head))
@@ -185,6 +188,7 @@ def _convert(source: Any, **options: Any) -> Any:
 def _scans_named(paths: Iterable[str]) -> Iterator[None]:
     """Context manager in which converted scans are named after these module paths, in execution order."""
     _register_scan()
+    register_suppression()
     token = _scan_paths.set(iter(paths))
     try:
         yield

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evm_deploy.runtimes.mil.program import Declared, Operation
 
 NO_TRAFFIC = ("reshape", "expand_dims", "squeeze", "identity")
-BYTES = {"fp32": 4, "int32": 4, "fp16": 2, "int8": 1, "uint8": 1, "bool": 1}
+BYTES = {"fp32": 4, "int32": 4, "fp16": 2, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def static_cost(program: Program) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from evm_deploy.export.hub.naming import call_name, name_after_modules, name_aft
 from evm_deploy.export.hub.pooling import pooling_translations
 from evm_deploy.export.hub.ready import hub_graph
 from evm_deploy.export.hub.scatter import scatter_translations
+from evm_deploy.export.hub.suppression import nms_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
@@ -145,6 +146,10 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             self.outputs = tuple(
                 PROBABILITIES if probabilities and name == LOGITS else name for name in network.spec.outputs
             )
+            if plan.selection:  # the maps of a detector -> detections
+                module: Any = network.module
+                self.selection = module.selection(plan.selection, preprocessing.size)
+                self.outputs = self.selection.outputs
             self.channels = preprocessing.channels
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
             self.scale = nn.Buffer(1 / (255 * std), persistent=False)
@@ -155,6 +160,8 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
             with foreign_code():
                 values = [value for _, value in named_tensors(self.model(x))]
+            if plan.selection:
+                values = list(self.selection(*values))
             if len(values) != len(self.outputs):
                 names = ", ".join(self.outputs)
                 raise UsageError(f"{network.spec.name} returns {len(values)} tensors, but its outputs are {names}")
@@ -175,7 +182,7 @@ def input_shape(plan: ExportPlan, batch: int, channels: int) -> tuple[int, ...]:
 
 def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
     """Return the settings of a plan that decide the hub graph. Plans with equal keys share one trace."""
-    return plan.imgsz, plan.batch, plan.input, plan.head, plan.multi_label, plan.opset
+    return plan.imgsz, plan.batch, plan.input, plan.head, plan.multi_label, plan.selection, plan.opset
 
 
 def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
@@ -254,6 +261,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                     torch.ops.evm.selective_scan.default: selective_scan,
                     **scatter_translations(plan.opset or DEFAULT_OPSET),
                     **pooling_translations(plan.opset or DEFAULT_OPSET),
+                    **nms_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.export.hub.graph import ScanSite
+from evm_deploy.export.hub.suppression import SELECTION
 from evm_deploy.runtimes.openvino import RT_INFO
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def describe(model: Any, facts: dict[str, str]) -> None:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write `path` (.xml) and the .bin beside it. Constants keep their types; our operators are `marked_precise`."""
+    """Write `path` (.xml) and the .bin beside it. Constants keep their types. See `marked_precise`."""
     import openvino
 
     openvino.save_model(model, str(path), compress_to_fp16=False)
@@ -162,16 +163,17 @@ def without_default(ir: str) -> str:
 
 
 def marked_precise(ir: str) -> str:
-    """Mark the operators of our extension in an IR's XML as precision sensitive.
+    """Mark the operators of our extension, and those that select detections, as precision sensitive in an IR's XML.
 
     OpenVINO's plugin for a device that computes in float16 then keeps these operators and their inputs in float32, with
-    conversions around them. Without the mark OpenVINO 2026.4.1 passes float16 to the operators on CPUs with
-    AVX512-FP16, and the model does not compile. OpenVINO's Python interface cannot set the mark.
+    conversions around them. A float16 coordinate has steps of 1 pixel above 1024. Without the mark OpenVINO 2026.4.1
+    passes float16 to our operators on CPUs with AVX512-FP16, and the model does not compile. OpenVINO's Python
+    interface cannot set the mark.
 
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
     """
-    layer = r'(<layer [^>]*\bversion="evm"\s*>)(\s*<data [^>]*/>)?'
+    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}/[^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
     return re.sub(layer, r'\1\2<rt_info><attribute name="precise" version="0" /></rt_info>', ir)
 
 

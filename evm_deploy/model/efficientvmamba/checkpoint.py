@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from evm_deploy.model.efficientvmamba.network import Architecture
 
+STAGES = 4
 MAX_CHANNELS = 1024  # of the input
 MIN_PIXELS = 4  # one patch of the embedding
 ANCHORS = ("patch_embed.0.weight", "patch_embed.proj.weight")  # the current name and an older one
@@ -55,14 +56,31 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
             f"checkpoint {path} has no classifier head", "export its feature maps with --head features"
         )
     with torch.device("meta"):
-        model: nn.Module = EfficientVMambaBackbone(arch) if features else EfficientVMamba(arch)
-    expected = model.state_dict()
-    _fit_to_head(raw, expected, features)
-    drop_beside(raw, expected)
-    _check_strictly(path, raw.tensors, expected)
-    model.load_state_dict(_to_float32(path, raw), strict=True, assign=True)
-    model.eval().requires_grad_(False)
+        model: nn.Module = (
+            EfficientVMambaBackbone(arch, normalised_stages(raw.tensors)) if features else EfficientVMamba(arch)
+        )
+    _fit_to_head(raw, model.state_dict(), features)
+    fill(model, raw)
     return Network(model, _spec(raw, arch, model, options))
+
+
+def normalised_stages(tensors: Collection[str]) -> tuple[int, ...]:
+    """Return the numbers of the stages whose maps the checkpoint normalises (`outnorm*`); all four if it has none."""
+    found = tuple(i for i in range(STAGES) if any(key.startswith(f"outnorm{i}.") for key in tensors))
+    return found or tuple(range(STAGES))
+
+
+def fill(model: nn.Module, raw: RawCheckpoint) -> None:
+    """Load the weights of a checkpoint into a module on the meta device, strictly, and put it into eval mode.
+
+    Tensors that only the training needs are dropped. Raises CheckpointError with every missing, unexpected and
+    misshapen key.
+    """
+    expected = model.state_dict()
+    drop_beside(raw, expected)
+    _check_strictly(raw.path, raw.tensors, expected)
+    model.load_state_dict(_to_float32(raw.path, raw), strict=True, assign=True)
+    model.eval().requires_grad_(False)
 
 
 EFFICIENTVMAMBA = Family("EfficientVMamba", ANCHORS, load)
@@ -75,13 +93,13 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: Loa
         family=EFFICIENTVMAMBA.name,
         variant=arch.variant,
         task="features" if features else "classification",
-        outputs=tuple(f"feature{i}" for i in range(len(arch.dims))) if features else ("logits",),
+        outputs=tuple(f"feature{i}" for i in normalised_stages(raw.tensors)) if features else ("logits",),
         num_classes=0 if features else arch.num_classes,
         channels=arch.channels,
         parameters=sum(p.numel() for p in model.parameters()),
         checkpoint=raw.facts(),
         min_pixels=MIN_PIXELS,
-        blocks=tuple(_blocks(model)),
+        blocks=tuple(block_paths(model)),
         keep_float=KEEP_FLOAT,
         weight_only=WEIGHT_ONLY,
         notes=tuple(raw.notes),
@@ -90,7 +108,7 @@ def _spec(raw: RawCheckpoint, arch: Architecture, model: nn.Module, options: Loa
     )
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
+def block_paths(model: nn.Module) -> Iterator[str]:
     """Yield block paths: layers.0.blocks.0 .. and layers.0.downsample of scan stages, layers.2.0 .. of the others."""
     for path, stage in model.get_submodule("layers").named_children():
         for name, child in stage.named_children():

@@ -55,7 +55,7 @@ class CoreMlRuntime:
         """Run one inference. Pixels (1, H, W, 3) or (1, H, W, 1) uint8 are passed to Core ML as an image."""
         given = {name: _image(value[0]) if value.dtype == np.uint8 else value for name, value in feeds.items()}
         found = self.model.predict(given)
-        return {name: self._array(found[name]) for name in self.outputs}
+        return {name: self._array(found[name], spec.dtype) for name, spec in self.outputs.items()}
 
     def compute_plan(self) -> dict[str, Any]:
         """Return the number of operations and the share of the estimated cost, per device that Core ML prefers."""
@@ -63,10 +63,10 @@ class CoreMlRuntime:
 
         return compute_plan(self.model, self.model.compute_unit, self.function)
 
-    def _array(self, value: Any) -> NDArray[Any]:
-        """Convert an output to float32. A classifier's dictionary becomes a row of probabilities in label order."""
+    def _array(self, value: Any, dtype: str) -> NDArray[Any]:
+        """Convert an output to its dtype. A classifier's dictionary becomes a row of probabilities in label order."""
         row = [[value[label] for label in self.labels]] if isinstance(value, dict) else value
-        return np.asarray(row, np.float32)
+        return np.asarray(row, dtype)
 
     def __enter__(self) -> CoreMlRuntime:
         return self
@@ -98,7 +98,9 @@ def tensor_spec(value: Any, classes: int) -> TensorSpec | None:
         return TensorSpec(value.name, "float32", (1, classes))
     if kind == "stringType":
         return None
-    return TensorSpec(value.name, "float32", tuple(value.type.multiArrayType.shape))
+    array = value.type.multiArrayType
+    whole = array.dataType == array.ArrayDataType.Value("INT32")
+    return TensorSpec(value.name, "int32" if whole else "float32", tuple(array.shape))
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:

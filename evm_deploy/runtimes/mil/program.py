@@ -19,7 +19,12 @@ from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError
 from evm_deploy.runtimes.mil.rules import all_rules
 
-COMPUTED_IN = {"fp16": "float32", "fp32": "float32", "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool"}
+SMALL = {"int16": (-(1 << 15), (1 << 15) - 1), "uint16": (0, (1 << 16) - 1)}
+COMPUTED_IN = {
+    **dict.fromkeys(("fp16", "fp32"), "float32"),
+    **dict.fromkeys(("int32", "int16", "uint16"), "int32"),
+    **{name: name for name in ("int8", "uint8", "bool")},
+}
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,10 @@ class Program:
         if have != want and not (have[0] == want[0] and not want[1] and value.numel() == 1):
             said = f"{declared.dtype}{list(declared.shape)}"
             raise BundleError(f"{self.path}: {what} gives {have[0]}{list(have[1])}, declared is {said}")
+        if declared.dtype in SMALL and value.numel():
+            low, high = torch.aminmax(value)
+            if not (SMALL[declared.dtype][0] <= int(low) and int(high) <= SMALL[declared.dtype][1]):
+                raise BundleError(f"{self.path}: {what} gives {int(high)}, which {declared.dtype} cannot hold")
         if declared.dtype != "fp16" or self.exact:
             return value
         low, high = torch.aminmax(value)

@@ -2,8 +2,8 @@
 
 The parameters of a rule are the inputs of the operation, with MIL's names and defaults. Tensors are torch tensors, and
 float16 tensors are passed as float32. Integer, boolean and string constants are Python values. A rule raises
-UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `images`, `layout`
-and `compression`.
+UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `images`, `layout`,
+`selection` and `compression`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from evm_deploy.runtimes.mil import compression, images, layout
+from evm_deploy.runtimes.mil import compression, images, layout, selection
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
 RULES: dict[str, Rule] = {}
@@ -135,10 +135,17 @@ def softmax(x: Any, axis: int = -1) -> Any:
 
 @rule
 def cast(x: Any, dtype: str) -> Any:
-    """Convert to another dtype. float16 stays float32 here: the program rounds its declared results."""
+    """Convert to another dtype. float16 stays float32 here: the program rounds its declared results.
+
+    Whole numbers of 16 bits stay int32: they are indices, which coremltools makes small where they fit.
+    """
     import torch
 
-    types = {"fp16": torch.float32, "fp32": torch.float32, "int32": torch.int32, "bool": torch.bool}
+    types = {
+        **dict.fromkeys(("fp16", "fp32"), torch.float32),
+        **dict.fromkeys(("int32", "int16", "uint16"), torch.int32),
+        "bool": torch.bool,
+    }
     if dtype not in types:
         raise UnsupportedError(f"cast to {dtype}")
     return x.to(types[dtype])
@@ -204,7 +211,7 @@ def conv(
 @rule
 def reduce_sum(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
     """Compute the sum over `axes`, or over all axes if None."""
-    return x.sum(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims)
+    return x.sum(axes if axes is not None else list(range(x.dim())), keepdim=keep_dims, dtype=x.dtype)
 
 
 @rule
@@ -257,4 +264,4 @@ def classify(probabilities: Any, classes: Sequence[str]) -> Any:
 @cache
 def all_rules() -> dict[str, Rule]:
     """Return the rules of all operations: MIL operation type -> rule. Every call returns the same table."""
-    return {**_elementwise(), **RULES, **images.RULES, **layout.RULES, **compression.RULES}
+    return {**_elementwise(), **RULES, **images.RULES, **layout.RULES, **selection.RULES, **compression.RULES}

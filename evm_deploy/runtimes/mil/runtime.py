@@ -68,7 +68,7 @@ class MilRuntime:
             maker = next(op for op in self.program.operations if any(result.name == name for result in op.results))
             return TensorSpec(name, "float32", (1, len(maker.constants["classes"])))
         declared = self.program.declared(name)
-        return TensorSpec(name, "float32", declared.shape or ())
+        return TensorSpec(name, "int32" if declared.dtype == "int32" else "float32", declared.shape or ())
 
     def __enter__(self) -> MilRuntime:
         return self
