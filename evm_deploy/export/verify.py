@@ -98,7 +98,8 @@ def verify(
     failure, even if the runtime on this machine hides it.
     """
     failures: list[str] = []
-    test_inputs, expected = reference.test_inputs, reference.outputs
+    test_inputs = reference.test_inputs
+    expected: Outputs = reference.outputs
     if float16:
         too_large = f"reaches {{:.2g}}, the largest float16 is {LARGEST:.0f}: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
