@@ -45,7 +45,7 @@ class TargetOutcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Exports of one checkpoint that one process runs one after the other."""
+    """Exports of one checkpoint that one process runs one after the other, in torch with `threads` threads."""
 
     checkpoint: str | Path
     plans: tuple[ExportPlan, ...]
@@ -53,6 +53,7 @@ class Job:
     force: bool
     sign: str | Path | None
     zipped: bool
+    threads: int
 
 
 def export_all(
@@ -70,21 +71,28 @@ def export_all(
 
     A failed export does not stop the others. Plans whose targets trace alike share one trace, in this process. Plans
     with another trace, such as Core ML's, run in a second process at the same time if `source` is a checkpoint's path
-    and there are two `cores` or more. Steps of the second process are entered from another thread, with the target's
-    name before the detail. cores: by default the number of cores that this process may use.
+    and there are two `cores` or more. The processes share the cores: threads of torch that wait for each other's cores
+    take several times as long as one thread. Steps of the second process are entered from another thread, with the
+    target's name before the detail. cores: by default the number of cores that this process may use.
     """
+    cores = cores or usable_cores()
     source = Source.of(source)
     groups: dict[Any, list[ExportPlan]] = {}
     for plan in plans:
         groups.setdefault(get_target(plan.target).trace, []).append(plan)
-    here, *elsewhere = groups.values() if source.checkpoint and (cores or usable_cores()) > 1 else [list(plans)]
+    here, *elsewhere = groups.values() if source.checkpoint and cores > 1 else [list(plans)]
+    threads = max(1, cores // (1 + len(elsewhere)))
     with contextlib.ExitStack() as stack:
         others = [
-            stack.enter_context(Worker(Job(str(source.checkpoint), tuple(group), out, force, sign, zipped), step))
+            stack.enter_context(
+                Worker(Job(str(source.checkpoint), tuple(group), out, force, sign, zipped, threads), step)
+            )
             for group in elsewhere
         ]
         for plan in here:
-            yield attempted(source, plan, step, out=out, force=force, sign=sign, zipped=zipped)
+            with torch_threads(threads) if others else contextlib.nullcontext():
+                outcome = attempted(source, plan, step, out=out, force=force, sign=sign, zipped=zipped)
+            yield outcome
         for worker in others:
             yield from worker.outcomes()
 
@@ -97,6 +105,19 @@ def attempted(source: Source, plan: ExportPlan, step: Step, **options: Any) -> T
     except EvmError as error:
         return TargetOutcome(plan, time.perf_counter() - start, error=error)
     return TargetOutcome(plan, time.perf_counter() - start, bundle)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Context manager in which torch computes with `count` threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Worker:
@@ -172,9 +193,10 @@ def main() -> int:
             tell("leave", good)
 
     source = Source(job.checkpoint)
-    for plan in job.plans:
-        options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
-        tell("outcome", attempted(source, plan, step, **options))
+    options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
+    with torch_threads(job.threads):
+        for plan in job.plans:
+            tell("outcome", attempted(source, plan, step, **options))
     return 0
 
 
