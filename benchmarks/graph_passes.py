@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 

@@ -278,7 +278,7 @@ def sanitized(runtime: str, folder: Path) -> Path:
         return compile_in(folder, {"CXXFLAGS": " ".join(CHECKED), "LDFLAGS": " ".join(SANITIZE)})
     compiler = Compiler(("g++",), "aarch64" if os.uname().machine == "aarch64" else "x86_64")
     recipe = read_recipe()
-    recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], *CHECKED)})
+    recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], "-Werror", *CHECKED)})
     sources = [*recipe.words["scan_sources"], *recipe.words["onnxruntime_sources"]]
     library = folder / "evm_onnxruntime.so"
     compiler.run("-shared", *SANITIZE, *compiler.objects(recipe, sources, folder), "-o", library)

@@ -122,6 +122,13 @@ def foreign(module: ModuleType, name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 
+@functools.cache
+def parse_torchlib_once() -> None:
+    """Keep onnxscript's table of functions: for each trace torch parses the sources of all 557, 0.5 CPU seconds."""
+    apis = import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+
+
 class Graphs:
     """A `graph._trace` that remembers. folder: where; without one it only traces."""
 
@@ -152,9 +159,15 @@ class Graphs:
 def installed() -> Graphs:
     """Put the cache in the place of `graph._trace`."""
     load_parts()
-    graphs = Graphs(graph._trace)
+    traced_anew = graph._trace
 
-    @functools.wraps(graphs.real)
+    def real(module: Any, plan: Any) -> Any:
+        parse_torchlib_once()
+        return traced_anew(module, plan)
+
+    graphs = Graphs(real)
+
+    @functools.wraps(traced_anew)
     def trace(module: Any, plan: Any) -> Any:
         return graphs.trace(module, plan)
 

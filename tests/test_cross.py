@@ -19,7 +19,7 @@ from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain import cross_compile
-from evm_deploy.toolchain.compile import Compiler, read_recipe
+from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
@@ -279,11 +279,25 @@ def test_a_library_is_compiled_once_and_again_when_damaged(no_cache):
     assert sorted(path.name for path in first.parents[1].iterdir()) == [OTHER]  # nothing half-made is left
 
 
-def test_nothing_of_zigs_own_cache_is_kept(monkeypatch, tmp_path):
+@pytest.fixture
+def small_recipe(monkeypatch, tmp_path):
+    """A library of three functions in place of the kernels, which take zig 20 CPU seconds."""
+    folder = tmp_path / "native"
+    folder.mkdir()
+    for name in ("kernel", "scan", "library"):
+        (folder / f"{name}.cpp").write_text(f'extern "C" int {name}(int x) {{ return x + 1; }}\n')
+    recipe = ["flags -O1 -fPIC", "include .", "kernel aarch64 neon 4 16 24", "kernel_sources kernel.cpp"]
+    recipe += ["scan_sources scan.cpp", "onnxruntime_sources library.cpp"]
+    (folder / "kernels.txt").write_text("\n".join(recipe))
+    monkeypatch.setattr(cross_compile, "read_recipe", lambda: parse_recipe(folder))
+
+
+def test_nothing_of_zigs_own_cache_is_kept(small_recipe, monkeypatch, tmp_path):
     """zig links changed objects of its cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     library = cross_compile.library("onnxruntime", "linux-aarch64")
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {
+    assert {path for path in cache.rglob("*") if path.is_file()} == {
         library,
         library.with_name(f"{library.name}.sha256"),
     }

@@ -14,7 +14,7 @@ import pytest
 from evm_deploy.scan.reference import selective_scan
 from evm_deploy.toolchain.compile import Compiler
 from reliability import operators
-from reliability.operators import CHECKED, SANITIZE
+from reliability.operators import CHECKED
 from tests import driver as drivers
 from tests.cache import once
 from tests.driver import (
@@ -55,9 +55,19 @@ def compiler():
 
 
 @pytest.fixture(scope="module")
-def driver(compiler, shared_folder):
+def sanitized(compiler, shared_folder):
+    folder = once(shared_folder / "sanitized", partial(operators.sanitized, "onnxruntime"))
+    return next(folder.glob("*.so"))
+
+
+@pytest.fixture(scope="module")
+def driver(compiler, sanitized, shared_folder):
+    """The driver, linked with the library: the kernels are compiled once."""
+
     def build(folder):
-        drivers.build_driver(compiler, folder, CHECKED, SANITIZE)
+        flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", *CHECKED, f"-I{drivers.NATIVE / 'scan'}")
+        path = f"-Wl,-rpath,{sanitized.parent}"
+        compiler.run(*flags, drivers.SOURCE, sanitized, path, "-o", folder / "driver")
 
     return Driver((str(once(shared_folder / "asan", build) / "driver"),))
 
@@ -96,12 +106,6 @@ def test_a_write_out_of_bounds_is_seen(tmp_path, compiler):
     for problem, name in ((scan_problem(random_scan(0, 1, 1, 3, 5, 4)), "y"), (any_block(0, *EDGES[1]), "out")):
         with pytest.raises(AssertionError, match=f"exit 3: driver: written out of bounds: {name}"):
             Driver((str(path),)).run([problem])
-
-
-@pytest.fixture(scope="module")
-def sanitized(compiler, shared_folder):
-    folder = once(shared_folder / "sanitized", partial(operators.sanitized, "onnxruntime"))
-    return next(folder.glob("*.so"))
 
 
 SESSION = """

@@ -22,11 +22,12 @@ def default_torch_settings() -> Iterator[None]:
     products = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)
-        stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        if deterministic:  # a call without need would import torch._inductor: 1.3 CPU seconds
+            stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+            torch.use_deterministic_algorithms(False)
         stack.callback(torch.set_float32_matmul_precision, products)
         stack.callback(torch.set_num_threads, threads)
         torch.set_default_dtype(torch.float32)
-        torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision("highest")
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -35,3 +36,19 @@ def default_torch_settings() -> Iterator[None]:
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(torch.device("cpu"))
         yield
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Context manager in which torch computes with `count` threads; None leaves the number as it is."""
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

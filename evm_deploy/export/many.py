@@ -13,6 +13,7 @@ from typing import Any
 
 from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.progress import Step, silent
+from evm_deploy._util.torch_settings import torch_threads
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import get_target
@@ -38,27 +39,31 @@ def export_all(
     A failed export does not stop the others. Plans whose targets trace alike share one trace, in this process. Plans
     with another trace, such as Core ML's, run in a second process at the same time, unless `source` is a Network or
     there are fewer than two `cores`. The exports of a Factory all run in other processes: whatever its code does to
-    Python, torch or stdout, and even its crash, stays there. Steps of other processes are entered from another thread,
-    with the target's name before the detail if there are several. cores: by default the number of cores that this
-    process may use.
+    Python, torch or stdout, and even its crash, stays there. The processes share the cores: threads of torch that wait
+    for each other's cores take several times as long as one thread. Steps of other processes are entered from another
+    thread, with the target's name before the detail if there are several. cores: by default the number of cores that
+    this process may use.
     """
+    cores = cores or usable_cores()
     source = Source.of(source)
     recipe = source.recipe
     groups: dict[Any, list[ExportPlan]] = {}
     for plan in plans:
         groups.setdefault(get_target(plan.target).trace, []).append(plan)
-    together = recipe is None or (cores or usable_cores()) < 2
-    parts = [list(plans)] if together else [*groups.values()]
+    parts = [list(plans)] if recipe is None or cores < 2 else [*groups.values()]
     here = [] if isinstance(recipe, Factory) else parts.pop(0)
     named = bool(here) or len(parts) > 1
+    threads = max(1, cores // (bool(here) + len(parts)))
     with contextlib.ExitStack() as stack:
         others = [
-            stack.enter_context(Worker(Job(recipe, tuple(part), out, force, sign, zipped, named), step))
+            stack.enter_context(Worker(Job(recipe, tuple(part), out, force, sign, zipped, named, threads), step))
             for part in parts
             if recipe is not None
         ]
         for plan in here:
-            yield attempted(source, plan, step, out=out, force=force, sign=sign, zipped=zipped)
+            with torch_threads(threads if others else None):
+                outcome = attempted(source, plan, step, out=out, force=force, sign=sign, zipped=zipped)
+            yield outcome
         for worker in others:
             yield from worker.outcomes()
 

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from evm_deploy._util.processes import Process, end_with_stdin
 from evm_deploy._util.progress import Progress, Step
+from evm_deploy._util.torch_settings import torch_threads
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.pipeline import export
@@ -54,7 +55,7 @@ class TargetOutcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Exports of one network that one process runs one after the other.
+    """Exports of one network that one process runs one after the other, in torch with `threads` threads.
 
     recipe: path of a checkpoint, Factory or GraphFile. named: whether steps have the target's name before the detail.
     A job without plans makes the network of a Factory, and answers with its spec.
@@ -67,6 +68,7 @@ class Job:
     sign: str | Path | None = None
     zipped: bool = False
     named: bool = True
+    threads: int | None = None
 
 
 def attempted(source: Source, plan: ExportPlan, step: Step, **options: Any) -> TargetOutcome:
@@ -187,9 +189,10 @@ def main() -> int:
     source = Source(job.recipe)
     if not job.plans:
         tell("answer", _spec(source))
-    for plan in job.plans:
-        options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
-        tell("answer", _outcome(source, plan, step, **options))
+    options = {"out": job.out, "force": job.force, "sign": job.sign, "zipped": job.zipped}
+    with torch_threads(job.threads):
+        for plan in job.plans:
+            tell("answer", _outcome(source, plan, step, **options))
     return 0
 
 
