@@ -10,12 +10,12 @@ int main() {
     double best = 0;
     for (int repeat = 0; repeat < 5; repeat++) {
         timespec start, end;
-        clock_gettime(CLOCK_MONOTONIC, &start);
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
         const long rounds = 10000000;
         for (long i = 0; i < rounds; i++)
 #pragma GCC unroll 12
             for (int chain = 0; chain < CHAINS; chain++) a[chain] = a[chain] * b + c;
-        clock_gettime(CLOCK_MONOTONIC, &end);
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
         const double ns = (end.tv_sec - start.tv_sec) * 1e9 + (end.tv_nsec - start.tv_nsec);
         if (rounds * CHAINS * LANES / ns > best) best = rounds * CHAINS * LANES / ns;
     }

@@ -78,9 +78,9 @@ def main() -> int:
         x = (np.random.default_rng(0).random(shape) * 255).astype(np.uint8 if "uint8" in first.type else np.float32)
         results = [each.run(None, {first.name: x}) for each in sessions.values()]
         equal = all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
-        times = interleave(
-            {name: lambda s=s: s.run(None, {first.name: x}) for name, s in sessions.items()}, args.rounds
-        )
+        feeds = {first.name: x}
+        subjects = {name: partial(each.run, None, feeds) for name, each in sessions.items()}
+        times = interleave(subjects, args.rounds)
         _, text = ratio(times, "after", "before")
         least = " -> ".join(f"{min(times[name]):.2f}" for name in models)
         print(f"{'plugin' if plugin else 'portable':<8} after / before {text}, least {least} ms, same bits: {equal}")
