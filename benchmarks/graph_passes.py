@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evm_deploy
 from evm_deploy.export.hub import graph
-from evm_deploy.export.hub.merge_moves import MOVES
+from evm_deploy.export.hub.merge_moves import MOVES, merge_moves
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
@@ -63,7 +64,7 @@ def main() -> int:
     common.time.perf_counter = time.thread_time  # interleave() measures CPU time
     if str(args.checkpoint).endswith(".onnx"):
         models = {"before": onnx.load(args.checkpoint), "after": onnx.load(args.checkpoint)}
-        graph.merge_moves(models["after"])
+        merge_moves(models["after"])
     else:
         models = {name: hub(args.checkpoint or foreign(), name == "after") for name in ("before", "after")}
     print(f"{where()}, onnxruntime {ort.__version__}, {args.checkpoint or 'foreign blocks'}, {args.rounds} rounds")
