@@ -15,7 +15,8 @@ from evm_deploy.data.preprocessing import Preprocessing, for_channels
 from evm_deploy.data.reading import read_image
 from evm_deploy.errors import ImageError, UsageError
 from evm_deploy.export import ExportPlan, export
-from evm_deploy.export.pipeline import assumed, complete
+from evm_deploy.export.network_input import assumed
+from evm_deploy.export.pipeline import complete
 from evm_deploy.model import Network
 from evm_deploy.model.families import load_checkpoint
 
