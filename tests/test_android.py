@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.loaded import LoadedBundle, load
+from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.tasks.task import Prediction
 from tests import kotlin
@@ -251,6 +252,29 @@ def test_what_the_runtime_is_given(kind, batch, ask, demo_bundle, tmp_path):
     fed = ask("feed", bundle=folder)
     assert (fed["name"], fed["dtype"], fed["shape"]) == ("image", str(want.dtype), [*want.shape])
     assert base64.b64decode(fed["bytes"]) == want.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["image", "tensor"])
+def test_what_the_runtime_of_a_grey_network_is_given(kind, ask, demo_bundle, tmp_path):
+    def grey(content: dict[str, Any]) -> None:
+        content["preprocessing"].update(mean=[0.3], std=[0.2], resize="pad")
+
+    folder = change_manifest(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), grey)
+    spec = Manifest.read(_changed(folder, input=kind)).preprocess()
+    pixels = spec.pixels(folder / "selftest" / "picture.png")[None]
+    want = pixels if kind == "image" else spec.normalise(pixels)
+    fed = ask("feed", bundle=folder)
+    assert (fed["dtype"], fed["shape"]) == (str(want.dtype), [*want.shape])
+    assert base64.b64decode(fed["bytes"]) == want.tobytes()
+
+
+def test_images_of_a_network_of_four_channels_are_refused(ask, channel_bundles):
+    spec = channel_bundles[4].manifest.preprocessing
+    answer = ask("pixels", image=FOLDER / "odd.png", preprocessing=spec)
+    assert told(answer)[0] == "ImageError" and "takes 4 channels" in answer["error"]
+    checks = ask("selftest", bundle=channel_bundles[4].path, spoil="")
+    assert "preprocessing (of 255)" not in {check["name"] for check in checks}
+    assert all(check["ok"] for check in checks)
 
 
 def same(answers: list[Any], want: list[list[Prediction]]) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from evm_deploy.data import preprocessing
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.export import ExportPlan, export
-from evm_deploy.export.pipeline import assumed, complete
+from evm_deploy.export.network_input import assumed
+from evm_deploy.export.pipeline import complete
 from evm_deploy.model import Network
 from evm_deploy.model.factory import Factory
 from evm_deploy.model.foreign import saved

@@ -20,7 +20,7 @@ from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT, write_images
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import ImageError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
@@ -311,6 +311,30 @@ def test_tensorrt_compiles_with_nvidias_headers():
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]
     source = ROOT / "sdk" / "cpp"
     run(["g++", *flags, f"-I{source / 'include'}", source / "src" / "tensorrt.cpp"])
+
+
+def test_networks_of_other_channels(channel_bundles, images_50):
+    """Grey images as in Python; RGBA is refused, and its tensors run."""
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in images_50[:7]]
+    bundle = channel_bundles[1].path
+    with Model(bundle, scan="portable", threads=1) as model, load(bundle, scan="portable", threads=1) as python:
+        for image in rgb:
+            have, want = model.preprocess(image), python.preprocessing.pixels(image)
+            assert have.shape == (64, 96, 1) and np.array_equal(have, want)
+        for row, best in zip(model.classify(rgb, 3), python.predict(rgb, 3), strict=True):
+            assert [index for index, _ in row] == [p.index for p in best]
+        checks = model.selftest()
+        assert set(checks) == {check.name for check in python.selftest()} and "preprocessing (of 255)" in checks
+        assert all(error <= limit for error, limit in checks.values())
+    bundle = channel_bundles[4].path
+    with Model(bundle, scan="portable", threads=1) as model, load(bundle, scan="portable", threads=1) as python:
+        for act in (lambda: model.preprocess(rgb[0]), lambda: model.classify(rgb)):
+            with pytest.raises(ImageError, match="the network takes 4 channels: this SDK reads grey and RGB"):
+                act()
+        value = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 4), np.uint8)
+        np.testing.assert_allclose(model.run(value)["logits"], python.run({"image": value})["logits"], atol=1e-5)
+        checks = model.selftest()
+        assert "preprocessing (of 255)" not in checks and all(error <= limit for error, limit in checks.values())
 
 
 def test_one_unreadable_image_costs_that_image(bundles, images_50, tmp_path):

@@ -186,6 +186,25 @@ def test_tensors_probabilities_and_batches(library, batched_bundle, digits, tmp_
     assert all(check["ok"] for check in checks) and {"probs", "preprocessing (of 255)"} < {c["name"] for c in checks}
 
 
+def test_networks_of_other_channels(library, channel_bundles, digits, tmp_path):
+    """Grey images as in Python; RGBA is refused, and its self-test has no image."""
+    (tmp_path / "bundle").symlink_to(channel_bundles[1].path)
+    (tmp_path / "digits").symlink_to(digits[0].parents[1])
+    names = [f"digits/{path.parent.name}/{path.name}" for path in digits[:3]]
+    alike(library(CLASSIFY, names, tmp_path), channel_bundles[1].path, digits[:3], 1e-4)
+    code = """const checks = await model.selftest(), { runs } = await model.bench({ warmUp: 1, runs: 2 });
+        try { await model.classify(new Uint8Array(3), 1, 1); } catch (error) { return [checks, runs, error.message]; }
+        return [checks, runs, ""];"""
+    checks, runs, said = library(MODEL + code, None, tmp_path)
+    assert all(check["ok"] for check in checks) and checks[0]["name"] == "preprocessing (of 255)"
+    assert (runs, said) == (2, "")
+    (tmp_path / "bundle").unlink()
+    (tmp_path / "bundle").symlink_to(channel_bundles[4].path)
+    checks, runs, said = library(MODEL + code, None, tmp_path)
+    assert all(check["ok"] for check in checks) and checks[0]["name"] == "logits"
+    assert runs == 2 and said.startswith("the network takes 4 channels: images here are grey or RGB")
+
+
 @pytest.fixture(scope="module")
 def features_bundle(micro, bundle_of) -> Bundle:
     return bundle_of(micro, ExportPlan("onnx", imgsz=(64, 64), head="features"))

@@ -183,7 +183,7 @@ def _dry_run(plan: ExportPlan, spec: ModelSpec, args: argparse.Namespace) -> dic
     """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.calib.int8 import image_sets
-    from evm_deploy.export.description import assumed
+    from evm_deploy.export.network_input import assumed
     from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
     from evm_deploy.export.plan import QUANTIZED
     from evm_deploy.export.quantization import quantization_config

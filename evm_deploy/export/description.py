@@ -7,11 +7,10 @@ import platform
 from dataclasses import asdict
 
 from evm_deploy import __version__
-from evm_deploy._util.text import count_text, size_text
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.data.preprocessing import CROP, Preprocessing
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.export import verify
-from evm_deploy.export.plan import PREPROCESSING, ExportPlan
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.export.verify_lowerings import Seen
 from evm_deploy.model.network import ModelSpec
@@ -50,30 +49,6 @@ def describe(
             *seen.remarks,
         ],
     )
-
-
-def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> list[str]:
-    """Return a note on the settings that neither the plan nor the checkpoint gives, with the values taken for them.
-
-    plan: as the user gave it, not completed. No parity check can see a wrong value here: the float model gets the same.
-    """
-    known = {key for key in ("imgsz", *PREPROCESSING) if getattr(plan, key) is not None or key in spec.defaults}
-    count = count_text(spec.channels, "channel")
-    repeated = "" if spec.channels == 3 else f" (ImageNet's for RGB, repeated for {count})"
-    values = {
-        "imgsz": f"size {size_text(preprocessing.size)}",
-        "mean": f"mean {','.join(map(str, preprocessing.mean))}{repeated}",
-        "std": f"std {','.join(map(str, preprocessing.std))}{repeated}",
-        "resize": f"resize {preprocessing.resize}",
-        "crop_pct": f"crop {preprocessing.crop_pct}",
-        "interpolation": f"interpolation {preprocessing.interpolation}",
-    }
-    if preprocessing.resize != CROP:
-        known.add("crop_pct")
-    elif "crop_pct" in known:  # the share tells that there is a crop
-        known.add("resize")
-    texts = [text for key, text in values.items() if key not in known]
-    return [f"assumed, because neither the checkpoint nor a flag says: {', '.join(texts)}"] if texts else []
 
 
 def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evm_deploy._util.files import native_path
 from evm_deploy._util.progress import Step, silent
-from evm_deploy._util.text import command, count_text, size_text
+from evm_deploy._util.text import command, size_text
 from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.archive import write_zip
@@ -19,10 +19,10 @@ from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.bundle.signing import private_key, public_key
 from evm_deploy.bundle.signing import sign as sign_bundle
 from evm_deploy.data.preprocessing import Preprocessing
-from evm_deploy.data.reading import MODES, listed_channels
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
-from evm_deploy.export.description import assumed, describe, native_metadata
+from evm_deploy.export.description import describe, native_metadata
+from evm_deploy.export.network_input import assumed, check_channels
 from evm_deploy.export.plan import (
     DEFAULT_IMGSZ,
     MAX_DROP,
@@ -209,7 +209,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         if min(size) < spec.min_pixels:
             raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
     preprocessing = make_preprocessing(imgsz, plan.preprocessing, saved, spec.channels)
-    _check_channels(plan, spec)
+    check_channels(plan, spec)
     task = get_task(spec.task)
     head = plan.head or (PROBABILITIES if plan.multi_label else task.heads[0])
     if head not in task.heads:
@@ -231,26 +231,6 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         check_labels("labels", labels)
     max_drop = MAX_DROP if plan.val and plan.max_drop is None else plan.max_drop
     return replace(plan, imgsz=imgsz, head=head, labels=labels, max_drop=max_drop), preprocessing
-
-
-def _check_channels(plan: ExportPlan, spec: ModelSpec) -> None:
-    """Raise UsageError for a setting that needs images, if no image has the network's number of channels."""
-    count = count_text(spec.channels, "input channel")
-    taken = get_target(plan.target).image_channels
-    if plan.input == "image" and spec.channels in MODES and spec.channels not in taken:
-        raise UsageError(
-            f"--input image: target '{plan.target}' has images of {' or '.join(map(str, taken))} channels, the network "
-            f"has {count}",
-            "add --input tensor: the app gives normalised tensors",
-        )
-    if spec.channels in MODES:
-        return
-    why = f"the network has {count}, images have {listed_channels()}"
-    if plan.input == "image":
-        raise UsageError(f"--input image: {why}", "add --input tensor: the app gives normalised tensors")
-    for flag, value in (("--calib", plan.calib), ("--val", plan.val)):
-        if value is not None:
-            raise UsageError(f"{flag}: {why}", "export it in fp32 or fp16: calibration and evaluation read images")
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:
