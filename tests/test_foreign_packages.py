@@ -114,7 +114,7 @@ def test_int8_of_a_package_of_others(target, package, tmp_path):
     plan = ExportPlan(target, "int8", imgsz=SIZE, calib=str(tmp_path / "calib.npz"), force_calib=True, tol=tol)
     manifest = export(source, plan, tmp_path).manifest
     accuracy, facts = manifest.accuracy, manifest.details["quantization"]
-    assert accuracy["ok"] and accuracy["sqnr_db"] >= 20 and facts["int8_layers"] >= 2
+    assert accuracy and accuracy["ok"] and accuracy["sqnr_db"] >= 20 and facts["int8_layers"] >= 2
     assert 0 < accuracy["relative_error"] < 0.1 and accuracy["psnr_db"] > 20
     rounded = {name.rpartition(":")[0] for name in facts["calibration"]["activations"]}
     assert not [name for name in rounded if scans and name.endswith(("x_proj", "dt_proj", "out_proj", "conv1d"))]

@@ -11,8 +11,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli, load
+from evm_deploy.calib.quantize import quantizable_layers
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.export import ExportPlan, export
+from evm_deploy.export.hub.graph import trace
+from evm_deploy.export.pipeline import complete
 from evm_deploy.export.source import Source
 from evm_deploy.model.foreign.ready import ready_network
 from evm_deploy.model.graph_file import GraphFile
@@ -70,7 +73,8 @@ def file_of(
         attributes = {"delta_softplus": softplus} if softplus is not None else {}
         reads = [u, f"delta{i}", f"A{i}", B, C, *rest]
         nodes.append(node(kind, reads, [f"y{i}"], f"{at}/{kind}", domain=domain, **attributes, **more))
-        nodes.append(node("Add", [f"y{i}", u], [f"u{i + 1}"], f"/blocks.{i}/Add"))
+        nodes.append(node("Conv", [f"y{i}", const(f"out{i}", WIDTH, WIDTH, 1)], [f"o{i}"], f"{at}/out_proj/Conv"))
+        nodes.append(node("Add", [f"o{i}", u], [f"u{i + 1}"], f"/blocks.{i}/Add"))
     nodes += [
         node("ReduceMean", ["u2"], ["pooled"], "/ReduceMean", axes=[2], keepdims=0),
         node("Gemm", ["pooled", const("head.w", WIDTH, 5), const("head.b", 5)], ["scores"], "/head/Gemm"),
@@ -99,6 +103,7 @@ def test_the_scans_become_ours_on_every_target_of_the_hub_graph(target, scan, tm
         "blocks.1.op",
     }
     assert min(each["share"] for each in manifest.parity["scans"]) > 0.1 and manifest.outputs[0]["name"] == "logits"
+    assert list(manifest.model["blocks"]) == ["blocks.0", "blocks.1"]
     assert manifest.model["checkpoint"]["file"] == "depth.onnx" and manifest.name == f"depth-{target}-fp32"
 
 
@@ -132,7 +137,8 @@ def test_the_float_model_is_the_file_s_own_recurrence(groups, softplus, optional
         delta = delta if softplus else np.log1p(np.exp(delta))
         B, C = (part.reshape(2, groups, STATES, -1) for part in (B, C))
         D, bias = (w[f"D{i}"], w[f"bias{i}"]) if optional else (np.zeros(WIDTH), np.zeros(WIDTH))
-        u = u + slow(u, delta, -np.exp(w[f"A_log{i}"]), B, C, D, bias, softplus)
+        y = slow(u, delta, -np.exp(w[f"A_log{i}"]), B, C, D, bias, softplus)
+        u = u + np.einsum("oc,bcl->bol", w[f"out{i}"][..., 0], y)
     want = u.mean(2) @ w["head.w"] + w["head.b"]
     assert np.abs(have - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -213,3 +219,13 @@ def test_files_that_are_no_networks_of_images(tmp_path):
     onnx.save(model, broken)
     with pytest.raises(UsageError, match=r"the inputs image \[1, 3, 8, 8\], K \[3, 3\]: an artifact takes one"):
         ready_network(GraphFile(str(broken)))
+
+
+def test_int8_layers_of_a_ready_made_file(tmp_path):
+    """Layers beside the scans stay in float by default; the stem, which writes the first u, is one of them."""
+    source = Source(GraphFile(file_of(tmp_path / "net.onnx")))
+    plan, preprocessing = complete(ExportPlan("onnx", "fp32"), source.network(ExportPlan("onnx")).spec)
+    model = trace(source.reference(plan, preprocessing), plan, {}).model
+    assert [layer.module for layer in quantizable_layers(model, float_around_scans=True)] == ["head"]
+    every = [layer.module for layer in quantizable_layers(model)]
+    assert every == ["stem", "blocks.0.op.out_proj", "blocks.1.op.out_proj", "head"]

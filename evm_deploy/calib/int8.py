@@ -17,6 +17,7 @@ from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.errors import CalibrationError
 from evm_deploy.scan.fused import FusedOp
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def quantize_graph(
         config.weight_only,
         float_around_scans=config.float_around_scans,
     )
+    if not found:
+        raise CalibrationError(
+            f"no layer of the network can become {config.precision}: all stand beside a scan, or must stay in float",
+            "export it in float32 or float16",
+        )
     images = image_sets(config, preprocessing, step)
     choices = make_candidates(model, found, images.used, config, plugin, step)
     if symmetric:

@@ -130,10 +130,11 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     before:  /layers.0/mlp/fc1/MatMul, node_Conv_12, ""
     after:   layers.0.mlp.fc1/MatMul, root/Conv, root/Conv_1
     """
+    from evm_deploy.model.foreign.ready import path_of
+
     used: set[str] = set()
     for node in model.graph.node:
-        path = ".".join(part for part in node.name.strip("/").split("/")[:-1] if part) or "root"
-        name, count = f"{path}/{node.op_type}", 0
+        name, count = f"{path_of(node) or 'root'}/{node.op_type}", 0
         while (unique := f"{name}_{count}" if count else name) in used:
             count += 1
         used.add(unique)

@@ -57,12 +57,25 @@ def ready_network(file: GraphFile, imgsz: tuple[int, int] | None = None) -> Netw
     )
     spec = replace(
         network.spec,
+        blocks=tuple(dict.fromkeys(filter(None, map(_block, model.graph.node)))),
         defaults=network.spec.defaults if all(module.size) or imgsz else {},
         family="ONNX",
         parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
         checkpoint={"file": Path(file.path).name, "sha256": digest, "container": "onnx", "dropped": []},
     )
     return Network(module, spec)
+
+
+def path_of(node: onnx.NodeProto) -> str:
+    """Return the module path in a node's name: layers.0.mlp.fc1 of /layers.0/mlp/fc1/MatMul, empty for node_Conv_12."""
+    return ".".join(part for part in node.name.strip("/").split("/")[:-1] if part)
+
+
+def _block(node: onnx.NodeProto) -> str:
+    """Return the path of a node up to its second number, such as layers.0.blocks.1; empty without a number."""
+    parts = path_of(node).split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()][:2]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else ""
 
 
 def _read(path: Path) -> tuple[onnx.ModelProto, str]:
