@@ -241,7 +241,7 @@ def test_every_rule_is_tested_here():
     ("op", "inputs"),
     [
         ("pad", {"x": X, "pad": [0, 0, 0, 0, 1, 1, 1, 1], "mode": "reflect"}),
-        ("conv", {"x": X, "weight": X, "pad_type": "same"}),
+        ("conv", {"x": X, "weight": X, "pad_type": "same_lower"}),
         ("cast", {"x": X, "dtype": "uint8"}),
         ("cumsum", {"x": X, "axis": 0, "reverse": True}),
         ("reshape", {"x": X, "shape": [0, -1]}),

@@ -8,6 +8,7 @@ import torch
 
 from evm_deploy.runtimes.mil.images import RULES
 from evm_deploy.runtimes.mil.rule import UnsupportedError
+from evm_deploy.runtimes.mil.rules import all_rules
 
 rng = np.random.default_rng(1)
 X = torch.from_numpy(rng.standard_normal((2, 12, 6, 4)).astype(np.float32))
@@ -63,6 +64,17 @@ def test_pooling(stride, pad):
     assert torch.equal(row, torch.maximum(X[:, :, :-1, 0], X[:, :, 1:, 0]))
 
 
+@pytest.mark.parametrize("op", ["conv", "max_pool", "avg_pool"])
+@pytest.mark.parametrize(("stride", "pad"), [(1, [1, 1, 0, 1]), (2, [0, 1, 0, 0]), (3, [0, 0, 0, 1])])
+def test_same_pads_what_a_size_of_ceil_needs(op, stride, pad):
+    """Windows of 3 x 2 on 6 x 4; where the pad is odd, the larger half comes after."""
+    given = {"weight": X[:4, :, :3, :2]} if op == "conv" else {"kernel_sizes": [3, 2]}
+    given["strides"] = [stride, stride]
+    have = all_rules()[op](X, **given, pad_type="same")
+    assert have.shape[2:] == (-(-6 // stride), -(-4 // stride))
+    assert torch.equal(have, all_rules()[op](X, **given, pad_type="custom", pad=pad))
+
+
 @pytest.mark.parametrize(("groups", "strides", "pad"), [(1, [1, 1], None), (4, [2, 3], [1, 0, 0, 2])])
 def test_a_transposed_convolution_is_the_adjoint_of_the_convolution(groups, strides, pad):
     weight = torch.from_numpy(rng.standard_normal((12, 8 // groups, 3, 3)).astype(np.float32))
@@ -83,7 +95,7 @@ def test_a_transposed_convolution_is_the_adjoint_of_the_convolution(groups, stri
     [
         ("upsample_bilinear", {"align_corners": False, "half_pixel_centers": False}, "without align_corners"),
         ("resize_bilinear", {"sampling_mode": "DEFAULT"}, "DEFAULT"),
-        ("max_pool", {"kernel_sizes": [2, 2], "pad_type": "same"}, "pad_type same"),
+        ("max_pool", {"kernel_sizes": [2, 2], "pad_type": "same_lower"}, "pad_type same_lower"),
         ("avg_pool", {"kernel_sizes": [2, 2], "ceil_mode": True}, "ceil_mode"),
         ("conv_transpose", {"weight": torch.ones(12, 1, 2, 2), "pad_type": "same"}, "pad_type same"),
         ("conv_transpose", {"weight": torch.ones(12, 1, 2, 2), "output_shape": [2, 1, 9, 9]}, "by nature"),

@@ -79,8 +79,9 @@ class Parity:
 class FloatRun:
     """Outputs and scans of the float model on the test inputs, computed in torch alone.
 
-    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan, in
-    execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot hold.
+    test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan on the first test
+    input, in execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot
+    hold.
     """
 
     test_inputs: NDArray[Any]
@@ -178,7 +179,10 @@ def reaching(model: nn.Module, limit: float) -> Iterator[dict[str, float]]:
 
 
 def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
-    """Run the float model (of `with_pre_and_postprocessing`) on `test_inputs` in torch alone, and record its scans."""
+    """Run the float model (of `with_pre_and_postprocessing`) on `test_inputs` in torch alone, and record its scans.
+
+    The inputs run one at a time: some networks mix the images of a batch, or keep the batch of their first run.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,9 +197,10 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
     watched = reaching(reference, LARGEST)
     recorder = Recorder()  # type: ignore[no-untyped-call]
     with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
-        values = reference(torch.from_numpy(test_inputs))
-    outputs = {name: value.numpy() for name, value in zip(reference.outputs, values, strict=True)}
-    return FloatRun(test_inputs, outputs, scans, reached)
+        runs = [reference(torch.from_numpy(test_input[None])) for test_input in test_inputs]
+    values = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+    outputs = dict(zip(reference.outputs, values, strict=True))
+    return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached)
 
 
 def _verify_scans(

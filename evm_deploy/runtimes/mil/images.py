@@ -80,7 +80,7 @@ def max_pool(
     """Compute the largest value of each window. Padding counts as -Inf."""
     import torch.nn.functional as F
 
-    x = _padded(x, "max_pool", pad_type, pad, float("-inf"))
+    x = padded(x, "max_pool", pad_type, pad, kernel_sizes, strides, float("-inf"))
     return _pool(F.max_pool1d, F.max_pool2d, x)(x, kernel_sizes, strides or 1, ceil_mode=ceil_mode)
 
 
@@ -100,11 +100,11 @@ def avg_pool(
 
     if ceil_mode:
         raise UnsupportedError("avg_pool with ceil_mode")
-    pool = _pool(F.avg_pool1d, F.avg_pool2d, x)
-    y = pool(_padded(x, "avg_pool", pad_type, pad, 0.0), kernel_sizes, strides or 1)
+    pool, around = _pool(F.avg_pool1d, F.avg_pool2d, x), (pad_type, pad, kernel_sizes, strides)
+    y = pool(padded(x, "avg_pool", *around), kernel_sizes, strides or 1)
     if not exclude_padding_from_average:
         return y
-    return y / pool(_padded(torch.ones_like(x), "avg_pool", pad_type, pad, 0.0), kernel_sizes, strides or 1)
+    return y / pool(padded(torch.ones_like(x), "avg_pool", *around), kernel_sizes, strides or 1)
 
 
 @rule
@@ -139,17 +139,32 @@ def conv_transpose(
     return y
 
 
-def _padded(x: Any, name: str, pad_type: str, pad: Sequence[int] | None, value: float) -> Any:
-    """Pad the last axes of x. Raises UnsupportedError for a pad_type other than `valid` and `custom`."""
+def padded(
+    x: Any,
+    op: str,
+    pad_type: str,
+    pad: Sequence[int] | None,
+    windows: Sequence[int],
+    strides: Sequence[int] | None,
+    value: float = 0.0,
+) -> Any:
+    """Pad the last axes of x for windows that an operation moves over them.
+
+    pad_type: `valid` for none, `custom` for `pad`, `same` for a result of ceil(size / stride), an odd side after.
+    Raises UnsupportedError for another one.
+    """
     import torch.nn.functional as F
 
-    if pad_type not in ("valid", "custom"):
-        raise UnsupportedError(f"{name} with pad_type {pad_type}")
-    if pad_type == "valid" or not pad or not any(pad):
-        return x
+    sides = list(pad or []) if pad_type == "custom" else []
+    if pad_type == "same":
+        for size, window, stride in zip(x.shape[2:], windows, strides or [1] * len(windows), strict=True):
+            total = max((-(-size // stride) - 1) * stride + window - size, 0)
+            sides += [total // 2, total - total // 2]
+    elif pad_type not in ("valid", "custom"):
+        raise UnsupportedError(f"{op} with pad_type {pad_type}")
     # MIL pads the first axis first, torch the last
-    sides = [side for axis in reversed(range(0, len(pad), 2)) for side in pad[axis : axis + 2]]
-    return F.pad(x, sides, value=value)
+    inner_first = [side for axis in reversed(range(0, len(sides), 2)) for side in sides[axis : axis + 2]]
+    return F.pad(x, inner_first, value=value) if any(sides) else x
 
 
 def _pool(of_rows: Any, of_images: Any, x: Any) -> Any:

@@ -16,7 +16,7 @@ from evm_deploy._util.files import native_path
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
-from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError
+from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, tensor
 from evm_deploy.runtimes.mil.rules import all_rules
 
 SMALL = {"int16": (-(1 << 15), (1 << 15) - 1), "uint16": (0, (1 << 16) - 1)}
@@ -54,7 +54,7 @@ class Operation:
 
     @property
     def reads(self) -> Iterator[str]:
-        """Names of all tensors that the operation reads, except constants."""
+        """Names of all tensors that the operation reads, except constants that are not in a tuple."""
         for value in self.variables.values():
             yield from (value,) if isinstance(value, str) else value
 
@@ -138,7 +138,7 @@ class Program:
                 if op.results[0].name not in needed:
                     needed.add(op.results[0].name)
                     stack += [read for read in op.reads if read not in fed]
-            else:
+            elif name not in self.constants:
                 missing.add(name)
         if missing:
             raise UsageError(f"missing tensors: {', '.join(sorted(missing))}; neither given nor computed")
@@ -157,6 +157,8 @@ class Program:
             if all(_is_constant(part) for part in parts) and not any(part.name in self.constants for part in parts):
                 constants[key] = self._constant(var)
             elif isinstance(var, list | tuple):
+                for part in filter(_is_constant, var):  # such as a class token between the tokens of an image
+                    self.constants.setdefault(part.name, tensor(self._constant(part)))
                 variables[key] = tuple(part.name for part in var)
             elif var.name in self.constants:
                 constants[key] = self.constants[var.name]

@@ -197,15 +197,16 @@ def conv(
     dilations: Sequence[int] | None = None,
     groups: int = 1,
 ) -> Any:
-    """Convolve in 1, 2 or 3 spatial dimensions. pad_type: `valid` or `custom`; UnsupportedError for others."""
+    """Convolve in 1, 2 or 3 spatial dimensions. pad_type: `valid`, `custom` or `same`; UnsupportedError for others."""
     import torch.nn.functional as F
 
     convolutions = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-    if x.dim() not in convolutions or pad_type not in ("valid", "custom"):
-        raise UnsupportedError(f"conv of rank {x.dim()} with pad_type {pad_type}")
-    if pad_type == "custom" and pad and any(pad):  # MIL pads the first axis first, torch the last
-        x = F.pad(x, [side for axis in reversed(range(0, len(pad), 2)) for side in pad[axis : axis + 2]])
-    return convolutions[x.dim()](x, weight, bias, strides or 1, 0, dilations or 1, groups)
+    if x.dim() not in convolutions:
+        raise UnsupportedError(f"conv of rank {x.dim()}")
+    between = dilations or [1] * (x.dim() - 2)
+    windows = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], between, strict=True)]
+    x = images.padded(x, "conv", pad_type, pad, windows, strides)
+    return convolutions[x.dim()](x, weight, bias, strides or 1, 0, between, groups)
 
 
 @rule
