@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "model": LOW | {"toolchain", "scan", "data"},
     "data": LOW,
     "tasks": LOW | {"data"},
-    "runtimes": LOW | {"toolchain", "scan"},
+    "runtimes": LOW | {"toolchain", "scan", "data"},
     "bundle": RUN,
     "devices": LOW | {"toolchain", "runtimes"},
     "calib": RUN,

@@ -178,7 +178,9 @@ def export_parser() -> Parser:
         "gives candidates, and evm-run suppresses)",
     )
     detector("--score-thr", metavar="X", help="detections have a larger score, default 0.05")
-    detector("--iou", metavar="X", help="of two boxes of a class that overlap more, one is suppressed, default 0.5")
+    detector(
+        "--iou", metavar="X", help="overlap over which the worse of two boxes of a class is suppressed, default 0.5"
+    )
     detector("--max-det", metavar="N", help="most detections of an image, default 100")
 
     preprocessing = parser.add_argument_group(

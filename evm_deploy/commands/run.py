@@ -47,9 +47,9 @@ def run_parser() -> Parser:
         type=float,
         default=0.3,
         metavar="X",
-        help="of a detector: smallest score of the detections that are printed and drawn, default 0.3",
+        help="smallest score of the detections that are printed and drawn, default 0.3",
     )
-    add("--save", metavar="DIR", help="of a detector: write a copy of each image with its boxes drawn into this folder")
+    add("--save", metavar="DIR", help="write a copy of each image with its detections drawn into this folder")
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
     add(
