@@ -184,7 +184,7 @@ def test_a_closed_bundle_says_so(demo_bundle, files):
     ):
         with pytest.raises(UsageError, match="is closed"):
             use()
-    model.__exit__(None, None, None)  # twice is no error
+    model.close()  # twice is no error
     assert model.preprocessing.size == (64, 64) and model.labels
 
 

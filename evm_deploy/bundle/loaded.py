@@ -201,10 +201,10 @@ class LoadedBundle:
         return selftest.run(self.bundle, self.target, self._opened(), replace(self._options, threads=None))
 
     def _opened(self) -> Runtime:
-        """Return the runtime. Raises UsageError after the end of the `with` block, which has closed it."""
+        """Return the runtime. Raises UsageError after the end of the `with` block and after `close`."""
         if self._closed:
             raise UsageError(
-                f"bundle {self.bundle.path} is closed: its `with` block has ended",
+                f"bundle {self.bundle.path} is closed: its `with` block has ended, or close() was called",
                 "call inside the block, or load it again",
             )
         return self._runtime
@@ -279,6 +279,10 @@ class LoadedBundle:
         if not self._closed:
             self._closed = True
             self._runtime.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Close the runtime, as the end of a `with` block does. Later calls raise UsageError; closing again does not."""
+        self.__exit__(None, None, None)
 
 
 def _alike(have: TensorSpec, want: TensorSpec) -> bool:
