@@ -281,7 +281,7 @@ class LoadedBundle:
             self._runtime.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Close the runtime, as the end of a `with` block does. Later calls raise UsageError; closing again does not."""
+        """Close the runtime, as the end of a `with` block does; closing it again is no error."""
         self.__exit__(None, None, None)
 
 
