@@ -26,7 +26,7 @@ from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 if TYPE_CHECKING:
     import onnx
 
-GRAPH_VERSION = 1  # version of the calibrated graph: BatchNorm folded, biases in the convolutions
+GRAPH_VERSION = 2  # version of the calibrated graph: BatchNorm folded, biases in the convolutions, moves merged
 
 
 @dataclass(frozen=True)
