@@ -22,6 +22,7 @@ from evm_deploy.runtimes.base import RunOptions, Runtime, run_batched
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.scan.reference import Scan, ssm_error
 from evm_deploy.tasks import get_task
+from evm_deploy.tasks.task import Outputs
 
 FOLDER = "selftest"
 INPUT_FILE, SCAN_FILE, IMAGE_FILE = "probes.safetensors", "scans.safetensors", "picture.png"
@@ -68,8 +69,8 @@ def run(bundle: Bundle, target: RuntimeInfo, runtime: Runtime, options: RunOptio
     images = tensors.get(manifest.input, np.empty(0))
     if not images.size or not images.ndim:
         raise _damaged(bundle, INPUT_FILE, f"has no tensor {manifest.input}")
-    actual = run_batched(runtime, manifest.batch, images)
-    expected = {name: _like(have, bundle, tensors, name) for name, have in actual.items()}
+    actual: Outputs = run_batched(runtime, manifest.batch, images)
+    expected: Outputs = {name: _like(have, bundle, tensors, name) for name, have in actual.items()}
     align = get_task(manifest.task).align
     if align:
         expected, actual, share = align(expected, actual)

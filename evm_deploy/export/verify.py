@@ -24,7 +24,7 @@ from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.scan.onnx_function import INPUTS, SOFTPLUS
 from evm_deploy.scan.reference import Scan, large_delta_case, ssm_error
-from evm_deploy.tasks.task import Task
+from evm_deploy.tasks.task import Outputs, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,11 +98,12 @@ def verify(
     failure, even if the runtime on this machine hides it.
     """
     failures: list[str] = []
-    test_inputs, expected = reference.test_inputs, reference.outputs
+    test_inputs = reference.test_inputs
+    expected: Outputs = reference.outputs
     if float16:
         too_large = f"reaches {{:.2g}}, the largest float16 is {LARGEST:.0f}: use --precision fp32"
         failures += (f"{name} {too_large.format(value)}" for name, value in reference.beyond_float16.items())
-    actual = run_batched(runtime, plan.batch, test_inputs)
+    actual: Outputs = run_batched(runtime, plan.batch, test_inputs)
     agreement = task.agree(expected, actual) if task.agree else None
     if task.align:
         expected, actual, share = task.align(expected, actual)
