@@ -214,7 +214,7 @@ def _perf_test(path: Path) -> object:
 
 def _listed(path: Path) -> object:
     """Read a list of images, or an .npz file."""
-    from evm_deploy.data.images import find_images
+    from evm_deploy.data.sources import find_images
 
     return find_images(path)
 

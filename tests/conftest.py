@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +50,34 @@ def checkpoint(shared_folder):
 @pytest.fixture(scope="session")
 def micro(checkpoint) -> Path:
     return checkpoint("micro_64")
+
+
+@pytest.fixture(scope="session")
+def of_channels(shared_folder):
+    """of_channels(n) -> a checkpoint of the smallest golden model whose stem reads n channels."""
+
+    def make(channels: int) -> Path:
+        def save(folder: Path) -> None:
+            state = dict(golden.model_case("micro_64")["state"])
+            stem = state["patch_embed.0.weight"]
+            state["patch_embed.0.weight"] = np.concatenate([stem] * 2, 1)[:, :channels]
+            save_as_released(state, folder / f"micro{channels}.ckpt")
+
+        return once(shared_folder / "checkpoints" / f"micro{channels}", save) / f"micro{channels}.ckpt"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def channel_bundles(of_channels, bundle_of) -> dict[int, Bundle]:
+    """Bundles of networks that read grey images and RGBA."""
+    return {
+        channels: bundle_of(
+            of_channels(channels),
+            ExportPlan("onnx", imgsz=(64, 96), resize="pad", mean=(0.4,) * channels, std=(0.25,) * channels),
+        )
+        for channels in (1, 4)
+    }
 
 
 @pytest.fixture(scope="session")

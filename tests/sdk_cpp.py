@@ -174,7 +174,7 @@ class Model:
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         height, width = ctypes.c_int(), ctypes.c_int()
         self.library.evm_input_size(self.handle, ctypes.byref(height), ctypes.byref(width))
-        pixels = np.empty((height.value, width.value, 3), np.uint8)
+        pixels = np.empty((height.value, width.value, self.library.evm_input_channels(self.handle)), np.uint8)
         view = View(image.ctypes.data, image.shape[1], image.shape[0], image.strides[0])
         self._call("evm_preprocess", self.handle, ctypes.byref(view), ctypes.c_void_p(pixels.ctypes.data))
         return pixels

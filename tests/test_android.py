@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.loaded import LoadedBundle, load
+from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.tasks.task import Prediction
 from tests import kotlin
@@ -35,7 +36,7 @@ from tests.broken import (
 from tests.syntax import faults
 from tests.test_archive import of_a_mac
 from tests.test_interface import put_another_model
-from tests.test_vectors import CASES, CONTENT, FOLDER, preprocessing
+from tests.test_vectors import CASES, CONTENT, FOLDER, expected, preprocessing
 
 pytestmark = [pytest.mark.xdist_group("android"), pytest.mark.jvm]  # one compiler, one JVM
 
@@ -75,11 +76,11 @@ def test_preprocessing_vectors(ask):
         if "code" in case:
             assert told(answer) == ("ImageError", case["code"], "")
             continue
-        want = np.asarray(Image.open(FOLDER / case["expected"]))
+        want = expected(case)
         assert answer["image"] == [case["width"], case["height"]] and answer["size"] == [*want.shape[1::-1]]
         have = np.frombuffer(base64.b64decode(answer["rgb"]), np.uint8).reshape(want.shape)
         assert np.array_equal(have, want), f"{name}: off by {np.abs(have.astype(int) - want).max()}"
-        tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(3, *want.shape[:2])
+        tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(-1, *want.shape[:2])
         assert np.array_equal(tensor, preprocessing(case).normalise(have[None])[0]), name
 
 
@@ -251,6 +252,29 @@ def test_what_the_runtime_is_given(kind, batch, ask, demo_bundle, tmp_path):
     fed = ask("feed", bundle=folder)
     assert (fed["name"], fed["dtype"], fed["shape"]) == ("image", str(want.dtype), [*want.shape])
     assert base64.b64decode(fed["bytes"]) == want.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["image", "tensor"])
+def test_what_the_runtime_of_a_grey_network_is_given(kind, ask, demo_bundle, tmp_path):
+    def grey(content: dict[str, Any]) -> None:
+        content["preprocessing"].update(mean=[0.3], std=[0.2], resize="pad")
+
+    folder = change_manifest(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), grey)
+    spec = Manifest.read(_changed(folder, input=kind)).preprocess()
+    pixels = spec.pixels(folder / "selftest" / "picture.png")[None]
+    want = pixels if kind == "image" else spec.normalise(pixels)
+    fed = ask("feed", bundle=folder)
+    assert (fed["dtype"], fed["shape"]) == (str(want.dtype), [*want.shape])
+    assert base64.b64decode(fed["bytes"]) == want.tobytes()
+
+
+def test_images_of_a_network_of_four_channels_are_refused(ask, channel_bundles):
+    spec = channel_bundles[4].manifest.preprocessing
+    answer = ask("pixels", image=FOLDER / "odd.png", preprocessing=spec)
+    assert told(answer)[0] == "ImageError" and "takes 4 channels" in answer["error"]
+    checks = ask("selftest", bundle=channel_bundles[4].path, spoil="")
+    assert "preprocessing (of 255)" not in {check["name"] for check in checks}
+    assert all(check["ok"] for check in checks)
 
 
 def same(answers: list[Any], want: list[list[Prediction]]) -> None:

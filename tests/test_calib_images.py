@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evm_deploy.data.images import calibration_images, find_images, image_suffixes, labelled_images, sample
+from evm_deploy.data.images import calibration_images, labelled_images, sample
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.sources import find_images, image_suffixes
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import CalibrationError
 from evm_deploy.export.selftest import synthetic_image

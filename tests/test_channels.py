@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import golden
 import numpy as np
 import pytest
 import torch
@@ -16,10 +15,10 @@ from evm_deploy.data.preprocessing import Preprocessing, for_channels
 from evm_deploy.data.reading import read_image
 from evm_deploy.errors import ImageError, UsageError
 from evm_deploy.export import ExportPlan, export
-from evm_deploy.export.pipeline import assumed, complete
+from evm_deploy.export.network_input import assumed
+from evm_deploy.export.pipeline import complete
 from evm_deploy.model import Network
 from evm_deploy.model.families import load_checkpoint
-from tests.conftest import save_as_released
 
 GREY = {"mean": (0.5,), "std": (0.25,)}
 RNG = np.random.default_rng(5)
@@ -50,10 +49,8 @@ def toy(channels: int, task: str = "classification") -> Network:
 
 
 @pytest.fixture(scope="module")
-def grey_checkpoint(tmp_path_factory):
-    state = dict(golden.model_case("micro_64")["state"])
-    state["patch_embed.0.weight"] = state["patch_embed.0.weight"].sum(1, keepdims=True)
-    return save_as_released(state, tmp_path_factory.mktemp("grey") / "grey.ckpt")
+def grey_checkpoint(of_channels):
+    return of_channels(1)
 
 
 # --------------------------------------------------------------------------------------------------------------- pixels
@@ -158,7 +155,7 @@ def test_a_grey_checkpoint_is_inferred_exported_and_asked(grey_checkpoint, tmp_p
     assert cli.export_main([str(grey_checkpoint), *flags, "--mean", "0.5,0.5,0.5"]) == 2
     assert "--mean has 3 values, the network has 1 input channel" in capsys.readouterr().err
     assert cli.export_main([str(grey_checkpoint), *flags, "--mean", "0.5", "--std", "0.25"]) == 0
-    bundle = next(tmp_path.glob("grey-onnx*"))
+    bundle = next(tmp_path.glob("micro1-onnx*"))
     Image.fromarray(PHOTO).save(tmp_path / "photo.png")
     assert cli.run_main([str(bundle), str(tmp_path / "photo.png"), "--json"]) == 0
     assert cli.run_main([str(bundle), "--selftest"]) == 0
@@ -177,7 +174,7 @@ def test_the_head_features_of_a_grey_checkpoint(grey_checkpoint, tmp_path):
     assert [*made.manifest.inputs[0]["shape"]] == [1, 64, 64, 1]
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml", "trt"])
 def test_int8_is_calibrated_with_images_of_the_networks_channels(target, grey_checkpoint, images, tmp_path):
     plan = ExportPlan(
         target, "int8", imgsz=(64, 64), calib=str(images), calib_images=4, force_calib=True, smooth="off", **GREY

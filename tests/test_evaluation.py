@@ -17,8 +17,9 @@ from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
 from evm_deploy.calib.int8 import ImageSets, choose
 from evm_deploy.calib.quantize import Layer
-from evm_deploy.data.images import ImageItem, ImageSet
+from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.sources import ImageItem
 from evm_deploy.demo import digits
 from evm_deploy.tasks.classification import CLASSIFICATION
 

@@ -95,7 +95,7 @@ def mismatches(kind: str, value: Any, known: Struct, path: str) -> list[str]:
 
 def manifest_mismatches(source: str, manifest: Any) -> list[str]:
     known = structs(parsed("swift", source.encode()))
-    assert len(known["Manifest"]) > 15 and known["Manifest"]["Preprocess"]["crop_pct"] == "Double"
+    assert len(known["Manifest"]) > 15 and known["Manifest"]["Preprocess"]["crop_pct"] == "Double?"
     return mismatches("Manifest", manifest, known, "manifest")
 
 

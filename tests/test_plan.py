@@ -17,7 +17,8 @@ from evm_deploy.bundle.manifest import Decision
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.export import ExportPlan, export
-from evm_deploy.export.pipeline import assumed, complete
+from evm_deploy.export.network_input import assumed
+from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import CONVERTERS, PREPROCESSING
 from evm_deploy.export.settings import KINDS
 from evm_deploy.export.tensorrt.settings import EngineSettings

@@ -22,7 +22,8 @@ from evm_deploy.data.preprocessing import RESIZES, Preprocessing
 from evm_deploy.data.resizing import INTERPOLATIONS
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, UsageError
-from evm_deploy.export.pipeline import assumed, complete
+from evm_deploy.export.network_input import assumed
+from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
 from tests.broken import change_manifest

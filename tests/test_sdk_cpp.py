@@ -20,14 +20,14 @@ from evm_deploy.bench import bench
 from evm_deploy.bench.record import Settings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import CHECKPOINT, write_images
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import ImageError, UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
 from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
-from tests.test_vectors import CASES, FOLDER, preprocessing
+from tests.test_vectors import CASES, FOLDER, expected, preprocessing
 from tests.toolchains import need, tensorrt_headers
 
 pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
@@ -70,7 +70,10 @@ def test_the_vectors(tmp_path):
     for name, case in CASES.items():
         spec = preprocessing(case)
         commands.append(
-            ("pixels", *spec.size, spec.crop_pct, spec.interpolation, FOLDER / case["image"], tmp_path / name)
+            (
+                *("pixels", *spec.size, spec.crop_pct, spec.interpolation, spec.resize),
+                *(",".join(map(str, spec.mean)), FOLDER / case["image"], tmp_path / name),
+            )
         )
         names.append(name)
     for name, answer in zip(names, drive(*commands), strict=True):
@@ -79,7 +82,7 @@ def test_the_vectors(tmp_path):
             assert answer.startswith(f"error: ImageError\t{case['code']}\t\t"), answer
             continue
         assert answer == "ok ", name
-        want = np.asarray(Image.open(FOLDER / case["expected"])).astype(int)
+        want = expected(case).astype(int)
         have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
         assert np.abs(have - want).max() == 0, name
 
@@ -114,7 +117,14 @@ def test_arrays_are_preprocessed_to_the_bit(demo_bundle):
 def test_any_size_is_preprocessed_to_the_bit(demo_bundle, tmp_path):
     """Noise, which shows the order of the passes."""
     rng = np.random.default_rng(8)
-    specs = [{"size": [48, 64]}, {"size": [100, 30], "interpolation": "bilinear"}, {"size": [64, 64], "crop_pct": 0.7}]
+    specs = [
+        {"size": [48, 64]},
+        {"size": [100, 30], "interpolation": "bilinear"},
+        {"size": [64, 64], "crop_pct": 0.7},
+        {"size": [90, 64], "resize": "stretch", "mean": [0.5], "std": [0.5]},
+        {"size": [64, 90], "resize": "pad"},
+        {"size": [90, 64], "resize": "pad", "interpolation": "bilinear-opencv", "mean": [0.3], "std": [0.5]},
+    ]
     for i, spec in enumerate(specs):
         bundle = changed(
             demo_bundle.path, tmp_path / str(i), lambda content, spec=spec: content["preprocessing"].update(spec)
@@ -163,9 +173,9 @@ def test_the_same_five_best_on_50_images(name, bundles, images_50):
         assert done.returncode == 0, done.stderr
         rows = json.loads(done.stdout)
         assert [row["image"] for row in rows] == [str(path) for path in images_50]
-        for row, expected in zip(rows, want, strict=True):
-            assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in expected]
-            assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in expected], abs=1e-5)
+        for row, best in zip(rows, want, strict=True):
+            assert [(p["label"], p["index"]) for p in row["top"]] == [(p.label, p.index) for p in best]
+            assert [p["score"] for p in row["top"]] == pytest.approx([p.score for p in best], abs=1e-5)
 
 
 def test_the_c_abi_gives_the_same(bundles, images_50):
@@ -301,6 +311,30 @@ def test_tensorrt_compiles_with_nvidias_headers():
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", include, "-isystem", headers]
     source = ROOT / "sdk" / "cpp"
     run(["g++", *flags, f"-I{source / 'include'}", source / "src" / "tensorrt.cpp"])
+
+
+def test_networks_of_other_channels(channel_bundles, images_50):
+    """Grey images as in Python; RGBA is refused, and its tensors run."""
+    rgb = [np.asarray(Image.open(path).convert("RGB")) for path in images_50[:7]]
+    bundle = channel_bundles[1].path
+    with Model(bundle, scan="portable", threads=1) as model, load(bundle, scan="portable", threads=1) as python:
+        for image in rgb:
+            have, want = model.preprocess(image), python.preprocessing.pixels(image)
+            assert have.shape == (64, 96, 1) and np.array_equal(have, want)
+        for row, best in zip(model.classify(rgb, 3), python.predict(rgb, 3), strict=True):
+            assert [index for index, _ in row] == [p.index for p in best]
+        checks = model.selftest()
+        assert set(checks) == {check.name for check in python.selftest()} and "preprocessing (of 255)" in checks
+        assert all(error <= limit for error, limit in checks.values())
+    bundle = channel_bundles[4].path
+    with Model(bundle, scan="portable", threads=1) as model, load(bundle, scan="portable", threads=1) as python:
+        for act in (lambda: model.preprocess(rgb[0]), lambda: model.classify(rgb)):
+            with pytest.raises(ImageError, match="the network takes 4 channels: this SDK reads grey and RGB"):
+                act()
+        value = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 4), np.uint8)
+        np.testing.assert_allclose(model.run(value)["logits"], python.run({"image": value})["logits"], atol=1e-5)
+        checks = model.selftest()
+        assert "preprocessing (of 255)" not in checks and all(error <= limit for error, limit in checks.values())
 
 
 def test_one_unreadable_image_costs_that_image(bundles, images_50, tmp_path):

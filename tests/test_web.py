@@ -22,7 +22,8 @@ from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.preprocessing import RESIZES, Preprocessing
+from evm_deploy.data.resizing import INTERPOLATIONS
 from evm_deploy.demo import write_images
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
@@ -37,7 +38,7 @@ from tests.broken import (
 )
 from tests.test_archive import link, made, of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
-from tests.test_vectors import CONTENT
+from tests.test_vectors import CONTENT, expected
 from tests.test_vectors import FOLDER as VECTORS
 from tests.toolchains import need, without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
@@ -115,7 +116,7 @@ def test_the_vectors_in_a_browser(library):
         assert have.get("code") == case.get("code")
         if "code" in case:
             continue
-        want = np.asarray(Image.open(VECTORS / case["expected"]))
+        want = expected(case)
         pixels = np.frombuffer(base64.b64decode(have["pixels"]), np.uint8).reshape(want.shape)
         limit = 1 if case["image"].endswith(".jpg") else 0  # decoders of JPEG may differ by a rounding
         assert np.abs(pixels.astype(int) - want).max() <= limit, case["name"]
@@ -128,10 +129,11 @@ def test_sizes_at_random_are_pillows(library):
     """Seeded noise and settings: to the last bit."""
     rng = np.random.default_rng(0)
     given, want = [], []
-    for kind in ("bicubic", "bilinear") * 20:
+    for kind in INTERPOLATIONS * 20:
         height, width = (int(side) for side in rng.integers(3, 90, 2))
         size = tuple(int(side) for side in rng.integers(8, 70, 2))
-        spec = Preprocessing(size, float(rng.uniform(0.3, 1)), kind)
+        resize, grey = rng.choice(RESIZES), {"mean": (0.37,), "std": (0.5,)} if rng.random() < 0.3 else {}
+        spec = Preprocessing(size, float(rng.uniform(0.3, 1)), kind, resize=str(resize), **grey)
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         rgb = base64.b64encode(image.tobytes()).decode()
         given.append({"preprocessing": vars(spec), "width": width, "height": height, "rgb": rgb})
@@ -182,6 +184,25 @@ def test_tensors_probabilities_and_batches(library, batched_bundle, digits, tmp_
     inputs, checks, runs = library(MODEL + code, None, tmp_path)
     assert inputs == [{"name": "tensor", "dtype": "float32", "shape": [None, 3, 64, 64]}] and runs == 3
     assert all(check["ok"] for check in checks) and {"probs", "preprocessing (of 255)"} < {c["name"] for c in checks}
+
+
+def test_networks_of_other_channels(library, channel_bundles, digits, tmp_path):
+    """Grey images as in Python; RGBA is refused, and its self-test has no image."""
+    (tmp_path / "bundle").symlink_to(channel_bundles[1].path)
+    (tmp_path / "digits").symlink_to(digits[0].parents[1])
+    names = [f"digits/{path.parent.name}/{path.name}" for path in digits[:3]]
+    alike(library(CLASSIFY, names, tmp_path), channel_bundles[1].path, digits[:3], 1e-4)
+    code = """const checks = await model.selftest(), { runs } = await model.bench({ warmUp: 1, runs: 2 });
+        try { await model.classify(new Uint8Array(3), 1, 1); } catch (error) { return [checks, runs, error.message]; }
+        return [checks, runs, ""];"""
+    checks, runs, said = library(MODEL + code, None, tmp_path)
+    assert all(check["ok"] for check in checks) and checks[0]["name"] == "preprocessing (of 255)"
+    assert (runs, said) == (2, "")
+    (tmp_path / "bundle").unlink()
+    (tmp_path / "bundle").symlink_to(channel_bundles[4].path)
+    checks, runs, said = library(MODEL + code, None, tmp_path)
+    assert all(check["ok"] for check in checks) and checks[0]["name"] == "logits"
+    assert runs == 2 and said.startswith("the network takes 4 channels: images here are grey or RGB")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from evm_deploy.errors import UsageError
@@ -34,6 +34,11 @@ def shortened(text: object, limit: int = 240) -> str:
 def count_text(count: int, noun: str) -> str:
     """Format a count with its noun: 1 value, 3 values."""
     return f"{count} {noun}" + "s" * (count != 1)
+
+
+def some_of(names: Sequence[str], count: int = 4) -> str:
+    """Return the first names with commas, and two dots for the others."""
+    return ", ".join(names[:count]) + (", .." if len(names) > count else "")
 
 
 def size_text(imgsz: tuple[int, int]) -> str:

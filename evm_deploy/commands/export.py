@@ -153,7 +153,8 @@ def _dry_run(source: Source, plan: ExportPlan, args: argparse.Namespace) -> dict
     """Run every check of an export that needs no trace. Print and return what the export would do."""
     from evm_deploy.bundle.bundle import check_free
     from evm_deploy.calib.int8 import image_sets
-    from evm_deploy.export.pipeline import assumed, bundle_path, complete, require_toolchain
+    from evm_deploy.export.network_input import assumed
+    from evm_deploy.export.pipeline import bundle_path, complete, require_toolchain
     from evm_deploy.export.plan import QUANTIZED
     from evm_deploy.export.quantization import quantization_config
     from evm_deploy.export.targets import get_target

@@ -173,7 +173,7 @@ def _unread(rows: list[dict[str, Any]]) -> int:
 
 def _images(given: str) -> list[str]:
     """Return the images that an argument names: a folder's, those of a pattern that no shell expanded, or itself."""
-    from evm_deploy.data.images import find_images
+    from evm_deploy.data.sources import find_images
 
     if os.path.isdir(given):  # noqa: PTH112  Path("") is the current folder
         with contextlib.suppress(CalibrationError):  # reading the folder itself fails, and says so

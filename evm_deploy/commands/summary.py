@@ -16,11 +16,12 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
     seconds: wall time of the export.
     """
     from evm_deploy.calib.evaluate import Accuracy
+    from evm_deploy.data.reading import MODES
     from evm_deploy.export.targets import get_target
     from evm_deploy.tasks import get_task
 
     m, parity = bundle.manifest, bundle.manifest.parity
-    target, predicts = get_target(m.target), get_task(m.task).decode
+    target, predicts = get_target(m.target), get_task(m.task).decode and m.preprocess().channels in MODES
     title = f"{m.model['name']} -> {target.runtime.label} {m.precision}, {m.sizes}"
     quantized = [m.details["quantization"]] if "quantization" in m.details else []
     lines = [

@@ -27,7 +27,7 @@ def resized(image: Image, size: tuple[int, int], interpolation: str) -> NDArray[
 
     height, width = size
     if (width, height) != image.size and interpolation == PLAIN:
-        return _bilinear(_bilinear(_array(image), width, axis=1), height, axis=0)
+        return _bilinear(_array(image), height, width)
     if (width, height) != image.size:
         # Pillow before 13 resizes the width first. Pillow 13 resizes the height of tall images first, which changes
         # noise by up to 9 of 255 (python-pillow/Pillow#9549). Two calls give the same pixels in every version.
@@ -42,19 +42,25 @@ def _array(image: Image) -> NDArray[np.uint8]:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _bilinear(pixels: NDArray[np.uint8], size: int, axis: int) -> NDArray[np.uint8]:
-    """Resize one axis of (H, W, channels) to `size` pixels, each between its two neighbours, rounded to uint8."""
-    old = pixels.shape[axis]
-    centre = (np.arange(size) + 0.5) * (old / size)
+def _bilinear(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Resize (H, W, channels) to (height, width, channels): each pixel between its neighbours, the width first."""
+    rows, down = _neighbours(pixels.shape[0], height)
+    columns, across = _neighbours(pixels.shape[1], width)
+    upper, lower = (_mixed([pixels[np.ix_(row, column)] for column in columns], across[..., None]) for row in rows)
+    return _mixed([upper, lower], down[..., None, None])
+
+
+def _neighbours(old: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return the two neighbours of each new pixel on an axis, (2, new), and their weights in units of 2^-BITS."""
+    centre = (np.arange(new) + 0.5) * (old / new)
     first = np.maximum(0, (centre - 0.5).astype(np.int64))
-    second = np.minimum(first + 1, old - 1)
-    near = [np.maximum(0, 1 - np.abs(at - centre + 0.5)) for at in (first, first + 1)]
-    near[1][first + 1 >= old] = 0
-    weights = [(weight / sum(near) * (1 << BITS) + 0.5).astype(np.int32) for weight in near]
-    shape = [-1 if i == axis else 1 for i in range(3)]
-    parts = (
-        np.take(pixels, at, axis).astype(np.int32) * weight.reshape(shape)
-        for at, weight in zip((first, second), weights, strict=True)
-    )
-    found: NDArray[np.uint8] = ((sum(parts) + HALF) >> BITS).astype(np.uint8)
-    return found
+    at = np.stack([first, first + 1])
+    near = np.where(at < old, np.maximum(0, 1 - np.abs(at - centre + 0.5)), 0)
+    return np.minimum(at, old - 1), (near / near.sum(0) * (1 << BITS) + 0.5).astype(np.int32)
+
+
+def _mixed(pair: list[NDArray[np.uint8]], weights: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Return the weighted mean of two arrays, rounded to uint8. weights: (2, ..) that broadcast to the arrays."""
+    first, second = (pixels * weight for pixels, weight in zip(pair, weights, strict=True))
+    mixed: NDArray[np.uint8] = ((first + second + HALF) >> BITS).astype(np.uint8)
+    return mixed

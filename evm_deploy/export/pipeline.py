@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evm_deploy import __version__
 from evm_deploy._util.files import native_path
 from evm_deploy._util.progress import Step, silent
-from evm_deploy._util.text import command, count_text, size_text
+from evm_deploy._util.text import command, size_text
 from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy._util.values import label, listed, path_text, wrong
 from evm_deploy.bundle.archive import write_zip
@@ -23,14 +23,13 @@ from evm_deploy.bundle.manifest import Manifest, portable
 from evm_deploy.bundle.readme import bundle_readme
 from evm_deploy.bundle.signing import private_key, public_key
 from evm_deploy.bundle.signing import sign as sign_bundle
-from evm_deploy.data.preprocessing import CROP, Preprocessing
-from evm_deploy.data.reading import MODES, listed_channels
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
+from evm_deploy.export.network_input import assumed, check_channels
 from evm_deploy.export.plan import (
     DEFAULT_IMGSZ,
     MAX_DROP,
-    PREPROCESSING,
     ExportPlan,
     check_labels,
     make_preprocessing,
@@ -257,7 +256,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         if min(size) < spec.min_pixels:
             raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
     preprocessing = make_preprocessing(imgsz, plan.preprocessing, saved, spec.channels)
-    _check_channels(plan, spec)
+    check_channels(plan, spec)
     task = get_task(spec.task)
     head = plan.head or (PROBABILITIES if plan.multi_label else task.heads[0])
     if head not in task.heads:
@@ -279,50 +278,6 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
         check_labels("labels", labels)
     max_drop = MAX_DROP if plan.val and plan.max_drop is None else plan.max_drop
     return replace(plan, imgsz=imgsz, head=head, labels=labels, max_drop=max_drop), preprocessing
-
-
-def _check_channels(plan: ExportPlan, spec: ModelSpec) -> None:
-    """Raise UsageError for a setting that needs images, if no image has the network's number of channels."""
-    count = count_text(spec.channels, "input channel")
-    taken = get_target(plan.target).image_channels
-    if plan.input == "image" and spec.channels in MODES and spec.channels not in taken:
-        raise UsageError(
-            f"--input image: target '{plan.target}' has images of {' or '.join(map(str, taken))} channels, the network "
-            f"has {count}",
-            "add --input tensor: the app gives normalised tensors",
-        )
-    if spec.channels in MODES:
-        return
-    why = f"the network has {count}, images have {listed_channels()}"
-    if plan.input == "image":
-        raise UsageError(f"--input image: {why}", "add --input tensor: the app gives normalised tensors")
-    for flag, value in (("--calib", plan.calib), ("--val", plan.val)):
-        if value is not None:
-            raise UsageError(f"{flag}: {why}", "export it in fp32 or fp16: calibration and evaluation read images")
-
-
-def assumed(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocessing) -> list[str]:
-    """Return a note on the settings that neither the plan nor the checkpoint gives, with the values taken for them.
-
-    plan: as the user gave it, not completed. No parity check can see a wrong value here: the float model gets the same.
-    """
-    known = {key for key in ("imgsz", *PREPROCESSING) if getattr(plan, key) is not None or key in spec.defaults}
-    count = count_text(spec.channels, "channel")
-    repeated = "" if spec.channels == 3 else f" (ImageNet's for RGB, repeated for {count})"
-    values = {
-        "imgsz": f"size {size_text(preprocessing.size)}",
-        "mean": f"mean {','.join(map(str, preprocessing.mean))}{repeated}",
-        "std": f"std {','.join(map(str, preprocessing.std))}{repeated}",
-        "resize": f"resize {preprocessing.resize}",
-        "crop_pct": f"crop {preprocessing.crop_pct}",
-        "interpolation": f"interpolation {preprocessing.interpolation}",
-    }
-    if preprocessing.resize != CROP:
-        known.add("crop_pct")
-    elif "crop_pct" in known:  # the share tells that there is a crop
-        known.add("resize")
-    texts = [text for key, text in values.items() if key not in known]
-    return [f"assumed, because neither the checkpoint nor a flag says: {', '.join(texts)}"] if texts else []
 
 
 def require_toolchain(target: Target, plan: ExportPlan) -> None:

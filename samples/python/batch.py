@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from evm_deploy import EvmError, load
-from evm_deploy.data.images import find_images
+from evm_deploy.data.sources import find_images
 from evm_deploy.errors import ImageError
 
 AT_ONCE = 64

@@ -54,11 +54,11 @@ private fun pixels(request: JsonObject): JsonElement {
     val preprocessing = Preprocessing.of(Value(request["preprocessing"]))
     val rgbImage = decoded(File(request.string("image")))
     val pixels = preprocessing.pixels(rgbImage)
-    val shape = listOf(3, pixels.height, pixels.width)
+    val shape = listOf(preprocessing.channels, pixels.height, pixels.width)
     return buildJsonObject {
         put("image", numbers(listOf(rgbImage.width, rgbImage.height)))
         put("size", numbers(listOf(pixels.width, pixels.height)))
-        put("rgb", Base64.getEncoder().encodeToString(pixels.rgb))
+        put("rgb", Base64.getEncoder().encodeToString(preprocessing.bytes(pixels)))
         put("normalised", Base64.getEncoder().encodeToString(bytes(Tensor.of(shape, preprocessing.normalised(pixels)))))
     }
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import golden
 import numpy as np
 import pytest
 import torch
@@ -17,30 +16,16 @@ from evm_deploy.export.target import open_here
 from evm_deploy.export.targets import load_targets
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
-from tests.conftest import save_as_released
 
 every_target = pytest.mark.parametrize("target", load_targets().values(), ids=list(load_targets()))
 pytestmark = pytest.mark.slow
 MEAN, STD = (0.4, 0.5, 0.6, 0.7), (0.2, 0.25, 0.3, 0.35)
-STEM = "patch_embed.0.weight"
 
 
 @pytest.fixture(autouse=True)
 def on_no_device(monkeypatch):
     """Nothing is finished: the device is another machine."""
     monkeypatch.setattr("evm_deploy.export.pipeline.engine_built_here", lambda plan: False)
-
-
-@pytest.fixture(scope="module")
-def of_channels(tmp_path_factory):
-    """of_channels(n) -> a checkpoint of the smallest golden model whose stem reads n channels."""
-
-    def make(channels: int):
-        state = dict(golden.model_case("micro_64")["state"])
-        state[STEM] = np.concatenate([state[STEM]] * 2, 1)[:, :channels]
-        return save_as_released(state, tmp_path_factory.mktemp("channels") / f"micro{channels}.ckpt")
-
-    return make
 
 
 @every_target

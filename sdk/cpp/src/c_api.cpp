@@ -86,6 +86,8 @@ void evm_input_size(const evm_model *model, int *height, int *width) {
     *height = spec.height, *width = spec.width;
 }
 
+int evm_input_channels(const evm_model *model) { return model->model.manifest().preprocessing.channels(); }
+
 evm_status evm_classify(const evm_model *model, const evm_image *images, size_t count, int top, evm_prediction *best, char **error) {
     return guarded(error, [&] {
         std::vector<evm::Image> rgb_images(count);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int SCHEMA_VERSION = 1;
 constexpr std::uint64_t MAX_MANIFEST = 4 << 20;
-constexpr int MAX_SIDE = 8192;
+constexpr int MAX_SIDE = 8192, MAX_CHANNELS = 1024;
 constexpr const char *FILE_NAME = "manifest.json";
 
 constexpr double HUGE_NUMBER = 1e15;  // bound of all numbers
@@ -76,10 +76,9 @@ struct Value {
     }
 };
 
-std::array<double, 3> channels(const Value &value, bool positive) {
-    std::array<double, 3> found{};
-    const std::vector<Value> items = value.items(3, 3);
-    for (std::size_t i = 0; i < 3; i++) found[i] = positive ? items[i].positive() : items[i].number();
+std::vector<double> channels(const Value &value, bool positive) {
+    std::vector<double> found;
+    for (const Value &item : value.items(1, MAX_CHANNELS)) found.push_back(positive ? item.positive() : item.number());
     return found;
 }
 
@@ -87,9 +86,12 @@ Preprocessing preprocessing_of(const Value &value) {
     Preprocessing result;
     const std::vector<Value> size = value.at("size").items(2, 2);
     result.height = static_cast<int>(size[0].count(MAX_SIDE)), result.width = static_cast<int>(size[1].count(MAX_SIDE));
-    result.crop_pct = value.at("crop_pct").positive(1);
-    result.interpolation = value.at("interpolation").one_of({"bicubic", "bilinear"});
+    const Value resize = value.at("resize");
+    if (&resize.json != &NOTHING) result.resize = resize.one_of({"crop", "stretch", "pad"});  // absent in older bundles
+    if (result.resize == "crop") result.crop_pct = value.at("crop_pct").positive(1);
+    result.interpolation = value.at("interpolation").one_of({"bicubic", "bilinear", "bilinear-opencv"});
     result.mean = channels(value.at("mean"), false), result.std_dev = channels(value.at("std"), true);
+    value.at("std").require(result.std_dev.size() == result.mean.size(), "as many values as mean");
     return result;
 }
 

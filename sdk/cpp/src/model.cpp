@@ -136,11 +136,11 @@ struct Model::Impl {
     // Run one batch of pixels and return the scores of its images.
     Tensor scores(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
         const Preprocessing &spec = manifest.preprocessing;
-        Tensor images{"uint8", {count, spec.height, spec.width, 3}, pixels};
+        Tensor images{"uint8", {count, spec.height, spec.width, spec.channels()}, pixels};
         if (manifest.input == "tensor") {
             const std::vector<float> values = spec.normalise(pixels);
             const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(values.data());
-            images = {"float32", {count, 3, spec.height, spec.width}, {bytes, bytes + values.size() * sizeof(float)}};
+            images = {"float32", {count, spec.channels(), spec.height, spec.width}, {bytes, bytes + values.size() * sizeof(float)}};
         }
         Tensor found = std::move(run_batched(*runtime, manifest, images, count).at(manifest.head));
         check_scores(*source, manifest, labels, {manifest.head, found.dtype, found.shape});

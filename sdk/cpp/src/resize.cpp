@@ -1,5 +1,5 @@
 // A pixel of the result is a weighted mean of the pixels under a kernel. Where the image gets smaller, the kernel is stretched by the
-// scale, which is the antialiasing. Weights are computed in double, normalised, and rounded to fixed point with 22 bits. The horizontal
+// scale, which is the antialiasing; `bilinear-opencv` does not stretch it. Weights are computed in double, normalised, and rounded to fixed point with 22 bits. The horizontal
 // pass comes first and is rounded to 8 bits. Every rounding is the same as Pillow's.
 #include "resize.h"
 
@@ -30,8 +30,9 @@ double triangle(double x) {
     return x < 1 ? 1 - x : 0;
 }
 
-Weights weights_of(int from, const Axis &axis, bool bicubic) {
-    const double scale = static_cast<double>(from) / axis.full, stretch = std::max(scale, 1.0);
+Weights weights_of(int from, const Axis &axis, const std::string &interpolation) {
+    const bool bicubic = interpolation == "bicubic";
+    const double scale = static_cast<double>(from) / axis.full, stretch = interpolation == "bilinear-opencv" ? 1.0 : std::max(scale, 1.0);
     const double support = (bicubic ? 2 : 1) * stretch, inverse = 1 / stretch;
     Weights result;
     result.taps = static_cast<int>(std::ceil(support)) * 2 + 1;
@@ -102,8 +103,8 @@ Bytes vertical(const std::uint8_t *rgb, std::size_t width, int top, const Weight
 
 }  // namespace
 
-Bytes resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic) {
-    const Weights across = weights_of(image.width, columns, bicubic), down = weights_of(image.height, rows, bicubic);
+Bytes resized(const Image &image, const Axis &rows, const Axis &columns, const std::string &interpolation) {
+    const Weights across = weights_of(image.width, columns, interpolation), down = weights_of(image.height, rows, interpolation);
     const std::ptrdiff_t stride = image.stride ? image.stride : 3 * static_cast<std::ptrdiff_t>(image.width);
     // The source rows of all kept rows: begin and end grow from row to row, so the first and the last kept row suffice.
     const int top = down.begin.front(), bottom = down.begin.back() + down.count.back();

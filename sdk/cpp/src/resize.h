@@ -1,4 +1,4 @@
-// Antialiased resizing of 8-bit RGB images, bit for bit equal to Pillow.
+// Resizing of 8-bit RGB images, bit for bit equal to Pillow, and to evm-deploy's Python for `bilinear-opencv`.
 #pragma once
 #include "evm/evm.hpp"
 
@@ -9,8 +9,8 @@ struct Axis {
     int full, first, count;
 };
 
-// Resize an image to rows.full x columns.full and return the kept part, rows.count x columns.count x 3 bytes. The interpolation is bicubic
-// or, if `bicubic` is false, bilinear.
-std::vector<std::uint8_t> resized(const Image &image, const Axis &rows, const Axis &columns, bool bicubic);
+// Resize an image to rows.full x columns.full and return the kept part, rows.count x columns.count x 3 bytes. interpolation: as in
+// Preprocessing.
+std::vector<std::uint8_t> resized(const Image &image, const Axis &rows, const Axis &columns, const std::string &interpolation);
 
 }  // namespace evm

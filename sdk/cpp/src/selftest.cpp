@@ -56,7 +56,7 @@ Check preprocessing_check(const Source &source, const Manifest &manifest, const 
     const RgbImage rgb_image = read_test_image(source);
     const Preprocessing &spec = manifest.preprocessing;
     const std::vector<std::uint8_t> have = spec.pixels({rgb_image.rgb.data(), rgb_image.width, rgb_image.height});
-    const Tensor &want = like(source, probes, "picture.pixels", "uint8", {spec.height, spec.width, 3});
+    const Tensor &want = like(source, probes, "picture.pixels", "uint8", {spec.height, spec.width, spec.channels()});
     double most = 0;
     for (std::size_t i = 0; i < have.size(); i++) most = std::max(most, std::abs(double(have[i]) - double(want.bytes[i])));
     return {"preprocessing (of 255)", most, manifest.limits.preprocessing};
@@ -143,7 +143,8 @@ Tensors run_batched(const Runtime &runtime, const Manifest &manifest, const Tens
 std::vector<Check> selftest(const Source &source, const Manifest &manifest, const Target &target, const Runtime &runtime, Options options) {
     const Tensors probes = read_probes(source);
     const std::map<std::string, Tensors> scans = read_scans(source);
-    std::vector<Check> checks{preprocessing_check(source, manifest, probes)};
+    std::vector<Check> checks;
+    if (manifest.preprocessing.reads_images()) checks.push_back(preprocessing_check(source, manifest, probes));
     const Tensor images = images_of(source, manifest, probes);
     const std::int64_t most = manifest.batch_max ? manifest.batch_max : images.shape[0];
     const Tensors found = run_batched(runtime, manifest, images, most);

@@ -46,6 +46,14 @@ std::string image(const Words &words) {
     return std::to_string(found.width) + " " + std::to_string(found.height);
 }
 
+// Numbers with commas between them.
+std::vector<double> numbers(const std::string &text) {
+    std::vector<double> found;
+    std::istringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) found.push_back(std::stod(part));
+    return found;
+}
+
 evm::Preprocessing sized(const Words &words) {
     evm::Preprocessing spec;
     spec.height = std::stoi(words.at(1)), spec.width = std::stoi(words.at(2));
@@ -54,9 +62,10 @@ evm::Preprocessing sized(const Words &words) {
 
 std::string pixels(const Words &words) {
     evm::Preprocessing spec = sized(words);
-    spec.crop_pct = std::stod(words.at(3)), spec.interpolation = words.at(4);
-    const std::vector<std::uint8_t> found = spec.pixels(read_image(words.at(5)).view());
-    write(words.at(6), found.data(), found.size());
+    spec.crop_pct = std::stod(words.at(3)), spec.interpolation = words.at(4), spec.resize = words.at(5);
+    spec.mean = numbers(words.at(6)), spec.std_dev = std::vector<double>(spec.mean.size(), 0.25);
+    const std::vector<std::uint8_t> found = spec.pixels(read_image(words.at(7)).view());
+    write(words.at(8), found.data(), found.size());
     return "";
 }
 

@@ -19,7 +19,9 @@ public struct Manifest: Decodable {
     }
     public struct Preprocess: Decodable {
         public let size: [Int]
-        public let crop_pct: Double
+        /// crop, stretch or pad; crop in older bundles, which do not say.
+        public let resize: String?
+        public let crop_pct: Double?
         public let interpolation: String
         public let mean: [Double]
         public let std: [Double]

@@ -31,7 +31,7 @@ public final class Model {
         model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
     }
 
-    /// Resizes and crops `image` to the pixels that the model reads. `name` names the image in errors. Throws EvmError.
+    /// Makes the pixels that the model reads of `image`. `name` names the image in errors. Throws EvmError.
     public func pixels(_ image: RgbImage, name: String = "image") throws -> RgbImage {
         try preprocessing.pixels(image, name: name)
     }
@@ -84,14 +84,14 @@ public final class Model {
 
     /// Makes the model's input from one image.
     func input(_ pixels: RgbImage) throws -> MLFeatureValue {
-        if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels)) }
+        if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels, channels: preprocessing.channels)) }
         let one = preprocessing.normalised(pixels)
         return try input(tensor: Array(repeating: one, count: batch).flatMap { $0 })
     }
 
     /// Makes the input of a package exported with `--input tensor`.
     func input(tensor: [Float]) throws -> MLFeatureValue {
-        MLFeatureValue(multiArray: try array(tensor, shape: [batch, 3, preprocessing.height, preprocessing.width]))
+        MLFeatureValue(multiArray: try array(tensor, shape: [batch, preprocessing.channels, preprocessing.height, preprocessing.width]))
     }
 
     /// Runs the package `file`, which contains a single scan, on float32 tensors and returns y.
@@ -137,8 +137,8 @@ extension Manifest {
             throw EvmError(.usage, "no function '\(function)' in the bundle; available: \(available)")
         }
         return Preprocess(
-            size: found.imgsz, crop_pct: preprocessing.crop_pct, interpolation: preprocessing.interpolation,
-            mean: preprocessing.mean, std: preprocessing.std)
+            size: found.imgsz, resize: preprocessing.resize, crop_pct: preprocessing.crop_pct,
+            interpolation: preprocessing.interpolation, mean: preprocessing.mean, std: preprocessing.std)
     }
 }
 
@@ -165,10 +165,11 @@ func array(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
     return array
 }
 
-/// Makes a pixel buffer with BGRA bytes, the format of cameras, which Core ML reads as RGB.
-private func pixelBuffer(_ pixels: RgbImage) throws -> CVPixelBuffer {
+/// Makes a pixel buffer: grey bytes for 1 channel, else BGRA bytes, the format of cameras, which Core ML reads as RGB.
+private func pixelBuffer(_ pixels: RgbImage, channels: Int) throws -> CVPixelBuffer {
+    let format = channels == 1 ? kCVPixelFormatType_OneComponent8 : kCVPixelFormatType_32BGRA
     var made: CVPixelBuffer?
-    CVPixelBufferCreate(nil, pixels.width, pixels.height, kCVPixelFormatType_32BGRA, nil, &made)
+    CVPixelBufferCreate(nil, pixels.width, pixels.height, format, nil, &made)
     guard let made else { throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels") }
     CVPixelBufferLockBaseAddress(made, [])
     defer { CVPixelBufferUnlockBaseAddress(made, []) }
@@ -179,7 +180,12 @@ private func pixelBuffer(_ pixels: RgbImage) throws -> CVPixelBuffer {
     let row = CVPixelBufferGetBytesPerRow(made)
     for y in 0..<pixels.height {
         for x in 0..<pixels.width {
-            let (from, to) = (3 * (y * pixels.width + x), y * row + 4 * x)
+            let from = 3 * (y * pixels.width + x)
+            if channels == 1 {
+                bytes[y * row + x] = pixels.rgb[from]
+                continue
+            }
+            let to = y * row + 4 * x
             bytes[to] = pixels.rgb[from + 2]
             bytes[to + 1] = pixels.rgb[from + 1]
             bytes[to + 2] = pixels.rgb[from]

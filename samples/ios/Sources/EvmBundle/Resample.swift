@@ -4,13 +4,15 @@
 /// A resampling filter. `support`: reach; `weight`: weight at a distance; both in pixels of the smaller image.
 enum Filter: String {
     case bilinear, bicubic
+    case bilinearOpenCV = "bilinear-opencv"
 
-    var support: Double { self == .bilinear ? 1 : 2 }
+    var support: Double { self == .bicubic ? 2 : 1 }
+    var antialiasing: Bool { self != .bilinearOpenCV }
 
     func weight(_ distance: Double) -> Double {
         let x = abs(distance)
         switch self {
-        case .bilinear: return max(0, 1 - x)
+        case .bilinear, .bilinearOpenCV: return max(0, 1 - x)
         case .bicubic: return cubic(x)
         }
     }
@@ -28,7 +30,7 @@ struct Crop {
 }
 
 extension RgbImage {
-    /// Resizes the image to `toWidth` x `toHeight`, with antialiasing, and returns the part `crop`.
+    /// Resizes the image to `toWidth` x `toHeight` and returns the part `crop`.
     func resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter) -> RgbImage {
         let across = windows(from: width, to: toWidth, first: crop.left, count: crop.width, filter)
         let down = windows(from: height, to: toHeight, first: crop.top, count: crop.height, filter)
@@ -59,7 +61,7 @@ private struct Window {
 /// Returns the windows of `count` output pixels from `first` on, for an axis of `from` pixels resized to `to`.
 private func windows(from: Int, to: Int, first: Int, count: Int, _ filter: Filter) -> [Window] {
     let scale = Double(from) / Double(to)
-    let stretch = max(scale, 1)  // antialiasing: the filter is at least as wide as an output pixel
+    let stretch = filter.antialiasing ? max(scale, 1) : 1  // the filter is at least as wide as an output pixel
     let support = filter.support * stretch
     return (first..<(first + count)).map { output in
         let center = (Double(output) + 0.5) * scale

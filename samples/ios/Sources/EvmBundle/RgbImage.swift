@@ -72,6 +72,18 @@ public struct RgbImage: Sendable {
         }
     }
 
+    /// Returns the luminance, as Pillow computes it, in all three channels.
+    func grey() -> RgbImage {
+        var out = [UInt8]()
+        out.reserveCapacity(rgb.count)
+        for at in stride(from: 0, to: rgb.count, by: 3) {
+            let sum = Int(rgb[at]) * 19595 + Int(rgb[at + 1]) * 38470 + Int(rgb[at + 2]) * 7471
+            let value = UInt8((sum + 0x8000) >> 16)
+            out.append(contentsOf: [value, value, value])
+        }
+        return RgbImage(width: width, height: height, rgb: out)
+    }
+
     private func turned(_ newWidth: Int, _ newHeight: Int, _ source: (Int, Int) -> (Int, Int)) -> RgbImage {
         var out = [UInt8]()
         out.reserveCapacity(rgb.count)

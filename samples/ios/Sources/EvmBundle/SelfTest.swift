@@ -26,7 +26,8 @@ extension Model {
     /// Throws EvmError if the bundle has no readable self-test.
     public func selfTest() throws -> [Check] {
         let (tensors, scans) = try (read(probesFile), read(scansFile))
-        return try [imageCheck(tensors)] + outputChecks(tensors) + scanChecks(scans)
+        let image = manifest.preprocessing.readsImages ? [try imageCheck(tensors)] : []
+        return try image + outputChecks(tensors) + scanChecks(scans)
     }
 
     private func read(_ name: String) throws -> [String: Tensor] {
@@ -52,15 +53,19 @@ extension Model {
 
     private func imageCheck(_ tensors: [String: Tensor]) throws -> Check {
         let image = try RgbImage(contentsOf: folder.appendingPathComponent("selftest/picture.png"))
-        let have = try manifest.preprocessing.pixels(image)
-        let want = try like(tensors, "picture.pixels", "uint8", [have.height, have.width, 3]).bytes
-        let off = zip(have.rgb, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
+        let preprocessing = manifest.preprocessing
+        let have = preprocessing.bytes(try preprocessing.pixels(image))
+        let shape = [preprocessing.height, preprocessing.width, preprocessing.channels]
+        let want = try like(tensors, "picture.pixels", "uint8", shape).bytes
+        let off = zip(have, want).map { abs(Int($0) - Int($1)) }.max() ?? 0
         return Check(name: "preprocessing (of 255)", error: Double(off), limit: manifest.selftest?.preprocessing ?? 1)
     }
 
     private func outputChecks(_ tensors: [String: Tensor]) throws -> [Check] {
         let (height, width) = (manifest.preprocessing.height, manifest.preprocessing.width)
-        let (dtype, one) = manifest.plan.input == "image" ? ("U8", [height, width, 3]) : ("F32", [3, height, width])
+        let channels = manifest.preprocessing.channels
+        let pixels = manifest.plan.input == "image"
+        let (dtype, one) = pixels ? ("U8", [height, width, channels]) : ("F32", [channels, height, width])
         guard let inputs = tensors[manifest.plan.input], inputs.dtype == dtype, !inputs.bytes.isEmpty,
             inputs.shape.dropFirst().elementsEqual(one)
         else { throw damaged(probesFile, "has no \(manifest.plan.input)") }

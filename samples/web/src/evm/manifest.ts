@@ -1,7 +1,7 @@
 /** Reading of manifest.json, schema 1 (docs/bundle.md): the parts that an app uses, with the same checks as in Python. */
 
 import { BundleError, reason } from "./errors";
-import { MAX_SIDE, Preprocessing, type PreprocessingFacts } from "./preprocess";
+import { MAX_CHANNELS, MAX_SIDE, Preprocessing, RESIZES, type PreprocessingFacts } from "./preprocess";
 import { INTERPOLATIONS } from "./resize";
 import type { TensorSpec } from "./tensor";
 
@@ -234,14 +234,18 @@ function batchOf(value: Value): Batch {
 
 function preprocessingOf(value: Value): PreprocessingFacts {
   const [height, width] = value.at("size").items(2, 2).map((side) => side.count(MAX_SIDE)) as [number, number];
-  const three = (key: string, read: (item: Value) => number): [number, number, number] =>
-    value.at(key).items(3, 3).map(read) as [number, number, number];
+  const given = value.at("resize");
+  const resize = given.absent ? "crop" : given.oneOf(RESIZES); // absent in older bundles
+  const mean = value.at("mean").items(1, MAX_CHANNELS).map((item) => item.number());
+  const std = value.at("std").items(1, MAX_CHANNELS).map((item) => item.positive());
+  value.at("std").require(std.length === mean.length, "as many values as mean");
   return {
     size: [height, width],
-    crop_pct: value.at("crop_pct").positive(1),
+    resize,
+    ...(resize === "crop" ? { crop_pct: value.at("crop_pct").positive(1) } : {}),
     interpolation: value.at("interpolation").oneOf(INTERPOLATIONS),
-    mean: three("mean", (item) => item.number()),
-    std: three("std", (item) => item.positive()),
+    mean,
+    std,
   };
 }
 

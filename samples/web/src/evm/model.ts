@@ -108,8 +108,8 @@ export class Model {
 
   /** Measure the latency of inferences of one batch, without preprocessing. */
   bench({ warmUp = 5, runs = 50 } = {}): Promise<Latency> {
-    const { height, width } = this.manifest.preprocessing;
-    const input = this.input(new Uint8Array(3 * height * width).fill(127));
+    const { height, width, channels } = this.manifest.preprocessing;
+    const input = this.input(new Uint8Array(channels * height * width).fill(127));
     return latency(() => runBatched(this.runtime, this.manifest.batch, input), { warmUp, runs });
   }
 
@@ -138,12 +138,12 @@ export class Model {
     return this.best(head === "probs" ? values : softmax(values), top);
   }
 
-  /** Make the model's input, a batch of one, from pixels (H, W, 3). */
+  /** Make the model's input, a batch of one, from pixels (H, W, channels). */
   private input(pixels: Uint8Array): Tensor {
     const { preprocessing, input } = this.manifest;
-    const { height, width } = preprocessing;
-    if (input === "image") return uint8(pixels, [1, height, width, 3]);
-    return float32(preprocessing.normalise(pixels), [1, 3, height, width]);
+    const { height, width, channels } = preprocessing;
+    if (input === "image") return uint8(pixels, [1, height, width, channels]);
+    return float32(preprocessing.normalise(pixels), [1, channels, height, width]);
   }
 
   private best(scores: readonly number[], top: number): Prediction[] {

@@ -1,9 +1,9 @@
 /**
- * Antialiased resizing in fixed point: the horizontal pass, rounded and clipped to bytes, then the vertical pass. Only the
+ * Resizing in fixed point, antialiased but for `bilinear-opencv`: the horizontal pass, rounded and clipped to bytes, then the vertical pass. Only the
  * pixels of the crop are computed.
  */
 
-export const INTERPOLATIONS = ["bicubic", "bilinear"] as const;
+export const INTERPOLATIONS = ["bicubic", "bilinear", "bilinear-opencv"] as const;
 export type Interpolation = (typeof INTERPOLATIONS)[number];
 
 /** Bits of a coefficient's fraction. Of the 32 bits of an int32, 8 are for the pixel and 2 for sign and overshoot. */
@@ -88,7 +88,7 @@ function byte(sum: number): number {
 /** Return the taps of output pixels from..from + count, for an axis of `size` pixels resized to `newSize`. */
 function taps(size: number, newSize: number, from: number, count: number, filter: Filter): Taps {
   const scale = size / newSize;
-  const stretch = Math.max(1, scale); // antialiasing: when the image shrinks, the filter covers all source pixels
+  const stretch = filter.plain ? 1 : Math.max(1, scale); // antialiasing: when the image shrinks, the filter covers all source pixels
   const support = filter.support * stretch;
   const first = new Int32Array(count);
   const weights: Int32Array[] = [];
@@ -109,14 +109,18 @@ function fixed(value: number): number {
   return Math.trunc(value * 2 ** PRECISION_BITS + (value < 0 ? -0.5 : 0.5));
 }
 
-/** A resampling filter. `at(x)`: weight at distance x, which is 0 beyond `support`. */
+/** A resampling filter. `at(x)`: weight at distance x, which is 0 beyond `support`. plain: without antialiasing. */
 interface Filter {
   readonly support: number;
+  readonly plain?: boolean;
   at(x: number): number;
 }
 
+const triangle = (x: number): number => Math.max(0, 1 - Math.abs(x));
+
 const FILTERS: Record<Interpolation, Filter> = {
-  bilinear: { support: 1, at: (x) => Math.max(0, 1 - Math.abs(x)) },
+  bilinear: { support: 1, at: triangle },
+  "bilinear-opencv": { support: 1, at: triangle, plain: true },
   /** Keys' cubic convolution, a = -0.5. */
   bicubic: {
     support: 2,

@@ -23,11 +23,7 @@ export interface Check {
 export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOptions): Promise<Check[]> {
   const { manifest } = bundle;
   const [probes, scans] = [await tensors(bundle, PROBES), bySite(bundle, await tensors(bundle, SCANS))];
-  const rgbImage = await decode(new Blob([await bundle.read("selftest/picture.png")]), "selftest/picture.png");
-  const pixels = manifest.preprocessing.pixels(rgbImage);
-  const { height, width } = manifest.preprocessing;
-  const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, 3] });
-  const checks = [check("preprocessing (of 255)", distance(pixels, data), manifest.pixelLimit)];
+  const checks = manifest.preprocessing.readsImages ? [await imageCheck(bundle, probes)] : [];
   const images = probes[manifest.input];
   if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, PROBES, `has no ${manifest.input}`);
   const outputs = await runBatched(runtime, manifest.batch, images);
@@ -36,6 +32,14 @@ export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOpt
     checks.push(check(name, distance(have.data, want.data), manifest.outputLimit(name)));
   }
   return [...checks, ...(await scanChecks(bundle, scans, options))];
+}
+
+async function imageCheck(bundle: Bundle, probes: Tensors): Promise<Check> {
+  const { preprocessing, pixelLimit } = bundle.manifest;
+  const { height, width, channels } = preprocessing;
+  const rgbImage = await decode(new Blob([await bundle.read("selftest/picture.png")]), "selftest/picture.png");
+  const { data } = like(bundle, probes, "picture.pixels", { dtype: "uint8", shape: [height, width, channels] });
+  return check("preprocessing (of 255)", distance(preprocessing.pixels(rgbImage), data), pixelLimit);
 }
 
 async function scanChecks(bundle: Bundle, scans: Map<string, Tensors>, options: RunOptions): Promise<Check[]> {

@@ -1,6 +1,6 @@
 /** Display of results: bars, tables, facts about the bundle, and errors. */
 
-import { EvmError, type Check, type Latency } from "../evm";
+import { EvmError, type Check, type Latency, type PreprocessingFacts } from "../evm";
 import { at, make } from "./dom";
 import type { Classified, Opened } from "./worker";
 
@@ -29,6 +29,11 @@ export function showNoTop(text: string): void {
   at("timing").hidden = true;
 }
 
+/** Describe the resize: `crop 0.875`, `stretch` or `pad`. */
+function resizeText({ resize = "crop", crop_pct = 1 }: PreprocessingFacts): string {
+  return resize === "crop" ? `crop ${crop_pct}` : resize;
+}
+
 /** Show facts about the opened bundle. */
 export function showBundle(opened: Opened): void {
   const { name, precision, input, classes, bytes, preprocessing, provider, threads, loadMs } = opened;
@@ -37,7 +42,7 @@ export function showBundle(opened: Opened): void {
   const rows: [string, string][] = [
     ["Name", name],
     ["Model", `${precision}, ${(bytes / 1e6).toFixed(1)} MB, ${classes ? count(classes, "class", "es") : "feature maps"}`],
-    ["Reads", `${preprocessing.size.join("x")}, ${input}, ${preprocessing.interpolation}, crop ${preprocessing.crop_pct}`],
+    ["Reads", `${preprocessing.size.join("x")}, ${input}, ${preprocessing.interpolation}, ${resizeText(preprocessing)}`],
     ["Loaded in", ms(loadMs)],
   ];
   at("facts").replaceChildren(...rows.map(([term, fact]) => make("div", {}, make("dt", {}, term), make("dd", {}, fact))));

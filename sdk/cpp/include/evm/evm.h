@@ -89,12 +89,15 @@ EVM_C_API const char *evm_manifest(const evm_model *model);
 EVM_C_API const char *evm_label(const evm_model *model, int index);
 /* Return the size, in pixels, to which images are preprocessed. */
 EVM_C_API void evm_input_size(const evm_model *model, int *height, int *width);
+/* Return the number of channels of the model's input: 3 for RGB, 1 for grey. Images can be given for these two only. */
+EVM_C_API int evm_input_channels(const evm_model *model);
 
 /* Classify images. best: array of count * top predictions, `top` for each image, most probable first. If the model has fewer than
  * `top` classes, the remaining entries have index -1. Fails with EVM_IMAGE, or with EVM_USAGE if the model is not a classifier. */
 EVM_C_API evm_status evm_classify(const evm_model *model, const evm_image *images, size_t count, int top, evm_prediction *best, char **error);
 
-/* Resize and crop an image. pixels: array of height x width x 3 bytes, of the size that evm_input_size returns. Fails with EVM_IMAGE. */
+/* Preprocess an image. pixels: array of height x width x channels bytes, of the size that evm_input_size and evm_input_channels return.
+ * Fails with EVM_IMAGE. */
 EVM_C_API evm_status evm_preprocess(const evm_model *model, const evm_image *image, uint8_t *pixels, char **error);
 
 /* Run one inference on the model's input tensor, without preprocessing. batch: number of images in `input`. Before evm_run returns, it

@@ -126,18 +126,23 @@ struct Tensor {
 using Feeds = std::map<std::string, TensorView>;
 using Tensors = std::map<std::string, Tensor>;
 
-// Preprocessing of a bundle: resize the image, with antialiasing, until it covers size / crop_pct; crop the centre to height x width;
-// normalise to (x / 255 - mean) / std.
+// Preprocessing of a bundle: make the image height x width, then normalise to (x / 255 - mean) / std. resize: `crop` resizes until the
+// image covers size / crop_pct and crops the centre; `stretch` resizes to height x width; `pad` resizes to fit, with the aspect ratio kept,
+// and fills the right and the bottom with the mean. mean, std_dev: one value for each channel of the network's input.
 struct EVM_API Preprocessing {
     int height = 224, width = 224;
     double crop_pct = 0.875;
-    std::string interpolation = "bicubic";  // or bilinear
-    std::array<double, 3> mean{0.485, 0.456, 0.406}, std_dev{0.229, 0.224, 0.225};
+    std::string interpolation = "bicubic";  // bilinear, or bilinear-opencv: without antialiasing
+    std::vector<double> mean{0.485, 0.456, 0.406}, std_dev{0.229, 0.224, 0.225};
+    std::string resize = "crop";  // stretch, or pad
 
-    // Resize and crop an image to height x width x 3 pixels, 8-bit RGB, with the same result as Pillow. Throws ImageError if the image is
-    // empty, or too narrow to be cropped.
+    int channels() const { return static_cast<int>(mean.size()); }
+    bool reads_images() const { return channels() == 1 || channels() == 3; }
+    // Make an image height x width x channels pixels, with the same result as evm-deploy's Python: 8-bit RGB, or grey for 1 channel. Throws
+    // ImageError if the image is empty or too narrow to be cropped, and for other numbers of channels.
     std::vector<std::uint8_t> pixels(const Image &image) const;
-    // Normalise n x height x width x 3 pixels to n x 3 x height x width floats. A model whose input is `image` does this itself.
+    // Normalise n x height x width x channels pixels to n x channels x height x width floats. A model whose input is `image` does this
+    // itself.
     std::vector<float> normalise(const std::vector<std::uint8_t> &pixels) const;
 };
 

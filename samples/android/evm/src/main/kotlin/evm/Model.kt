@@ -45,7 +45,7 @@ class Model private constructor(
         }
     }
 
-    /** Resizes and crops [image] to the pixels that the model reads. Throws [ImageException]. */
+    /** Makes the pixels that the model reads of [image]. Throws [ImageException]. */
     fun pixels(image: RgbImage, name: String = "image"): RgbImage = manifest.preprocessing.pixels(image, name)
 
     /**
@@ -72,10 +72,12 @@ class Model private constructor(
         return best(if (manifest.head == "probs") scores else softmax(scores), top)
     }
 
-    /** Returns the median latency of [runs] inferences on a grey image, in milliseconds, after one warm-up run. */
+    /**
+     * Returns the median latency of [runs] inferences on a grey image, in milliseconds, after one warm-up run. Throws
+     * [ImageException] if the network reads no images.
+     */
     fun medianMs(runs: Int): Double {
-        val (height, width) = manifest.preprocessing.run { height to width }
-        val grey = input(RgbImage(width, height, ByteArray(3 * width * height) { 127 }))
+        val grey = input(manifest.preprocessing.pixels(RgbImage(1, 1, ByteArray(3) { 127 })))
         val feeds = mapOf(manifest.inputs[0].name to grey.rows(0, 1, least = manifest.batch.min))
         val times = List(runs + 1) {
             val start = System.nanoTime()
@@ -98,8 +100,10 @@ class Model private constructor(
     override fun close() = runtime.close()
 
     private fun input(pixels: RgbImage): Tensor =
-        if (manifest.input == "image") Tensor.of(listOf(1, pixels.height, pixels.width, 3), pixels.rgb)
-        else Tensor.of(listOf(1, 3, pixels.height, pixels.width), manifest.preprocessing.normalised(pixels))
+        manifest.preprocessing.run {
+            if (manifest.input == "image") Tensor.of(listOf(1, height, width, channels), bytes(pixels))
+            else Tensor.of(listOf(1, channels, height, width), normalised(pixels))
+        }
 
     private fun best(scores: List<Double>, top: Int): List<Prediction> =
         scores.indices.sortedByDescending { scores[it] }.take(top)

@@ -4,10 +4,14 @@ import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.min
 
-/** Resampling filters. [support]: reach, and [weight]: weight at a distance; both in pixels of the smaller image. */
-enum class Filter(val support: Double, val weight: (Double) -> Double) {
-    BILINEAR(1.0, { x -> max(0.0, 1 - abs(x)) }),
-    BICUBIC(2.0, { x -> cubic(abs(x)) }),
+/**
+ * Resampling filters. [support]: reach, and [weight]: weight at a distance; both in pixels of the smaller image, and
+ * without [antialiasing] in pixels of the input.
+ */
+enum class Filter(val support: Double, val antialiasing: Boolean, val weight: (Double) -> Double) {
+    BILINEAR(1.0, true, { x -> max(0.0, 1 - abs(x)) }),
+    BILINEAR_OPENCV(1.0, false, { x -> max(0.0, 1 - abs(x)) }),
+    BICUBIC(2.0, true, { x -> cubic(abs(x)) }),
 }
 
 /** Keys' cubic with a = -0.5, as in Pillow. */
@@ -21,7 +25,7 @@ private fun cubic(x: Double) = when {
 class Crop(val left: Int, val top: Int, val width: Int, val height: Int)
 
 /**
- * Resizes the image to [toWidth] x [toHeight], with antialiasing, and returns the part [crop]. The result is equal to
+ * Resizes the image to [toWidth] x [toHeight] and returns the part [crop]. The result is equal to
  * Pillow's, bit for bit: rows are resampled first, then columns, in fixed point, with rounding to bytes in between.
  */
 fun RgbImage.resized(toWidth: Int, toHeight: Int, crop: Crop, filter: Filter): RgbImage {
@@ -45,7 +49,7 @@ private class Window(val start: Int, val weights: IntArray)
 /** Returns the windows of [count] output pixels from [first] on, for an axis of [from] pixels resized to [to]. */
 private fun windows(from: Int, to: Int, first: Int, count: Int, filter: Filter): List<Window> {
     val scale = from.toDouble() / to
-    val stretch = max(scale, 1.0) // antialiasing: the filter is at least as wide as an output pixel
+    val stretch = if (filter.antialiasing) max(scale, 1.0) else 1.0 // the filter is at least as wide as an output pixel
     val support = filter.support * stretch
     return List(count) { i ->
         val center = (first + i + 0.5) * scale

@@ -25,6 +25,17 @@ class RgbImage(val width: Int, val height: Int, val rgb: ByteArray) {
         }
     }
 
+    /** Returns the luminance, as Pillow computes it, in all three channels. */
+    internal fun grey(): RgbImage {
+        val out = ByteArray(rgb.size)
+        for (i in rgb.indices step 3) {
+            val sum = (rgb[i].toInt() and 255) * 19595 + (rgb[i + 1].toInt() and 255) * 38470 +
+                (rgb[i + 2].toInt() and 255) * 7471
+            out.fill(((sum + 0x8000) shr 16).toByte(), i, i + 3)
+        }
+        return RgbImage(width, height, out)
+    }
+
     private fun at(x: Int, y: Int) = 3 * (y * width + x)
 
     private inline fun turned(width: Int, height: Int, source: (Int, Int) -> Int): RgbImage {

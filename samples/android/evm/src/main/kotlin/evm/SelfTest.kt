@@ -30,10 +30,8 @@ internal fun selfTest(
     val manifest = bundle.manifest
     val tensors = read(bundle, PROBES)
     val scans = scans(bundle)
-    val rgbImage = manifest.preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
-    val pixels = Tensor.of(listOf(rgbImage.height, rgbImage.width, 3), rgbImage.rgb)
-    val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
-    val checks = mutableListOf(Check("preprocessing (of 255)", off, manifest.limits.preprocessing))
+    val checks = mutableListOf<Check>()
+    if (manifest.preprocessing.readsImages) checks += imageCheck(bundle, tensors, decode)
     val images = tensors[manifest.input]?.takeIf { it.shape.isNotEmpty() && 0 !in it.shape }
         ?: throw damaged(bundle, PROBES, "has no ${manifest.input}")
     for ((name, have) in runBatched(manifest, runtime, images)) {
@@ -45,6 +43,15 @@ internal fun selfTest(
         for ((name, scan) in scans) checks += scanCheck(bundle, name, runtime, scan)
     }
     return checks
+}
+
+private fun imageCheck(bundle: Bundle, tensors: Map<String, Tensor>, decode: (File) -> RgbImage): Check {
+    val preprocessing = bundle.manifest.preprocessing
+    val rgbImage = preprocessing.pixels(decode(bundle.file("selftest/picture.png")))
+    val shape = listOf(rgbImage.height, rgbImage.width, preprocessing.channels)
+    val pixels = Tensor.of(shape, preprocessing.bytes(rgbImage))
+    val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
+    return Check("preprocessing (of 255)", off, bundle.manifest.limits.preprocessing)
 }
 
 private fun damaged(bundle: Bundle, file: String, reason: String): BundleException {
