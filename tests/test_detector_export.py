@@ -17,9 +17,11 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import make_test_inputs
+from evm_deploy.export.source import Source
 from evm_deploy.export.target import check_plan
 from evm_deploy.export.targets import get_target
 from evm_deploy.export.verify import FloatRun, verify
+from evm_deploy.model import Network
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.tasks import detection
 from evm_deploy.tasks.detection import DETECTION
@@ -213,6 +215,7 @@ def test_settings_come_from_flags_then_the_file_then_the_target(detector):
     [
         ("trt-rtx", {"nms": "graph"}, "--nms graph: target 'trt-rtx' cannot run it; it has: none"),
         ("onnx", {"precision": "w8"}, "--precision w8: detectors are exported in fp32 and fp16"),
+        ("coreml", {"more_imgsz": ((64, 64),), "min_target": "iOS18"}, "several --imgsz"),
         ("onnx", {"head": "probs"}, "--head probs: retina_micro gives detections"),
         ("onnx", {"labels": ("a", "b")}, "2 labels for a head of 5 classes"),
     ],
@@ -235,6 +238,13 @@ def test_impossible_plans_are_refused(target, settings, message, detector):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         ExportPlan("onnx", **settings)
+
+
+def test_a_foreign_network_is_no_detector_by_its_name():
+    network = Network.of(nn.Conv2d(3, 8, 1), outputs=("map",), task="detection", num_classes=2)
+    plan = check_plan(get_target("onnx"), ExportPlan("onnx", imgsz=SIZE))
+    with pytest.raises(UsageError, match="has the task detection, but no method `selection`"):
+        Source(network).reference(*complete(plan, network.spec))
 
 
 def test_a_classifier_has_no_selection(micro):

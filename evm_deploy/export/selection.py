@@ -27,6 +27,10 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
         raise UsageError(
             f"--precision {plan.precision}: detectors are exported in fp32 and fp16", "use one of these precisions"
         )
+    if plan.more_imgsz:
+        raise UsageError(
+            "several --imgsz: the boxes of a detector are clipped to one size", "export once for each size"
+        )
     modes = [mode for mode in NMS_MODES if mode in target.nms]
     if plan.nms not in (None, *modes):
         raise UsageError(

@@ -147,8 +147,13 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
                 PROBABILITIES if probabilities and name == LOGITS else name for name in network.spec.outputs
             )
             if plan.selection:  # the maps of a detector -> detections
-                module: Any = network.module
-                self.selection = module.selection(plan.selection, preprocessing.size)
+                detector: Any = network.module
+                if not hasattr(detector, "selection"):
+                    raise UsageError(
+                        f"{network.spec.name} has the task {network.spec.task}, but no method `selection`",
+                        "leave the task out: the artifact then gives the network's own tensors",
+                    )
+                self.selection = detector.selection(plan.selection, preprocessing.size)
                 self.outputs = self.selection.outputs
             self.channels = preprocessing.channels
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
