@@ -28,9 +28,9 @@ from evm_deploy.export.plan import (
     MAX_DROP,
     ExportPlan,
     check_labels,
-    make_preprocessing,
     read_size,
 )
+from evm_deploy.export.preprocessing import make_preprocessing
 from evm_deploy.export.selection import complete_selection
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, Traced, check_plan, library_here
