@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # packages of others, for tests: without their dependencies, which are CUDA's; as in tests/toolchains.py
 MAMBAS := opensr-mamba==0.0.1 mambapy==1.2.0 bidirectional-mamba==0.2.0 timm==1.0.31 einops==0.8.2
+COCO := pycocotools==2.0.11
 DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
 .PHONY: demo quick test check docs bench coverage sbom setup clean
@@ -17,7 +18,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MAMBAS)
+	$(BIN)/python -m pip install --quiet --no-deps $(MAMBAS) $(COCO)
 	touch $@
 
 demo: setup

@@ -16,6 +16,7 @@ from evm_deploy.tasks import detection, drawing
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
 from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.task import Detection, Reading
+from tests.toolchains import need
 
 CLASSES = 5
 
@@ -45,7 +46,8 @@ def scenes(seed, images=12, crowds=True):
 
 
 def by_pycocotools(found, truths):
-    coco = pytest.importorskip("pycocotools.coco")
+    need("pycocotools")
+    from pycocotools import coco
     from pycocotools.cocoeval import COCOeval
 
     def rows(boxes, labels, **more):

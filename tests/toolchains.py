@@ -33,6 +33,7 @@ SDK_HEADERS = {
 }
 #: As in Makefile.
 MAMBAS = ("opensr-mamba==0.0.1", "mambapy==1.2.0", "bidirectional-mamba==0.2.0", "timm==1.0.31", "einops==0.8.2")
+COCO = "pycocotools==2.0.11"
 NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
@@ -79,6 +80,7 @@ TOOLCHAINS = {
         lambda: all(map(find_spec, ("opensr_mamba", "mambapy", "bidirectional_mamba", "timm", "einops"))),
         f"pip install --no-deps {' '.join(MAMBAS)}",
     ),
+    "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence
     "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
     "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),
