@@ -191,10 +191,10 @@ def seed(module: nn.Module) -> None:
 
 
 def run(command: list[str]) -> tuple[list[dict[str, Any]], str]:
-    """Run a command in the folder of this file. Returns the list that it prints as JSON, else [], and its errors."""
+    """Run a command in the folder of this file. Returns what it prints as JSON, as a list, and its errors."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    start = done.stdout.find("[\n")  # networks print too
-    return json.loads(done.stdout[start:]) if start >= 0 else [], done.stderr
+    found = json.loads(done.stdout) if done.stdout else []
+    return found if isinstance(found, list) else [found], done.stderr
 
 
 def measured(folder: Path, name: str, targets: Sequence[str]) -> dict[str, Any]:
