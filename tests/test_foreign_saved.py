@@ -55,7 +55,7 @@ def test_flags_replace_the_module_s_and_the_rest_is_assumed():
     module = Classifier(pretrained_cfg={"mean": [0.5, 0.5, 0.5]}, default_cfg={"mean": (0, 0, 0), "crop_pct": 1})
     _, made, notes = completed(module, std=(0.5, 0.5, 0.5))
     assert made.mean == made.std == (0.5, 0.5, 0.5) and made.size == (224, 224)
-    assert "size 224x224, crop 0.875, interpolation bicubic" in notes.rpartition("assumed")[2]
+    assert "size 224x224, resize crop, crop 0.875, interpolation bicubic" in notes.rpartition("assumed")[2]
 
 
 def test_a_dataclass_and_no_mapping_at_all():

@@ -216,13 +216,13 @@ def test_a_file_of_a_bundle_is_not_the_bundle(command, name, demo_bundle, tmp_pa
     if command == ["bench"]:  # in this process, where the worker would load no torch
         from evm_deploy.bench import worker
 
-        with pytest.raises(BundleError, match="give its folder"):
+        with pytest.raises(BundleError, match="give the folder of the bundle"):
             worker.open_subject(demo_bundle.path / name, worker.Settings())
         return
     more = ["--selftest"] if command == ["run"] else []
     assert code_of(*command, demo_bundle.path / name, *more) == 2
     said = capsys.readouterr().err
-    assert "is a file of a bundle" in said and f"give its folder:  {demo_bundle.path}" in said
+    assert "is a file of a bundle" in said and f"give the folder of the bundle:  {demo_bundle.path}" in said
 
 
 @pytest.mark.parametrize("flag", ["--html", "--csv", "--markdown"])

@@ -19,6 +19,7 @@ class Pooled(nn.Module):
     """A convolution and a pooling layer, as `trace` takes it."""
 
     outputs = ("y",)
+    channels = 3
 
     def __init__(self, pool, flat):
         super().__init__()

@@ -231,7 +231,6 @@ def run(demo_bundle, folder, capsys, monkeypatch):
         (["*.tga", "good.png"], ["good.png"], ["*.tga"]),
         (["notes.txt", "good.png"], ["good.png"], ["notes.txt"]),
         (["cut.png"], [], ["cut.png"]),
-        (["", "good.png"], ["good.png"], [""]),
     ],
 )
 def test_evm_run_prints_the_good_and_names_the_bad(given, good, bad, run):
@@ -245,6 +244,13 @@ def test_evm_run_prints_the_good_and_names_the_bad(given, good, bad, run):
     assert [row["image"] for row in rows if "top" in row] == good
     assert [row["image"] for row in rows if "error" in row] == bad
     assert all(len(row["top"]) == 1 for row in rows if "top" in row)
+
+
+def test_an_empty_name_is_refused_before_the_work(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("", "good.png")
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "is a shell variable not set?" in said.err and not said.out
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(run, folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,8 @@ class FloatModel:
         )
         self.spec = network.spec
         imgsz = parse_imgsz(settings.imgsz) if settings.imgsz else None
-        self.plan, self.preprocessing = complete(ExportPlan(TORCH, "fp32", imgsz=imgsz), self.spec)
+        plan, self.preprocessing = complete(ExportPlan("onnx", "fp32", imgsz=imgsz), self.spec)
+        self.plan = replace(plan, target=TORCH)
         self.module = with_pre_and_postprocessing(network, self.plan, self.preprocessing)
         self.path, self.threads = path, settings.threads
 

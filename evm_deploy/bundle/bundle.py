@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.files import artifact_bytes, lock_folder, make_readable, move, real_path, require_regular, sha256
-from evm_deploy._util.text import command
 from evm_deploy.bundle import archive, signing
 from evm_deploy.bundle.manifest import FILE, MAX_BYTES, Manifest, nearest
 from evm_deploy.errors import BundleError
@@ -62,7 +61,6 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     except OSError as error:
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
-        refuse_part_of_a_bundle(path)
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", nearest(path), code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
@@ -113,7 +111,7 @@ def refuse_part_of_a_bundle(path: Path) -> None:
         return
     if path.name in listed:
         message = f"{path} is a file of a bundle, not the bundle"
-        raise BundleError(message, f"give its folder:  {command(path.parent)}", code="bundle.missing")
+        raise BundleError(message, nearest(path), code="bundle.missing")
 
 
 @contextlib.contextmanager

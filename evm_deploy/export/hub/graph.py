@@ -212,8 +212,8 @@ def _trace(model: Any, plan: ExportPlan) -> Graph:
         import onnx
 
         fusable = {path.removeprefix(f"{ROOT}."): op for path, op in fusable_modules(model)}
-        if isinstance(getattr(model, ROOT), ReadyGraph):
-            proto = hub_graph(getattr(model, ROOT), model, plan)
+        if isinstance(network := getattr(model, ROOT, None), ReadyGraph):
+            proto = hub_graph(network, model, plan)
         else:
             proto = _export(model, plan)
             name_after_modules(proto, root=ROOT)
