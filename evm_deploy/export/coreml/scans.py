@@ -17,16 +17,12 @@ from evm_deploy.runtimes.base import Feeds
 
 if TYPE_CHECKING:
     from evm_deploy.runtimes.mil import Program
+    from evm_deploy.runtimes.mil.program import Operation
 
 
 def scan_site(program: Program, path: str) -> ScanSite:
     """Find the scan of module `path` in a saved program. Raises ToolchainError if the program does not contain it."""
-    prefix = scan_prefix(path)
-    ops = {}
-    for op in program.operations:
-        name = op.results[0].name
-        if name.startswith(prefix):
-            ops[name.removeprefix(prefix + "_").removesuffix("_cast_fp16")] = op
+    ops = _scan_operations(program, path)
     try:
         delta = ops.get("delta") or ops.get("softplus_0") or ops["u"]  # a bias of zeros is optimised away
         reads = {"delta": str(delta.variables["x"]), "u": str(ops["u"].variables["y"])}
@@ -34,15 +30,29 @@ def scan_site(program: Program, path: str) -> ScanSite:
         writes = ops["y"].results[0].name
     except KeyError as error:
         raise ToolchainError(f"the operation {error} of scan {path} is not in the program", "report this") from error
-    for key in ("A", "skip", "bias"):
-        if constant := _constant_name(program, f"{prefix}_{key}"):
-            reads[key] = constant
     return ScanSite(path, reads, writes)
 
 
-def _constant_name(program: Program, name: str) -> str:
-    """Return the constant's name in the file, or "" if it was optimised away: skip of ones, bias of zeros."""
-    return next((found for found in (name, f"{name}_to_fp16") if found in program.constants), "")
+def scan_constants(program: Program, path: str) -> dict[str, NDArray[np.float32]]:
+    """Return the values of A, skip and bias that the operations of a scan read, in the shapes of the program.
+
+    Without those that were optimised away: A of a single step, skip of ones, bias of zeros. coremltools stores equal
+    constants of several scans once, under the name of one of them; so they are found by the operations that read them.
+    """
+    ops = _scan_operations(program, path)
+    writers = {op.results[0].name: op for op in ops.values()}
+    decay = [writers.get(name) for name in ops["exp_0"].reads] if "exp_0" in ops else []
+    terms = [op for name in ops["y"].reads if (op := writers.get(name)) and op.type == "mul"]
+    readers: dict[str, list[Operation | None]] = {"bias": [ops.get("delta")], "A": decay, "skip": [*terms]}
+    found = {key: op.constants["y"] for key, each in readers.items() for op in each[:1] if op and "y" in op.constants}
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def _scan_operations(program: Program, path: str) -> dict[str, Operation]:
+    """Return the operations of a scan by their name within it, such as `u`, `delta` or `mul_1`."""
+    prefix = f"{scan_prefix(path)}_"
+    named = ((op.results[0].name, op) for op in program.operations)
+    return {name.removeprefix(prefix).removesuffix("_cast_fp16"): op for name, op in named if name.startswith(prefix)}
 
 
 class CoreMlScanAccess:
@@ -73,11 +83,7 @@ class CoreMlScanAccess:
         return self.runtime.run({site.reads[key]: value for key, value in feeds.items()}, [site.writes])[site.writes]
 
     def _constants(self, site: ScanSite, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Return those of A (K, D, N), skip and bias (K, D) that the program has under the scan's own name.
-
-        The others were optimised away: A of a single step, skip of ones, bias of zeros, a copy of another scan's.
-        """
+        """Return those of A (K, D, N), skip and bias (K, D) that the scan reads in the program (`scan_constants`)."""
         _, K, _, D = values[site.reads["u"]].shape
-        program = self.runtime.program
-        found = {key: program.constants[site.reads[key]].numpy() for key in ("A", "skip", "bias") if key in site.reads}
+        found = scan_constants(self.runtime.program, site.name)
         return {key: value[:K].reshape(K, D, -1) if key == "A" else value.reshape(K, D) for key, value in found.items()}
