@@ -21,11 +21,11 @@ class Network(torch.nn.Conv2d):
 """
 
 
-def test_prints_of_a_network_stay_out_of_the_json(tmp_path, capsys, monkeypatch):
+def test_prints_of_a_network_stay_out_of_the_json(tmp_path, capfd, monkeypatch):
     (tmp_path / "printing_network.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
     given = ["--model", "printing_network.py:Network", "--target", "onnx", "--imgsz", "8", "--json", "-q"]
     assert main(given) == 0
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert json.loads(out)["bundle"].endswith("network-onnx-fp32-8x8")
     assert all(text in err for text in ("using the slow kernels", "made", "run torch.Size"))

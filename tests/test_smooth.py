@@ -252,7 +252,7 @@ def test_tables_are_reused_only_for_what_they_measured(monkeypatch, micro, image
     calls, original = [], CalibrationTable.add
     monkeypatch.setattr(CalibrationTable, "add", lambda self, values: calls.append(1) or original(self, values))
     config = QuantizationConfig(
-        "int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image", RAW, (), (), ()
+        "int8", None, 0, "mse", "off", False, None, None, 0, None, "sha", "image", RAW, (), (), (), False
     )
 
     def measured(choice):

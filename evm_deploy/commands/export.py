@@ -8,9 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.files import native_path, require_writable
 from evm_deploy._util.schema import strict_json
@@ -58,18 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             parser.set_defaults(**read_config(Path(args.config), parser))
             vars(args).update(vars(parser.parse_args(argv)))
-        stdout = sys.stdout  # of --json alone: code of others prints, too
-        with redirect_stdout(sys.stderr) if args.json and not args.finish else nullcontext():
-            return _export(args, stdout)
+        return _export(args)
 
     return run_command("evm-export", body, args)
 
 
-def _export(args: argparse.Namespace, stdout: TextIO) -> int:
-    """Export to every target and return the largest exit code. A target that fails does not stop the others.
-
-    stdout: for the result of --json.
-    """
+def _export(args: argparse.Namespace) -> int:
+    """Export to every target and return the largest exit code. A target that fails does not stop the others."""
     from evm_deploy.bundle.signing import private_key
     from evm_deploy.export.many import export_all, specs
     from evm_deploy.export.source import Source
@@ -106,7 +100,7 @@ def _export(args: argparse.Namespace, stdout: TextIO) -> int:
         found = {plans.index(each.plan): _reported(each, args, len(plans) > 1) for each in outcomes}
         results, codes = map(list, zip(*(found[i] for i in sorted(found)), strict=True))
     if args.json:
-        print(strict_json(results[0] if len(results) == 1 else results, indent=1), file=stdout)
+        print(strict_json(results[0] if len(results) == 1 else results, indent=1))
     return max(codes)
 
 
