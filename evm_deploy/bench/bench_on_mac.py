@@ -151,6 +151,8 @@ def make_record(folder: Path, ct: Any, units: str, found: MacRun, limit_s: float
             "streams": 1,
             "timed": "model",
             "imgsz": None,
+            "weights": None,
+            "drop": None,
             "limit_s": limit_s,
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
