@@ -41,7 +41,7 @@ quick: check
 
 test: check
 	rm -rf .pytest_cache/d/hub-graphs # every graph is traced anew
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
