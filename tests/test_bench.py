@@ -483,5 +483,6 @@ def test_only_one_function_writes_json_for_others():
         "export/quantization.py",
         "export/tensorrt/target.py",
         "model/convert.py",
+        "model/openmmlab.py",
         "runtimes/tensorrt/build_engine.py",
     }

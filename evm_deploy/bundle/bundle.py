@@ -61,6 +61,7 @@ def open_bundle(path: str | Path, signed_by: Ed25519PublicKey | None = None) -> 
     except OSError as error:
         raise BundleError(f"bundle {path} cannot be read: {error.strerror}") from error
     if not here:
+        refuse_part_of_a_bundle(path)
         what = "is a file, not a bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"bundle {path} {what}", nearest(path), code="bundle.missing")
     manifest = Manifest.read(path, partial(signing.check, signed_by, path) if signed_by else None)
