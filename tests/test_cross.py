@@ -58,7 +58,7 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     library = cross_compile.library("onnxruntime", platform)
     content = library.read_bytes()
     assert library.suffix == PLATFORMS[platform].suffix
-    assert len(content) < 600_000  # a C++ runtime alone would be larger
+    assert len(content) < (600_000 if platform.startswith("windows") else 500_000)  # zig's C runtime is in the former
     assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
     assert str(cache_folder()).encode() not in content

@@ -47,13 +47,7 @@ def every_block():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "scan"),  # Core ML has portable scans alone
-    [
-        (target, scan)
-        for target in load_targets()
-        for scan in ("auto", "portable")
-        if (target, scan) != ("coreml", "portable")
-    ],
+    ("target", "scan"), [(target, scan) for target in load_targets() for scan in ("auto", "portable")]
 )
 def test_every_entry_point_on_every_target(target, scan, every_block, tmp_path):
     manifest = export(every_block, ExportPlan(target, "fp32", scan=scan), tmp_path).manifest

@@ -94,7 +94,7 @@ def package(request):
 @pytest.mark.parametrize("target", load_targets())
 def test_a_package_of_others_on_every_target(target, package, tmp_path):
     source, scans = package
-    for scan in ("auto", "portable") if target != "coreml" else ("auto",):  # Core ML has portable scans alone
+    for scan in ("auto", "portable"):
         manifest = export(source, ExportPlan(target, "fp32", scan=scan), tmp_path / scan).manifest
         parity = manifest.parity
         scale = parity["limit"] / ExportPlan("onnx", "fp32").tolerance
