@@ -406,3 +406,20 @@ def test_the_patch_is_for_one_version_alone(monkeypatch):
         monkeypatch.setattr(coremltools_patch.np, "__version__", numpy)
         coremltools_patch.converter.__wrapped__()
         assert len(patched) == expected, (version, numpy)
+
+
+def test_a_program_that_is_checked_rarely_is_the_same_and_is_checked(monkeypatch, coreml_fp32):
+    from coremltools.converters.mil.mil import Block, Program
+
+    _, module, plan = coreml_fp32
+    rarely = mlprogram.trace(module, plan, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "validate", Program.validate.__wrapped__)  # after every pass
+        assert mlprogram.trace(module, plan, {}).sha256 == rarely.sha256
+
+    def wrong(*args, **options):
+        raise ValueError("a wrong program")
+
+    monkeypatch.setattr(Block, "validate", wrong)
+    with pytest.raises(ToolchainError, match="a wrong program"):
+        mlprogram.trace(module, plan, {})

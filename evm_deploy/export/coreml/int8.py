@@ -32,7 +32,7 @@ from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter
+from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter, rarely_checked
 from evm_deploy.scan import mil
 from evm_deploy.tasks.task import Outputs
 
@@ -181,7 +181,7 @@ def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Ra
     weights = cto.OptimizationConfig(op_name_configs={layer.weight: weight for layer in chosen})
     spec = model.get_spec()
     version = max(spec.specificationVersion, ct._SPECIFICATION_VERSION_IOS_17 if rounded else 0)
-    with silence_libraries():
+    with silence_libraries(), rarely_checked():
         passes = [
             *(prepared(f"compression::{name}", config=pairs, activation_stats=stats) for name in PAIRS if rounded),
             PASS_REGISTRY["common::dequantize_quantize_pair_elimination"],
