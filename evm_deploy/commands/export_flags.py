@@ -56,7 +56,7 @@ def export_parser() -> Parser:
         nargs="?",
         metavar="CKPT",
         help="checkpoint file of PyTorch or safetensors, whatever its suffix, or a ready-made .onnx file whose scans "
-        "are com.depthart::SelectiveScan or --scan-op; default: the embedded demo checkpoint",
+        "are com.depthart::SelectiveScan or --scan-op, or demo:detector, demo:segmenter; default: demo:digits",
     )
     weights_flags(model)
     model(
