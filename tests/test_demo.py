@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evm_deploy import cli
+from evm_deploy import cli, load
+from evm_deploy.bench.layers import measure_layers
+from evm_deploy.bench.measurable import examples
 from evm_deploy.demo import CHECKPOINTS, checkpoint_path, scenes
 from evm_deploy.errors import CheckpointError, UsageError
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.convert import convert
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.tasks.detection_labels import read_labels
@@ -62,6 +65,16 @@ def test_a_demo_is_named(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"demo:{name}").touch()  # a file of that name is that file
     assert checkpoint_path(f"demo:{name}") == Path(f"demo:{name}")
+
+
+def test_the_share_of_the_selection_is_measured(bundle_of):
+    bundle = bundle_of(CHECKPOINTS["detector"], ExportPlan("onnx"))
+    with load(bundle.path, threads=1) as model:
+        layers = measure_layers(model, examples(model, 1))
+    parts = [part["ms"] for part in layers["modules"] if part["module"].split(".")[0] == "selection"]
+    assert layers["kinds"]["selection"] == pytest.approx(sum(parts), abs=1e-3) and len(parts) == 1
+    assert layers["selection_share"] == pytest.approx(sum(parts) / layers["sum_ms"], abs=1e-3)
+    assert 0.02 < layers["selection_share"] < 0.9
 
 
 def test_a_demo_that_does_not_exist_is_told(capsys):

@@ -132,7 +132,7 @@ def _mask(shape: str, side: int, turn: float) -> NDArray[np.float32]:
             box(-1, -1, 1, 1, oval=True)
             box(-0.3, -0.8, 1.3, 0.8, fill=0, oval=True)
     turned = mask.rotate(turn, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BOX)
-    return np.asarray(turned, np.float32) / 255
+    return np.asarray(turned, np.float32) / np.float32(255)
 
 
 def _stripes(rng: np.random.Generator, side: int) -> NDArray[Any]:
@@ -141,7 +141,9 @@ def _stripes(rng: np.random.Generator, side: int) -> NDArray[Any]:
     first, second, contrast = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3), rng.uniform(0.35, 1.0)
     y, x = np.mgrid[0:side, 0:side]
     wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + phase)[..., None]
-    return (first + second) / 2 + contrast * (first - second) / 2 * np.sign(wave) * np.minimum(1, 3 * np.abs(wave))
+    sharp = np.sign(wave) * np.minimum(1, 3 * np.abs(wave))
+    stripes: NDArray[Any] = (first + second) / 2 + contrast * (first - second) / 2 * sharp
+    return stripes
 
 
 def _free_place(
