@@ -31,6 +31,7 @@ LAYERS = {
     "sum_ms": 0.95,
     "of_inference": 0.95,
     "scan_share": 0.4,
+    "selection_share": 0.2,
     "kinds": {"scan": 0.38, "projection": 0.2, "convolution": 0.25, "norm": 0.07, "layout": 0.05},
     "modules": [
         {"module": "layers.0.blocks.1.op", "kind": "scan", "ms": 0.38, "calls": 1},

@@ -95,6 +95,7 @@ FULL_RECORD = content(
     accuracy=JUDGED,
     device_ms={"inputs": 0.1},
     energy_mj={"package": 3.0},
+    stages_ms={"preprocess": 0.2},
     layers=LAYERS,
     before=STATE,
     after=STATE,
@@ -243,7 +244,8 @@ def test_the_schemas_say_what_python_knows():
     assert known["schema_version"]["enum"] == [manifest.SCHEMA_VERSION]
     assert set(known) == set(Manifest.__dataclass_fields__)
     assert RECORD["properties"]["schema_version"]["enum"] == [record.SCHEMA_VERSION]
-    assert set(RECORD["required"]) == set(RECORD["properties"]) == set(record.Record.__dataclass_fields__)
+    assert {*RECORD["required"], *record.OPTIONAL} == set(RECORD["properties"])
+    assert set(RECORD["properties"]) == set(record.Record.__dataclass_fields__)
     shared = set(MANIFEST["definitions"]) & set(RECORD["definitions"])
     assert "accuracy" in shared
     assert all(MANIFEST["definitions"][key] == RECORD["definitions"][key] for key in shared)
