@@ -8,6 +8,7 @@ from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
 from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import QUANTIZED, SELECTION, ExportPlan
 from evm_deploy.export.target import Target
+from evm_deploy.export.targets import load_targets
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.tasks.detection import DETECTION
 
@@ -31,6 +32,8 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
         raise UsageError(
             "several --imgsz: the boxes of a detector are clipped to one size", "export once for each size"
         )
+    if spec.regions:
+        _check_regions(plan, spec, target)
     modes = [mode for mode in NMS_MODES if mode in target.nms]
     if plan.nms not in (None, *modes):
         raise UsageError(
@@ -41,3 +44,22 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
     default = SelectionSettings(nms=modes[0])
     found = {name: given.get(name, saved.get(name, getattr(default, name))) for name in SELECTION}
     return replace(plan, **found)
+
+
+def _check_regions(plan: ExportPlan, spec: ModelSpec, target: Target) -> None:
+    """Raise UsageError if the target cannot run a detector of two stages, or the plan asks for its first stage."""
+    if not target.regions:
+        able = ", ".join(each.name for each in load_targets().values() if each.regions)
+        raise UsageError(
+            f"target '{target.name}' cannot run {spec.name}: it has no RoIAlign, which a {spec.family} needs",
+            f"export it for one of: {able}; or export its feature maps with --head features, or a RetinaNet",
+        )
+    if plan.precision in QUANTIZED:
+        raise UsageError(
+            f"--precision {plan.precision}: a {spec.family} is exported in fp32 and fp16", "use one of these precisions"
+        )
+    if plan.nms == "none":
+        raise UsageError(
+            f"--nms none: {spec.name} has two stages, and the second one needs the NMS of the first in the artifact",
+            "leave --nms out",
+        )

@@ -19,8 +19,14 @@ from evm_deploy.tasks.average_precision import Found, Objects, average_precision
 from evm_deploy.tasks.drawing import draw_detections
 from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task
 
-BOXES, SCORES, LABELS, COUNT = "boxes", "scores", "labels", "count"
-SHAPES = {BOXES: ("float32", 3), SCORES: ("float32", 2), LABELS: ("int32", 2), COUNT: ("int32", 1)}
+BOXES, SCORES, LABELS, COUNT, MASKS = "boxes", "scores", "labels", "count", "masks"
+SHAPES = {
+    BOXES: ("float32", 3),
+    SCORES: ("float32", 2),
+    LABELS: ("int32", 2),
+    COUNT: ("int32", 1),
+    MASKS: ("float32", 4),
+}
 SAME = 0.5  # intersection over union from which two boxes of a class are the same detection
 
 
@@ -30,11 +36,11 @@ def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[st
     Returns None if the outputs are valid, else a pair of texts: the actual outputs, and the expectation.
     """
     have = ", ".join(map(str, outputs.values()))
-    if set(outputs) not in ({BOXES, SCORES, LABELS}, {*SHAPES}):
-        return have, f"a detector has {BOXES}, {SCORES}, {LABELS} and, after its NMS, {COUNT}"
+    if set(outputs) not in ({BOXES, SCORES, LABELS}, {BOXES, SCORES, LABELS, COUNT}, {*SHAPES}):
+        return have, f"a detector has {BOXES}, {SCORES}, {LABELS} and, after its NMS, {COUNT}, with or without {MASKS}"
     for name, spec in outputs.items():
         dtype, rank = SHAPES[name]
-        if spec.dtype != dtype or len(spec.shape) != rank or 0 in spec.shape or (rank == 3 and spec.shape[2] != 4):
+        if spec.dtype != dtype or len(spec.shape) != rank or 0 in spec.shape or (name == BOXES and spec.shape[2] != 4):
             return str(spec), f"a detector has {name} of {dtype} with {rank} axes"
     rows = {spec.shape[1] for name, spec in outputs.items() if name != COUNT}
     if len(rows - {None}) > 1:
