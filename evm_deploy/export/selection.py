@@ -12,6 +12,8 @@ from evm_deploy.export.targets import load_targets
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.tasks.detection import DETECTION
 
+LAST_REGION_OPSET = 21
+
 
 def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> ExportPlan:
     """Fill in the plan's settings of selection: given values, else the checkpoint's, else mmdet's defaults.
@@ -57,6 +59,11 @@ def _check_regions(plan: ExportPlan, spec: ModelSpec, target: Target) -> None:
     if plan.precision in QUANTIZED:
         raise UsageError(
             f"--precision {plan.precision}: a {spec.family} is exported in fp32 and fp16", "use one of these precisions"
+        )
+    if (plan.opset or 0) > LAST_REGION_OPSET:
+        raise UsageError(
+            f"--opset {plan.opset}: ONNX Runtime 1.32 does not run RoiAlign of opset 22, which a {spec.family} needs",
+            f"use --opset {LAST_REGION_OPSET} or lower",
         )
     if plan.nms == "none":
         raise UsageError(
