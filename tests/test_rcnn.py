@@ -190,7 +190,7 @@ def test_what_the_configuration_says_is_used_and_named(case, tmp_path):
         ("use_sigmoid=False", "use_sigmoid=True", "a sigmoid over classes"),
         ("use_sigmoid=True", "use_sigmoid=False", "a softmax in the RPN"),
         ("sampling_ratio=0", "sampling_ratio=2", "a sampling_ratio of 2 for boxes and a sampling_ratio of 2 for masks"),
-        ("type='RoIAlign'", "type='RoIPool'", "RoI features of boxes by RoIPool"),
+        ("type='RoIAlign'", "type='RoIPool'", "boxes of regions by RoIPool and masks of regions by RoIPool"),
         ("type='RoIAlign'", "type='RoIAlign', aligned=False", "RoIAlign of boxes that is not aligned"),
         ("finest_scale=56", "finest_scale=28", "another finest_scale for masks"),
         ("[4, 8, 16, 32],", "[4, 8, 16],", "boxes of the levels of strides"),
@@ -199,6 +199,12 @@ def test_what_the_configuration_says_is_used_and_named(case, tmp_path):
         ("max_per_img=1000", "max_per_img=2000", "max_per_img 2000: use a number from 1 to 1000"),
         ("iou_threshold=0.7", "iou_threshold=1.7", "iou_threshold 1.7"),
         ("nms_pre=1000", "nms_pre=0", "0 proposals of a level before NMS"),
+        ("output_size=14", "output_size=(99, 99)", "masks of 99 bins"),
+        ("nms_pre=1000", "nms_pre=1000, nms_thr=0.6", "the old setting nms_thr 0.6"),
+        ("nms_pre=1000", "nms_pre=1000, nms_across_levels=True", "NMS over all levels"),
+        ("target_stds=[0.1", "clip_border=False, target_stds=[0.1", "not clipped in roi_head.bbox_head"),
+        ("target_stds=[1.0", "type='TBLRBBoxCoder', target_stds=[1.0", "boxes coded by TBLRBBoxCoder in rpn_head"),
+        ("sampling_ratio=0", "sampling_ratio=0, pool_mode='max'", "max pooling of boxes"),
     ],
 )
 def test_settings_that_would_give_other_detections_are_refused(old, new, message, case, tmp_path):

@@ -262,7 +262,9 @@ def test_targets_without_roi_align_are_refused_before_any_work(target, mask_rcnn
     if target in ("onnx", "openvino"):
         assert complete(plan, network.spec)[0].nms == "graph"
         return
-    with pytest.raises(UsageError, match=f"target '{target}' cannot run maskrcnn_micro: it has no RoIAlign") as error:
+    with pytest.raises(
+        UsageError, match=f"target '{target}' cannot run maskrcnn_micro: evm-deploy has no RoIAlign"
+    ) as error:
         complete(plan, network.spec)
     assert "onnx, openvino" in error.value.hint and "--head features" in error.value.hint
 

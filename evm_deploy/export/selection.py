@@ -53,16 +53,16 @@ def _check_regions(plan: ExportPlan, spec: ModelSpec, target: Target) -> None:
     if not target.regions:
         able = ", ".join(each.name for each in load_targets().values() if each.regions)
         raise UsageError(
-            f"target '{target.name}' cannot run {spec.name}: it has no RoIAlign, which a {spec.family} needs",
+            f"target '{target.name}' cannot run {spec.name}: evm-deploy has no RoIAlign for it, which {spec.family} needs",
             f"export it for one of: {able}; or export its feature maps with --head features, or a RetinaNet",
         )
     if plan.precision in QUANTIZED:
         raise UsageError(
-            f"--precision {plan.precision}: a {spec.family} is exported in fp32 and fp16", "use one of these precisions"
+            f"--precision {plan.precision}: {spec.family} is exported in fp32 and fp16", "use one of these precisions"
         )
     if (plan.opset or 0) > LAST_REGION_OPSET:
         raise UsageError(
-            f"--opset {plan.opset}: ONNX Runtime 1.32 does not run RoiAlign of opset 22, which a {spec.family} needs",
+            f"--opset {plan.opset}: ONNX Runtime 1.32 does not run RoiAlign of opset 22, which {spec.family} needs",
             f"use --opset {LAST_REGION_OPSET} or lower",
         )
     if plan.nms == "none":

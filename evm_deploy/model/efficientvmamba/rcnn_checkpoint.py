@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ KEEP_FLOAT = (
     "roi_head.mask_head.conv_logits",
 )
 BLOCKS = ("neck.lateral_convs", "neck.fpn_convs", "rpn_head.rpn_conv", "roi_head.bbox_head.shared_fcs")
+MAX_BINS = 56  # of a region for the mask head; mmdet has 14
 MASK_BLOCKS = ("roi_head.mask_head.convs", "roi_head.mask_head.upsample")
 
 
@@ -160,48 +160,74 @@ def _region(
         strides[: len(pyramid.inputs)],
         settings.value("finest_scale", f"{extractor}finest_scale", (int, float), FINEST),
         sizes.bins,
-        settings.value("mask_bins", "model.roi_head.mask_roi_extractor.roi_layer.output_size", int, default.mask_bins),
+        _bins(settings, default.mask_bins),
         means or default.means,
         stds or default.stds,
     )
-    if region.before < 1 or region.mask_bins < 1 or region.finest <= 0:
+    if region.before < 1 or not 1 <= region.mask_bins <= MAX_BINS or region.finest <= 0:
         raise CheckpointError(
             f"checkpoint {raw.path}: its configuration asks for {region.before} proposals of a level before NMS, masks "
-            f"of {region.mask_bins} bins, and a finest scale of {region.finest:g}: all must be over 0"
+            f"of {region.mask_bins} bins, and a finest scale of {region.finest:g}: all must be over 0, bins at most {MAX_BINS}"
         )
     return region
 
 
+def _bins(settings: _Sourced, default: int) -> int:
+    """Return the number of bins of a region for the mask head, which no shape tells: one number, or twice the same."""
+    at = "model.roi_head.mask_roi_extractor.roi_layer.output_size"
+    pair = settings.training.numbers(at, 2)
+    if pair and pair[0] == pair[1]:
+        return int(settings.take("mask_bins", int(pair[0]), f"meta.cfg {at}"))
+    return int(settings.value("mask_bins", at, int, default))
+
+
 def _unsupported(given: TrainingSettings, region: RegionSettings) -> dict[str, bool]:
     """Return settings that give other detections than ours, as text -> whether the configuration has them."""
-    test, heads = "model.test_cfg.", "model.roi_head."
-    found = {"images in the order BGR": given.get("model.data_preprocessor.bgr_to_rgb", bool) is False}
-    for stage in ("rpn", "rcnn"):
-        kind = given.get(f"{test}{stage}.nms.type", str)
-        found[f"NMS of type {kind!r} in {stage}"] = kind not in (None, "nms")
-        found[f"NMS without regard to classes in {stage}"] = (
-            given.get(f"{test}{stage}.nms.class_agnostic", bool) is True
-        )
-    for name, what in (("bbox", "boxes"), ("mask", "masks")):
-        at = f"{heads}{name}_roi_extractor."
-        layer = given.get(f"{at}roi_layer", Mapping) or {}
-        strides = given.numbers(f"{at}featmap_strides")
-        found[f"RoI features of {what} by {layer.get('type')}"] = layer.get("type", "RoIAlign") != "RoIAlign"
-        found[f"a sampling_ratio of {layer.get('sampling_ratio')} for {what}"] = layer.get("sampling_ratio", 0) > 0
-        found[f"RoIAlign of {what} that is not aligned"] = layer.get("aligned") is False
-        found[f"{layer.get('pool_mode')} pooling of {what}"] = layer.get("pool_mode", "avg") != "avg"
-        found[f"{what} of the levels of strides {strides}"] = strides not in (None, tuple(map(float, region.strides)))
-        found[f"another finest_scale for {what}"] = (
-            given.get(f"{at}finest_scale", (int, float)) or region.finest
-        ) != region.finest
-    threshold = given.get(f"{test}rcnn.mask_thr_binary", (int, float))
-    return found | {
+    test, threshold = "model.test_cfg.", given.get("model.test_cfg.rcnn.mask_thr_binary", (int, float))
+    found = {
+        "images in the order BGR": given.get("model.data_preprocessor.bgr_to_rgb", bool) is False,
+        "NMS over all levels of the RPN": given.get(f"{test}rpn.nms_across_levels", bool) is True,
         f"masks over {threshold} in place of 0.5": threshold not in (None, 0.5),
         "a softmax in the RPN": given.get("model.rpn_head.loss_cls.use_sigmoid", bool) is False,
-        "a sigmoid over classes": given.get(f"{heads}bbox_head.loss_cls.use_sigmoid", bool) is True,
-        "boxes that are regressed decoded": given.get(f"{heads}bbox_head.reg_decoded_bbox", bool) is True,
+        "a sigmoid over classes": given.get("model.roi_head.bbox_head.loss_cls.use_sigmoid", bool) is True,
         "sides of anchors that are not the strides": given.get("model.rpn_head.anchor_generator.base_sizes", list)
         is not None,
+    }
+    for name, used in (("nms_thr", region.proposals.iou), ("max_num", region.proposals.max_det)):  # before mmdet 2.6
+        value = given.get(f"{test}rpn.{name}", (int, float))
+        found[f"the old setting {name} {value} of the RPN"] = value not in (None, used)
+    for stage in ("rpn", "rcnn"):
+        kind = given.get(f"{test}{stage}.nms.type", str)
+        agnostic = given.get(f"{test}{stage}.nms.class_agnostic", bool)
+        found[f"NMS of type {kind!r} in {stage}"] = kind not in (None, "nms")
+        found[f"NMS without regard to classes in {stage}"] = agnostic is True
+    for head in ("rpn_head", "roi_head.bbox_head"):
+        coder = f"model.{head}.bbox_coder."
+        kind = given.get(f"{coder}type", str)
+        found[f"boxes coded by {kind} in {head}"] = kind not in (None, "DeltaXYWHBBoxCoder")
+        found[f"boxes that are not clipped in {head}"] = given.get(f"{coder}clip_border", bool) is False
+        found[f"clamped centres of boxes in {head}"] = given.get(f"{coder}add_ctr_clamp", bool) is True
+        found[f"boxes that are regressed decoded in {head}"] = given.get(f"model.{head}.reg_decoded_bbox", bool) is True
+    for name, what in (("bbox", "boxes"), ("mask", "masks")):
+        found |= _other_crops(given, region, f"model.roi_head.{name}_roi_extractor.", what)
+    return found
+
+
+def _other_crops(given: TrainingSettings, region: RegionSettings, at: str, what: str) -> dict[str, bool]:
+    """Return settings of a crop of regions that differ from ours, as text -> whether the configuration has them."""
+    extractor, layer, pooling = (
+        given.get(f"{at}{key}", str) for key in ("type", "roi_layer.type", "roi_layer.pool_mode")
+    )
+    samples = given.get(f"{at}roi_layer.sampling_ratio", (int, float))
+    strides, finest = given.numbers(f"{at}featmap_strides"), given.get(f"{at}finest_scale", (int, float))
+    return {
+        f"{what} of regions by {extractor}": extractor not in (None, "SingleRoIExtractor"),
+        f"{what} of regions by {layer}": layer not in (None, "RoIAlign"),
+        f"{pooling} pooling of {what}": pooling not in (None, "avg"),
+        f"a sampling_ratio of {samples} for {what}": (samples or 0) > 0,
+        f"RoIAlign of {what} that is not aligned": given.get(f"{at}roi_layer.aligned", bool) is False,
+        f"{what} of the levels of strides {strides}": strides not in (None, tuple(map(float, region.strides))),
+        f"another finest_scale for {what}": finest not in (None, region.finest),
     }
 
 
