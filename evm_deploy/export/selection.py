@@ -53,7 +53,8 @@ def _check_regions(plan: ExportPlan, spec: ModelSpec, target: Target) -> None:
     if not target.regions:
         able = ", ".join(each.name for each in load_targets().values() if each.regions)
         raise UsageError(
-            f"target '{target.name}' cannot run {spec.name}: evm-deploy has no RoIAlign for it, which {spec.family} needs",
+            f"target '{target.name}' cannot run {spec.name}: evm-deploy has no RoIAlign for it, which "
+            f"{spec.family} needs",
             f"export it for one of: {able}; or export its feature maps with --head features, or a RetinaNet",
         )
     if plan.precision in QUANTIZED:

@@ -167,7 +167,8 @@ def _region(
     if region.before < 1 or not 1 <= region.mask_bins <= MAX_BINS or region.finest <= 0:
         raise CheckpointError(
             f"checkpoint {raw.path}: its configuration asks for {region.before} proposals of a level before NMS, masks "
-            f"of {region.mask_bins} bins, and a finest scale of {region.finest:g}: all must be over 0, bins at most {MAX_BINS}"
+            f"of {region.mask_bins} bins, and a finest scale of {region.finest:g}",
+            f"all must be over 0, and bins at most {MAX_BINS}",
         )
     return region
 
