@@ -131,19 +131,19 @@ def ratios_inner(selection):
 
 
 def one_class(selection):
-    right = selection._suppressed
-    selection._suppressed = lambda boxes, scores, label: right(boxes, scores, torch.zeros_like(label))
+    right = selection.suppressed
+    selection.suppressed = lambda boxes, scores, label: right(boxes, scores, torch.zeros_like(label))
 
 
 def class_agnostic(selection):
     """NMS without regard to classes, with right labels."""
-    right = selection._suppressed
+    right = selection.suppressed
 
     def wrong(boxes, scores, label):
         boxes, scores, rows, count = right(boxes, scores, torch.zeros_like(label))
         return boxes, scores, torch.where(rows >= 0, label[:, : rows.shape[1]].to(torch.int32), -1), count
 
-    selection._suppressed = wrong
+    selection.suppressed = wrong
 
 
 def changed(**values):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
+from evm_deploy.data.masks import RunMask
 from evm_deploy.errors import CalibrationError
-from evm_deploy.tasks.average_precision import Objects
+from evm_deploy.tasks.average_precision import Objects, listed
 
 MAX_BYTES = 1 << 30  # of a COCO file; that of train2017 has 469 MB
 MAX_XML_BYTES = 4 << 20
@@ -29,22 +31,25 @@ class LabelledImage:
     objects: Objects
 
 
-def read_labels(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:
+def read_labels(source: Path, names: Sequence[str] | None, count: int, *, masks: bool = False) -> list[LabelledImage]:
     """Read images with boxes: a COCO JSON file, or a folder of VOC's XML files.
 
     names: class names of the network, in order; count: number of its classes. A category gets the index of its name.
     Without names, COCO's categories are numbered by rising id and VOC's by name, if there are `count` of them. Images
     of a COCO file are looked for beside it, in a folder named as the file without `instances_`, in `images`, and one
-    folder up. Raises CalibrationError for a damaged file, unknown categories, and images that are not there.
+    folder up. masks: whether to read the masks of the objects, too. Raises CalibrationError for a damaged file, unknown
+    categories, images that are not there, and masks of VOC, which has none for single objects.
     """
+    if source.is_dir() and masks:
+        raise CalibrationError(f"{source} has VOC annotations, without masks of objects", "give a COCO JSON file")
     if source.is_dir():
         return _read_voc(source, names, count)
     if not source.exists():
         raise CalibrationError(f"{source} does not exist", "give a COCO JSON file, or a folder of VOC annotations")
-    return _read_coco(source, names, count)
+    return _read_coco(source, names, count, masks)
 
 
-def _read_coco(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:
+def _read_coco(source: Path, names: Sequence[str] | None, count: int, masks: bool) -> list[LabelledImage]:
     try:
         if source.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
@@ -56,6 +61,9 @@ def _read_coco(source: Path, names: Sequence[str] | None, count: int) -> list[La
             rows[row["image_id"]].append(row)
         index = _index(source, [categories[key] for key in sorted(categories)], names, count)
         objects = {key: _coco_objects(each, categories, index) for key, each in rows.items()}
+        if masks:
+            sizes = {each["id"]: _coco_size(each) for each in content["images"]}
+            objects = {key: replace(objects[key], masks=_coco_masks(each, sizes[key])) for key, each in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CalibrationError(
@@ -79,6 +87,19 @@ def _coco_objects(
     labels = np.array([index[categories[row["category_id"]]] for row in rows], np.int64)
     crowd = np.array([bool(row.get("iscrowd", 0)) for row in rows], bool)
     return Objects(boxes, labels, np.zeros(len(rows), bool), crowd)
+
+
+def _coco_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the size (H, W) of an image in a COCO file. Raises KeyError, ValueError."""
+    height, width = image["height"], image["width"]
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
+        raise ValueError("the height or width of an image is no number over 0")
+    return height, width
+
+
+def _coco_masks(rows: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> NDArray[np.object_]:
+    """Return the masks of the objects of one image. Raises KeyError, ValueError."""
+    return listed([RunMask.from_coco(row["segmentation"], size) for row in rows])
 
 
 def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:

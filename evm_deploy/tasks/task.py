@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.data.boxes import DEFAULT_SELECTION, SelectionSettings
 from evm_deploy.data.geometry import Geometry
+from evm_deploy.data.masks import DetectedMask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,9 +31,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Detection(Prediction):
-    """Detected object. box: x1, y1, x2, y2 in pixels of the upright original image, from its left and top edge."""
+    """Detected object. box: x1, y1, x2, y2 in pixels of the upright original image, from its left and top edge.
+
+    mask: pixels of the object, of networks that give masks.
+    """
 
     box: tuple[float, float, float, float]
+    mask: DetectedMask | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Reading:
     """Facts beside the outputs that predictions are decoded with.
 
     labels: class names, None without. top: answers of a classifier for each image. places: place of each image in the
-    network's input; None leaves boxes in pixels of that input. selection: that of a detector.
+    network's input; None leaves boxes in pixels of that input, without masks. selection: that of a detector.
     """
 
     labels: Sequence[str] | None = None

@@ -173,7 +173,7 @@ def marked_precise(ir: str) -> str:
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
     """
-    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}/[^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
+    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}[./][^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
     return re.sub(layer, r'\1\2<rt_info><attribute name="precise" version="0" /></rt_info>', ir)
 
 
