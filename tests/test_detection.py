@@ -207,13 +207,15 @@ def coco_file(folder, **changes):
 
 def test_coco_files(tmp_path):
     path = coco_file(tmp_path)
-    first, second = read_labels(path, ["自転車", "dog", "cat"], 3)
-    assert (first.path.name, second.path.name) == ("a.png", "b.png")
-    assert second.objects.boxes.tolist() == [[1, 2, 11, 7], [0, 0, 4, 4]]
-    assert second.objects.labels.tolist() == [0, 2]
-    assert second.objects.crowd.tolist() == [False, True]
-    assert first.objects.boxes.shape == (0, 4)
-    assert read_labels(path, None, 2)[1].objects.labels.tolist() == [1, 0]  # by rising id
+    (first, second), order = read_labels(path, ["自転車", "dog", "cat"], 3)
+    assert (first.source.name, second.source.name) == ("a.png", "b.png") and "by name" in order
+    assert second.label.boxes.tolist() == [[1, 2, 11, 7], [0, 0, 4, 4]]
+    assert second.label.labels.tolist() == [0, 2]
+    assert second.label.crowd.tolist() == [False, True]
+    assert first.label.boxes.shape == (0, 4)
+    items, order = read_labels(path, None, 2)
+    assert items[1].label.labels.tolist() == [1, 0] and "by rising id" in order
+    assert [item.label.number for item in items] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -249,11 +251,11 @@ def voc_folder(folder, text):
 
 def test_voc_folders(tmp_path):
     objects = OBJECT.format(name="dog", difficult=1) + OBJECT.format(name="cat", difficult=0)
-    (found,) = read_labels(voc_folder(tmp_path, VOC.format(name="a.png", objects=objects)), None, 2)
-    assert found.path.name == "a.png"
-    assert found.objects.boxes.tolist() == [[0, 2, 10, 20]] * 2
-    assert found.objects.labels.tolist() == [1, 0]
-    assert found.objects.ignored.tolist() == [True, False]
+    (found,), _ = read_labels(voc_folder(tmp_path, VOC.format(name="a.png", objects=objects)), None, 2)
+    assert found.source.name == "a.png"
+    assert found.label.boxes.tolist() == [[0, 2, 10, 20]] * 2
+    assert found.label.labels.tolist() == [1, 0]
+    assert found.label.ignored.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from evm_deploy.data.boxes import SelectionSettings, apart, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
-from evm_deploy.tasks.average_precision import Found, Objects, average_precision
+from evm_deploy.tasks.average_precision import FIGURES, Found, precision, precision_rows
+from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.drawing import draw_detections
-from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task
+from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task
 
 BOXES, SCORES, LABELS, COUNT = "boxes", "scores", "labels", "count"
 SHAPES = {BOXES: ("float32", 3), SCORES: ("float32", 2), LABELS: ("int32", 2), COUNT: ("int32", 1)}
@@ -88,19 +89,21 @@ def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
     ]
 
 
-def score(found: Sequence[Found], truths: Sequence[Objects]) -> dict[str, float]:
-    """Return COCO's AP, AP50 and AP75 (0..1) of the detections of each image. See `average_precision`."""
-    return average_precision(found, truths)
+def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:
+    """Return the rows of `precision_rows` of each image. labels: `Objects` of each image, in its own pixels."""
+    return precision_rows(select(outputs, reading.selection, reading.places), labels)
 
 
 def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair the detections of one image: rows of `expected`, and the rows of `actual` that are the same detections.
 
-    A pair has the same label and overlaps by at least SAME. Each row is in one pair; the largest overlaps come first.
+    A pair has the same label and overlaps by at least SAME. Each row is in one pair; pairs of the largest overlap and
+    the nearest scores come first.
     """
     shares = overlaps(expected.boxes.astype(np.float64), actual.boxes.astype(np.float64))
     shares = np.where(expected.labels[:, None] == actual.labels[None], shares, 0.0)
-    order = np.argsort(-shares, axis=None, kind="stable")
+    apart = np.abs(expected.scores.astype(np.float64)[:, None] - actual.scores.astype(np.float64)[None])
+    order = np.argsort(apart - shares, axis=None, kind="stable")
     ours: list[int] = []
     theirs: list[int] = []
     for place in order[shares.ravel()[order] >= SAME]:
@@ -112,17 +115,20 @@ def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[
     return np.array(ours, np.int64)[by_row], np.array(theirs, np.int64)[by_row]
 
 
-def align(expected: Outputs, actual: Outputs) -> tuple[Outputs, Outputs, float]:
+def align(expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> tuple[Outputs, Outputs, float]:
     """Pair the rows of two runs on the same images, so that they can be compared value by value.
 
-    Returns the paired rows of both as `boxes` (pairs, 4), `scores` and `labels` (pairs,), and the share of rows (0..1)
-    of both runs that are in a pair, 1 if there are none. Rows are detections, or candidates where there is no `count`.
+    Returns the paired rows of both as `boxes` (pairs, 4), `scores` and `labels` (pairs,), and the share (0..1) that is
+    in a pair, of the rows of both runs whose score is above the tolerance; 1 if there are none. Rows are detections, or
+    candidates where there is no `count`.
     """
     pairs: dict[str, list[NDArray[Any]]] = {f"{run}.{name}": [] for run in "ea" for name in (BOXES, SCORES, LABELS)}
     paired = rows = 0
     for ours, theirs in zip(_rows(expected), _rows(actual), strict=True):
         a, b = matches(ours, theirs)
-        paired, rows = paired + 2 * len(a), rows + len(ours.scores) + len(theirs.scores)
+        for each, inside in ((ours, a), (theirs, b)):
+            paired += int((each.scores[inside] > tolerance).sum())
+            rows += int((each.scores > tolerance).sum())
         for run, each in (("e", ours[a]), ("a", theirs[b])):
             for name in (BOXES, SCORES, LABELS):
                 pairs[f"{run}.{name}"].append(getattr(each, name))
@@ -159,4 +165,12 @@ DETECTION = Task(
     agree=agree,
     align=align,
     draw=draw_detections,
+    score=Score(
+        score,
+        precision,
+        titles={name: name for name in FIGURES},
+        read=read_labels,
+        takes="a COCO JSON file, or a folder of VOC annotations",
+    ),
+    selects=True,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy.tasks.task import SELECTION
+
 if TYPE_CHECKING:
     import onnx
-
-SELECTION = "selection"  # attribute of the wrapped module, and prefix of its nodes
 
 
 def nms_translations(opset: int) -> dict[Any, Callable[..., Any]]:
