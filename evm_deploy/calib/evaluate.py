@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.calib.probe import is_probe
-from evm_deploy.tasks import figure_title
+from evm_deploy.tasks import TITLES
 from evm_deploy.tasks.task import AS_THEY_ARE, Labels, Measure, Outputs, Reading, Rows, Task, means
 
 OWN, FLOAT, DIFFERENCE = "own.", "float.", "difference."  # begin of the columns of a measure's rows
@@ -122,9 +122,10 @@ class Accuracy:
             limit = f", limit {self.limit:g}" if self.limit is not None else ""
             change = f" ({-(self.drop or 0):+.2f}{limit}, {self.images} images)"
             parts = [
-                f"{figure_title(name)} {100 * share:.2f} % vs {100 * self.float_scores[name]:.2f} % float"
+                f"{title} {100 * self.scores[name]:.2f} % vs {100 * self.float_scores[name]:.2f} % float"
                 + (change if name == self.metric else "")
-                for name, share in self.scores.items()
+                for name, title in TITLES.items()
+                if name in self.scores
             ]
             return ", ".join(parts) + noise
         same = f"same answers {100 * self.agreement:.1f} %   " if self.agreement is not None else ""

@@ -20,7 +20,7 @@ from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import CalibrationError
 from evm_deploy.scan.fused import FusedOp
-from evm_deploy.tasks import figure_title
+from evm_deploy.tasks import TITLES
 
 if TYPE_CHECKING:
     import onnx
@@ -166,7 +166,7 @@ def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, config: Quan
     score = config.task.score
     if accuracy and score and accuracy.gated and score.by_chance(accuracy.reached, accuracy.images, config.num_classes):
         yield (
-            f"the float network reaches {figure_title(score.metric)} {accuracy.reached:.1%} on {accuracy.images} "
+            f"the float network reaches {TITLES[score.metric]} {accuracy.reached:.1%} on {accuracy.images} "
             "images, which chance could give too: the order of the classes may not be the network's, and this accuracy "
             "proves nothing"
         )

@@ -8,7 +8,8 @@ The exported artifact has none of them.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,12 @@ def with_probes(model: onnx.ModelProto) -> onnx.ModelProto:
 def drawn(count: int) -> NDArray[np.int64]:
     """Return the places of the values that a probe shows of a map of `count` values, in order."""
     return np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])
+
+
+def sampled(maps: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+    """Return the probe of some maps (b, ..): the drawn values of each, (b, values) float32."""
+    flat = [each.reshape(len(each), -1) for each in maps]
+    return np.concatenate([each[:, drawn(each.shape[1])] for each in flat], 1).astype(np.float32)
 
 
 def without_probes(model: onnx.ModelProto) -> onnx.ModelProto:

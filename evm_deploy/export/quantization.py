@@ -35,7 +35,7 @@ from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, Traced, library_here, native_library, open_here
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.tasks import figure_title, get_task
+from evm_deploy.tasks import TITLES, get_task
 from evm_deploy.toolchain.plugins import find_plugin
 
 TABLE = "calibration.json"
@@ -213,7 +213,7 @@ def smoothing(quantized: Quantized, asked: str) -> Decision:
     if len(quantized.tried) < 2:
         return Decision("off", "no activation of this network can be smoothed")
     figures = {
-        name: "".join(f"{figure_title(each.metric)} {100 * share:.2f} %, " for share in each.gated)
+        name: "".join(f"{TITLES[each.metric]} {100 * share:.2f} %, " for share in each.gated)
         + f"SQNR {each.sqnr_db:.1f} dB"
         for name, each in quantized.tried.items()
     }

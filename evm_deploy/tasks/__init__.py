@@ -9,15 +9,11 @@ from evm_deploy.tasks.raw import FEATURES, RAW
 from evm_deploy.tasks.task import Task
 
 TASKS: tuple[Task, ...] = (CLASSIFICATION, DETECTION, FEATURES, RAW)
+#: Figures of scores that people are shown, of every task: name in manifests and records -> title
+TITLES = {name: title for task in TASKS if task.score for name, title in task.score.titles.items()}
 
 
 def get_task(name: str) -> Task:
     """Return the task `name`. Raises UsageError listing all tasks."""
     tasks = {task.name: task for task in TASKS}
     return tasks[one_of("task", name, tasks)]
-
-
-def figure_title(name: str) -> str:
-    """Return the name of a score's figure as people write it: `top-1` for top1. An unknown name is its own title."""
-    titles = {key: title for task in TASKS if task.score for key, title in task.score.titles.items()}
-    return titles.get(name, name)

@@ -118,7 +118,7 @@ CLASSIFICATION = Task(
     agree=agree,
     score=Score(
         score,
-        titles={"top1": "top-1", "top5": "top-5"},
+        titles={"top1": "top-1"},
         read=read_labels,
         by_chance=by_chance,
         takes="class folders, a list of path and class, or an .npz with images and labels",

@@ -95,7 +95,8 @@ class Measure:
 class Score(Measure):
     """Scores of a task against labels: figures from 0 to 1, larger is better. `rows` gets the Labels of the images.
 
-    titles: names of the figures for people, the main one first: limits of accuracy apply to it.
+    titles: names of the figures that people are shown, the main one first: limits of accuracy apply to it. Further
+    figures are in manifests and records alone.
     `read(source, names, count)`: list the labelled images of a file or folder, and return a sentence on how classes got
     their index. names: class names of the network, None without; count: number of its classes. Raises CalibrationError.
     takes: what `read` takes, for messages. `by_chance(figure, images, classes)`: whether a network without any skill
