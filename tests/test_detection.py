@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from evm_deploy.calib.evaluate import joined
 from evm_deploy.data.boxes import SelectionSettings, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.errors import CalibrationError
 from evm_deploy.tasks import detection, drawing
-from evm_deploy.tasks.average_precision import Found, Objects, average_precision
+from evm_deploy.tasks.average_precision import Found, Objects, average_precision, precision, precision_rows
 from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.task import Detection, Reading
 from tests.toolchains import need
@@ -84,6 +86,32 @@ def test_average_precision_is_that_of_pycocotools(seed, capsys):
     ours, theirs = average_precision(found, truths), by_pycocotools(found, truths)
     assert ours == pytest.approx(theirs, abs=1e-12)
     assert 0 < ours["AP"] < ours["AP50"] < 1
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_add_up_in_any_order_and_parts(seed, capsys):
+    """Also with equal scores, whose order decides the average precision."""
+    found, truths = scenes(seed, images=20)
+    truths = [replace(each, number=i) for i, each in enumerate(truths)]
+    parts = [precision_rows(found[i : i + 3], truths[i : i + 3]) for i in range(0, 20, 3)]
+    expected = by_pycocotools(found, truths)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        mixed = joined([parts[i] for i in rng.permutation(len(parts))])
+        assert precision(mixed) == pytest.approx(expected, abs=1e-12)
+        assert precision(mixed) == average_precision(found, truths)
+    assert len(set(found[0].scores)) < len(found[0].scores)
+    with_means = np.nanmean([average_precision([f], [t])["AP"] for f, t in zip(found, truths, strict=True)])
+    assert abs(with_means - expected["AP"]) > 0.01, "a mean over images is no average precision"
+
+
+def test_a_label_says_all_that_it_holds():
+    """Images are found again by it."""
+    first = Objects.of(np.array([[0, 0, 10, 10.0]] * 2000), np.zeros(2000, np.int64))
+    moved = first.boxes.copy()
+    moved[1000, 0] = 1e-9
+    for other in (replace(first, boxes=moved), replace(first, number=1), replace(first, crowd=first.crowd | True)):
+        assert str(other) != str(first)
 
 
 def test_over_a_hundred_detections_of_a_class_are_cut_as_by_pycocotools(capsys):
@@ -229,6 +257,7 @@ def test_coco_files(tmp_path):
         ({"images": [{"id": 7, "file_name": "../../b.png"}], "annotations": []}, None, 2, "outside the folder"),
         ({"images": [{"id": 7, "file_name": "c.png"}], "annotations": []}, None, 2, "not found beside it"),
         ({"categories": 3}, None, 2, "not a COCO file"),
+        ({"annotations": []}, None, 2, "no image has an object to find"),
     ],
 )
 def test_odd_coco_files_are_refused(changes, names, count, message, tmp_path):
@@ -266,6 +295,7 @@ def test_voc_folders(tmp_path):
         (VOC.format(name="../../a.png", objects=""), "has 0 categories"),
         (VOC.format(name="a.png", objects="<object><name>x</name></object>"), "no box of four numbers"),
         (VOC.format(name="a.png", objects="<object></object>"), "an object has no name"),
+        (VOC.format(name="a.png", objects=OBJECT.format(name="dog", difficult=1)), "no image has an object to find"),
     ],
 )
 def test_odd_voc_files_are_refused(text, message, tmp_path):

@@ -57,7 +57,7 @@ class Evaluation:
             with self._open_candidate(source.quantized(blocks)) as runtime:
                 yield from run_each(runtime, images, self.config)
 
-        rows = self._rows(f"{source.identity(blocks)}, labels: {bool(self.config.val)}", run)
+        rows = self._rows(f"rows of {source.identity(blocks)}, labelled: {bool(self.config.val)}", run)
         return Accuracy.of(rows, self.config.task, self.config.max_drop)
 
     def without(self, source: QuantizationCandidate, kept: Collection[str]) -> Accuracy:

@@ -42,7 +42,8 @@ def float_run(module: Any, feed: NDArray[Any]) -> tuple[Outputs, dict[str, list[
 
     def watch(path: str) -> Callable[..., None]:
         def look(module: Any, inputs: Any, output: Any) -> None:
-            written[id(output)] = (path, calls[path]), weakref.ref(output)
+            if isinstance(output, torch.Tensor):
+                written[id(output)] = (path, calls[path]), weakref.ref(output)
             calls[path] += 1
 
         return look
