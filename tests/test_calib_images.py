@@ -509,3 +509,9 @@ def test_progress_counts_images(images):
     assert seen == [(i, 120) for i in range(120)]
     list(replace(chosen, progress=lambda done, total: seen.append(total)).pixels())
     assert seen[120:] == [120] * 120
+
+
+def test_a_file_of_boxes_is_no_list_of_classes(tmp_path):
+    (tmp_path / "instances.json").write_text('{"images": []}')
+    with pytest.raises(CalibrationError, match=r"is JSON, as of boxes(?s:.*)class folders"):
+        labelled_images(tmp_path / "instances.json", PRE, 10)

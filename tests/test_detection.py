@@ -205,6 +205,11 @@ def test_pairs_of_two_runs():
     assert share == 1
     assert left["labels"].tolist() == right["labels"].tolist() == [0, 1]
     assert right["boxes"][1].tolist() == [50, 0, 60, 9.5]
+    assert detection.align(a, b, 0.01)[2] == 0.5  # the second pair: 0.11 apart in score
+    assert detection.align(a, b, 0.005)[2] == 0
+    assert detection.align(a, outputs([[((0, 0, 9, 9), 0.9, 0)]], count=[1]), 0.85)[2] == 1  # 0.8 may be missing
+    lost = {**b, "scores": b["scores"] * np.nan}
+    assert detection.align(a, lost, 0.5)[2] == 0
     c = outputs([[((50, 0, 60, 9), 0.8, 2), ((0, 0, 9, 9), 0.9, 0)]], count=[2])
     assert detection.agree(a, c) == 0.5
     assert detection.agree(outputs([[]], count=[0]), outputs([[]], count=[0])) == 1

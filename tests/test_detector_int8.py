@@ -167,7 +167,10 @@ def test_probes_show_the_maps_of_each_part_of_the_head(graph):
     pixels = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
     with OnnxRuntime(probed.SerializeToString()) as runtime:
         outputs = runtime.run({"image": pixels})
-    assert outputs["probe1"].shape == (1, 4096 + 1728 + 432 + 144 + 36) and outputs["probe0"].shape[1] > 4096
+    assert (
+        outputs["probe1"].shape == (1, 2 * 1024 + 432 + 144 + 36)
+        and outputs["probe0"].shape[1] == 2 * 1024 + 540 + 180 + 45
+    )
     assert graph.SerializeToString(deterministic=True) == before
     assert without_probes(probed).SerializeToString(deterministic=True) == before
 

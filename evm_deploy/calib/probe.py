@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 PREFIX = "probe"
-SAMPLE = 4096  # values of a map that are looked at
+SAMPLE = 1024  # values of a map that are looked at: those of the float network are kept for each image
 
 
 def is_probe(name: str) -> bool:

@@ -27,6 +27,11 @@ def read_labels(source: Path, labels: Sequence[str] | None, num_classes: int) ->
     """
     if source.suffix.lower() == ".npz":
         return numbered_images(source, max(num_classes, 2)), ""
+    if source.suffix.lower() == ".json":
+        raise CalibrationError(
+            f"{source} is JSON, as of boxes: a classifier's images have one class each",
+            "give class folders, a list of path,class lines, or an .npz with images and labels",
+        )
     named = named_images(source)
     index, order = class_index(source, sorted({name for _, name in named}), num_classes, labels)
     return [replace(item, label=index[name]) for item, name in named], order

@@ -121,6 +121,5 @@ CLASSIFICATION = Task(
         titles={"top1": "top-1"},
         read=read_labels,
         by_chance=by_chance,
-        takes="class folders, a list of path and class, or an .npz with images and labels",
     ),
 )

@@ -94,19 +94,22 @@ def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:
     return precision_rows(select(outputs, reading.selection, reading.places), labels)
 
 
-def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def matches(expected: Found, actual: Found, tolerance: float = np.inf) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair the detections of one image: rows of `expected`, and the rows of `actual` that are the same detections.
 
-    A pair has the same label and overlaps by at least SAME. Each row is in one pair; pairs of the largest overlap and
-    the nearest scores come first.
+    A pair has the same label, overlaps by at least SAME, and differs by at most the tolerance: in score, and in
+    coordinates relative to the largest expected one. Each row is in one pair; the nearest pairs come first.
     """
     shares = overlaps(expected.boxes.astype(np.float64), actual.boxes.astype(np.float64))
-    shares = np.where(expected.labels[:, None] == actual.labels[None], shares, 0.0)
-    apart = np.abs(expected.scores.astype(np.float64)[:, None] - actual.scores.astype(np.float64)[None])
+    apart = np.abs(_differences(expected.scores, actual.scores))
+    able = (expected.labels[:, None] == actual.labels[None]) & (shares >= SAME) & (apart <= tolerance)
+    largest = tolerance * float(np.abs(expected.boxes).max(initial=1.0))
+    for mine, other in zip(expected.boxes.T, actual.boxes.T, strict=True):
+        able &= np.abs(_differences(mine, other)) <= largest
     order = np.argsort(apart - shares, axis=None, kind="stable")
     ours: list[int] = []
     theirs: list[int] = []
-    for place in order[shares.ravel()[order] >= SAME]:
+    for place in order[able.ravel()[order]]:
         row, column = divmod(int(place), shares.shape[1])
         if row not in ours and column not in theirs:
             ours.append(row)
@@ -115,20 +118,27 @@ def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[
     return np.array(ours, np.int64)[by_row], np.array(theirs, np.int64)[by_row]
 
 
-def align(expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> tuple[Outputs, Outputs, float]:
-    """Pair the rows of two runs on the same images, so that they can be compared value by value.
+def _differences(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Return mine - other of every two values, (mine, other) float64."""
+    apart: NDArray[np.float64] = mine.astype(np.float64)[:, None] - other.astype(np.float64)[None]
+    return apart
+
+
+def align(expected: Outputs, actual: Outputs, tolerance: float = np.inf) -> tuple[Outputs, Outputs, float]:
+    """Pair the rows of two runs on the same images that agree within the tolerance (`matches`).
 
     Returns the paired rows of both as `boxes` (pairs, 4), `scores` and `labels` (pairs,), and the share (0..1) that is
-    in a pair, of the rows of both runs whose score is above the tolerance; 1 if there are none. Rows are detections, or
-    candidates where there is no `count`.
+    in a pair, of the rows of both runs whose score is not within a finite tolerance of nothing; 1 if there are none.
+    Rows are detections, or candidates where there is no `count`.
     """
+    least = tolerance if np.isfinite(tolerance) else 0.0
     pairs: dict[str, list[NDArray[Any]]] = {f"{run}.{name}": [] for run in "ea" for name in (BOXES, SCORES, LABELS)}
     paired = rows = 0
     for ours, theirs in zip(_rows(expected), _rows(actual), strict=True):
-        a, b = matches(ours, theirs)
+        a, b = matches(ours, theirs, tolerance)
         for each, inside in ((ours, a), (theirs, b)):
-            paired += int((each.scores[inside] > tolerance).sum())
-            rows += int((each.scores > tolerance).sum())
+            counted = ~(each.scores <= least)  # NaN counts
+            paired, rows = paired + int(counted[inside].sum()), rows + int(counted.sum())
         for run, each in (("e", ours[a]), ("a", theirs[b])):
             for name in (BOXES, SCORES, LABELS):
                 pairs[f"{run}.{name}"].append(getattr(each, name))
@@ -137,7 +147,10 @@ def align(expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> tuple[O
 
 
 def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
-    """Return the share (0..1) of the detections of both runs that the other run has too, for each image, (images,)."""
+    """Return the share (0..1) of the detections of both runs that the other run has too, for each image, (images,).
+
+    The same label and an overlap of at least SAME make two detections the same.
+    """
     count = len(expected[BOXES])
     ours, theirs = (
         [{name: value[i : i + 1] for name, value in run.items()} for i in range(count)] for run in (expected, actual)
@@ -170,7 +183,6 @@ DETECTION = Task(
         precision,
         titles={name: name for name in FIGURES},
         read=read_labels,
-        takes="a COCO JSON file, or a folder of VOC annotations",
     ),
     selects=True,
 )

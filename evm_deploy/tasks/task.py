@@ -64,7 +64,7 @@ Decode = Callable[[Outputs, Reading], Sequence[Sequence[Prediction]]]
 class Align(Protocol):
     """Type of `Task.align`."""
 
-    def __call__(self, expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> tuple[Outputs, Outputs, float]:
+    def __call__(self, expected: Outputs, actual: Outputs, tolerance: float = ...) -> tuple[Outputs, Outputs, float]:
         """Pair the rows of two runs on the same images."""
         ...
 
@@ -99,13 +99,12 @@ class Score(Measure):
     figures are in manifests and records alone.
     `read(source, names, count)`: list the labelled images of a file or folder, and return a sentence on how classes got
     their index. names: class names of the network, None without; count: number of its classes. Raises CalibrationError.
-    takes: what `read` takes, for messages. `by_chance(figure, images, classes)`: whether a network without any skill
-    could reach this main figure on so many images.
+    `by_chance(figure, images, classes)`: whether a network without any skill could reach this main figure on so many
+    images.
     """
 
     titles: Mapping[str, str]
     read: Callable[[Path, Sequence[str] | None, int], tuple[Sequence[ImageItem], str]]
-    takes: str
     by_chance: Callable[[float, int, int], bool] = lambda figure, images, classes: figure < NOTHING
 
     @property
@@ -137,9 +136,9 @@ class Task:
     `check(outputs, labels)`: return None for valid outputs, else two texts: the actual outputs and the expectation.
     `decode(outputs, reading)`: return the answers of each image, best first.
     `agree(expected, actual)`: return the share of the answers that are the same, for each image, (images,) float64.
-    `align(expected, actual, tolerance=0)`: pair the rows of outputs whose order may differ. Returns the paired rows of
-    both by name, to be compared value by value, and the share of rows that have a pair, of those that are not within
-    the tolerance of nothing. None: outputs are compared as they are.
+    `align(expected, actual, tolerance)`: pair the rows of outputs whose order may differ and that agree within the
+    tolerance. Returns the paired rows of both by name, and the share of rows that have a pair. None: outputs are
+    compared as they are.
     `draw(image, predictions, least)`: return a copy of an upright image with the predictions from the score `least` on.
     score: accuracy against labels. compare: difference from the float network's outputs, of outputs without an answer.
     selects: whether the exported model ends with the module SELECTION, which makes answers of the network's own maps.
