@@ -18,6 +18,7 @@ JUDGED = {
     "agreement": 0.998,
     "relative_error": 0.01,
     "psnr_db": 45.0,
+    "metric": "top1",
     "top1": 0.993,
     "top1_float": 0.995,
     "top5": 1.0,

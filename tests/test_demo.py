@@ -49,12 +49,12 @@ def test_scenes_are_those_of_the_training(trained):
 def test_scenes_are_written_as_labelled_data(tmp_path, capsys):
     assert scenes.main([str(tmp_path), "--count", "3", "--seed", "5"]) == 0
     assert "3 scenes" in capsys.readouterr().out
-    labelled = read_labels(tmp_path / "instances.json", scenes.CLASSES, len(scenes.CLASSES))
+    labelled, _ = read_labels(tmp_path / "instances.json", scenes.CLASSES, len(scenes.CLASSES))
     for index, each in enumerate(labelled):
         made = scenes.scene(5, index)
-        assert np.array_equal(np.asarray(Image.open(each.path)), made.image)
-        assert np.array_equal(each.objects.boxes, made.boxes) and np.array_equal(each.objects.labels, made.labels)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "annotations" / each.path.name)), made.map)
+        assert np.array_equal(np.asarray(Image.open(each.source)), made.image)
+        assert np.array_equal(each.label.boxes, made.boxes) and np.array_equal(each.label.labels, made.labels)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "annotations" / Path(each.source).name)), made.map)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -40,7 +40,7 @@ def matrix_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--imgsz", metavar="N|HxW", help="input size in pixels, see evm-export --help")
     add("--calib", metavar="DIR", help="images to calibrate int8, see evm-export --help")
-    add("--val", metavar="DIR", help="labelled images to evaluate every form, see evm-export --help")
+    add("--val", metavar="PATH", help="labelled images to evaluate every form, see evm-export --help")
 
 
 def refuse_matrix_flags(args: argparse.Namespace) -> None:
