@@ -1,36 +1,34 @@
-"""Completion of the settings that select detections, from flags, the checkpoint and the target."""
+"""Completion of the settings of a selection in the graph, from flags, the checkpoint and the target."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
+from evm_deploy.data.preprocessing import CROP, PAD, STRETCH, Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.plan import QUANTIZED, SELECTION, ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.model.network import ModelSpec
+from evm_deploy.tasks import get_task
 from evm_deploy.tasks.detection import DETECTION
+from evm_deploy.tasks.segmentation import SEGMENTATION
 
 
 def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> ExportPlan:
     """Fill in the plan's settings of selection: given values, else the checkpoint's, else mmdet's defaults.
 
-    Raises UsageError for a setting given for a network that is no detector, and for an NMS that the target cannot do.
+    Raises UsageError for a setting given for a network that is no detector, for an NMS that the target cannot do, and
+    for a plan that a selection in the graph does not support.
     """
+    if get_task(spec.task).selects:
+        _check_in_graph(plan, spec)
     given = {name: getattr(plan, name) for name in SELECTION if getattr(plan, name) is not None}
     if spec.task != DETECTION.name:
         if given:
             flag = f"--{next(iter(given)).replace('_', '-')}"
             raise UsageError(f"{flag}: {spec.name} is no detector, it gives {spec.task}", f"leave {flag} out")
         return plan
-    if plan.precision in QUANTIZED:
-        raise UsageError(
-            f"--precision {plan.precision}: detectors are exported in fp32 and fp16", "use one of these precisions"
-        )
-    if plan.more_imgsz:
-        raise UsageError(
-            "several --imgsz: the boxes of a detector are clipped to one size", "export once for each size"
-        )
     modes = [mode for mode in NMS_MODES if mode in target.nms]
     if plan.nms not in (None, *modes):
         raise UsageError(
@@ -41,3 +39,25 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
     default = SelectionSettings(nms=modes[0])
     found = {name: given.get(name, saved.get(name, getattr(default, name))) for name in SELECTION}
     return replace(plan, **found)
+
+
+def check_whole_image(preprocessing: Preprocessing, spec: ModelSpec) -> None:
+    """Raise UsageError for a segmenter that sees a crop: its label map covers the whole image."""
+    if spec.task == SEGMENTATION.name and preprocessing.resize == CROP:
+        raise UsageError(
+            f"--resize {CROP}: a label map covers the whole image, and a crop leaves its border out",
+            f"use --resize {PAD}, or {STRETCH}",
+        )
+
+
+def _check_in_graph(plan: ExportPlan, spec: ModelSpec) -> None:
+    """Raise UsageError for a plan that a selection in the graph does not support."""
+    networks = "detectors" if spec.task == DETECTION.name else "segmenters"
+    if plan.precision in QUANTIZED:
+        raise UsageError(
+            f"--precision {plan.precision}: {networks} are exported in fp32 and fp16", "use one of these precisions"
+        )
+    if plan.more_imgsz:
+        raise UsageError(
+            f"several --imgsz: the outputs of {networks} are made for one size", "export once for each size"
+        )

@@ -7,7 +7,7 @@ float64 loop, and its output on large deltas with the float64 loop. Wrong loweri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -81,13 +81,16 @@ class FloatRun:
 
     test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan on the first test
     input, in execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot
-    hold.
+    hold. `judged(maps, outputs)`: turn outputs that are choices into values that tell how good the choices are; None for
+    other outputs. maps: what the network gives to its selection in the graph, (n, ...) each, where choices are judged.
     """
 
     test_inputs: NDArray[Any]
     outputs: dict[str, NDArray[Any]]
     scans: list[Scan]
     beyond_float16: dict[str, float]
+    maps: tuple[NDArray[Any], ...] = ()
+    judged: Callable[[Sequence[NDArray[Any]], Outputs], Outputs] | None = None
 
 
 def verify(
@@ -99,7 +102,7 @@ def verify(
     failure, even if the runtime on this machine hides it.
     """
     failures: list[str] = []
-    test_inputs = reference.test_inputs
+    test_inputs, judge = reference.test_inputs, reference.judged
     expected: Outputs = reference.outputs
     if float16:
         too_large = f"reaches {{:.2g}}, the largest float16 is {LARGEST:.0f}: use --precision fp32"
@@ -107,9 +110,10 @@ def verify(
     actual: Outputs = run_batched(runtime, plan.batch, test_inputs)
     agreement = float(task.agree(expected, actual).mean()) if task.agree else None
     if task.align:
-        expected, actual, share = task.align(expected, actual)
+        *paired, share = task.align(expected, actual)
         if share < plan.agreement:
             failures.append(f"{share:.1%} of the {task.gives} are those of the float model, limit {plan.agreement:.1%}")
+        expected, actual = paired if not judge else (judge(reference.maps, each) for each in (expected, actual))
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
@@ -196,11 +200,17 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
 
     watched = reaching(reference, LARGEST)
     recorder = Recorder()  # type: ignore[no-untyped-call]
+    selection = getattr(reference, "selection", None)
+    judged = getattr(selection, "judged", None)
+    seen: list[tuple[Any, ...]] = []
+    hooks = [selection.register_forward_pre_hook(lambda _, maps: seen.append(maps))] if judged else []
     with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
         runs = [reference(torch.from_numpy(test_input[None])) for test_input in test_inputs]
-    values = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+    for hook in hooks:
+        hook.remove()
+    values, maps = ([np.concatenate(parts) for parts in zip(*each, strict=True)] for each in (runs, seen))
     outputs = dict(zip(reference.outputs, values, strict=True))
-    return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached)
+    return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached, tuple(maps), judged)
 
 
 def _verify_scans(

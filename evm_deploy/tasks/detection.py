@@ -17,7 +17,7 @@ from evm_deploy.data.boxes import SelectionSettings, apart, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.tasks.average_precision import Found, Objects, average_precision
 from evm_deploy.tasks.drawing import draw_detections
-from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task
+from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task, class_name
 
 BOXES, SCORES, LABELS, COUNT = "boxes", "scores", "labels", "count"
 SHAPES = {BOXES: ("float32", 3), SCORES: ("float32", 2), LABELS: ("int32", 2), COUNT: ("int32", 1)}
@@ -79,7 +79,7 @@ def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
     labels = reading.labels
     return [
         [
-            Detection(labels[label] if labels else f"class {label}", label, score, (x1, y1, x2, y2))
+            Detection(class_name(labels, label), label, score, (x1, y1, x2, y2))
             for (x1, y1, x2, y2), score, label in zip(
                 each.boxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True
             )
@@ -159,4 +159,5 @@ DETECTION = Task(
     agree=agree,
     align=align,
     draw=draw_detections,
+    selects=True,
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Labels = NDArray[np.int64]  # (images,)
+Colour = tuple[int, int, int]  # red, green, blue, 0..255
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,61 @@ class Detection(Prediction):
     box: tuple[float, float, float, float]
 
 
+@dataclass(frozen=True, eq=False)
+class LabelMap(Sequence[Prediction]):
+    """Class of every pixel of an image. As a sequence: the classes that are present, by falling share of the pixels.
+
+    map: (h, w) uint8 or int32, class index of each pixel of the upright original image. labels: class names, None
+    without. palette: colour of each class as red, green, blue; None without. The score of a class is its share, 0..1.
+    """
+
+    map: NDArray[Any]
+    labels: Sequence[str] | None = None
+    palette: Sequence[Colour] | None = None
+
+    @cached_property
+    def present(self) -> tuple[Prediction, ...]:
+        """Classes of at least one pixel, by falling share; equal shares by index."""
+        classes, counts = np.unique(self.map, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return tuple(
+            Prediction(class_name(self.labels, index), index, count / self.map.size)
+            for index, count in zip(classes[order].tolist(), counts[order].tolist(), strict=True)
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prediction]: ...
+
+    def __getitem__(self, index: int | slice) -> Prediction | Sequence[Prediction]:
+        """Return one or several of the classes that are present."""
+        return self.present[index]
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+
+def class_name(labels: Sequence[str] | None, index: int) -> str:
+    """Return the name of a class; `class 7` for one without a name."""
+    return labels[index] if labels and 0 <= index < len(labels) else f"class {index}"
+
+
 @dataclass(frozen=True)
 class Reading:
     """Facts beside the outputs that predictions are decoded with.
 
     labels: class names, None without. top: answers of a classifier for each image. places: place of each image in the
-    network's input; None leaves boxes in pixels of that input. selection: that of a detector.
+    network's input; None leaves boxes and label maps in pixels of that input. selection: that of a detector. palette:
+    colour of each class as red, green, blue; None without.
     """
 
     labels: Sequence[str] | None = None
     top: int = 5
     places: Sequence[Geometry] | None = None
     selection: SelectionSettings = DEFAULT_SELECTION
+    palette: Sequence[Colour] | None = None
 
 
 Decode = Callable[[Outputs, Reading], Sequence[Sequence[Prediction]]]
@@ -83,6 +128,8 @@ class Task:
     `align(expected, actual)`: pair the rows of outputs whose order may differ. Returns the paired rows of both by name,
     to be compared value by value, and the share of rows that have a pair. None: outputs are compared as they are.
     `draw(image, predictions, least)`: return a copy of an upright image with the predictions from the score `least` on.
+    selects: the artifact holds the last step from the network's maps to the outputs (the module of its `selection`),
+    made for one size of the input; `decode` maps the outputs back to the image with `Reading.places`.
     """
 
     name: str
@@ -95,4 +142,5 @@ class Task:
     compare: Callable[[Outputs, Outputs], dict[str, NDArray[np.float64]]] | None = None
     metric: str = ""
     align: Callable[[Outputs, Outputs], tuple[Outputs, Outputs, float]] | None = None
-    draw: Callable[[Image, Sequence[Any], float], Image] | None = None
+    draw: Callable[[Image, Any, float], Image] | None = None
+    selects: bool = False
