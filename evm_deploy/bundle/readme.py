@@ -104,9 +104,10 @@ def label_map_text(manifest: Manifest) -> str:
     padded = manifest.preprocess().resize == PAD
     cut = "cut off the padding, which is right and below, and " if padded else ""
     palette = " `manifest.json` has a colour for each class (`model.details.palette`)." if manifest.palette else ""
+    output = manifest.outputs[0]
     return (
-        f" It holds the class index of each pixel of the {height}x{width} input, from 0: {manifest.outputs[0]['dtype']} "
-        f"{shape_of(manifest.outputs[0])}. For a map of the original image {cut}resize the map to the image's size, "
+        f" It holds the class index of each pixel of the {height}x{width} input, from 0: {output['dtype']} "
+        f"{shape_of(output)}. For a map of the original image {cut}resize the map to the image's size, "
         f"each pixel from the nearest one (never interpolate class indices).{palette}"
     )
 

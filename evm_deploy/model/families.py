@@ -23,9 +23,10 @@ def load_checkpoint(
     """Load a trained network from a checkpoint file -> (float32 module in eval mode, its ModelSpec).
 
     head: None builds the whole network, a classifier, detector or segmenter; `logits` and `probs` build a classifier,
-    `features` builds the backbone. weights: where the file has several sets, `ema` takes the averaged weights, `raw` the other weights, and the name of a set that set. drop:
-    shell patterns of keys to leave out, such as `aux_head.*`. The first family with weights in the file loads it.
-    Raises CheckpointError if no family has, or if keys are missing, unexpected or misshapen; the message lists them.
+    `features` builds the backbone. weights: where the file has several sets, `ema` takes the averaged weights, `raw`
+    the other weights, and the name of a set that set. drop: shell patterns of keys to leave out, such as `aux_head.*`.
+    The first family with weights in the file loads it. Raises CheckpointError if no family has, or if keys are missing,
+    unexpected or misshapen; the message lists them.
     """
     family, raw = find_network(read_content(Path(path)), weights, drop)
     return family.load(raw, LoadOptions(head))

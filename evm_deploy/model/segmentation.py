@@ -8,7 +8,7 @@ matrices, channels last: exact on every runtime and for every size, and the comp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class LabelSelection(nn.Module):
 
     classes: channels of the logits. maps: (h, w) of the logits. size: (H, W) of the network's input in pixels.
     threshold: for one channel, the score from which on a pixel is of class 1 and not of class 0; the score is the
-    sigmoid of the logit. Semantics: mmseg 1.2.2, `EncoderDecoder.postprocess_result`, without the second resize.
+    sigmoid of the logit. reads: path of the convolution that writes the logits.
+    Semantics: mmseg 1.2.2, `EncoderDecoder.postprocess_result`, without the second resize.
     """
 
     outputs = (LABEL_MAP,)
@@ -41,9 +42,10 @@ class LabelSelection(nn.Module):
         *,
         align_corners: bool = False,
         threshold: float = 0.3,
+        reads: str,
     ) -> None:
         super().__init__()
-        self.classes, self.size = classes, size
+        self.classes, self.size, self.reads = classes, size, reads
         self.threshold = math.log(threshold / (1 - threshold))
         self.dtype = torch.uint8 if classes <= 256 else torch.int32
         rows, columns = (
@@ -63,9 +65,13 @@ class LabelSelection(nn.Module):
         """Map logits (b, classes, h, w) -> (label_map,), (b, H, W) uint8, or int32 for more than 256 classes."""
         return (torch.cat([self._labels(strip) for strip in self._resized(logits)], 1),)
 
-    def judged(
-        self, maps: Sequence[NDArray[np.float32]], outputs: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[np.float32]]:
+    def chosen(self, maps: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Return the label map of logits (b, classes, h, w), by name."""
+        with torch.inference_mode():
+            (label_map,) = self(torch.from_numpy(maps))
+        return {LABEL_MAP: label_map.numpy()}
+
+    def judged(self, maps: NDArray[np.float32], outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Replace the class of every pixel in a label map by the resized logit of this class, (b, H, W) float32.
 
         maps: the logits (b, classes, h, w). For one channel class 0 has the logit 0, and class 1 the logit minus that
@@ -74,7 +80,7 @@ class LabelSelection(nn.Module):
         """
         wanted = torch.from_numpy(outputs[LABEL_MAP].astype(np.int64))
         found, start = [], 0
-        for strip in self._resized(torch.from_numpy(maps[0])):
+        for strip in self._resized(torch.from_numpy(maps)):
             if self.classes == 1:
                 strip = torch.cat([torch.zeros_like(strip), strip - self.threshold], 3)
             index = wanted[:, start : start + strip.shape[1]]

@@ -1,7 +1,7 @@
 """Mean intersection over union (mIoU) and pixel accuracy of label maps, from counts of each image.
 
-Definition of mmseg's IoUMetric: pixels whose true class is IGNORED do not count; the mean is over the classes that occur
-in the labels or in the predictions.
+Definition of mmseg's IoUMetric: pixels whose true class is IGNORED do not count; the mean is over the classes that
+occur in the labels or in the predictions.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.errors import CheckpointError
@@ -21,7 +22,6 @@ from evm_deploy.model.efficientvmamba.downstream import (
     spec_of,
 )
 from evm_deploy.model.network import Family, LoadOptions, ModelSpec, Network
-from evm_deploy.model.openmmlab import TrainingSettings
 from evm_deploy.model.state_dict import RawCheckpoint
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.upernet import UPerNet, UPerSizes
 
 ANCHORS = ("decode_head.conv_seg.weight",)
-# The last convolution writes the logits that are compared. The pooled maps have 1 to 36 values for each channel, too few
-# for a range, and what resizes and pools by products with constant matrices has no weights.
+# The last convolution writes the logits that are compared. Pooled maps have 1 to 36 values a channel, too few for a range.
+# Resizing by products with constant matrices has no weights.
 KEEP_FLOAT = ("backbone.patch_embed.0", "decode_head.psp_modules", "decode_head.resize", "decode_head.conv_seg")
 BLOCKS = (
     "decode_head.bottleneck",
@@ -82,7 +82,7 @@ def _stages(raw: RawCheckpoint, arch: Architecture) -> tuple[int, ...]:
     widths = [_shape(raw, f"{prefix}{i}.conv.weight")[1] for i in range(count_of(raw, prefix))]
     widths.append(_shape(raw, "decode_head.psp_modules.0.1.conv.weight")[1])
     stages = tuple(arch.dims.index(width) for width in widths if width in arch.dims)
-    if len(stages) < len(widths) or any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+    if len(stages) < len(widths) or any(a >= b for a, b in pairwise(stages)):
         raise CheckpointError(
             f"checkpoint {raw.path}: the head reads maps of {widths} channels, the backbone has {list(arch.dims)}; "
             "supported are any of them, in order"
@@ -123,7 +123,7 @@ def _refuse_unsupported(raw: RawCheckpoint) -> None:
     kind = given.get(f"{HEAD}type", str)
     if "decode_head.psp_modules.0.1.conv.weight" not in raw.tensors or kind not in (None, "UPerHead"):
         raise CheckpointError(
-            f"checkpoint {raw.path} holds a segmenter with the head {kind or 'of an unknown kind'}; supported is UPerHead",
+            f"checkpoint {raw.path} holds a segmenter with the head {kind or '(not named)'}; supported is UPerHead",
             FEATURES_HINT,
         )
     mode, activation = given.get(f"{TEST}mode", str), given.get(f"{HEAD}act_cfg.type", str)
@@ -141,7 +141,8 @@ def _refuse_unsupported(raw: RawCheckpoint) -> None:
 
 def _spec(raw: RawCheckpoint, arch: Architecture, model: UPerNet, settings: SourcedSettings) -> ModelSpec:
     training, classes = raw.training, max(2, model.sizes.classes)
-    zero = [each.get("reduce_zero_label") for each in _steps(training, "LoadAnnotations")]
+    steps = [each for each in training.get("test_pipeline", list) or [] if isinstance(each, Mapping)]
+    zero = [each.get("reduce_zero_label") for each in steps if each.get("type") == "LoadAnnotations"]
     if True in zero or False in zero:
         settings.take("reduce_zero_label", True in zero, "meta.cfg test_pipeline")
     palette = {"palette": [list(each) for each in training.palette]} if len(training.palette) == classes else {}
@@ -172,9 +173,3 @@ def _trained(raw: RawCheckpoint, model: UPerNet) -> dict[str, Any]:
         found["labels"] = ["background", *raw.training.classes]
         raw.notes.append("the head has one class: class 0, its absence, is called background")
     return found
-
-
-def _steps(training: TrainingSettings, kind: str) -> list[Mapping[str, Any]]:
-    """Return the steps of a kind in the pipeline of the test."""
-    steps = training.get("test_pipeline", list) or []
-    return [step for step in steps if isinstance(step, Mapping) and step.get("type") == kind]

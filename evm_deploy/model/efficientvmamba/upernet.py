@@ -118,5 +118,11 @@ class UPerNet(nn.Module):
     def selection(self, settings: Any, size: tuple[int, int]) -> LabelSelection:
         """Return the module that gives every pixel of images of `size` (H, W) its class. settings: not used."""
         maps = self.backbone.map_size(size, self.backbone.stages[0])
-        sizes = self.sizes
-        return LabelSelection(sizes.classes, maps, size, align_corners=sizes.align_corners, threshold=self.threshold)
+        return LabelSelection(
+            self.sizes.classes,
+            maps,
+            size,
+            align_corners=self.sizes.align_corners,
+            threshold=self.threshold,
+            reads="decode_head.conv_seg",
+        )
