@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.upernet import UPerNet, UPerSizes
 
 ANCHORS = ("decode_head.conv_seg.weight",)
-# The last convolution writes the logits that are compared. Pooled maps have 1 to 36 values a channel, too few for a range.
-# Resizing by products with constant matrices has no weights.
+# The last convolution writes the logits that are compared. Pooled maps have 1 to 36 values for each channel, too few
+# for a range. Products with constant matrices, which resize, have no weights.
 KEEP_FLOAT = ("backbone.patch_embed.0", "decode_head.psp_modules", "decode_head.resize", "decode_head.conv_seg")
 BLOCKS = (
     "decode_head.bottleneck",
