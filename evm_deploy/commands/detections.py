@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 JPEG = (".jpg", ".jpeg")
 JPEG_QUALITY = 92
 LISTED = 8  # classes in the line of a label map; JSON has all
+LEAST_SHARE = 0.0005  # that is not rounded to 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def row_of(found: Detection) -> dict[str, Any]:
 
 def shares(found: LabelMap) -> str:
     """Return the classes that are present, with their shares of the pixels, as text: `63.1 % road, 36.9 % sky`."""
-    texts = [f"{100 * each.score:.1f} % {each.label}" for each in found[:LISTED]]
+    figures = (f"{100 * each.score:.1f}" if each.score >= LEAST_SHARE else "<0.1" for each in found[:LISTED])
+    texts = [f"{figure} % {each.label}" for figure, each in zip(figures, found, strict=False)]
     rest = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
     return ", ".join([*texts, *rest])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -107,7 +107,7 @@ class FloatRun:
     scans: list[Scan]
     beyond_float16: dict[str, float]
     judge: Judge | None = None
-    maps: NDArray[Any] | None = None
+    maps: NDArray[Any] = field(default_factory=lambda: np.empty(0))
 
 
 def verify(
@@ -231,12 +231,12 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
         hook.remove()
     values = (np.concatenate(parts) for parts in zip(*runs, strict=True))
     outputs = dict(zip(reference.outputs, values, strict=True))
-    maps = np.concatenate(seen) if judge else None
+    maps = np.concatenate(seen or [np.empty(0)])
     return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached, judge, maps)
 
 
 def _verify_selection(
-    access: ScanAccess, feeds: Feeds, judge: Judge, maps: Any, plan: ExportPlan, failures: list[str]
+    access: ScanAccess, feeds: Feeds, judge: Judge, maps: NDArray[Any], plan: ExportPlan, failures: list[str]
 ) -> None:
     """Compare the maps that the artifact's selection reads with the float model's, and its choices with these maps.
 

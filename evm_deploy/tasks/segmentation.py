@@ -37,7 +37,7 @@ def check(outputs: Mapping[str, Spec], labels: Sequence[str] | None) -> tuple[st
 def decode(outputs: Outputs, reading: Reading) -> list[LabelMap]:
     """Return the label map of each image, at the size of the original image where the reading has its place."""
     maps = outputs[LABEL_MAP]
-    places = reading.places or [None] * len(maps)
+    places: Sequence[Geometry | None] = reading.places or [None] * len(maps)
     return [
         LabelMap(each if place is None else in_image(each, place), reading.labels, reading.palette)
         for each, place in zip(maps, places, strict=True)
