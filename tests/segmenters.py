@@ -34,6 +34,11 @@ def saved(folder: Path, name: str = "upernet_micro", meta: dict[str, Any] | None
     return save(folder / f"{name}.pth", {key: value for key, value in state.items() if value is not None}, meta)
 
 
+def named(folder: Path) -> Path:
+    """Write the micro segmenter with class names of many scripts, and a palette."""
+    return saved(folder, meta={"dataset_meta": {"classes": NAMES, "palette": PALETTE}})
+
+
 def binary(folder: Path, **head: Any) -> Path:
     """Write a micro segmenter with one class. head: further settings of its head, as Python text."""
     given = case("upernet_micro")
