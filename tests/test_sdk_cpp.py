@@ -27,7 +27,7 @@ from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
 from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
-from tests.test_vectors import CASES, FOLDER, expected, preprocessing
+from tests.test_vectors import CASES, FOLDER, PREDICTIONS, expected, is_predicted, preprocessing
 from tests.toolchains import need, tensorrt_headers
 
 pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
@@ -85,6 +85,12 @@ def test_the_vectors(tmp_path):
         want = expected(case).astype(int)
         have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
         assert np.abs(have - want).max() == 0, name
+
+
+def test_the_predictions_of_the_vectors(tmp_path):
+    """Boxes and label maps, under AddressSanitizer."""
+    assert drive(("predictions", PREDICTIONS, tmp_path / "found.json")) == ["ok "]
+    is_predicted(json.loads((tmp_path / "found.json").read_bytes()))
 
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])
