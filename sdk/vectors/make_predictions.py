@@ -108,7 +108,7 @@ def label_maps() -> Iterator[dict[str, Any]]:
     for i, (name, (resize, (height, width))) in enumerate(PLACES.items()):
         spec = Preprocessing((12, 17), 0.875, "bilinear", resize=resize)
         place = spec.geometry(1 + width // 11, 1 + height // 11)
-        classes, dtype = ((300, "int32") if i == 1 else (150, "uint8"))
+        classes, dtype = (300, "int32") if i == 1 else (150, "uint8")
         labels = np.random.default_rng(i).integers(0, classes, spec.size)
         yield {
             "name": name,
