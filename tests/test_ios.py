@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from evm_deploy.bundle.selftest import AXES
-from evm_deploy.export.coreml import TARGET
+from evm_deploy.export.coreml.target import TARGET
 from evm_deploy.runtimes.mil import MilRuntime
 from tests.syntax import faults, parsed
 from tests.test_vectors import CASES, CONTENT, PREDICTIONS
