@@ -128,7 +128,7 @@ def named_detector(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detector_bundles(named_detector, bundle_of) -> dict[str, Bundle]:
-    """Its bundles with both values of --nms, two images an inference."""
+    """Return the bundles of `named_detector` with both values of --nms, two images an inference."""
     plans = {nms: ExportPlan("onnx", imgsz=(96, 128), batch=2, nms=nms) for nms in ("graph", "none")}
     return {nms: bundle_of(named_detector, plan) for nms, plan in plans.items()}
 

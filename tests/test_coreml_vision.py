@@ -132,7 +132,7 @@ def test_the_stages_give_the_best_class_of_each_anchor(stage, wrapped, tmp_path)
 
 
 def test_suppression_is_that_of_the_specification():
-    """Of two boxes of a class that overlap by more, the worse goes; other classes and lower overlaps stay."""
+    """The worse of two boxes of a class that overlap by more goes; other classes and lower overlaps stay."""
     coordinates = np.float32([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.2, 0.2]])
     confidence = np.float32([[0.9, 0], [0.8, 0], [0, 0.7], [0.1, 0]])
     found = vision.suppressed(coordinates, confidence, 0.5, 0.25, (100, 200))

@@ -90,7 +90,7 @@ PREDICTIONS = FOLDER / "predictions.json"
 
 
 def is_predicted(found: dict[str, Any]) -> None:
-    """What an SDK decoded of the outputs in predictions.json: boxes within rounding, labels and label maps equal."""
+    """Check what an SDK decoded of predictions.json: boxes within rounding, labels and label maps equal."""
     want = json.loads(PREDICTIONS.read_bytes())
     for case, have in zip(want["detections"], found["detections"], strict=True):
         assert (have["resized"], have["offset"]) == (case["resized"], case["offset"]), case["name"]
@@ -124,7 +124,7 @@ def test_python_gives_the_predictions():
 
 
 def test_a_label_map_that_is_cut_off_goes_on_at_its_edge():
-    """Its pixels are those of to_network, where the network sees the image at all."""
+    """The pixels are those of to_network, where the network sees the image at all."""
     (case,) = (each for each in json.loads(PREDICTIONS.read_bytes())["label_maps"] if each["name"] == "crop")
     place = place_of(case)
     top, left, bottom, right = place.content

@@ -142,7 +142,7 @@ def suppressed(
     coordinates (n, 4) centre and size, 0..1; confidence (n, k). size: (H, W) in pixels. Returns boxes (1, m, 4) x1 y1
     x2 y2 in pixels, scores and labels (1, m), by falling score, m at most MAX_DETECTIONS.
     """
-    scale = np.float32([size[1], size[0]])
+    scale = np.array([size[1], size[0]], np.float32)
     centre, half = coordinates[:, :2] * scale, coordinates[:, 2:] * scale / 2
     boxes, labels, scores = np.concatenate([centre - half, centre + half], 1), confidence.argmax(1), confidence.max(1)
     kept = greedy_nms(apart(boxes, labels, float(max(size))), scores, iou, MAX_DETECTIONS, least)
@@ -167,8 +167,8 @@ def verify(stage: Any, module: Any, plan: ExportPlan, settings: SelectionSetting
         with MilRuntime(path) as runtime:
             actual = runtime.run({plan.input: pixels})
         expected = dict(zip(RAW, (value.numpy() for value in module(torch.from_numpy(pixels))), strict=True))
-    limits = settings.iou, settings.score_thr, size
-    ours, theirs, share = align(*(suppressed(*(run[name] for name in RAW), *limits) for run in (expected, actual)))
+    runs = [suppressed(run[RAW[0]], run[RAW[1]], settings.iou, settings.score_thr, size) for run in (expected, actual)]
+    ours, theirs, share = align(*runs)
     if share < plan.agreement:
         raise ParityError(f"{FILE}: {share:.1%} of its boxes are those of the network, limit {plan.agreement:.1%}")
     for name in (BOXES, SCORES):

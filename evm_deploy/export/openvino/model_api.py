@@ -36,15 +36,16 @@ def add_model_api(model: Any, plan: ExportPlan, facts: Mapping[str, str]) -> dic
     facts: the metadata of the model, with its preprocessing. A model that Model API cannot run is left as it is, and
     the result is empty: no detector, a crop, or several images in every inference.
     """
-    values = json.loads(facts["preprocessing"])
-    spec = Preprocessing(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    saved: dict[str, Any] = json.loads(facts["preprocessing"])
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    spec = Preprocessing(**values)
     if plan.selection is None or spec.resize not in RESIZES or plan.batch.min > 1:
         return {}
     from openvino import opset13
 
     (boxes,) = (output.get_node().input_value(0) for output in model.outputs if BOXES in output.get_names())
     height, width = spec.size
-    sides = opset13.constant(np.float32([width, height, width, height]), name=f"{SELECTION}/sides")
+    sides = opset13.constant(np.array([width, height, width, height], np.float32), name=f"{SELECTION}/sides")
     normalised = opset13.divide(boxes, sides, name=f"{SELECTION}/{NORMALISED}")
     normalised.output(0).get_tensor().set_names({NORMALISED})
     model.add_results([opset13.result(normalised, name=f"{SELECTION}/{NORMALISED}/result")])
