@@ -131,7 +131,7 @@ class LoadedBundle:
     ) -> list[list[Prediction]]:
         """Return the `top` most probable classes of each image, or the detections in it (`Detection`), best first.
 
-        The boxes of detections are in pixels of the upright image. `spent_ms` has the times of the call.
+        The boxes and masks of detections are in pixels of the upright image. `spent_ms` has the times of the call.
         images: any number of images as `data.reading.read_image` takes them (paths, encoded bytes, open files,
         Pillow images, uint8 arrays), or uint8 [n, H, W, C] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
@@ -175,7 +175,9 @@ class LoadedBundle:
         self._require_answers(top)
         array = stacked_pixels(pixels, (*self.preprocessing.size, self.preprocessing.channels))
         starts = range(0, len(array), self._batch_size)
-        return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top)]
+        size = self.preprocessing.size
+        places = [Geometry(size, size, size, (0, 0))] * self._batch_size  # boxes and masks in network pixels
+        return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top, places)]
 
     def _placed(self, image: ImageLike) -> tuple[NDArray[np.uint8], Geometry | None]:
         """Return the pixels of an image, and its place in the network's input if the task has coordinates."""

@@ -1,4 +1,4 @@
-"""Drawing of predictions on images with Pillow: boxes with names and scores in any script."""
+"""Drawing of predictions on images with Pillow: masks, and boxes with names and scores in any script."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from evm_deploy.data.masks import DetectedMask
 from evm_deploy.tasks.task import Detection
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ PALETTE = (
 )
 LINE_SHARE, TEXT_SHARE = 0.003, 0.022  # of the mean side of the image
 LEAST_LINE, LEAST_TEXT = 1, 11  # pixels
+OPACITY = 128  # of masks, of 255
 MISSING = "\U0010ffff"  # no font has it: its glyph is the one for missing characters
 FONT_FOLDERS = {
     "linux": ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
@@ -32,8 +36,8 @@ FONT_FOLDERS = {
 def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3) -> Image:
     """Return a copy of an upright RGB image with the box, name and score of each detection from the score `least` on.
 
-    The best detection is drawn last, on top. A name that no font of this machine can write is replaced by the number of
-    its class, such as `#7`.
+    Masks are half transparent, under all boxes. The best detection is drawn last, on top. A name that no font of this
+    machine can write is replaced by the number of its class, such as `#7`.
     """
     from PIL import ImageDraw
 
@@ -44,9 +48,11 @@ def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3
         max(least_pixels, round(share * (width + height) / 2))
         for least_pixels, share in ((LEAST_LINE, LINE_SHARE), (LEAST_TEXT, TEXT_SHARE))
     )
-    for each in sorted(found, key=lambda one: one.score):
-        if each.score < least:
-            continue
+    drawn = sorted((each for each in found if each.score >= least), key=lambda one: one.score)
+    for each in drawn:
+        if each.mask:
+            _cover(canvas, each.mask, PALETTE[each.index % len(PALETTE)])
+    for each in drawn:
         colour = PALETTE[each.index % len(PALETTE)]
         x1, x2 = (min(max(round(value), 0), width) for value in each.box[::2])
         y1, y2 = (min(max(round(value), 0), height) for value in each.box[1::2])
@@ -54,6 +60,15 @@ def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         _tag(draw, each, (x1, y1), colour, letters, canvas.size)
     return canvas
+
+
+def _cover(canvas: Image, mask: DetectedMask, colour: tuple[int, ...]) -> None:
+    """Cover the pixels of a mask with a colour, half transparent."""
+    from PIL import Image as Pillow
+
+    bitmap, (top, left) = mask.crop()
+    if bitmap.size:
+        canvas.paste(colour, (left, top), Pillow.fromarray(bitmap.astype(np.uint8) * OPACITY))
 
 
 def _tag(

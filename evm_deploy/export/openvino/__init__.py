@@ -140,5 +140,6 @@ TARGET = Target(
     scan_access=OpenVinoScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    regions=True,
     remarks=remarks,
 )

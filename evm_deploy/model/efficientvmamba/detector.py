@@ -46,6 +46,7 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
         )
     import torch
 
+    from evm_deploy.model.detection import Anchors
     from evm_deploy.model.efficientvmamba.retinanet import RetinaNet
 
     raw = _renamed(raw)
@@ -53,8 +54,9 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
     stages = _stages(raw, arch)
     settings = _Sourced(raw.training)
     pyramid, head = _pyramid(raw, arch, stages, settings), _head(raw)
-    anchors = _anchors(raw, head.anchors, pyramid.levels, stages[0], settings)
-    _refuse_unsupported(raw)
+    default = Anchors(strides=tuple(2 ** (stages[0] + 2 + i) for i in range(pyramid.levels)))
+    anchors = _anchors(raw, head.anchors, default, "bbox_head", settings)
+    _refuse(raw, _unsupported(raw.training))
     _drop_unused(raw, stages)
     with torch.device("meta"):
         model = RetinaNet(arch, stages, pyramid, head)
@@ -117,15 +119,15 @@ def _shape(raw: RawCheckpoint, key: str, rank: int = 4) -> tuple[int, ...]:
     if key not in raw.tensors or raw.tensors[key].dim() != rank:
         found = f"is {list(raw.tensors[key].shape)}" if key in raw.tensors else "is missing"
         raise CheckpointError(
-            f"checkpoint {raw.path}: {key} {found}, a RetinaNet has it with {rank} axes",
+            f"checkpoint {raw.path}: {key} {found}, a detector has it with {rank} axes",
             "the file holds a part of the network, or another one",
         )
     return tuple(raw.tensors[key].shape)
 
 
-def _count(raw: RawCheckpoint, prefix: str) -> int:
-    """Return the number of convolutions of a list: `prefix`0.conv.weight and so on."""
-    found = {int(match[1]) for key in raw.tensors if (match := re.fullmatch(rf"{prefix}(\d+)\.conv\.weight", key))}
+def _count(raw: RawCheckpoint, prefix: str, layer: str = "conv.weight") -> int:
+    """Return the number of layers of a list: `prefix`0.conv.weight and so on."""
+    found = {int(match[1]) for key in raw.tensors if (match := re.fullmatch(rf"{prefix}(\d+)\.{layer}", key))}
     if found != set(range(len(found))):
         raise CheckpointError(f"checkpoint {raw.path}: numbers {sorted(found)[:6]} of {prefix}* have gaps")
     return len(found)
@@ -143,12 +145,15 @@ def _stages(raw: RawCheckpoint, arch: Architecture) -> tuple[int, ...]:
     return stages
 
 
-def _pyramid(raw: RawCheckpoint, arch: Architecture, stages: tuple[int, ...], settings: _Sourced) -> PyramidSizes:
+def _pyramid(
+    raw: RawCheckpoint, arch: Architecture, stages: tuple[int, ...], settings: _Sourced, pooled: int = 0
+) -> PyramidSizes:
+    """Return the sizes of the feature pyramid. pooled: levels by pooling that mmdet's default configuration has."""
     from evm_deploy.model.efficientvmamba.pyramid import PyramidSizes
 
     inputs = tuple(arch.dims[i] for i in stages)
     channels, convs = _shape(raw, "neck.lateral_convs.0.conv.weight")[0], _count(raw, "neck.fpn_convs.")
-    levels = settings.value("levels", "model.neck.num_outs", int, convs)
+    levels = settings.value("levels", "model.neck.num_outs", int, convs + pooled)
     if convs == len(inputs):
         return PyramidSizes(inputs, channels, levels, "pooled" if levels > convs else "none")
     said = settings.training.get("model.neck.add_extra_convs", (str, bool))
@@ -183,28 +188,25 @@ def _head(raw: RawCheckpoint) -> HeadSizes:
     return HeadSizes(channels, width, stacked, deltas // 4, rows // (deltas // 4))
 
 
-def _anchors(raw: RawCheckpoint, each: int, levels: int, first: int, settings: _Sourced) -> Anchors:
-    """Return the anchors: of the configuration, else mmdet's for RetinaNet, whose number must fit the head.
+def _anchors(raw: RawCheckpoint, each: int, default: Anchors, head: str, settings: _Sourced) -> Anchors:
+    """Return the anchors: of the configuration, else `default`, of mmdet. Their number must be `each`, the head's.
 
-    first: number of the stage that the finest level reads. Its stride is 4 for stage 0.
+    head: name of the head in the configuration.
     """
-    from evm_deploy.model.detection import Anchors
-
-    at, given = "model.bbox_head.anchor_generator.", settings.training
+    at, given, levels = f"model.{head}.anchor_generator.", settings.training, len(default.strides)
     base, per_octave = given.get(at + "octave_base_scale", (int, float)), given.get(at + "scales_per_octave", int)
     scales = given.numbers(at + "scales")
     if scales is None and base is not None and per_octave:
         scales = tuple(base * 2 ** (i / per_octave) for i in range(per_octave))
     ratios, strides = given.numbers(at + "ratios"), given.numbers(at + "strides", levels)
-    default = Anchors(strides=tuple(2 ** (first + 2 + i) for i in range(levels)))
     anchors = replace(
         default,
         scales=scales or default.scales,
         ratios=ratios or default.ratios,
         strides=tuple(map(int, strides)) if strides else default.strides,
         offset=given.get(at + "center_offset", (int, float)) or 0.0,
-        means=given.numbers("model.bbox_head.bbox_coder.target_means", 4) or default.means,
-        stds=given.numbers("model.bbox_head.bbox_coder.target_stds", 4) or default.stds,
+        means=given.numbers(f"model.{head}.bbox_coder.target_means", 4) or default.means,
+        stds=given.numbers(f"model.{head}.bbox_coder.target_stds", 4) or default.stds,
     )
     if anchors.each != each:
         raise CheckpointError(
@@ -217,11 +219,10 @@ def _anchors(raw: RawCheckpoint, each: int, levels: int, first: int, settings: _
     return anchors
 
 
-def _refuse_unsupported(raw: RawCheckpoint) -> None:
-    """Raise CheckpointError for settings of the configuration that give other detections than ours."""
-    given = raw.training
+def _unsupported(given: TrainingSettings) -> dict[str, bool]:
+    """Return settings that give other detections than ours, as text -> whether the configuration has them."""
     kind = given.get("model.test_cfg.nms.type", str)
-    odd = {
+    return {
         f"NMS of type {kind!r}": kind not in (None, "nms"),
         "images in the order BGR": given.get("model.data_preprocessor.bgr_to_rgb", bool) is False,
         "NMS without regard to classes": given.get("model.test_cfg.nms.class_agnostic", bool) is True,
@@ -230,7 +231,11 @@ def _refuse_unsupported(raw: RawCheckpoint) -> None:
         "sides of anchors that are not the strides": given.get("model.bbox_head.anchor_generator.base_sizes", list)
         is not None,
     }
-    found = [what for what, is_so in odd.items() if is_so]
+
+
+def _refuse(raw: RawCheckpoint, unsupported: Mapping[str, bool]) -> None:
+    """Raise CheckpointError naming the settings of the configuration that are not supported."""
+    found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise CheckpointError(
             f"checkpoint {raw.path}: its configuration asks for {' and '.join(found)}, which is not supported",
