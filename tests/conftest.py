@@ -136,6 +136,43 @@ def coreml_fp32(micro, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def named_detector(tmp_path_factory) -> Path:
+    """A golden RetinaNet with class names of many scripts."""
+    from tests import detectors
+
+    state = detectors.tensors(detectors.case("retina_micro"))
+    meta = {"dataset_meta": {"classes": detectors.CLASSES}}
+    return detectors.save(tmp_path_factory.mktemp("named") / "街.pth", state, meta)
+
+
+@pytest.fixture(scope="session")
+def detector_bundles(named_detector, bundle_of) -> dict[str, Bundle]:
+    """Return the bundles of `named_detector` with both values of --nms, two images an inference."""
+    plans = {nms: ExportPlan("onnx", imgsz=(96, 128), batch=2, nms=nms) for nms in ("graph", "none")}
+    return {nms: bundle_of(named_detector, plan) for nms, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def segmenter_bundles(demo_bundle, tmp_path_factory) -> dict[str, Path]:
+    """Segmenters made by hand: resize -> bundle. The stretched one gives int32."""
+    from tests.segmenter import segmenter
+
+    folder = tmp_path_factory.mktemp("segmenters")
+    dtypes = {"pad": "uint8", "crop": "uint8", "stretch": "int32"}
+    return {resize: segmenter(demo_bundle.path, folder, resize, dtype) for resize, dtype in dtypes.items()}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> list[Path]:
+    """Images of other sizes than any input."""
+    folder = tmp_path_factory.mktemp("scenes")
+    sizes = ((300, 400), (1, 1), (77, 20), (96, 128), (131, 500))
+    for i, (height, width) in enumerate(sizes):
+        Image.fromarray(synthetic_image(height, width, i)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(bundle_of) -> Bundle:
     return bundle_of(CHECKPOINT, ExportPlan("onnx"))
 

@@ -146,7 +146,7 @@ def test_scores_of_masks(tmp_path):
     maps = np.stack([np.full((6, 8), 2, np.uint8), np.zeros((6, 8), np.uint8)])
     rows = segmentation.score({"label_map": maps}, [first.label, second.label], Reading(classes=4))
     assert mean_iou(rows) == {"mIoU": 0.25, "pixel_accuracy": 0.5}
-    with pytest.raises(CalibrationError, match=r"a.png is 8x6 pixels, its image 8x5"):
+    with pytest.raises(CalibrationError, match=r"a\.png and its image have different sizes: 8x6 and 8x5"):
         segmentation.score({"label_map": maps[:1, :5]}, [first.label], Reading(classes=4))
     text = str(first.label)
     Image.fromarray(np.full((6, 8), 1, np.uint8)).save(first.label.path)
