@@ -100,14 +100,10 @@ def test_an_image_without_detections(exported):
 
 
 class Crops(torch.nn.Module):
-    """Regions of every level, one of them without an area."""
-
-    def __init__(self):
-        super().__init__()
-        self.regions = regions.Regions((4, 8, 16, 32), 7, finest=7)
+    """Crops of regions of every level."""
 
     def forward(self, boxes, *levels):
-        return self.regions(levels, boxes)
+        return regions.Atlas.of(levels, (4, 8, 16, 32)).crop(boxes, 7, finest=7)
 
 
 @pytest.mark.parametrize("opset", [18, 21])
@@ -182,13 +178,11 @@ def masks(change):
 
 
 def cropped(change):
-    """A mistake in RoIAlign: change(boxes, scale) -> boxes."""
+    """A mistake in RoIAlign: change(boxes) -> boxes."""
 
     def apply(selection, monkeypatch):
         right = regions.roi_align
-        monkeypatch.setattr(
-            regions, "roi_align", lambda m, boxes, size, scale: right(m, change(boxes, scale), size, scale)
-        )
+        monkeypatch.setattr(regions, "roi_align", lambda maps, boxes, size: right(maps, change(boxes), size))
 
     return apply
 
@@ -198,9 +192,8 @@ def rolled(logits, deltas):
 
 
 MISTAKES = {
-    "another level": lambda s, _: setattr(s.regions, "finest", 28),
-    "another level for masks": lambda s, _: setattr(s.mask_regions, "finest", 20),
-    "RoIAlign that is not aligned": cropped(lambda boxes, scale: boxes + 0.5 / scale),
+    "another level": lambda s, _: setattr(s, "region", replace(s.region, finest=28)),
+    "RoIAlign that is not aligned": cropped(lambda boxes: boxes + 0.5),
     "background first": heads(rolled),
     "stds of the first stage": lambda s, _: s.stds.fill_(1.0),
     "dx and dy changed": heads(
