@@ -129,8 +129,9 @@ class Atlas:
             level = level + (relative >= 2.0**i).to(torch.int64)
         place = self.places[level]
         cells = boxes * place[..., :1] + place[..., [1, 2, 1, 2]]
+        filled = (cells[..., 2:] - cells[..., :2]).amin(-1, keepdim=True) > 0  # OpenVINO gives NaN for an empty box
         beside = torch.tensor([-9.0, -9.0, -8.0, -8.0])  # RoIAlign reads one sample of zero there for each bin
-        return roi_align(self.maps, torch.where(sides.amin(-1, keepdim=True) > 0, cells, beside), size)
+        return roi_align(self.maps, torch.where(filled, cells, beside), size)
 
 
 def _framed(level: Tensor, height: int, width: int) -> Tensor:
