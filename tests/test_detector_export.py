@@ -214,7 +214,6 @@ def test_settings_come_from_flags_then_the_file_then_the_target(detector):
     ("target", "settings", "message"),
     [
         ("trt-rtx", {"nms": "graph"}, "--nms graph: target 'trt-rtx' cannot run it; it has: none"),
-        ("onnx", {"precision": "w8"}, "--precision w8: detectors are exported in fp32 and fp16"),
         ("coreml", {"more_imgsz": ((64, 64),), "min_target": "iOS18"}, "several --imgsz"),
         ("onnx", {"head": "probs"}, "--head probs: retina_micro gives detections"),
         ("onnx", {"labels": ("a", "b")}, "2 labels for a head of 5 classes"),

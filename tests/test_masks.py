@@ -179,7 +179,7 @@ def scenes(seed, images=8, size=(60, 80)):
         labels = rng.integers(0, 3, count)
         crowd = rng.random(count) < 0.2
         masks = listed([blob(*each) for each in zip(centres, radii, strict=True)])
-        truths.append(Objects(np.zeros((count, 4)), labels, np.zeros(count, bool), crowd, masks))
+        truths.append(Objects(np.zeros((count, 4)), labels, np.zeros(count, bool), crowd, len(truths), masks))
         near = np.repeat(np.arange(count), rng.integers(0, 3, count))
         moved = [blob(centres[i] + rng.normal(0, 2, 2), radii[i] * rng.uniform(0.8, 1.2, 2)) for i in near]
         far = [blob(rng.uniform(0, 60, 2), rng.uniform(2, 20, 2)) for _ in range(3)]
@@ -224,13 +224,13 @@ def test_mask_average_precision_is_that_of_pycocotools(seed, capsys):
     theirs = dict(zip(("AP", "AP50", "AP75"), evaluation.stats[:3].tolist(), strict=True))
     ours = average_precision(found, truths, masks=True)
     assert ours == pytest.approx(theirs, abs=1e-12) and 0 < ours["AP"] < ours["AP50"] < 1
-    assert detection.score(found, truths)["mask_AP"] == ours["AP"]
+    assert detection.figures(detection.found_rows(found, truths))["mask_AP"] == ours["AP"]
 
 
 def test_without_masks_there_is_no_mask_ap():
     found, truths = scenes(0, images=2)
     bare = [Found(each.boxes, each.scores, each.labels) for each in found]
-    assert {*detection.score(bare, truths)} == {"AP", "AP50", "AP75"}
+    assert {*detection.figures(detection.found_rows(bare, truths))} == {"AP", "AP50", "AP75"}
     with pytest.raises(ValueError, match="no masks to compare"):
         average_precision(bare, truths, masks=True)
 
@@ -262,10 +262,10 @@ def test_coco_files_with_masks(tmp_path):
     bitmap[2:7, 1:11] = True
     for segmentation in ([[1, 2, 11, 2, 11, 7, 1, 7]], RunMask.of(bitmap).to_coco()):
         path = coco_file(tmp_path, segmentation)
-        (read,) = read_labels(path, None, 1, masks=True)
-        assert np.array_equal(read.objects.masks[0].array(), bitmap)
-        (plain,) = read_labels(path, None, 1)
-        assert plain.objects.masks is None
+        (read,), _ = read_labels(path, None, 1, masks=True)
+        assert np.array_equal(read.label.masks[0].array(), bitmap)
+        (plain,), _ = read_labels(path, None, 1)
+        assert plain.label.masks is None
 
 
 @pytest.mark.parametrize(

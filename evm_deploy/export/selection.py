@@ -26,10 +26,6 @@ def complete_selection(plan: ExportPlan, spec: ModelSpec, target: Target) -> Exp
             flag = f"--{next(iter(given)).replace('_', '-')}"
             raise UsageError(f"{flag}: {spec.name} is no detector, it gives {spec.task}", f"leave {flag} out")
         return plan
-    if plan.precision in QUANTIZED:
-        raise UsageError(
-            f"--precision {plan.precision}: detectors are exported in fp32 and fp16", "use one of these precisions"
-        )
     if plan.more_imgsz:
         raise UsageError(
             "several --imgsz: the boxes of a detector are clipped to one size", "export once for each size"

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from evm_deploy.data.boxes import SelectionSettings, apart, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.data.masks import DetectedMask
-from evm_deploy.tasks.average_precision import Found, Objects, average_precision, listed
+from evm_deploy.tasks.average_precision import FIGURES, Found, Objects, listed, precision, precision_rows
+from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.drawing import draw_detections
-from evm_deploy.tasks.task import Detection, Outputs, Reading, Spec, Task
+from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task
 
 BOXES, SCORES, LABELS, COUNT, MASKS = "boxes", "scores", "labels", "count", "masks"
 SHAPES = {
@@ -30,6 +31,7 @@ SHAPES = {
     COUNT: ("int32", 1),
     MASKS: ("float32", 4),
 }
+MASK_ROWS = "mask."  # begins the columns of the rows of masks
 SAME = 0.5  # intersection over union from which two boxes of a class are the same detection
 
 
@@ -113,30 +115,46 @@ def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
     ]
 
 
-def score(found: Sequence[Found], truths: Sequence[Objects]) -> dict[str, float]:
-    """Return COCO's AP, AP50 and AP75 (0..1) of the detections of each image. See `average_precision`.
+def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:
+    """Return the rows of each image for `figures`. labels: `Objects` of each image, in its own pixels."""
+    return found_rows(select(outputs, reading.selection, reading.places), labels)
 
-    With masks on both sides also `mask_AP`, `mask_AP50` and `mask_AP75`, those of the masks.
+
+def found_rows(found: Sequence[Found], truths: Sequence[Objects]) -> Rows:
+    """Return the rows of `precision_rows` of the detections of each image.
+
+    With masks on both sides also the rows of the masks, in columns that begin with MASK_ROWS.
     """
-    metrics = average_precision(found, truths)
-    given = [each.masks for each in found] + [each.masks for each in truths]
-    if given and all(masks is not None for masks in given):
-        of_masks = average_precision(found, truths, masks=True)
-        metrics |= {f"mask_{name}": value for name, value in of_masks.items()}
-    return metrics
+    rows = precision_rows(found, truths)
+    if all(each.masks is not None for each in found) and all(each.masks is not None for each in truths):
+        of_masks = precision_rows(found, truths, masks=True)
+        rows = {**rows, **{MASK_ROWS + name: values for name, values in of_masks.items()}}
+    return rows
 
 
-def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def figures(rows: Rows) -> dict[str, float]:
+    """Return AP, AP50 and AP75 of the boxes and, where there are rows of masks, `mask_AP` and so on."""
+    of_masks = {name.removeprefix(MASK_ROWS): values for name, values in rows.items() if name.startswith(MASK_ROWS)}
+    found = precision(rows)
+    return found | ({f"mask_{name}": value for name, value in precision(of_masks).items()} if of_masks else {})
+
+
+def matches(expected: Found, actual: Found, tolerance: float = np.inf) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair the detections of one image: rows of `expected`, and the rows of `actual` that are the same detections.
 
-    A pair has the same label and overlaps by at least SAME. Each row is in one pair; the largest overlaps come first.
+    A pair has the same label, overlaps by at least SAME, and differs by at most the tolerance: in score, and in
+    coordinates relative to the largest expected one. Each row is in one pair; the nearest pairs come first.
     """
     shares = overlaps(expected.boxes.astype(np.float64), actual.boxes.astype(np.float64))
-    shares = np.where(expected.labels[:, None] == actual.labels[None], shares, 0.0)
-    order = np.argsort(-shares, axis=None, kind="stable")
+    apart = np.abs(_differences(expected.scores, actual.scores))
+    able = (expected.labels[:, None] == actual.labels[None]) & (shares >= SAME) & (apart <= tolerance)
+    largest = tolerance * float(np.abs(expected.boxes).max(initial=1.0))
+    for mine, other in zip(expected.boxes.T, actual.boxes.T, strict=True):
+        able &= np.abs(_differences(mine, other)) <= largest
+    order = np.argsort(apart - shares, axis=None, kind="stable")
     ours: list[int] = []
     theirs: list[int] = []
-    for place in order[shares.ravel()[order] >= SAME]:
+    for place in order[able.ravel()[order]]:
         row, column = divmod(int(place), shares.shape[1])
         if row not in ours and column not in theirs:
             ours.append(row)
@@ -145,29 +163,42 @@ def matches(expected: Found, actual: Found) -> tuple[NDArray[np.int64], NDArray[
     return np.array(ours, np.int64)[by_row], np.array(theirs, np.int64)[by_row]
 
 
-def align(expected: Outputs, actual: Outputs) -> tuple[Outputs, Outputs, float]:
-    """Pair the rows of two runs on the same images, so that they can be compared value by value.
+def _differences(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Return mine - other of every two values, (mine, other) float64."""
+    apart: NDArray[np.float64] = mine.astype(np.float64)[:, None] - other.astype(np.float64)[None]
+    return apart
+
+
+def align(expected: Outputs, actual: Outputs, tolerance: float = np.inf) -> tuple[Outputs, Outputs, float]:
+    """Pair the rows of two runs on the same images that agree within the tolerance (`matches`).
 
     Returns the paired rows of both as `boxes` (pairs, 4), `scores`, `labels` (pairs,) and, of networks that give them,
-    `masks` (pairs, side, side), and the share of rows (0..1) of both runs that are in a pair, 1 if there are none. Rows
-    are detections, or candidates where there is no `count`.
+    `masks` (pairs, side, side), and the share (0..1) that is in a pair, of the rows of both runs whose score is not
+    within a finite tolerance of nothing; 1 if there are none. Rows are detections, or candidates where there is no
+    `count`.
     """
+    least = tolerance if np.isfinite(tolerance) else 0.0
     names = [name for name in expected if name != COUNT]
     pairs: list[dict[str, list[NDArray[Any]]]] = [{name: [] for name in names} for _ in range(2)]
     paired = total = 0
     for i in range(len(expected[BOXES])):
         runs = [(run, _rows(run, i)) for run in (expected, actual)]
-        same = matches(*(_found(run, i, rows) for run, rows in runs))
-        paired, total = paired + 2 * len(same[0]), total + sum(len(rows) for _, rows in runs)
+        ours, theirs = (_found(run, i, rows) for run, rows in runs)
+        same = matches(ours, theirs, tolerance)
         for part, (run, rows), which in zip(pairs, runs, same, strict=True):
+            counted = ~(run[SCORES][i][rows] <= least)  # NaN counts
+            paired, total = paired + int(counted[which].sum()), total + int(counted.sum())
             for name in names:
                 part[name].append(run[name][i][rows[which]])
-    ours, theirs = ({name: np.concatenate(values) for name, values in part.items()} for part in pairs)
-    return ours, theirs, paired / total if total else 1.0
+    first, second = ({name: np.concatenate(values) for name, values in part.items()} for part in pairs)
+    return first, second, paired / total if total else 1.0
 
 
 def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
-    """Return the share (0..1) of the detections of both runs that the other run has too, for each image, (images,)."""
+    """Return the share (0..1) of the detections of both runs that the other run has too, for each image, (images,).
+
+    The same label and an overlap of at least SAME make two detections the same.
+    """
     count = len(expected[BOXES])
     ours, theirs = (
         [{name: value[i : i + 1] for name, value in run.items()} for i in range(count)] for run in (expected, actual)
@@ -198,4 +229,11 @@ DETECTION = Task(
     agree=agree,
     align=align,
     draw=draw_detections,
+    score=Score(
+        score,
+        figures,
+        titles={name: name for name in FIGURES},
+        read=read_labels,
+    ),
+    selects=True,
 )

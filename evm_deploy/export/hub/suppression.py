@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.export.hub.naming import below
+from evm_deploy.tasks.task import SELECTION
 
 if TYPE_CHECKING:
     import onnx
-
-SELECTION = "selection"  # attribute of the wrapped module, and first part of its nodes' names
 
 
 def nms_translations(opset: int) -> dict[Any, Callable[..., Any]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.export.hub.graph import ScanSite
-from evm_deploy.export.hub.suppression import SELECTION
 from evm_deploy.runtimes.openvino import RT_INFO
+from evm_deploy.tasks.task import SELECTION
 
 if TYPE_CHECKING:
     import onnx
