@@ -131,7 +131,8 @@ class Atlas:
         cells = boxes * place[..., :1] + place[..., [1, 2, 1, 2]]
         filled = (cells[..., 2:] - cells[..., :2]).amin(-1, keepdim=True) > 0  # OpenVINO gives NaN for an empty box
         beside = torch.tensor([-9.0, -9.0, -8.0, -8.0])  # RoIAlign reads one sample of zero there for each bin
-        return roi_align(self.maps, torch.where(filled, cells, beside), size)
+        crops: Tensor = roi_align(self.maps, torch.where(filled, cells, beside), size)
+        return crops
 
 
 def _framed(level: Tensor, height: int, width: int) -> Tensor:
