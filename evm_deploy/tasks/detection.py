@@ -21,7 +21,7 @@ from evm_deploy.data.masks import DetectedMask
 from evm_deploy.tasks.average_precision import FIGURES, Found, Objects, listed, precision, precision_rows
 from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.drawing import draw_detections
-from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task
+from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task, class_name
 
 BOXES, SCORES, LABELS, COUNT, MASKS = "boxes", "scores", "labels", "count", "masks"
 SHAPES = {
@@ -102,7 +102,7 @@ def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
     labels = reading.labels
     return [
         [
-            Detection(labels[label] if labels else f"class {label}", label, score, (x1, y1, x2, y2), mask)
+            Detection(class_name(labels, label), label, score, (x1, y1, x2, y2), mask)
             for (x1, y1, x2, y2), score, label, mask in zip(
                 each.boxes.tolist(),
                 each.scores.tolist(),
