@@ -17,6 +17,7 @@ from evm_deploy import cli, load
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.masks import RunMask
 from evm_deploy.errors import UsageError
+from evm_deploy.export.description import native_metadata
 from evm_deploy.export.hub.regions import region_translations
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
@@ -97,6 +98,28 @@ def test_an_image_without_detections(exported):
         [],
         [],
     ]
+
+
+@pytest.mark.slow
+def test_both_selections_are_float32_in_float16_and_the_heads_are_not(golden, exported, tmp_path):
+    exported("onnx", "auto")  # shares its trace
+    target = get_target("onnx")
+    settings = {"imgsz": SIZE, "batch": "dynamic", "input": "tensor", "scan": "auto"}
+    plan = check_plan(target, ExportPlan("onnx", "fp16", **settings))
+    spec = golden.network(plan).spec
+    plan, preprocessing = complete(plan, spec)
+    traced = golden.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
+    graph = onnx.shape_inference.infer_shapes(onnx.load(target.build(traced, plan, tmp_path).path)).graph
+    half = onnx.TensorProto.FLOAT16
+    halves = {each.name for each in graph.value_info if each.type.tensor_type.elem_type == half}
+    halves |= {each.name for each in graph.initializer if each.data_type == half}
+    selecting = [node for node in graph.node if node.name.startswith(("selection/", "selection."))]
+    assert {node.op_type for node in selecting} >= {"RoiAlign", "NonMaxSuppression", "TopK", "Softmax"}
+    for node in selecting:
+        if node.op_type != "Cast":
+            assert not halves & {*node.input, *node.output}, node.name
+    (mask_head,) = (node for node in graph.node if node.name == "roi_head.mask_head.convs.0.conv/Conv")
+    assert halves >= {*mask_head.input}
 
 
 class Crops(torch.nn.Module):
