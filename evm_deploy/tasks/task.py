@@ -24,6 +24,8 @@ Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is 
 Rows = Mapping[str, NDArray[Any]]  # column -> values, (rows, ...); columns may have different numbers of rows
 Labels = Sequence[Any]  # true answer of each image, of the task's own type; str(answer) holds all of it
 Colour = tuple[int, int, int]  # red, green, blue, 0..255
+SELECTION = "selection"  # path of the module that makes answers of a network's maps, in an exported model
+NOTHING = 0.01  # main figure below which a network is said to have found nothing
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,6 @@ class Align(Protocol):
     def __call__(self, expected: Outputs, actual: Outputs, tolerance: float = ...) -> tuple[Outputs, Outputs, float]:
         """Pair the rows of two runs on the same images."""
         ...
-
-
-SELECTION = "selection"  # path of that module in an exported model
-NOTHING = 0.01  # main figure below which a network is said to have found nothing
 
 
 def means(rows: Rows) -> dict[str, float]:
