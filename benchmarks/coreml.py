@@ -34,9 +34,9 @@ def converted(case: dict[str, Any], plan: Any, folder: Path) -> tuple[Any, float
     from evm_deploy import load_checkpoint
     from evm_deploy._util.kept import KeptResults
     from evm_deploy._util.progress import silent
-    from evm_deploy.export import coreml
     from evm_deploy.export.coreml import coremltools_patch
     from evm_deploy.export.coreml import program as mlprogram
+    from evm_deploy.export.coreml import target as coreml
     from evm_deploy.export.hub.graph import with_pre_and_postprocessing
     from evm_deploy.export.pipeline import complete
     from evm_deploy.export.quantization import quantize

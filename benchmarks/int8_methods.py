@@ -62,7 +62,7 @@ def print_blocks(plan: ExportPlan) -> None:
     layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
     for smooth, source in make_candidates(graph.model, layers, used, config, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))
-        for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db):
+        for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db or 0.0):
             print(f"{block:<20} smooth {smooth:<4} {figures(accuracy)}")
 
 

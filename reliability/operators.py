@@ -31,7 +31,8 @@ from evm_deploy.toolchain.compile import Compiler, read_recipe
 from reliability import chosen
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
-CHECKED = ("-O1", "-g", *SANITIZE)  # -O1 compiles much faster than -O3 and has the same loads and stores
+# -O1 compiles much faster than -O3 and has the same loads and stores; -g1 has the lines that a finding names
+CHECKED = ("-O1", "-g1", *SANITIZE)
 # Inputs of the operators, as in native/scan/ops.h. A letter stands for a size, a digit for itself. Z: 2 d. X: R + 2 N.
 SCAN = "u:bKLD delta:bKLD A:KDN B:bKLN C:bKLN skip:KD bias:KD"
 BLOCK = (

@@ -1,21 +1,26 @@
-"""Hub graphs and bundles are made once for a run of the tests and shared by its workers, each under a lock.
+"""Hub graphs, Core ML programs and bundles are made once for a run of the tests and shared by its workers.
 
-A graph is kept in `.pytest_cache`, where `make quick` finds those of the last run, by everything that decides it: the
-module with its weights, what the plan says of the graph, our sources, the versions of the tracers. While
+A graph or program is kept in `.pytest_cache`, where `make quick` finds those of the last run, by everything that
+decides it: the module with its weights, what the plan says of it, our sources, the versions of the tracers. While
 anything that takes part in tracing is patched, and in tests marked `retraces`, it is traced as ever.
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import functools
 import hashlib
+import io
 import pickle
 import pkgutil
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module, metadata
 from inspect import isclass
 from pathlib import Path
@@ -26,17 +31,24 @@ import pytest
 
 import evm_deploy
 from evm_deploy._util.files import write_atomically
+from evm_deploy._util.silence import silence_libraries
+from evm_deploy.export.coreml import program
 from evm_deploy.export.hub import graph
+from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.scan import onnx_function
 
 ROOT = Path(__file__).parents[1]
-TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "numpy")
-PARTS = ("evm_deploy.export.hub", "evm_deploy.scan", "evm_deploy.model")  # of us, what takes part in tracing
+TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "numpy", "coremltools")
+PARTS = (  # of us, what takes part in tracing
+    *("evm_deploy.export.hub", "evm_deploy.export.coreml"),
+    *("evm_deploy.scan", "evm_deploy.model"),
+)
 OTHERS = (  # and of others, what a test may put something else in the place of
     ("torch.nn.utils.fusion", "fuse_conv_bn_eval"),
     ("torch.onnx", "export"),
     ("onnxsim", "simplify"),
     ("onnx.checker", "check_model"),
+    ("coremltools", "convert"),
 )
 RETRACES = "retraces"
 
@@ -65,18 +77,25 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
 # --------------------------------------------------------------------------------------------------- what decides it
 
 
+def installed_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # coremltools
+        return "none"
+
+
 def sources() -> str:
-    """Digest of our Python and of the versions of what traces."""
+    """Digest of our Python, this file included, and of the versions of what traces."""
     root = Path(evm_deploy.__file__).parent
     digest = hashlib.sha256(f"{sys.version}\n".encode())
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for path in (*sorted(root.rglob("*.py")), Path(__file__)):
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
     for name in TRACERS:
-        digest.update(f"{name} {metadata.version(name)}\n".encode())
+        digest.update(f"{name} {installed_version(name)}\n".encode())
     return digest.hexdigest()
 
 
-def digest_of(module: Any, plan: Any) -> str:
+def digest_of(module: Any, plan: Any, trace_key: Callable[[Any], Any] = graph.trace_key) -> str:
     """Digest of the module (classes, settings, weights and buffers by path) and of the plan's part."""
     digest = hashlib.sha256(repr(module).encode())
     for name in sorted({type(each).__module__ for each in module.modules()}):
@@ -92,7 +111,7 @@ def digest_of(module: Any, plan: Any) -> str:
             known = first.setdefault(id(tensor), f"{path}.{name}")
             digest.update(f"{known} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
             digest.update(tensor.detach().contiguous().numpy().tobytes())
-    digest.update(repr(graph.trace_key(plan)).encode())
+    digest.update(repr(trace_key(plan)).encode())
     return digest.hexdigest()
 
 
@@ -130,13 +149,23 @@ def parse_torchlib_once() -> None:
 
 
 class Graphs:
-    """A `graph._trace` that remembers. folder: where; without one it only traces."""
+    """A `graph._trace` that remembers. folder: where; without one it only traces.
 
-    def __init__(self, real: Callable[..., Any]) -> None:
-        self.real = real
-        self.folder: Path | None = None
-        self.forgetful = False
-        self.parts: dict[tuple[str, ...], object] = {}
+    digest(*arguments): of all that decides a result. dump(result) and load(data, *arguments): to keep results.
+    """
+
+    folder: Path | None = None
+    forgetful = False
+    parts: Mapping[tuple[str, ...], object] = {}
+
+    def __init__(
+        self,
+        real: Callable[..., Any],
+        digest: Callable[..., str] = digest_of,
+        dump: Callable[[Any], bytes] = pickle.dumps,
+        load: Callable[..., Any] = lambda data, *arguments: pickle.loads(data),
+    ) -> None:
+        self.real, self.digest, self.dump, self.load = real, digest, dump, load
 
     def patched(self) -> bool:
         """Whether a test has put anything into tracing."""
@@ -145,38 +174,77 @@ class Graphs:
         loaded = [(sys.modules[module], name) for module, name in OTHERS if module in sys.modules]
         return ours or any(foreign(module, name) for module, name in loaded)
 
-    def trace(self, module: Any, plan: Any) -> Any:
+    def trace(self, *arguments: Any) -> Any:
         if self.folder is None or self.forgetful or self.patched():
-            return self.real(module, plan)
-        file = self.folder / digest_of(module, plan)
+            return self.real(*arguments)
+        file = self.folder / self.digest(*arguments)
         with locked(file.with_suffix(".lock")):
             if not file.exists():
-                write_atomically(file, pickle.dumps(self.real(module, plan)))
+                write_atomically(file, self.dump(self.real(*arguments)))
         onnx_function.register_schema()
-        return pickle.loads(file.read_bytes())
+        return self.load(file.read_bytes(), *arguments)
 
 
-def installed() -> Graphs:
-    """Put the cache in the place of `graph._trace`."""
+def traced_hub(*arguments: Any) -> Any:
+    parse_torchlib_once()
+    return TRACED["hub"](*arguments)
+
+
+def program_digest(module: Any, folded: Any, plan: Any, metadata: Any) -> str:
+    return hashlib.sha256(f"{digest_of(folded, plan, program.trace_key)} {dict(metadata)}".encode()).hexdigest()
+
+
+def dump_program(made: Any) -> bytes:
+    return pickle.dumps((dump_model(made.model), replace(made, model=None, float_module=None)))
+
+
+def load_program(data: bytes, module: Any, *rest: Any) -> Any:
+    model, made = pickle.loads(data)
+    return replace(made, model=load_model(model), float_module=module)
+
+
+def dump_model(model: Any) -> bytes:
+    """A Core ML package as a tar file."""
+    data = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, silence_libraries(), tarfile.open(fileobj=data, mode="w") as tar:
+        model.save(f"{folder}/model.mlpackage")
+        tar.add(folder, arcname=".")
+    return data.getvalue()
+
+
+def load_model(data: bytes) -> Any:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, True)
+    with silence_libraries(), tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(folder, filter="data")
+        return coremltools().models.MLModel(f"{folder}/model.mlpackage", skip_model_load=True)
+
+
+TRACED = {"hub": graph._trace, "program": program._trace, "scan": program.scan_program}
+GRAPHS = Graphs(traced_hub)
+PROGRAMS = Graphs(TRACED["program"], program_digest, dump_program, load_program)
+SCANS = Graphs(
+    TRACED["scan"],
+    lambda *arguments: hashlib.sha256(repr(arguments).encode()).hexdigest(),
+    dump_model,
+    lambda data, *arguments: load_model(data),
+)
+
+
+def install() -> None:
+    """Put the caches in the place of the tracers."""
+
+    def remembering(graphs: Graphs, name: str) -> Any:
+        return functools.wraps(TRACED[name])(lambda *arguments: graphs.trace(*arguments))
+
     load_parts()
-    traced_anew = graph._trace
-
-    def real(module: Any, plan: Any) -> Any:
-        parse_torchlib_once()
-        return traced_anew(module, plan)
-
-    graphs = Graphs(real)
-
-    @functools.wraps(traced_anew)
-    def trace(module: Any, plan: Any) -> Any:
-        return graphs.trace(module, plan)
-
-    graph._trace = trace
-    graphs.parts = parts()
-    return graphs
+    graph._trace = remembering(GRAPHS, "hub")
+    program._trace = remembering(PROGRAMS, "program")
+    program.scan_program = remembering(SCANS, "scan")
+    Graphs.parts = parts()
 
 
-GRAPHS = installed()
+install()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -184,18 +252,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "cache"):
         return
     everything = Path(config.cache.mkdir("hub-graphs"))
-    GRAPHS.folder = everything / sources()[:16]
+    Graphs.folder = everything / sources()[:16]
     if not hasattr(config, "workerinput"):
         for old in everything.iterdir():
-            if old != GRAPHS.folder:
+            if old != Graphs.folder:
                 shutil.rmtree(old, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def _graphs(request: pytest.FixtureRequest) -> Iterator[None]:
-    GRAPHS.forgetful = request.node.get_closest_marker(RETRACES) is not None
+    Graphs.forgetful = request.node.get_closest_marker(RETRACES) is not None
     yield
-    GRAPHS.forgetful = False
+    Graphs.forgetful = False
 
 
 # ------------------------------------------------------------------------------------------------------------ bundles

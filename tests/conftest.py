@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ from evm_deploy.export.selftest import synthetic_image  # noqa: E402
 from tests.coreml import built, plan_for  # noqa: E402
 
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
+DEAR = {"compiler", "browser", "jvm", "ssh", "cross", "valgrind", "slow"}  # as in Makefile
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 50)
 
 
 class SleepingSessionOptions(onnxruntime.SessionOptions):
@@ -44,6 +47,22 @@ class SleepingSessionOptions(onnxruntime.SessionOptions):
 
 
 onnxruntime.SessionOptions = SleepingSessionOptions
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module on one worker, which builds its fixtures once; modules with dear tests come first."""
+    dear = {item.path for item in items if DEAR & {mark.name for mark in item.iter_markers()}}
+    items.sort(key=lambda item: item.path not in dear)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect() -> None:
+    """Leave out of garbage collection what is loaded: the collections of a trace took a quarter of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 def save_as_released(state: dict[str, Any], path: Path) -> Path:
@@ -114,6 +133,43 @@ def coreml_bundle(micro, bundle_of) -> Bundle:
 def coreml_fp32(micro, tmp_path_factory):
     """(artifact, float module, plan) of the same in float32."""
     return built(micro, tmp_path_factory.mktemp("fp32"), plan_for(precision="fp32"))
+
+
+@pytest.fixture(scope="session")
+def named_detector(tmp_path_factory) -> Path:
+    """A golden RetinaNet with class names of many scripts."""
+    from tests import detectors
+
+    state = detectors.tensors(detectors.case("retina_micro"))
+    meta = {"dataset_meta": {"classes": detectors.CLASSES}}
+    return detectors.save(tmp_path_factory.mktemp("named") / "街.pth", state, meta)
+
+
+@pytest.fixture(scope="session")
+def detector_bundles(named_detector, bundle_of) -> dict[str, Bundle]:
+    """Return the bundles of `named_detector` with both values of --nms, two images an inference."""
+    plans = {nms: ExportPlan("onnx", imgsz=(96, 128), batch=2, nms=nms) for nms in ("graph", "none")}
+    return {nms: bundle_of(named_detector, plan) for nms, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def segmenter_bundles(demo_bundle, tmp_path_factory) -> dict[str, Path]:
+    """Segmenters made by hand: resize -> bundle. The stretched one gives int32."""
+    from tests.segmenter import segmenter
+
+    folder = tmp_path_factory.mktemp("segmenters")
+    dtypes = {"pad": "uint8", "crop": "uint8", "stretch": "int32"}
+    return {resize: segmenter(demo_bundle.path, folder, resize, dtype) for resize, dtype in dtypes.items()}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> list[Path]:
+    """Images of other sizes than any input."""
+    folder = tmp_path_factory.mktemp("scenes")
+    sizes = ((300, 400), (1, 1), (77, 20), (96, 128), (131, 500))
+    for i, (height, width) in enumerate(sizes):
+        Image.fromarray(synthetic_image(height, width, i)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from evm_deploy.export import coreml
 from evm_deploy.export.coreml import program
+from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.plan import ExportPlan

@@ -18,6 +18,7 @@ JUDGED = {
     "agreement": 0.998,
     "relative_error": 0.01,
     "psnr_db": 45.0,
+    "metric": "top1",
     "top1": 0.993,
     "top1_float": 0.995,
     "top5": 1.0,
@@ -31,6 +32,7 @@ LAYERS = {
     "sum_ms": 0.95,
     "of_inference": 0.95,
     "scan_share": 0.4,
+    "selection_share": 0.2,
     "kinds": {"scan": 0.38, "projection": 0.2, "convolution": 0.25, "norm": 0.07, "layout": 0.05},
     "modules": [
         {"module": "layers.0.blocks.1.op", "kind": "scan", "ms": 0.38, "calls": 1},

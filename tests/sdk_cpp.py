@@ -129,6 +129,10 @@ class Prediction(ctypes.Structure):
     _fields_ = [("index", ctypes.c_int), ("score", ctypes.c_double)]
 
 
+class Detection(ctypes.Structure):
+    _fields_ = [("index", ctypes.c_int), ("score", ctypes.c_double), ("box", ctypes.c_double * 4)]
+
+
 class Check(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char * 120), ("error", ctypes.c_double), ("limit", ctypes.c_double)]
 
@@ -170,6 +174,18 @@ class Model:
         self._call("evm_classify", self.handle, views, ctypes.c_size_t(len(images)), top, best)
         rows = [best[i * top : (i + 1) * top] for i in range(len(images))]
         return [[(p.index, p.score) for p in row if p.index >= 0] for row in rows]
+
+    def detect(self, image: np.ndarray) -> list[Detection]:
+        found, count = (Detection * 1000)(), ctypes.c_size_t()
+        view = View(image.ctypes.data, image.shape[1], image.shape[0], image.strides[0])
+        self._call("evm_detect", self.handle, ctypes.byref(view), found, ctypes.c_size_t(1000), ctypes.byref(count))
+        return found[: count.value]
+
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        classes = np.empty(image.shape[:2], np.int32)
+        view = View(image.ctypes.data, image.shape[1], image.shape[0], image.strides[0])
+        self._call("evm_segment", self.handle, ctypes.byref(view), ctypes.c_void_p(classes.ctypes.data))
+        return classes
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         height, width = ctypes.c_int(), ctypes.c_int()

@@ -60,7 +60,7 @@ def engine(model, folder: Path, profile=None, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     chosen = asdict(EngineSettings(**{"sms": (86,), **settings}))
-    del chosen["defer"]
+    del chosen["defer"], chosen["efficient_nms"]
     (folder / "build.json").write_text(
         json.dumps({"target": "trt-rtx", "scan": "portable", "profile": profile, **chosen})
     )

@@ -23,7 +23,7 @@ from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.tasks.task import Prediction
-from tests import kotlin
+from tests import kotlin, segmenter
 from tests.broken import (
     BROKEN,
     NO_SELF_TEST,
@@ -36,7 +36,7 @@ from tests.broken import (
 from tests.syntax import faults
 from tests.test_archive import of_a_mac
 from tests.test_interface import put_another_model
-from tests.test_vectors import CASES, CONTENT, FOLDER, expected, preprocessing
+from tests.test_vectors import CASES, CONTENT, FOLDER, PREDICTIONS, expected, is_predicted, preprocessing
 
 pytestmark = [pytest.mark.xdist_group("android"), pytest.mark.jvm]  # one compiler, one JVM
 
@@ -82,6 +82,48 @@ def test_preprocessing_vectors(ask):
         assert np.array_equal(have, want), f"{name}: off by {np.abs(have.astype(int) - want).max()}"
         tensor = np.frombuffer(base64.b64decode(answer["normalised"]), "<f4").reshape(-1, *want.shape[:2])
         assert np.array_equal(tensor, preprocessing(case).normalise(have[None])[0]), name
+
+
+def test_the_predictions_of_the_vectors(ask):
+    is_predicted(ask("predictions", cases=json.loads(PREDICTIONS.read_bytes())))
+
+
+@pytest.mark.parametrize("nms", ["graph", "none"])
+def test_detections_are_those_of_python(nms, ask, detector_bundles, scenes, tmp_path):
+    """ONNX Runtime's outputs in Python, decoded in Kotlin; and the self-test."""
+    bundle = detector_bundles[nms].path
+    with load(bundle, scan="portable") as model:
+        want = model.predict(scenes)
+        for path, expected in zip(scenes, want, strict=True):
+            outputs = model.run({"image": np.repeat(model.preprocessing.pixels(path)[None], 2, axis=0)})
+            save_file(outputs, tmp_path / "outputs.safetensors")
+            have = ask("predict", bundle=bundle, outputs=tmp_path / "outputs.safetensors", image=path)
+            assert [d["label"] for d in have] == [d.label for d in expected]
+            assert [d["score"] for d in have] == pytest.approx([d.score for d in expected], abs=1e-5)
+            off = np.array([d["box"] for d in have]).reshape(-1, 4) - np.array([d.box for d in expected]).reshape(-1, 4)
+            assert np.abs(off).max(initial=0) < 0.01
+        limits = {check.name: check.limit for check in model.selftest()}
+    checks = ask("selftest", bundle=bundle, spoil="")
+    assert {check["name"]: check["limit"] for check in checks} == pytest.approx(limits)
+    assert all(check["ok"] for check in checks)
+    failed = [check["name"] for check in ask("selftest", bundle=bundle, spoil="scores") if not check["ok"]]
+    assert "scores" in failed
+    answer = ask("classify", bundle=bundle, outputs=tmp_path / "outputs.safetensors", top=5)
+    assert told(answer)[0] == "UsageError" and "no classes to predict" in answer["error"]
+
+
+def test_label_maps_are_those_of_python(ask, segmenter_bundles, scenes, tmp_path):
+    outputs = tmp_path / "outputs.safetensors"
+    for resize, bundle in segmenter_bundles.items():
+        content = json.loads((bundle / "manifest.json").read_bytes())
+        spec, dtype = preprocessing(content), content["outputs"][0]["dtype"]
+        for path in scenes[:1] + scenes[2:]:
+            image = np.asarray(Image.open(path))
+            save_file({"label_map": segmenter.label_map(spec.pixels(image), dtype)[None]}, outputs)
+            found = ask("predict", bundle=bundle, outputs=outputs, image=path)
+            assert np.array_equal(found, segmenter.expected(bundle, image)), (resize, path)
+        checks = ask("selftest", bundle=bundle, spoil="")
+        assert [(check["name"], check["ok"]) for check in checks][1:] == [("not in common", True)]
 
 
 def test_the_orientation_of_damaged_images(ask):

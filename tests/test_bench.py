@@ -164,7 +164,8 @@ def test_a_record_says_what_was_measured(micro_bundle, tmp_path):
         record.load_ms["fresh"] > record.load_ms["again"] > 0 and record.memory_mb["peak"] > record.memory_mb["before"]
     )
     assert record.settings["batch"] == 1 and record.settings["threads"] == 1
-    assert record.layers["kinds"]["scan"] > 0
+    assert record.layers["kinds"]["scan"] > 0 and record.layers["selection_share"] is None
+    assert set(record.stages_ms) == {"preprocess", "inference", "postprocess"} and min(record.stages_ms.values()) > 0
     assert set(record.energy_mj) == {sensor.name for sensor in energy.sensors() if energy.readable(sensor)}
     assert record.bundle["artifact_bytes"] == micro_bundle.size_bytes
     record.write(tmp_path / "record.json")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.utils import fusion
 
+from evm_deploy.export.coreml import package, program
 from evm_deploy.export.hub import graph
 from evm_deploy.export.hub.graph import with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
@@ -54,6 +55,27 @@ def test_a_graph_from_the_cache_is_the_traced_one(module):
         kept = graph._trace(module, PLAN)
         assert kept.model.SerializeToString() == fresh.model.SerializeToString()
         assert list(kept.fusable) == list(fresh.fusable) and kept.scans == fresh.scans
+
+
+@pytest.mark.slow
+def test_a_program_from_the_cache_is_the_converted_one(micro, tmp_path):
+    network = load_checkpoint(micro)
+    plan, preprocessing = complete(ExportPlan("coreml", imgsz=(64, 64)), network.spec)
+    module = with_pre_and_postprocessing(network, plan, preprocessing)
+    folded = program.channels_first(module, plan)
+    fresh = cache.PROGRAMS.real(module, folded, plan, {"labels": "a"})
+    package.save(fresh.model, tmp_path / "fresh.mlpackage")
+    for turn in range(2):
+        kept = program._trace(module, folded, plan, {"labels": "a"})
+        assert kept.float_module is module and (kept.scans, kept.modules) == (fresh.scans, fresh.modules)
+        package.save(kept.model, tmp_path / f"{turn}.mlpackage")
+        assert content(tmp_path / f"{turn}.mlpackage") == content(tmp_path / "fresh.mlpackage")
+    other = program._trace(module, folded, plan, {"labels": "b"})
+    assert other.model.user_defined_metadata["labels"] == "b"
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_is_traced_once(module, graphs):

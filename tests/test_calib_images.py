@@ -161,15 +161,15 @@ def test_names_that_are_digits_and_those_that_only_look_so(names, classes, label
     for file in ("a.png", "b.png"):
         Image.fromarray(synthetic_image(20, 20, seed=1)).save(tmp_path / file)
     (tmp_path / "val.csv").write_text("".join(f"{f},{n}\n" for f, n in zip(("a.png", "b.png"), names, strict=True)))
-    assert labelled_images(tmp_path / "val.csv", PRE, classes).labels.tolist() == labels
+    assert labelled_images(tmp_path / "val.csv", PRE, classes).labels == labels
 
 
 def test_folders_with_other_names_go_by_the_alphabet(tmp_path):
     for name in ("n02", "n01", "n03"):
         (tmp_path / name).mkdir()
         Image.fromarray(synthetic_image(20, 20, seed=len(name))).save(tmp_path / name / "a.png")
-    assert labelled_images(tmp_path, PRE, 3).labels.tolist() == [0, 1, 2]
-    assert labelled_images(tmp_path, PRE, 4, ["n03", "n02", "x", "n01"]).labels.tolist() == [3, 1, 0]
+    assert labelled_images(tmp_path, PRE, 3).labels == [0, 1, 2]
+    assert labelled_images(tmp_path, PRE, 4, ["n03", "n02", "x", "n01"]).labels == [3, 1, 0]
     for classes, labels in ((4, None), (2, ["cat", "dog"])):
         with pytest.raises(CalibrationError, match=rf"3 classes \(n01, n02, n03\), the head has {classes}"):
             labelled_images(tmp_path, PRE, classes, labels)
@@ -250,7 +250,7 @@ def test_litter_of_systems_is_no_image_and_no_class(litter, tmp_path):
         (tmp_path / file).write_bytes(b"x")
     assert names(tmp_path) == ["cat/a.png", "dog/a.png"]
     for labels in (None, ["cat", "dog"]):
-        assert labelled_images(tmp_path, PRE, 2, labels).labels.tolist() == [0, 1]
+        assert labelled_images(tmp_path, PRE, 2, labels).labels == [0, 1]
 
 
 def test_a_source_that_is_hidden_itself_is_searched(tmp_path):
@@ -266,7 +266,7 @@ def test_linked_folders_are_data(tmp_path):
     for name in ("cat", "dog"):
         (data / name).symlink_to(tmp_path / "real" / name)
     assert names(data) == ["cat/a.png", "dog/a.png"]
-    assert labelled_images(data, PRE, 2).labels.tolist() == [0, 1]
+    assert labelled_images(data, PRE, 2).labels == [0, 1]
     (tmp_path / "linked").symlink_to(data)
     assert names(tmp_path / "linked") == ["cat/a.png", "dog/a.png"]
     (data / "dog" / "link.png").symlink_to(tmp_path / "real" / "cat" / "a.png")
@@ -358,7 +358,7 @@ def test_lists_with_classes(form, classes, end, bom, tmp_path):
     text = bom + end.join(line.format(path=path, name=name) for path, name in rows) + end
     (tmp_path / file).write_bytes(text.encode())
     labels = None if classes[0] == "0" else classes
-    assert labelled_images(tmp_path / file, PRE, 2, labels).labels.tolist() == [1, 0]
+    assert labelled_images(tmp_path / file, PRE, 2, labels).labels == [1, 0]
     assert len(calibration_images(tmp_path / file, PRE, force=True)) == 2  # the classes are ignored
 
 
@@ -366,14 +366,14 @@ def test_lists_with_classes(form, classes, end, bom, tmp_path):
 def test_a_heading_of_a_list_is_no_image(heading, tmp_path):
     shot(tmp_path / "a.png")
     (tmp_path / "val.txt").write_text(f"{heading}\na.png 1\n")
-    assert labelled_images(tmp_path / "val.txt", PRE, 2).labels.tolist() == [1]
+    assert labelled_images(tmp_path / "val.txt", PRE, 2).labels == [1]
 
 
 def test_a_list_of_paths_takes_the_folders_as_classes(tmp_path):
     for i, name in enumerate(("val/cat/a.png", "val/dog/b c.png")):
         shot(tmp_path / name, i)
     (tmp_path / "val.txt").write_text(f"val/dog/b c.png\n{tmp_path}/val/cat/a.png\n")
-    assert labelled_images(tmp_path / "val.txt", PRE, 2, ["cat", "dog"]).labels.tolist() == [1, 0]
+    assert labelled_images(tmp_path / "val.txt", PRE, 2, ["cat", "dog"]).labels == [1, 0]
 
 
 @pytest.mark.parametrize("text", ["a.png\n", "a.png 1\nb.png\n", "", "# a.png 1\n"])
@@ -418,7 +418,7 @@ def as_csv(root, folders):
 )
 def test_the_order_of_classes_is_said(make, folders, labels, classes, want, order, tmp_path):
     images = labelled_images(make(tmp_path, sorted(folders)), PRE, classes, labels)
-    assert images.labels.tolist() == want
+    assert images.labels == want
     assert order in images.order
 
 
@@ -465,7 +465,7 @@ def test_a_head_of_one_class_has_absent_and_present(folders, labels, want, tmp_p
         with pytest.raises(CalibrationError):
             labelled_images(source, PRE, 1, labels)
     else:
-        assert labelled_images(source, PRE, 1, labels).labels.tolist() == want
+        assert labelled_images(source, PRE, 1, labels).labels == want
 
 
 # ---------------------------------------------------------------------------------------------------- decoded once
@@ -509,3 +509,9 @@ def test_progress_counts_images(images):
     assert seen == [(i, 120) for i in range(120)]
     list(replace(chosen, progress=lambda done, total: seen.append(total)).pixels())
     assert seen[120:] == [120] * 120
+
+
+def test_a_file_of_boxes_is_no_list_of_classes(tmp_path):
+    (tmp_path / "instances.json").write_text('{"images": []}')
+    with pytest.raises(CalibrationError, match=r"is JSON, as of boxes(?s:.*)class folders"):
+        labelled_images(tmp_path / "instances.json", PRE, 10)

@@ -387,6 +387,7 @@ def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):
         load(copy)
 
 
+@pytest.mark.retraces
 def test_the_cast_patch_is_still_needed(monkeypatch, coreml_fp32):
     """The day that coremltools takes NumPy's one-element arrays, coreml_tools._patch_cast can go."""
     from coremltools.converters.mil.frontend.torch import ops
@@ -406,3 +407,21 @@ def test_the_patch_is_for_one_version_alone(monkeypatch):
         monkeypatch.setattr(coremltools_patch.np, "__version__", numpy)
         coremltools_patch.converter.__wrapped__()
         assert len(patched) == expected, (version, numpy)
+
+
+@pytest.mark.retraces
+def test_a_program_that_is_checked_rarely_is_the_same_and_is_checked(monkeypatch, coreml_fp32):
+    from coremltools.converters.mil.mil import Block, Program
+
+    _, module, plan = coreml_fp32
+    rarely = mlprogram.trace(module, plan, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "validate", Program.validate.__wrapped__)  # after every pass
+        assert mlprogram.trace(module, plan, {}).sha256 == rarely.sha256
+
+    def wrong(*args, **options):
+        raise ValueError("a wrong program")
+
+    monkeypatch.setattr(Block, "validate", wrong)
+    with pytest.raises(ToolchainError, match="a wrong program"):
+        mlprogram.trace(module, plan, {})

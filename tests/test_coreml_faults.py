@@ -11,8 +11,9 @@ import pytest
 from evm_deploy import cli
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ParityError, UsageError
-from evm_deploy.export import coreml, verify
+from evm_deploy.export import verify
 from evm_deploy.export.coreml import program
+from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.coreml.scans import CoreMlScanAccess
 from evm_deploy.export.pipeline import export

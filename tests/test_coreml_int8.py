@@ -101,7 +101,7 @@ def test_a_spoilt_range_exits_5(monkeypatch, micro, images, tmp_path, capsys):
     flags = ["--target", "coreml", "--int8", "--imgsz", "32", "--calib", str(images), "--force-calib", "-q"]
     flags += ["--calib-images", "16"]
     assert cli.export_main([str(micro), *flags, "-o", str(tmp_path)]) == 5
-    assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
+    assert "int8 is not accurate enough (at least 20 dB): same answers" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["micro_64-coreml-int8-32x32.rejected"]
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from evm_deploy.calib.evaluate import joined
 from evm_deploy.data.boxes import SelectionSettings, greedy_nms, overlaps
 from evm_deploy.data.geometry import Geometry
 from evm_deploy.errors import CalibrationError
 from evm_deploy.tasks import detection, drawing
-from evm_deploy.tasks.average_precision import Found, Objects, average_precision
+from evm_deploy.tasks.average_precision import Found, Objects, average_precision, precision, precision_rows
 from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.task import Detection, Reading
 from tests.toolchains import need
@@ -84,6 +86,32 @@ def test_average_precision_is_that_of_pycocotools(seed, capsys):
     ours, theirs = average_precision(found, truths), by_pycocotools(found, truths)
     assert ours == pytest.approx(theirs, abs=1e-12)
     assert 0 < ours["AP"] < ours["AP50"] < 1
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_add_up_in_any_order_and_parts(seed, capsys):
+    """Also with equal scores, whose order decides the average precision."""
+    found, truths = scenes(seed, images=20)
+    truths = [replace(each, number=i) for i, each in enumerate(truths)]
+    parts = [precision_rows(found[i : i + 3], truths[i : i + 3]) for i in range(0, 20, 3)]
+    expected = by_pycocotools(found, truths)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        mixed = joined([parts[i] for i in rng.permutation(len(parts))])
+        assert precision(mixed) == pytest.approx(expected, abs=1e-12)
+        assert precision(mixed) == average_precision(found, truths)
+    assert len(set(found[0].scores)) < len(found[0].scores)
+    with_means = np.nanmean([average_precision([f], [t])["AP"] for f, t in zip(found, truths, strict=True)])
+    assert abs(with_means - expected["AP"]) > 0.01, "a mean over images is no average precision"
+
+
+def test_a_label_says_all_that_it_holds():
+    """Images are found again by it."""
+    first = Objects.of(np.array([[0, 0, 10, 10.0]] * 2000), np.zeros(2000, np.int64))
+    moved = first.boxes.copy()
+    moved[1000, 0] = 1e-9
+    for other in (replace(first, boxes=moved), replace(first, number=1), replace(first, crowd=first.crowd | True)):
+        assert str(other) != str(first)
 
 
 def test_over_a_hundred_detections_of_a_class_are_cut_as_by_pycocotools(capsys):
@@ -177,6 +205,11 @@ def test_pairs_of_two_runs():
     assert share == 1
     assert left["labels"].tolist() == right["labels"].tolist() == [0, 1]
     assert right["boxes"][1].tolist() == [50, 0, 60, 9.5]
+    assert detection.align(a, b, 0.01)[2] == 0.5  # the second pair: 0.11 apart in score
+    assert detection.align(a, b, 0.005)[2] == 0
+    assert detection.align(a, outputs([[((0, 0, 9, 9), 0.9, 0)]], count=[1]), 0.85)[2] == 1  # 0.8 may be missing
+    lost = {**b, "scores": b["scores"] * np.nan}
+    assert detection.align(a, lost, 0.5)[2] == 0
     c = outputs([[((50, 0, 60, 9), 0.8, 2), ((0, 0, 9, 9), 0.9, 0)]], count=[2])
     assert detection.agree(a, c) == 0.5
     assert detection.agree(outputs([[]], count=[0]), outputs([[]], count=[0])) == 1
@@ -207,13 +240,15 @@ def coco_file(folder, **changes):
 
 def test_coco_files(tmp_path):
     path = coco_file(tmp_path)
-    first, second = read_labels(path, ["自転車", "dog", "cat"], 3)
-    assert (first.path.name, second.path.name) == ("a.png", "b.png")
-    assert second.objects.boxes.tolist() == [[1, 2, 11, 7], [0, 0, 4, 4]]
-    assert second.objects.labels.tolist() == [0, 2]
-    assert second.objects.crowd.tolist() == [False, True]
-    assert first.objects.boxes.shape == (0, 4)
-    assert read_labels(path, None, 2)[1].objects.labels.tolist() == [1, 0]  # by rising id
+    (first, second), order = read_labels(path, ["自転車", "dog", "cat"], 3)
+    assert (first.source.name, second.source.name) == ("a.png", "b.png") and "by name" in order
+    assert second.label.boxes.tolist() == [[1, 2, 11, 7], [0, 0, 4, 4]]
+    assert second.label.labels.tolist() == [0, 2]
+    assert second.label.crowd.tolist() == [False, True]
+    assert first.label.boxes.shape == (0, 4)
+    items, order = read_labels(path, None, 2)
+    assert items[1].label.labels.tolist() == [1, 0] and "by rising id" in order
+    assert [item.label.number for item in items] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +262,7 @@ def test_coco_files(tmp_path):
         ({"images": [{"id": 7, "file_name": "../../b.png"}], "annotations": []}, None, 2, "outside the folder"),
         ({"images": [{"id": 7, "file_name": "c.png"}], "annotations": []}, None, 2, "not found beside it"),
         ({"categories": 3}, None, 2, "not a COCO file"),
+        ({"annotations": []}, None, 2, "no image has an object to find"),
     ],
 )
 def test_odd_coco_files_are_refused(changes, names, count, message, tmp_path):
@@ -249,11 +285,11 @@ def voc_folder(folder, text):
 
 def test_voc_folders(tmp_path):
     objects = OBJECT.format(name="dog", difficult=1) + OBJECT.format(name="cat", difficult=0)
-    (found,) = read_labels(voc_folder(tmp_path, VOC.format(name="a.png", objects=objects)), None, 2)
-    assert found.path.name == "a.png"
-    assert found.objects.boxes.tolist() == [[0, 2, 10, 20]] * 2
-    assert found.objects.labels.tolist() == [1, 0]
-    assert found.objects.ignored.tolist() == [True, False]
+    (found,), _ = read_labels(voc_folder(tmp_path, VOC.format(name="a.png", objects=objects)), None, 2)
+    assert found.source.name == "a.png"
+    assert found.label.boxes.tolist() == [[0, 2, 10, 20]] * 2
+    assert found.label.labels.tolist() == [1, 0]
+    assert found.label.ignored.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +300,7 @@ def test_voc_folders(tmp_path):
         (VOC.format(name="../../a.png", objects=""), "has 0 categories"),
         (VOC.format(name="a.png", objects="<object><name>x</name></object>"), "no box of four numbers"),
         (VOC.format(name="a.png", objects="<object></object>"), "an object has no name"),
+        (VOC.format(name="a.png", objects=OBJECT.format(name="dog", difficult=1)), "no image has an object to find"),
     ],
 )
 def test_odd_voc_files_are_refused(text, message, tmp_path):

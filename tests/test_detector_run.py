@@ -27,16 +27,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkpoint_path(tmp_path_factory):
-    state = detectors.tensors(detectors.case("retina_micro"))
-    meta = {"dataset_meta": {"classes": detectors.CLASSES}}
-    return detectors.save(tmp_path_factory.mktemp("named") / "街.pth", state, meta)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint_path, bundle_of):
-    """A golden RetinaNet with class names of many scripts, two images an inference."""
-    return bundle_of(checkpoint_path, ExportPlan("onnx", imgsz=SIZE, batch=2))
+def bundle(detector_bundles):
+    return detector_bundles["graph"]
 
 
 @pytest.fixture
@@ -49,14 +41,14 @@ def photos(tmp_path):
     return folder
 
 
-def test_boxes_are_in_pixels_of_the_image(bundle, checkpoint_path, photos):
+def test_boxes_are_in_pixels_of_the_image(bundle, named_detector, photos):
     """The float model on the same pixels, mapped back by hand: 300x400 is resized by 0.32, and padded at the bottom."""
     with load(bundle.path) as model:
         (answer,) = model.predict(photos / "a.png")
         pixels = model.preprocessing.pixels(photos / "a.png")
         assert set(model.spent_ms) == {"preprocess", "inference", "postprocess"} and min(model.spent_ms.values()) > 0
         normalised = torch.from_numpy(model.preprocessing.normalise(pixels[None]))
-    module, _ = load_checkpoint(checkpoint_path)
+    module, _ = load_checkpoint(named_detector)
     with torch.inference_mode():
         boxes, scores, labels, count = module.selection(SelectionSettings(), SIZE)(*module(normalised))
     assert len(answer) == int(count) == 100

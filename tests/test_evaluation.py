@@ -26,6 +26,7 @@ from evm_deploy.data.sources import ImageItem
 from evm_deploy.demo import digits
 from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.tasks.raw import RAW
+from evm_deploy.tasks.task import Reading
 
 CLASSES = 4
 BLOCKS = ["a", "b", "c"]
@@ -37,7 +38,7 @@ def image_set(count):
     for i in range(count):
         pixels = np.zeros((4, 4, 3), np.uint8)
         pixels[0, 0] = i // 256, i % 256, 0
-        items.append(ImageItem(str(i), pixels, i % CLASSES, decoded=pixels))
+        items.append(ImageItem(str(i), pixels, i % CLASSES, decoded=pixels, size=(4, 4)))
     return ImageSet(tuple(items), Preprocessing((4, 4)), order="classes of val got their index by number")
 
 
@@ -59,7 +60,13 @@ class Evaluated:
         self.bad, self.seen, self.floats = bad, [], []
         self.float_wrong = float_wrong
         self.config = SimpleNamespace(
-            val="val", input="image", task=CLASSIFICATION, max_drop=max_drop, num_classes=CLASSES, kept=KeptResults()
+            val="val",
+            input="image",
+            task=CLASSIFICATION,
+            max_drop=max_drop,
+            num_classes=CLASSES,
+            kept=KeptResults(),
+            reading=Reading(),
         )
 
     @contextmanager
@@ -122,7 +129,7 @@ def test_the_part_is_drawn_by_a_fixed_seed_and_spread_over_all():
     again = evaluation.evaluation_stages(image_set(1000))[0]
     names = [int(item.name) for item in part.items]
     assert names == [int(item.name) for item in again.items] and len(whole) == 1000
-    assert min(names) < 100 and max(names) > 900 and len(set(part.labels.tolist())) == CLASSES
+    assert min(names) < 100 and max(names) > 900 and len(set(part.labels)) == CLASSES
 
 
 def test_sensitive_blocks_stay_in_float_as_the_part_says():
@@ -164,9 +171,7 @@ def test_a_loss_beyond_repair_is_that_of_all_images():
     ],
 )
 def test_chance_is_told_from_skill(right, images, classes, chance):
-    accuracy = Accuracy(images, 30.0, 1.0, {"top1": 0.0}, {"top1": right / images}, "top1")
-    assert accuracy.at_chance(classes) == chance
-    assert not replace(accuracy, scores={}, float_scores={}).at_chance(classes)
+    assert CLASSIFICATION.score.by_chance(right / images, images, classes) == chance
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(lambda i: i % 4 != 0, True), (lambda i: i % 4 == 0, False)])

@@ -89,7 +89,7 @@ def test_the_demo_loses_nothing(tmp_path, capsys):
     flags = ["--target", "onnx", "--int8", "--calib", "demo", "--val", "demo", "-o", str(tmp_path)]
     assert cli.export_main(flags) == 0
     out = capsys.readouterr().out
-    assert "Accuracy  99." in out and "as fast as float32 here" in out
+    assert "Accuracy  top-1 99." in out and "as fast as float32 here" in out
     bundle = open_bundle(tmp_path / "evm_digits-onnx-int8-64x64")
     facts, quantization = bundle.manifest.accuracy, bundle.manifest.details["quantization"]
     assert abs(facts["drop"]) <= 0.3 and facts["images"] == 599 and facts["ok"]
@@ -152,7 +152,7 @@ def test_a_spoilt_range_exits_5(monkeypatch, micro, images, tmp_path, capsys):
     spoil(monkeypatch, "layers.2.1.conv_dw.0:input")
     flags = ["--target", "onnx", "--int8", "--imgsz", "64", "--calib", str(images), "-o", str(tmp_path), "-q"]
     assert cli.export_main([str(micro), *flags]) == 5
-    assert "int8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
+    assert "int8 is not accurate enough (at least 20 dB): same answers" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["micro_64-onnx-int8-64x64.rejected"]
     with pytest.raises(BundleError, match="was rejected"):
         open_bundle(next(tmp_path.iterdir()))

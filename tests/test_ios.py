@@ -11,17 +11,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from evm_deploy.bundle.selftest import AXES
-from evm_deploy.export.coreml import TARGET
+from evm_deploy.export.coreml.target import TARGET
 from evm_deploy.runtimes.mil import MilRuntime
 from tests.syntax import faults, parsed
-from tests.test_vectors import CASES, CONTENT
+from tests.test_vectors import CASES, CONTENT, PREDICTIONS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "samples" / "ios").rglob("*.swift"))
 CODE = {path.name: path.read_text(encoding="utf-8") for path in SOURCES}
 SCHEMA = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
 DOCUMENTED = {word for code in re.findall(r"`([^`\n]+)`", SCHEMA) for word in re.findall(r"\w+", code)}
-PLAIN = {"String": str, "Int": int, "Double": (int, float), "Bool": bool}
+PLAIN = {"String": str, "Int": int, "Double": (int, float), "Float": (int, float), "Bool": bool}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -130,6 +130,16 @@ def test_the_vectors_have_the_keys_and_types_that_swift_reads():
     assert len(CASES) == len(content["cases"])
 
 
+def test_the_predictions_have_the_keys_and_types_that_swift_reads():
+    known = structs(parsed("swift", CODE["VectorTests.swift"].encode()))
+    known |= structs(parsed("swift", CODE["Manifest.swift"].encode()))["Manifest"]
+    content = json.loads(PREDICTIONS.read_bytes())
+    assert {*known["Predictions"]} == {"Outputs", "Detected", "Segmented", "detections", "label_maps"}
+    known |= known["Predictions"]
+    found = mismatches("Predictions", content, known, "vectors")
+    assert [each for each in found if "is not documented" not in each] == []
+
+
 def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
     code = CODE["SelfTest.swift"]
     files = re.findall(r'"(selftest/[\w./]+)"', code)
@@ -154,7 +164,7 @@ def test_the_self_test_has_what_swift_looks_for(coreml_bundle):
 
 def test_every_limit_of_the_self_test_is_read(coreml_bundle):
     read = re.findall(r"manifest\.selftest\?\.(\w+)", CODE["SelfTest.swift"])
-    assert sorted(read) == sorted(coreml_bundle.manifest.selftest)
+    assert {*read} == {*coreml_bundle.manifest.selftest, "apart"}  # apart: of detectors and segmenters
 
 
 def test_codes_of_errors_are_those_of_the_vectors():

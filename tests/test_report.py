@@ -18,6 +18,7 @@ from evm_deploy._util.files import sha256
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.manifest import FILE
+from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.cli import bench_main, report_main
 from evm_deploy.commands.report import milliseconds, percent
 from evm_deploy.errors import EvmError, UsageError
@@ -26,7 +27,8 @@ from evm_deploy.report.candidate import Candidate, plain
 from evm_deploy.report.collect import candidates, collect
 from evm_deploy.report.compare import compare
 from evm_deploy.report.gate import Gate
-from evm_deploy.report.table import grouped, remarks
+from evm_deploy.report.page import accuracy_figure
+from evm_deploy.report.table import facts, filled, grouped, remarks
 from evm_deploy.report.terminal import sparkline
 from evm_deploy.report.verdict import EVALUATE, verdict
 from tests.records import JUDGED, LAYERS, content, record, written
@@ -142,7 +144,30 @@ def test_rows_of_one_group_are_sorted_and_rated():
     (group,) = grouped([Candidate.of_record(each) for each in (record("torch", "fp32", 3.0), FP32, INT8)])
     assert [each.label for each in group.candidates] == ["openvino int8", "onnx fp32", "torch fp32"]
     assert group.verdict.baseline is group.candidates[1]
-    assert group.float_top1 == pytest.approx(99.5)
+    assert group.figure(group.verdict.baseline, "top1") == pytest.approx(99.5)
+
+
+def test_the_columns_are_those_of_the_task():
+    figures = {"AP": 0.7508, "AP50": 0.9337, "AP75": 0.8639}
+    judged = {
+        **{key: value for key, value in JUDGED.items() if not key.startswith("top")},
+        "metric": "AP",
+        "drop": 0.24,
+        **figures,
+        **{f"{name}_float": 0.9 for name in figures},
+    }
+    candidates = [Candidate.of_record(each) for each in (FP32, record("openvino", "int8", 0.5, accuracy=judged))]
+    (group,) = grouped(candidates)
+    headings, rows = filled(group)
+    assert group.metric == "AP" and "top-1" not in headings
+    cells = [dict(zip(headings, row.cells, strict=True)) for row in rows]
+    assert [row["AP"] for row in cells] == ["75.08 %", "90.00 %"]
+    assert [row["AP75"] for row in cells] == ["86.39 %", "90.00 %"]
+    assert "AP, %" in str(accuracy_figure(group).image)
+    assert facts(group.candidates[0], group)["AP50_percent"] == pytest.approx(93.37)
+    (strict,) = grouped(candidates, max_drop=0.1)
+    assert any("-0.24 points of AP, limit -0.1" in note for note in strict.verdict.notes)
+    assert str(Accuracy.from_dict(judged)).startswith("AP 75.08 % vs 90.00 % float (-14.92")
 
 
 def test_settings_that_are_a_choice_share_a_group():

@@ -47,7 +47,7 @@ from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.data.decoded import DecodedImages
 from tests import cache
 
-cache.GRAPHS.folder = Path(sys.argv[1])
+cache.Graphs.folder = Path(sys.argv[1])
 evaluation.SHARD, evaluation.COMPARED = 40, 90
 Accuracy.ok = property(lambda self: self.sqnr_db > 47)
 name, at, which = sys.argv[2].split()
@@ -77,7 +77,7 @@ def class_folders(folder, count=200):
 def run(tmp_path, out, dies, home):
     flags = ["--target", "onnx", "--precision", "w8", "--val", str(tmp_path / "val"), "-o", str(tmp_path / out), "-v"]
     environment = {**os.environ, "PYTHONPATH": str(cache.ROOT), "XDG_CACHE_HOME": str(tmp_path / home)}
-    command = [sys.executable, "-c", CHILD, str(cache.GRAPHS.folder), dies, *flags]
+    command = [sys.executable, "-c", CHILD, str(cache.Graphs.folder), dies, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
 
 

@@ -25,6 +25,8 @@ from evm_deploy.runtimes.base import Batch
 from tests.broken import change_manifest, changed_manifest
 from tests.records import JUDGED, LAYERS, content
 
+FIGURES = {**JUDGED, **{f"{name}{of}": 0.5 for name in ("AP", "AP50", "AP75") for of in ("", "_float")}}
+
 MANIFEST = published("evm_deploy.bundle", "manifest.schema.json")
 RECORD = published("evm_deploy.bench", "record.schema.json")
 SCHEMAS = {"manifest": (manifest.SCHEMA, MANIFEST), "record": (record.SCHEMA, RECORD)}
@@ -85,7 +87,7 @@ FULL_MANIFEST: dict[str, Any] = {
     "details": {},
     "versions": {"onnx": "1"},
     "parity": {"failures": ["x"], "limit": 0.1},
-    "accuracy": JUDGED,
+    "accuracy": FIGURES,
     "selftest": {"preprocessing": 1.0, "outputs": {"logits": 0.1}, "apart": 0.01, "scans": {"large_delta": 0.1}},
     "notes": ["x"],
     "files": {"model.onnx": {"sha256": "0" * 64, "size_bytes": 3}},
@@ -93,9 +95,10 @@ FULL_MANIFEST: dict[str, Any] = {
 }
 STATE = {"clocks_mhz": [1000], "temperatures_c": {"cpu": 40.0}, "throttled": 0, "load": 0.1}
 FULL_RECORD = content(
-    accuracy=JUDGED,
+    accuracy=FIGURES,
     device_ms={"inputs": 0.1},
     energy_mj={"package": 3.0},
+    stages_ms={"preprocess": 0.2},
     layers=LAYERS,
     before=STATE,
     after=STATE,
@@ -244,7 +247,8 @@ def test_the_schemas_say_what_python_knows():
     assert known["schema_version"]["enum"] == [manifest.SCHEMA_VERSION]
     assert set(known) == set(Manifest.__dataclass_fields__)
     assert RECORD["properties"]["schema_version"]["enum"] == [record.SCHEMA_VERSION]
-    assert set(RECORD["required"]) == set(RECORD["properties"]) == set(record.Record.__dataclass_fields__)
+    assert {*RECORD["required"], *record.OPTIONAL} == set(RECORD["properties"])
+    assert set(RECORD["properties"]) == set(record.Record.__dataclass_fields__)
     shared = set(MANIFEST["definitions"]) & set(RECORD["definitions"])
     assert "accuracy" in shared
     assert all(MANIFEST["definitions"][key] == RECORD["definitions"][key] for key in shared)

@@ -17,6 +17,7 @@ from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.tasks.classification import CLASSIFICATION, PROBABILITIES
+from evm_deploy.tasks.task import Reading
 
 TARGETS = ["onnx", "openvino", "coreml"]
 HEADS = ["logits", "probs"]
@@ -99,7 +100,7 @@ def test_accuracy_of_one_class_is_about_absent_and_present(name):
     scores = np.array([[-3.0], [2.0], [0.5], [-0.1]])
     outputs = {name: sigmoid(scores) if name == "probs" else scores}
     labels = np.array([0, 1, 0, 1])
-    assert CLASSIFICATION.score(outputs, labels)["top1"].mean() == 0.5
+    assert CLASSIFICATION.score.rows(outputs, labels, Reading())["top1"].mean() == 0.5
     turned = {name: 1 - outputs[name] if name == "probs" else -outputs[name]}
     assert CLASSIFICATION.agree(outputs, outputs).all() and not CLASSIFICATION.agree(outputs, turned).any()
     assert compare_outputs(outputs, turned, CLASSIFICATION, labels, limit=1.0).agreement == 0

@@ -25,9 +25,10 @@ from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.runtimes.base import Batch
+from tests import segmenter
 from tests.broken import no_limits, other_limits
 from tests.sdk_cpp import ROOT, SCRIPTS, Model, build, changed, classify, drive, package, run
-from tests.test_vectors import CASES, FOLDER, expected, preprocessing
+from tests.test_vectors import CASES, FOLDER, PREDICTIONS, expected, is_predicted, preprocessing
 from tests.toolchains import need, tensorrt_headers
 
 pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.compiler]  # its builds take both cores
@@ -85,6 +86,65 @@ def test_the_vectors(tmp_path):
         want = expected(case).astype(int)
         have = np.fromfile(tmp_path / name, np.uint8).reshape(want.shape)
         assert np.abs(have - want).max() == 0, name
+
+
+def test_the_predictions_of_the_vectors(tmp_path):
+    """Boxes and label maps, under AddressSanitizer."""
+    assert drive(("predictions", PREDICTIONS, tmp_path / "found.json")) == ["ok "]
+    is_predicted(json.loads((tmp_path / "found.json").read_bytes()))
+
+
+@pytest.mark.parametrize("nms", ["graph", "none"])
+def test_detections_are_those_of_python(nms, detector_bundles, scenes, tmp_path):
+    """In the API for C and in the sample, which draws them."""
+    bundle = detector_bundles[nms].path
+    with load(bundle, scan="portable", threads=1) as python:
+        want = python.predict(scenes)
+        limits = {check.name: check.limit for check in python.selftest()}
+    rgb = [np.asarray(Image.open(path)) for path in scenes]
+    with Model(bundle, scan="portable", threads=1) as model:
+        for image, expected in zip(rgb, want, strict=True):
+            found = model.detect(image)
+            assert [d.index for d in found] == [d.index for d in expected]
+            assert np.abs([a.score - b.score for a, b in zip(found, expected, strict=True)]).max(initial=0) < 1e-5
+            boxes = np.array([[*a.box] for a in found]) - [b.box for b in expected]
+            assert np.abs(boxes).max(initial=0) < 1e-2
+        checks = model.selftest()
+        assert {name: limit for name, (_, limit) in checks.items()} == pytest.approx(limits)
+        assert all(error <= limit for error, limit in checks.values())
+        with pytest.raises(UsageError, match="no classes to predict: the bundle gives detections"):
+            model.classify(rgb)
+        with pytest.raises(UsageError, match="no label maps to predict: the bundle gives detections"):
+            model.segment(rgb[0])
+    flags = ("--scan", "portable", "--min-score", "0.5", "--save", tmp_path / "drawn")
+    rows = json.loads(classify(bundle, *scenes, "--json", *flags).stdout)
+    for row, path, expected in zip(rows, scenes, want, strict=True):
+        over = [d for d in expected if d.score >= 0.5]
+        assert [d["label"] for d in row["detections"]] == [d.label for d in over]
+        copy = Image.open(row["saved"])
+        assert copy.size == Image.open(path).size and (not over or np.any(np.asarray(copy) != Image.open(path)))
+    again = classify(bundle, scenes[0], *flags).stdout.splitlines()
+    assert len(again) == 1 + len(rows[0]["detections"]) and (tmp_path / "drawn" / "0-2.png").is_file()
+    done = classify(bundle, scenes[0], "--scan", "portable", "--save", scenes[0])
+    assert done.returncode == 2 and "cannot be written" in done.stderr
+
+
+def test_label_maps_are_those_of_python(segmenter_bundles, scenes, tmp_path):
+    for resize, bundle in segmenter_bundles.items():
+        with Model(bundle, threads=1) as model:
+            for path in scenes[:1] + scenes[2:]:
+                image = np.asarray(Image.open(path))
+                assert np.array_equal(model.segment(image), segmenter.expected(bundle, image)), (resize, path)
+            checks = model.selftest()
+            assert checks["not in common"] == (0, 0) and len(checks) == 2
+            with pytest.raises(UsageError, match="no boxes to predict: the bundle gives label_map"):
+                model.detect(image)
+    row = json.loads(classify(segmenter_bundles["pad"], scenes[0], "--json", "--save", tmp_path).stdout)[0]
+    shares = [each["share"] for each in row["classes"]]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert row["classes"][0]["label"].startswith("colour ")
+    drawn, before = (np.asarray(Image.open(path)).astype(int) for path in (row["saved"], scenes[0]))
+    assert drawn.shape == before.shape and np.abs(2 * drawn - before).max() <= 256  # half of a colour remains
 
 
 @pytest.mark.parametrize("name", ["exif-5", "grey-16-bit", "transparent", "palette", "one-bit"])

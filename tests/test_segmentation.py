@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,7 +92,8 @@ def test_rows_of_images_add_up_in_any_order():
     rng = np.random.default_rng(3)
     truths = [rng.integers(0, 6, (9, 5 + i)) for i in range(4)]
     found = [LabelMap(np.where(rng.random(t.shape) < 0.7, t, rng.integers(0, 6, t.shape))) for t in truths]
-    rows = segmentation.score(found, truths, 5, ignored=5)
+    parts = [pixel_counts(each.map, truth, 5, ignored=5) for each, truth in zip(found, truths, strict=True)]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     assert rows["true"].shape == (4, 5)
     whole = {name: value.sum(0, keepdims=True) for name, value in rows.items()}
     assert mean_iou(rows) == mean_iou(whole) == mean_iou({name: value[::-1] for name, value in rows.items()})
@@ -133,9 +135,22 @@ def written(folder, names, images="images", masks="annotations", value=1):
 def test_layouts_of_labelled_data(images, masks, tmp_path):
     written(tmp_path, ("validation/b", "validation/a"), images, masks)
     for source in (tmp_path, tmp_path / images, tmp_path / images / "validation"):
-        found = read_masks(source, 3)
-        assert [each.path.stem for each in found] == ["a", "b"]
-        assert (found[0].truth() == 1).all() and found[0].truth().shape == (6, 8)
+        found, order = read_masks(source, None, 3)
+        assert [Path(each.source).stem for each in found] == ["a", "b"] and "0 is the first class" in order
+        assert (found[0].label.read() == 1).all() and found[0].label.read().shape == (6, 8)
+
+
+def test_scores_of_masks(tmp_path):
+    written(tmp_path, ("a", "b"), value=2)
+    (first, second), _ = read_masks(tmp_path, None, 4)
+    maps = np.stack([np.full((6, 8), 2, np.uint8), np.zeros((6, 8), np.uint8)])
+    rows = segmentation.score({"label_map": maps}, [first.label, second.label], Reading(classes=4))
+    assert mean_iou(rows) == {"mIoU": 0.25, "pixel_accuracy": 0.5}
+    with pytest.raises(CalibrationError, match=r"a\.png and its image have different sizes: 8x6 and 8x5"):
+        segmentation.score({"label_map": maps[:1, :5]}, [first.label], Reading(classes=4))
+    text = str(first.label)
+    Image.fromarray(np.full((6, 8), 1, np.uint8)).save(first.label.path)
+    assert str(first.label) != text  # kept results are those of the file's content
 
 
 def test_masks_count_as_the_data_set_says(tmp_path):
@@ -144,35 +159,39 @@ def test_masks_count_as_the_data_set_says(tmp_path):
     mask = Image.fromarray(values, "P")
     mask.putpalette(list(range(256)) * 3)
     mask.save(tmp_path / "annotations" / "a.png")
-    assert read_masks(tmp_path, 4)[0].truth().tolist() == [[0, 1, 3, 255]]
-    assert read_masks(tmp_path, 3, reduce_zero_label=True)[0].truth().tolist() == [[255, 0, 2, 255]]
-    with pytest.raises(CalibrationError, match="has the classes 3, the network has 0 to 2"):
-        read_masks(tmp_path, 3)[0].truth()
+    (whole,), _ = read_masks(tmp_path, None, 4)
+    assert whole.label.read().tolist() == [[0, 1, 3, 255]]
+    (reduced,), order = read_masks(tmp_path, None, 3)
+    assert reduced.label.read().tolist() == [[255, 0, 2, 255]]
+    assert order.endswith("from the masks: 3 occurs, so 1 is the first class and 0 does not count")
+    with pytest.raises(CalibrationError, match="has the classes 3, the network has 0 to 1"):
+        read_masks(tmp_path, None, 2)
     Image.fromarray(values.astype(np.uint16) + 400).save(tmp_path / "annotations" / "a.png")
-    assert read_masks(tmp_path, 700)[0].truth().tolist() == [[400, 401, 403, 655]]
+    (large,), _ = read_masks(tmp_path, None, 700)
+    assert large.label.read().tolist() == [[400, 401, 403, 655]]
 
 
 def test_what_is_no_labelled_data(tmp_path):
     written(tmp_path / "a", ("training/a", "validation/a"))
     with pytest.raises(CalibrationError, match="several splits: training, validation"):
-        read_masks(tmp_path / "a", 2)
+        read_masks(tmp_path / "a", None, 2)
     written(tmp_path / "b", ("a", "b"))
     (tmp_path / "b" / "annotations" / "b.png").unlink()
     with pytest.raises(CalibrationError, match=r"1 of 2 images .* have no mask"):
-        read_masks(tmp_path / "b", 2)
+        read_masks(tmp_path / "b", None, 2)
     with pytest.raises(CalibrationError, match="no folder of masks"):
-        read_masks(tmp_path / "b" / "annotations", 2)
+        read_masks(tmp_path / "b" / "annotations", None, 2)
     with pytest.raises(CalibrationError, match="is not a folder"):
-        read_masks(tmp_path / "nowhere", 2)
+        read_masks(tmp_path / "nowhere", None, 2)
     mask = tmp_path / "b" / "annotations" / "a.png"
     for content, message in ((b"no image", "cannot be read"), (b"", "cannot be read")):
         mask.write_bytes(content)
         (tmp_path / "b" / "images" / "b.jpg").unlink(missing_ok=True)
         with pytest.raises(CalibrationError, match=message):
-            read_masks(tmp_path / "b", 2)[0].truth()
+            read_masks(tmp_path / "b", None, 2)
     Image.new("RGB", (8, 6)).save(mask)
     with pytest.raises(CalibrationError, match="is a colour image"):
-        read_masks(tmp_path / "b", 2)[0].truth()
+        read_masks(tmp_path / "b", None, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.data.boxes import SelectionSettings
+from evm_deploy.data.geometry import Geometry
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import read_image
 from evm_deploy.errors import BundleError, ImageError
+from evm_deploy.tasks.detection import select
 from tests.broken import changed_manifest
 
 FOLDER = Path(__file__).parents[1] / "sdk" / "vectors"
@@ -80,3 +84,51 @@ def test_the_images_are_told_apart():
     for one, other in itertools.combinations(pixels, 2):
         if not any({one, other} <= group for group in ALIKE) and pixels[one].shape == pixels[other].shape:
             assert np.abs(pixels[one] - pixels[other]).max() > CONTENT["tolerance"], f"{one} and {other}"
+
+
+PREDICTIONS = FOLDER / "predictions.json"
+
+
+def is_predicted(found: dict[str, Any]) -> None:
+    """Check what an SDK decoded of predictions.json: boxes within rounding, labels and label maps equal."""
+    want = json.loads(PREDICTIONS.read_bytes())
+    for case, have in zip(want["detections"], found["detections"], strict=True):
+        assert (have["resized"], have["offset"]) == (case["resized"], case["offset"]), case["name"]
+        assert have["labels"] == case["labels"] and have["scores"] == case["scores"], case["name"]
+        shape = (len(case["labels"]), 4)
+        off = np.abs(np.reshape(have["boxes"], shape) - np.reshape(case["boxes"], shape)).max(initial=0)
+        assert off < 1e-9, case["name"]
+    assert found["label_maps"] == [case["expected"] for case in want["label_maps"]]
+
+
+def place_of(case: dict[str, Any]) -> Geometry:
+    height, width = case["image"]
+    return preprocessing(case).geometry(width, height)
+
+
+def test_python_gives_the_predictions():
+    content = json.loads(PREDICTIONS.read_bytes())
+    dtypes = {"boxes": np.float32, "scores": np.float32, "labels": np.int32, "count": np.int32}
+    detected, maps = [], []
+    for case in content["detections"]:
+        outputs = {name: np.array([value], dtypes[name]) for name, value in case["outputs"].items()}
+        place = place_of(case)
+        (found,) = select(outputs, SelectionSettings(iou=case["iou"], max_det=case["max_det"]), [place])
+        values = {name: getattr(found, name).tolist() for name in ("boxes", "scores", "labels")}
+        detected.append({"resized": [*place.resized], "offset": [*place.offset], **values})
+    for case in content["label_maps"]:
+        found = place_of(case).map_to_image(np.array(case["map"], case["dtype"]))
+        assert found.dtype == case["dtype"] and found.shape == tuple(case["image"])
+        maps.append(found.tolist())
+    is_predicted({"detections": detected, "label_maps": maps})
+
+
+def test_a_label_map_that_is_cut_off_goes_on_at_its_edge():
+    """The pixels are those of to_network, where the network sees the image at all."""
+    (case,) = (each for each in json.loads(PREDICTIONS.read_bytes())["label_maps"] if each["name"] == "crop")
+    place = place_of(case)
+    top, left, bottom, right = place.content
+    for y, x in itertools.product(range(case["image"][0]), range(case["image"][1])):
+        at_x, at_y = np.floor(place.to_network(np.array([x + 0.5, y + 0.5]))).astype(int)
+        inside = case["map"][min(max(at_y, top), bottom - 1)][min(max(at_x, left), right - 1)]
+        assert case["expected"][y][x] == inside

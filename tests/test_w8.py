@@ -153,7 +153,7 @@ def test_the_command_needs_no_images_and_takes_labelled_ones(tmp_path, capsys):
     assert "w8 is " in out and "as fast as float32 here (1 thread), 0.3" in out and "Accuracy" not in out
     assert open_bundle(path).manifest.accuracy is None
     assert cli.export_main([*flags, "--val", "demo", "--force"]) == 0
-    assert "Accuracy  99." in capsys.readouterr().out
+    assert "Accuracy  top-1 99." in capsys.readouterr().out
     bundle = open_bundle(path)
     quantization = bundle.manifest.details["quantization"]
     assert abs(bundle.manifest.accuracy["drop"]) <= 0.3 and bundle.manifest.accuracy["limit"] == 1.0
@@ -217,7 +217,7 @@ def test_images_without_labels_exit_5(spoil, micro, images, tmp_path, capsys):
     spoil("layers.2.1.conv_pw2.0")
     flags = ["--target", "onnx", "--precision", "w8", "--imgsz", "64", "--tol", "0.9", "-o", str(tmp_path), "-q"]
     assert cli.export_main([str(micro), *flags, "--calib", str(images)]) == 5
-    assert "w8 is not accurate enough (at least 20 dB): same class" in capsys.readouterr().err
+    assert "w8 is not accurate enough (at least 20 dB): same answers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from evm_deploy.data.resizing import INTERPOLATIONS
 from evm_deploy.demo import write_images
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.base import Batch
+from tests import segmenter
 from tests.broken import (
     BROKEN,
     NO_SELF_TEST,
@@ -38,7 +39,7 @@ from tests.broken import (
 )
 from tests.test_archive import link, made, of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
-from tests.test_vectors import CONTENT, expected
+from tests.test_vectors import CONTENT, PREDICTIONS, expected, is_predicted
 from tests.test_vectors import FOLDER as VECTORS
 from tests.toolchains import need, without
 from tests.web import HEAD, LIBRARY, ROOT, SAMPLE, Browser, MissingError, build, npm, served
@@ -166,6 +167,71 @@ def test_fifty_digits_are_classified_as_in_python(library, demo_bundle, digits, 
     (tmp_path / "digits").symlink_to(digits[0].parents[1])
     names = [f"digits/{path.parent.name}/{path.name}" for path in digits]
     alike(library(CLASSIFY, names, tmp_path), demo_bundle.path, digits, 1e-4)
+
+
+def test_the_predictions_of_the_vectors_in_a_browser(library):
+    code = """const place = ({ preprocessing, image: [height, width] }) => new evm.Preprocessing(preprocessing).geometry(width, height);
+        const tensor = (type, values, shape) => ({ data: new type(values.flat(2)), shape });
+        const detections = given.detections.map((each) => {
+            const { boxes, scores, labels, count } = each.outputs;
+            const outputs = {
+                boxes: tensor(Float32Array, boxes, [1, boxes.length, 4]), scores: tensor(Float32Array, scores, [1, scores.length]),
+                labels: tensor(Int32Array, labels, [1, labels.length]),
+                ...(count !== undefined && { count: tensor(Int32Array, [count], [1]) }),
+            };
+            const { resized, offset } = place(each);
+            const found = evm.detectionsOf(outputs, 0, { iou: each.iou, most: each.max_det }, place(each), []);
+            return { resized, offset, boxes: found.map((d) => d.box), scores: found.map((d) => d.score), labels: found.map((d) => d.index) };
+        });
+        const label_maps = given.label_maps.map((each) => {
+            const type = each.dtype === "uint8" ? Uint8Array : Int32Array;
+            const { map, width, height } = place(each).mapToImage(new type(each.map.flat()));
+            return Array.from({ length: height }, (_, y) => [...map.subarray(y * width, (y + 1) * width)]);
+        });
+        return { detections, label_maps };"""  # noqa: E501
+    is_predicted(library(code, json.loads(PREDICTIONS.read_bytes())))
+
+
+@pytest.mark.parametrize("nms", ["graph", "none"])
+def test_detections_are_those_of_python(nms, library, detector_bundles, scenes, tmp_path):
+    (tmp_path / "bundle").symlink_to(detector_bundles[nms].path)
+    (tmp_path / "scenes").symlink_to(scenes[0].parent)
+    code = f"""{MODEL}
+        const found = [];
+        for (const name of given) found.push(await model.detectBlob(await file(name)));
+        const said = await model.segment(new Uint8Array(3), 1, 1).catch((error) => error.message);
+        return [found, await model.selftest(), said];"""
+    found, checks, said = library(code, [f"scenes/{path.name}" for path in scenes], tmp_path)
+    with load(tmp_path / "bundle", scan="portable") as model:
+        want, names = model.predict(scenes), {check.name: check.limit for check in model.selftest()}
+    for have, python in zip(found, want, strict=True):
+        assert [d["label"] for d in have] == [d.label for d in python]
+        assert np.abs([a["score"] - b.score for a, b in zip(have, python, strict=True)]).max(initial=0) < 1e-4
+        off = np.array([d["box"] for d in have]).reshape(-1, 4) - np.array([d.box for d in python]).reshape(-1, 4)
+        assert np.abs(off).max(initial=0) < 0.05
+    assert {check["name"]: check["limit"] for check in checks} == pytest.approx(names)
+    assert all(check["ok"] for check in checks)
+    assert said.startswith("no label maps to predict: the bundle gives detections")
+
+
+def test_label_maps_are_those_of_python(library, segmenter_bundles, scenes, tmp_path):
+    (tmp_path / "scenes").symlink_to(scenes[0].parent)
+    names = [path.name for path in scenes if path.name != "1.png"]
+    for resize, bundle in segmenter_bundles.items():
+        (tmp_path / resize).symlink_to(bundle)
+        code = f"""const model = {OPEN % f"evm.folderAt('files/{resize}')"}, found = [];
+            for (const name of given) {{
+                const {{ map, width, height }} = await model.segmentBlob(await file(`scenes/${{name}}`));
+                found.push([map.constructor.name, [height, width], [...map]]);
+            }}
+            return [found, await model.selftest()];"""
+        found, checks = library(code, names, tmp_path)
+        dtype = "int32" if resize == "stretch" else "uint8"
+        for (kind, size, have), name in zip(found, names, strict=True):
+            want = segmenter.expected(bundle, np.asarray(Image.open(scenes[0].parent / name)))
+            assert kind.lower().startswith(dtype) and tuple(size) == want.shape
+            assert have == want.ravel().tolist(), (resize, name)
+        assert [(check["name"], check["ok"]) for check in checks][1:] == [("not in common", True)]
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +477,19 @@ def test_usage_errors_are_those_of_python(library, demo_bundle, features_bundle,
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_draws_boxes_and_label_maps(drive, detector_bundles, segmenter_bundles, scenes):
+    bundles = [detector_bundles["none"].path, segmenter_bundles["pad"]]
+    shots = [SHOTS / f"web-{name}.png" for name in ("boxes", "label-map")] if SHOTS.name else []
+    boxes, maps = drive("drawn", bundles=bundles, image=scenes[0], shots=shots)["seen"]
+    with load(bundles[0], scan="portable") as model:
+        found = [each for each in model.predict(scenes[0])[0] if each.score >= 0.3]
+    assert [row[0] for row in boxes["rows"]] == [each.label for each in found[:20]]
+    assert "detector, 5 classes" in boxes["facts"]
+    assert 0 < boxes["drawn"] < 1 and boxes["headline"].split()[0].isdigit()
+    assert maps["drawn"] == 1 and maps["alpha"] == 128 and "segmenter, 16 classes" in maps["facts"]
+    assert maps["rows"][0][0].startswith("colour ")
 
 
 def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):

@@ -91,6 +91,10 @@ class FloatModel:
             values = self.module(torch.from_numpy(pixels))
         return {name: value.numpy() for name, value in zip(self.module.outputs, values, strict=True)}
 
+    def stages(self) -> dict[str, float]:
+        """Return {}: only the network is timed."""
+        return {}
+
     def layers(self, batch: int) -> dict[str, Any]:
         """Return no times: the torch baseline is not profiled."""
         return {}

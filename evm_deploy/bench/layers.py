@@ -26,6 +26,7 @@ RUNS = 30  # largest number of profiled runs
 SECONDS = 2.0  # no profiled run starts later than this
 ROWS = 1 << 16  # capacity of the native library's trace of blocks
 SCAN = "SelectiveScan"
+SELECTION = "selection"  # module that makes detections or label maps of the network's maps, and its kind
 
 # Kinds of operations, with the operation names of ONNX and the runtimes. All elementwise operations are activations.
 KINDS = {
@@ -125,6 +126,8 @@ def placed(nodes: Sequence[NodeTime]) -> list[Part]:
         kind = KIND_OF.get(node.op, "")
         if SCAN in node.name:
             kind = "scan"
+        elif near.partition(".")[0] == SELECTION:
+            kind = SELECTION
         elif not module and kind != "layout" and KIND_OF.get(near_op) == "norms":
             kind = "norms"
         parts.append(Part(near, kind or KIND_OF.get(op) or UNSPECIFIC.get(node.op, "other"), node.ms))
@@ -184,6 +187,7 @@ def merged(parts: Sequence[Part]) -> list[Part]:
 def summary(how: str, parts: Sequence[Part], inference_ms: float) -> dict[str, Any]:
     """Return `Record.layers` for these parts. `scan_share` is None if undivided blocks contain scans.
 
+    `selection_share` is None if nothing selects.
     how: description of the method. inference_ms: time of an inference without the profiler.
     """
     kinds: dict[str, float] = {}
@@ -196,6 +200,7 @@ def summary(how: str, parts: Sequence[Part], inference_ms: float) -> dict[str, A
         "sum_ms": round(total, 4),
         "of_inference": round(total / inference_ms, 4) if inference_ms else 0.0,
         "scan_share": round(kinds.get("scan", 0.0) / total, 4) if known else None,
+        "selection_share": round(kinds[SELECTION] / total, 4) if total and SELECTION in kinds else None,
         "kinds": {kind: round(ms, 4) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
         "modules": [{**asdict(part), "ms": round(part.ms, 5)} for part in parts],
     }

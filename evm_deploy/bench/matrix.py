@@ -32,6 +32,7 @@ from evm_deploy.calib.candidate import feeds
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
 from evm_deploy.calib.evaluation import stacked
 from evm_deploy.calib.int8 import image_sets
+from evm_deploy.data.boxes import DEFAULT_SELECTION
 from evm_deploy.data.images import ImageSet, labelled_images
 from evm_deploy.demo import images_path
 from evm_deploy.errors import BundleError, EvmError, UsageError
@@ -43,7 +44,7 @@ from evm_deploy.export.target import Target, check_plan
 from evm_deploy.export.targets import get_target
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.tasks import get_task
-from evm_deploy.tasks.task import Outputs
+from evm_deploy.tasks.task import Outputs, Reading
 
 FORMS = "torch:fp32,onnx:fp32,onnx:int8,openvino:fp32,openvino:int8"
 CHUNK = 16  # images per inference of the float model
@@ -238,15 +239,20 @@ class Checkpoint:
             with load(path) as model:
                 (name,) = model.inputs
                 outputs = stacked(model.run({name: feed}) for feed in feeds(self.images, name, model))
-        return compare_outputs(self.expected, outputs, get_task(self.float.spec.task), self.images.labels)
+        plan, images = self.float.plan, self.images
+        spec, selection = self.float.spec, plan.selection or DEFAULT_SELECTION
+        reading = Reading(plan.labels, places=images.places, selection=selection, classes=spec.num_classes)
+        return compare_outputs(self.expected, outputs, get_task(spec.task), images.labels, reading=reading)
 
     @cached_property
     def images(self) -> ImageSet:
         """Labelled images of `matrix.val`. Raises CalibrationError."""
         spec, plan = self.float.spec, self.float.plan
-        return labelled_images(
-            images_path(str(self.matrix.val), "heldout"), self.float.preprocessing, spec.num_classes, plan.labels
-        )
+        score = get_task(spec.task).score
+        if not score:
+            raise UsageError(f"--val: {spec.name} gives {spec.task}, which has no labels", "leave --val out")
+        source = images_path(str(self.matrix.val), "heldout")
+        return labelled_images(source, self.float.preprocessing, spec.num_classes, plan.labels, read=score.read)
 
     @cached_property
     def expected(self) -> Outputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,7 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Batch, Feeds
 
 TOP = 5  # classes that an end-to-end inference returns
+STAGES_RUNS, STAGES_SECONDS = 20, 1.0  # most predictions whose stages are timed, and no later than this
 TORCH = "torch"
 
 
@@ -52,6 +55,10 @@ class Measurable(Protocol):
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
         """Return the function to time, on seeded images. timed: `model` (arrays to arrays) or `end-to-end`."""
+        ...
+
+    def stages(self) -> dict[str, float]:
+        """Return the times of one image in ms for `Record.stages_ms`."""
         ...
 
     def layers(self, batch: int) -> dict[str, Any]:
@@ -108,10 +115,26 @@ class MeasuredBundle:
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
         """Return the function to time: a run on the self-test's inputs, or a prediction from its image file."""
         if timed == "end-to-end":
-            images = [self.model.bundle.path / "selftest" / "picture.png"] * batch
+            images = [self.image] * batch
             return lambda: self.model.predict(images, top=TOP)
         feeds = examples(self.model, batch)
         return lambda: self.model.run(feeds)
+
+    @property
+    def image(self) -> Path:
+        """Image file of the self-test."""
+        return self.model.bundle.path / "selftest" / "picture.png"
+
+    def stages(self) -> dict[str, float]:
+        """Return medians of the stages of `predict` for `Record.stages_ms`; empty if the bundle gives no answers."""
+        if not self.model.task.decode:
+            return {}
+        seen: list[dict[str, float]] = []
+        end = time.perf_counter() + STAGES_SECONDS
+        while len(seen) < 2 or (len(seen) < STAGES_RUNS and time.perf_counter() < end):
+            self.model.predict(self.image, TOP)
+            seen.append(dict(self.model.spent_ms))
+        return {stage: round(statistics.median(each[stage] for each in seen[1:]), 5) for stage in seen[0]}
 
     def layers(self, batch: int) -> dict[str, Any]:
         """Return the times by module for `Record.layers`; empty if the runtime has no profiler."""

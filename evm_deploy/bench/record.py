@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from evm_deploy.runtimes.registry import setting_kinds
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20
+OPTIONAL = {"stages_ms"}  # keys that records of the first versions do not have
 SCHEMA = Schema(lambda: published("evm_deploy.bench", "record.schema.json"))
 
 
@@ -83,6 +84,7 @@ class Record:
     load_ms: `fresh` in a new process, including the runtime's import and the hashes; `again` in the same process.
     interval_ms: 95 % confidence interval of the median.
     device_ms: `inputs`, `compute` and `outputs` of a run, if the runtime measures these parts.
+    stages_ms: `preprocess`, `inference` and `postprocess` of one image in `predict`, medians; empty without answers.
     layers: times by module from `bench.layers`; empty if the runtime has no profiler.
     energy_mj: energy of one inference, by sensor. memory_mb: `before` loading, and `peak`.
     before, after: state of the device before and after the measurement.
@@ -108,6 +110,7 @@ class Record:
     before: dict[str, Any]
     after: dict[str, Any]
     warnings: list[str]
+    stages_ms: dict[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -145,9 +148,9 @@ class Record:
                 f"{source} is a record of schema {version}; this evm-deploy reads schema {SCHEMA_VERSION}",
                 upgrade_hint() if version > SCHEMA_VERSION else "measure again with evm-bench",
             )
-        names = {field.name for field in fields(cls)}
-        if set(content) != names:
-            differing = ", ".join(sorted(names ^ set(content)))
+        names = {each.name for each in fields(cls)}
+        if set(content) | OPTIONAL != names:
+            differing = ", ".join(sorted(names ^ (set(content) | OPTIONAL)))
             raise UsageError(
                 f"{source} is a damaged record: missing or unknown fields: {differing:.200}",
                 "measure again with evm-bench",

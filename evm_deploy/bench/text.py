@@ -85,6 +85,7 @@ def lines(record: Record, path: Path) -> list[str]:
         f"Latency   p50 {times['p50']:.3g} ms (95 %: {low:.3g}-{high:.3g})  {tails}   "
         f"{record.throughput:.4g} images/s   {runs} runs{unstable}",
         *([f"Device    {parts}"] if (parts := format_parts(record.device_ms)) else []),
+        *([f"Stages    {parts}, of an image"] if (parts := format_parts(record.stages_ms)) else []),
         *([f"Layers    {shares(record)}"] if record.layers else []),
         *([f"Energy    {energy}"] if (energy := format_parts(record.energy_mj, "mJ")) else []),
         f"Load      {loads['fresh']:.0f} ms in a new process, "

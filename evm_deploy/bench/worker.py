@@ -58,7 +58,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
     again_ms, subject = timed(opened)
     with subject:
         warnings = device.warnings(facts, before, after)
-        by_layer = subject.layers(batch)
+        by_layer, stages = subject.layers(batch), subject.stages()
     if not latency.stable:
         warnings.append(f"not stable after {settings.limit_s:g} s: the medians of the windows differ by more than 5 %")
     return Record(
@@ -75,6 +75,7 @@ def work(path: Path, settings: Settings, require_signature: str | None = None) -
         summary_ms=latency.summary(),
         interval_ms=latency.interval(),
         device_ms=parts,
+        stages_ms=stages,
         layers=by_layer,
         energy_mj=meter.millijoules(latency.warm_up + len(latency.samples)),
         throughput=round(throughput(latency, batch), 2),

@@ -131,7 +131,7 @@ class LoadedBundle:
         """Return the `top` most probable classes of each image, or the detections in it (`Detection`), best first.
 
         A segmenter gives each image a `LabelMap`: a sequence of the classes that are present, with the class of every
-        pixel in `map`. Boxes and maps are in pixels of the upright image. `spent_ms` has the times of the call.
+        pixel in `map`. Boxes, masks and maps are in pixels of the upright image. `spent_ms` has the times of the call.
         images: any number of images as `data.reading.read_image` takes them (paths, encoded bytes, open files,
         Pillow images, uint8 arrays), or uint8 [n, H, W, C] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
@@ -177,7 +177,9 @@ class LoadedBundle:
         self._require_answers(top)
         array = stacked_pixels(pixels, (*self.preprocessing.size, self.preprocessing.channels))
         starts = range(0, len(array), self._batch_size)
-        return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top)]
+        size = self.preprocessing.size
+        places = [Geometry(size, size, size, (0, 0))] * self._batch_size  # boxes and masks in network pixels
+        return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top, places)]
 
     def _placed(self, image: ImageLike) -> tuple[NDArray[np.uint8], Geometry | None]:
         """Return the pixels of an image, and its place in the network's input if the task maps outputs back to it."""
@@ -194,8 +196,9 @@ class LoadedBundle:
         with self._stopwatch("inference"):
             outputs = self._answers(pixels)
         known = [place for place in places if place]
-        facts = self.manifest.selection, self.manifest.palette
-        reading = Reading(self.labels, whole("top", top), known or None, *facts)
+        reading = Reading(
+            self.labels, whole("top", top), known or None, self.manifest.selection, palette=self.manifest.palette
+        )
         with self._stopwatch("postprocess"):
             return decode(outputs, reading)
 

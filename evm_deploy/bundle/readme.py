@@ -8,7 +8,7 @@ from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.data.preprocessing import CROP, PAD, Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.data.resizing import PLAIN
-from evm_deploy.tasks.detection import DETECTION
+from evm_deploy.tasks.detection import DETECTION, MASKS
 from evm_deploy.tasks.segmentation import SEGMENTATION
 
 
@@ -86,6 +86,11 @@ def outputs_text(manifest: Manifest) -> str:
         f" `boxes` are x1, y1, x2, y2 in pixels of the {height}x{width} input: divide them by the factors of the "
         "resize. `labels` count from 0."
     )
+    if any(each["name"] == MASKS for each in manifest.outputs):
+        text += (
+            " `masks` are probabilities in the cells of each box: resize them to the box (bilinear, half pixel); "
+            "pixels from 0.5 on belong to the object."
+        )
     if found.nms == "graph":
         return (
             f"{text} The first `count` rows are detections, by falling score, each over {found.score_thr:g}; the "

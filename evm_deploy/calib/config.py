@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evm_deploy._util.kept import KeptResults
-from evm_deploy.tasks.task import Task
+from evm_deploy.data.boxes import DEFAULT_SELECTION, SelectionSettings
+from evm_deploy.tasks.task import Reading, Task
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last five but one.
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last six but two.
 
-    kept: results of an interrupted run, and those of this one.
+    selection: that of a detector. kept: results of an interrupted run, and those of this one.
     """
 
     precision: str
@@ -33,4 +34,10 @@ class QuantizationConfig:
     keep_float: tuple[str, ...]
     weight_only: tuple[str, ...]
     float_around_scans: bool
+    selection: SelectionSettings = DEFAULT_SELECTION
     kept: KeptResults = field(default_factory=KeptResults, compare=False)
+
+    @property
+    def reading(self) -> Reading:
+        """How outputs are read."""
+        return Reading(self.labels, selection=self.selection, classes=self.num_classes)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.tasks.task import Labels, Outputs, Task
+from evm_deploy.calib.probe import is_probe
+from evm_deploy.tasks import TITLES
+from evm_deploy.tasks.task import AS_THEY_ARE, Labels, Measure, Outputs, Reading, Rows, Task, means
 
-Rows = Mapping[str, NDArray[np.float64]]  # figure -> its value for each image, (images,)
-
-CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
+OWN, FLOAT, DIFFERENCE = "own.", "float.", "difference."  # begin of the columns of a measure's rows
 ROWS = 1024  # images whose outputs are held in float64 at a time
 DIFFERENCES = ("relative_error", "psnr_db")  # figures of Task.compare
+LEAST = 1e-30  # power below which decibels end
 MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 
 
@@ -24,14 +25,15 @@ MIN_SQNR_DB = 20.0  # limit without labels: an error of 10 % of the outputs
 class Accuracy:
     """Accuracy of a quantised network against the float one, on the same images.
 
-    sqnr_db: signal to quantisation noise ratio of the outputs in dB, mean over images. agreement: share of images with
-    the same answer, None for tasks that give none. scores, float_scores: the task's figures, from 0 to 1, empty without
-    labels. metric: name of the figure that must stay within the limit. limit: points of the metric that may be lost;
-    None means that the SQNR must reach MIN_SQNR_DB.
+    sqnr_db: signal to quantisation noise ratio of the outputs in dB, mean over images; None if only answers are known,
+    such as boxes. agreement: share of the answers that are the same, mean over images, None for tasks that give none.
+    scores, float_scores: the task's figures, from 0 to 1, empty without labels. metric: name of the figure that must
+    stay within the limit. limit: points of the metric that may be lost; None means that the SQNR must reach
+    MIN_SQNR_DB.
     """
 
     images: int
-    sqnr_db: float
+    sqnr_db: float | None
     agreement: float | None
     scores: Mapping[str, float] = field(default_factory=dict)
     float_scores: Mapping[str, float] = field(default_factory=dict)
@@ -42,22 +44,19 @@ class Accuracy:
     @classmethod
     def of(cls, parts: Iterable[Rows], task: Task, limit: float | None = None) -> Accuracy:
         """Create the Accuracy of all images in `parts`. Sums are exact: neither parts nor order change a digit."""
-        columns: dict[str, list[NDArray[np.float64]]] = {}
-        for rows in parts:
-            for name, values in rows.items():
-                columns.setdefault(name, []).append(values)
-        joined = {name: np.concatenate(values) for name, values in columns.items()}
-        means = {name: math.fsum(values) / len(values) for name, values in joined.items()}
-        names = [name for name in means if f"{name}_float" in means]
+        rows = joined(parts)
+        each = means({name: rows[name] for name in ("sqnr_db", "agreement") if name in rows})
+        differences = _reduced(task.compare, rows, DIFFERENCE)
+        scores, float_scores = (_reduced(task.score, rows, begin) for begin in (OWN, FLOAT))
         return cls(
-            len(joined["sqnr_db"]),
-            means["sqnr_db"],
-            means.get("agreement"),
-            {name: means[name] for name in names},
-            {name: means[f"{name}_float"] for name in names},
-            task.metric if names else "",
+            len(rows["image"]),
+            each.get("sqnr_db"),
+            each.get("agreement"),
+            scores,
+            float_scores,
+            task.score.metric if task.score and scores else "",
             limit,
-            {name: means[name] for name in DIFFERENCES if math.isfinite(means.get(name, math.nan))},
+            {name: value for name, value in differences.items() if math.isfinite(value)},
         )
 
     @property
@@ -66,11 +65,16 @@ class Accuracy:
         return [self.scores[self.metric]] if self.metric in self.scores else []
 
     @property
+    def reached(self) -> float:
+        """Value of the metric of the float network, from 0 to 1; NaN without labels."""
+        return self.float_scores.get(self.metric, math.nan)
+
+    @property
     def drop(self) -> float | None:
         """Points of the metric lost against float; None without labels."""
         if not self.gated:
             return None
-        return round(100 * (self.float_scores[self.metric] - self.scores[self.metric]), 6)
+        return round(100 * (self.reached - self.scores[self.metric]), 6)
 
     @property
     def ok(self) -> bool:
@@ -78,32 +82,16 @@ class Accuracy:
 
         Outputs that are not finite (an SQNR of minus infinity) are never within a limit.
         """
-        if not np.isfinite(self.sqnr_db):
+        if self.sqnr_db is not None and not np.isfinite(self.sqnr_db):
             return False
         if self.drop is not None and self.limit is not None:
             return self.drop <= self.limit
-        return self.sqnr_db >= MIN_SQNR_DB
-
-    def at_chance(self, classes: int) -> bool:
-        """Test whether guessing among `classes` would be right as often as the float network in over 1 % of the cases.
-
-        False without labels.
-        """
-        if not self.gated or not self.images:
-            return False
-        right = round(self.float_scores[self.metric] * self.images)
-        hit, miss = math.log(1 / classes), math.log1p(-1 / classes)
-        whole = math.lgamma(self.images + 1)
-        logs = (
-            whole - math.lgamma(k + 1) - math.lgamma(self.images - k + 1) + k * hit + (self.images - k) * miss
-            for k in range(right, self.images + 1)
-        )
-        return math.fsum(map(math.exp, logs)) > CHANCE
+        return self.sqnr_db is None or self.sqnr_db >= MIN_SQNR_DB
 
     @property
     def rank(self) -> tuple[float, float]:
         """Sort key, larger is better: first the points of the metric kept (with labels), then the SQNR."""
-        return -(self.drop or 0.0), self.sqnr_db
+        return -(self.drop or 0.0), self.sqnr_db or 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for manifests and records. Figures have keys such as `top1` and `top1_float`."""
@@ -119,7 +107,7 @@ class Accuracy:
         known = [name for name in names if facts.get(name) is not None]
         return cls(
             facts["images"],
-            -np.inf if facts["sqnr_db"] is None else facts["sqnr_db"],
+            -np.inf if facts["sqnr_db"] is None and facts["ok"] is False else facts["sqnr_db"],
             facts["agreement"],
             {name: facts[name] for name in known},
             {name: facts[f"{name}_float"] for name in known},
@@ -129,45 +117,49 @@ class Accuracy:
         )
 
     def __str__(self) -> str:
-        for share in self.gated:
+        noise = "" if self.sqnr_db is None else f"   SQNR {self.sqnr_db:.1f} dB"
+        if self.gated:
             limit = f", limit {self.limit:g}" if self.limit is not None else ""
-            return (
-                f"{100 * share:.2f} % vs {100 * self.float_scores[self.metric]:.2f} % float "
-                f"({-(self.drop or 0):+.2f}{limit}, {self.images} images)   SQNR {self.sqnr_db:.1f} dB"
-            )
-        same = f"same class {100 * self.agreement:.1f} %   " if self.agreement is not None else ""
+            change = f" ({-(self.drop or 0):+.2f}{limit}, {self.images} images)"
+            parts = [
+                f"{title} {100 * self.scores[name]:.2f} % vs {100 * self.float_scores[name]:.2f} % float"
+                + (change if name == self.metric else "")
+                for name, title in TITLES.items()
+                if name in self.scores
+            ]
+            return ", ".join(parts) + noise
+        same = f"same answers {100 * self.agreement:.1f} %   " if self.agreement is not None else ""
         far = self.differences
         if "relative_error" in far:
             same += f"relative error {100 * far['relative_error']:.2g} %   PSNR {far['psnr_db']:.1f} dB   "
-        return f"{same}SQNR {self.sqnr_db:.1f} dB ({self.images} images without labels)"
+        return f"{same}{noise.strip()} ({self.images} images without labels)"
 
 
-def compare_images(reference: Outputs, outputs: Outputs, task: Task, labels: Labels | None = None) -> Rows:
+def compare_images(
+    reference: Outputs, outputs: Outputs, task: Task, labels: Labels | None = None, reading: Reading = AS_THEY_ARE
+) -> Rows:
     """Compare the outputs of a quantised network with `reference`, those of the float one, image by image.
 
-    reference, outputs: by name, (images, ...). Returns `sqnr_db`, minus infinity for outputs that are not finite;
-    `agreement`, if the task gives answers; with labels the task's figures, such as `top1`, and those of the float
-    network, such as `top1_float`; without labels the figures of `Task.compare`. The accuracy on a set of images is the
-    mean of their rows, in any order and parts.
+    reference, outputs: by name, (images, ...). Returns `image`, a row for each; `sqnr_db` (`noise_db`); `agreement`, if
+    the task gives answers; with labels the rows of `Task.score`, without them those of `Task.compare`. The accuracy on
+    a set of images is that of their rows, in any order and parts (`Accuracy.of`); `float_rows` are a part of it.
     """
     count = len(next(iter(reference.values())))
-    decibels = []
-    for start in range(0, count, ROWS):
-        part = slice(start, start + ROWS)
-        want, have = (flattened({name: each[name][part] for name in reference}) for each in (reference, outputs))
-        noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
-        with np.errstate(divide="ignore", invalid="ignore"):  # outputs that are not finite
-            values = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
-        decibels.append(np.where(np.isfinite(have).all(1), values, -np.inf))
-    rows = {"sqnr_db": np.concatenate(decibels)}
+    rows: dict[str, NDArray[Any]] = {"image": np.zeros(count, bool)}
+    if not task.selects or any(map(is_probe, reference)):
+        rows["sqnr_db"] = noise_db(reference, outputs)
     if task.agree:
         rows["agreement"] = task.agree(reference, outputs)
     if task.score and labels is not None:
-        rows |= task.score(outputs, labels)
-        rows |= {f"{name}_float": value for name, value in task.score(reference, labels).items()}
+        rows |= _begun(OWN, task.score.rows(outputs, labels, reading))
     elif task.compare:
-        rows |= task.compare(reference, outputs)
+        rows |= _begun(DIFFERENCE, task.compare.rows(outputs, reference, reading))
     return rows
+
+
+def float_rows(reference: Outputs, task: Task, labels: Labels | None, reading: Reading = AS_THEY_ARE) -> Rows:
+    """Return the rows that depend on the float network alone: those of `Task.score` with labels, else none."""
+    return _begun(FLOAT, task.score.rows(reference, labels, reading)) if task.score and labels is not None else {}
 
 
 def compare_outputs(
@@ -177,9 +169,58 @@ def compare_outputs(
     labels: Labels | None = None,
     *,
     limit: float | None = None,
+    reading: Reading = AS_THEY_ARE,
 ) -> Accuracy:
     """Compare the outputs of a quantised network with `reference`, those of the float one. By name: (images, ...)."""
-    return Accuracy.of([compare_images(reference, outputs, task, labels)], task, limit)
+    rows = compare_images(reference, outputs, task, labels, reading)
+    return Accuracy.of([{**rows, **float_rows(reference, task, labels, reading)}], task, limit)
+
+
+def noise_db(reference: Outputs, outputs: Outputs) -> NDArray[np.float64]:
+    """Return the SQNR in dB of each image, (images,) float64; minus infinity for outputs that are not finite.
+
+    Probes, where there are some, count alone: each has the same part in the noise, relative to its own signal.
+    """
+    count = len(next(iter(reference.values())))
+    decibels = []
+    for start in range(0, count, ROWS):
+        part = slice(start, start + ROWS)
+        ratios, finite = [], np.ones(len(range(count)[part]), bool)
+        for names in _compared(reference):
+            want, have = (flattened({name: each[name][part] for name in names}) for each in (reference, outputs))
+            with np.errstate(invalid="ignore", over="ignore"):  # outputs that are not finite
+                noise, signal = ((have - want) ** 2).sum(1), (want**2).sum(1)
+            ratios.append(np.maximum(noise, LEAST) / np.maximum(signal, LEAST))
+            finite &= np.isfinite(have).all(1)
+        decibels.append(np.where(finite, -10 * np.log10(np.mean(ratios, axis=0)), -np.inf))
+    return np.concatenate(decibels)
+
+
+def _compared(outputs: Outputs) -> Iterator[list[str]]:
+    """Yield names of outputs whose values are compared as one tensor: each probe, else all outputs."""
+    probes = [name for name in outputs if is_probe(name)]
+    yield from ([name] for name in probes)
+    if not probes:
+        yield list(outputs)
+
+
+def joined(parts: Iterable[Rows]) -> dict[str, NDArray[Any]]:
+    """Concatenate the rows of parts, by column."""
+    columns: dict[str, list[NDArray[Any]]] = {}
+    for rows in parts:
+        for name, values in rows.items():
+            columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def _begun(begin: str, rows: Rows) -> dict[str, NDArray[Any]]:
+    return {begin + name: values for name, values in rows.items()}
+
+
+def _reduced(measure: Measure | None, rows: Rows, begin: str) -> dict[str, float]:
+    """Return the figures of the rows whose columns start with `begin`; none if there are no such columns."""
+    own = {name.removeprefix(begin): values for name, values in rows.items() if name.startswith(begin)}
+    return dict(measure.reduce(own)) if measure and own else {}
 
 
 def flattened(outputs: Outputs) -> NDArray[np.float64]:

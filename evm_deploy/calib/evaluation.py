@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from evm_deploy.calib.candidate import QuantizationCandidate, feeds
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluate import Accuracy, Rows, compare_images
+from evm_deploy.calib.evaluate import Accuracy, compare_images, float_rows
 from evm_deploy.data.images import ImageSet, sample
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.tasks.task import Outputs
+from evm_deploy.tasks.task import Labels, Outputs, Reading, Rows
 
 if TYPE_CHECKING:
     import onnx
@@ -57,7 +57,7 @@ class Evaluation:
             with self._open_candidate(source.quantized(blocks)) as runtime:
                 yield from run_each(runtime, images, self.config)
 
-        rows = self._rows(f"{source.identity(blocks)}, labels: {bool(self.config.val)}", run)
+        rows = self._rows(f"rows of {source.identity(blocks)}, labelled: {bool(self.config.val)}", run)
         return Accuracy.of(rows, self.config.task, self.config.max_drop)
 
     def without(self, source: QuantizationCandidate, kept: Collection[str]) -> Accuracy:
@@ -73,15 +73,34 @@ class Evaluation:
         missing = [i for i, rows in enumerate(found) if rows is None]
         expected = self._expected(missing)
         for i, outputs in self._in_shards(run, missing):
-            labels = self.shards[i].labels if self.config.val else None
-            found[i] = rows = compare_images(expected(i), outputs, self.config.task, labels)
+            labels, reading = self._labelled(i)
+            found[i] = rows = compare_images(expected(i), outputs, self.config.task, labels, reading)
             kept.put(names[i], rows)
-        return [rows for rows in found if rows is not None]
+        return [{**rows, **self._float_rows(i, expected)} for i, rows in enumerate(found) if rows is not None]
+
+    def _float_rows(self, i: int, expected: Callable[[int], Outputs]) -> Rows:
+        """Return the rows of a shard that depend on the float network alone."""
+        labels, reading = self._labelled(i)
+        if labels is None:
+            return {}
+        name = f"float rows, images {self.shards[i].digest()}"
+        rows = self.config.kept.get(name)
+        if rows is None:
+            rows = float_rows(expected(i), self.config.task, labels, reading)
+            self.config.kept.put(name, rows)
+        return rows
+
+    def _labelled(self, i: int) -> tuple[Labels | None, Reading]:
+        """Return the true answers of a shard's images, None without --val, and how outputs are read to compare them."""
+        if not self.config.val:
+            return None, self.config.reading
+        shard = self.shards[i]
+        return shard.labels, replace(self.config.reading, places=shard.places)
 
     def _expected(self, wanted: Sequence[int]) -> Callable[[int], Outputs]:
         """Run the float network on the shards of these numbers. Returns a function: number -> outputs of the shard."""
         kept = self.config.kept
-        names = {i: f"float, images {self.shards[i].digest()}" for i in wanted}
+        names = [f"float, images {shard.digest()}" for shard in self.shards]
         missing = [i for i in wanted if kept.get(names[i]) is None]
         for i, outputs in self._in_shards(self._float_outputs, missing):
             kept.put(names[i], outputs)

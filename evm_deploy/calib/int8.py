@@ -13,12 +13,14 @@ from evm_deploy.calib.candidate import QuantizationCandidate, make_candidates
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import Accuracy, keep_float_until
 from evm_deploy.calib.evaluation import Evaluation, OpenCandidate, Run, evaluation_stages, graph_outputs
+from evm_deploy.calib.probe import with_probes, without_probes
 from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import CalibrationError
 from evm_deploy.scan.fused import FusedOp
+from evm_deploy.tasks import TITLES
 
 if TYPE_CHECKING:
     import onnx
@@ -89,11 +91,13 @@ def quantize_graph(
             "export it in float32 or float16",
         )
     images = image_sets(config, preprocessing, step)
-    choices = make_candidates(model, found, images.used, config, plugin, step)
+    probed = with_probes(model)
+    choices = make_candidates(probed, found, images.used, config, plugin, step)
     if symmetric:
         rewrite = partial(insert_qdq, symmetric=True)
         choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
-    return choose(choices, images, config, partial(graph_outputs, model, config, plugin), open_candidate, step)
+    chosen = choose(choices, images, config, partial(graph_outputs, probed, config, plugin), open_candidate, step)
+    return replace(chosen, model=without_probes(chosen.model))
 
 
 def choose(
@@ -135,7 +139,7 @@ def choose(
         source = choices[smooth]
         if not sensitivity:
             with step("sensitivity", f"{len(source.blocks)} blocks, one at a time") as progress:
-                sensitivity = {block: alone.sqnr_db for block, alone in each_block(source, compare, progress)}
+                sensitivity = {block: alone.sqnr_db or 0.0 for block, alone in each_block(source, compare, progress)}
         more = sorted((block for block in source.blocks if block not in kept), key=sensitivity.__getitem__)
         with step("in float", f"the most sensitive blocks, until at most {config.max_drop:g} points are lost"):
             kept, accuracy = keep_float_until(partial(evaluate.without, source), more, kept, accuracy)
@@ -151,19 +155,20 @@ def choose(
         sensitivity=sensitivity,
         evaluated_on=images.evaluation.digest() if images.evaluation else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
-        remarks=tuple(_remarks(stages, accuracy, config.num_classes)),
+        remarks=tuple(_remarks(stages, accuracy, config)),
     )
 
 
-def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, num_classes: int) -> Iterator[str]:
+def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, config: QuantizationConfig) -> Iterator[str]:
     """Yield what users must know to read an accuracy: the order of the classes, chance, and which images were used."""
     if stages and stages[0].order:
         yield stages[0].order
-    if accuracy and num_classes and accuracy.at_chance(max(num_classes, 2)):
-        share = accuracy.float_scores[accuracy.metric]
+    score = config.task.score
+    if accuracy and score and accuracy.gated and score.by_chance(accuracy.reached, accuracy.images, config.num_classes):
         yield (
-            f"the float network is right on {share:.1%} of {accuracy.images} images, which chance could give too: the "
-            "order of the classes may not be the network's, and this accuracy proves nothing"
+            f"the float network reaches {TITLES[score.metric]} {accuracy.reached:.1%} on {accuracy.images} "
+            "images, which chance could give too: the order of the classes may not be the network's, and this accuracy "
+            "proves nothing"
         )
     if len(stages) > 1:
         yield f"candidates were compared on {len(stages[0])} images, the chosen one on all {len(stages[1])}"
@@ -223,10 +228,11 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
                 config.calib, preprocessing, config.images, force=config.force, progress=progress
             )
         used, evaluated = _split(chosen) if config.precision == "int8" else (None, chosen)
-    if config.val:
+    if config.val and config.task.score:
         with step("images", f"labelled, from {config.val}") as progress:
             evaluated = labelled_images(
                 *(config.val, preprocessing, config.num_classes, config.labels),
+                read=config.task.score.read,
                 folder=config.kept.folder,
                 progress=progress,
             )

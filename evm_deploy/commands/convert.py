@@ -31,6 +31,7 @@ def convert_parser() -> Parser:
     add("checkpoint", metavar="CKPT", help="checkpoint file of PyTorch or safetensors")
     add("-o", "--out", metavar="FILE", help="file or folder to write to; default CKPT's name with .safetensors")
     weights_flags(add)
+    add("--half", action="store_true", help="round weights to float16: half the size; the loaded network stays float32")
     add("--trust", action="store_true", help="RUN THE CODE IN THE FILE if it does not load without it")
     add("--force", action="store_true", help="replace an existing file")
     common_flags(parser)
@@ -54,7 +55,13 @@ def _convert(args: argparse.Namespace) -> int:
         print(escape_controls(warning), file=sys.stderr)
     with Steps(args.quiet)("convert", path.name):
         raw = convert(
-            path, out, weights=args.weights, drop=drop_patterns(args.drop), trust=args.trust, force=args.force
+            path,
+            out,
+            weights=args.weights,
+            drop=drop_patterns(args.drop),
+            half=args.half,
+            trust=args.trust,
+            force=args.force,
         )
     facts: dict[str, Any] = {"saved": str(out), **raw.facts(), "notes": raw.notes}
     if args.json:

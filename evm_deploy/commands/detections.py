@@ -78,9 +78,13 @@ def counts(found: Sequence[Detection]) -> str:
 
 
 def row_of(found: Detection) -> dict[str, Any]:
-    """Return plain data of a detection. The box is in pixels of the upright original image."""
+    """Return plain data of a detection. The box is in pixels of the upright original image.
+
+    mask: COCO's run lengths {size: [H, W], counts: text} of that image, of networks that give masks.
+    """
     box = dict(zip(("x1", "y1", "x2", "y2"), (round(side, 3) for side in found.box), strict=True))
-    return {"label": found.label, "index": found.index, "score": found.score, "box": box}
+    row = {"label": found.label, "index": found.index, "score": found.score, "box": box}
+    return row if found.mask is None else {**row, "mask": found.mask.to_coco()}
 
 
 def shares(found: LabelMap) -> str:

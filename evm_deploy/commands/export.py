@@ -263,9 +263,9 @@ def _graph_file(args: argparse.Namespace) -> GraphFile:
 
 def _checkpoint(args: argparse.Namespace) -> Path:
     """Return the path of the checkpoint; without one that of the embedded demo, announced on stderr."""
-    if args.checkpoint:
-        return Path(args.checkpoint)
-    from evm_deploy.demo import CHECKPOINT
+    from evm_deploy.demo import CHECKPOINT, checkpoint_path
 
+    if args.checkpoint:
+        return checkpoint_path(args.checkpoint)
     print(f"no checkpoint given: exporting the embedded demo, {CHECKPOINT.name} (handwritten digits)", file=sys.stderr)
     return CHECKPOINT

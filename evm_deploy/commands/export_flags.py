@@ -56,7 +56,7 @@ def export_parser() -> Parser:
         nargs="?",
         metavar="CKPT",
         help="checkpoint file of PyTorch or safetensors, whatever its suffix, or a ready-made .onnx file whose scans "
-        "are com.depthart::SelectiveScan or --scan-op; default: the embedded demo checkpoint",
+        "are com.depthart::SelectiveScan or --scan-op, or demo:detector, demo:segmenter; default: demo:digits",
     )
     weights_flags(model)
     model(
@@ -144,13 +144,15 @@ def export_parser() -> Parser:
     accuracy("--force-calib", action="store_true", help="calibrate with images that were found unsuitable")
     accuracy(
         "--val",
-        metavar="DIR",
-        help="labelled images to evaluate int8 or w8: class folders, list of path and class, .npz, or demo",
+        metavar="PATH",
+        help="labelled images to evaluate int8 or w8: class folders, list of path and class, .npz, or demo; of a "
+        "detector a COCO JSON file, or a folder of VOC annotations",
     )
     accuracy(
         "--max-drop",
         metavar="X",
-        help="largest accepted top-1 drop on --val in points, default 1.0; exit code 5 if the drop is larger",
+        help="largest accepted drop of the main score on --val in points (classifier: top-1, detector: AP, segmenter: "
+        "mIoU), default 1.0; exit code 5 if the drop is larger",
     )
     accuracy(
         "--tol",

@@ -40,7 +40,7 @@ def matrix_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--imgsz", metavar="N|HxW", help="input size in pixels, see evm-export --help")
     add("--calib", metavar="DIR", help="images to calibrate int8, see evm-export --help")
-    add("--val", metavar="DIR", help="labelled images to evaluate every form, see evm-export --help")
+    add("--val", metavar="PATH", help="labelled images to evaluate every form, see evm-export --help")
 
 
 def refuse_matrix_flags(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     Return the largest exit code of the forms that failed, or 0.
     """
     from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
-    from evm_deploy.demo import CHECKPOINT
+    from evm_deploy.demo import CHECKPOINT, checkpoint_path
 
     if len(args.bundles) > 1:
         raise UsageError("--matrix takes one checkpoint", "give one checkpoint, or none for the embedded demo")
@@ -68,7 +68,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     require_writable(sweep.out / PAGE, "--out")
     demo = not args.bundles
     wanted = Matrix(
-        checkpoint=CHECKPOINT if demo else Path(args.bundles[0]),
+        checkpoint=CHECKPOINT if demo else checkpoint_path(args.bundles[0]),
         forms=parse_forms(args.forms or FORMS),
         settings=tuple(replace(each, batch=each.batch or 1) for each in sweep.every()),
         out=Path(args.out),

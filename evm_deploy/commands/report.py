@@ -33,7 +33,13 @@ def report_parser() -> Parser:
     )
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="records of evm-bench, bundles, or folders of them")
-    add("--max-drop", type=float, default=1.0, metavar="X", help="largest accepted top-1 drop in points, default 1.0")
+    add(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="largest accepted drop of the task's main score (top-1, AP, mIoU) in points, default 1.0",
+    )
     add("--markdown", metavar="FILE", help="write a Markdown report; - means stdout, also for --csv and --html")
     add("--csv", metavar="FILE", help="write a CSV file with one row for each candidate")
     add("--html", metavar="FILE", help="write one self-contained HTML page with charts")

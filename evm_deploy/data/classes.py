@@ -1,4 +1,4 @@
-"""Give the classes of images their index in the order of the head."""
+"""Images with a class each: list them, and give the classes their index in the order of the head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,35 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evm_deploy._util.text import some_of
+from evm_deploy.data.sources import ImageItem, named_images, numbered_images
 from evm_deploy.errors import CalibrationError
 
 LISTED = 4  # classes that the sentence on the order lists
+
+
+def read_labels(source: Path, labels: Sequence[str] | None, num_classes: int) -> tuple[list[ImageItem], str]:
+    """List the images of `source`, each with its class index, and return a sentence on how it was found.
+
+    source: a folder with one folder per class; a list with `path,class` (.csv) or `path class` (text) lines, in which
+    the folder of each path is its class if no line names one; or an .npz with `images` (uint8) and `labels` (integers).
+    A class is given by its name in `labels` or by its index. Without `labels`, other names are numbered in alphabetical
+    order, if there are as many names as classes. A head of one class has two: 0 is absent, 1 is present. Raises
+    CalibrationError if the classes do not fit the head.
+    """
+    if source.suffix.lower() == ".npz":
+        return numbered_images(source, max(num_classes, 2)), ""
+    if source.suffix.lower() == ".json":
+        raise CalibrationError(
+            f"{source} is JSON, as of boxes: a classifier's images have one class each",
+            "give class folders, a list of path,class lines, or an .npz with images and labels",
+        )
+    named = named_images(source)
+    index, order = class_index(source, sorted({name for _, name in named}), num_classes, labels)
+    return [replace(item, label=index[name]) for item, name in named], order
 
 
 def class_index(

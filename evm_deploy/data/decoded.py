@@ -19,7 +19,8 @@ from evm_deploy._util.text import bytes_text
 
 MAX_SHARE = 0.5  # of the free bytes where the file is
 PIXELS, INDEX = "pixels.u8", "pixels.index"  # in a folder that is kept
-ROW = np.dtype([("content", "V32"), ("pixels", "V32")])  # of the index: SHA-256 of the encoded image and of its pixels
+# Of the index: SHA-256 of the encoded image and of its pixels; height and width of the original
+ROW = np.dtype([("content", "V32"), ("pixels", "V32"), ("size", "<u4", 2)])
 
 
 class DecodedImages:
@@ -63,28 +64,34 @@ class DecodedImages:
         except OSError:
             return False
 
-    def found(self, content: bytes) -> int | None:
-        """Return the place of the image whose encoded form has the SHA-256 `content`, None if it is not kept."""
+    def found(self, content: bytes) -> tuple[int, tuple[int, int]] | None:
+        """Return place and original size (H, W) of the image whose encoded form has the SHA-256 `content`.
+
+        None if it is not kept.
+        """
         place = self._old.get(content)
         if place is None or self._map is None:
             return None
-        intact = hashlib.sha256(self._map[place]).digest() == self._digests[place]["pixels"].tobytes()
-        return place if intact else None
+        row = self._digests[place]
+        intact = hashlib.sha256(self._map[place]).digest() == row["pixels"].tobytes()
+        height, width = row["size"].tolist()
+        return (place, (height, width)) if intact else None
 
-    def add(self, content: bytes, pixels: NDArray[np.uint8]) -> int:
-        """Append one image, uint8 of the shape of all. Returns its place."""
+    def add(self, content: bytes, pixels: NDArray[np.uint8], size: tuple[int, int]) -> int:
+        """Append one image, uint8 of the shape of all. size: (H, W) of the upright original. Returns its place."""
         place, self.added = self.added, self.added + 1
         data = pixels.tobytes()
         try:
             if self._file:
                 _append(self._file, data)
             if self._index:
-                _append(self._index, content + hashlib.sha256(data).digest())
+                row = np.array((content, hashlib.sha256(data).digest(), size), ROW)
+                _append(self._index, row.tobytes())
         except OSError:  # full: make room for others, but not below what is mapped, which other threads may be reading
             if self._index:
-                for file, size in self._sizes():
+                for file, bytes_each in self._sizes():
                     with contextlib.suppress(OSError):
-                        file.truncate(len(self._digests) * size)
+                        file.truncate(len(self._digests) * bytes_each)
             self._close()
         return place
 

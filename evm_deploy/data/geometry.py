@@ -54,6 +54,23 @@ class Geometry:
         moved: NDArray[np.float64] = np.asarray(points, np.float64) * scale + offset
         return moved
 
+    def map_to_image(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Map one value for each network pixel to one for each pixel of the image: that of the nearest network pixel.
+
+        labels: (H, W) of the network's input, any dtype. Returns (H, W) of the image. The centre of each pixel decides,
+        in whole numbers, so that the SDKs give the same map. A pixel that a crop leaves out gets the value of the
+        nearest pixel inside.
+        """
+        top, left, bottom, right = self.content
+        rows, columns = (
+            ((2 * np.arange(original) + 1) * resized // (2 * original) + offset).clip(first, last - 1)
+            for original, resized, offset, first, last in zip(
+                self.original, self.resized, self.offset, (top, left), (bottom, right), strict=True
+            )
+        )
+        found: NDArray[Any] = labels[rows[:, None], columns]
+        return found
+
     def _by_coordinate(self, points: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return scale and offset for each coordinate of the last axis. Raises ValueError for another axis."""
         coordinates = np.shape(points)[-1] if np.ndim(points) else 0

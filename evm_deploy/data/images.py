@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.progress import Progress
 from evm_deploy._util.text import shortened, some_of
-from evm_deploy.data.classes import class_index
+from evm_deploy.data.classes import read_labels
 from evm_deploy.data.decoded import DecodedImages
+from evm_deploy.data.geometry import Geometry
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import read_image
-from evm_deploy.data.sources import ImageItem, Pixels, content_sha256, find_images, named_images, numbered_images
+from evm_deploy.data.sources import ImageItem, Pixels, content_sha256, find_images
 from evm_deploy.errors import CalibrationError, ImageError
 
 if TYPE_CHECKING:
@@ -63,9 +63,14 @@ class ImageSet:
             yield self.preprocessing.pixels(item.source) if item.decoded is None else item.decoded
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class index of each image, (images,) int64. Only labelled sets have labels."""
-        return np.array([item.label for item in self.items], np.int64)
+    def labels(self) -> list[Any]:
+        """True answer of each image, such as its class index. Only labelled sets have labels."""
+        return [item.label for item in self.items]
+
+    @property
+    def places(self) -> list[Geometry]:
+        """Place of each image in the network's input."""
+        return [self.preprocessing.geometry(width, height) for height, width in (item.size for item in self.items)]
 
     def digest(self) -> str:
         """Return the SHA-256 of the preprocessing, the images in order and their labels, as hex digits."""
@@ -127,24 +132,18 @@ def labelled_images(
     num_classes: int,
     labels: Sequence[str] | None = None,
     *,
+    read: Callable[[Path, Sequence[str] | None, int], tuple[Sequence[ImageItem], str]] = read_labels,
     folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> ImageSet:
-    """Return all images of `source` with their class index in the order of the head.
+    """Return all images of `source` with their true answers.
 
-    source: a folder with one folder per class; a list with `path,class` (.csv) or `path class` (text) lines, in which
-    the folder of each path is its class if no line names one; or an .npz with `images` (uint8) and `labels` (integers).
-    A class is given by its name in `labels` or by its index. Without `labels`, other names are numbered in alphabetical
-    order, if there are as many names as classes. A head of one class has two: 0 is absent, 1 is present. folder: keeps
-    the decoded images, and gives those that an interrupted run has left there (`data.decoded`). Raises
-    CalibrationError if the classes do not fit the head, or if more than 5 % of the images are unreadable.
+    read: lists them, as in `tasks.task.Score`; by default images with a class (`data.classes.read_labels`).
+    num_classes, labels: of the network. folder: keeps the decoded images, and gives those that an interrupted run has
+    left there (`data.decoded`). Raises CalibrationError if the classes do not fit the network, or if more than 5 % of
+    the images are unreadable.
     """
-    if source.suffix.lower() == ".npz":
-        items = numbered_images(source, max(num_classes, 2))
-        return _readable(source, items, preprocessing, progress, folder=folder)[0]
-    named = named_images(source)
-    index, order = class_index(source, sorted({name for _, name in named}), num_classes, labels)
-    items = [replace(item, label=index[name]) for item, name in named]
+    items, order = read(source, labels, num_classes)
     return replace(_readable(source, items, preprocessing, progress, folder=folder)[0], order=order)
 
 
@@ -185,14 +184,15 @@ def _readable(
             except (OSError, ValueError):
                 read_image(item.source, preprocessing.channels)  # raises, with words for the reason
                 raise
-            place = decoded.found(content)
-            if place is not None:
-                return _Read(content, place)
+            known = decoded.found(content)
+            if known is not None:
+                return _Read(content, *known)
             original = read_image(item.source, preprocessing.channels)
             pixels = preprocessing.pixels(original)
         except ImageError as error:
             return error
-        return _Read(content, None, pixels, _facts(item.name, original, pixels) if inspected else None)
+        size = (original.height, original.width)
+        return _Read(content, None, size, pixels, _facts(item.name, original, pixels) if inspected else None)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         parts = (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
@@ -202,9 +202,10 @@ def _readable(
             if isinstance(found, ImageError):
                 skipped.append(f"{shortened(item.name)}: {found}")
                 continue
-            good.append(replace(item, content=found.content))
+            good.append(replace(item, content=found.content, size=found.size))
             taken += found.place is not None
-            places.append(decoded.add(found.content, found.pixels) if found.place is None else found.place)
+            new = found.place is None
+            places.append(decoded.add(found.content, found.pixels, found.size) if new else found.place)
             facts += [found.facts] if found.facts else []
     if len(skipped) > MAX_BAD_SHARE * len(items):
         raise CalibrationError(
@@ -218,10 +219,14 @@ def _readable(
 
 @dataclass(frozen=True)
 class _Read:
-    """An image that was read: SHA-256 of its content, and its place among the decoded images or its pixels."""
+    """An image that was read: SHA-256 of its content, its size, and its place among the decoded images or its pixels.
+
+    size: (H, W) of the upright original.
+    """
 
     content: bytes
     place: int | None
+    size: tuple[int, int]
     pixels: Pixels = field(default_factory=lambda: np.empty(0, np.uint8))
     facts: _Facts | None = None
 

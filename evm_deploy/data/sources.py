@@ -27,16 +27,18 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageItem:
-    """Source of one image: a file, or an array of an .npz. label: class index in the order of the head, if known.
+    """Source of one image: a file, or an array of an .npz.
 
-    content: SHA-256 of the file or array, if the image has been read. decoded: preprocessed pixels, in a file, if the
-    image has been decoded.
+    label: true answer, if known, such as the class index in the order of the head; its text (`str`) holds all of it.
+    content: SHA-256 of the file or array, size: (H, W) of the upright original, if the image has been read. decoded:
+    preprocessed pixels, in a file, if the image has been decoded.
     """
 
     name: str
     source: Path | Pixels
-    label: int | None = None
+    label: Any = None
     content: bytes | None = field(default=None, compare=False, repr=False)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
     decoded: Pixels | None = field(default=None, compare=False, repr=False)
 
 

@@ -1,4 +1,7 @@
-"""Embedded demo: a small EfficientVMamba trained on scikit-learn's digits, and the images of the digits."""
+"""Embedded demos: small EfficientVMambas. A classifier of scikit-learn's digits, a detector and a segmenter of scenes.
+
+The images of the digits are embedded, too. `scenes` generates the scenes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evm_deploy.errors import UsageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "evm_digits.safetensors"
+CHECKPOINTS = {
+    "digits": CHECKPOINT,
+    "detector": HERE / "evm_scenes_detector.safetensors",
+    "segmenter": HERE / "evm_scenes_segmenter.safetensors",
+}
 DIGITS = {split: HERE / f"{split}.npz" for split in ("train", "heldout")}
-WORD = "demo"  # value of --calib and --val that stands for the embedded digits
+WORD = "demo"  # value of --calib and --val that stands for the embedded digits; begins the names of demos
 
 
 def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -23,6 +33,21 @@ def digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """
     with np.load(DIGITS[split]) as data:
         return data["images"], data["labels"]
+
+
+def checkpoint_path(named: str) -> Path:
+    """Return the path `named`. `demo:detector` and its like are embedded checkpoints, unless a file has that name.
+
+    Raises UsageError for a demo that does not exist.
+    """
+    word, colon, name = named.partition(":")
+    if word != WORD or not colon or Path(named).exists():
+        return Path(named)
+    if name not in CHECKPOINTS:
+        raise UsageError(
+            f"there is no demo {name!r}", f"the demos are {', '.join(f'demo:{each}' for each in CHECKPOINTS)}"
+        )
+    return CHECKPOINTS[name]
 
 
 def images_path(named: str, split: str) -> Path:

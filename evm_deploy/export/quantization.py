@@ -27,6 +27,7 @@ from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import MIN_SQNR_DB
 from evm_deploy.calib.evaluation import OpenCandidate
 from evm_deploy.calib.int8 import Quantized
+from evm_deploy.data.boxes import DEFAULT_SELECTION
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import images_path
 from evm_deploy.errors import AccuracyError, ToolchainError
@@ -34,7 +35,7 @@ from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, Traced, library_here, native_library, open_here
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
-from evm_deploy.tasks import get_task
+from evm_deploy.tasks import TITLES, get_task
 from evm_deploy.toolchain.plugins import find_plugin
 
 TABLE = "calibration.json"
@@ -130,6 +131,7 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
         keep_float=spec.keep_float,
         weight_only=spec.weight_only,
         float_around_scans=spec.float_around_scans,
+        selection=plan.selection or DEFAULT_SELECTION,
     )
 
 
@@ -211,7 +213,8 @@ def smoothing(quantized: Quantized, asked: str) -> Decision:
     if len(quantized.tried) < 2:
         return Decision("off", "no activation of this network can be smoothed")
     figures = {
-        name: "".join(f"{each.metric} {100 * share:.2f} %, " for share in each.gated) + f"SQNR {each.sqnr_db:.1f} dB"
+        name: "".join(f"{TITLES[each.metric]} {100 * share:.2f} %, " for share in each.gated)
+        + f"SQNR {each.sqnr_db:.1f} dB"
         for name, each in quantized.tried.items()
     }
     other = next(name for name in figures if name != quantized.smooth)

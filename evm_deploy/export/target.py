@@ -165,7 +165,8 @@ class Target:
     image_channels: numbers of channels that the input `image` can have.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
     in float16 on the device, so that large values overflow there.
-    nms: where the non-maximum suppression of a detector can run, the default first.
+    nms: where the non-maximum suppression of a detector can run, the default first. regions: whether an artifact can
+    crop regions from feature maps (RoIAlign).
     libraries, emulator, engine: parts that only some targets have.
     settings: dataclass of the target's own settings (fields of `_util.settings`), the type of ExportPlan.settings.
 
@@ -196,6 +197,7 @@ class Target:
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
     nms: tuple[str, ...] = NMS_MODES
+    regions: bool = False
     image_channels: tuple[int, ...] = tuple(MODES)
     remarks: Callable[[Runtime], list[str]] = no_remarks
     libraries: Libraries | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from evm_deploy._util.text import one_of
-from evm_deploy.export import coreml, onnx, openvino
+from evm_deploy.export import onnx, openvino
+from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.target import Target
 from evm_deploy.export.tensorrt import target as tensorrt
 

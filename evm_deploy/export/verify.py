@@ -127,7 +127,7 @@ def verify(
     actual: Outputs = run_batched(runtime, plan.batch, test_inputs)
     agreement = float(task.agree(expected, actual).mean()) if task.agree else None
     if task.align:
-        *paired, share = task.align(expected, actual)
+        *paired, share = task.align(expected, actual, plan.tolerance)
         if share < plan.agreement:
             failures.append(f"{share:.1%} of the {task.gives} are those of the float model, limit {plan.agreement:.1%}")
         if reference.judge:

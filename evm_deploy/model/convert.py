@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evm_deploy._util.files import write_output
 from evm_deploy.errors import CheckpointError
@@ -15,14 +16,25 @@ from evm_deploy.model.openmmlab import TrainingSettings
 from evm_deploy.model.state_dict import RawCheckpoint
 from evm_deploy.model.trusted import read_trusted
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def convert(
-    path: Path, out: Path, *, weights: str = "ema", drop: Sequence[str] = (), trust: bool = False, force: bool = False
+    path: Path,
+    out: Path,
+    *,
+    weights: str = "ema",
+    drop: Sequence[str] = (),
+    half: bool = False,
+    trust: bool = False,
+    force: bool = False,
 ) -> RawCheckpoint:
     """Write the weights of the network in the checkpoint `path` to the safetensors file `out`, and return them.
 
-    weights, drop: as for `load_checkpoint`. trust: if the file only loads by running code in it, RUN THAT CODE. force:
-    replace an existing file. The new file says where it comes from and which weights it holds. Raises CheckpointError.
+    weights, drop: as for `load_checkpoint`. half: round weights to float16, half the bytes. trust: if the file only
+    loads by running code in it, RUN THAT CODE. force: replace an existing file. The new file says where it comes from
+    and which weights it holds. Raises CheckpointError, also for a weight that float16 cannot hold.
     """
     if not out.name.lower().endswith(".safetensors"):
         raise CheckpointError(f"{out} is no name for a safetensors file", "end the name of -o with .safetensors")
@@ -34,6 +46,9 @@ def convert(
     if not raw.origin:
         facts = raw.facts()
         raw.origin = {key: facts[key] for key in ("file", "sha256", "container", "weights")}
+    if half:
+        raw.tensors = {name: _rounded(path, name, tensor) for name, tensor in raw.tensors.items()}
+        raw.notes.append("weights are rounded to float16")
     _write(out, raw)
     return raw
 
@@ -45,6 +60,19 @@ def _content(path: Path, trust: bool) -> Content:
         if not trust or error.code != UNSAFE:
             raise
     return read_trusted(path)
+
+
+def _rounded(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Round a tensor of floating point numbers to float16. Raises CheckpointError if a number becomes infinite."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    if bool((half.isinf() & ~tensor.isinf()).any()):
+        largest = float(tensor.abs().max())
+        raise CheckpointError(
+            f"checkpoint {path}: {name} reaches {largest:g}, the largest float16 is 65504", "convert without --half"
+        )
+    return half
 
 
 def _write(out: Path, raw: RawCheckpoint) -> None:

@@ -7,6 +7,7 @@ has millions of values, of which a few thousand are read. Semantics: mmdet 3.3.0
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,6 @@ class Anchors:
         return torch.stack([(stride * (1 / root) * scales).reshape(-1), (stride * root * scales).reshape(-1)], 1)
 
     @property
-    def coded(self) -> bool:
-        """Whether deltas are scaled and shifted."""
-        return any(self.means) or any(std != 1 for std in self.stds)
-
-    @property
     def each(self) -> int:
         """Number of anchors of a position."""
         return len(self.scales) * len(self.ratios)
@@ -70,7 +66,51 @@ def _(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tensor:
     return boxes.new_empty((boxes.shape[0], most), dtype=torch.int64)
 
 
-class Selection(nn.Module):
+class BoxSelection(nn.Module):
+    """Base of a selection of detections: decoding of deltas, and non-maximum suppression of each class.
+
+    means, stds: of the deltas dx, dy, dw, dh. size: (H, W) of the network's input in pixels, where boxes are clipped.
+    """
+
+    def __init__(
+        self, settings: SelectionSettings, size: tuple[int, int], means: Sequence[float], stds: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.settings, self.size = settings, size
+        self.coded = any(means) or any(std != 1 for std in stds)
+        height, width = size
+        self.corner = nn.Buffer(torch.tensor([width, height, width, height], dtype=torch.float32), persistent=False)
+        self.means = nn.Buffer(torch.tensor(tuple(means)), persistent=False)
+        self.stds = nn.Buffer(torch.tensor(tuple(stds)), persistent=False)
+
+    def decoded(self, centre: Tensor, side: Tensor, delta: Tensor) -> Tensor:
+        """Return the corners (.., 4) x1 y1 x2 y2, clipped to the input, of deltas (.., 4) to boxes (.., 2)."""
+        if self.coded:
+            delta = delta * self.stds + self.means
+        centre = centre + side * delta[..., :2]
+        half = side * delta[..., 2:].clamp(-LARGEST_DELTA, LARGEST_DELTA).exp() * 0.5
+        corners = torch.cat([centre - half, centre + half], -1)
+        return torch.minimum(corners.clamp(min=0.0), self.corner)
+
+    def suppressed(self, boxes: Tensor, scores: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """Return the detections after NMS of each class: boxes, scores, labels and their count.
+
+        boxes: (b, n, 4). scores: (b, n); rows with a score of 0 or less take no part. label: (b, n) int64.
+        """
+        shift = label.to(torch.float32) * (float(max(self.size)) + 1.0)
+        found = nms(boxes + shift[:, :, None], scores, self.settings.iou, self.settings.max_det)
+        real = found >= 0
+        rows = torch.where(real, found, 0)
+        boxes = boxes.gather(1, rows[:, :, None].expand(-1, -1, 4))
+        return (
+            torch.where(real[:, :, None], boxes, 0.0),
+            torch.where(real, scores.gather(1, rows), 0.0),
+            torch.where(real, label.gather(1, rows), NO_LABEL).to(torch.int32),
+            real.to(torch.int32).sum(1).to(torch.int32),
+        )
+
+
+class Selection(BoxSelection):
     """Selection of detections from a head's maps, in pixels of the network's input.
 
     classes: number of classes. before: most pairs of anchor and class that a level gives (nms_pre of mmdet).
@@ -87,16 +127,11 @@ class Selection(nn.Module):
         before: int = 1000,
         min_size: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.anchors, self.classes, self.settings, self.before = anchors, classes, settings, before
-        self.size, self.min_size = size, min_size
-        self.threshold = math.log(settings.score_thr / (1 - settings.score_thr)) if settings.score_thr else -math.inf
+        super().__init__(settings, size, anchors.means, anchors.stds)
+        self.anchors, self.classes, self.before, self.min_size = anchors, classes, before, min_size
+        self.threshold = math.log(settings.score_thr / (1 - settings.score_thr)) if settings.score_thr else None
         for i, stride in enumerate(anchors.strides):
             self.register_buffer(f"sides{i}", anchors.sides(stride), persistent=False)
-        height, width = size
-        self.corner = nn.Buffer(torch.tensor([width, height, width, height], dtype=torch.float32), persistent=False)
-        self.means = nn.Buffer(torch.tensor(anchors.means), persistent=False)
-        self.stds = nn.Buffer(torch.tensor(anchors.stds), persistent=False)
         self.outputs = (BOXES, SCORES, LABELS, COUNT) if settings.nms == "graph" else (BOXES, SCORES, LABELS)
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
@@ -113,20 +148,22 @@ class Selection(nn.Module):
             for i, (logits, deltas) in enumerate(zip(maps[:levels], maps[levels:], strict=True))
         ]
         value, label, centre, side, delta = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-        boxes = self._decoded(centre, side, delta)
+        boxes = self.decoded(centre, side, delta)
         sides = boxes[..., 2:] - boxes[..., :2]
-        kept = (value > self.threshold) & (sides.amin(-1) > self.min_size)
+        kept = sides.amin(-1) > self.min_size
+        if self.threshold is not None:
+            kept = kept & (value > self.threshold)
         scores = torch.sigmoid(value)
         if self.settings.nms == "none":
             return boxes, torch.where(kept, scores, 0.0), torch.where(kept, label, NO_LABEL).to(torch.int32)
-        return self._suppressed(boxes, torch.where(kept, scores, -1.0), label)
+        return self.suppressed(boxes, torch.where(kept, scores, -1.0), label)
 
     def _level(self, logits: Tensor, deltas: Tensor, level: int) -> tuple[Tensor, ...]:
         """Return the best pairs of anchor and class of a level: logit, label, centre, side and deltas, (b, n, ..)."""
         b, (h, w), k, each = logits.shape[0], logits.shape[2:], self.classes, self.anchors.each
         pixels = h * w
         flat = logits.reshape(b, -1)
-        if each * pixels > self.before:
+        if k > 1 and each * pixels > self.before:
             # The best pairs belong to the anchors that are best by their best class: the others are never looked at
             best = logits.reshape(b, each, k, pixels).amax(2).reshape(b, -1)
             anchor = best.topk(self.before, 1).indices
@@ -140,32 +177,13 @@ class Selection(nn.Module):
             value, pair = flat.topk(min(self.before, each * k * pixels), 1)
             channel, position = pair // pixels, pair % pixels
             anchor, label = channel // k, channel % k
-        index = ((anchor * 4)[:, :, None] + torch.arange(4)) * pixels + position[:, :, None]
+        return value, label, *self._anchored(deltas, anchor, position, level)
+
+    def _anchored(self, deltas: Tensor, anchor: Tensor, position: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centre, side and deltas (b, n, ..) of anchors (b, n) at positions (b, n) of a level's map."""
+        b, _, h, w = deltas.shape
+        index = ((anchor * 4)[:, :, None] + torch.arange(4)) * (h * w) + position[:, :, None]
         delta = deltas.reshape(b, -1).gather(1, index.reshape(b, -1)).reshape(b, -1, 4)
         cell = torch.stack([position % w, position // w], 2).to(torch.float32)
         centre = (cell + self.anchors.offset) * float(self.anchors.strides[level])
-        side = self.get_buffer(f"sides{level}")[anchor]
-        return value, label, centre, side, delta
-
-    def _decoded(self, centre: Tensor, side: Tensor, delta: Tensor) -> Tensor:
-        """Return the corners (b, n, 4) x1 y1 x2 y2, clipped to the input."""
-        if self.anchors.coded:
-            delta = delta * self.stds + self.means
-        centre = centre + side * delta[..., :2]
-        half = side * delta[..., 2:].clamp(-LARGEST_DELTA, LARGEST_DELTA).exp() * 0.5
-        corners = torch.cat([centre - half, centre + half], 2)
-        return torch.minimum(corners.clamp(min=0.0), self.corner)
-
-    def _suppressed(self, boxes: Tensor, scores: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        """Return the detections after NMS of each class: boxes, scores, labels and their count."""
-        shift = label.to(torch.float32) * (float(max(self.size)) + 1.0)
-        found = nms(boxes + shift[:, :, None], scores, self.settings.iou, self.settings.max_det)
-        real = found >= 0
-        rows = torch.where(real, found, 0)
-        boxes = boxes.gather(1, rows[:, :, None].expand(-1, -1, 4))
-        return (
-            torch.where(real[:, :, None], boxes, 0.0),
-            torch.where(real, scores.gather(1, rows), 0.0),
-            torch.where(real, label.gather(1, rows), NO_LABEL).to(torch.int32),
-            real.to(torch.int32).sum(1).to(torch.int32),
-        )
+        return centre, self.get_buffer(f"sides{level}")[anchor], delta

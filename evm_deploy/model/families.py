@@ -9,11 +9,12 @@ from evm_deploy._util.torch_settings import default_torch_settings
 from evm_deploy.model.checkpoint_file import Content, read_content
 from evm_deploy.model.efficientvmamba.checkpoint import EFFICIENTVMAMBA
 from evm_deploy.model.efficientvmamba.detector import DETECTOR
+from evm_deploy.model.efficientvmamba.rcnn_checkpoint import RCNN
 from evm_deploy.model.efficientvmamba.segmenter import SEGMENTER
 from evm_deploy.model.network import Family, LoadOptions, Network
 from evm_deploy.model.state_dict import RawCheckpoint, no_weights, take_weights
 
-FAMILIES: tuple[Family, ...] = (DETECTOR, SEGMENTER, EFFICIENTVMAMBA)  # the first two hold a backbone, too
+FAMILIES: tuple[Family, ...] = (DETECTOR, RCNN, SEGMENTER, EFFICIENTVMAMBA)  # the first ones hold a backbone, too
 
 
 @default_torch_settings()

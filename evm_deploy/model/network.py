@@ -27,8 +27,9 @@ class ModelSpec:
     weights in it were loaded. min_pixels: smallest side of an image. blocks: paths of the modules that can stay in
     float as a whole. keep_float: paths of the modules whose layers are never quantised. weight_only: paths of the
     modules whose weights become int8 while their inputs stay in float. In every network the layers that write a scan's
-    delta, B and C stay in float; float_around_scans: so do the layers that write its u and read its y. defaults: imgsz,
-    resize, crop_pct, interpolation, mean, std and labels saved with the weights. details: further facts of the family.
+    delta, B and C stay in float; float_around_scans: so do the layers that write its u and read its y. regions: whether
+    a second stage crops regions from feature maps (RoIAlign), as in Mask R-CNN. defaults: imgsz, resize, crop_pct,
+    interpolation, mean, std and labels saved with the weights. details: further facts of the family.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelSpec:
     keep_float: tuple[str, ...] = ()
     weight_only: tuple[str, ...] = ()
     float_around_scans: bool = False
+    regions: bool = False
     notes: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from evm_deploy._util.text import escape_controls
 from evm_deploy.bench.device import key
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.tasks import TITLES
 
 FLOAT = "fp32"  # precision that accuracy is compared with
 MAX_TEXT = 200  # characters of a text from a file
@@ -145,16 +146,21 @@ class Candidate:
         return self.precision == FLOAT
 
     @property
+    def metric(self) -> str:
+        """Title of the task's main figure, such as `top-1` or `AP`; empty if no accuracy against labels is known."""
+        name = (self.accuracy or {}).get("metric", "top1")  # older records do not say
+        return TITLES.get(str(name), plain(name))
+
+    @property
     def drop(self) -> float | None:
-        """Top-1 drop against the float model in points: 0 for fp32, None if the accuracy is unknown."""
+        """Drop of the main figure against the float model in points: 0 for fp32, None if the accuracy is unknown."""
         if self.accuracy is None:
             return 0.0 if self.is_float else None
         return finite(self.accuracy.get("drop"))
 
-    @property
-    def top1(self) -> float | None:
-        """Top-1 accuracy in percent, or None."""
-        share = finite((self.accuracy or {}).get("top1"))
+    def figure(self, name: str) -> float | None:
+        """Return a figure of the task's score, such as `top1` or `AP50`, in percent, or None."""
+        share = finite((self.accuracy or {}).get(name))
         return None if share is None else 100 * share
 
     @property

@@ -16,8 +16,8 @@ class Gate:
     """Limits of a report.
 
     max_latency_ms: largest accepted median. max_regression: largest accepted rise of a median in percent. select:
-    `target` or `target,precision` of the bundles to check; empty for all. max_drop: accepted top-1 drop in points;
-    bundles beyond it cannot ship, so they are not checked.
+    `target` or `target,precision` of the bundles to check; empty for all. max_drop: accepted drop of the
+    main figure in points; bundles beyond it cannot ship, so they are not checked.
     """
 
     max_latency_ms: float | None = None

@@ -15,6 +15,7 @@ from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
 from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, size
+from evm_deploy.tasks import TITLES
 
 HERE = Path(__file__).parent
 COLOURS = 8  # colours for kinds of layers; all kinds after the seventh share the last colour
@@ -113,22 +114,23 @@ def latency_figure(group: Group) -> Figure | None:
 def accuracy_figure(group: Group) -> Figure | None:
     """Draw accuracy against latency of the bundles, or None if fewer than two have a known accuracy.
 
-    The accuracy is top-1 if it is known for all of them, else the top-1 difference to the float model. The torch
-    baseline is left out: its latency would compress the scale.
+    The accuracy is the task's main figure if it is known for all of them, else the difference to the float model. The
+    torch baseline is left out: its latency would compress the scale.
     """
     known = [each for each in group.measured if each.drop is not None and each.target != TORCH]
     if len(known) < 2 or all(each.accuracy is None for each in known):
         return None
-    top1 = {id(each): group.float_top1 if each.top1 is None else each.top1 for each in known}
-    absolute = None not in top1.values()
-    heights = {id(each): top1[id(each)] if absolute else -(each.drop or 0.0) for each in known}
+    name = next((name for name, title in TITLES.items() if title == group.metric), "")
+    shares = {id(each): group.figure(each, name) for each in known}
+    absolute = None not in shares.values()
+    heights = {id(each): shares[id(each)] if absolute else -(each.drop or 0.0) for each in known}
     points = [
         Point(each.label, each.p50 or 0.0, heights[id(each)] or 0.0, each.interval or (0.0, 0.0), mark(each, group))
         for each in sorted(known, key=lambda each: each is group.verdict.ship)  # drawn last, so on top
     ]
-    title, y_name, most = "Accuracy against latency", "top-1, %", 100.0
+    title, y_name, most = "Accuracy against latency", f"{group.metric}, %", 100.0
     if not absolute:
-        y_name, most = "top-1 against float, points", max(point.y for point in points) + 0.1
+        y_name, most = f"{group.metric} against float, points", max(point.y for point in points) + 0.1
     return Figure(title, "Further up and to the left is better.", scatter(title, points, "p50, ms", y_name, most))
 
 

@@ -10,6 +10,7 @@ from evm_deploy.bench.text import format_parts
 from evm_deploy.report.candidate import Candidate, device_name, finite, milliseconds
 from evm_deploy.report.collect import groups
 from evm_deploy.report.verdict import MAX_DROP, Verdict, differ, speed, verdict
+from evm_deploy.tasks import TITLES
 
 MB = 1e6  # bytes
 SUMS = (0.85, 1.05)  # normal range of the sum of the times by layer, relative to the time of an inference
@@ -33,15 +34,26 @@ class Group:
         return tuple(each for each in self.candidates if each.record)
 
     @property
-    def float_top1(self) -> float | None:
-        """Top-1 of the float model in percent, if all evaluated candidates state the same value, else None."""
-        shares = [finite(each.accuracy.get("top1_float")) for each in self.candidates if each.accuracy]
-        found = {share for share in shares if share is not None}
-        return 100 * found.pop() if len(found) == 1 else None
+    def metric(self) -> str:
+        """Title of the main figure of the evaluated candidates, such as `top-1`; `accuracy` if they have several."""
+        found = {each.metric for each in self.candidates if each.drop is not None and each.accuracy}
+        return found.pop() if len(found) == 1 else "accuracy"
+
+    def figure(self, each: Candidate, name: str) -> float | None:
+        """Return a figure of a candidate in percent. A float candidate without its own gets the float model's.
+
+        None if it is not known, and for the float model if the evaluated candidates do not state the same value.
+        """
+        own = each.figure(name)
+        if own is not None or not each.is_float:
+            return own
+        found = {other.figure(f"{name}_float") for other in self.candidates} - {None}
+        return found.pop() if len(found) == 1 else None
 
 
 def grouped(candidates: Sequence[Candidate], max_drop: float = MAX_DROP) -> list[Group]:
-    """Group candidates by conditions and give each group its verdict. max_drop: accepted top-1 drop in points."""
+    """Group candidates by conditions and give each group its verdict. max_drop: accepted drop of the
+    main figure in points."""
     return [
         Group(
             str(conditions),
@@ -78,17 +90,18 @@ def p99(each: Candidate) -> str:
     return f"{milliseconds(each.record.summary_ms['p99'])} ms" if each.record else ""
 
 
-def top1(each: Candidate, group: Group) -> str:
-    """Format top-1 in percent. A float candidate without its own accuracy gets the group's `float_top1`."""
-    if each.top1 is not None:
-        return f"{each.top1:.2f} %"
-    if each.is_float and group.float_top1 is not None:
-        return f"{group.float_top1:.2f} %"
-    return ""
+def figure(name: str) -> Callable[[Candidate, Group], str]:
+    """Return a function that formats the figure `name` of a task's score in percent: `99.30 %`."""
+
+    def show(each: Candidate, group: Group) -> str:
+        share = group.figure(each, name)
+        return "" if share is None else f"{share:.2f} %"
+
+    return show
 
 
 def points(each: Candidate) -> str:
-    """Format the top-1 difference to the float model in points, or the SQNR if there is no top-1."""
+    """Format the difference of the main figure to the float model in points, or the SQNR if there is no such figure."""
     if each.accuracy is None:
         return "float" if each.is_float else "unknown"
     if each.drop is None:
@@ -129,7 +142,7 @@ COLUMNS: tuple[tuple[str, Callable[[Candidate, Group], str]], ...] = (
     ("95 % interval", lambda each, _: interval(each)),
     ("speed", ratio),
     ("p99", lambda each, _: p99(each)),
-    ("top-1", top1),
+    *((title, figure(name)) for name, title in TITLES.items()),
     ("to float", lambda each, _: points(each)),
     ("size", lambda each, _: size(each)),
     ("load", lambda each, _: load(each)),
@@ -193,7 +206,7 @@ def facts(each: Candidate, group: Group) -> dict[str, Any]:
         "speed": round(speed(each, verdict.baseline), 4) if compared and verdict.baseline else None,
         "stable": each.stable if record else None,
         "throughput": record.throughput if record else None,
-        "top1_percent": each.top1,
+        **{f"{name}_percent": each.figure(name) for name in TITLES},
         "drop_points": each.drop,
         "sqnr_db": (each.accuracy or {}).get("sqnr_db"),
         "size_bytes": each.size_bytes,

@@ -3,7 +3,8 @@
 The rule for the candidates of one group (same model, device, image size, batch, threads, streams, and part timed):
 
 1. These candidates are excluded: the torch baseline, which has no bundle; a bundle that was rejected at export, failed
-   its accuracy gate, or lost more than `max_drop` points of top-1; a measurement that was not stable.
+   its accuracy gate, or lost more than `max_drop` points of the task's main figure, such as top-1 or AP; a measurement
+   that was not stable.
 2. Two latencies differ if the 95 % intervals of their medians do not overlap. Among the candidates that do not differ
    from the fastest one, the rule ships the one with the smallest loss of accuracy, then the smallest one. So no
    accuracy is given up for a speed that was not shown. A candidate of unknown accuracy is never shipped: a note names
@@ -21,7 +22,7 @@ from evm_deploy.bench.latency import apart
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.report.candidate import Candidate
 
-MAX_DROP = 1.0  # points of top-1
+MAX_DROP = 1.0  # points of the main figure
 UNSTABLE = "latency not stable: measure again on an idle machine"
 EVALUATE = "evaluate it before you ship it: evm-bench --matrix --val, or for int8 and w8 evm-export --val"
 
@@ -81,7 +82,7 @@ def why_unfit(each: Candidate, max_drop: float) -> str:
     if each.rejected:
         return f"rejected at export: {each.rejected}"
     if each.drop is not None and each.drop > max_drop:
-        return f"{-each.drop:+.2f} points of top-1, limit {-max_drop:g}"
+        return f"{-each.drop:+.2f} points of {each.metric}, limit {-max_drop:g}"
     if each.accuracy and each.accuracy.get("ok") is False:
         return "accuracy gate failed"
     return ""

@@ -25,6 +25,7 @@ from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release, ext
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # virtual devices, which delegate to other devices: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata
 PRECISION_HINT = "inference_precision"  # key in RT_INFO: data type for computing the operations
+MODEL_API_OUTPUTS = "model_api_outputs"  # key in RT_INFO: outputs that OpenVINO Model API reads and a bundle has not
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class OpenVinoRuntime:
             properties["INFERENCE_PRECISION_HINT"] = precision_hint(model)
             self.compiled = self.core.compile_model(model, device, properties)
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.compiled.inputs)}
-        self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.compiled.outputs)}
+        hidden = fact(model, MODEL_API_OUTPUTS).split(",")
+        self._places = {port.any_name: i for i, port in enumerate(self.compiled.outputs) if port.any_name not in hidden}
+        self.outputs: Mapping[str, TensorSpec] = {
+            name: _spec(self.compiled.outputs[i]) for name, i in self._places.items()
+        }
         self._thread = threading.local()
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
@@ -88,7 +93,7 @@ class OpenVinoRuntime:
             results = self._thread.request.infer(dict(feeds), share_inputs=True)
         except RuntimeError as error:
             raise UsageError(f"OpenVINO cannot run the model: {reason(error)}") from error
-        return {name: results[i] for i, name in enumerate(self.outputs)}
+        return {name: results[i] for name, i in self._places.items()}
 
     def node_times(self) -> list[NodeTime]:
         """Return the mean time of each node over all inferences of this thread."""
@@ -185,11 +190,16 @@ def read(core: Any, path: Path) -> Any:
 
 def precision_hint(model: Path | Any) -> str:
     """Return the data type for computing the operations, from the metadata of a model or IR: f32 (default) or f16."""
+    return fact(model, PRECISION_HINT) or "f32"
+
+
+def fact(model: Path | Any, key: str) -> str:
+    """Return a value of our metadata in a model or IR; empty if there is none."""
     if isinstance(model, Path):
-        found = re.search(rf'<{PRECISION_HINT} value="(\w+)"'.encode(), model.read_bytes())
-        return found[1].decode() if found else "f32"
-    where = [RT_INFO, PRECISION_HINT]
-    return str(model.get_rt_info(where).astype(str)) if model.has_rt_info(where) else "f32"
+        found = re.search(rf'<{key} value="([\w,]*)"'.encode(), model.read_bytes())
+        return found[1].decode() if found else ""
+    where = [RT_INFO, key]
+    return str(model.get_rt_info(where).astype(str)) if model.has_rt_info(where) else ""
 
 
 def check_device(device: str, available: list[str]) -> None:

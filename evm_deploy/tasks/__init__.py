@@ -10,6 +10,8 @@ from evm_deploy.tasks.segmentation import SEGMENTATION
 from evm_deploy.tasks.task import Task
 
 TASKS: tuple[Task, ...] = (CLASSIFICATION, DETECTION, SEGMENTATION, FEATURES, RAW)
+#: Figures of scores that people are shown, of every task: name in manifests and records -> title
+TITLES = {name: title for task in TASKS if task.score for name, title in task.score.titles.items()}
 
 
 def get_task(name: str) -> Task:

@@ -6,14 +6,17 @@ sigmoid of x, and the probability p as (1 - p, p).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.tasks.task import Labels, Outputs, Prediction, Reading, Spec, Task
+from evm_deploy.data.classes import read_labels
+from evm_deploy.tasks.task import Labels, Outputs, Prediction, Reading, Rows, Score, Spec, Task
 
+CHANCE = 0.01  # probability of guessing as well as a network, from which on the network is no better than chance
 LOGITS, PROBABILITIES = "logits", "probs"
 
 
@@ -70,14 +73,14 @@ def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def score(outputs: Outputs, labels: Labels) -> dict[str, NDArray[np.float64]]:
+def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:
     """Return `top1` and `top5` of each image, (images,): 1 if its label is among the best 1 or 5 classes, else 0.
 
-    With one class, label 0 is its absence and 1 its presence.
+    labels: class index of each image. With one class, label 0 is its absence and 1 its presence.
     """
     name = scores_name(outputs)
     scores = with_absence(name, outputs[name])
-    return {f"top{k}": _top(scores, labels, k) for k in (1, 5)}
+    return {f"top{k}": _top(scores, np.asarray(labels, np.int64), k) for k in (1, 5)}
 
 
 def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
@@ -88,7 +91,19 @@ def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
     return same
 
 
-def _top(scores: NDArray[Any], labels: Labels, k: int) -> NDArray[np.float64]:
+def by_chance(top1: float, images: int, classes: int) -> bool:
+    """Test whether guessing among `classes` would be right as often in over 1 % of the cases."""
+    right, classes = round(top1 * images), max(classes, 2)
+    hit, miss = math.log(1 / classes), math.log1p(-1 / classes)
+    whole = math.lgamma(images + 1)
+    logs = (
+        whole - math.lgamma(k + 1) - math.lgamma(images - k + 1) + k * hit + (images - k) * miss
+        for k in range(right, images + 1)
+    )
+    return math.fsum(map(math.exp, logs)) > CHANCE
+
+
+def _top(scores: NDArray[Any], labels: NDArray[np.int64], k: int) -> NDArray[np.float64]:
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     right: NDArray[np.float64] = (best == labels[:, None]).any(1).astype(np.float64)
     return right
@@ -100,7 +115,11 @@ CLASSIFICATION = Task(
     "scores",
     check=check,
     decode=decode,
-    score=score,
     agree=agree,
-    metric="top1",
+    score=Score(
+        score,
+        titles={"top1": "top-1"},
+        read=read_labels,
+        by_chance=by_chance,
+    ),
 )

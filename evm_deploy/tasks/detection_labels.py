@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
+from evm_deploy.data.masks import RunMask
+from evm_deploy.data.sources import ImageItem
 from evm_deploy.errors import CalibrationError
-from evm_deploy.tasks.average_precision import Objects
+from evm_deploy.tasks.average_precision import Objects, listed
 
 MAX_BYTES = 1 << 30  # of a COCO file; that of train2017 has 469 MB
 MAX_XML_BYTES = 4 << 20
@@ -21,30 +24,32 @@ FOLDERS = ("JPEGImages", "images", "Images", ".")  # beside the annotations, whe
 ANNOTATIONS = ("Annotations", "annotations", ".")
 
 
-@dataclass(frozen=True)
-class LabelledImage:
-    """Image file and its true objects, in pixels of the upright original image."""
-
-    path: Path
-    objects: Objects
-
-
-def read_labels(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:
-    """Read images with boxes: a COCO JSON file, or a folder of VOC's XML files.
+def read_labels(
+    source: Path, names: Sequence[str] | None, count: int, *, masks: bool = False
+) -> tuple[list[ImageItem], str]:
+    """List images with their `Objects`, of a COCO JSON file or a folder of VOC's XML files.
 
     names: class names of the network, in order; count: number of its classes. A category gets the index of its name.
-    Without names, COCO's categories are numbered by rising id and VOC's by name, if there are `count` of them. Images
-    of a COCO file are looked for beside it, in a folder named as the file without `instances_`, in `images`, and one
-    folder up. Raises CalibrationError for a damaged file, unknown categories, and images that are not there.
+    Without names, COCO's categories are numbered by rising id and VOC's by name, if there are `count` of them; the
+    second value says so. Images of a COCO file are looked for beside it, in a folder named as the file without
+    `instances_`, in `images`, and one folder up. Boxes are in pixels of the upright image. masks: whether to read the
+    masks of the objects, too. Raises CalibrationError for a damaged file, unknown categories, images that are not
+    there, data without any object, and masks of VOC, which has none for single objects.
     """
-    if source.is_dir():
-        return _read_voc(source, names, count)
+    if source.is_dir() and masks:
+        raise CalibrationError(f"{source} has VOC annotations, without masks of objects", "give a COCO JSON file")
     if not source.exists():
         raise CalibrationError(f"{source} does not exist", "give a COCO JSON file, or a folder of VOC annotations")
-    return _read_coco(source, names, count)
+    items, by = _read_voc(source, names, count) if source.is_dir() else _read_coco(source, names, count, masks)
+    if not any(len(item.label.counting) for item in items):
+        raise CalibrationError(
+            f"{source}: no image has an object to find", "crowds and difficult objects alone give no average precision"
+        )
+    items = [replace(item, label=replace(item.label, number=i)) for i, item in enumerate(items)]
+    return items, f"categories of {source.name} got their index {by if names is None else 'by name, from the labels'}"
 
 
-def _read_coco(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:
+def _read_coco(source: Path, names: Sequence[str] | None, count: int, masks: bool) -> tuple[list[ImageItem], str]:
     try:
         if source.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
@@ -56,6 +61,9 @@ def _read_coco(source: Path, names: Sequence[str] | None, count: int) -> list[La
             rows[row["image_id"]].append(row)
         index = _index(source, [categories[key] for key in sorted(categories)], names, count)
         objects = {key: _coco_objects(each, categories, index) for key, each in rows.items()}
+        if masks:
+            sizes = {each["id"]: _coco_size(each) for each in content["images"]}
+            objects = {key: replace(objects[key], masks=_coco_masks(each, sizes[key])) for key, each in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CalibrationError(
@@ -65,7 +73,8 @@ def _read_coco(source: Path, names: Sequence[str] | None, count: int) -> list[La
     split = re.sub(r"^(instances|person_keypoints)_", "", source.stem)
     places = [base / part for base in (source.parent, source.parent.parent) for part in (".", split, "images")]
     order = sorted(images, key=lambda key: (0, key, "") if isinstance(key, int) else (1, 0, str(key)))
-    return [LabelledImage(_image_path(source, images[key], places), objects[key]) for key in order]
+    items = [ImageItem(images[key], _image_path(source, images[key], places), objects[key]) for key in order]
+    return items, "by rising id"
 
 
 def _coco_objects(
@@ -81,7 +90,20 @@ def _coco_objects(
     return Objects(boxes, labels, np.zeros(len(rows), bool), crowd)
 
 
-def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> list[LabelledImage]:
+def _coco_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the size (H, W) of an image in a COCO file. Raises KeyError, ValueError."""
+    height, width = image["height"], image["width"]
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
+        raise ValueError("the height or width of an image is no number over 0")
+    return height, width
+
+
+def _coco_masks(rows: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> NDArray[np.object_]:
+    """Return the masks of the objects of one image. Raises KeyError, ValueError."""
+    return listed([RunMask.from_coco(row["segmentation"], size) for row in rows])
+
+
+def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> tuple[list[ImageItem], str]:
     found = next((source / name for name in ANNOTATIONS if any((source / name).glob("*.xml"))), None)
     if not found:
         raise CalibrationError(
@@ -93,7 +115,7 @@ def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> list[Lab
     rows = [tree.findall("object") for tree in trees]
     every = sorted({_text(path, row, "name") for path, each in zip(files, rows, strict=True) for row in each})
     index = _index(source, every, names, count)
-    labelled = []
+    items = []
     for path, tree, each in zip(files, trees, rows, strict=True):
         boxes = np.array([_voc_box(path, row) for row in each], np.float64).reshape(-1, 4)
         labels = np.array([index[_text(path, row, "name")] for row in each], np.int64)
@@ -101,8 +123,8 @@ def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> list[Lab
         name = tree.findtext("filename", "").strip() or f"{path.stem}.jpg"
         places = [base / folder for base in (source, found.parent) for folder in FOLDERS]
         image = _image_path(path, name, places)
-        labelled.append(LabelledImage(image, Objects(boxes, labels, difficult, np.zeros(len(each), bool))))
-    return labelled
+        items.append(ImageItem(name, image, Objects(boxes, labels, difficult, np.zeros(len(each), bool))))
+    return items, "by name, in alphabetical order"
 
 
 def _parse(path: Path) -> ElementTree.Element:

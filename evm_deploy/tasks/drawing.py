@@ -1,4 +1,4 @@
-"""Drawing of predictions on images with Pillow: boxes and label maps with the names of classes in any script."""
+"""Drawing of predictions on images with Pillow: boxes, masks and label maps with the names of classes in any script."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evm_deploy.data.masks import DetectedMask
 from evm_deploy.errors import UsageError
 from evm_deploy.tasks.task import Colour, Detection, LabelMap, Prediction
 
@@ -25,7 +26,7 @@ PALETTE = (
 )
 LINE_SHARE, TEXT_SHARE = 0.003, 0.022  # of the mean side of the image
 LEAST_LINE, LEAST_TEXT = 1, 11  # pixels
-OPACITY = 0.5  # of a label map over its image
+OPACITY = 0.5  # of a mask or label map over its image
 MISSING = "\U0010ffff"  # no font has it: its glyph is the one for missing characters
 FONT_FOLDERS = {
     "linux": ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
@@ -37,8 +38,8 @@ FONT_FOLDERS = {
 def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3) -> Image:
     """Return a copy of an upright RGB image with the box, name and score of each detection from the score `least` on.
 
-    The best detection is drawn last, on top. A name that no font of this machine can write is replaced by the number of
-    its class, such as `#7`.
+    Masks are half transparent, under all boxes. The best detection is drawn last, on top. A name that no font of this
+    machine can write is replaced by the number of its class, such as `#7`.
     """
     from PIL import ImageDraw
 
@@ -46,9 +47,11 @@ def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3
     draw = ImageDraw.Draw(canvas)
     width, height = canvas.size
     line, letters = _line_and_letters(canvas.size)
-    for each in sorted(found, key=lambda one: one.score):
-        if each.score < least:
-            continue
+    drawn = sorted((each for each in found if each.score >= least), key=lambda one: one.score)
+    for each in drawn:
+        if each.mask:
+            _cover(canvas, each.mask, colour_of(each.index))
+    for each in drawn:
         colour = colour_of(each.index)
         x1, x2 = (min(max(round(value), 0), width) for value in each.box[::2])
         y1, y2 = (min(max(round(value), 0), height) for value in each.box[1::2])
@@ -58,6 +61,15 @@ def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3
         y = y1 - tag.height if y1 >= tag.height else y1
         tag.write(draw, (max(0, min(x1, width - tag.width)), y), colour)
     return canvas
+
+
+def _cover(canvas: Image, mask: DetectedMask, colour: Colour) -> None:
+    """Cover the pixels of a mask with a colour, half transparent."""
+    from PIL import Image as Pillow
+
+    bitmap, (top, left) = mask.crop()
+    if bitmap.size:
+        canvas.paste(colour, (left, top), Pillow.fromarray(bitmap.astype(np.uint8) * round(255 * OPACITY)))
 
 
 def draw_label_map(image: Image, found: LabelMap, least: float = 0.0) -> Image:

@@ -6,15 +6,15 @@ occur in the labels or in the predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy.tasks.task import Rows
+
 IGNORED = 255  # true class of pixels that do not count
 INTERSECTION, FOUND, TRUE = "intersection", "found", "true"
-Rows = Mapping[str, NDArray[np.float64]]
 
 
 def pixel_counts(found: NDArray[Any], truth: NDArray[Any], classes: int, ignored: int = IGNORED) -> Rows:

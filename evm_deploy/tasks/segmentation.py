@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.data.geometry import Geometry
+from evm_deploy.errors import CalibrationError
 from evm_deploy.tasks.drawing import draw_label_map
-from evm_deploy.tasks.mean_iou import IGNORED, Rows, pixel_counts
-from evm_deploy.tasks.task import LabelMap, Outputs, Reading, Spec, Task
+from evm_deploy.tasks.mean_iou import mean_iou, pixel_counts
+from evm_deploy.tasks.segmentation_labels import read_masks
+from evm_deploy.tasks.task import LabelMap, Labels, Outputs, Reading, Rows, Score, Spec, Task
 
 LABEL_MAP = "label_map"
 DTYPES = ("uint8", "int32")
@@ -58,12 +60,21 @@ def in_image(label_map: NDArray[Any], place: Geometry) -> NDArray[Any]:
     return found
 
 
-def score(found: Sequence[LabelMap], truths: Sequence[NDArray[Any]], classes: int, ignored: int = IGNORED) -> Rows:
-    """Count the right pixels of each image: `intersection`, `found` and `true`, (images, classes) float64.
+def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:
+    """Count the pixels of each class in each image: `intersection`, `found` and `true`, (images, classes) float64.
 
-    truths: true class of each pixel of the original images. `mean_iou` reduces the rows of a set. See `pixel_counts`.
+    labels: `TrueMap` of each image. `mean_iou` reduces the rows. Raises CalibrationError for a mask whose size is not
+    that of its image.
     """
-    rows = [pixel_counts(each.map, truth, classes, ignored) for each, truth in zip(found, truths, strict=True)]
+    rows = []
+    for found, truth in zip(decode(outputs, reading), labels, strict=True):
+        wanted = truth.read()
+        if wanted.shape != found.map.shape:
+            sizes = " and ".join(f"{width}x{height}" for height, width in (wanted.shape, found.map.shape))
+            raise CalibrationError(
+                f"{truth.path} and its image have different sizes: {sizes}", "give masks of the images"
+            )
+        rows.append(pixel_counts(found.map, wanted, reading.classes))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -73,8 +84,11 @@ def agree(expected: Outputs, actual: Outputs) -> NDArray[np.float64]:
     return same
 
 
-def align(expected: Outputs, actual: Outputs) -> tuple[Outputs, Outputs, float]:
-    """Return the pixels with the same class in two runs on the same images, and their share (0..1) of all pixels."""
+def align(expected: Outputs, actual: Outputs, tolerance: float = np.inf) -> tuple[Outputs, Outputs, float]:
+    """Return the pixels with the same class in two runs on the same images, and their share (0..1) of all pixels.
+
+    tolerance: not used, classes are equal or not.
+    """
     ours, theirs = expected[LABEL_MAP], actual[LABEL_MAP]
     same = ours == theirs
     return {LABEL_MAP: ours[same]}, {LABEL_MAP: theirs[same]}, float(same.mean())
@@ -89,5 +103,6 @@ SEGMENTATION = Task(
     agree=agree,
     align=align,
     draw=draw_label_map,
+    score=Score(score, mean_iou, titles={"mIoU": "mIoU", "pixel_accuracy": "pixel accuracy"}, read=read_masks),
     selects=True,
 )

@@ -63,6 +63,8 @@ REFUSED: list[tuple[str, tuple[object, ...]]] = [
     ("plan.head", ("all",)),
     ("plan.input", ("tensors",)),
     ("plan.batch", ("", "0", "-1", "4:2:1", "1:2", "x", "1:4:8:9", "123456")),
+    ("plan.iou", ("x", 0, -1, 1.5)),
+    ("plan.max_det", ("x", 0, 1.5, 1001)),
     ("preprocessing.size", (NOTHING, None, 64, [64], [0, 64], [64, 8193], ["64", 64], [64, 64, 3])),
     ("preprocessing.crop_pct", (NOTHING, None, "x", 0, -1, 1.5, True)),
     ("preprocessing.interpolation", (NOTHING, None, 3, "lanczos")),

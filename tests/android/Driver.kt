@@ -1,12 +1,17 @@
 // What tests/test_android.py runs on the JVM: a JSON request a line on standard input, a JSON answer a line back.
+import evm.Detection
 import evm.EvmException
+import evm.Geometry
+import evm.LabelMap
 import evm.Manifest
 import evm.Model
 import evm.RgbImage
 import evm.Preprocessing
 import evm.Runtime
+import evm.Selection
 import evm.Tensor
 import evm.Value
+import evm.detections
 import evm.orientation
 import evm.unpack
 import java.awt.image.IndexColorModel
@@ -37,6 +42,8 @@ private fun answer(request: JsonObject): JsonElement = try {
         "open" -> opened(File(request.string("bundle")), File(request.string("model")))
         "unpack" -> unpack(File(request.string("zip")), File(request.string("into"))).let { opened(it, it) }
         "classify" -> classified(request)
+        "predict" -> predicted(request)
+        "predictions" -> predictions(request.getValue("cases") as JsonObject)
         "feed" -> fed(File(request.string("bundle")))
         "selftest" -> selfTested(request)
         else -> error("no such request")
@@ -91,6 +98,76 @@ private fun classified(request: JsonObject): JsonElement {
         })
     }
 }
+
+/** The detections or the label map of an image, whose outputs are those of the file `outputs`. */
+private fun predicted(request: JsonObject): JsonElement {
+    val bundle = File(request.string("bundle"))
+    val outputs = Tensor.read(File(request.string("outputs")))
+    Model.load(bundle, { _, _ -> Computed(bundle) { outputs } }).use { model ->
+        val image = decoded(File(request.string("image")))
+        if (model.bundle.manifest.head == "label_map") return labels(model.segment(image))
+        return JsonArray(model.detect(image).map(::shown))
+    }
+}
+
+private fun shown(found: Detection) = buildJsonObject {
+    put("label", found.label)
+    put("index", found.index)
+    put("score", found.score)
+    put("box", JsonArray(found.box.run { listOf(x1, y1, x2, y2) }.map { JsonPrimitive(it) }))
+}
+
+private fun labels(map: LabelMap) =
+    JsonArray(List(map.height) { y -> numbers(List(map.width) { x -> map.at(x, y) }) })
+
+/** The cases of sdk/vectors/predictions.json. */
+private fun predictions(cases: JsonObject): JsonElement = buildJsonObject {
+    put("detections", JsonArray((cases["detections"] as JsonArray).map { detected(it as JsonObject) }))
+    put("label_maps", JsonArray((cases["label_maps"] as JsonArray).map { segmented(it as JsonObject) }))
+}
+
+private fun place(case: JsonObject): Geometry {
+    val (height, width) = (case["image"] as JsonArray).map { it.toString().toInt() }
+    return Preprocessing.of(Value(case["preprocessing"])).geometry(RgbImage(width, height, ByteArray(3 * width * height)))
+}
+
+private fun detected(case: JsonObject): JsonElement {
+    val outputs = case["outputs"] as JsonObject
+    val values = outputs.mapValues { (_, value) -> flat(value) }
+    val rows = values.getValue("scores").size
+    val tensors = buildMap {
+        put("boxes", Tensor.of(listOf(1, rows, 4), floats(values.getValue("boxes"))))
+        put("scores", Tensor.of(listOf(1, rows), floats(values.getValue("scores"))))
+        put("labels", Tensor.of(listOf(1, rows), ints(values.getValue("labels"))))
+        values["count"]?.let { put("count", Tensor.of(listOf(1), ints(it))) }
+    }
+    val selection = Selection(case.string("iou").toDouble(), case.string("max_det").toInt())
+    val place = place(case)
+    val found = detections(tensors, selection, place, emptyList())
+    return buildJsonObject {
+        put("resized", numbers(place.run { listOf(vertical.resized, horizontal.resized) }))
+        put("offset", numbers(place.run { listOf(vertical.offset, horizontal.offset) }))
+        put("boxes", JsonArray(found.map { shown(it).getValue("box") }))
+        put("scores", JsonArray(found.map { JsonPrimitive(it.score) }))
+        put("labels", numbers(found.map { it.index }))
+    }
+}
+
+private fun segmented(case: JsonObject): JsonElement {
+    val values = ints(flat(case.getValue("map")))
+    val (height, width) = ((case["preprocessing"] as JsonObject)["size"] as JsonArray).map { it.toString().toInt() }
+    val shape = listOf(1, height, width)
+    val tensor = if (case.string("dtype") == "int32") Tensor.of(shape, values)
+    else Tensor.of(shape, ByteArray(values.size) { values[it].toByte() })
+    return labels(place(case).toImage(tensor.ints()))
+}
+
+private fun flat(value: JsonElement): List<Double> =
+    if (value is JsonArray) value.flatMap(::flat) else listOf((value as JsonPrimitive).content.toDouble())
+
+private fun floats(values: List<Double>) = FloatArray(values.size) { values[it].toFloat() }
+
+private fun ints(values: List<Double>) = IntArray(values.size) { values[it].toInt() }
 
 /** What the runtime is given for the self-test's image. */
 private fun fed(bundle: File): JsonElement {

@@ -1,7 +1,10 @@
-"""coremltools for conversion, with a patch that version 9.0 needs for NumPy 2.4 and later."""
+"""coremltools for conversion, patched: for NumPy 2.4 and later, and to check programs less often."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 from importlib import metadata
 from typing import Any
@@ -15,14 +18,17 @@ from evm_deploy.runtimes.coreml.tools import coremltools
 INEXACT_PASS = "common::fuse_elementwise_to_batchnorm"
 PATCHED_VERSION = "9.0"  # also the version whose private passes quantise activations
 
+_checks_rarely: ContextVar[bool] = ContextVar("checks_rarely", default=False)
+
 
 @cache
 def converter() -> Any:
     """Return coremltools, ready to convert torch modules: patched if its version needs the patch."""
     ct = coremltools()
-    if metadata.version("coremltools") == PATCHED_VERSION and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        with silence_libraries():
+    with silence_libraries():
+        if metadata.version("coremltools") == PATCHED_VERSION and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
             _patch_cast()
+        _patch_validate()
     return ct
 
 
@@ -31,6 +37,36 @@ def exact_pipeline() -> Any:
     pipeline = coremltools().PassPipeline.DEFAULT
     pipeline.remove_passes({INEXACT_PASS})
     return pipeline
+
+
+@contextmanager
+def rarely_checked() -> Iterator[None]:
+    """Context manager in which coremltools checks a program before each of its pipelines, not after each pass.
+
+    A conversion runs 100 passes. The checks after them take a third of its time, and find the same faults.
+    """
+    token = _checks_rarely.set(True)
+    try:
+        yield
+    finally:
+        _checks_rarely.reset(token)
+
+
+def _patch_validate() -> None:
+    """Make `Program.validate` do nothing after a pass within `rarely_checked`, but for dead-code elimination."""
+    from coremltools.converters.mil.mil import Program
+
+    original = Program.validate
+    if hasattr(original, "__wrapped__"):  # patched by another thread
+        return
+
+    @wraps(original)
+    def validate(self: Any, **options: Any) -> None:
+        after_a_pass = options == {"check_essential_scope": False}
+        if not (after_a_pass and _checks_rarely.get()):
+            original(self, **options)
+
+    Program.validate = validate
 
 
 def _patch_cast() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.progress import Step
-from evm_deploy._util.silence import one_at_a_time, silence_libraries
+from evm_deploy._util.silence import silence_libraries
 from evm_deploy.calib.candidate import QuantizationCandidate, feeds
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluation import OpenCandidate
@@ -32,7 +32,8 @@ from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter
+from evm_deploy.export.coreml.coremltools_patch import PATCHED_VERSION, converter, rarely_checked
+from evm_deploy.export.coreml.probes import float_run, probed, tensors_of
 from evm_deploy.scan import mil
 from evm_deploy.tasks.task import Outputs
 
@@ -79,8 +80,14 @@ def quantize_program(
 
             def float_outputs(evaluated: ImageSet) -> Generator[Outputs, None, None]:
                 for feed in feeds(evaluated, config.input, runtime):
-                    yield _outputs(module, feed)
+                    yield float_run(module, feed)[0]
 
+            if images.evaluation:
+                shown = next(
+                    feeds(replace(images.evaluation, items=images.evaluation.items[:1]), config.input, runtime)
+                )
+                tensors = tensors_of(runtime.program, modules, float_run(module, shown)[1])
+                open_candidate = probed(open_candidate, tensors)
             return choose({"": source}, images, config, float_outputs, open_candidate, step)
 
 
@@ -181,7 +188,7 @@ def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Ra
     weights = cto.OptimizationConfig(op_name_configs={layer.weight: weight for layer in chosen})
     spec = model.get_spec()
     version = max(spec.specificationVersion, ct._SPECIFICATION_VERSION_IOS_17 if rounded else 0)
-    with silence_libraries():
+    with silence_libraries(), rarely_checked():
         passes = [
             *(prepared(f"compression::{name}", config=pairs, activation_stats=stats) for name in PAIRS if rounded),
             PASS_REGISTRY["common::dequantize_quantize_pair_elimination"],
@@ -198,14 +205,6 @@ def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Ra
             pass_pipeline=ct.PassPipeline.CLEANUP,  # the float program has been through the other passes
             skip_model_load=True,
         )
-
-
-def _outputs(module: Any, feed: NDArray[Any]) -> Outputs:
-    """Return the outputs of the float model (`hub.graph.with_pre_and_postprocessing`) by name."""
-    import torch
-
-    with one_at_a_time, torch.inference_mode():
-        return {name: value.numpy() for name, value in zip(module.outputs, module(torch.from_numpy(feed)), strict=True)}
 
 
 def _calibrate(

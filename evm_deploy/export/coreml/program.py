@@ -16,7 +16,7 @@ import numpy as np
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline
+from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline, rarely_checked
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm, module_path
 from evm_deploy.export.coreml.suppression import INTEGERS, half_precision, register_suppression
 from evm_deploy.export.hub import float16
@@ -180,9 +180,10 @@ def _number_from_zero() -> None:
 def _convert(source: Any, **options: Any) -> Any:
     ct = converter()
     try:
-        return ct.convert(
-            source, convert_to="mlprogram", pass_pipeline=exact_pipeline(), skip_model_load=True, **options
-        )
+        with rarely_checked():
+            return ct.convert(
+                source, convert_to="mlprogram", pass_pipeline=exact_pipeline(), skip_model_load=True, **options
+            )
     except Exception as error:  # coremltools raises exceptions of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ToolchainError(

@@ -41,8 +41,8 @@ outputs = model.predict({{"{read["name"]}": {given}}})
 Add `{manifest.artifact}` to an Xcode target, which compiles it. These lines have not been compiled or run.
 
 {swift}
-To measure latency, run `python bench_on_mac.py` in this folder, on a Mac with coremltools. The script writes a record
-of evm-deploy for each choice of compute units.
+{_vision(manifest)}To measure latency, run `python bench_on_mac.py` in this folder, on a Mac with coremltools.
+The script writes a record of evm-deploy for each choice of compute units.
 """
     return Usage(artifact="the model, a Core ML package that runs without evm-deploy", library="", sections=sections)
 
@@ -56,6 +56,34 @@ def _functions(manifest: Manifest) -> str:
 The package has a function for each image size (iOS 18, macOS 15): {names[0]}, the default, {", ".join(names[1:])}.
 To choose a function:
 `MLModel(..., function_name=...)` in Python, `configuration.functionName = ...` in Swift.
+"""
+
+
+def _vision(manifest: Manifest) -> str:
+    """Return the text on the pipeline for Vision; "" for a bundle without it."""
+    facts = manifest.details.get("vision")
+    if not facts:
+        return ""
+    resize = manifest.preprocess().resize
+    return f"""## Vision and Xcode
+
+`{facts["file"]}` is the detector as a pipeline with a NonMaximumSuppression model, for Vision and for the preview of
+Xcode. It gives each anchor its best class alone, so that its detections differ from those of `{manifest.artifact}`.
+The inputs `iouThreshold` ({facts["iou"]:g}) and `confidenceThreshold` ({facts["score_thr"]:g}) are optional. The boxes
+are in 0..1 of the image, from its lower left corner. These lines have not been compiled or run.
+
+```swift
+let url = Bundle.main.url(forResource: "vision", withExtension: "mlmodelc")!
+let detector = try VNCoreMLModel(for: MLModel(contentsOf: url))
+let request = VNCoreMLRequest(model: detector) {{ request, _ in
+    for found in request.results as? [VNRecognizedObjectObservation] ?? [] {{
+        print(found.labels.first?.identifier ?? "", found.confidence, found.boundingBox)
+    }}
+}}
+request.imageCropAndScaleOption = .{VISION[resize]}
+try VNImageRequestHandler(cgImage: image).perform([request])
+```
+
 """
 
 

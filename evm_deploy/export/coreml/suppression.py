@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evm_deploy.export.coreml.coremltools_patch import converter
-from evm_deploy.export.hub.suppression import SELECTION
+from evm_deploy.tasks.task import SELECTION
 
 OP = "evm::nms"
 INTEGERS = ("labels", "count", "label_map")  # outputs that are int32

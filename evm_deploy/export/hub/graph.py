@@ -18,6 +18,7 @@ from evm_deploy.export.hub.merge_moves import merge_moves
 from evm_deploy.export.hub.naming import call_name, name_after_modules, name_after_neighbours, name_values_after_nodes
 from evm_deploy.export.hub.pooling import pooling_translations
 from evm_deploy.export.hub.ready import hub_graph
+from evm_deploy.export.hub.regions import region_translations
 from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.hub.suppression import nms_translations
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
@@ -268,6 +269,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                     **scatter_translations(plan.opset or DEFAULT_OPSET),
                     **pooling_translations(plan.opset or DEFAULT_OPSET),
                     **nms_translations(plan.opset or DEFAULT_OPSET),
+                    **region_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )

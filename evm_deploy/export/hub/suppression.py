@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy.export.hub.naming import below
+from evm_deploy.tasks.task import SELECTION
+
 if TYPE_CHECKING:
     import onnx
-
-SELECTION = "selection"  # attribute of the wrapped module, and prefix of its nodes
 
 
 def nms_translations(opset: int) -> dict[Any, Callable[..., Any]]:
@@ -52,4 +53,4 @@ def nms_translations(opset: int) -> dict[Any, Callable[..., Any]]:
 
 def selection_nodes(model: onnx.ModelProto) -> Iterable[str]:
     """Yield the names of the nodes that select detections. They compute in float32 in every precision."""
-    return (node.name for node in model.graph.node if node.name.startswith(f"{SELECTION}/"))
+    return (node.name for node in model.graph.node if below(SELECTION, node.name))

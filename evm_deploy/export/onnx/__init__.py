@@ -78,5 +78,6 @@ TARGET = Target(
     scan_access=OnnxScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    regions=True,
     libraries=Libraries(tuple(PLATFORMS), build_plugin),
 )

@@ -15,6 +15,7 @@ from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
 from evm_deploy.export.hub.tools import check_fp16_range
 from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
+from evm_deploy.export.openvino.model_api import add_model_api
 from evm_deploy.export.openvino.readme import usage
 from evm_deploy.export.openvino.scans import OpenVinoScanAccess
 from evm_deploy.export.plan import ExportPlan
@@ -48,7 +49,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         halve_weights(model, sites)
     hint = precision_hint(plan, scan)
     facts = {entry.key: entry.value for entry in graph.model.metadata_props if not entry.key.startswith("onnxsim.")}
-    describe(model, {**facts, PRECISION_HINT: hint, "scan": scan.value})
+    describe(model, {**facts, **add_model_api(model, plan, facts), PRECISION_HINT: hint, "scan": scan.value})
     save(model, folder / "model.xml")
     plugins = {}
     if library:
@@ -139,5 +140,6 @@ TARGET = Target(
     scan_access=OpenVinoScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    regions=True,
     remarks=remarks,
 )

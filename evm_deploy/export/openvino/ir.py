@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.export.hub.graph import ScanSite
-from evm_deploy.export.hub.suppression import SELECTION
 from evm_deploy.runtimes.openvino import RT_INFO
+from evm_deploy.tasks.task import SELECTION
 
 if TYPE_CHECKING:
     import onnx
@@ -173,7 +173,7 @@ def marked_precise(ir: str) -> str:
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
     """
-    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}/[^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
+    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}[./][^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
     return re.sub(layer, r'\1\2<rt_info><attribute name="precise" version="0" /></rt_info>', ir)
 
 

@@ -11,6 +11,7 @@ from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import ScanSite, check, scan_sites
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.tensorrt.suppression import check_limits, use_plugin
 from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE, has_softplus
 from evm_deploy.scan.unrolled import unrolled_scan
@@ -25,13 +26,17 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelProto, tuple[ScanSite, ...]]:
     """Convert the hub graph to a strongly typed graph for TensorRT. Returns the graph and its scans.
 
-    Raises UsageError for a scan that the kernel does not support, and for weights that float16 cannot hold.
+    Raises UsageError for a scan that the kernel does not support, for weights that float16 cannot hold, and for a
+    selection of detections that TensorRT does not take.
     """
     import onnx
 
     model = onnx.ModelProto()
     model.CopyFrom(hub)
     fold_normalisation(model)
+    if plan.settings and plan.settings.efficient_nms and not use_plugin(model, plan.imgsz or (0, 0)):
+        raise UsageError("--efficient-nms: the network has no NMS", "leave --efficient-nms out")
+    check_limits(model)
     if plan.precision in HALF:
         model = to_fp16(model, scan_sites(model))
         del model.graph.value_info[:]  # the converter leaves some types unchanged

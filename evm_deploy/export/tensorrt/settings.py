@@ -13,7 +13,8 @@ class EngineSettings(Settings):
     """Settings of TensorRT's engine builder. None means TensorRT's own default.
 
     workspace_mib: largest scratch memory in MiB. sms: GPU architectures that the engine is for, such as 86
-    (TensorRT-RTX). defer: if this machine cannot build the engine, leave the build to the device.
+    (TensorRT-RTX). efficient_nms: suppress boxes with the plugin
+    EfficientNMS_TRT, not with INMSLayer. defer: if this machine cannot build the engine, leave the build to the device.
     """
 
     workspace_mib: int | None = setting(
@@ -24,6 +25,12 @@ class EngineSettings(Settings):
     )
     hardware_compatible: bool = setting(
         False, "--hardware-compatible", help="TensorRT: engine for every GPU since Ampere, but slower"
+    )
+    efficient_nms: bool = setting(
+        False,
+        "--efficient-nms",
+        help="TensorRT: suppress a detector's boxes with the plugin EfficientNMS_TRT, which takes the best 4096 "
+        "candidates of an image",
     )
     sms: tuple[int, ...] = setting(
         (),

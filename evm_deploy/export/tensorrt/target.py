@@ -33,8 +33,11 @@ from evm_deploy.export.target import Artifact, Emulator, EngineBuild, Target
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
 from evm_deploy.export.tensorrt.readme import usage
 from evm_deploy.export.tensorrt.settings import EngineSettings
+from evm_deploy.export.tensorrt.suppression import emulate
 from evm_deploy.runtimes import tensorrt
+from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.info import RuntimeInfo
+from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
 from evm_deploy.toolchain.plugins import find_plugin, installed_plugin
@@ -61,9 +64,12 @@ def check(target: str, plan: ExportPlan) -> None:
         for flag, given in (
             ("--version-compatible", engine.version_compatible),
             ("--hardware-compatible", engine.hardware_compatible),
+            ("--efficient-nms", engine.efficient_nms),
         ):
             if given:
                 raise UsageError(f"TensorRT-RTX has no {flag}", f"leave {flag} out")
+    if engine.efficient_nms and plan.nms == "none":
+        raise UsageError("--efficient-nms with --nms none: there is no NMS in the graph", "leave one of the two out")
     if not engine.defer and not can_build_engine(target):
         why = "there is no NVIDIA driver here" if installed(target) else "it is not installed"
         raise ToolchainError(
@@ -97,7 +103,7 @@ def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact
     batch, image = plan.batch, [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     profile = None if batch.static else [[n or 1, *image] for n in (batch.min, batch.opt, batch.max)]
     settings = {"target": target, "scan": mode, "profile": profile, **asdict(plan.settings)}
-    del settings["defer"]
+    del settings["defer"], settings["efficient_nms"]  # decided here, not by the builder
     (folder / "build.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(engine_builder.__file__, folder / "finish.py")
     if mode == "plugin":
@@ -122,6 +128,24 @@ def build_engine(target: str, folder: Path, library: str | None = None, timing_c
         if done.returncode == INVALID:
             raise BundleError(said, "export the bundle again")
         raise ToolchainError(said, "the bundle is left without its engine")
+
+
+class TensorRtScanAccess(OnnxScanAccess):
+    """Per-scan access to TensorRT's ONNX file in ONNX Runtime, which computes the NMS plugin as a function."""
+
+    def __init__(self, artifact: Artifact, plugin: Path | None) -> None:
+        super().__init__(artifact, plugin)
+        emulate(self.model)
+
+
+def open_emulator(path: Path, options: RunOptions) -> Runtime:
+    """Open the ONNX file of a bundle in ONNX Runtime, which computes the NMS plugin as a function."""
+    import onnx
+
+    model = onnx.load(str(path))
+    if not emulate(model):
+        return emulator(path, options)
+    return OnnxRuntime(model.SerializeToString(), options.threads, options.plugin)
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
@@ -149,13 +173,13 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...], nms: tuple[str, ...] = NM
         packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
         install_hint=INSTALL_HINT,
         build=bound(build),
-        scan_access=OnnxScanAccess,
+        scan_access=TensorRtScanAccess,
         write_scan_case=write_scan_case,
         usage=usage,
         quantize=quantize,
         check=bound(check),
         nms=nms,
-        emulator=Emulator(emulator, library=installed_plugin),
+        emulator=Emulator(open_emulator, library=installed_plugin),
         engine=EngineBuild(bound(build_engine), partial(can_build_engine, info.name), summary),
         settings=EngineSettings,
     )

@@ -26,7 +26,13 @@ from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Requirement, RuntimeInfo
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
-from evm_deploy.runtimes.tensorrt.build_engine import MODULES, EngineBuildError, load_tensorrt, make_logger
+from evm_deploy.runtimes.tensorrt.build_engine import (
+    MODULES,
+    NMS_PLUGIN,
+    EngineBuildError,
+    load_tensorrt,
+    make_logger,
+)
 
 REBUILD = "build the engine on the machine that runs it, for its release and GPU:  evm-export --finish BUNDLE"
 INSTALL_HINTS = {target: install_hint(target) for target in MODULES}
@@ -106,7 +112,10 @@ class TensorRtRuntime:
         self.runtime = self.trt.Runtime(self.logger)
         if plugin:
             self.runtime.get_plugin_registry().load_library(str(plugin))
-        self.engine = self.runtime.deserialize_cuda_engine(engine_bytes(path.read_bytes()))
+        engine = engine_bytes(path.read_bytes())
+        if NMS_PLUGIN in engine:
+            self.trt.init_libnvinfer_plugins(self.logger, "")
+        self.engine = self.runtime.deserialize_cuda_engine(engine)
         if self.engine is None:
             raise ToolchainError(
                 f"{path} cannot be opened: {self.logger.errors()}", REBUILD if has_driver() else NO_DRIVER

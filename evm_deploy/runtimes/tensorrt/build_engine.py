@@ -28,6 +28,7 @@ MODULES = {"trt": ("tensorrt",), "trt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindi
 ENGINE = "model.engine"
 MIB = 1 << 20
 MAX_JSON = 4 * MIB  # bytes
+NMS_PLUGIN = b"EfficientNMS_TRT"  # of the plugin library that comes with TensorRT
 NO_CACHE = ("trt-rtx",)  # targets whose builder has no timing cache
 
 
@@ -148,6 +149,8 @@ def parse(trt: Any, builder: Any, logger: Any, model: Path, scan: str) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
     chosen = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0  # always on from 11
     network = builder.create_network(chosen)
+    if NMS_PLUGIN in model.read_bytes():
+        trt.init_libnvinfer_plugins(logger, "")
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]

@@ -48,6 +48,29 @@ const scenarios = {
     return { seen };
   },
 
+  /** Give bundles of detectors and segmenters to the page; predict of an image; return what is shown and drawn. */
+  async drawn(page, { bundles, image, shots = [] }) {
+    await ready(page);
+    const seen = [];
+    for (const [i, folder] of bundles.entries()) {
+      await page.evaluate(() => document.getElementById("facts").replaceChildren());
+      await page.setInputFiles("#folder-input", folder);
+      await page.waitForSelector("#facts dd");
+      const answer = await classified(page, image);
+      const painted = await page.evaluate(() => {
+        const overlay = document.getElementById("overlay");
+        const copy = new OffscreenCanvas(overlay.width, overlay.height).getContext("2d", { willReadFrequently: true });
+        copy.drawImage(overlay, 0, 0);
+        const { data } = copy.getImageData(0, 0, overlay.width, overlay.height);
+        const alphas = data.filter((_, i) => i % 4 === 3);
+        return { drawn: alphas.filter((alpha) => alpha > 0).length / alphas.length, alpha: alphas[0] };
+      });
+      if (shots[i]) await page.screenshot({ path: shots[i] });
+      seen.push({ ...answer, ...painted, facts: await page.innerText("#facts") });
+    }
+    return { seen };
+  },
+
   /** Give files that are not images to the page and return its messages; then classify a good image. */
   async problems(page, { images, good }) {
     await ready(page);

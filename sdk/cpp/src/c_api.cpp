@@ -99,6 +99,26 @@ evm_status evm_classify(const evm_model *model, const evm_image *images, size_t 
     });
 }
 
+evm_status evm_detect(const evm_model *model, const evm_image *image, evm_detection *found, size_t room, size_t *count, char **error) {
+    return guarded(error, [&] {
+        const std::vector<evm::Detection> all = model->model.detect({image_of(*image)}).front();
+        *count = all.size();
+        for (size_t i = 0; i < std::min(room, all.size()); i++) {
+            found[i].index = all[i].index, found[i].score = all[i].score;
+            std::copy(all[i].box.begin(), all[i].box.end(), found[i].box);
+        }
+    });
+}
+
+evm_status evm_segment(const evm_model *model, const evm_image *image, int32_t *classes, char **error) {
+    return guarded(error, [&] {
+        const evm::LabelMap found = model->model.segment({image_of(*image)}).front();
+        const size_t count = static_cast<size_t>(found.height()) * static_cast<size_t>(found.width());
+        if (found.map.dtype == "uint8") std::copy(found.map.bytes.begin(), found.map.bytes.end(), classes);
+        else std::copy_n(found.map.data<std::int32_t>(), count, classes);
+    });
+}
+
 evm_status evm_preprocess(const evm_model *model, const evm_image *image, uint8_t *pixels, char **error) {
     return guarded(error, [&] {
         const std::vector<std::uint8_t> found = model->model.preprocess(image_of(*image));

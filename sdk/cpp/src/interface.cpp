@@ -30,6 +30,40 @@ BundleError unlike(const Source &source, const Manifest &manifest, const std::st
     return BundleError("bundle " + source.path + ": " + manifest.artifact + " has " + have + "; " + want, "export it again", {"model.interface", manifest.artifact});
 }
 
+void check_scores(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const TensorSpec &scores) {
+    const std::vector<std::int64_t> &shape = scores.shape;
+    if (scores.dtype != "float32" || shape.size() != 2 || std::count(shape.begin(), shape.end(), 0))
+        throw unlike(source, manifest, spec_text(scores), "a classifier must return rows of float32 scores");
+    if (!labels.empty() && shape[1] >= 0 && static_cast<std::uint64_t>(shape[1]) != labels.size())
+        throw unlike(source, manifest, std::to_string(shape[1]) + " classes", "labels.txt has " + std::to_string(labels.size()));
+}
+
+void check_detections(const Source &source, const Manifest &manifest, const std::vector<TensorSpec> &outputs) {
+    static const std::map<std::string, std::pair<const char *, std::size_t>> shapes{
+        {"boxes", {"float32", 3}}, {"scores", {"float32", 2}}, {"labels", {"int32", 2}}, {"count", {"int32", 1}}};
+    const bool whole = std::all_of(shapes.begin(), shapes.end(), [&](const auto &shape) { return shape.first == "count" || find(outputs, shape.first); });
+    if (!whole || outputs.size() != (find(outputs, "count") ? 4u : 3u))
+        throw unlike(source, manifest, specs_text(outputs), "a detector must have boxes, scores, labels and, after its NMS, count");
+    std::int64_t rows = -1;
+    for (const TensorSpec &spec : outputs) {
+        const auto &[dtype, rank] = shapes.at(spec.name);
+        const bool empty = std::count(spec.shape.begin(), spec.shape.end(), 0) > 0;
+        if (spec.dtype != dtype || spec.shape.size() != rank || empty || (rank == 3 && spec.shape[2] != 4))
+            throw unlike(source, manifest, spec_text(spec), std::string("a detector must have ") + spec.name + " of " + dtype + " with " + std::to_string(rank) + " axes");
+        if (rank == 1 || spec.shape[1] < 0) continue;
+        if (rows >= 0 && spec.shape[1] != rows) throw unlike(source, manifest, specs_text(outputs), "a detector must have as many scores and labels as boxes");
+        rows = spec.shape[1];
+    }
+}
+
+void check_label_map(const Source &source, const Manifest &manifest, const std::vector<TensorSpec> &outputs) {
+    const TensorSpec *const map = outputs.size() == 1 ? find(outputs, manifest.head) : nullptr;
+    const Preprocessing &spec = manifest.preprocessing;
+    const std::vector<std::int64_t> size{map && !map->shape.empty() ? map->shape[0] : -1, spec.height, spec.width};
+    if (!map || (map->dtype != "uint8" && map->dtype != "int32") || !alike(*map, {map->name, map->dtype, size}))
+        throw unlike(source, manifest, specs_text(outputs), "a segmenter must have label_map of uint8 or int32" + shape_text({-1, spec.height, spec.width}));
+}
+
 }  // namespace
 
 std::vector<std::string> read_labels(const Source &source, const Manifest &manifest) {
@@ -58,18 +92,17 @@ void check_interface(const Source &source, const Manifest &manifest, const std::
     if (!std::equal(have.begin(), have.end(), want.begin(), want.end(), alike))
         throw unlike(source, manifest, specs_text(have), "the manifest says " + specs_text(want));
     if (runtime.inputs.size() != 1) throw unlike(source, manifest, specs_text(have), "the model of a bundle must have one input");
-    if (!manifest.classifies()) return;
-    const TensorSpec *const scores = find(runtime.outputs, manifest.head);
-    if (!scores) throw unlike(source, manifest, specs_text(have), "a classifier must have the output " + manifest.head);
-    check_scores(source, manifest, labels, *scores);
+    check_outputs(source, manifest, labels, runtime.outputs);
 }
 
-void check_scores(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const TensorSpec &scores) {
-    const std::vector<std::int64_t> &shape = scores.shape;
-    if (scores.dtype != "float32" || shape.size() != 2 || std::count(shape.begin(), shape.end(), 0))
-        throw unlike(source, manifest, spec_text(scores), "a classifier must return rows of float32 scores");
-    if (!labels.empty() && shape[1] >= 0 && static_cast<std::uint64_t>(shape[1]) != labels.size())
-        throw unlike(source, manifest, std::to_string(shape[1]) + " classes", "labels.txt has " + std::to_string(labels.size()));
+void check_outputs(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const std::vector<TensorSpec> &outputs) {
+    const std::string &head = manifest.head;
+    if (head == "detections") return check_detections(source, manifest, outputs);
+    if (head == "label_map") return check_label_map(source, manifest, outputs);
+    if (!manifest.classifies()) return;
+    const TensorSpec *const scores = find(outputs, head);
+    if (!scores) throw unlike(source, manifest, specs_text(outputs), "a classifier must have the output " + head);
+    check_scores(source, manifest, labels, *scores);
 }
 
 }  // namespace evm

@@ -10,7 +10,7 @@ std::vector<std::string> read_labels(const Source &source, const Manifest &manif
 // Check the inputs and outputs of the artifact against the manifest and the labels. Throws BundleError.
 void check_interface(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const Runtime &runtime);
 
-// Check the scores of a classifier: float32, one row per image, as many columns as labels. Throws BundleError.
-void check_scores(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const TensorSpec &scores);
+// Check names, dtypes and shapes of the outputs of a classifier, a detector or a segmenter; other outputs need no check. Throws BundleError.
+void check_outputs(const Source &source, const Manifest &manifest, const std::vector<std::string> &labels, const std::vector<TensorSpec> &outputs);
 
 }  // namespace evm

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int SCHEMA_VERSION = 1;
 constexpr std::uint64_t MAX_MANIFEST = 4 << 20;
-constexpr int MAX_SIDE = 8192, MAX_CHANNELS = 1024;
+constexpr int MAX_SIDE = 8192, MAX_CHANNELS = 1024, MAX_DETECTIONS = 1000;
 constexpr const char *FILE_NAME = "manifest.json";
 
 constexpr double HUGE_NUMBER = 1e15;  // bound of all numbers
@@ -95,6 +95,15 @@ Preprocessing preprocessing_of(const Value &value) {
     return result;
 }
 
+// Read the settings of a detector's selection. Other bundles have null, older ones nothing.
+Selection selection_of(const Value &plan) {
+    Selection result;
+    const Value iou = plan.at("iou"), most = plan.at("max_det");
+    if (!iou.json.is_null()) result.iou = iou.positive(1);
+    if (!most.json.is_null()) result.max_det = static_cast<int>(most.count(MAX_DETECTIONS));
+    return result;
+}
+
 // Read the batch: `4`, `dynamic` or `min:opt:max`.
 void read_batch(const Value &value, Manifest &manifest) {
     const std::string batch = value.text();
@@ -159,6 +168,7 @@ Limits limits_of(const Value &manifest) {
     const Value selftest = manifest.at("selftest");
     if (&selftest.json == &NOTHING || selftest.members().empty()) return limits;
     limits.preprocessing = selftest.at("preprocessing").number(0);
+    if (!selftest.at("apart").json.is_null()) limits.apart = selftest.at("apart").number(0);
     limits.outputs = limits_by_name(selftest.at("outputs")), limits.scans = limits_by_name(selftest.at("scans"));
     return limits;
 }
@@ -171,7 +181,8 @@ Manifest manifest_of(const Value &content) {
     read_batch(plan.at("batch"), manifest);
     manifest.precision = plan.at("precision").text();
     manifest.input = plan.at("input").one_of({"image", "tensor"});
-    manifest.head = plan.at("head").one_of({"logits", "probs", "features", "raw"});
+    manifest.head = plan.at("head").one_of({"logits", "probs", "features", "raw", "detections", "label_map"});
+    manifest.selection = selection_of(plan);
     manifest.inputs = tensors(content.at("inputs")), manifest.outputs = tensors(content.at("outputs"));
     manifest.preprocessing = preprocessing_of(content.at("preprocessing"));
     read_files(content.at("files"), manifest);

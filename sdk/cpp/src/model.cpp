@@ -3,6 +3,7 @@
 #include "manifest.h"
 #include "platform.h"
 #include "png.h"
+#include "predictions.h"
 #include "selftest.h"
 #include "signature.h"
 #include "text.h"
@@ -133,8 +134,8 @@ struct Model::Impl {
         }
     }
 
-    // Run one batch of pixels and return the scores of its images.
-    Tensor scores(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
+    // Run one batch of pixels and return the outputs, checked.
+    Tensors outputs(const std::vector<std::uint8_t> &pixels, std::int64_t count) const {
         const Preprocessing &spec = manifest.preprocessing;
         Tensor images{"uint8", {count, spec.height, spec.width, spec.channels()}, pixels};
         if (manifest.input == "tensor") {
@@ -142,13 +143,40 @@ struct Model::Impl {
             const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(values.data());
             images = {"float32", {count, spec.channels(), spec.height, spec.width}, {bytes, bytes + values.size() * sizeof(float)}};
         }
-        Tensor found = std::move(run_batched(*runtime, manifest, images, count).at(manifest.head));
-        check_scores(*source, manifest, labels, {manifest.head, found.dtype, found.shape});
-        const float *const end = found.data<float>() + found.bytes.size() / sizeof(float);
-        if (!std::all_of(found.data<float>(), end, [](float x) { return std::isfinite(x); }))
-            throw BundleError("bundle " + source->path + ": the network gives NaN or Inf on this device",
-                              "run the self-test:  evm-run " + shell_word(source->path) + " --selftest");
+        Tensors found = run_batched(*runtime, manifest, images, count);
+        std::vector<TensorSpec> specs;
+        for (const auto &[name, tensor] : found) {
+            specs.push_back({name, tensor.dtype, tensor.shape});
+            if (tensor.dtype != "float32") continue;
+            const float *const end = tensor.data<float>() + tensor.bytes.size() / sizeof(float);
+            if (!std::all_of(tensor.data<float>(), end, [](float x) { return std::isfinite(x); }))
+                throw BundleError("bundle " + source->path + ": the network gives NaN or Inf on this device",
+                                  "run the self-test:  evm-run " + shell_word(source->path) + " --selftest");
+        }
+        check_outputs(*source, manifest, labels, specs);
         return found;
+    }
+
+    // Run the images, and call decode(outputs, i, image) for image `i` of each batch. Returns what it returns.
+    template <class Result, class Decode>
+    std::vector<Result> predicted(const std::vector<Image> &images, Decode decode) const {
+        std::vector<Result> results;
+        const std::size_t most = static_cast<std::size_t>(batch());
+        for (std::size_t start = 0; start < images.size(); start += most) {
+            const std::size_t count = std::min(most, images.size() - start);
+            std::vector<std::uint8_t> pixels;
+            for (std::size_t i = 0; i < count; i++) {
+                const std::vector<std::uint8_t> one = manifest.preprocessing.pixels(images[start + i]);
+                pixels.insert(pixels.end(), one.begin(), one.end());
+            }
+            const Tensors found = outputs(pixels, static_cast<std::int64_t>(count));
+            for (std::size_t i = 0; i < count; i++) results.push_back(decode(found, i, images[start + i]));
+        }
+        return results;
+    }
+
+    void require(bool can, const std::string &what) const {
+        if (!can) throw UsageError("no " + what + " to predict: the bundle gives " + manifest.head, "use run(feeds)");
     }
 
     int batch() const { return manifest.batch_max ? manifest.batch_max : DYNAMIC_BATCH; }
@@ -176,25 +204,38 @@ std::vector<Prediction> Model::classify(const std::uint8_t *rgb, int width, int 
 
 std::vector<std::vector<Prediction>> Model::classify(const std::vector<Image> &images, int top) const {
     const std::string &head = impl_->manifest.head;
-    if (!impl_->manifest.classifies()) throw UsageError("no classes to predict: the bundle gives " + head, "use run(feeds)");
+    impl_->require(impl_->manifest.classifies(), "classes");
     if (top < 1) throw UsageError("top is " + std::to_string(top) + ", it must be at least 1");
-    std::vector<std::vector<Prediction>> results;
-    const std::size_t most = static_cast<std::size_t>(impl_->batch());
-    for (std::size_t start = 0; start < images.size(); start += most) {
-        const std::size_t count = std::min(most, images.size() - start);
-        std::vector<std::uint8_t> pixels;
-        for (std::size_t i = 0; i < count; i++) {
-            const std::vector<std::uint8_t> one = preprocess(images[start + i]);
-            pixels.insert(pixels.end(), one.begin(), one.end());
-        }
-        const Tensor found = impl_->scores(pixels, static_cast<std::int64_t>(count));
-        const std::size_t classes = static_cast<std::size_t>(found.shape[1]);
-        for (std::size_t i = 0; i < count; i++) {
-            const float *const row = found.data<float>() + i * classes;
-            results.push_back(best(head == "probs" ? std::vector<double>(row, row + classes) : softmax(row, classes), impl_->labels, top));
-        }
-    }
-    return results;
+    return impl_->predicted<std::vector<Prediction>>(images, [&](const Tensors &outputs, std::size_t i, const Image &) {
+        const Tensor &scores = outputs.at(head);
+        const std::size_t classes = static_cast<std::size_t>(scores.shape[1]);
+        const float *const row = scores.data<float>() + i * classes;
+        return best(head == "probs" ? std::vector<double>(row, row + classes) : softmax(row, classes), impl_->labels, top);
+    });
+}
+
+std::vector<Detection> Model::detect(const std::uint8_t *rgb, int width, int height) const { return detect({Image{rgb, width, height}}).front(); }
+
+std::vector<std::vector<Detection>> Model::detect(const std::vector<Image> &images) const {
+    const Manifest &facts = impl_->manifest;
+    impl_->require(facts.head == "detections", "boxes");
+    return impl_->predicted<std::vector<Detection>>(images, [&](const Tensors &outputs, std::size_t i, const Image &image) {
+        const Geometry place = facts.preprocessing.geometry(image.width, image.height, image.name);
+        return decode_detections(outputs, i, facts.selection, &place, impl_->labels);
+    });
+}
+
+LabelMap Model::segment(const std::uint8_t *rgb, int width, int height) const { return segment({Image{rgb, width, height}}).front(); }
+
+std::vector<LabelMap> Model::segment(const std::vector<Image> &images) const {
+    const Manifest &facts = impl_->manifest;
+    impl_->require(facts.head == "label_map", "label maps");
+    return impl_->predicted<LabelMap>(images, [&](const Tensors &outputs, std::size_t i, const Image &image) {
+        const Tensor &maps = outputs.at(facts.head);
+        const std::size_t size = maps.bytes.size() / static_cast<std::size_t>(maps.shape[0]);
+        const unsigned char *const one = maps.bytes.data() + i * size;
+        return LabelMap{facts.preprocessing.geometry(image.width, image.height, image.name).to_image(Tensor{maps.dtype, {maps.shape[1], maps.shape[2]}, {one, one + size}})};
+    });
 }
 
 std::vector<std::uint8_t> Model::preprocess(const Image &image) const { return impl_->manifest.preprocessing.pixels(image); }
@@ -214,7 +255,8 @@ Latency Model::bench(const BenchSettings &settings) const {
     if (settings.end_to_end) {
         const RgbImage rgb_image = read_test_image(*impl_->source);
         const std::vector<Image> images(static_cast<std::size_t>(count), Image{rgb_image.rgb.data(), rgb_image.width, rgb_image.height});
-        return measure([&] { classify(images); }, settings.limit_s);
+        return measure([&] { facts.head == "detections" ? void(detect(images)) : facts.head == "label_map" ? void(segment(images)) : void(classify(images)); },
+                       settings.limit_s);
     }
     const Tensor images = impl_->examples(count);
     const Feeds feeds{{inputs().at(0).name, images.view()}};

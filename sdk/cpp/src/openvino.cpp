@@ -72,11 +72,11 @@ void check_device(const std::string &device, const std::vector<std::string> &ava
     }
 }
 
-// Return the precision hint of an IR, which evm-export writes into its metadata. OpenVINO's default on many CPUs is bfloat16.
-std::string precision_hint(const std::string &xml) {
-    const std::string key = "<inference_precision value=\"";
+// Return a value of the metadata that evm-export writes into an IR; `otherwise` if there is none.
+std::string fact(const std::string &xml, const std::string &name, const std::string &otherwise) {
+    const std::string key = "<" + name + " value=\"";
     const std::size_t at = xml.find(key);
-    return at == std::string::npos ? "f32" : xml.substr(at + key.size(), xml.find('"', at + key.size()) - at - key.size());
+    return at == std::string::npos ? otherwise : xml.substr(at + key.size(), xml.find('"', at + key.size()) - at - key.size());
 }
 
 std::string sha256_of(const std::filesystem::path &file) {
@@ -167,6 +167,7 @@ TensorSpec spec_of(const ov::Output<const ov::Node> &port) {
 class OpenVino : public Runtime {
     ov::Core core_;
     ov::CompiledModel compiled_;
+    std::vector<ov::Output<const ov::Node>> ports_;  // of `outputs`
     mutable std::mutex mutex_;
     mutable std::vector<ov::InferRequest> idle_;  // unused requests; there are as many requests as inferences have run at once
 
@@ -177,7 +178,8 @@ class OpenVino : public Runtime {
         check_device(device, core_.get_available_devices());
         const std::string xml = source.bytes(name);
         const ov::Tensor weights = weights_of(source, std::filesystem::path(name).replace_extension(".bin").generic_string());
-        ov::AnyMap properties{{"PERFORMANCE_HINT", "LATENCY"}, {"INFERENCE_PRECISION_HINT", precision_hint(xml)}};
+        // without the hint, many CPUs compute in bfloat16
+        ov::AnyMap properties{{"PERFORMANCE_HINT", "LATENCY"}, {"INFERENCE_PRECISION_HINT", fact(xml, "inference_precision", "f32")}};
         if (options.threads) properties["INFERENCE_NUM_THREADS"] = std::to_string(options.threads * options.streams);
         if (options.streams > 1) properties["NUM_STREAMS"] = std::to_string(options.streams);
         const SealedCache cache(options.cache.empty() ? std::filesystem::path() : cache_folder(source, options));
@@ -192,7 +194,11 @@ class OpenVino : public Runtime {
         }
         cache.seal();
         for (const auto &port : compiled_.inputs()) inputs.push_back(spec_of(port));
-        for (const auto &port : compiled_.outputs()) outputs.push_back(spec_of(port));
+        const std::vector<std::string> hidden = split(fact(xml, "model_api_outputs", ""), ',');
+        for (const auto &port : compiled_.outputs()) {
+            if (has(hidden, port.get_any_name())) continue;  // only OpenVINO Model API reads it
+            outputs.push_back(spec_of(port)), ports_.push_back(port);
+        }
     }
 
     Tensors run(const Feeds &feeds) const override {
@@ -209,7 +215,7 @@ class OpenVino : public Runtime {
         } catch (const std::exception &error) {
             throw UsageError("OpenVINO cannot run the model: " + reason(error.what()));
         }
-        for (std::size_t i = 0; i < outputs.size(); i++) results[outputs[i].name] = copied(request.get_output_tensor(i), outputs[i].dtype);
+        for (std::size_t i = 0; i < outputs.size(); i++) results[outputs[i].name] = copied(request.get_tensor(ports_[i]), outputs[i].dtype);
         give_back(std::move(request));
         return results;
     }

@@ -6,7 +6,7 @@ namespace evm {
 namespace {
 
 const std::map<std::string, std::pair<const char *, std::uint64_t>> DTYPES = {
-    {"U8", {"uint8", 1}}, {"I8", {"int8", 1}}, {"F16", {"float16", 2}}, {"F32", {"float32", 4}}, {"F64", {"float64", 8}}, {"I64", {"int64", 8}}};
+    {"U8", {"uint8", 1}}, {"I8", {"int8", 1}}, {"F16", {"float16", 2}}, {"F32", {"float32", 4}}, {"F64", {"float64", 8}}, {"I32", {"int32", 4}}, {"I64", {"int64", 8}}};
 
 Tensor tensor_of(const std::string &name, const Json &facts, const std::string &bytes, std::uint64_t start) {
     const auto found = DTYPES.find(facts.at("dtype").get<std::string>());

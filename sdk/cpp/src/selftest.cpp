@@ -1,6 +1,7 @@
 #include "selftest.h"
 
 #include "png.h"
+#include "predictions.h"
 #include "safetensors.h"
 #include "scan.h"
 #include "text.h"
@@ -36,20 +37,43 @@ const Tensor &like(const Source &source, const Tensors &probes, const std::strin
     return found->second;
 }
 
-// Return the largest difference of two tensors with the same shape; infinite unless both are float32.
-double difference(const Tensor &have, const Tensor &want) {
-    if (have.dtype != "float32" || want.dtype != "float32") return INFINITE;
+double limit_of(const std::map<std::string, double> &limits, const std::string &name, double otherwise) {
+    const auto found = limits.find(name);
+    return found == limits.end() ? otherwise : found->second;
+}
+
+template <class T>
+double largest_difference(const Tensor &have, const Tensor &want) {
     double most = 0;
-    for (std::size_t i = 0; i < want.bytes.size() / sizeof(float); i++) {
-        const double off = std::abs(static_cast<double>(have.data<float>()[i]) - want.data<float>()[i]);
+    for (std::size_t i = 0; i < want.bytes.size() / sizeof(T); i++) {
+        const double off = std::abs(static_cast<double>(have.data<T>()[i]) - static_cast<double>(want.data<T>()[i]));
         most = std::max(most, std::isfinite(off) ? off : INFINITE);
     }
     return most;
 }
 
-double limit_of(const std::map<std::string, double> &limits, const std::string &name, double otherwise) {
-    const auto found = limits.find(name);
-    return found == limits.end() ? otherwise : found->second;
+// Return the largest difference of two tensors with the same shape; infinite for tensors of different or other dtypes.
+double difference(const Tensor &have, const Tensor &want) {
+    if (have.dtype != want.dtype) return INFINITE;
+    if (have.dtype == "float32") return largest_difference<float>(have, want);
+    return have.dtype == "int32" ? largest_difference<std::int32_t>(have, want) : INFINITE;
+}
+
+// Compare the outputs of a detector: the share of rows that have no pair, and the largest differences of the pairs.
+std::vector<Check> detection_checks(const Manifest &manifest, const Tensors &found, const Tensors &probes) {
+    const Aligned aligned = align_detections(probes, found);
+    std::vector<Check> checks{{"not in common", 1 - aligned.share, manifest.limits.apart}};
+    for (const auto &[name, have] : aligned.actual)
+        checks.push_back({name, difference(have, aligned.expected.at(name)), limit_of(manifest.limits.outputs, name, manifest.limits.otherwise)});
+    return checks;
+}
+
+// Compare the label maps of a segmenter: the share of pixels that differ.
+Check label_map_check(const Manifest &manifest, const Tensor &have, const Tensor &want) {
+    const std::size_t width = have.dtype == "uint8" ? 1 : sizeof(std::int32_t), count = have.bytes.size() / width;
+    std::size_t differ = 0;
+    for (std::size_t i = 0; i < count; i++) differ += !std::equal(&have.bytes[width * i], &have.bytes[width * i] + width, &want.bytes[width * i]);
+    return {"not in common", static_cast<double>(differ) / static_cast<double>(count), manifest.limits.apart};
 }
 
 Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensors &probes) {
@@ -150,8 +174,12 @@ std::vector<Check> selftest(const Source &source, const Manifest &manifest, cons
     const Tensors found = run_batched(runtime, manifest, images, most);
     for (const TensorSpec &output : runtime.outputs) {
         const Tensor &have = found.at(output.name), &want = like(source, probes, output.name, have.dtype, have.shape);
-        checks.push_back({output.name, difference(have, want), limit_of(manifest.limits.outputs, output.name, manifest.limits.otherwise)});
+        if (manifest.head == "label_map") checks.push_back(label_map_check(manifest, have, want));
+        else if (manifest.head != "detections")
+            checks.push_back({output.name, difference(have, want), limit_of(manifest.limits.outputs, output.name, manifest.limits.otherwise)});
     }
+    if (manifest.head == "detections")
+        for (const Check &check : detection_checks(manifest, found, probes)) checks.push_back(check);
     if (!target.scan_probe || scans.empty()) return checks;
     options.threads = 0;
     const std::unique_ptr<Runtime> alone = target.open(source, target.scan_probe, options);

@@ -9,6 +9,7 @@
 //   open BUNDLE SCAN                            open a bundle. ok NAME
 //   signed BUNDLE KEY                           open a bundle that this public key must have signed. ok NAME
 //   word TEXT                                   quote for a shell. ok WORD
+//   predictions FILE OUT                        decode the cases of sdk/vectors/predictions.json; OUT: JSON. ok
 //   classify BUNDLE                             a white image. ok INDEX
 //   selftest BUNDLE                             ok PASSED or FAILED
 //   overflow, race                              make an error that AddressSanitizer or ThreadSanitizer reports
@@ -16,6 +17,7 @@
 #include "../../../samples/cpp/image.h"
 #include "../src/json.h"
 #include "../src/png.h"
+#include "../src/predictions.h"
 #include "../src/safetensors.h"
 #include "../src/text.h"
 
@@ -88,6 +90,66 @@ std::string signed_bundle(const Words &words) {
     return evm::Model(words.at(1), options).manifest().name;
 }
 
+template <class T>
+evm::Tensor tensor_of(const char *dtype, std::vector<std::int64_t> shape, const std::vector<T> &values) {
+    const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(values.data());
+    return {dtype, std::move(shape), {bytes, bytes + values.size() * sizeof(T)}};
+}
+
+// The place of a case's image, which the SDK computes from the preprocessing.
+evm::Geometry place_of(const evm::Json &given) {
+    const evm::Json &facts = given.at("preprocessing");
+    evm::Preprocessing spec;
+    spec.height = facts.at("size")[0], spec.width = facts.at("size")[1];
+    spec.resize = facts.at("resize"), spec.crop_pct = facts.value("crop_pct", 1.0);
+    return spec.geometry(given.at("image")[1], given.at("image")[0]);
+}
+
+evm::Json detected(const evm::Json &given) {
+    const evm::Json &outputs = given.at("outputs");
+    std::vector<float> boxes;
+    for (const evm::Json &box : outputs.at("boxes"))
+        for (const evm::Json &side : box) boxes.push_back(side);
+    const std::int64_t rows = static_cast<std::int64_t>(boxes.size()) / 4;
+    evm::Tensors tensors{{"boxes", tensor_of("float32", {1, rows, 4}, boxes)},
+                         {"scores", tensor_of("float32", {1, rows}, outputs.at("scores").get<std::vector<float>>())},
+                         {"labels", tensor_of("int32", {1, rows}, outputs.at("labels").get<std::vector<std::int32_t>>())}};
+    if (outputs.contains("count")) tensors["count"] = tensor_of("int32", {1}, std::vector<std::int32_t>{outputs.at("count")});
+    const evm::Geometry place = place_of(given);
+    evm::Json found{{"resized", place.resized}, {"offset", place.offset}, {"boxes", evm::Json::array()}, {"scores", evm::Json::array()}, {"labels", evm::Json::array()}};
+    for (const evm::Detection &each : evm::decode_detections(tensors, 0, {given.at("iou"), given.at("max_det")}, &place, {})) {
+        found["boxes"].push_back(each.box), found["scores"].push_back(each.score), found["labels"].push_back(each.index);
+    }
+    return found;
+}
+
+evm::Json segmented(const evm::Json &given) {
+    const std::vector<std::vector<std::int32_t>> rows = given.at("map");
+    evm::Tensor map{given.at("dtype"), {static_cast<std::int64_t>(rows.size()), static_cast<std::int64_t>(rows[0].size())}, {}};
+    for (const std::vector<std::int32_t> &row : rows)
+        for (const std::int32_t value : row) {
+            const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(&value);
+            map.bytes.insert(map.bytes.end(), bytes, bytes + (map.dtype == "uint8" ? 1 : 4));
+        }
+    const evm::LabelMap found{place_of(given).to_image(map)};
+    evm::Json result = evm::Json::array();
+    for (int y = 0; y < found.height(); y++) {
+        result.push_back(evm::Json::array());
+        for (int x = 0; x < found.width(); x++) result.back().push_back(found.at(x, y));
+    }
+    return result;
+}
+
+std::string predictions(const Words &words) {
+    const evm::Json given = evm::parse_json(bytes_of(words.at(1)));
+    evm::Json found{{"detections", evm::Json::array()}, {"label_maps", evm::Json::array()}};
+    for (const evm::Json &each : given.at("detections")) found["detections"].push_back(detected(each));
+    for (const evm::Json &each : given.at("label_maps")) found["label_maps"].push_back(segmented(each));
+    const std::string text = found.dump();
+    write(words.at(2), text.data(), text.size());
+    return "";
+}
+
 std::string classify(const Words &words) {
     const std::uint8_t white[3] = {255, 255, 255};
     return std::to_string(evm::Model(words.at(1)).classify(white, 1, 1, 1).at(0).index);
@@ -154,6 +216,7 @@ const std::map<std::string, std::function<std::string(const Words &)>> COMMANDS{
     {"png", [](const Words &words) { return std::to_string(evm::read_png(bytes_of(words.at(1))).width); }},
     {"open", open},
     {"signed", signed_bundle},
+    {"predictions", predictions},
     {"word", [](const Words &words) { return evm::shell_word(words.at(1)); }},
     {"classify", classify},
     {"selftest", selftest},

@@ -1,7 +1,6 @@
 package ai.onnxruntime;
 
 import java.nio.ByteBuffer;
-import java.nio.FloatBuffer;
 import java.util.Map;
 
 public class OrtException extends Exception {}
@@ -29,7 +28,7 @@ public class TensorInfo implements ValueInfo {
 
 public class OnnxTensor extends OnnxTensorLike {
     public static OnnxTensor createTensor(OrtEnvironment env, ByteBuffer data, long[] shape, OnnxJavaType type) throws OrtException { return null; }
-    public FloatBuffer getFloatBuffer() { return null; }
+    public ByteBuffer getByteBuffer() { return null; }
     @Override public void close() {}
 }
 

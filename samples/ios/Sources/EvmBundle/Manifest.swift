@@ -5,6 +5,8 @@ import Foundation
 
 private let schemaVersion = 1
 private let maxBytes = 4 << 20
+private let maxDetections = 1000
+private let heads = ["logits", "probs", "features", "raw", "detections", "label_map"]
 
 /// A manifest of schema version 1. The properties have the names of the keys; `tests/test_ios.py` compares them with those
 /// of a bundle.
@@ -14,8 +16,13 @@ public struct Manifest: Decodable {
         public let input: String
         public let precision: String
         public let batch: String
+        /// Of a detector; null in other bundles, absent in older ones.
+        public let iou: Double?
+        public let max_det: Int?
         /// Whether the model is a classifier: one output holds a score for each class.
         public var classifies: Bool { head == "logits" || head == "probs" }
+        /// Selection of a detector.
+        public var selection: Selection { Selection(iou: iou ?? 0.5, most: max_det ?? 100) }
     }
     public struct Preprocess: Decodable {
         public let size: [Int]
@@ -44,6 +51,7 @@ public struct Manifest: Decodable {
     /// Limits of the self-test by name. Older bundles have none.
     public struct Limits: Decodable {
         public let preprocessing: Double?
+        public let apart: Double?
         public let outputs: [String: Double]?
         public let scans: [String: Double]?
     }
@@ -140,7 +148,10 @@ public struct Manifest: Decodable {
     }
 
     private func validate() throws {
-        try require(["logits", "probs", "features", "raw"].contains(plan.head), "plan.head", "is unknown")
+        try require(heads.contains(plan.head), "plan.head", "is unknown")
+        try require(plan.selection.iou > 0 && plan.selection.iou <= 1, "plan.iou", "must be over 0 and at most 1")
+        let mostInRange = (1...maxDetections).contains(plan.selection.most)
+        try require(mostInRange, "plan.max_det", "must be 1 to \(maxDetections)")
         try require(["image", "tensor"].contains(plan.input), "plan.input", "is unknown")
         try preprocessing.validate()
         for (name, file) in files {

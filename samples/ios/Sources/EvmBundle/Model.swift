@@ -39,22 +39,57 @@ public final class Model {
     /// Returns the `top` most probable classes of `pixels`, most probable first. Throws EvmError if the model is not a
     /// classifier, or if the network gives NaN or Inf.
     public func classify(_ pixels: RgbImage, top: Int = 5) throws -> [Prediction] {
-        guard manifest.plan.classifies else {
-            throw EvmError(.usage, "no classes to predict: the bundle gives \(manifest.plan.head)", hint: "use run(_:)")
-        }
+        try need(manifest.plan.classifies, "classes")
         guard top >= 1 else { throw EvmError(.usage, "top is \(top), it must be at least 1") }
-        let values = try run(input(pixels))[manifest.plan.head] ?? []
+        let values = try outputs(pixels)[manifest.plan.head] ?? []
         let count = values.count / batch
         let row = values.prefix(count).map(Double.init)
-        guard !row.isEmpty, row.allSatisfy(\.isFinite) else {
-            let hint = "run the self-test on this device"
-            throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf on this device", hint: hint)
-        }
         let scores = manifest.plan.head == "probs" ? row : softmax(row)
         let best = scores.indices.sorted { scores[$0] > scores[$1] || (scores[$0] == scores[$1] && $0 < $1) }
         return best.prefix(top).map {
             Prediction(label: labels.indices.contains($0) ? labels[$0] : "class \($0)", index: $0, score: scores[$0])
         }
+    }
+
+    /// Returns the detections of the upright `image`, by falling score. `name` names the image in errors. Throws EvmError if
+    /// the model is not a detector, or if the network gives NaN or Inf.
+    public func detect(_ image: RgbImage, name: String = "image") throws -> [Detection] {
+        try need(manifest.plan.head == "detections", "boxes")
+        let found = try outputs(pixels(image, name: name))
+        let place = try preprocessing.geometry(image, name: name)
+        return detections(found, images: batch, selection: manifest.plan.selection, place: place, labels: labels)
+    }
+
+    /// Returns the class of each pixel of the upright `image`. Throws EvmError as `detect` does, if the model is not a
+    /// segmenter.
+    public func segment(_ image: RgbImage, name: String = "image") throws -> LabelMap {
+        try need(manifest.plan.head == "label_map", "label maps")
+        let values = try outputs(pixels(image, name: name))[manifest.plan.head] ?? []
+        let labels = values.prefix(values.count / batch).map { Int($0) }
+        return try preprocessing.geometry(image, name: name).toImage(labels)
+    }
+
+    private func need(_ can: Bool, _ what: String) throws {
+        if can { return }
+        throw EvmError(.usage, "no \(what) to predict: the bundle gives \(manifest.plan.head)", hint: "use run(_:)")
+    }
+
+    /// Runs the model on one image and returns its outputs, checked.
+    private func outputs(_ pixels: RgbImage) throws -> [String: [Float]] {
+        let found = try run(input(pixels))
+        guard found.values.allSatisfy({ !$0.isEmpty && $0.allSatisfy(\.isFinite) }) else {
+            let hint = "run the self-test on this device"
+            throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf on this device", hint: hint)
+        }
+        for output in manifest.outputs {
+            let one = output.shape.dropFirst().reduce(1) { $0 * ($1 ?? 1) }
+            guard found[output.name]?.count == batch * one else {
+                let message = "bundle \(folder.path): \(manifest.artifact) has another shape of \(output.name)"
+                let place = manifest.artifact
+                throw EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: place)
+            }
+        }
+        return found
     }
 
     /// Runs one inference and returns the values of every output, row by row. The scores of a classifier have the order of

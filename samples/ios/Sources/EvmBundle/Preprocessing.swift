@@ -40,17 +40,29 @@ extension Manifest.Preprocess {
         }
         let source = channels == 1 ? image.grey() : image
         let filter = Filter(rawValue: interpolation) ?? .bicubic  // validated
-        if mode == "crop" { return try cropped(source, filter, name: name) }
+        let place = try geometry(image, name: name)
+        let (down, across) = (place.vertical, place.horizontal)
+        let crop = Crop(
+            left: across.first - across.offset, top: down.first - down.offset,
+            width: across.end - across.first, height: down.end - down.first)
+        return padded(source.resized(toWidth: across.resized, toHeight: down.resized, crop: crop, filter: filter))
+    }
+
+    /// Returns the place of the upright `image` in the model's input. `name` names the image in errors. Throws EvmError if
+    /// the image is too narrow to be cropped.
+    public func geometry(_ image: RgbImage, name: String = "image") throws -> Geometry {
+        if mode == "crop" { return try cropped(image, name: name) }
         var (newHeight, newWidth) = (height, width)
         if mode == "pad" {
             let scale = min(Double(height) / Double(image.height), Double(width) / Double(image.width))
             (newHeight, newWidth) = (fitted(image.height, scale), fitted(image.width, scale))
         }
-        let whole = Crop(left: 0, top: 0, width: newWidth, height: newHeight)
-        return padded(source.resized(toWidth: newWidth, toHeight: newHeight, crop: whole, filter: filter))
+        return Geometry(
+            vertical: Axis(original: image.height, resized: newHeight, size: height, offset: 0),
+            horizontal: Axis(original: image.width, resized: newWidth, size: width, offset: 0))
     }
 
-    private func cropped(_ image: RgbImage, _ filter: Filter, name: String) throws -> RgbImage {
+    private func cropped(_ image: RgbImage, name: String) throws -> Geometry {
         let (wantHeight, wantWidth) = (covered(height), covered(width))
         var (newHeight, newWidth) = (wantHeight, wantWidth)
         if wantHeight * image.width >= wantWidth * image.height {  // the height decides
@@ -64,8 +76,9 @@ extension Manifest.Preprocess {
             let message = "\(name) is \(shape): too narrow to be cropped to \(width)x\(height)"
             throw EvmError(.image, message, code: "image.narrow")
         }
-        let crop = Crop(left: centre(newWidth, width), top: centre(newHeight, height), width: width, height: height)
-        return image.resized(toWidth: newWidth, toHeight: newHeight, crop: crop, filter: filter)
+        return Geometry(
+            vertical: Axis(original: image.height, resized: newHeight, size: height, offset: -centre(newHeight, height)),
+            horizontal: Axis(original: image.width, resized: newWidth, size: width, offset: -centre(newWidth, width)))
     }
 
     private func padded(_ image: RgbImage) -> RgbImage {
@@ -99,7 +112,7 @@ extension Manifest.Preprocess {
     }
 
     private func covered(_ side: Int) -> Int {
-        // avoids overflow; cropped(_:_:name:) refuses such sizes
+        // avoids overflow; cropped(_:name:) refuses such sizes
         Int(min((Double(side) / (crop_pct ?? 1)).rounded(.toNearestOrEven), 1e9))
     }
 }

@@ -3,14 +3,19 @@
 import Foundation
 
 struct Tensor {
-    let dtype: String  // U8, F32
+    let dtype: String  // U8, I32, F32
     let shape: [Int]
     let bytes: [UInt8]
 
-    /// The values of a float32 tensor.
+    /// The values as floats, which hold whole numbers up to 2^24 exactly.
     var floats: [Float] {
-        bytes.withUnsafeBytes { raw in
-            (0..<(raw.count / 4)).map { raw.loadUnaligned(fromByteOffset: 4 * $0, as: Float.self) }
+        if dtype == "U8" { return bytes.map(Float.init) }
+        return bytes.withUnsafeBytes { raw in
+            (0..<(raw.count / 4)).map {
+                dtype == "I32"
+                    ? Float(raw.loadUnaligned(fromByteOffset: 4 * $0, as: Int32.self))
+                    : raw.loadUnaligned(fromByteOffset: 4 * $0, as: Float.self)
+            }
         }
     }
 
@@ -36,8 +41,8 @@ func safetensors(_ url: URL) throws -> [String: Tensor] {
     let data = 8 + Int(length)
     let header = try JSONDecoder().decode([String: Entry].self, from: file.subdata(in: 8..<data))
     return try header.mapValues { entry in
-        let size = entry.shape.reduce(entry.dtype == "F32" ? 4.0 : 1.0) { $0 * Double($1) }  // a Double does not overflow
-        guard ["U8", "F32"].contains(entry.dtype), entry.data_offsets.count == 2,
+        let size = entry.shape.reduce(entry.dtype == "U8" ? 1.0 : 4.0) { $0 * Double($1) }  // a Double does not overflow
+        guard ["U8", "I32", "F32"].contains(entry.dtype), entry.data_offsets.count == 2,
             let from = entry.data_offsets.first, let end = entry.data_offsets.last,
             0 <= from, from <= end, end <= file.count - data,
             entry.shape.allSatisfy({ $0 >= 0 }), Double(end - from) == size

@@ -14,6 +14,7 @@ public struct Check: Sendable {
 
 private let probesFile = "selftest/probes.safetensors"
 private let scansFile = "selftest/scans.safetensors"
+private let dtypes = ["float32": "F32", "int32": "I32", "uint8": "U8"]
 private let scanTolerance = 2e-5  // error of y - skip * u, relative to its largest value
 private let rounding = 4 * 1.1920929e-7  // relative rounding error of y in float32, before skip * u is subtracted
 private let scanInputs = ["u", "delta", "A", "B", "C", "skip", "bias"]
@@ -44,8 +45,7 @@ extension Model {
     }
 
     private func like(_ tensors: [String: Tensor], _ name: String, _ dtype: String, _ shape: [Int]) throws -> Tensor {
-        let key = dtype == "float32" ? "F32" : "U8"
-        guard let tensor = tensors[name], tensor.dtype == key, tensor.shape == shape else {
+        guard let tensor = tensors[name], tensor.dtype == dtypes[dtype], tensor.shape == shape else {
             throw damaged(probesFile, "has no \(name) of \(dtype)\(shape)")
         }
         return tensor
@@ -76,12 +76,39 @@ extension Model {
             let share = min(batch, inputs.shape[0] - start)
             for (name, values) in outputs { have[name, default: []] += values.prefix(values.count / batch * share) }
         }
-        return try manifest.outputs.map { output in
+        var want: [String: [Float]] = [:]
+        for output in manifest.outputs {
             let shape = [inputs.shape[0]] + output.shape.dropFirst().map { $0 ?? 0 }
-            let want = try like(tensors, output.name, "float32", shape).floats
-            let limit = manifest.selftest?.outputs?[output.name] ?? manifest.parity.limit
-            return Check(name: output.name, error: worst(have[output.name] ?? [], want), limit: limit)
+            want[output.name] = try like(tensors, output.name, output.dtype, shape).floats
         }
+        return compared(have, want, images: inputs.shape[0])
+    }
+
+    /// Compares outputs with the expected ones: detections in pairs, pixels of label maps by equality, else value by value.
+    private func compared(_ have: [String: [Float]], _ want: [String: [Float]], images: Int) -> [Check] {
+        let apart = manifest.selftest?.apart ?? 0
+        var checks: [Check] = []
+        var off: [String: Double] = [:]
+        if manifest.plan.head == "detections" {
+            let aligned = align(want, have, images: images)
+            checks.append(Check(name: "not in common", error: 1 - aligned.share, limit: apart))
+            off = ["boxes": 0, "scores": 0, "labels": 0]  // the rows of a pair have equal labels
+            off["boxes"] = aligned.pairs.map { worst($0.actual.box, $0.expected.box) }.max() ?? 0
+            off["scores"] = aligned.pairs.map { worst([$0.actual.score], [$0.expected.score]) }.max() ?? 0
+        } else if manifest.plan.head == "label_map" {
+            let (ours, theirs) = (have["label_map"] ?? [], want["label_map"] ?? [])
+            let differ = zip(ours, theirs).filter { $0 != $1 }.count
+            let share = ours.count == theirs.count ? Double(differ) / Double(max(1, ours.count)) : 1
+            return [Check(name: "not in common", error: share, limit: apart)]
+        } else {
+            for output in manifest.outputs { off[output.name] = worst(have[output.name] ?? [], want[output.name] ?? []) }
+        }
+        for output in manifest.outputs {
+            guard let error = off[output.name] else { continue }
+            let limit = manifest.selftest?.outputs?[output.name] ?? manifest.parity.limit
+            checks.append(Check(name: output.name, error: error, limit: limit))
+        }
+        return checks
     }
 
     private func input(_ rows: [[UInt8]], shape: [Int]) throws -> MLFeatureValue {

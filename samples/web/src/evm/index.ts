@@ -3,7 +3,9 @@
 export type { Latency } from "./bench";
 export { Bundle } from "./bundle";
 export { decode, pixelsOf } from "./decode";
+export { detectionsOf, type Detection, type Selection } from "./detections";
 export { BundleError, EvmError, ImageError, ToolchainError, UsageError } from "./errors";
+export { Geometry, labelMapOf, type Box, type LabelMap } from "./geometry";
 export { Manifest } from "./manifest";
 export { Model, type ModelOptions, type Prediction } from "./model";
 export { Preprocessing, type RgbImage, type PreprocessingFacts } from "./preprocess";

@@ -1,6 +1,7 @@
 /** Reading of manifest.json, schema 1 (docs/bundle.md): the parts that an app uses, with the same checks as in Python. */
 
 import { BundleError, reason } from "./errors";
+import type { Selection } from "./detections";
 import { MAX_CHANNELS, MAX_SIDE, Preprocessing, RESIZES, type PreprocessingFacts } from "./preprocess";
 import { INTERPOLATIONS } from "./resize";
 import type { TensorSpec } from "./tensor";
@@ -8,7 +9,9 @@ import type { TensorSpec } from "./tensor";
 export const MANIFEST = "manifest.json";
 export const SCHEMA_VERSION = 1;
 const MAX_BYTES = 4 << 20;
-export type Head = "logits" | "probs" | "features" | "raw";
+export const HEADS = ["logits", "probs", "features", "raw", "detections", "label_map"] as const;
+export type Head = (typeof HEADS)[number];
+const MAX_DETECTIONS = 1000;
 
 /** Number of images in one inference. A static batch has min equal to max; max is null for any number. */
 export interface Batch {
@@ -24,6 +27,7 @@ export interface FileFacts {
 /** Limits of the self-test by name; empty in older bundles. */
 interface Limits {
   readonly preprocessing?: number;
+  readonly apart?: number;
   readonly outputs?: ReadonlyMap<string, number>;
   readonly scans?: ReadonlyMap<string, number>;
 }
@@ -38,6 +42,8 @@ export class Manifest {
   readonly precision: string;
   readonly batch: Batch;
   readonly preprocessing: Preprocessing;
+  /** Selection of a detector. */
+  readonly selection: Selection;
   readonly inputs: readonly TensorSpec[];
   readonly outputs: readonly TensorSpec[];
   /** Ways in which the model's scans can run: plugin, portable, aot. */
@@ -59,7 +65,8 @@ export class Manifest {
     this.name = content.at("name").text();
     this.target = content.at("target").text();
     this.artifact = content.at("artifact").text();
-    this.head = plan.at("head").oneOf(["logits", "probs", "features", "raw"]);
+    this.head = plan.at("head").oneOf(HEADS);
+    this.selection = selectionOf(plan);
     this.input = plan.at("input").oneOf(["image", "tensor"]);
     this.precision = plan.at("precision").text();
     this.batch = batchOf(plan.at("batch"));
@@ -83,6 +90,11 @@ export class Manifest {
   /** Largest accepted difference of a pixel in the self-test, of 255. */
   get pixelLimit(): number {
     return this.limits.preprocessing ?? 1;
+  }
+
+  /** Largest accepted share, 0..1, of detections or of pixels of a label map that differ in the self-test. */
+  get apartLimit(): number {
+    return this.limits.apart ?? 0;
   }
 
   /** Largest accepted error of an output in the self-test. */
@@ -221,6 +233,12 @@ function parseJson(bytes: Uint8Array, path: string): unknown {
   }
 }
 
+/** Read the settings of a detector's selection. Other bundles have null, older ones nothing. */
+function selectionOf(plan: Value): Selection {
+  const [iou, most] = [plan.at("iou"), plan.at("max_det")];
+  return { iou: iou.value == null ? 0.5 : iou.positive(1), most: most.value == null ? 100 : most.count(MAX_DETECTIONS) };
+}
+
 function batchOf(value: Value): Batch {
   const text = value.text();
   if (text === "dynamic") return { min: 1, max: null };
@@ -264,5 +282,7 @@ function fileOf([name, facts]: [string, Value]): [string, FileFacts] {
 function limitsOf(value: Value): Limits {
   if (value.absent || value.members().length === 0) return {};
   const named = (key: string): Map<string, number> => new Map(value.at(key).members().map(([name, limit]) => [name, limit.number(0)]));
-  return { preprocessing: value.at("preprocessing").number(0), outputs: named("outputs"), scans: named("scans") };
+  const apart = value.at("apart");
+  const share = apart.absent ? {} : { apart: apart.number(0) };
+  return { ...share, preprocessing: value.at("preprocessing").number(0), outputs: named("outputs"), scans: named("scans") };
 }

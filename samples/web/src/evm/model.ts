@@ -1,10 +1,12 @@
-/** The model of a bundle: classification, inference, self-test and benchmark. */
+/** The model of a bundle: classification, detection, segmentation, inference, self-test and benchmark. */
 
 import { latency, type Latency } from "./bench";
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
 import { BundleError, UsageError } from "./errors";
-import { checkInterface, checkScores } from "./interface";
+import { detectionsOf, type Detection } from "./detections";
+import { labelMapOf, type LabelMap } from "./geometry";
+import { checkInterface, checkOutputs } from "./interface";
 import type { Manifest } from "./manifest";
 import type { RgbImage } from "./preprocess";
 import { chooseProvider, type Choice, type Provider } from "./provider";
@@ -91,9 +93,27 @@ export class Model {
 
   /** Return the `top` most probable classes of an 8-bit RGB image, given row by row. Throws as classifyBlob does. */
   classify(rgb: Uint8Array, width: number, height: number, top = 5): Promise<Prediction[]> {
-    if (width < 1 || height < 1 || rgb.length !== 3 * width * height)
-      throw new UsageError(`array image must be uint8 HxWx3, got ${rgb.length} bytes for [${height}, ${width}, 3]`);
     return this.classifyRgb({ rgb, width, height }, top);
+  }
+
+  /** Return the detections of an image file, by falling score. Throws as classifyBlob does, UsageError if the model is not a detector. */
+  async detectBlob(blob: Blob): Promise<Detection[]> {
+    return this.detectRgb(await decode(blob));
+  }
+
+  /** Return the detections of an 8-bit RGB image, given row by row. Throws as detectBlob does. */
+  detect(rgb: Uint8Array, width: number, height: number): Promise<Detection[]> {
+    return this.detectRgb({ rgb, width, height });
+  }
+
+  /** Return the class of each pixel of an image file. Throws as classifyBlob does, UsageError if the model is not a segmenter. */
+  async segmentBlob(blob: Blob): Promise<LabelMap> {
+    return this.segmentRgb(await decode(blob));
+  }
+
+  /** Return the class of each pixel of an 8-bit RGB image, given row by row. Throws as segmentBlob does. */
+  segment(rgb: Uint8Array, width: number, height: number): Promise<LabelMap> {
+    return this.segmentRgb({ rgb, width, height });
   }
 
   /** Run one inference on tensors with the names and shapes of `inputs`. Throws UsageError if a tensor does not fit. */
@@ -118,24 +138,53 @@ export class Model {
     return this.runtime.close();
   }
 
-  private async classifyRgb(rgbImage: RgbImage, top: number): Promise<Prediction[]> {
-    const { head, batch, preprocessing } = this.manifest;
-    if (!this.manifest.classifies) throw new UsageError(`no classes to predict: the bundle gives ${head}`, "use run(feeds)");
+  /** Return the classes of an image from `decode` or `pixelsOf`. Throws as classifyBlob does. */
+  async classifyRgb(rgbImage: RgbImage, top = 5): Promise<Prediction[]> {
+    const { head, classifies } = this.manifest;
+    this.require(classifies, "classes");
     if (!(top >= 1)) throw new UsageError(`top is ${top}, it must be at least 1`);
+    const values = Array.from((await this.outputsOf(rgbImage))[head]!.data);
+    return this.best(head === "probs" ? values : softmax(values), top);
+  }
+
+  /** Return the detections of an image from `decode` or `pixelsOf`. Throws as detectBlob does. */
+  async detectRgb(rgbImage: RgbImage): Promise<Detection[]> {
+    const { head, preprocessing, selection } = this.manifest;
+    this.require(head === "detections", "boxes");
+    const outputs = await this.outputsOf(rgbImage);
+    return detectionsOf(outputs, 0, selection, preprocessing.geometry(rgbImage.width, rgbImage.height), this.labels);
+  }
+
+  /** Return the class of each pixel of an image from `decode` or `pixelsOf`. Throws as segmentBlob does. */
+  async segmentRgb(rgbImage: RgbImage): Promise<LabelMap> {
+    const { head, preprocessing } = this.manifest;
+    this.require(head === "label_map", "label maps");
+    const outputs = await this.outputsOf(rgbImage);
+    return labelMapOf(outputs[head]!, preprocessing.geometry(rgbImage.width, rgbImage.height));
+  }
+
+  private require(can: boolean, what: string): void {
+    if (!can) throw new UsageError(`no ${what} to predict: the bundle gives ${this.manifest.head}`, "use run(feeds)");
+  }
+
+  /** Preprocess an image, run the model and return its outputs, checked. */
+  private async outputsOf(rgbImage: RgbImage): Promise<Tensors> {
+    const { batch, preprocessing } = this.manifest;
+    const { rgb, width, height } = rgbImage;
+    if (width < 1 || height < 1 || rgb.length !== 3 * width * height)
+      throw new UsageError(`array image must be uint8 HxWx3, got ${rgb.length} bytes for [${height}, ${width}, 3]`);
     const start = performance.now();
     const input = this.input(preprocessing.pixels(rgbImage));
     const ready = performance.now();
     const outputs = await runBatched(this.runtime, batch, input);
     this.milliseconds = { preprocessing: ready - start, inference: performance.now() - ready };
-    const scores = outputs[head]!;
-    checkScores(this.bundle, this.labels, { name: head, ...scores });
-    const values = Array.from(scores.data);
-    if (!values.every(Number.isFinite))
+    checkOutputs(this.bundle, this.labels, Object.entries(outputs).map(([name, value]) => ({ name, ...value })));
+    if (!Object.values(outputs).every(({ data }) => data.every(Number.isFinite)))
       throw new BundleError(
         `bundle ${this.bundle.name}: the network gives NaN or Inf on this device`,
         "run the self-test in this browser",
       );
-    return this.best(head === "probs" ? values : softmax(values), top);
+    return outputs;
   }
 
   /** Make the model's input, a batch of one, from pixels (H, W, channels). */

@@ -1,6 +1,7 @@
 /** Preprocessing of images to the pixels that a model reads, bit for bit equal to Python with Pillow. */
 
 import { ImageError } from "./errors";
+import { Geometry } from "./geometry";
 import { resizedCrop, type Crop, type Interpolation } from "./resize";
 
 export const MAX_SIDE = 8192;
@@ -60,13 +61,7 @@ export class Preprocessing {
     const { width, height, name } = rgbImage;
     if (!this.readsImages)
       throw new ImageError(`the network takes ${this.channels} channels: images here are grey or RGB`, "give tensors: run(feeds)");
-    const place = this.place(width, height);
-    if (this.resize === "crop" && Math.max(place.newHeight, place.newWidth) > 100 * Math.max(this.height, this.width))
-      throw new ImageError(
-        `${name ? `image ${name}` : "image"} is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`,
-        "",
-        { code: "image.narrow" },
-      );
+    const place = shown(this.geometry(width, height, name));
     const grey = this.channels === 1;
     const found = resizedCrop(grey ? luminance(rgbImage) : rgbImage, this.facts.interpolation, place);
     return this.padded(grey ? found.filter((_, i) => i % 3 === 0) : found, place);
@@ -85,29 +80,37 @@ export class Preprocessing {
     return tensor;
   }
 
+  /** Return the place of an upright image of this size in the network's input. Throws ImageError if it is too narrow to be cropped. */
+  geometry(width: number, height: number, name?: string): Geometry {
+    const place = this.place(width, height);
+    if (this.resize === "crop" && Math.max(...place.resized) > 100 * Math.max(this.height, this.width))
+      throw new ImageError(
+        `${name ? `image ${name}` : "image"} is ${width}x${height}: too narrow to be cropped to ${this.width}x${this.height}`,
+        "",
+        { code: "image.narrow" },
+      );
+    return place;
+  }
+
   /** Return the part of an image that the network sees, in pixels of the image. */
   seen(width: number, height: number): { x: number; y: number; width: number; height: number } {
     const place = this.place(width, height);
-    const [across, down] = [width / place.newWidth, height / place.newHeight];
-    return { x: place.left * across, y: place.top * down, width: place.width * across, height: place.height * down };
+    const { top, left, bottom, right } = place.content;
+    const [x1, y1, x2, y2] = place.toImage([left, top, right, bottom]);
+    return { x: x1, y: y1, width: x2 - x1, height: y2 - y1 };
   }
 
-  /** Return the size to which an image is resized, and the part of the resized image that the network sees. */
-  private place(width: number, height: number): Crop {
+  /** Return the place of an image, which may be too narrow. */
+  private place(width: number, height: number): Geometry {
+    const size = [this.height, this.width] as const;
     if (this.resize === "crop") {
-      const [newHeight, newWidth] = this.covering(width, height);
-      return {
-        ...{ newWidth, newHeight, width: this.width, height: this.height },
-        left: roundHalfEven((newWidth - this.width) / 2),
-        top: roundHalfEven((newHeight - this.height) / 2),
-      };
+      const resized = this.covering(width, height);
+      const cut = (axis: 0 | 1): number => 0 - roundHalfEven((resized[axis] - size[axis]) / 2);
+      return new Geometry([height, width], resized, size, [cut(0), cut(1)]);
     }
-    let [newHeight, newWidth] = [this.height, this.width];
-    if (this.resize === "pad") {
-      const scale = Math.min(this.height / height, this.width / width);
-      [newHeight, newWidth] = [height, width].map((side) => Math.max(1, Math.trunc(side * scale + 0.5))) as [number, number];
-    }
-    return { newWidth, newHeight, width: newWidth, height: newHeight, left: 0, top: 0 };
+    const scale = Math.min(this.height / height, this.width / width);
+    const fitted = (side: number): number => Math.max(1, Math.trunc(side * scale + 0.5));
+    return new Geometry([height, width], this.resize === "pad" ? [fitted(height), fitted(width)] : size, size, [0, 0]);
   }
 
   /** Fill the right and the bottom of an image with the mean's pixel. */
@@ -132,6 +135,12 @@ export class Preprocessing {
         : [Math.max(1, Math.trunc((wantWidth * height) / width)), wantWidth];
     return [Math.max(newHeight, this.height), Math.max(newWidth, this.width)];
   }
+}
+
+/** Return the size to which an image is resized, and the part of the resized image that the network sees. */
+function shown({ resized: [newHeight, newWidth], offset, content }: Geometry): Crop {
+  const { top, left, bottom, right } = content;
+  return { newWidth, newHeight, width: right - left, height: bottom - top, left: left - offset[1], top: top - offset[0] };
 }
 
 /** Return the luminance of an image as Pillow computes it, three times for each pixel, so that it resizes as RGB does. */

@@ -4,6 +4,7 @@ import type { Tensor, Tensors } from "./tensor";
 
 const READERS: Record<string, (bytes: ArrayBuffer) => Pick<Tensor, "dtype" | "data">> = {
   F32: (bytes) => ({ dtype: "float32", data: new Float32Array(bytes) }),
+  I32: (bytes) => ({ dtype: "int32", data: new Int32Array(bytes) }),
   U8: (bytes) => ({ dtype: "uint8", data: new Uint8Array(bytes) }),
 };
 

@@ -2,6 +2,7 @@
 
 import type { Bundle } from "./bundle";
 import { decode } from "./decode";
+import { align } from "./detections";
 import { BundleError, reason } from "./errors";
 import { parseSafetensors } from "./safetensors";
 import { ssmError } from "./scan";
@@ -27,11 +28,31 @@ export async function selftest(bundle: Bundle, runtime: Runtime, options: RunOpt
   const images = probes[manifest.input];
   if (!images || images.shape.length === 0 || images.data.length === 0) throw damaged(bundle, PROBES, `has no ${manifest.input}`);
   const outputs = await runBatched(runtime, manifest.batch, images);
-  for (const [name, have] of Object.entries(outputs)) {
-    const want = like(bundle, probes, name, have);
-    checks.push(check(name, distance(have.data, want.data), manifest.outputLimit(name)));
+  checks.push(...outputChecks(bundle, outputs, probes), ...(await scanChecks(bundle, scans, options)));
+  return checks;
+}
+
+/** Compare outputs with the expected ones: detections in pairs, pixels of label maps by equality, else value by value. */
+function outputChecks(bundle: Bundle, outputs: Tensors, probes: Tensors): Check[] {
+  const { manifest } = bundle;
+  const wanted = Object.fromEntries(Object.entries(outputs).map(([name, have]) => [name, like(bundle, probes, name, have)]));
+  if (manifest.head === "detections") {
+    const { share, pairs } = align(wanted, outputs);
+    const off = { boxes: 0, scores: 0, labels: 0 };
+    for (const [want, have] of pairs) {
+      off.boxes = Math.max(off.boxes, distance(have.box, want.box));
+      off.scores = Math.max(off.scores, distance([have.score], [want.score]));
+    }
+    const rest = Object.entries(off).map(([name, error]) => check(name, error, manifest.outputLimit(name)));
+    return [check("not in common", 1 - share, manifest.apartLimit), ...rest];
   }
-  return [...checks, ...(await scanChecks(bundle, scans, options))];
+  return Object.entries(outputs).map(([name, { data }]) => {
+    const want = wanted[name]!.data;
+    if (manifest.head !== "label_map") return check(name, distance(data, want), manifest.outputLimit(name));
+    let differ = 0;
+    for (let i = 0; i < data.length; i++) differ += Number(data[i] !== want[i]);
+    return check("not in common", differ / data.length, manifest.apartLimit);
+  });
 }
 
 async function imageCheck(bundle: Bundle, probes: Tensors): Promise<Check> {

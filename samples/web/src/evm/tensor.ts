@@ -2,7 +2,7 @@
 
 import { UsageError } from "./errors";
 
-const ARRAYS = { float32: Float32Array, uint8: Uint8Array } as const;
+const ARRAYS = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array } as const;
 export type Dtype = keyof typeof ARRAYS;
 
 /** Test whether a dtype is supported. */
@@ -14,7 +14,7 @@ export function isDtype(name: string): name is Dtype {
 export interface Tensor {
   readonly dtype: Dtype;
   readonly shape: readonly number[];
-  readonly data: Float32Array | Uint8Array;
+  readonly data: Float32Array | Int32Array | Uint8Array;
 }
 
 export type Tensors = Readonly<Record<string, Tensor>>;

@@ -5,7 +5,7 @@ import * as camera from "./camera";
 import { at } from "./dom";
 import { given, ofFile, ofFolder, type Given } from "./dropped";
 import { keepOffline } from "./offline";
-import { showBundle, showChecks, showLatency, showNoProblem, showNoTop, showProblem, showTop } from "./results";
+import { showAnswer, showBundle, showChecks, showLatency, showNoProblem, showNoTop, showProblem } from "./results";
 import { Remote } from "./rpc";
 import { showNothing, showImage, showVideo } from "./stage";
 import type { Engine, Opened, Place } from "./worker";
@@ -13,7 +13,7 @@ import type { Engine, Opened, Place } from "./worker";
 const TOP = 5;
 const BUILT_IN: Place = { url: new URL("bundle", document.baseURI).href };
 const NEEDS_BUNDLE = ["selftest", "bench"];
-const NEEDS_CLASSES = ["choose", "camera"];
+const NEEDS_PREDICTIONS = ["choose", "camera"];
 
 const engine = new Remote<Engine>(new Worker(new URL("./worker.ts", import.meta.url), { type: "module" }));
 let bundle: Opened | null = null;
@@ -25,7 +25,7 @@ async function open(place: Place, options = asked()): Promise<void> {
     bundle = await engine.call("open", [place, options]);
     showNoProblem();
     showNothing();
-    showNoTop(!bundle.classes ? "Feature maps, no classes" : "No image yet");
+    showNoTop(bundle.predicts ? "No image yet" : "Feature maps, no classes");
   } catch (error) {
     const wasm = (): void => void open(place, { ...options, provider: "wasm" });
     showProblem(error, options.provider === "wasm" ? undefined : wasm);
@@ -36,22 +36,22 @@ async function open(place: Place, options = asked()): Promise<void> {
   enable();
 }
 
-async function classify(image: File): Promise<void> {
+async function predict(image: File): Promise<void> {
   if (!bundle) return;
   stopCamera();
-  await busy(async ({ preprocessing }) => {
-    await showImage(image, preprocessing);
-    showTop(await engine.call("classify", [image, TOP]));
+  await busy(async (bundle) => {
+    await showImage(image, bundle.preprocessing);
+    showAnswer(await engine.call("predict", [image, TOP]), bundle);
   }, noAnswer);
 }
 
 async function startCamera(): Promise<void> {
-  await busy(async ({ preprocessing }) => {
+  await busy(async (bundle) => {
     const started = (): void => {
       pressed(true);
-      showVideo(preprocessing);
+      showVideo(bundle.preprocessing);
     };
-    await camera.start(started, async (frame) => showTop(await engine.call("classify", [frame, TOP], [frame])));
+    await camera.start(started, async (frame) => showAnswer(await engine.call("predict", [frame, TOP], [frame]), bundle));
   }, noAnswer);
   stopCamera();
 }
@@ -96,13 +96,13 @@ async function measured(button: string, act: () => Promise<void>): Promise<void>
 
 function enable(): void {
   for (const id of NEEDS_BUNDLE) at<HTMLButtonElement>(id).disabled = !bundle;
-  for (const id of NEEDS_CLASSES) at<HTMLButtonElement>(id).disabled = !bundle?.classes;
+  for (const id of NEEDS_PREDICTIONS) at<HTMLButtonElement>(id).disabled = !bundle?.predicts;
 }
 
 function take(what: Given | null): void {
   if (!what) showProblem(new EvmError("dropped files are neither an image nor a bundle", "drop one image, or one bundle as a zip or folder"));
   else if ("bundle" in what) void open(what.bundle);
-  else void classify(what.image);
+  else void predict(what.image);
 }
 
 /** Read the options from the address, such as `?provider=wasm&threads=1`. */

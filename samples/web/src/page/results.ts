@@ -1,30 +1,69 @@
 /** Display of results: bars, tables, facts about the bundle, and errors. */
 
-import { EvmError, type Check, type Latency, type PreprocessingFacts } from "../evm";
+import { EvmError, type Check, type Detection, type LabelMap, type Latency, type Prediction, type PreprocessingFacts } from "../evm";
 import { at, make } from "./dom";
-import type { Classified, Opened } from "./worker";
+import { clearOverlay, colourOf, drawDetections, drawLabelMap } from "./overlay";
+import type { Opened, Predicted } from "./worker";
 
 const NAMES = { wasm: "WebAssembly", webgpu: "WebGPU" } as const;
 
-/** Show the classes of an image and the times. */
-export function showTop({ top, milliseconds }: Classified): void {
-  headline(top[0]!.label, percent(top[0]!.score));
-  at("bars").replaceChildren(
-    ...top.map(({ label, score }) => {
-      const bar = make("i", {});
-      bar.style.width = `${100 * score}%`;
-      const parts = [make("span", { class: "label", title: label }, label), make("span", { class: "score" }, percent(score))];
-      return make("li", {}, ...parts, make("span", { class: "track", "aria-hidden": "true" }, bar));
-    }),
-  );
+/** Smallest score of the detections that are shown. */
+const MIN_SCORE = 0.3;
+/** Most rows below the headline. */
+const MOST_ROWS = 20;
+
+/** Show the answer for an image, draw detections and label maps over it, and show the times. */
+export function showAnswer({ answer, width, height, milliseconds }: Predicted, { labels }: Opened): void {
+  clearOverlay();
+  if ("top" in answer) showTop(answer.top);
+  else if ("detections" in answer) showDetections(answer.detections.filter(({ score }) => score >= MIN_SCORE), width, height);
+  else showLabelMap(answer.labelMap, labels);
   at("inference").textContent = ms(milliseconds.inference);
   at("preprocessing").textContent = ms(milliseconds.preprocessing);
   at("timing").hidden = false;
 }
 
+function showTop(top: readonly Prediction[]): void {
+  headline(top[0]!.label, percent(top[0]!.score));
+  at("bars").replaceChildren(...top.map(({ label, score }) => bar(label, score)));
+}
+
+function showDetections(found: readonly Detection[], width: number, height: number): void {
+  const counts = new Map<string, number>();
+  for (const { label } of found) counts.set(label, (counts.get(label) ?? 0) + 1);
+  const named = [...counts].sort((a, b) => b[1] - a[1]).map(([label, n]) => `${n} ${label}`);
+  headline(named.join(", "), found.length ? "" : "no detections");
+  at("bars").replaceChildren(...found.slice(0, MOST_ROWS).map(({ label, index, score }) => bar(label, score, colourOf(index))));
+  drawDetections(found, width, height);
+}
+
+function showLabelMap(found: LabelMap, labels: readonly string[]): void {
+  const counts = new Map<number, number>();
+  for (const index of found.map) counts.set(index, (counts.get(index) ?? 0) + 1);
+  const shares = [...counts].sort((a, b) => b[1] - a[1]).map(([index, n]) => [index, n / found.map.length] as const);
+  const name = (index: number): string => labels[index] ?? `class ${index}`;
+  headline(name(shares[0]![0]), percent(shares[0]![1]));
+  at("bars").replaceChildren(...shares.slice(0, MOST_ROWS).map(([index, share]) => bar(name(index), share, colourOf(index))));
+  drawLabelMap(found);
+}
+
+/** Make a row of a label and a share, 0..1. colour: of the class in the image. */
+function bar(label: string, share: number, colour?: string): HTMLLIElement {
+  const track = make("i", {});
+  track.style.width = `${100 * share}%`;
+  const name = make("span", { class: "label", title: label }, label);
+  if (colour) {
+    const swatch = make("i", { class: "swatch", "aria-hidden": "true" });
+    swatch.style.background = colour;
+    name.prepend(swatch);
+  }
+  return make("li", {}, name, make("span", { class: "score" }, percent(share)), make("span", { class: "track", "aria-hidden": "true" }, track));
+}
+
 /** Show a text in place of the classes. */
 export function showNoTop(text: string): void {
   headline("", text);
+  clearOverlay();
   at("bars").replaceChildren();
   at("timing").hidden = true;
 }
@@ -36,12 +75,12 @@ function resizeText({ resize = "crop", crop_pct = 1 }: PreprocessingFacts): stri
 
 /** Show facts about the opened bundle. */
 export function showBundle(opened: Opened): void {
-  const { name, precision, input, classes, bytes, preprocessing, provider, threads, loadMs } = opened;
+  const { name, precision, input, gives, bytes, preprocessing, provider, threads, loadMs } = opened;
   const where = NAMES[provider.value] + (provider.value === "wasm" ? `, ${count(threads, "thread")}` : "");
   at("conditions").textContent = `${where}: ${provider.reason}`;
   const rows: [string, string][] = [
     ["Name", name],
-    ["Model", `${precision}, ${(bytes / 1e6).toFixed(1)} MB, ${classes ? count(classes, "class", "es") : "feature maps"}`],
+    ["Model", `${precision}, ${(bytes / 1e6).toFixed(1)} MB, ${gives}`],
     ["Reads", `${preprocessing.size.join("x")}, ${input}, ${preprocessing.interpolation}, ${resizeText(preprocessing)}`],
     ["Loaded in", ms(loadMs)],
   ];
@@ -112,6 +151,6 @@ function exponent(value: number): string {
   return Number.isFinite(value) ? value.toExponential(1) : "not finite";
 }
 
-function count(n: number, one: string, plural = "s"): string {
-  return `${n} ${one}${n === 1 ? "" : plural}`;
+function count(n: number, one: string): string {
+  return `${n} ${one}${n === 1 ? "" : "s"}`;
 }

@@ -2,6 +2,7 @@
 
 import {
   Bundle,
+  decode,
   folderAt,
   folderOf,
   Model,
@@ -10,10 +11,13 @@ import {
   zipped,
   type Check,
   type Choice,
+  type Detection,
+  type LabelMap,
   type Latency,
   type ModelOptions,
   type Prediction,
   type PreprocessingFacts,
+  type RgbImage,
 } from "../evm";
 import { serve } from "./rpc";
 
@@ -26,7 +30,9 @@ export interface Opened {
   readonly precision: string;
   readonly head: string;
   readonly input: string;
-  readonly classes: number | null;
+  readonly gives: string;
+  readonly predicts: boolean;
+  readonly labels: readonly string[];
   readonly bytes: number;
   readonly preprocessing: PreprocessingFacts;
   readonly provider: Choice;
@@ -34,9 +40,12 @@ export interface Opened {
   readonly loadMs: number;
 }
 
-/** Classes of an image, and the times. */
-export interface Classified {
-  readonly top: Prediction[];
+/** The answer for an image of this size: its classes, its detections or its label map. */
+export type Answer = { top: Prediction[] } | { detections: Detection[] } | { labelMap: LabelMap };
+export interface Predicted {
+  readonly answer: Answer;
+  readonly width: number;
+  readonly height: number;
   readonly milliseconds: { readonly preprocessing: number; readonly inference: number };
 }
 
@@ -55,10 +64,11 @@ const engine = {
     return facts(next, performance.now() - start);
   },
 
-  async classify(image: Blob | ImageBitmap, top: number): Promise<Classified> {
+  async predict(image: Blob | ImageBitmap, top: number): Promise<Predicted> {
     const model = opened();
-    const found = await topOf(model, image, top);
-    return { top: found, milliseconds: model.milliseconds };
+    const rgbImage = await rgbOf(image);
+    const answer = await answerOf(model, rgbImage, top);
+    return { answer, width: rgbImage.width, height: rgbImage.height, milliseconds: model.milliseconds };
   },
 
   selftest(): Promise<Check[]> {
@@ -80,22 +90,31 @@ async function sourceOf(place: Place): ReturnType<typeof zipped> {
   return "zip" in place ? zipped(place.zip) : folderOf(place.files, place.folder);
 }
 
-async function topOf(model: Model, image: Blob | ImageBitmap, top: number): Promise<Prediction[]> {
-  if (image instanceof Blob) return model.classifyBlob(image, top);
+async function rgbOf(image: Blob | ImageBitmap): Promise<RgbImage> {
+  if (image instanceof Blob) return decode(image);
   try {
-    const { rgb, width, height } = await pixelsOf(image);
-    return await model.classify(rgb, width, height, top);
+    return await pixelsOf(image);
   } finally {
     image.close();
   }
 }
 
+async function answerOf(model: Model, rgbImage: RgbImage, top: number): Promise<Answer> {
+  if (model.manifest.head === "detections") return { detections: await model.detectRgb(rgbImage) };
+  if (model.manifest.head === "label_map") return { labelMap: await model.segmentRgb(rgbImage) };
+  return { top: await model.classifyRgb(rgbImage, top) };
+}
+
 function facts({ manifest, labels, provider, threads, outputs }: Model, loadMs: number): Opened {
   const { name, precision, head, input, artifact, files, preprocessing } = manifest;
   const scores = outputs.find((output) => output.name === head);
-  const classes = manifest.classifies ? (labels?.length || (scores?.shape.at(-1) ?? null)) : null;
+  const classes = labels.length || (manifest.classifies && scores?.shape.at(-1)) || 0;
+  const kind = { detections: "detector", label_map: "segmenter" }[head as string];
+  const of = classes ? `${classes} ${classes === 1 ? "class" : "classes"}` : "";
+  const gives = manifest.classifies ? of : [kind ?? "feature maps", of].filter((part) => part).join(", ");
   const bytes = files.get(artifact)!.size_bytes;
-  return { name, precision, head, input, classes, bytes, preprocessing: preprocessing.facts, provider, threads, loadMs };
+  const predicts = manifest.classifies || kind !== undefined;
+  return { ...{ name, precision, head, input, gives, predicts, labels, bytes }, preprocessing: preprocessing.facts, provider, threads, loadMs };
 }
 
 serve(engine);

@@ -59,6 +59,13 @@ typedef struct evm_prediction {
     double score; /* probability, 0..1 */
 } evm_prediction;
 
+/* One detected object of one image. box: x1, y1, x2, y2 in pixels of the image. */
+typedef struct evm_detection {
+    int index;
+    double score; /* probability, 0..1 */
+    double box[4];
+} evm_detection;
+
 /* Result of one check of the self-test. */
 typedef struct evm_check {
     char name[120];
@@ -95,6 +102,14 @@ EVM_C_API int evm_input_channels(const evm_model *model);
 /* Classify images. best: array of count * top predictions, `top` for each image, most probable first. If the model has fewer than
  * `top` classes, the remaining entries have index -1. Fails with EVM_IMAGE, or with EVM_USAGE if the model is not a classifier. */
 EVM_C_API evm_status evm_classify(const evm_model *model, const evm_image *images, size_t count, int top, evm_prediction *best, char **error);
+
+/* Detect objects in an image. Writes up to `room` detections to `found`, by falling score, and the number of all to `count`. Fails with
+ * EVM_IMAGE, or with EVM_USAGE if the model is not a detector. */
+EVM_C_API evm_status evm_detect(const evm_model *model, const evm_image *image, evm_detection *found, size_t room, size_t *count, char **error);
+
+/* Segment an image. classes: array of height x width numbers, the size of the image: the class of each pixel. Fails with EVM_IMAGE, or with
+ * EVM_USAGE if the model is not a segmenter. */
+EVM_C_API evm_status evm_segment(const evm_model *model, const evm_image *image, int32_t *classes, char **error);
 
 /* Preprocess an image. pixels: array of height x width x channels bytes, of the size that evm_input_size and evm_input_channels return.
  * Fails with EVM_IMAGE. */

@@ -2,6 +2,7 @@
 //
 //     evm::Model model("evm_tiny-onnx-fp32-224x224");  // a folder or its zip
 //     for (const evm::Prediction &p : model.classify(rgb, width, height, 5)) std::cout << p.label << ' ' << p.score << '\n';
+//     for (const evm::Detection &d : model.detect(rgb, width, height)) std::cout << d.label << ' ' << d.score << '\n';
 //
 // Every expected failure is an evm::Error, with the same code and place as in Python (docs/bundle.md). Several threads may use a Model
 // at the same time: its const functions change no shared state, or guard the state by a lock (docs/embed/cpp.md states the cost for each
@@ -99,6 +100,17 @@ struct Prediction {
     double score;
 };
 
+// Corners of a box: x1, y1, x2, y2 in pixels, from the left and the top edge of the image.
+using Box = std::array<double, 4>;
+
+// One detected object of one image. score: probability, 0..1. box: in pixels of the image.
+struct Detection {
+    std::string label;
+    int index;
+    double score;
+    Box box;
+};
+
 // Name, dtype and shape of an input or output. dtype: NumPy's name, such as uint8 or float32. shape: a dynamic batch is -1.
 struct TensorSpec {
     std::string name, dtype;
@@ -126,6 +138,34 @@ struct Tensor {
 using Feeds = std::map<std::string, TensorView>;
 using Tensors = std::map<std::string, Tensor>;
 
+// Class of each pixel of one image. map: (height, width) of the image, uint8, or int32 for more than 256 classes; from 0.
+struct LabelMap {
+    Tensor map;
+
+    int height() const { return static_cast<int>(map.shape.at(0)); }
+    int width() const { return static_cast<int>(map.shape.at(1)); }
+    // Return the class of the pixel in column x and row y.
+    int at(int x, int y) const {
+        const std::size_t i = static_cast<std::size_t>(y) * static_cast<std::size_t>(map.shape[1]) + static_cast<std::size_t>(x);
+        return map.dtype == "uint8" ? map.bytes[i] : map.data<std::int32_t>()[i];
+    }
+};
+
+// Place of an image in the network's input, after the resize and the crop or the padding. original, resized, size: {height, width} of the
+// image, of the resized image and of the input. offset: {top, left} of the resized image in the input, negative where the crop cuts it. All
+// in pixels; pixel i covers i to i + 1.
+struct EVM_API Geometry {
+    std::array<int, 2> original, resized, size, offset;
+
+    // Return the part of the input that shows the image, without padding: {top, left, bottom, right}.
+    std::array<int, 4> content() const;
+    // Map a box in pixels of the input to pixels of the image. Nothing is clipped.
+    Box to_image(const Box &box) const;
+    // Map labels (height, width) of the input, uint8 or int32, to those of the nearest pixels of the image, with the same result as in Python.
+    // A pixel that a crop leaves out gets the label of the nearest pixel inside.
+    Tensor to_image(const Tensor &labels) const;
+};
+
 // Preprocessing of a bundle: make the image height x width, then normalise to (x / 255 - mean) / std. resize: `crop` resizes until the
 // image covers size / crop_pct and crops the centre; `stretch` resizes to height x width; `pad` resizes to fit, with the aspect ratio kept,
 // and fills the right and the bottom with the mean. mean, std_dev: one value for each channel of the network's input.
@@ -141,6 +181,8 @@ struct EVM_API Preprocessing {
     // Make an image height x width x channels pixels, with the same result as evm-deploy's Python: 8-bit RGB, or grey for 1 channel. Throws
     // ImageError if the image is empty or too narrow to be cropped, and for other numbers of channels.
     std::vector<std::uint8_t> pixels(const Image &image) const;
+    // Return the place of an upright image of this size in the network's input. Throws ImageError if the image is too narrow to be cropped.
+    Geometry geometry(int image_width, int image_height, const std::string &name = "") const;
     // Normalise n x height x width x channels pixels to n x channels x height x width floats. A model whose input is `image` does this
     // itself.
     std::vector<float> normalise(const std::vector<std::uint8_t> &pixels) const;
@@ -151,21 +193,29 @@ struct Choice {
     std::string value, reason;
 };
 
-// Limits of the self-test by name. otherwise: limit of outputs that the manifest does not list. For scans that the manifest does not list,
+// Limits of the self-test by name. apart: largest share, 0..1, of detections or of pixels of a label map that differ. otherwise: limit of outputs that the manifest does not list. For scans that the manifest does not list,
 // the SDK computes the limit from the scan's values.
 struct Limits {
-    double preprocessing = 1, otherwise = 0;
+    double preprocessing = 1, otherwise = 0, apart = 0;
     std::map<std::string, double> outputs, scans;
+};
+
+// Settings of the selection of detections, for a detector without non-maximum suppression (NMS): of two boxes of a class that overlap by more
+// than `iou`, the one with the lower score is dropped. max_det: most detections of an image.
+struct Selection {
+    double iou = 0.5;
+    int max_det = 100;
 };
 
 // Contents of manifest.json; docs/bundle.md describes the schema.
 struct Manifest {
     std::string name, target, artifact, precision;
-    std::string input, head;            // image or tensor; logits, probs, features or raw
+    std::string input, head;            // image or tensor; logits, probs, detections, label_map, features or raw
     int batch_min = 1, batch_max = 1;   // images in one inference; batch_max 0: any number
     std::vector<TensorSpec> inputs, outputs;
     Limits limits;
     Preprocessing preprocessing;
+    Selection selection;
     std::vector<std::string> scan_modes;                        // supported ways to run the scans: portable, plugin, aot
     std::map<std::string, std::string> plugins;                 // platform -> native library in the bundle
     std::vector<std::pair<std::string, std::string>> files;     // path -> sha256
@@ -182,7 +232,7 @@ struct Check {
 };
 
 // Settings of a benchmark. batch: images in one inference; 0 for the smallest batch of the bundle. end_to_end: measure from the decoded
-// image of the self-test to its five best classes. limit_s: longest time of the measurement in seconds.
+// image of the self-test to its five best classes, its boxes or its label map. limit_s: longest time of the measurement in seconds.
 struct BenchSettings {
     int batch = 0;
     bool end_to_end = false;
@@ -216,6 +266,14 @@ class EVM_API Model {
     // UsageError if the model is not a classifier, and BundleError if the network gives NaN or Inf.
     std::vector<Prediction> classify(const std::uint8_t *rgb, int width, int height, int top = 5) const;
     std::vector<std::vector<Prediction>> classify(const std::vector<Image> &images, int top = 5) const;
+
+    // Return the detections of each image, by falling score. Throws as classify does, UsageError if the model is not a detector.
+    std::vector<Detection> detect(const std::uint8_t *rgb, int width, int height) const;
+    std::vector<std::vector<Detection>> detect(const std::vector<Image> &images) const;
+
+    // Return the class of each pixel of each image. Throws as classify does, UsageError if the model is not a segmenter.
+    LabelMap segment(const std::uint8_t *rgb, int width, int height) const;
+    std::vector<LabelMap> segment(const std::vector<Image> &images) const;
 
     // Resize and crop an image to the pixels that the model reads; see Preprocessing::pixels. Throws ImageError.
     std::vector<std::uint8_t> preprocess(const Image &image) const;

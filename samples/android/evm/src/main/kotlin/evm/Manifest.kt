@@ -8,6 +8,7 @@ import kotlinx.serialization.json.JsonObject
 const val MANIFEST = "manifest.json"
 private const val SCHEMA_VERSION = 1
 private const val MAX_BYTES = 4 shl 20
+private const val MAX_DETECTIONS = 1000L
 
 /** The parts of manifest.json that an app uses. [files]: path -> sha256. [plugins]: platform -> native library. */
 class Manifest private constructor(json: Value) {
@@ -16,10 +17,13 @@ class Manifest private constructor(json: Value) {
     val name = json.at("name").text()
     val target = json.at("target").text()
     val artifact = json.at("artifact").text()
-    val head = plan.at("head").oneOf("logits", "probs", "features", "raw")
+    val head = plan.at("head").oneOf("logits", "probs", "features", "raw", "detections", "label_map")
 
     /** Whether the model is a classifier: one output holds a score for each class. */
     val classifies = head == "logits" || head == "probs"
+
+    /** Selection of a detector. */
+    val selection = selection(plan)
     val input = plan.at("input").oneOf("image", "tensor")
     val batch = Batch.of(plan.at("batch"))
     val precision = plan.at("precision").text()
@@ -84,12 +88,22 @@ internal class Limits(parity: Value, selftest: Value) {
     private val outputs = limits("outputs")
     private val scans = limits("scans")
     val preprocessing = told?.at("preprocessing")?.number(0.0) ?: 1.0
+    val apart = told?.at("apart")?.takeIf { !it.isAbsent }?.number(0.0) ?: 0.0
 
     fun output(name: String): Double = outputs[name] ?: otherwise
 
     fun scan(name: String): Double? = scans[name]
 
     private fun limits(key: String) = told?.at(key)?.members().orEmpty().mapValues { it.value.number(0.0) }
+}
+
+/** Reads the settings of a detector's selection. Other bundles have null, older ones nothing. */
+private fun selection(plan: Value): Selection {
+    val (iou, most) = plan.at("iou") to plan.at("max_det")
+    return Selection(
+        if (iou.isNull) 0.5 else iou.positive(1.0),
+        if (most.isNull) 100 else most.count(MAX_DETECTIONS).toInt(),
+    )
 }
 
 /** Number of images in one inference: [min] to [max]; [max] is null for any number. */

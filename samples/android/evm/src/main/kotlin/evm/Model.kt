@@ -24,7 +24,7 @@ fun interface Runtimes {
 data class Prediction(val label: String, val index: Int, val score: Double)
 
 /**
- * An opened bundle. Call [pixels], then [classify]; [selfTest] tests the bundle on this device. Several threads may use
+ * An opened bundle. Call [pixels], then [classify], or [detect] or [segment]; [selfTest] tests the bundle on this device. Several threads may use
  * a model at the same time.
  */
 class Model private constructor(
@@ -53,23 +53,48 @@ class Model private constructor(
      * not a classifier or [pixels] has another size, and [BundleException] if the network gives NaN or Inf.
      */
     fun classify(pixels: RgbImage, top: Int = 5): List<Prediction> {
-        if (!manifest.classifies) {
-            throw UsageException("no classes to predict: the bundle gives ${manifest.head}", "use run(feeds)")
-        }
+        require(manifest.classifies, "classes")
         if (top < 1) throw UsageException("top is $top, it must be at least 1")
         val (height, width) = manifest.preprocessing.run { height to width }
         if (pixels.height != height || pixels.width != width) {
             val got = "[1, ${pixels.height}, ${pixels.width}, 3]"
             throw UsageException("pixels must be uint8 [n, $height, $width, 3], got uint8 $got")
         }
-        val found = runBatched(manifest, runtime, input(pixels)).getValue(manifest.head)
-        checkScores(bundle, labels, found.spec(manifest.head))
-        val scores = found.floats().map { it.toDouble() }
-        if (!scores.all { it.isFinite() }) {
+        val scores = outputs(pixels).getValue(manifest.head).floats().map { it.toDouble() }
+        return best(if (manifest.head == "probs") scores else softmax(scores), top)
+    }
+
+    /**
+     * Returns the detections of an upright [image], by falling score. [name] names the image in errors. Throws
+     * [UsageException] if the model is not a detector, [ImageException], and [BundleException] if the network gives NaN or
+     * Inf.
+     */
+    fun detect(image: RgbImage, name: String = "image"): List<Detection> {
+        require(manifest.head == "detections", "boxes")
+        val outputs = outputs(pixels(image, name))
+        return detections(outputs, manifest.selection, manifest.preprocessing.geometry(image, name), labels)
+    }
+
+    /** Returns the class of each pixel of an upright [image]. Throws as [detect] does, if the model is not a segmenter. */
+    fun segment(image: RgbImage, name: String = "image"): LabelMap {
+        require(manifest.head == "label_map", "label maps")
+        val map = outputs(pixels(image, name)).getValue(manifest.head)
+        return manifest.preprocessing.geometry(image, name).toImage(map.ints())
+    }
+
+    private fun require(can: Boolean, what: String) {
+        if (!can) throw UsageException("no $what to predict: the bundle gives ${manifest.head}", "use run(feeds)")
+    }
+
+    /** Runs the model on one image and returns its outputs, checked. */
+    private fun outputs(pixels: RgbImage): Map<String, Tensor> {
+        val found = runBatched(manifest, runtime, input(pixels))
+        checkOutputs(bundle, labels, found.map { (name, tensor) -> tensor.spec(name) })
+        if (found.values.any { tensor -> tensor.dtype == "float32" && !tensor.floats().all { it.isFinite() } }) {
             val hint = "run the self-test on this device"
             throw BundleException("bundle ${bundle.folder}: the network gives NaN or Inf on this device", hint)
         }
-        return best(if (manifest.head == "probs") scores else softmax(scores), top)
+        return found
     }
 
     /**

@@ -41,14 +41,24 @@ class Preprocessing private constructor(
             throw ImageException(message, "give tensors: run(feeds)")
         }
         val source = if (channels == 1) image.grey() else image
-        if (resize == "crop") return cropped(source, name)
+        val (down, across) = geometry(image, name).run { vertical to horizontal }
+        val crop = Crop(across.first - across.offset, down.first - down.offset, across.end - across.first, down.end - down.first)
+        return padded(source.resized(across.resized, down.resized, crop, filter))
+    }
+
+    /**
+     * Returns the place of the upright [image] in the network's input. [name] names the image in errors. Throws
+     * [ImageException] if the image is too narrow to be cropped.
+     */
+    fun geometry(image: RgbImage, name: String = "image"): Geometry {
+        if (resize == "crop") return cropped(image, name)
         val scale = if (resize == "pad") min(height.toDouble() / image.height, width.toDouble() / image.width) else null
         val newHeight = scale?.let { fitted(image.height, it) } ?: height
         val newWidth = scale?.let { fitted(image.width, it) } ?: width
-        return padded(source.resized(newWidth, newHeight, Crop(0, 0, newWidth, newHeight), filter))
+        return Geometry(Axis(image.height, newHeight, height, 0), Axis(image.width, newWidth, width, 0))
     }
 
-    private fun cropped(image: RgbImage, name: String): RgbImage {
+    private fun cropped(image: RgbImage, name: String): Geometry {
         val wantHeight = covered(height)
         val wantWidth = covered(width)
         val heightDecides = wantHeight * image.width >= wantWidth * image.height
@@ -61,8 +71,10 @@ class Preprocessing private constructor(
             val shape = "${image.width}x${image.height}"
             throw ImageException("$name is $shape: too narrow to be cropped to ${width}x$height", code = "image.narrow")
         }
-        val crop = Crop(centre(newWidth, width), centre(newHeight, height), width, height)
-        return image.resized(newWidth.toInt(), newHeight.toInt(), crop, filter)
+        return Geometry(
+            Axis(image.height, newHeight.toInt(), height, -centre(newHeight, height)),
+            Axis(image.width, newWidth.toInt(), width, -centre(newWidth, width)),
+        )
     }
 
     private fun covered(side: Int): Long =

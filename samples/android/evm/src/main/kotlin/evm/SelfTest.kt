@@ -34,9 +34,14 @@ internal fun selfTest(
     if (manifest.preprocessing.readsImages) checks += imageCheck(bundle, tensors, decode)
     val images = tensors[manifest.input]?.takeIf { it.shape.isNotEmpty() && 0 !in it.shape }
         ?: throw damaged(bundle, PROBES, "has no ${manifest.input}")
-    for ((name, have) in runBatched(manifest, runtime, images)) {
-        val want = like(bundle, tensors, have.spec(name)).floats()
-        checks += Check(name, worst(have.floats(), want), manifest.limits.output(name))
+    val outputs = runBatched(manifest, runtime, images)
+    val wanted = outputs.mapValues { (name, have) -> like(bundle, tensors, have.spec(name)) }
+    checks += when (manifest.head) {
+        "detections" -> detectionChecks(manifest, outputs, wanted)
+        "label_map" -> outputs.map { (name, have) -> labelMapCheck(manifest, have, wanted.getValue(name)) }
+        else -> outputs.map { (name, have) ->
+            Check(name, worst(have.floats(), wanted.getValue(name).floats()), manifest.limits.output(name))
+        }
     }
     if (scans.isEmpty()) return checks
     open(bundle.file("selftest/scan.onnx")).use { runtime ->
@@ -52,6 +57,23 @@ private fun imageCheck(bundle: Bundle, tensors: Map<String, Tensor>, decode: (Fi
     val pixels = Tensor.of(shape, preprocessing.bytes(rgbImage))
     val off = worstByte(pixels.bytes(), like(bundle, tensors, pixels.spec("picture.pixels")).bytes())
     return Check("preprocessing (of 255)", off, bundle.manifest.limits.preprocessing)
+}
+
+/** Compares the detections of two runs: the share of rows without a pair, and the largest differences of pairs. */
+private fun detectionChecks(manifest: Manifest, have: Map<String, Tensor>, want: Map<String, Tensor>): List<Check> {
+    val aligned = align(want, have)
+    val boxes = aligned.pairs.map { (a, b) -> worst(b.box, a.box) }
+    val scores = aligned.pairs.map { (a, b) -> worst(floatArrayOf(b.score), floatArrayOf(a.score)) }
+    val off = mapOf("boxes" to boxes, "scores" to scores, "labels" to emptyList()) // those of a pair have equal labels
+    return listOf(Check("not in common", 1 - aligned.share, manifest.limits.apart)) +
+        off.map { (name, errors) -> Check(name, errors.maxOrNull() ?: 0.0, manifest.limits.output(name)) }
+}
+
+/** Compares the label maps of a segmenter: the share of pixels that differ. */
+private fun labelMapCheck(manifest: Manifest, have: Tensor, want: Tensor): Check {
+    val (ours, theirs) = have.ints() to want.ints()
+    val differ = ours.indices.count { ours[it] != theirs[it] }
+    return Check("not in common", differ.toDouble() / ours.size, manifest.limits.apart)
 }
 
 private fun damaged(bundle: Bundle, file: String, reason: String): BundleException {
@@ -114,10 +136,7 @@ internal fun runBatched(manifest: Manifest, runtime: Runtime, inputs: Tensor): M
             found += output.rows(0, until - from, least = 1)
         }
     }
-    return parts.mapValues { (_, found) ->
-        val values = found.flatMap { it.floats().asList() }.toFloatArray()
-        Tensor.of(listOf(count) + found[0].shape.drop(1), values)
-    }
+    return parts.mapValues { (_, found) -> Tensor.joined(found) }
 }
 
 /**

@@ -4,15 +4,15 @@ import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-private val BYTES = mapOf("uint8" to 1, "float32" to 4)
-private val SAFETENSORS = mapOf("U8" to "uint8", "F32" to "float32")
+private val BYTES = mapOf("uint8" to 1, "int32" to 4, "float32" to 4)
+private val SAFETENSORS = mapOf("U8" to "uint8", "I32" to "int32", "F32" to "float32")
 
 /** Name, dtype and shape of an input or output; a dynamic batch is null in [shape]. */
 data class TensorSpec(val name: String, val dtype: String, val shape: List<Int?>) {
     override fun toString() = "$name $dtype[${shape.joinToString { it?.toString() ?: "batch" }}]"
 }
 
-/** A tensor: [dtype] `uint8` or `float32`, [shape], and the values in little-endian order. */
+/** A tensor: [dtype] `uint8`, `int32` or `float32`, [shape], and the values in little-endian order. */
 class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuffer) {
     init {
         val size = shape.fold(BYTES.getValue(dtype).toLong()) { size, side -> size * side }
@@ -24,6 +24,11 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
 
     /** Returns a copy of the values of a float32 tensor. */
     fun floats(): FloatArray = bytes().asFloatBuffer().let { FloatArray(it.remaining()).also(it::get) }
+
+    /** Returns a copy of the values of an int32 or uint8 tensor. */
+    fun ints(): IntArray =
+        if (dtype == "uint8") bytes().let { IntArray(it.remaining()) { i -> it.get(it.position() + i).toInt() and 255 } }
+        else bytes().asIntBuffer().let { IntArray(it.remaining()).also(it::get) }
 
     /** Returns the spec of the tensor under a name. */
     fun spec(name: String) = TensorSpec(name, dtype, shape)
@@ -49,6 +54,20 @@ class Tensor(val dtype: String, val shape: List<Int>, private val bytes: ByteBuf
             val bytes = buffer(4 * values.size)
             bytes.asFloatBuffer().put(values)
             return Tensor("float32", shape, bytes)
+        }
+
+        /** Makes an int32 tensor. */
+        fun of(shape: List<Int>, values: IntArray): Tensor {
+            val bytes = buffer(4 * values.size)
+            bytes.asIntBuffer().put(values)
+            return Tensor("int32", shape, bytes)
+        }
+
+        /** Concatenates tensors along the first axis. The parts have the same dtype and the same other axes. */
+        internal fun joined(parts: List<Tensor>): Tensor {
+            val out = buffer(parts.sumOf { it.bytes.remaining() })
+            for (part in parts) out.put(part.bytes())
+            return Tensor(parts[0].dtype, listOf(parts.sumOf { it.shape[0] }) + parts[0].shape.drop(1), out.flip())
         }
 
         /** Allocates a direct buffer, which runtimes read without a copy. */

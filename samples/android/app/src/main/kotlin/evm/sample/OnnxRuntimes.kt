@@ -15,7 +15,7 @@ import evm.TensorSpec
 import evm.ToolchainException
 import java.io.File
 
-private val TYPES = mapOf("uint8" to OnnxJavaType.UINT8, "float32" to OnnxJavaType.FLOAT)
+private val TYPES = mapOf("uint8" to OnnxJavaType.UINT8, "int32" to OnnxJavaType.INT32, "float32" to OnnxJavaType.FLOAT)
 
 /** Opens artifacts in ONNX Runtime on the CPU. [threads]: threads of one inference, null for the default. */
 class OnnxRuntimes(private val threads: Int? = null) : Runtimes {
@@ -76,7 +76,8 @@ private class Session(
     }
 
     private fun ours(tensor: OnnxTensor): Tensor {
-        val values = tensor.floatBuffer ?: throw BundleException("the model gives ${tensor.info.type}, not float32")
-        return Tensor.of(tensor.info.shape.map { it.toInt() }, FloatArray(values.remaining()).also(values::get))
+        val dtype = TYPES.entries.find { it.value == tensor.info.type }?.key
+            ?: throw BundleException("the model gives ${tensor.info.type}, not ${TYPES.keys.joinToString()}")
+        return Tensor(dtype, tensor.info.shape.map { it.toInt() }, tensor.byteBuffer)
     }
 }
