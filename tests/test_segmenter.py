@@ -189,6 +189,14 @@ def test_a_head_may_read_some_stages(tmp_path):
     assert "backbone.outnorm0.weight" in spec.checkpoint["dropped"]
 
 
+def test_blocks_and_what_stays_in_float_are_modules(tmp_path):
+    model, spec = load_checkpoint(segmenters.saved(tmp_path))
+    assert all(model.get_submodule(path) for path in (*spec.blocks, *spec.keep_float))
+    covered = (*spec.blocks, *spec.keep_float)
+    convolutions = [path for path, each in model.named_modules() if isinstance(each, torch.nn.Conv2d)]
+    assert all(any(f"{path}.".startswith(f"{block}.") for block in covered) for path in convolutions)
+
+
 def test_feature_maps_of_its_backbone(tmp_path):
     case = segmenters.case("upernet_micro")
     model, spec = load_checkpoint(segmenters.saved(tmp_path), head="features")

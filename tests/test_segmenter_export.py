@@ -71,6 +71,8 @@ def test_a_network_of_published_size_with_150_classes(tmp_path):
     plan = ExportPlan("onnx", imgsz=(136, 200), input="tensor")
     artifact, plan = segmenters.artifact(tmp_path, segmenters.saved(tmp_path, "upernet_tiny_136x200"), plan)
     is_golden(segmenters.label_map(artifact, plan, case.inputs), case)
+    nodes = onnx.load(artifact.path).graph.node
+    assert not any(node.op_type == "BatchNormalization" for node in nodes), "folded into the convolutions"
 
 
 @pytest.mark.slow
