@@ -80,8 +80,8 @@ def measure(path: Path, target: str, plugin: str, threads: int) -> None:
 
 def status(key: str) -> float:
     """Return a figure of this process in MB."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{key}:\s+(\d+)", text)[1]) / 1024
+    (kilobytes,) = re.findall(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes) / 1024
 
 
 def main() -> int:
