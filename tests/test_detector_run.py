@@ -18,7 +18,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.tasks import detection
-from evm_deploy.tasks.average_precision import Found, Objects
+from evm_deploy.tasks.average_precision import Found, Objects, average_precision
 from evm_deploy.tasks.task import Detection
 from tests import detectors
 
@@ -167,7 +167,7 @@ def test_the_trained_detector_keeps_its_average_precision(trained, bundle_of):
             values = selection(*module(torch.from_numpy(images)))
         outputs = {name: value.numpy() for name, value in zip(selection.outputs, values, strict=True)}
         in_float += detection.select(outputs, SelectionSettings())
-    ours, want = detection.score(found, truths), detection.score(in_float, truths)
+    ours, want = average_precision(found, truths), average_precision(in_float, truths)
     assert spec.num_classes == 8 and want["AP"] > 0.7
     assert all(abs(ours[name] - want[name]) < 0.001 for name in want)
 
