@@ -29,7 +29,7 @@ class BestClassSelection(Selection):
             for i, (logits, deltas) in enumerate(zip(maps[:levels], maps[levels:], strict=True))
         ]
         value, label, centre, side, delta = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-        boxes = self._decoded(centre, side, delta)
+        boxes = self.decoded(centre, side, delta)
         low, high = boxes[..., :2], boxes[..., 2:]
         scores = torch.where((high - low).amin(-1) > self.min_size, torch.sigmoid(value), 0.0)
         chosen = label[:, :, None] == torch.arange(self.classes)
