@@ -98,11 +98,11 @@ def _clipped(found: Found, edges: NDArray[Any]) -> Found:
 
 
 def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
-    """Return the detections of each image, by falling score. Without labels, a class is named `class 7`."""
-    labels = reading.labels
+    """Return the detections of each image, by falling score. A class without a label is named `class 7`."""
+    names = dict(enumerate(reading.labels or ()))
     return [
         [
-            Detection(labels[label] if labels else f"class {label}", label, score, (x1, y1, x2, y2), mask)
+            Detection(names.get(label, f"class {label}"), label, score, (x1, y1, x2, y2), mask)
             for (x1, y1, x2, y2), score, label, mask in zip(
                 each.boxes.tolist(),
                 each.scores.tolist(),
