@@ -1,4 +1,4 @@
-# make demo   export the embedded demo checkpoint, self-test the bundles, classify its images, compare latencies
+# make demo   export the embedded demos, self-test the bundles, classify digits, draw boxes and label maps, compare latencies
 # make quick  ruff, mypy, and the tests without compilers, browsers, JVM, sshd and networks of real size: the first line
 # make test   ruff, mypy, every test
 # make docs   the documentation site in dist/site, every link and anchor checked
@@ -29,6 +29,13 @@ demo: setup
 	$(BIN)/evm-run dist/evm_digits-openvino-fp32-64x64 --selftest
 	$(BIN)/evm-export --target coreml --out dist --force
 	$(BIN)/evm-run dist/evm_digits-coreml-fp16-64x64 --selftest
+	$(BIN)/python -m evm_deploy.demo.scenes dist/scenes --count 6
+	$(BIN)/evm-export demo:detector --target onnx --out dist --force
+	$(BIN)/evm-run dist/evm_scenes_detector-onnx-fp32-128x128 dist/scenes/images --save dist/boxes
+	$(BIN)/python -m evm_deploy.demo dist/evm_scenes_detector-onnx-fp32-128x128
+	$(BIN)/evm-export demo:segmenter --target onnx --out dist --force
+	$(BIN)/evm-run dist/evm_scenes_segmenter-onnx-fp32-128x128 dist/scenes/images --save dist/maps
+	$(BIN)/python -m evm_deploy.demo dist/evm_scenes_segmenter-onnx-fp32-128x128
 	$(BIN)/evm-bench --matrix --threads 1 --limit 20 -o dist/bench
 
 check: setup

@@ -90,16 +90,24 @@ def trained(folder: Path, count: int) -> None:
         val=str(labelled(folder, count, 128, classes)),
     )
     outcome = run_matrix(matrix)
-    print(f"{'trained RetinaNet, 128x128':<28}" + "".join(f"{title:>8}" for title in shown()) + "    p50 ms   SQNR dB")
+    heads = [*shown(), "p50 ms", "faster", "SQNR dB"]
+    print(f"{'trained RetinaNet, 128x128':<28}" + "".join(f"{head:>9}" for head in heads))
     for path in outcome.records:
         record = Record.read(path)
         facts = record.bundle["accuracy"] or {}
         form = f"{record.bundle['target']} {record.bundle['precision']}"
-        figures = "".join(f"{100 * facts[name]:8.2f}" for name in shown())
-        noise = f"{facts['sqnr_db']:9.1f}" if facts.get("sqnr_db") is not None else ""
-        print(f"{form:<28}{figures}{record.summary_ms['p50']:10.2f}{noise}")
+        figures = [*(f"{100 * facts[name]:.2f}" for name in shown()), f"{record.summary_ms['p50']:.2f}"]
+        if record.bundle["precision"] == "int8":
+            figures += [f"{gain(matrix.out / 'bundles' / record.bundle['name']):.2f}x", f"{facts['sqnr_db']:.1f}"]
+        print(f"{form:<28}" + "".join(f"{figure:>9}" for figure in figures))
     for form, error in outcome.failed.items():
         print(f"{form}: {error}")
+
+
+def gain(bundle: Path) -> float:
+    """Return how many times as fast as float32 a bundle is, both in turn, as its export measured it."""
+    found: float = open_bundle(bundle).manifest.details["quantization"]["speed_over_fp32_here"]
+    return found
 
 
 def shown() -> list[str]:
@@ -125,8 +133,7 @@ def seeded(folder: Path) -> None:
             how = {"calib": str(images), "force_calib": True, "smooth": "off"} if precision == "int8" else {}
             bundle = export(source, ExportPlan(target, precision, imgsz=size, **how), folder / "dist", force=True)
             record = bench(bundle.path, Settings(threads=1))
-            gain = open_bundle(bundle.path).manifest.details.get("quantization", {}).get("speed_over_fp32_here")
-            faster = f"   {gain:.2f}x as fast as float32, in turn" if gain else ""
+            faster = f"   {gain(bundle.path):.2f}x as fast as float32, in turn" if precision == "int8" else ""
             print(f"{target} {precision:<6} p50 {record.summary_ms['p50']:7.1f} ms{faster}")
             print("    " + ", ".join(f"{name} {share:.1%}" for name, share in shares(record.layers)))
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_asked_for(bundle, photos, tmp_path, capsys):
 
 def test_a_classifier_draws_nothing(micro_bundle, photos, tmp_path, capsys):
     code, _, err = run(capsys, micro_bundle.path, photos / "a.png", "--save", tmp_path / "drawn")
-    assert code == 2 and "--save draws boxes: the bundle gives scores" in err
+    assert code == 2 and "--save draws boxes and label maps: the bundle gives scores" in err
     assert not (tmp_path / "drawn").exists()
 
 

@@ -89,7 +89,8 @@ PROGRAMS = {
 LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
 #: Parts of commands that need something that is not here: other machines, GPUs, networks and files of others.
-ELSEWHERE = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU", "retinanet", ".onnx -")
+MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU")
+ELSEWHERE = (*MACHINES, "retinanet", "mask_rcnn", "upernet", ".onnx -")
 
 
 def documented_commands() -> list[str]:

@@ -254,6 +254,20 @@ def test_blocks_are_the_units_that_stay_in_float(module, block, micro):
     assert source.block_of(Layer("", module, "", "", "")) == block
 
 
+def test_an_activation_between_two_blocks_has_a_range_whichever_of_them_is_quantised():
+    first, second = Layer("a", "a.conv", "x", "y", "w"), Layer("b", "b.conv", "y", "z", "v")
+    ranges = {key: Range(-1.0, i + 1.0) for i, key in enumerate(sorted(set(activations([first, second]).values())))}
+    assert "a.conv:output" not in ranges
+    source = QuantizationCandidate(
+        None, [first, second], ["a", "b"], ranges=ranges, rewrite=lambda model, layers, ranges: (layers, ranges)
+    )
+    for blocks in (["a"], ["b"], ["a", "b"]):
+        chosen, found = source.quantized(blocks)
+        assert {tensor: found[key] for tensor, key in activations(chosen).items() if tensor == "y"} == {
+            "y": ranges["b.conv:input"]
+        }
+
+
 def test_figures_of_accuracy():
     g = np.random.default_rng(0)
     scores = g.standard_normal((50, 10)).astype(np.float32)

@@ -9,7 +9,7 @@ import torch
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.errors import CheckpointError
 from evm_deploy.model.families import load_checkpoint
-from evm_deploy.model.regions import Regions, roi_align
+from evm_deploy.model.regions import Atlas, roi_align
 from evm_deploy.tasks import detection
 from evm_deploy.tasks.task import Reading
 from tests import detectors
@@ -88,7 +88,7 @@ def test_every_step_is_that_of_mmdet(case, golden):
     selection = model.selection(SelectionSettings(), VALID)
     with torch.inference_mode():
         proposals, scores, _, count = selection.proposals(*maps[:10])
-        crops = selection.regions(maps[10:], proposals)
+        crops = Atlas.of(maps[10:], (4, 8, 16, 32)).crop(proposals, 7, 56)
     assert count.tolist() == [1000]
     assert np.abs(proposals[0].numpy() - case.expected["image0/proposals"]).max() < 0.01
     assert np.abs(scores[0].numpy() - case.expected["image0/proposal_scores"]).max() < 1e-4
@@ -292,7 +292,7 @@ def test_roi_align_by_hand():
     corners = rng.uniform(-20, 40, (2, 6, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(1, 60, (2, 6, 2))], 2).astype(np.float32)
     boxes[0, 0], boxes[1, 1] = [5, 5, 5, 5], [-36, -36, -32, -32]
-    got = roi_align(maps, torch.from_numpy(boxes), 3, 0.25).numpy().reshape(2, 6, 3, 3, 3)
+    got = roi_align(maps, torch.from_numpy(boxes) * 0.25, 3).numpy().reshape(2, 6, 3, 3, 3)
     for image in range(2):
         for i in range(6):
             want = by_hand(maps[image].double().numpy(), boxes[image, i].astype(float), 3, 0.25)
@@ -303,5 +303,24 @@ def test_a_region_is_cropped_from_the_level_of_its_size():
     levels = [torch.full((1, 1, 64 // stride, 64 // stride), float(stride)) for stride in (1, 2, 4, 8)]
     sides = torch.tensor([0, 1, 111.9, 112, 223.9, 224, 447.9, 448, 640])
     boxes = torch.stack([torch.zeros(9), torch.zeros(9), sides, sides], 1)[None] / 10
-    crops = Regions((1, 2, 4, 8), 2, finest=5.6)(levels, boxes)
+    crops = Atlas.of(levels, (1, 2, 4, 8)).crop(boxes, 2, finest=5.6)
     assert crops[:, 0, 0, 0].tolist() == pytest.approx([0, 1, 1, 2, 2, 4, 4, 8, 8], abs=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(96, 128), (33, 250), (4, 4)])
+def test_levels_side_by_side_give_the_crops_of_each_level(sides):
+    """An atlas against RoIAlign on the level of each box; boxes reach the edges of the image."""
+    rng = np.random.default_rng(1)
+    strides, (height, width) = (4, 8, 16, 32), sides
+    shapes = [[max(1, -(-(side // 4) * 4 // stride)) for side in sides] for stride in strides]
+    levels = [torch.from_numpy(rng.standard_normal((2, 3, *shape)).astype(np.float32)) for shape in shapes]
+    corners = np.sort(rng.uniform(-0.2, 1.2, (2, 30, 2, 2)).clip(0, 1), 2).reshape(2, 30, 4)
+    boxes = torch.from_numpy((corners * np.array([width, height] * 2)).astype(np.float32))
+    sizes = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 7 + 1e-6
+    got = Atlas.of(levels, strides).crop(boxes, 5, finest=7).reshape(2, 30, 3, 5, 5)
+    used = sizes.log2().floor().clamp(0, 3)
+    for i, (stride, level) in enumerate(zip(strides, levels, strict=True)):
+        want = roi_align(level, boxes / stride, 5).reshape(2, 30, 3, 5, 5)
+        own = (used == i) & (sizes > 0.1)
+        assert own.sum() > 3 or max(sides) < 9
+        assert not own.any() or (got - want)[own].abs().max() < 1e-4

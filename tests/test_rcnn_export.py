@@ -17,6 +17,7 @@ from evm_deploy import cli, load
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.masks import RunMask
 from evm_deploy.errors import UsageError
+from evm_deploy.export.description import native_metadata
 from evm_deploy.export.hub.regions import region_translations
 from evm_deploy.export.pipeline import complete, export
 from evm_deploy.export.plan import ExportPlan
@@ -99,23 +100,42 @@ def test_an_image_without_detections(exported):
     ]
 
 
-class Crops(torch.nn.Module):
-    """Regions of every level, one of them without an area."""
+@pytest.mark.slow
+def test_both_selections_are_float32_in_float16_and_the_heads_are_not(golden, exported, tmp_path):
+    exported("onnx", "auto")  # shares its trace
+    target = get_target("onnx")
+    settings = {"imgsz": SIZE, "batch": "dynamic", "input": "tensor", "scan": "auto"}
+    plan = check_plan(target, ExportPlan("onnx", "fp16", **settings))
+    spec = golden.network(plan).spec
+    plan, preprocessing = complete(plan, spec)
+    traced = golden.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
+    graph = onnx.shape_inference.infer_shapes(onnx.load(target.build(traced, plan, tmp_path).path)).graph
+    half = onnx.TensorProto.FLOAT16
+    halves = {each.name for each in graph.value_info if each.type.tensor_type.elem_type == half}
+    halves |= {each.name for each in graph.initializer if each.data_type == half}
+    selecting = [node for node in graph.node if node.name.startswith(("selection/", "selection."))]
+    assert {node.op_type for node in selecting} >= {"RoiAlign", "NonMaxSuppression", "TopK", "Softmax"}
+    for node in selecting:
+        if node.op_type != "Cast":
+            assert not halves & {*node.input, *node.output}, node.name
+    (mask_head,) = (node for node in graph.node if node.name == "roi_head.mask_head.convs.0.conv/Conv")
+    assert halves >= {*mask_head.input}
 
-    def __init__(self):
-        super().__init__()
-        self.regions = regions.Regions((4, 8, 16, 32), 7, finest=7)
+
+class Crops(torch.nn.Module):
+    """Crops of regions of every level."""
 
     def forward(self, boxes, *levels):
-        return self.regions(levels, boxes)
+        return regions.Atlas.of(levels, (4, 8, 16, 32)).crop(boxes, 7, finest=7)
 
 
+@pytest.mark.filterwarnings("ignore:# The axis name")
 @pytest.mark.parametrize("opset", [18, 21])
 def test_regions_of_every_level_are_cropped_alike_in_every_runtime(opset):
     rng = np.random.default_rng(0)
     corners = rng.uniform(-10, 80, (3, 40, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(0, 1, (3, 40, 1)) * rng.uniform(1, 120, (3, 40, 2))], 2)
-    boxes[:, 0] = 0
+    boxes[:, 0], boxes[:, 1] = 0, [15, 10, np.nextafter(np.float32(15), np.float32(16)), 30]  # empty in cells
     levels = [rng.standard_normal((3, 4, 96 // stride, 128 // stride)) for stride in (4, 8, 16, 32)]
     values = [np.float32(each) for each in (boxes, *levels)]
     module, tensors = Crops().eval(), [torch.from_numpy(each) for each in values]
@@ -182,13 +202,11 @@ def masks(change):
 
 
 def cropped(change):
-    """A mistake in RoIAlign: change(boxes, scale) -> boxes."""
+    """A mistake in RoIAlign: change(boxes) -> boxes."""
 
     def apply(selection, monkeypatch):
         right = regions.roi_align
-        monkeypatch.setattr(
-            regions, "roi_align", lambda m, boxes, size, scale: right(m, change(boxes, scale), size, scale)
-        )
+        monkeypatch.setattr(regions, "roi_align", lambda maps, boxes, size: right(maps, change(boxes), size))
 
     return apply
 
@@ -198,9 +216,8 @@ def rolled(logits, deltas):
 
 
 MISTAKES = {
-    "another level": lambda s, _: setattr(s.regions, "finest", 28),
-    "another level for masks": lambda s, _: setattr(s.mask_regions, "finest", 20),
-    "RoIAlign that is not aligned": cropped(lambda boxes, scale: boxes + 0.5 / scale),
+    "another level": lambda s, _: setattr(s, "region", replace(s.region, finest=28)),
+    "RoIAlign that is not aligned": cropped(lambda boxes: boxes + 0.5),
     "background first": heads(rolled),
     "stds of the first stage": lambda s, _: s.stds.fill_(1.0),
     "dx and dy changed": heads(

@@ -70,6 +70,7 @@ FULL_MANIFEST: dict[str, Any] = {
             "origin": {},
         },
         "parameters": 3,
+        "details": {"palette": [[3, 3, 3]]},
         "channels": 3,
     },
     "preprocessing": {

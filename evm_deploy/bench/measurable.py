@@ -115,13 +115,13 @@ class MeasuredBundle:
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
         """Return the function to time: a run on the self-test's inputs, or a prediction from its image file."""
         if timed == "end-to-end":
-            images = [self.picture] * batch
+            images = [self.image] * batch
             return lambda: self.model.predict(images, top=TOP)
         feeds = examples(self.model, batch)
         return lambda: self.model.run(feeds)
 
     @property
-    def picture(self) -> Path:
+    def image(self) -> Path:
         """Image file of the self-test."""
         return self.model.bundle.path / "selftest" / "picture.png"
 
@@ -132,7 +132,7 @@ class MeasuredBundle:
         seen: list[dict[str, float]] = []
         end = time.perf_counter() + STAGES_SECONDS
         while len(seen) < 2 or (len(seen) < STAGES_RUNS and time.perf_counter() < end):
-            self.model.predict(self.picture, TOP)
+            self.model.predict(self.image, TOP)
             seen.append(dict(self.model.spent_ms))
         return {stage: round(statistics.median(each[stage] for each in seen[1:]), 5) for stage in seen[0]}
 

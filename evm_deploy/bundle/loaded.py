@@ -37,7 +37,6 @@ from evm_deploy.runtimes.base import (
 )
 from evm_deploy.runtimes.registry import configured, runtime_of
 from evm_deploy.tasks import get_task
-from evm_deploy.tasks.detection import DETECTION
 from evm_deploy.tasks.task import Decode, Prediction, Reading
 
 if TYPE_CHECKING:
@@ -128,10 +127,11 @@ class LoadedBundle:
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], top: int = 5, *, on_error: OnError | None = None
-    ) -> list[list[Prediction]]:
+    ) -> list[Sequence[Prediction]]:
         """Return the `top` most probable classes of each image, or the detections in it (`Detection`), best first.
 
-        The boxes and masks of detections are in pixels of the upright image. `spent_ms` has the times of the call.
+        A segmenter gives each image a `LabelMap`: a sequence of the classes that are present, with the class of every
+        pixel in `map`. Boxes, masks and maps are in pixels of the upright image. `spent_ms` has the times of the call.
         images: any number of images as `data.reading.read_image` takes them (paths, encoded bytes, open files,
         Pillow images, uint8 arrays), or uint8 [n, H, W, C] or [n, H, W]. One image alone: the list has one answer.
         on_error: called with the index and the ImageError of an image that cannot be read, whose answer is then [];
@@ -140,7 +140,7 @@ class LoadedBundle:
         """
         self._require_answers(top)
         self._stopwatch = Stopwatch(STAGES)
-        results: list[list[Prediction]] = []
+        results: list[Sequence[Prediction]] = []
         waiting: dict[int, tuple[NDArray[np.uint8], Geometry | None]] = {}
 
         def classify() -> None:
@@ -166,7 +166,9 @@ class LoadedBundle:
         classify()
         return results
 
-    def classify(self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]:
+    def classify(
+        self, pixels: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], top: int = 5
+    ) -> list[Sequence[Prediction]]:
         """Return the `top` most probable classes of images that `preprocessing.pixels` has preprocessed.
 
         pixels: uint8 [n, H, W, C] with any n, independent of the bundle's batch, or a list of [H, W, C]. An app can
@@ -180,23 +182,25 @@ class LoadedBundle:
         return [found for at in starts for found in self._predictions(array[at : at + self._batch_size], top, places)]
 
     def _placed(self, image: ImageLike) -> tuple[NDArray[np.uint8], Geometry | None]:
-        """Return the pixels of an image, and its place in the network's input if the task has coordinates."""
-        if self.task.name != DETECTION.name:
+        """Return the pixels of an image, and its place in the network's input if the task maps outputs back to it."""
+        if not self.task.selects:
             return self.preprocessing.pixels(image), None
         upright = read_image(image, self.preprocessing.channels)
         return self.preprocessing.pixels(upright), self.preprocessing.geometry(*upright.size)
 
     def _predictions(
         self, pixels: NDArray[np.uint8], top: int, places: Sequence[Geometry | None] = ()
-    ) -> list[list[Prediction]]:
-        """Return the predictions of at most a batch of images. Without places, boxes are in network pixels."""
+    ) -> Sequence[Sequence[Prediction]]:
+        """Return the predictions of at most a batch of images. Without places, they are in network pixels."""
         decode = self._require_answers(top)
         with self._stopwatch("inference"):
             outputs = self._answers(pixels)
         known = [place for place in places if place]
-        reading = Reading(self.labels, whole("top", top), known or None, self.manifest.selection)
+        reading = Reading(
+            self.labels, whole("top", top), known or None, self.manifest.selection, palette=self.manifest.palette
+        )
         with self._stopwatch("postprocess"):
-            return [list(each) for each in decode(outputs, reading)]
+            return decode(outputs, reading)
 
     def selftest(self) -> list[selftest.Check]:
         """Compare preprocessing, outputs and scans with the expected values in the bundle. Raises BundleError."""

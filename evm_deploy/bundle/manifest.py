@@ -18,6 +18,7 @@ from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.base import Batch
+from evm_deploy.tasks.task import Colour
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -124,6 +125,12 @@ class Manifest:
         """Selection of a detector's bundle; the defaults for other bundles."""
         given = {each.name: self.plan.get(each.name) for each in fields(SelectionSettings)}
         return SelectionSettings(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def palette(self) -> tuple[Colour, ...] | None:
+        """Colour of each class of a segmenter as red, green and blue, 0..255; None if the training run names none."""
+        found = (self.model.get("details") or {}).get("palette")
+        return tuple((red, green, blue) for red, green, blue in found) if found else None
 
     @property
     def input(self) -> str:

@@ -9,6 +9,7 @@ from evm_deploy.data.preprocessing import CROP, PAD, Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.data.resizing import PLAIN
 from evm_deploy.tasks.detection import DETECTION, MASKS
+from evm_deploy.tasks.segmentation import SEGMENTATION
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ with load("path/to/this/folder") as model:
 
 
 def outputs_text(manifest: Manifest) -> str:
-    """Describe the outputs of a detector for an app that reads them itself; an empty text for other networks."""
+    """Describe the outputs of a detector or segmenter for an app that reads them itself; else an empty text."""
+    found, (height, width) = manifest.selection, manifest.preprocess().size
+    if manifest.task == SEGMENTATION.name:
+        return label_map_text(manifest)
     if manifest.task != DETECTION.name:
         return ""
-    found, height, width = manifest.selection, *manifest.preprocess().size
     text = (
         f" `boxes` are x1, y1, x2, y2 in pixels of the {height}x{width} input: divide them by the factors of the "
         "resize. `labels` count from 0."
@@ -97,6 +100,20 @@ def outputs_text(manifest: Manifest) -> str:
         f"{text} Rows are candidates with a score over {found.score_thr:g}, the others have label -1 and score 0: for "
         f"each class drop every box that overlaps a better one by over {found.iou:g} (intersection over union), and "
         f"keep the best {found.max_det}."
+    )
+
+
+def label_map_text(manifest: Manifest) -> str:
+    """Describe the output of a segmenter, and the way from it to a map of the original image."""
+    height, width = manifest.preprocess().size
+    padded = manifest.preprocess().resize == PAD
+    cut = "cut off the padding, which is right and below, and " if padded else ""
+    palette = " `manifest.json` has a colour for each class (`model.details.palette`)." if manifest.palette else ""
+    output = manifest.outputs[0]
+    return (
+        f" It holds the class index of each pixel of the {height}x{width} input, from 0: {output['dtype']} "
+        f"{shape_of(output)}. For a map of the original image {cut}resize the map to the image's size, "
+        f"each pixel from the nearest one (never interpolate class indices).{palette}"
     )
 
 

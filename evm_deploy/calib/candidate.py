@@ -52,7 +52,20 @@ class QuantizationCandidate:
     def quantized(self, blocks: Collection[str]) -> Any:
         """Return the network with the layers of these blocks quantised."""
         chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
-        return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges)
+        return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges_at_both_ends())
+
+    def ranges_at_both_ends(self) -> dict[str, Range]:
+        """Return the ranges, also by the key that an activation has where only one of its two layers is quantised.
+
+        With both layers it has the key of the layer that reads it (`activations`).
+        """
+        keys, found = activations(self.layers), dict(self.ranges)
+        for layer in self.layers:
+            for end, tensor in (("input", layer.reads), ("output", layer.writes)):
+                known = self.ranges.get(keys.get(tensor, ""))
+                if known:
+                    found.setdefault(f"{layer.module}:{end}", known)
+        return found
 
     def identity(self, blocks: Collection[str]) -> str:
         """Return a text of all that makes `quantized(blocks)` of the network: layers, ranges and calibration table."""

@@ -32,17 +32,19 @@ def with_probes(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of `model` with a probe for each module whose maps the selection reads; none without a selection.
 
     before:  %1 = Conv(..)  -> selection;   %2 = Conv(..)  -> selection       the same module on two levels
-    after:   probe0 = Concat(Gather(Reshape(%1)), Gather(Reshape(%2)))        (b, values) float32
+    after:   probe0 = Concat(Gather(Flatten(%1)), Gather(Flatten(%2)))        (b, values) float32
 
     Values are drawn with a fixed seed, SAMPLE of each map.
     """
     from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-    result = copy.deepcopy(model)
+    result, found = copy.deepcopy(model), maps_read(model)
+    if not found:
+        return result
     graph = result.graph
     inferred = shape_inference.infer_shapes(model).graph
     sizes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inferred.value_info}
-    for number, maps in enumerate(maps_read(model).values()):
+    for number, maps in enumerate(found.values()):
         parts = []
         for name in maps:
             count = int(np.prod(sizes[name][1:]))

@@ -1,10 +1,11 @@
-"""Print the detections of images, one line for each image, and save images with boxes drawn on them."""
+"""Print the detections or label maps of images, one line for each image, and save images with them drawn."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,38 @@ from evm_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import LoadedBundle
-    from evm_deploy.tasks.task import Detection
+    from evm_deploy.tasks.task import Detection, LabelMap, Prediction
 
 JPEG = (".jpg", ".jpeg")
 JPEG_QUALITY = 92
+LISTED = 8  # classes in the line of a label map; JSON has all
+LEAST_SHARE = 0.0005  # that is not rounded to 0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Texts on the answers of a task. key: of the answers in a row of JSON. least: default of --min-score.
+
+    `kept(answer, least)`: return what counts. `line(answer)`: return it as text. `row(each)`: return one of it as data.
+    """
+
+    key: str
+    least: float
+    kept: Callable[[Any, float], Any]
+    line: Callable[[Any], str]
+    row: Callable[[Any], dict[str, Any]]
 
 
 def detect(
     model: LoadedBundle, names: Sequence[str], least: float, save: Path | None, rows: list[dict[str, Any]], quiet: bool
 ) -> Iterator[str]:
-    """Detect objects in image files, a batch at a time. Yields the line of each image, or the message of its error.
+    """Detect objects, or the class of every pixel, in image files, a batch at a time. Yields the line of each image.
 
-    least: smallest score of a detection that counts. save: folder for copies of the images with boxes. rows: gets a row
-    for each image: its path, detections and the times in ms, or its error. quiet: yield no lines.
+    least: smallest score of a detection that counts. save: folder for copies of the images with what was found drawn on
+    them. rows: gets a row for each image: its path, what was found and the times in ms, or its error. quiet: yield no
+    lines.
     """
+    shown = SHOWN[model.task.name]
     size = model.manifest.batch.max or 1
     for start in range(0, len(names), size):
         part = names[start : start + size]
@@ -38,10 +57,10 @@ def detect(
                 rows.append({"image": name, "error": str(errors[index])})
                 print(escape_controls(f"evm-run: {errors[index]}"), file=sys.stderr)
                 continue
-            found: list[Any] = [each for each in answer if each.score >= least]
+            found = shown.kept(answer, least)
             row: dict[str, Any] = {
                 "image": name,
-                "detections": [row_of(each) for each in found],
+                shown.key: [shown.row(each) for each in found],
                 "ms": {stage: round(ms, 3) for stage, ms in spent.items()},
             }
             if save:
@@ -49,7 +68,7 @@ def detect(
             rows.append(row)
             if not quiet:
                 times = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in spent.items())
-                yield escape_controls(f"{name}: {counts(found)}   {times}")
+                yield escape_controls(f"{name}: {shown.line(found)}   {times}")
 
 
 def counts(found: Sequence[Detection]) -> str:
@@ -68,8 +87,27 @@ def row_of(found: Detection) -> dict[str, Any]:
     return row if found.mask is None else {**row, "mask": found.mask.to_coco()}
 
 
+def shares(found: LabelMap) -> str:
+    """Return the classes that are present, with their shares of the pixels, as text: `63.1 % road, 36.9 % sky`."""
+    figures = (f"{100 * each.score:.1f}" if each.score >= LEAST_SHARE else "<0.1" for each in found[:LISTED])
+    texts = [f"{figure} % {each.label}" for figure, each in zip(figures, found, strict=False)]
+    rest = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    return ", ".join([*texts, *rest])
+
+
+def row_of_class(found: Prediction) -> dict[str, Any]:
+    """Return plain data of a class that is present. share: of the pixels, 0..1."""
+    return {"label": found.label, "index": found.index, "share": found.score}
+
+
+SHOWN = {
+    "detection": Shown("detections", 0.3, lambda found, least: [e for e in found if e.score >= least], counts, row_of),
+    "segmentation": Shown("classes", 0.0, lambda found, least: found, shares, row_of_class),
+}
+
+
 def save_drawn(model: LoadedBundle, name: str, found: Sequence[Any], folder: Path, least: float) -> Path:
-    """Write a copy of an image with its detections into a folder, under a name that is free there. Returns its path.
+    """Write a copy of an image with what was found drawn on it into a folder. Returns its path, a name free there.
 
     JPEG files stay JPEG; all others become PNG. Raises UsageError if the folder cannot be written.
     """

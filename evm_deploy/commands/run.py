@@ -1,4 +1,4 @@
-"""evm-run: classify images or detect objects in them with a bundle, or run the bundle's self-test."""
+"""evm-run: classify images, detect objects or the class of every pixel with a bundle, or run its self-test."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run_parser() -> Parser:
     """Return the argument parser of evm-run."""
     parser = Parser(
         "evm-run",
-        description="Classify images or detect objects in them with a bundle, or run the bundle's self-test on this "
-        "device.",
+        description="Classify images, or detect objects or the class of every pixel in them, with a bundle; or run the "
+        "bundle's self-test on this device.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,11 +45,14 @@ def run_parser() -> Parser:
     add(
         "--min-score",
         type=float,
-        default=0.3,
         metavar="X",
         help="smallest score of the detections that are printed and drawn, default 0.3",
     )
-    add("--save", metavar="DIR", help="write a copy of each image with its detections drawn into this folder")
+    add(
+        "--save",
+        metavar="DIR",
+        help="write a copy of each image with its detections or label map drawn into this folder",
+    )
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
     add(
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Run the self-test, the classification, or both. Return 4 if the self-test failed, else 0."""
     from evm_deploy.bundle.loaded import load
+    from evm_deploy.tasks.detection import DETECTION
 
     if args.bundle is None:
         raise UsageError(
@@ -89,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: use a number from 1")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: use a number from 1")
-    if not 0 <= args.min_score <= 1:
+    if args.min_score is not None and not 0 <= args.min_score <= 1:
         raise UsageError(f"--min-score {args.min_score}: use a score from 0 to 1")
     options = {name: getattr(args, name) for name in ("threads", "scan", "require_signature")}
     options |= given(args, setting_kinds())
@@ -112,7 +116,13 @@ def _run(args: argparse.Namespace) -> int:
             if not passed:
                 return 4
         if args.save and not model.task.draw:
-            raise UsageError(f"--save draws boxes: the bundle gives {model.task.gives}", "leave --save out")
+            raise UsageError(
+                f"--save draws boxes and label maps: the bundle gives {model.task.gives}", "leave --save out"
+            )
+        if args.min_score is not None and model.task.name != DETECTION.name:
+            raise UsageError(
+                f"--min-score is for detections: the bundle gives {model.task.gives}", "leave --min-score out"
+            )
         if args.images:
             return (_detect if model.task.draw else _classify)(model, args)
     return 0
@@ -148,14 +158,15 @@ def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
 
 
 def _detect(model: LoadedBundle, args: argparse.Namespace) -> int:
-    """Print the detections of each image as soon as they are known. Return 2 if an image cannot be read, else 0."""
-    from evm_deploy.commands.detections import detect
+    """Print what is found in each image as soon as it is known. Return 2 if an image cannot be read, else 0."""
+    from evm_deploy.commands.detections import SHOWN, detect
 
     names = [name for given in args.images for name in _images(given)]
     rows: list[dict[str, Any]] = []
     save = Path(args.save) if args.save else None
+    least = SHOWN[model.task.name].least if args.min_score is None else args.min_score
     try:
-        for line in detect(model, names, args.min_score, save, rows, args.json):
+        for line in detect(model, names, least, save, rows, args.json):
             print(line, flush=True)
     finally:
         if args.json:

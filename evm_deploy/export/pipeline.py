@@ -31,7 +31,7 @@ from evm_deploy.export.plan import (
     read_size,
 )
 from evm_deploy.export.preprocessing import make_preprocessing
-from evm_deploy.export.selection import complete_selection
+from evm_deploy.export.selection import check_whole_image, complete_selection
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Artifact, Target, Traced, check_plan, library_here
 from evm_deploy.export.targets import get_target
@@ -210,6 +210,7 @@ def complete(plan: ExportPlan, spec: ModelSpec) -> tuple[ExportPlan, Preprocessi
             raise UsageError(f"--imgsz {size_text(size)} is too small: at least {spec.min_pixels} pixels a side")
     preprocessing = make_preprocessing(imgsz, plan.preprocessing, saved, spec.channels)
     check_channels(plan, spec)
+    check_whole_image(preprocessing, spec)
     task = get_task(spec.task)
     head = plan.head or (PROBABILITIES if plan.multi_label else task.heads[0])
     if head not in task.heads:

@@ -18,7 +18,7 @@ from evm_deploy.export.preprocessing import make_preprocessing
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.toolchain.platforms import PLATFORMS
 
-HEADS = ("logits", "probs", "features", "raw", "detections")
+HEADS = ("logits", "probs", "features", "raw", "detections", "label_map")
 INPUTS = ("image", "tensor")
 PRECISION_ALIASES = {"w8a16": "w8"}  # the field's name for int8 weights with float activations
 PRECISIONS = ("fp32", "fp16", "int8", "int8-fp16", "w8")
@@ -31,7 +31,8 @@ MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: finds gross faults only; the accuracy check decides. w8: logits of correct exports differ by 0.003 (trained T)
 # to 0.016 (seeded T, S, B), feature maps by up to 0.04. The accuracy check without labels also allows a 10 % error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5, "int8-fp16": 0.5, "w8": 0.1}
-# Least share of detections that the float model gives too. Random weights put many boxes at the limit of the NMS.
+# Least share of detections, or of pixels, that the float model gives too. Random weights put many boxes at the limit
+# of the NMS.
 AGREEMENTS = {"fp32": 0.99, "fp16": 0.9}
 # Relative to the artifact's own outputs. int8: integer kernels round differently. w8 computes in float32, like fp32.
 SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
@@ -186,7 +187,7 @@ class ExportPlan:
 
     @property
     def agreement(self) -> float:
-        """Least share (0..1) of detections that the artifact and the float model have in common."""
+        """Least share (0..1) of detections, or of pixels, that the artifact and the float model have in common."""
         return AGREEMENTS.get(self.precision or PRECISIONS[0], 0.5)
 
     @property

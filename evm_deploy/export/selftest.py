@@ -78,7 +78,7 @@ def write(
     tolerance = target.selftest_tolerances.get(str(plan.precision), plan.tolerance)
     outputs = {name: tolerance * max(1.0, float(np.abs(value).max())) for name, value in expected.items()}
     limits: dict[str, Any] = {"preprocessing": 1.0, "outputs": outputs, "scans": {}}
-    if plan.selection:
+    if plan.selection or reference.judge:
         limits["apart"] = 1 - plan.agreement
     arrays = {}
     for name, scan in cases.items():

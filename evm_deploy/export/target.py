@@ -110,6 +110,10 @@ class ScanAccess(Protocol):
         """
         ...
 
+    def with_layer(self, path: str, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Returns the outputs, and under `path` the output of the convolution of this module."""
+        ...
+
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
         """Run scan `index` by itself on u, delta, B and C, with the artifact's own A, skip and bias. Returns y."""
         ...

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from evm_deploy._util.silence import one_at_a_time
 from evm_deploy.errors import ParityError
 from evm_deploy.export.hub.float16 import LARGEST
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.plan import TOLERANCES, ExportPlan
 from evm_deploy.export.target import ScanAccess
 from evm_deploy.runtimes.base import Feeds, Runtime, run_batched
 from evm_deploy.scan.native import without_native_scan
@@ -75,19 +75,39 @@ class Parity:
         return {**asdict(self), "ok": self.ok}
 
 
+class Judge(Protocol):
+    """Float module of a selection whose outputs are choices among values, such as the classes of pixels.
+
+    reads: path of the module, a convolution, that writes the maps which the selection reads.
+    """
+
+    reads: str
+
+    def chosen(self, maps: NDArray[Any]) -> Outputs:
+        """Return the right choices for these maps, as outputs by name."""
+        ...
+
+    def judged(self, maps: NDArray[Any], outputs: Outputs) -> Outputs:
+        """Return the value that each choice in `outputs` has in these maps. The right choices have the largest."""
+        ...
+
+
 @dataclass(frozen=True)
 class FloatRun:
     """Outputs and scans of the float model on the test inputs, computed in torch alone.
 
     test_inputs: (n, ...), n inputs of the artifact. outputs: by name. scans: the inputs of each scan on the first test
     input, in execution order. beyond_float16: layer name -> largest output, for layers whose output float16 cannot
-    hold.
+    hold. judge: for outputs that are choices, the selection in the graph as a float module; else None. maps: what the
+    network gives to it, (n, ...).
     """
 
     test_inputs: NDArray[Any]
     outputs: dict[str, NDArray[Any]]
     scans: list[Scan]
     beyond_float16: dict[str, float]
+    judge: Judge | None = None
+    maps: NDArray[Any] = field(default_factory=lambda: np.empty(0))
 
 
 def verify(
@@ -107,9 +127,12 @@ def verify(
     actual: Outputs = run_batched(runtime, plan.batch, test_inputs)
     agreement = float(task.agree(expected, actual).mean()) if task.agree else None
     if task.align:
-        expected, actual, share = task.align(expected, actual, plan.tolerance)
+        *paired, share = task.align(expected, actual, plan.tolerance)
         if share < plan.agreement:
             failures.append(f"{share:.1%} of the {task.gives} are those of the float model, limit {plan.agreement:.1%}")
+        if reference.judge:
+            paired = [reference.judge.judged(reference.maps, each) for each in (expected, actual)]
+        expected, actual = paired
     max_abs = limit = 0.0
     cosine = 1.0
     for name, want in expected.items():
@@ -125,6 +148,8 @@ def verify(
         if len(want) and want.dtype.kind == "f":
             cosine = min(cosine, _cosine(have, want))
     first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
+    if reference.judge:
+        _verify_selection(access, first, reference.judge, reference.maps, plan, failures)
     scans = _verify_scans(access, first, reference.scans, plan, failures)
     return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))
 
@@ -196,11 +221,39 @@ def run_reference(reference: Any, test_inputs: NDArray[Any]) -> FloatRun:
 
     watched = reaching(reference, LARGEST)
     recorder = Recorder()  # type: ignore[no-untyped-call]
+    selection = getattr(reference, "selection", None)
+    judge = selection if hasattr(selection, "judged") else None
+    seen: list[Any] = []
+    hooks = [judge.register_forward_pre_hook(lambda _, maps: seen.extend(maps))] if judge else []
     with one_at_a_time, torch.inference_mode(), without_native_scan(), watched as reached, recorder:
         runs = [reference(torch.from_numpy(test_input[None])) for test_input in test_inputs]
+    for hook in hooks:
+        hook.remove()
     values = (np.concatenate(parts) for parts in zip(*runs, strict=True))
     outputs = dict(zip(reference.outputs, values, strict=True))
-    return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached)
+    maps = np.concatenate(seen or [np.empty(0)])
+    return FloatRun(test_inputs, outputs, scans[: len(scans) // len(runs)], reached, judge, maps)
+
+
+def _verify_selection(
+    access: ScanAccess, feeds: Feeds, judge: Judge, maps: NDArray[Any], plan: ExportPlan, failures: list[str]
+) -> None:
+    """Compare the maps that the artifact's selection reads with the float model's, and its choices with these maps.
+
+    The selection is float32 in every precision, so that its choices have the limit of float32.
+    """
+    outputs = {name: value[:1] for name, value in access.with_layer(judge.reads, feeds).items()}
+    own = outputs.pop(judge.reads).astype(np.float32)
+    largest = max(1.0, float(np.abs(own).max()))
+    error = _relative(own, maps[:1])
+    if not error <= plan.tolerance:
+        failures.append(f"{judge.reads} is off by {error:.2g} (relative), limit {plan.tolerance:.2g}")
+    best, chosen = (judge.judged(own, each) for each in (judge.chosen(own), outputs))
+    limit = TOLERANCES["fp32"] * largest
+    for name, value in best.items():
+        error = float(np.abs(value - chosen[name]).max())
+        if not error <= limit:
+            failures.append(f"{name} has choices that are worse than the best by {error:.2g}, limit {limit:.2g}")
 
 
 def _verify_scans(

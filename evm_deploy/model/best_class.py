@@ -46,9 +46,4 @@ class BestClassSelection(Selection):
         anchor, position = place // pixels, place % pixels
         index = ((anchor * k)[:, :, None] + torch.arange(k)) * pixels + position[:, :, None]  # (1, n, k)
         value, label = logits.reshape(b, -1).gather(1, index.reshape(b, -1)).reshape(b, -1, k).topk(1, 2)
-        index = ((anchor * 4)[:, :, None] + torch.arange(4)) * pixels + position[:, :, None]
-        delta = deltas.reshape(b, -1).gather(1, index.reshape(b, -1)).reshape(b, -1, 4)
-        cell = torch.stack([position % w, position // w], 2).to(torch.float32)
-        centre = (cell + self.anchors.offset) * float(self.anchors.strides[level])
-        side = self.get_buffer(f"sides{level}")[anchor]
-        return value[..., 0], label[..., 0], centre, side, delta
+        return value[..., 0], label[..., 0], *self._anchored(deltas, anchor, position, level)

@@ -177,9 +177,13 @@ class Selection(BoxSelection):
             value, pair = flat.topk(min(self.before, each * k * pixels), 1)
             channel, position = pair // pixels, pair % pixels
             anchor, label = channel // k, channel % k
-        index = ((anchor * 4)[:, :, None] + torch.arange(4)) * pixels + position[:, :, None]
+        return value, label, *self._anchored(deltas, anchor, position, level)
+
+    def _anchored(self, deltas: Tensor, anchor: Tensor, position: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centre, side and deltas (b, n, ..) of anchors (b, n) at positions (b, n) of a level's map."""
+        b, _, h, w = deltas.shape
+        index = ((anchor * 4)[:, :, None] + torch.arange(4)) * (h * w) + position[:, :, None]
         delta = deltas.reshape(b, -1).gather(1, index.reshape(b, -1)).reshape(b, -1, 4)
         cell = torch.stack([position % w, position // w], 2).to(torch.float32)
         centre = (cell + self.anchors.offset) * float(self.anchors.strides[level])
-        side = self.get_buffer(f"sides{level}")[anchor]
-        return value, label, centre, side, delta
+        return centre, self.get_buffer(f"sides{level}")[anchor], delta

@@ -10,10 +10,11 @@ from evm_deploy.model.checkpoint_file import Content, read_content
 from evm_deploy.model.efficientvmamba.checkpoint import EFFICIENTVMAMBA
 from evm_deploy.model.efficientvmamba.detector import DETECTOR
 from evm_deploy.model.efficientvmamba.rcnn_checkpoint import RCNN
+from evm_deploy.model.efficientvmamba.segmenter import SEGMENTER
 from evm_deploy.model.network import Family, LoadOptions, Network
 from evm_deploy.model.state_dict import RawCheckpoint, no_weights, take_weights
 
-FAMILIES: tuple[Family, ...] = (DETECTOR, RCNN, EFFICIENTVMAMBA)  # a detector holds a backbone too
+FAMILIES: tuple[Family, ...] = (DETECTOR, RCNN, SEGMENTER, EFFICIENTVMAMBA)  # the first ones hold a backbone, too
 
 
 @default_torch_settings()
@@ -22,11 +23,11 @@ def load_checkpoint(
 ) -> Network:
     """Load a trained network from a checkpoint file -> (float32 module in eval mode, its ModelSpec).
 
-    head: None builds the whole network, a classifier or a detector; `logits` and `probs` build a classifier, `features`
-    builds the backbone. weights: where the file
-    has several sets, `ema` takes the averaged weights, `raw` the other weights, and the name of a set that set. drop:
-    shell patterns of keys to leave out, such as `aux_head.*`. The first family with weights in the file loads it.
-    Raises CheckpointError if no family has, or if keys are missing, unexpected or misshapen; the message lists them.
+    head: None builds the whole network, a classifier, detector or segmenter; `logits` and `probs` build a classifier,
+    `features` builds the backbone. weights: where the file has several sets, `ema` takes the averaged weights, `raw`
+    the other weights, and the name of a set that set. drop: shell patterns of keys to leave out, such as `aux_head.*`.
+    The first family with weights in the file loads it. Raises CheckpointError if no family has, or if keys are missing,
+    unexpected or misshapen; the message lists them.
     """
     family, raw = find_network(read_content(Path(path)), weights, drop)
     return family.load(raw, LoadOptions(head))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,10 +54,15 @@ class _OddError(Exception):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a training run. cfg: nested dicts of plain values, empty without one. classes: names in order."""
+    """Settings of a training run.
+
+    cfg: nested dicts of plain values, empty without one. classes: names in order. palette: colour of each class as red,
+    green and blue, 0..255; empty without one.
+    """
 
     cfg: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def read(cls, meta: Any) -> TrainingSettings:
@@ -68,13 +73,7 @@ class TrainingSettings:
         cfg = text if isinstance(text, Mapping) else parse_config(text) if isinstance(text, str) else {}
         dataset = meta.get("dataset_meta")
         named = dataset if isinstance(dataset, Mapping) else {}
-        for key, names in (("classes", named), ("CLASSES", named), ("CLASSES", meta), ("classes", meta)):
-            found = names.get(key)
-            if isinstance(found, str):  # of a data set with one class
-                found = (found,)
-            if isinstance(found, Sequence) and found and all(isinstance(each, str) for each in found):
-                return cls(cfg, tuple(found))
-        return cls(cfg)
+        return cls(cfg, _classes(_first(named, meta, "classes")), _palette(_first(named, meta, "palette")))
 
     @classmethod
     def from_json(cls, text: str) -> TrainingSettings:
@@ -86,7 +85,9 @@ class TrainingSettings:
 
     def to_json(self) -> str:
         """Return the settings as JSON, in the layout of a checkpoint's `meta`."""
-        return json.dumps({"cfg": self.cfg, "dataset_meta": {"classes": self.classes}}, default=str)
+        return json.dumps(
+            {"cfg": self.cfg, "dataset_meta": {"classes": self.classes, "palette": self.palette}}, default=str
+        )
 
     def get(self, path: str, kind: Any = object) -> Any:
         """Return the value at a dotted path such as `model.test_cfg.nms_pre`; None if absent or not of `kind`.
@@ -105,6 +106,38 @@ class TrainingSettings:
         if value is None or not all(isinstance(each, int | float) and not isinstance(each, bool) for each in value):
             return None
         return tuple(map(float, value)) if value and count in (None, len(value)) else None
+
+
+def _first(named: Mapping[str, Any], meta: Mapping[str, Any], key: str) -> list[Any]:
+    """Return the values of `key`, in small and capital letters, of mmengine and then of mmcv 1."""
+    places = ((named, key), (named, key.upper()), (meta, key.upper()), (meta, key))
+    return [each.get(name) for each, name in places]
+
+
+def _classes(found: Iterable[Any]) -> tuple[str, ...]:
+    """Return the first value that is a list of names; a text is the name of a data set's one class."""
+    for names in found:
+        each = (names,) if isinstance(names, str) else names
+        if isinstance(each, Sequence) and each and all(isinstance(name, str) for name in each):
+            return tuple(each)
+    return ()
+
+
+def _palette(found: Iterable[Any]) -> tuple[tuple[int, int, int], ...]:
+    """Return the first value that is a list of colours, each three whole numbers from 0 to 255."""
+    for colours in found:
+        if isinstance(colours, Sequence) and colours and all(map(is_colour, colours)):
+            return tuple((int(red), int(green), int(blue)) for red, green, blue in colours)
+    return ()
+
+
+def is_colour(value: Any) -> bool:
+    """Test whether a value is red, green and blue as whole numbers from 0 to 255."""
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(part, int) and not isinstance(part, bool) and 0 <= part <= 255 for part in value)
+    )
 
 
 def parse_config(text: str) -> dict[str, Any]:

@@ -13,30 +13,32 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.model.detection import BOXES, COUNT, LABELS, SCORES, Anchors, BoxSelection, Selection
 
 MASKS = "masks"
-FINEST = 56  # side in pixels of a region of the finest level, times its relative size on the next
+FINEST = 56  # pixels: regions with sides of twice this number and more are cropped from the second level
+EDGE = 2  # cells around a level in an atlas: a sample half a cell outside reads the first one
 PROPOSALS = SelectionSettings(score_thr=0.0, iou=0.7, max_det=1000)
 EXACT = 1e-6  # added to relative sizes, so that a region of exactly twice a size belongs to the next level
 
 
 @torch.library.custom_op("evm::roi_align", mutates_args=())
-def roi_align(maps: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+def roi_align(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
     """RoIAlign: maps (b, C, h, w), boxes (b, n, 4) x1 y1 x2 y2 -> means in their bins (b * n, C, size, size) float32.
 
-    scale: of the map, in cells for one pixel of a box. Cell i has its centre at i + 0.5 (`aligned`, half pixel). A bin
-    is the mean of ceil(length / size) samples on each axis, bilinear (`sampling_ratio` 0). Samples over one cell
-    outside the map are 0. Source: arXiv 1703.06870; ONNX RoiAlign 16.
+    boxes: in cells of the map. Cell i has its centre at i + 0.5 (`aligned`, half pixel). A bin is the mean of
+    ceil(length / size) samples on each axis, bilinear (`sampling_ratio` 0). Samples over one cell outside the map are
+    0. Source: arXiv 1703.06870; ONNX RoiAlign 16.
     """
     channels_last = maps.permute(0, 2, 3, 1).contiguous().numpy()
     _, height, width, channels = channels_last.shape
     found = np.zeros((boxes.shape[0] * boxes.shape[1], size, size, channels), np.float32)
-    scaled = boxes.numpy().reshape(-1, 4) * np.float32(scale) - np.float32(0.5)
+    scaled = boxes.numpy().reshape(-1, 4) - np.float32(0.5)
     near = (scaled[:, 2:] >= -1).all(1) & (scaled[:, :2] <= (width, height)).all(1)
     for i in np.flatnonzero(near):
         x1, y1, x2, y2 = scaled[i]
@@ -50,7 +52,7 @@ def roi_align(maps: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
 
 
 @roi_align.register_fake
-def _(maps: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+def _(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
     return maps.new_empty((boxes.shape[0] * boxes.shape[1], maps.shape[1], size, size))
 
 
@@ -86,43 +88,57 @@ class Proposals(Selection):
         return value, torch.full_like(label, level), *rest
 
 
-class Regions(nn.Module):
-    """Crop of regions from the level of a feature pyramid that fits the size of each region.
+@dataclass(frozen=True)
+class Atlas:
+    """Levels of a feature pyramid side by side in one map, so that one RoIAlign crops the regions of all levels.
 
-    strides: of the levels in pixels, the finest first. size: of a crop, in bins. finest: side of a region in pixels
-    from which level 1 is used is twice this number, and so on by powers of two.
+    maps: (b, C, h, w). places: (levels, 3) float32, of each level: cells for one pixel of the input, and x and y of its
+    corner in the map. The edge of a level is repeated around it, as RoIAlign does at the edge of a map.
     """
 
-    def __init__(self, strides: Sequence[int], size: int, finest: float = FINEST) -> None:
-        super().__init__()
-        self.strides, self.size, self.finest = tuple(strides), size, finest
+    maps: Tensor
+    places: Tensor
 
-    def forward(self, levels: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """Map levels (b, C, h, w) and boxes (b, n, 4) in pixels of the input -> crops (b * n, C, size, size).
+    @classmethod
+    def of(cls, levels: Sequence[Tensor], strides: Sequence[int]) -> Atlas:
+        """Join levels (b, C, h, w): the finest one, and below it the others in a row. strides: in pixels."""
+        finest, *others = levels
+        beside = sum(int(level.shape[3]) + 2 * EDGE for level in others)
+        width = max(int(finest.shape[3]) + 2 * EDGE, beside)
+        height = max((int(level.shape[2]) for level in others), default=0)
+        rows = [_framed(finest, int(finest.shape[2]), width)]
+        places, x, y = [(1 / strides[0], EDGE, EDGE)], EDGE, int(finest.shape[2]) + 3 * EDGE
+        parts = []
+        for i, level in enumerate(others):
+            wide = int(level.shape[3]) + 2 * EDGE
+            parts.append(_framed(level, height, wide + (width - beside if level is others[-1] else 0)))
+            places.append((1 / strides[i + 1], x, y))
+            x += wide
+        rows += [torch.cat(parts, 3)] if parts else []
+        return cls(torch.cat(rows, 2), torch.tensor(places, dtype=torch.float32))
 
-        Empty boxes give zeros. Every level crops all regions: those of other levels lie beside the map, where RoIAlign
-        reads one sample of zero for each bin, so shapes are static.
+    def crop(self, boxes: Tensor, size: int, finest: float) -> Tensor:
+        """Crop boxes (b, n, 4) in pixels of the input -> (b * n, C, size, size). Empty boxes give zeros.
+
+        The level of a box is floor(log2(sqrt(its area) / finest)), limited to the levels.
         """
         sides = boxes[..., 2:] - boxes[..., :2]
-        relative = (sides[..., 0] * sides[..., 1]).sqrt() / self.finest + EXACT
-        filled = sides.amin(-1) > 0
-        crops: Tensor | None = None
-        for i, (stride, maps) in enumerate(zip(self.strides, levels, strict=True)):
-            own = filled & self._belongs(relative, i)
-            beside = torch.tensor([-9.0, -9.0, -8.0, -8.0]) * stride
-            part = roi_align(maps, torch.where(own[..., None], boxes, beside), self.size, 1 / stride)
-            crops = part if crops is None else crops + part
-        assert crops is not None
+        relative = (sides[..., 0] * sides[..., 1]).sqrt() / finest + EXACT
+        level = torch.zeros_like(relative, dtype=torch.int64)
+        for i in range(1, len(self.places)):
+            level = level + (relative >= 2.0**i).to(torch.int64)
+        place = self.places[level]
+        cells = boxes * place[..., :1] + place[..., [1, 2, 1, 2]]
+        filled = (cells[..., 2:] - cells[..., :2]).amin(-1, keepdim=True) > 0  # OpenVINO gives NaN for an empty box
+        beside = torch.tensor([-9.0, -9.0, -8.0, -8.0])  # RoIAlign reads one sample of zero there for each bin
+        crops: Tensor = roi_align(self.maps, torch.where(filled, cells, beside), size)
         return crops
 
-    def _belongs(self, relative: Tensor, level: int) -> Tensor:
-        """Test which regions of a relative size belong to a level: floor(log2(size)), limited to the levels."""
-        own = torch.ones_like(relative, dtype=torch.bool)
-        if level:
-            own = own & (relative >= 2.0**level)
-        if level < len(self.strides) - 1:
-            own = own & (relative < 2.0 ** (level + 1))
-        return own
+
+def _framed(level: Tensor, height: int, width: int) -> Tensor:
+    """Repeat the edge of a level (b, C, h, w) around it -> (b, C, height + 2 EDGE, width)."""
+    bottom, right = height - int(level.shape[2]) + EDGE, width - int(level.shape[3]) - EDGE
+    return F.pad(level, (EDGE, right, EDGE, bottom), mode="replicate")
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,7 @@ class RegionSettings:
     """Settings of the second stage of a detector.
 
     anchors: of the RPN. proposals: their selection. before: most proposals of a level before NMS. min_size: width and
-    height of a proposal are larger. strides: of the levels that regions are cropped from. finest: as in `Regions`.
+    height of a proposal are larger. strides: of the levels that regions are cropped from. finest: as in `Atlas`.
     bins: of a region for the box head; mask_bins: for the mask head. means, stds: of the box head's deltas.
     """
 
@@ -164,12 +180,10 @@ class RegionSelection(BoxSelection):
         mask_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(settings, size, region.means, region.stds)
-        self.classes = classes
+        self.region, self.classes = region, classes
         self.proposals = Proposals(
             region.anchors, 1, region.proposals, size, before=region.before, min_size=region.min_size
         )
-        self.regions = Regions(region.strides, region.bins, region.finest)
-        self.mask_regions = Regions(region.strides, region.mask_bins, region.finest)
         self._heads: tuple[Any, Any] = (bbox_head, mask_head)  # a tuple: their place in the network is their only one
         self.outputs = (BOXES, SCORES, LABELS, COUNT, *([MASKS] if mask_head else []))
 
@@ -181,12 +195,11 @@ class RegionSelection(BoxSelection):
         of a box belongs to its object. Boxes without an area are left out.
         """
         of_rpn = 2 * len(self.proposals.anchors.strides)
-        levels = maps[of_rpn:]
-        proposals = self.proposals(*maps[:of_rpn])[0]
+        proposals, atlas = self.proposals(*maps[:of_rpn])[0], Atlas.of(maps[of_rpn:], self.region.strides)
         bbox_head, mask_head = self._heads
-        boxes, scores, label = self._candidates(proposals, *bbox_head(self.regions(levels, proposals)))
-        found = self.suppressed(boxes, scores, label)
-        return found if mask_head is None else (*found, self._masks(levels, found[0], found[2]))
+        crops = atlas.crop(proposals, self.region.bins, self.region.finest)
+        found = self.suppressed(*self._candidates(proposals, *bbox_head(crops)))
+        return found if mask_head is None else (*found, self._masks(atlas, found[0], found[2]))
 
     def _candidates(self, proposals: Tensor, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the pairs of proposal and class, (b, n * classes, ..): boxes, scores, which are -1 below the threshold
@@ -202,9 +215,9 @@ class RegionSelection(BoxSelection):
         label = (torch.arange(n * k) % k)[None].expand(b, -1)
         return boxes, torch.where(kept, scores, -1.0), label
 
-    def _masks(self, levels: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+    def _masks(self, atlas: Atlas, boxes: Tensor, labels: Tensor) -> Tensor:
         """Return the masks (b, n, side, side) of the label of each row, 0 in rows without a detection."""
-        logits = self._heads[1](self.mask_regions(levels, boxes))
+        logits = self._heads[1](atlas.crop(boxes, self.region.mask_bins, self.region.finest))
         if logits.shape[1] > 1:
             index = labels.to(torch.int64).clamp(min=0).reshape(-1, 1, 1, 1)
             logits = logits.gather(1, index.expand(-1, -1, *logits.shape[2:]))

@@ -6,9 +6,10 @@ from evm_deploy._util.text import one_of
 from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.tasks.detection import DETECTION
 from evm_deploy.tasks.raw import FEATURES, RAW
+from evm_deploy.tasks.segmentation import SEGMENTATION
 from evm_deploy.tasks.task import Task
 
-TASKS: tuple[Task, ...] = (CLASSIFICATION, DETECTION, FEATURES, RAW)
+TASKS: tuple[Task, ...] = (CLASSIFICATION, DETECTION, SEGMENTATION, FEATURES, RAW)
 #: Figures of scores that people are shown, of every task: name in manifests and records -> title
 TITLES = {name: title for task in TASKS if task.score for name, title in task.score.titles.items()}
 

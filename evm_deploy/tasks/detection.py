@@ -21,7 +21,7 @@ from evm_deploy.data.masks import DetectedMask
 from evm_deploy.tasks.average_precision import FIGURES, Found, Objects, listed, precision, precision_rows
 from evm_deploy.tasks.detection_labels import read_labels
 from evm_deploy.tasks.drawing import draw_detections
-from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task
+from evm_deploy.tasks.task import Detection, Labels, Outputs, Reading, Rows, Score, Spec, Task, class_name
 
 BOXES, SCORES, LABELS, COUNT, MASKS = "boxes", "scores", "labels", "count", "masks"
 SHAPES = {
@@ -99,10 +99,10 @@ def _clipped(found: Found, edges: NDArray[Any]) -> Found:
 
 def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
     """Return the detections of each image, by falling score. A class without a label is named `class 7`."""
-    names = dict(enumerate(reading.labels or ()))
+    labels = reading.labels
     return [
         [
-            Detection(names.get(label, f"class {label}"), label, score, (x1, y1, x2, y2), mask)
+            Detection(class_name(labels, label), label, score, (x1, y1, x2, y2), mask)
             for (x1, y1, x2, y2), score, label, mask in zip(
                 each.boxes.tolist(),
                 each.scores.tolist(),

@@ -1,9 +1,10 @@
-"""Drawing of predictions on images with Pillow: masks, and boxes with names and scores in any script."""
+"""Drawing of predictions on images with Pillow: boxes, masks and label maps with the names of classes in any script."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evm_deploy.data.masks import DetectedMask
-from evm_deploy.tasks.task import Detection
+from evm_deploy.errors import UsageError
+from evm_deploy.tasks.task import Colour, Detection, LabelMap, Prediction
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +26,7 @@ PALETTE = (
 )
 LINE_SHARE, TEXT_SHARE = 0.003, 0.022  # of the mean side of the image
 LEAST_LINE, LEAST_TEXT = 1, 11  # pixels
-OPACITY = 128  # of masks, of 255
+OPACITY = 0.5  # of a mask or label map over its image
 MISSING = "\U0010ffff"  # no font has it: its glyph is the one for missing characters
 FONT_FOLDERS = {
     "linux": ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
@@ -44,48 +46,110 @@ def draw_detections(image: Image, found: Sequence[Detection], least: float = 0.3
     canvas = image.convert("RGB").copy()
     draw = ImageDraw.Draw(canvas)
     width, height = canvas.size
-    line, letters = (
-        max(least_pixels, round(share * (width + height) / 2))
-        for least_pixels, share in ((LEAST_LINE, LINE_SHARE), (LEAST_TEXT, TEXT_SHARE))
-    )
+    line, letters = _line_and_letters(canvas.size)
     drawn = sorted((each for each in found if each.score >= least), key=lambda one: one.score)
     for each in drawn:
         if each.mask:
-            _cover(canvas, each.mask, PALETTE[each.index % len(PALETTE)])
+            _cover(canvas, each.mask, colour_of(each.index))
     for each in drawn:
-        colour = PALETTE[each.index % len(PALETTE)]
+        colour = colour_of(each.index)
         x1, x2 = (min(max(round(value), 0), width) for value in each.box[::2])
         y1, y2 = (min(max(round(value), 0), height) for value in each.box[1::2])
         x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # the last pixel that the box covers
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
-        _tag(draw, each, (x1, y1), colour, letters, canvas.size)
+        tag = _Tag.of(draw, each, f"{each.score:.2f}", letters)
+        y = y1 - tag.height if y1 >= tag.height else y1
+        tag.write(draw, (max(0, min(x1, width - tag.width)), y), colour)
     return canvas
 
 
-def _cover(canvas: Image, mask: DetectedMask, colour: tuple[int, ...]) -> None:
+def _cover(canvas: Image, mask: DetectedMask, colour: Colour) -> None:
     """Cover the pixels of a mask with a colour, half transparent."""
     from PIL import Image as Pillow
 
     bitmap, (top, left) = mask.crop()
     if bitmap.size:
-        canvas.paste(colour, (left, top), Pillow.fromarray(bitmap.astype(np.uint8) * OPACITY))
+        canvas.paste(colour, (left, top), Pillow.fromarray(bitmap.astype(np.uint8) * round(255 * OPACITY)))
 
 
-def _tag(
-    draw: Any, each: Detection, corner: tuple[int, int], colour: tuple[int, ...], height: int, size: tuple[int, int]
-) -> None:
-    """Write name and score on a filled tag above the box, or inside it where the image ends."""
-    font = font_for(each.label, height)
-    name = each.label if font else f"#{each.index}"
-    font = font or font_for(name, height)
-    text = f"{name} {each.score:.2f}"
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    wide, high = right - left + 4, bottom - top + 4
-    x = max(0, min(corner[0], size[0] - wide))
-    y = corner[1] - high if corner[1] >= high else corner[1]
-    draw.rectangle((x, y, x + wide - 1, y + high - 1), fill=colour)
-    dark = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
-    draw.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+def draw_label_map(image: Image, found: LabelMap, least: float = 0.0) -> Image:
+    """Return a copy of an upright RGB image with its label map over it, half transparent, and a legend.
+
+    The legend names the classes of at least the share `least` of the pixels, by falling share, as many as fit. Colours
+    are those of the map's palette, else of PALETTE. Raises UsageError for a label map of another size.
+    """
+    import PIL.Image
+    from PIL import ImageDraw
+
+    if found.map.shape != (image.height, image.width):
+        raise UsageError(
+            f"the label map is {found.map.shape[1]}x{found.map.shape[0]}, the image {image.width}x{image.height}",
+            "draw it on the upright image that it was predicted for",
+        )
+    classes, place = np.unique(found.map, return_inverse=True)
+    colours = np.array([colour_of(index, found.palette) for index in classes.tolist()], np.uint8)
+    coloured = PIL.Image.fromarray(colours[place.reshape(found.map.shape)])
+    canvas = PIL.Image.blend(image.convert("RGB"), coloured, OPACITY)
+    draw = ImageDraw.Draw(canvas)
+    _, letters = _line_and_letters(canvas.size)
+    y = 0
+    for each in found:
+        tag = _Tag.of(draw, each, f"{each.score:.1%}", letters)
+        if each.score < least or y + tag.height > canvas.height:
+            break
+        tag.write(draw, (0, y), colour_of(each.index, found.palette))
+        y += tag.height
+    return canvas
+
+
+def colour_of(index: int, palette: Sequence[Colour] | None = None) -> Colour:
+    """Return the colour of a class: that of a palette which has one, else of PALETTE."""
+    return palette[index] if palette and 0 <= index < len(palette) else PALETTE[index % len(PALETTE)]
+
+
+def _line_and_letters(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the width of lines and the height of letters, in pixels, for an image of a size."""
+    line, letters = (
+        max(least, round(share * sum(size) / 2))
+        for least, share in ((LEAST_LINE, LINE_SHARE), (LEAST_TEXT, TEXT_SHARE))
+    )
+    return line, letters
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """Name and figure of a class, to be written on a filled rectangle of width x height pixels."""
+
+    text: str
+    font: Any
+    box: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, draw: Any, each: Prediction, figure: str, letters: int) -> _Tag:
+        """Return the tag of a prediction: its name, or `#7` if no font can write the name, and a figure."""
+        font = font_for(each.label, letters)
+        name = each.label if font else f"#{each.index}"
+        font = font or font_for(name, letters)
+        text = f"{name} {figure}"
+        return cls(text, font, draw.textbbox((0, 0), text, font=font))
+
+    @property
+    def width(self) -> int:
+        """Width of the rectangle in pixels."""
+        return self.box[2] - self.box[0] + 4
+
+    @property
+    def height(self) -> int:
+        """Height of the rectangle in pixels."""
+        return self.box[3] - self.box[1] + 4
+
+    def write(self, draw: Any, corner: tuple[int, int], colour: Colour) -> None:
+        """Write the tag with its top left corner at (x, y)."""
+        x, y = corner
+        draw.rectangle((x, y, x + self.width - 1, y + self.height - 1), fill=colour)
+        dark = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
+        at = (x + 2 - self.box[0], y + 2 - self.box[1])
+        draw.text(at, self.text, fill=(0, 0, 0) if dark else (255, 255, 255), font=self.font)
 
 
 @cache

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, NDArray[Any]]  # output name -> array; the first axis is the image
 Rows = Mapping[str, NDArray[Any]]  # column -> values, (rows, ...); columns may have different numbers of rows
 Labels = Sequence[Any]  # true answer of each image, of the task's own type; str(answer) holds all of it
+Colour = tuple[int, int, int]  # red, green, blue, 0..255
+SELECTION = "selection"  # path of the module that makes answers of a network's maps, in an exported model
+NOTHING = 0.01  # main figure below which a network is said to have found nothing
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,55 @@ class Detection(Prediction):
     mask: DetectedMask | None = field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True, eq=False)
+class LabelMap(Sequence[Prediction]):
+    """Class of every pixel of an image. As a sequence: the classes that are present, by falling share of the pixels.
+
+    map: (h, w) uint8 or int32, class index of each pixel of the upright original image. labels: class names, None
+    without. palette: colour of each class as red, green, blue; None without. The score of a class is its share, 0..1.
+    """
+
+    map: NDArray[Any]
+    labels: Sequence[str] | None = None
+    palette: Sequence[Colour] | None = None
+
+    @cached_property
+    def present(self) -> tuple[Prediction, ...]:
+        """Classes of at least one pixel, by falling share; equal shares by index."""
+        classes, counts = np.unique(self.map, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return tuple(
+            Prediction(class_name(self.labels, index), index, count / self.map.size)
+            for index, count in zip(classes[order].tolist(), counts[order].tolist(), strict=True)
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prediction]: ...
+
+    def __getitem__(self, index: int | slice) -> Prediction | Sequence[Prediction]:
+        """Return one or several of the classes that are present."""
+        return self.present[index]
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+
+def class_name(labels: Sequence[str] | None, index: int) -> str:
+    """Return the name of a class; `class 7` for one without a name."""
+    return labels[index] if labels and 0 <= index < len(labels) else f"class {index}"
+
+
 @dataclass(frozen=True)
 class Reading:
     """Facts beside the outputs that predictions are decoded with.
 
     labels: class names, None without. top: answers of a classifier for each image. places: place of each image in the
-    network's input; None leaves boxes in pixels of that input, without masks. selection: that of a detector. classes:
-    number of classes of the network, 0 if unknown.
+    network's input; None leaves boxes and label maps in pixels of that input, without masks. selection: that of a
+    detector. classes: number of classes of the network, 0 if unknown. palette: colour of each class as red, green,
+    blue; None without.
     """
 
     labels: Sequence[str] | None = None
@@ -58,6 +104,7 @@ class Reading:
     places: Sequence[Geometry] | None = None
     selection: SelectionSettings = DEFAULT_SELECTION
     classes: int = 0
+    palette: Sequence[Colour] | None = None
 
 
 AS_THEY_ARE = Reading()
@@ -72,10 +119,6 @@ class Align(Protocol):
     def __call__(self, expected: Outputs, actual: Outputs, tolerance: float = ...) -> tuple[Outputs, Outputs, float]:
         """Pair the rows of two runs on the same images."""
         ...
-
-
-SELECTION = "selection"  # path of that module in an exported model
-NOTHING = 0.01  # main figure below which a network is said to have found nothing
 
 
 def means(rows: Rows) -> dict[str, float]:
@@ -146,8 +189,9 @@ class Task:
     compared as they are.
     `draw(image, predictions, least)`: return a copy of an upright image with the predictions from the score `least` on.
     score: accuracy against labels. compare: difference from the float network's outputs, of outputs without an answer.
-    selects: whether the exported model ends with the module SELECTION, which makes answers of the network's own maps.
-    Answers are no measure of noise: a small error moves one or changes nothing.
+    selects: whether the exported model ends with the module SELECTION, which makes answers of the network's own maps
+    for one size of the input; `decode` maps the answers back to the image with `Reading.places`. Answers are no measure
+    of noise: a small error moves one or changes nothing.
     """
 
     name: str
@@ -157,7 +201,7 @@ class Task:
     decode: Decode | None = None
     agree: Callable[[Outputs, Outputs], NDArray[np.float64]] | None = None
     align: Align | None = None
-    draw: Callable[[Image, Sequence[Any], float], Image] | None = None
+    draw: Callable[[Image, Any, float], Image] | None = None
     score: Score | None = None
     compare: Measure | None = None
     selects: bool = False

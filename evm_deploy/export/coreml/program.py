@@ -68,8 +68,15 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
 
     Raises ToolchainError if coremltools fails, and UsageError for a weight that float16 cannot hold.
     """
+    import torch
+
+    from evm_deploy.model.segmentation import LabelSelection
+
     with silence_libraries():
         folded = fold_batch_norm(channels_first(module, plan), example(plan, module.channels))
+    for each in folded.modules():
+        if isinstance(each, LabelSelection):
+            each.dtype = torch.int32  # Core ML has no arrays of uint8
     if plan.precision != "fp32":
         float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
     sizes = (plan.imgsz, *plan.more_imgsz)

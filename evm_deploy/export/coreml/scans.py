@@ -77,6 +77,13 @@ class CoreMlScanAccess:
             for site in self.sites
         ]
 
+    def with_layer(self, path: str, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Returns the outputs, and under `path` the output of the convolution of this module."""
+        program, weight = self.runtime.program, f"{path.replace('.', '_')}_weight"
+        name = next(op.results[0].name for op in program.operations if op.weight.partition(weight)[1])
+        values = self.runtime.run(feeds, [*program.outputs, name])
+        return {**values, path: values.pop(name)}
+
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
         """Run scan `index` by itself on u, delta, B and C. Returns y."""
         site = self.sites[index]

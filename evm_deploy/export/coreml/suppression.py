@@ -11,7 +11,7 @@ from evm_deploy.export.coreml.coremltools_patch import converter
 from evm_deploy.tasks.task import SELECTION
 
 OP = "evm::nms"
-INTEGERS = ("labels", "count")  # outputs that are int32
+INTEGERS = ("labels", "count", "label_map")  # outputs that are int32
 
 
 def half_precision() -> Any:

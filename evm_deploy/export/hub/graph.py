@@ -25,6 +25,7 @@ from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
 from evm_deploy.scan.fused import SCAN_OUTPUTS, FusedOp, fusable_modules
+from evm_deploy.tasks import get_task
 from evm_deploy.tasks.classification import LOGITS, PROBABILITIES
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
     from evm_deploy.model.foreign.look import named_tensors
     from evm_deploy.model.foreign.running import foreign_code
 
-    probabilities = plan.head == PROBABILITIES
+    probabilities, selects = plan.head == PROBABILITIES, get_task(network.spec.task).selects
 
     def probabilities_of(logits: Tensor) -> Tensor:
         independent = plan.multi_label or logits.shape[-1] == 1
@@ -147,14 +148,14 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             self.outputs = tuple(
                 PROBABILITIES if probabilities and name == LOGITS else name for name in network.spec.outputs
             )
-            if plan.selection:  # the maps of a detector -> detections
-                detector: Any = network.module
-                if not hasattr(detector, "selection"):
+            if selects:  # the maps of a detector or segmenter -> detections or a label map
+                module: Any = network.module
+                if not hasattr(module, "selection"):
                     raise UsageError(
                         f"{network.spec.name} has the task {network.spec.task}, but no method `selection`",
                         "leave the task out: the artifact then gives the network's own tensors",
                     )
-                self.selection = detector.selection(plan.selection, preprocessing.size)
+                self.selection = module.selection(plan.selection, preprocessing.size)
                 self.outputs = self.selection.outputs
             self.channels = preprocessing.channels
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -166,7 +167,7 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
                 x = (x.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
             with foreign_code():
                 values = [value for _, value in named_tensors(self.model(x))]
-            if plan.selection:
+            if selects:
                 values = list(self.selection(*values))
             if len(values) != len(self.outputs):
                 names = ", ".join(self.outputs)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from evm_deploy.model.resampling import window_means
 
 
 def pooling_translations(opset: int) -> dict[Any, Callable[..., Any]]:
@@ -44,15 +45,3 @@ def pooling_translations(opset: int) -> dict[Any, Callable[..., Any]]:
         torch.ops.aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
         torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     }
-
-
-def window_means(size: int, wanted: int) -> NDArray[np.float32]:
-    """Return the matrix (wanted, size) that computes the means of torch's adaptive windows.
-
-    Window i is the elements from floor(i size / wanted) up to ceil((i + 1) size / wanted).
-    """
-    means = np.zeros((wanted, size), np.float32)
-    for i in range(wanted):
-        window = slice(i * size // wanted, -(-(i + 1) * size // wanted))
-        means[i, window] = 1 / (window.stop - window.start)
-    return means

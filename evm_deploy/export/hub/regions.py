@@ -9,7 +9,7 @@ from typing import Any
 def region_translations(opset: int) -> dict[Any, Callable[..., Any]]:
     """Return the translation of evm::roi_align for torch.onnx.export.
 
-    before:  evm::roi_align(maps (b, C, h, w), boxes (b, n, 4), size, scale) -> (b * n, C, size, size)
+    before:  evm::roi_align(maps (b, C, h, w), boxes (b, n, 4), size) -> (b * n, C, size, size)
     after:   RoiAlign(maps, boxes (b * n, 4), the image of each box), of opset 16: half_pixel, as many samples as fit
     """
     import torch
@@ -22,7 +22,7 @@ def region_translations(opset: int) -> dict[Any, Callable[..., Any]]:
     def ints(*numbers: int) -> Any:
         return op.Constant(value_ints=list(numbers))
 
-    def roi_align(maps: Any, boxes: Any, size: int, scale: float) -> Any:
+    def roi_align(maps: Any, boxes: Any, size: int) -> Any:
         shape = op.Shape(boxes, start=0, end=2)
         images = op.Squeeze(op.Shape(boxes, start=0, end=1), ints(0))
         numbers = op.Range(op.Constant(value_int=0), images, op.Constant(value_int=1))
@@ -36,7 +36,7 @@ def region_translations(opset: int) -> dict[Any, Callable[..., Any]]:
             output_height=size,
             output_width=size,
             sampling_ratio=0,
-            spatial_scale=scale,
+            spatial_scale=1.0,
         )
 
     return {torch.ops.evm.roi_align.default: roi_align}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,18 @@ class OnnxScanAccess:
             {**{key: values[name] for key, name in self._variable(site).items()}, "y": values[site.writes]}
             for site in self.sites
         ]
+
+    def with_layer(self, path: str, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Returns the outputs, and under `path` the output of the convolution of this module."""
+        import onnx
+
+        tapped = onnx.ModelProto()
+        tapped.CopyFrom(self.model)
+        name = next(node.output[0] for node in tapped.graph.node if node.name == f"{path}/Conv")
+        tapped.graph.output.append(onnx.ValueInfoProto(name=name))
+        with OnnxRuntime(tapped.SerializeToString(), plugin=self.plugin) as runtime:
+            values = runtime.run(feeds)
+        return {**values, path: values.pop(name)}
 
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
         """Run scan `index` by itself on u, delta, B and C. Returns y."""

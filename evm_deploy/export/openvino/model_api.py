@@ -16,10 +16,10 @@ import numpy as np
 
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.preprocessing import PAD, STRETCH, Preprocessing
-from evm_deploy.export.hub.suppression import SELECTION
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.openvino import MODEL_API_OUTPUTS
 from evm_deploy.tasks.detection import BOXES
+from evm_deploy.tasks.task import SELECTION
 
 MODEL_INFO = "model_info"  # section of the metadata that Model API reads
 NORMALISED = "bboxes"  # name of the output with boxes in 0..1

@@ -53,6 +53,15 @@ class OpenVinoScanAccess:
             values = runtime.run(feeds)
         return [{key: values[names[site.name, key]] for key in SCAN_OUTPUTS} for site in self.sites]
 
+    def with_layer(self, path: str, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Run one inference. Returns the outputs, and under `path` the output of the convolution of this module."""
+        tapped = self.model.clone()
+        output = outputs_by_name(tapped)[f"{path}/Conv"]
+        output.get_tensor().set_names({path})
+        tapped.add_outputs([output])
+        with OpenVinoRuntime(tapped, RunOptions(plugin=self.plugin)) as runtime:
+            return runtime.run(feeds)
+
     def alone(self, index: int, feeds: Feeds) -> NDArray[np.float32]:
         """Run scan `index` by itself on u, delta, B and C. Returns y."""
         site = self.sites[index]

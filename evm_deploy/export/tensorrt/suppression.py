@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evm_deploy.errors import UsageError
-from evm_deploy.export.hub.suppression import SELECTION
 from evm_deploy.tasks.detection import BOXES, COUNT, LABELS, SCORES
+from evm_deploy.tasks.task import SELECTION
 
 if TYPE_CHECKING:
     import onnx

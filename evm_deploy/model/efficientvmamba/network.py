@@ -153,3 +153,11 @@ class EfficientVMambaBackbone(Trunk):
         """Map normalised images (b, channels, H, W) -> a map (b, C, h, w) for each of `stages`, of strides 4 to 32."""
         maps = self.maps(x)
         return tuple(to_nchw(self.get_submodule(f"outnorm{i}")(maps[i])) for i in self.stages)
+
+    def map_size(self, size: tuple[int, int], stage: int) -> tuple[int, int]:
+        """Return the size (h, w) of a stage's map for images of `size` (H, W): a part of a patch is left out.
+
+        An odd side is halved upwards.
+        """
+        height, width = (-(-(side // 4) // 2**stage) for side in size)
+        return height, width

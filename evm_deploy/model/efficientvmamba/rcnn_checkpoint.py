@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.errors import CheckpointError
-from evm_deploy.model.efficientvmamba import checkpoint
-from evm_deploy.model.efficientvmamba.checkpoint import block_paths, fill, infer_architecture
-from evm_deploy.model.efficientvmamba.detector import (
-    BACKBONE,
-    _anchors,
-    _backbone,
-    _count,
-    _defaults,
-    _drop_unused,
-    _inner,
-    _pyramid,
-    _refuse,
-    _renamed,
-    _shape,
-    _Sourced,
-    _stages,
+from evm_deploy.model.efficientvmamba.checkpoint import fill
+from evm_deploy.model.efficientvmamba.downstream import (
+    FEATURES_HINT,
+    SourcedSettings,
+    backbone_architecture,
+    count_of,
+    drop_unused,
+    load_downstream,
+    preprocessing_defaults,
+    refuse,
+    shape_of,
+    spec_of,
 )
+from evm_deploy.model.efficientvmamba.mmdet import anchors_of, pyramid_of, stages_of
 from evm_deploy.model.network import Family, LoadOptions, ModelSpec, Network
 from evm_deploy.model.openmmlab import TrainingSettings
-from evm_deploy.model.state_dict import RawCheckpoint, network_name
+from evm_deploy.model.state_dict import RawCheckpoint
 
 if TYPE_CHECKING:
     from evm_deploy.model.efficientvmamba.network import Architecture
@@ -42,6 +39,7 @@ KEEP_FLOAT = (
     "roi_head.mask_head.conv_logits",
 )
 BLOCKS = ("neck.lateral_convs", "neck.fpn_convs", "rpn_head.rpn_conv", "roi_head.bbox_head.shared_fcs")
+_shape = partial(shape_of, network="R-CNN")
 MAX_BINS = 56  # of a region for the mask head; mmdet has 14
 MASK_BLOCKS = ("roi_head.mask_head.convs", "roi_head.mask_head.upsample")
 
@@ -53,34 +51,30 @@ def load(raw: RawCheckpoint, options: LoadOptions) -> Network:
     else from mmdet's defaults; `details` of the spec has them with their source. Raises CheckpointError with every
     missing, unexpected and misshapen key, and for settings that are not supported.
     """
-    if options.head == "features":
-        return checkpoint.load(_backbone(raw), options)
-    if options.head not in (None, "detections"):
-        raise CheckpointError(
-            f"checkpoint {raw.path} holds a detector, which has no head '{options.head}'",
-            "leave --head out, or export the feature maps of its backbone with --head features",
-        )
+    return load_downstream(raw, options, "detector", "detections", _load)
+
+
+RCNN = Family("EfficientVMamba R-CNN", ("rpn_head.rpn_cls.weight",), load)
+
+
+def _load(raw: RawCheckpoint) -> Network:
     import torch
 
     from evm_deploy.model.efficientvmamba.rcnn import RegionCNN
 
-    raw = _renamed(raw)
-    arch = replace(infer_architecture(raw.path, _inner(raw.tensors)), num_classes=0)
-    stages = _stages(raw, arch)
-    settings = _Sourced(raw.training)
-    pyramid = _pyramid(raw, arch, stages, settings, pooled=1)
+    arch = backbone_architecture(raw)
+    stages = stages_of(raw, arch)
+    settings = SourcedSettings(raw.training)
+    pyramid = pyramid_of(raw, arch, stages, settings, pooled=1)
     sizes = _sizes(raw, pyramid.channels)
     region = _region(raw, sizes, pyramid, stages[0], settings)
-    _refuse(raw, _unsupported(raw.training, region))
-    _drop_unused(raw, stages)
+    refuse(raw, _unsupported(raw.training, region))
+    drop_unused(raw, stages)
     with torch.device("meta"):
         model = RegionCNN(arch, stages, pyramid, sizes)
     fill(model, raw)
     model.region = region
     return Network(model, _spec(raw, arch, model, settings))
-
-
-RCNN = Family("EfficientVMamba R-CNN", ("rpn_head.rpn_cls.weight",), load)
 
 
 def _sizes(raw: RawCheckpoint, channels: int) -> RegionSizes:
@@ -91,13 +85,13 @@ def _sizes(raw: RawCheckpoint, channels: int) -> RegionSizes:
         raise CheckpointError(
             f"checkpoint {raw.path} holds a detector with several box heads, such as Cascade R-CNN, which is not "
             "supported",
-            "export the feature maps of its backbone with --head features",
+            FEATURES_HINT,
         )
-    fcs = _count(raw, f"{BOX_HEAD}shared_fcs.", "weight")
-    widths = tuple(_shape(raw, f"{BOX_HEAD}shared_fcs.{i}.weight", 2)[0] for i in range(fcs))
-    rows, width = _shape(raw, f"{BOX_HEAD}fc_cls.weight", 2)
-    deltas = _shape(raw, f"{BOX_HEAD}fc_reg.weight", 2)[0]
-    read = _shape(raw, f"{BOX_HEAD}shared_fcs.0.weight", 2)[1] if fcs else width
+    fcs = count_of(raw, f"{BOX_HEAD}shared_fcs.", "weight")
+    widths = tuple(_shape(raw, f"{BOX_HEAD}shared_fcs.{i}.weight", rank=2)[0] for i in range(fcs))
+    rows, width = _shape(raw, f"{BOX_HEAD}fc_cls.weight", rank=2)
+    deltas = _shape(raw, f"{BOX_HEAD}fc_reg.weight", rank=2)[0]
+    read = _shape(raw, f"{BOX_HEAD}shared_fcs.0.weight", rank=2)[1] if fcs else width
     bins, classes = math.isqrt(read // channels), rows - 1
     if bins * bins * channels != read or not bins:
         raise CheckpointError(
@@ -117,7 +111,7 @@ def _mask(raw: RawCheckpoint, channels: int, classes: int) -> MaskSizes | None:
 
     if not any(key.startswith(MASK_HEAD) for key in raw.tensors):
         return None
-    convs = _count(raw, f"{MASK_HEAD}convs.")
+    convs = count_of(raw, f"{MASK_HEAD}convs.")
     widths = (channels, *(_shape(raw, f"{MASK_HEAD}convs.{i}.conv.weight")[0] for i in range(convs)))
     maps, upsampled = _shape(raw, f"{MASK_HEAD}conv_logits.weight")[:2]
     if maps not in (1, classes):
@@ -126,7 +120,7 @@ def _mask(raw: RawCheckpoint, channels: int, classes: int) -> MaskSizes | None:
 
 
 def _region(
-    raw: RawCheckpoint, sizes: RegionSizes, pyramid: PyramidSizes, first: int, settings: _Sourced
+    raw: RawCheckpoint, sizes: RegionSizes, pyramid: PyramidSizes, first: int, settings: SourcedSettings
 ) -> RegionSettings:
     """Return the settings of the second stage: of the configuration, else mmdet's.
 
@@ -137,7 +131,7 @@ def _region(
 
     given, default = settings.training, RegionSettings(Anchors())
     strides = tuple(2 ** (first + 2 + i) for i in range(pyramid.levels))
-    anchors = _anchors(raw, sizes.anchors, Anchors(strides=strides, scales=(8.0,)), "rpn_head", settings)
+    anchors = anchors_of(raw, sizes.anchors, Anchors(strides=strides, scales=(8.0,)), "rpn_head", settings)
     rpn, extractor = "model.test_cfg.rpn.", "model.roi_head.bbox_roi_extractor."
     try:
         proposals = SelectionSettings(
@@ -173,7 +167,7 @@ def _region(
     return region
 
 
-def _bins(settings: _Sourced, default: int) -> int:
+def _bins(settings: SourcedSettings, default: int) -> int:
     """Return the number of bins of a region for the mask head, which no shape tells: one number, or twice the same."""
     at = "model.roi_head.mask_roi_extractor.roi_layer.output_size"
     pair = settings.training.numbers(at, 2)
@@ -186,7 +180,6 @@ def _unsupported(given: TrainingSettings, region: RegionSettings) -> dict[str, b
     """Return settings that give other detections than ours, as text -> whether the configuration has them."""
     test, threshold = "model.test_cfg.", given.get("model.test_cfg.rcnn.mask_thr_binary", (int, float))
     found = {
-        "images in the order BGR": given.get("model.data_preprocessor.bgr_to_rgb", bool) is False,
         "NMS over all levels of the RPN": given.get(f"{test}rpn.nms_across_levels", bool) is True,
         f"masks over {threshold} in place of 0.5": threshold not in (None, 0.5),
         "a softmax in the RPN": given.get("model.rpn_head.loss_cls.use_sigmoid", bool) is False,
@@ -232,34 +225,27 @@ def _other_crops(given: TrainingSettings, region: RegionSettings, at: str, what:
     }
 
 
-def _spec(raw: RawCheckpoint, arch: Architecture, model: RegionCNN, settings: _Sourced) -> ModelSpec:
+def _spec(raw: RawCheckpoint, arch: Architecture, model: RegionCNN, settings: SourcedSettings) -> ModelSpec:
     test = "model.test_cfg.rcnn."
     defaults: dict[str, Any] = {
-        **_defaults(raw),
+        **preprocessing_defaults(raw.training),
         "score_thr": settings.value("score_thr", test + "score_thr", (int, float), 0.05),
         "iou": settings.value("iou", test + "nms.iou_threshold", (int, float), 0.5),
         "max_det": settings.value("max_det", test + "max_per_img", int, 100),
         **raw.metadata,
     }
     masks = model.roi_head.mask_head is not None
-    return ModelSpec(
-        name=network_name(raw),
+    return spec_of(
+        raw,
+        arch,
+        model,
         family=f"EfficientVMamba {'Mask' if masks else 'Faster'} R-CNN",
-        variant=arch.variant,
         task="detection",
         outputs=model.outputs,
         num_classes=model.classes,
-        parameters=sum(p.numel() for p in model.parameters()),
-        checkpoint=raw.facts(),
-        min_pixels=checkpoint.MIN_PIXELS,
-        blocks=(
-            *(BACKBONE + path for path in block_paths(model.backbone)),
-            *BLOCKS,
-            *(MASK_BLOCKS if masks else ()),
-        ),
+        blocks=(*BLOCKS, *(MASK_BLOCKS if masks else ())),
         keep_float=KEEP_FLOAT if masks else KEEP_FLOAT[:-1],
         regions=True,
-        notes=tuple(raw.notes),
         defaults=defaults,
-        details={"architecture": asdict(arch), "detector": settings.found},
+        details={"detector": settings.found},
     )

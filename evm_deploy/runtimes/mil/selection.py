@@ -31,6 +31,16 @@ def topk(
 
 
 @rule
+def reduce_argmax(x: Any, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Any:
+    """Return the index of the largest value along an axis; the first one of equal values."""
+    import torch
+
+    if output_dtype not in ("int32", "uint16"):
+        raise UnsupportedError(f"reduce_argmax with indices of {output_dtype}")
+    return x.argmax(axis, keepdim=keep_dims).to(torch.int32)
+
+
+@rule
 def gather_along_axis(x: Any, indices: Any, axis: int = 0, validate_indices: bool = False) -> Any:
     """Take one value of x for each index, along an axis. A negative index counts from the end."""
     indices = tensor(indices).long()
