@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from evm_deploy.data.preprocessing import Preprocessing
 
 CLASSES = 16
+PALETTE = [[16 * i, 255 - 16 * i, 40] for i in range(CLASSES)]  # of the padded one; the others have none
 
 
 def label_map(pixels: np.ndarray, dtype: str = "uint8") -> np.ndarray:
@@ -68,6 +69,8 @@ def segmenter(bundle: Path, folder: Path, resize: str = "pad", dtype: str = "uin
     save_file({}, copy / "selftest" / "scans.safetensors")
     content["plan"]["head"], content["scan"] = "label_map", {"value": "portable", "reason": "by hand", "plugins": {}}
     content["model"]["task"] = "segmentation"
+    if resize == "pad":
+        content["model"]["details"] = {**(content["model"].get("details") or {}), "palette": PALETTE}
     content["outputs"] = [{"name": "label_map", "dtype": dtype, "shape": [1, height, width]}]
     content["selftest"] = {"preprocessing": 255, "apart": 0.0, "outputs": {"label_map": 0.0}, "scans": {}}
     content["preprocessing"]["resize"] = resize

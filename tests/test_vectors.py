@@ -17,7 +17,8 @@ from evm_deploy.data.geometry import Geometry
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import read_image
 from evm_deploy.errors import BundleError, ImageError
-from evm_deploy.tasks.detection import select
+from evm_deploy.tasks.detection import decode, select
+from evm_deploy.tasks.task import Reading
 from tests.broken import changed_manifest
 
 FOLDER = Path(__file__).parents[1] / "sdk" / "vectors"
@@ -132,3 +133,10 @@ def test_a_label_map_that_is_cut_off_goes_on_at_its_edge():
         at_x, at_y = np.floor(place.to_network(np.array([x + 0.5, y + 0.5]))).astype(int)
         inside = case["map"][min(max(at_y, top), bottom - 1)][min(max(at_x, left), right - 1)]
         assert case["expected"][y][x] == inside
+
+
+def test_a_class_without_a_name_has_its_number():
+    """A bundle with too few lines in labels.txt: no index is out of range."""
+    outputs = {"boxes": np.float32([[[0, 0, 9, 9]] * 2]), "scores": np.float32([[0.9, 0.8]])}
+    outputs |= {"labels": np.int32([[1, 0]]), "count": np.int32([2])}
+    assert [each.label for each in decode(outputs, Reading(["only"]))[0]] == ["class 1", "only"]

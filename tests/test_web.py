@@ -231,7 +231,9 @@ def test_label_maps_are_those_of_python(library, segmenter_bundles, scenes, tmp_
             want = segmenter.expected(bundle, np.asarray(Image.open(scenes[0].parent / name)))
             assert kind.lower().startswith(dtype) and tuple(size) == want.shape
             assert have == want.ravel().tolist(), (resize, name)
-        assert [(check["name"], check["ok"]) for check in checks][1:] == [("not in common", True)]
+        assert [(check["name"], check["ok"]) for check in checks][1:] == [
+            *(("not in common", True), ("label_map", True))
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -490,6 +492,8 @@ def test_the_page_draws_boxes_and_label_maps(drive, detector_bundles, segmenter_
     assert 0 < boxes["drawn"] < 1 and boxes["headline"].split()[0].isdigit()
     assert maps["drawn"] == 1 and maps["alpha"] == 128 and "segmenter, 16 classes" in maps["facts"]
     assert maps["rows"][0][0].startswith("colour ")
+    corner = segmenter.expected(bundles[1], np.asarray(Image.open(scenes[0])))[0, 0]
+    assert np.abs(np.subtract(maps["corner"], segmenter.PALETTE[corner])).max() <= 2  # alpha is multiplied in and out
 
 
 def test_the_page_classifies_and_tests_itself(drive, demo_bundle, digits):

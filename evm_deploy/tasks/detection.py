@@ -98,7 +98,7 @@ def _clipped(found: Found, edges: NDArray[Any]) -> Found:
 
 
 def decode(outputs: Outputs, reading: Reading) -> list[list[Detection]]:
-    """Return the detections of each image, by falling score. Without labels, a class is named `class 7`."""
+    """Return the detections of each image, by falling score. A class without a label is named `class 7`."""
     labels = reading.labels
     return [
         [

@@ -72,11 +72,12 @@ void draw(RgbImage &image, const std::vector<evm::Detection> &found) {
     }
 }
 
-void draw(RgbImage &image, const evm::LabelMap &found) {
+void draw(RgbImage &image, const evm::LabelMap &found, const std::vector<std::array<std::uint8_t, 3>> &palette) {
     for (int y = 0; y < image.height; y++)
         for (int x = 0; x < image.width; x++) {
             unsigned char *const pixel = &image.rgb[3 * (static_cast<size_t>(y) * static_cast<size_t>(image.width) + static_cast<size_t>(x))];
-            const Colour &colour = colour_of(found.at(x, y));
+            const size_t index = static_cast<size_t>(found.at(x, y));
+            const Colour &colour = palette.empty() ? colour_of(found.at(x, y)) : palette[index % palette.size()];
             for (size_t i = 0; i < 3; i++) pixel[i] = static_cast<unsigned char>((pixel[i] + colour[i]) / 2);
         }
 }

@@ -190,7 +190,7 @@ std::vector<Answer> answers(const evm::Model &model, const Arguments &args, std:
         }
     } else if (model.manifest().head == "label_map") {
         for (const evm::LabelMap &each : model.segment(views)) {
-            draw(rgb_images[found.size()], each);
+            draw(rgb_images[found.size()], each, model.manifest().palette);
             found.push_back(answer_of(each, model.labels()));
         }
     } else {

@@ -36,10 +36,12 @@ def add_model_api(model: Any, plan: ExportPlan, facts: Mapping[str, str]) -> dic
     facts: the metadata of the model, with its preprocessing. A model that Model API cannot run is left as it is, and
     the result is empty: no detector, a crop, or several images in every inference.
     """
+    if plan.selection is None or plan.batch.min > 1:
+        return {}
     saved: dict[str, Any] = json.loads(facts["preprocessing"])
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     spec = Preprocessing(**values)
-    if plan.selection is None or spec.resize not in RESIZES or plan.batch.min > 1:
+    if spec.resize not in RESIZES:
         return {}
     from openvino import opset13
 

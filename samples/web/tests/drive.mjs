@@ -63,7 +63,7 @@ const scenarios = {
         copy.drawImage(overlay, 0, 0);
         const { data } = copy.getImageData(0, 0, overlay.width, overlay.height);
         const alphas = data.filter((_, i) => i % 4 === 3);
-        return { drawn: alphas.filter((alpha) => alpha > 0).length / alphas.length, alpha: alphas[0] };
+        return { drawn: alphas.filter((alpha) => alpha > 0).length / alphas.length, alpha: alphas[0], corner: [...data.slice(0, 3)] };
       });
       if (shots[i]) await page.screenshot({ path: shots[i] });
       seen.push({ ...answer, ...painted, facts: await page.innerText("#facts") });

@@ -4,6 +4,7 @@
 #include "text.h"
 
 #include <algorithm>
+#include <set>
 
 namespace evm {
 namespace {
@@ -40,15 +41,18 @@ void check_scores(const Source &source, const Manifest &manifest, const std::vec
 
 void check_detections(const Source &source, const Manifest &manifest, const std::vector<TensorSpec> &outputs) {
     static const std::map<std::string, std::pair<const char *, std::size_t>> shapes{
-        {"boxes", {"float32", 3}}, {"scores", {"float32", 2}}, {"labels", {"int32", 2}}, {"count", {"int32", 1}}};
-    const bool whole = std::all_of(shapes.begin(), shapes.end(), [&](const auto &shape) { return shape.first == "count" || find(outputs, shape.first); });
-    if (!whole || outputs.size() != (find(outputs, "count") ? 4u : 3u))
-        throw unlike(source, manifest, specs_text(outputs), "a detector must have boxes, scores, labels and, after its NMS, count");
+        {"boxes", {"float32", 3}}, {"scores", {"float32", 2}}, {"labels", {"int32", 2}}, {"count", {"int32", 1}}, {"masks", {"float32", 4}}};
+    std::set<std::string> names;
+    for (const TensorSpec &spec : outputs) names.insert(spec.name);
+    static const std::set<std::set<std::string>> known{
+        {"boxes", "scores", "labels"}, {"boxes", "scores", "labels", "count"}, {"boxes", "scores", "labels", "count", "masks"}};
+    if (!known.count(names) || names.size() != outputs.size())
+        throw unlike(source, manifest, specs_text(outputs), "a detector must have boxes, scores, labels and, after its NMS, count, with or without masks");
     std::int64_t rows = -1;
     for (const TensorSpec &spec : outputs) {
         const auto &[dtype, rank] = shapes.at(spec.name);
         const bool empty = std::count(spec.shape.begin(), spec.shape.end(), 0) > 0;
-        if (spec.dtype != dtype || spec.shape.size() != rank || empty || (rank == 3 && spec.shape[2] != 4))
+        if (spec.dtype != dtype || spec.shape.size() != rank || empty || (spec.name == "boxes" && spec.shape[2] != 4))
             throw unlike(source, manifest, spec_text(spec), std::string("a detector must have ") + spec.name + " of " + dtype + " with " + std::to_string(rank) + " axes");
         if (rank == 1 || spec.shape[1] < 0) continue;
         if (rows >= 0 && spec.shape[1] != rows) throw unlike(source, manifest, specs_text(outputs), "a detector must have as many scores and labels as boxes");

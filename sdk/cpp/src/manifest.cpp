@@ -104,6 +104,19 @@ Selection selection_of(const Value &plan) {
     return result;
 }
 
+// Read the colours of a segmenter's classes; empty if the manifest has none.
+std::vector<std::array<std::uint8_t, 3>> palette_of(const Value &model) {
+    const Value details = model.json.is_null() ? model : model.at("details"), palette = details.json.is_null() ? details : details.at("palette");
+    std::vector<std::array<std::uint8_t, 3>> found;
+    if (palette.json.is_null()) return found;
+    for (const Value &colour : palette.items(0, MAX_MANIFEST)) {
+        found.push_back({});
+        const std::vector<Value> parts = colour.items(3, 3);
+        for (std::size_t i = 0; i < 3; i++) found.back()[i] = static_cast<std::uint8_t>(parts[i].number(0, 255));
+    }
+    return found;
+}
+
 // Read the batch: `4`, `dynamic` or `min:opt:max`.
 void read_batch(const Value &value, Manifest &manifest) {
     const std::string batch = value.text();
@@ -185,6 +198,7 @@ Manifest manifest_of(const Value &content) {
     manifest.selection = selection_of(plan);
     manifest.inputs = tensors(content.at("inputs")), manifest.outputs = tensors(content.at("outputs"));
     manifest.preprocessing = preprocessing_of(content.at("preprocessing"));
+    manifest.palette = palette_of(content.at("model"));
     read_files(content.at("files"), manifest);
     require_file(manifest, content.at("artifact"), [&](const std::string &name) { return name == manifest.artifact || name.rfind(manifest.artifact + "/", 0) == 0; });
     read_scan(content.at("scan"), manifest);

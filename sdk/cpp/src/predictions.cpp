@@ -1,6 +1,7 @@
 #include "predictions.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -9,11 +10,12 @@ namespace {
 
 constexpr double SAME = 0.5;  // intersection over union from which two boxes of a class are the same detection
 
-// A row of a detector's outputs: corners in pixels of the network's input.
+// A row of a detector's outputs: corners in pixels of the network's input. at: number of the row in the batch.
 struct Row {
     std::array<float, 4> box;
     float score;
     std::int32_t label;
+    std::size_t at;
 };
 
 // Return the rows of image `i` that hold a detection, or a candidate where there is no count. scored: only those with a positive score.
@@ -24,7 +26,7 @@ std::vector<Row> rows_of(const Tensors &outputs, std::size_t i, bool scored) {
     std::vector<Row> found;
     for (std::size_t row = 0; row < rows; row++) {
         if (count != outputs.end() && static_cast<std::int64_t>(row) >= count->second.data<std::int32_t>()[i]) break;
-        Row each{{}, outputs.at("scores").data<float>()[i * rows + row], outputs.at("labels").data<std::int32_t>()[i * rows + row]};
+        Row each{{}, outputs.at("scores").data<float>()[i * rows + row], outputs.at("labels").data<std::int32_t>()[i * rows + row], i * rows + row};
         std::copy_n(boxes.data<float>() + 4 * (i * rows + row), 4, each.box.begin());
         if (each.label >= 0 && (each.score > 0 || !scored)) found.push_back(each);
     }
@@ -75,43 +77,43 @@ std::vector<Row> clipped(const std::vector<Row> &rows, const Geometry &place) {
     return found;
 }
 
-Tensor tensor_of(const std::string &dtype, std::vector<std::int64_t> shape, const void *data, std::size_t size) {
-    const unsigned char *const bytes = static_cast<const unsigned char *>(data);
-    return {dtype, std::move(shape), {bytes, bytes + size}};
-}
-
-Tensors tensors_of(const std::vector<Row> &rows) {
-    std::vector<float> boxes, scores;
-    std::vector<std::int32_t> labels;
-    for (const Row &row : rows) {
-        boxes.insert(boxes.end(), row.box.begin(), row.box.end());
-        scores.push_back(row.score), labels.push_back(row.label);
-    }
-    const std::int64_t count = static_cast<std::int64_t>(rows.size());
-    return {{"boxes", tensor_of("float32", {count, 4}, boxes.data(), boxes.size() * sizeof(float))},
-            {"scores", tensor_of("float32", {count}, scores.data(), scores.size() * sizeof(float))},
-            {"labels", tensor_of("int32", {count}, labels.data(), labels.size() * sizeof(std::int32_t))}};
-}
-
-// Pairs of rows with the same label that overlap by at least SAME. Each row is in one pair; the largest overlaps come first.
-std::vector<std::pair<std::size_t, std::size_t>> matches(const std::vector<Row> &a, const std::vector<Row> &b) {
+// Pairs of rows that are the same detection: the same label, an overlap of at least SAME, and scores and corners that agree within the
+// tolerance, that of corners relative to the largest. Each row is in one pair; the nearest pairs come first.
+std::vector<std::pair<Row, Row>> matches(const std::vector<Row> &a, const std::vector<Row> &b, double tolerance) {
     const auto exact = [](const Row &row) { return std::array<double, 4>{row.box[0], row.box[1], row.box[2], row.box[3]}; };
-    std::vector<std::pair<double, std::pair<std::size_t, std::size_t>>> shares;
+    double largest = 1;
+    for (const Row &row : a)
+        for (const float side : row.box) largest = std::max(largest, std::abs(static_cast<double>(side)));
+    std::vector<std::pair<double, std::pair<std::size_t, std::size_t>>> found;
     for (std::size_t i = 0; i < a.size(); i++)
         for (std::size_t j = 0; j < b.size(); j++) {
-            const double share = a[i].label == b[j].label ? overlap(exact(a[i]), exact(b[j])) : 0;
-            if (share >= SAME) shares.push_back({share, {i, j}});
+            const std::array<double, 4> box = exact(a[i]), other = exact(b[j]);
+            const double apart = std::abs(static_cast<double>(a[i].score) - b[j].score), share = overlap(box, other);
+            bool same = a[i].label == b[j].label && share >= SAME && apart <= tolerance;
+            for (std::size_t side = 0; side < 4; side++) same = same && std::abs(box[side] - other[side]) <= tolerance * largest;
+            if (same) found.push_back({apart - share, {i, j}});
         }
-    std::stable_sort(shares.begin(), shares.end(), [](const auto &x, const auto &y) { return x.first > y.first; });
+    std::stable_sort(found.begin(), found.end(), [](const auto &x, const auto &y) { return x.first < y.first; });
     std::vector<bool> ours(a.size()), theirs(b.size());
-    std::vector<std::pair<std::size_t, std::size_t>> pairs;
-    for (const auto &each : shares) {
+    std::vector<std::pair<Row, Row>> pairs;
+    for (const auto &each : found) {
         const auto [i, j] = each.second;
         if (ours[i] || theirs[j]) continue;
         ours[i] = theirs[j] = true;
-        pairs.push_back(each.second);
+        pairs.push_back({a[i], b[j]});
     }
     return pairs;
+}
+
+// Largest difference of the values of a row of two tensors (images, rows, ..), infinite for NaN and Inf.
+double difference(const Tensor &one, const Tensor &other, std::size_t row, std::size_t other_row) {
+    const std::size_t count = one.bytes.size() / sizeof(float) / static_cast<std::size_t>(one.shape[0] * one.shape[1]);
+    double most = 0;
+    for (std::size_t i = 0; i < count; i++) {
+        const double off = std::abs(static_cast<double>(one.data<float>()[count * row + i]) - other.data<float>()[count * other_row + i]);
+        most = std::max(most, std::isfinite(off) ? off : HUGE_VAL);
+    }
+    return most;
 }
 
 }  // namespace
@@ -130,15 +132,24 @@ std::vector<Detection> decode_detections(const Tensors &outputs, std::size_t i, 
     return found;
 }
 
-Aligned align_detections(const Tensors &expected, const Tensors &actual) {
-    std::vector<Row> ours, theirs;
-    std::size_t rows = 0;
+Aligned align_detections(const Tensors &expected, const Tensors &actual, double tolerance) {
+    Aligned aligned;
+    for (const auto &output : expected)
+        if (output.first != "count") aligned.errors[output.first] = 0;
+    std::size_t paired = 0, rows = 0;
+    const auto counts = [&](const Row &row) -> std::size_t { return !(row.score <= tolerance); };  // NaN counts
     for (std::size_t i = 0; i < static_cast<std::size_t>(expected.at("boxes").shape[0]); i++) {
-        const std::vector<Row> a = rows_of(expected, i, false), b = rows_of(actual, i, false);
-        rows += a.size() + b.size();
-        for (const auto &[row, other] : matches(a, b)) ours.push_back(a[row]), theirs.push_back(b[other]);
+        const std::vector<Row> ours = rows_of(expected, i, false), theirs = rows_of(actual, i, false);
+        for (const Row &row : ours) rows += counts(row);
+        for (const Row &row : theirs) rows += counts(row);
+        for (const auto &[row, other] : matches(ours, theirs, tolerance)) {
+            paired += counts(row) + counts(other);
+            for (auto &[name, error] : aligned.errors)
+                if (name != "labels") error = std::max(error, difference(expected.at(name), actual.at(name), row.at, other.at));  // labels are equal
+        }
     }
-    return {tensors_of(ours), tensors_of(theirs), rows ? 2.0 * static_cast<double>(ours.size()) / static_cast<double>(rows) : 1};
+    if (rows) aligned.share = static_cast<double>(paired) / static_cast<double>(rows);
+    return aligned;
 }
 
 Box Geometry::to_image(const Box &box) const {

@@ -8,12 +8,13 @@ namespace evm {
 std::vector<Detection> decode_detections(const Tensors &outputs, std::size_t i, const Selection &selection, const Geometry *place,
                                          const std::vector<std::string> &labels);
 
-// Rows of two runs of a detector on the same images, paired as in Python's tasks.detection.align: tensors `boxes`, `scores` and `labels` of all
-// pairs, and the share, 0..1, of rows that are in a pair.
+// Rows of two runs of a detector on the same images, paired as in Python's tasks.detection.align: for each output but `count`, the largest
+// difference of a pair, infinite for NaN and Inf; and the share, 0..1, of rows that are in a pair. Rows of a pair agree within the tolerance;
+// rows whose score is within it of nothing do not count.
 struct Aligned {
-    Tensors expected, actual;
+    std::map<std::string, double> errors;
     double share = 1;
 };
-Aligned align_detections(const Tensors &expected, const Tensors &actual);
+Aligned align_detections(const Tensors &expected, const Tensors &actual, double tolerance);
 
 }  // namespace evm

@@ -61,19 +61,25 @@ double difference(const Tensor &have, const Tensor &want) {
 
 // Compare the outputs of a detector: the share of rows that have no pair, and the largest differences of the pairs.
 std::vector<Check> detection_checks(const Manifest &manifest, const Tensors &found, const Tensors &probes) {
-    const Aligned aligned = align_detections(probes, found);
+    Tensors expected;
+    double tolerance = INFINITE;
+    for (const auto &output : found) {
+        expected[output.first] = probes.at(output.first);
+        tolerance = std::min(tolerance, limit_of(manifest.limits.outputs, output.first, manifest.limits.otherwise));
+    }
+    const Aligned aligned = align_detections(expected, found, tolerance);
     std::vector<Check> checks{{"not in common", 1 - aligned.share, manifest.limits.apart}};
-    for (const auto &[name, have] : aligned.actual)
-        checks.push_back({name, difference(have, aligned.expected.at(name)), limit_of(manifest.limits.outputs, name, manifest.limits.otherwise)});
+    for (const auto &[name, error] : aligned.errors) checks.push_back({name, error, limit_of(manifest.limits.outputs, name, manifest.limits.otherwise)});
     return checks;
 }
 
-// Compare the label maps of a segmenter: the share of pixels that differ.
-Check label_map_check(const Manifest &manifest, const Tensor &have, const Tensor &want) {
+// Compare the label maps of a segmenter: the share of pixels that differ. The others are equal.
+std::vector<Check> label_map_checks(const Manifest &manifest, const Tensor &have, const Tensor &want) {
     const std::size_t width = have.dtype == "uint8" ? 1 : sizeof(std::int32_t), count = have.bytes.size() / width;
     std::size_t differ = 0;
     for (std::size_t i = 0; i < count; i++) differ += !std::equal(&have.bytes[width * i], &have.bytes[width * i] + width, &want.bytes[width * i]);
-    return {"not in common", static_cast<double>(differ) / static_cast<double>(count), manifest.limits.apart};
+    return {{"not in common", static_cast<double>(differ) / static_cast<double>(count), manifest.limits.apart},
+            {manifest.head, 0, limit_of(manifest.limits.outputs, manifest.head, manifest.limits.otherwise)}};
 }
 
 Check preprocessing_check(const Source &source, const Manifest &manifest, const Tensors &probes) {
@@ -174,7 +180,8 @@ std::vector<Check> selftest(const Source &source, const Manifest &manifest, cons
     const Tensors found = run_batched(runtime, manifest, images, most);
     for (const TensorSpec &output : runtime.outputs) {
         const Tensor &have = found.at(output.name), &want = like(source, probes, output.name, have.dtype, have.shape);
-        if (manifest.head == "label_map") checks.push_back(label_map_check(manifest, have, want));
+        if (manifest.head == "label_map")
+            for (const Check &check : label_map_checks(manifest, have, want)) checks.push_back(check);
         else if (manifest.head != "detections")
             checks.push_back({output.name, difference(have, want), limit_of(manifest.limits.outputs, output.name, manifest.limits.otherwise)});
     }

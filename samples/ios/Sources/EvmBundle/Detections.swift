@@ -19,8 +19,9 @@ public struct Selection: Sendable {
 /// Intersection over union from which two boxes of a class are the same detection.
 private let same: Float = 0.5
 
-/// A row of a detector's outputs. `box`: x1, y1, x2, y2 in pixels of the model's input.
+/// A row of a detector's outputs. `at`: its number in the batch. `box`: x1, y1, x2, y2 in pixels of the model's input.
 struct Row {
+    let at: Int
     let box: [Float]
     let score: Float
     let label: Int
@@ -46,7 +47,7 @@ func rows(_ outputs: [String: [Float]], image: Int, of images: Int) -> [Row] {
     let all = scores.count / images
     let count = outputs["count"].map { min(Int($0[image]), all) } ?? all
     return (image * all..<image * all + count).filter { labels[$0] >= 0 }.map {
-        Row(box: Array(boxes[4 * $0..<4 * $0 + 4]), score: scores[$0], label: Int(labels[$0]))
+        Row(at: $0, box: Array(boxes[4 * $0..<4 * $0 + 4]), score: scores[$0], label: Int(labels[$0]))
     }
 }
 
@@ -57,7 +58,7 @@ private func clipped(_ rows: [Row], _ place: Geometry) -> [Row] {
             let axis = side % 2 == 0 ? place.horizontal : place.vertical
             return min(max(value, Float(axis.first)), Float(axis.end))
         }
-        return Row(box: box, score: row.score, label: row.label)
+        return Row(at: row.at, box: box, score: row.score, label: row.label)
     }
     .filter { $0.box[2] > $0.box[0] && $0.box[3] > $0.box[1] }
 }
@@ -87,29 +88,41 @@ private func overlap(_ a: [Float], _ b: [Float]) -> Float {
     return inter / (union > 0 ? union : 1)
 }
 
-/// Pairs the rows of two runs of a detector on the same images: the same label, and an overlap of at least `same`; the
-/// largest overlaps come first. `share`, 0..1, of the rows are in a pair.
+/// Pairs the rows of two runs of a detector that are the same detection: the same label, an overlap of at least `same`, and
+/// scores and corners that agree within the tolerance, that of corners relative to the largest. The nearest pairs come first.
+/// `share`, 0..1, of the rows are in a pair; rows whose score is within the tolerance of nothing do not count. `pairs` has
+/// the rows' numbers.
 func align(
-    _ expected: [String: [Float]], _ actual: [String: [Float]], images: Int
-) -> (share: Double, pairs: [(expected: Row, actual: Row)]) {
-    var pairs: [(expected: Row, actual: Row)] = []
-    var count = 0
+    _ expected: [String: [Float]], _ actual: [String: [Float]], images: Int, tolerance: Double
+) -> (share: Double, pairs: [(expected: Int, actual: Int)]) {
+    var pairs: [(expected: Int, actual: Int)] = []
+    var (paired, count) = (0, 0)
+    let counts = { (row: Row) in Double(row.score) <= tolerance ? 0 : 1 }  // NaN counts
     for image in 0..<images {
         let (ours, theirs) = (rows(expected, image: image, of: images), rows(actual, image: image, of: images))
-        count += ours.count + theirs.count
-        var shares: [(share: Float, a: Int, b: Int)] = []
-        for a in ours.indices {
-            for b in theirs.indices where ours[a].label == theirs[b].label {
-                shares.append((overlap(ours[a].box, theirs[b].box), a, b))
-            }
-        }
+        count += (ours + theirs).map(counts).reduce(0, +)
         var (takenA, takenB) = (Set<Int>(), Set<Int>())
-        for each in shares.sorted(by: { $0.share > $1.share }) where each.share >= same {
-            if takenA.contains(each.a) || takenB.contains(each.b) { continue }
-            takenA.insert(each.a)
-            takenB.insert(each.b)
-            pairs.append((ours[each.a], theirs[each.b]))
+        for (a, b) in nearest(ours, theirs, tolerance: tolerance) {
+            if takenA.contains(a.at) || takenB.contains(b.at) { continue }
+            takenA.insert(a.at)
+            takenB.insert(b.at)
+            paired += counts(a) + counts(b)
+            pairs.append((a.at, b.at))
         }
     }
-    return (count > 0 ? 2 * Double(pairs.count) / Double(count) : 1, pairs)
+    return (count > 0 ? Double(paired) / Double(count) : 1, pairs)
+}
+
+/// Returns every two rows that may be the same detection, the nearest first.
+private func nearest(_ ours: [Row], _ theirs: [Row], tolerance: Double) -> [(Row, Row)] {
+    let largest = ours.flatMap(\.box).map { abs(Double($0)) }.reduce(1, max)
+    var found: [(far: Double, pair: (Row, Row))] = []
+    for a in ours {
+        for b in theirs where a.label == b.label {
+            let (apart, share) = (abs(Double(a.score) - Double(b.score)), overlap(a.box, b.box))
+            let near = zip(a.box, b.box).allSatisfy { abs(Double($0) - Double($1)) <= tolerance * largest }
+            if share >= same && apart <= tolerance && near { found.append((apart - Double(share), (a, b))) }
+        }
+    }
+    return found.sorted { $0.far < $1.far }.map(\.pair)
 }

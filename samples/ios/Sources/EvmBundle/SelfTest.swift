@@ -90,25 +90,35 @@ extension Model {
         var checks: [Check] = []
         var off: [String: Double] = [:]
         if manifest.plan.head == "detections" {
-            let aligned = align(want, have, images: images)
+            let aligned = align(want, have, images: images, tolerance: have.keys.map(limit).min() ?? 0)
             checks.append(Check(name: "not in common", error: 1 - aligned.share, limit: apart))
-            off = ["boxes": 0, "scores": 0, "labels": 0]  // the rows of a pair have equal labels
-            off["boxes"] = aligned.pairs.map { worst($0.actual.box, $0.expected.box) }.max() ?? 0
-            off["scores"] = aligned.pairs.map { worst([$0.actual.score], [$0.expected.score]) }.max() ?? 0
+            for output in manifest.outputs where output.name != "count" {
+                let (ours, theirs) = (want[output.name] ?? [], have[output.name] ?? [])
+                let size = output.shape.dropFirst(2).reduce(1) { $0 * ($1 ?? 1) }
+                off[output.name] = aligned.pairs.map {
+                    worst(part(theirs, row: $0.actual, size: size), part(ours, row: $0.expected, size: size))
+                }.max() ?? 0
+            }
         } else if manifest.plan.head == "label_map" {
             let (ours, theirs) = (have["label_map"] ?? [], want["label_map"] ?? [])
             let differ = zip(ours, theirs).filter { $0 != $1 }.count
             let share = ours.count == theirs.count ? Double(differ) / Double(max(1, ours.count)) : 1
-            return [Check(name: "not in common", error: share, limit: apart)]
+            checks.append(Check(name: "not in common", error: share, limit: apart))
+            off["label_map"] = 0  // the other pixels are equal
         } else {
             for output in manifest.outputs { off[output.name] = worst(have[output.name] ?? [], want[output.name] ?? []) }
         }
         for output in manifest.outputs {
             guard let error = off[output.name] else { continue }
-            let limit = manifest.selftest?.outputs?[output.name] ?? manifest.parity.limit
-            checks.append(Check(name: output.name, error: error, limit: limit))
+            checks.append(Check(name: output.name, error: error, limit: limit(output.name)))
         }
         return checks
+    }
+
+    private func limit(_ output: String) -> Double { manifest.selftest?.outputs?[output] ?? manifest.parity.limit }
+
+    private func part(_ values: [Float], row: Int, size: Int) -> [Float] {
+        Array(values[(row * size)..<((row + 1) * size)])
     }
 
     private func input(_ rows: [[UInt8]], shape: [Int]) throws -> MLFeatureValue {

@@ -20,8 +20,9 @@ export interface Selection {
   readonly most: number;
 }
 
-/** A row of a detector's outputs. box: in pixels of the network's input. */
+/** A row of a detector's outputs. at: number of the row in the batch. box: in pixels of the network's input. */
 interface Row {
+  readonly at: number;
   readonly box: Box;
   readonly score: number;
   readonly label: number;
@@ -53,7 +54,7 @@ function rowsOf(outputs: Tensors, i: number, scored: boolean): Row[] {
     const at = i * all + row;
     const [score, label] = [scores.data[at]!, labels.data[at]!];
     const box = [0, 1, 2, 3].map((side) => boxes.data[4 * at + side]!) as unknown as Box;
-    if (label >= 0 && (score > 0 || !scored)) found.push({ box, score, label });
+    if (label >= 0 && (score > 0 || !scored)) found.push({ at, box, score, label });
   }
   return found;
 }
@@ -95,29 +96,44 @@ function overlap(a: Box, b: Box, round: Round): number {
   return round(inter / (all > 0 ? all : 1));
 }
 
-/** Two runs of a detector on the same images, row by row: `share`, 0..1, of the rows are in a pair. */
+/** Two runs of a detector on the same images: `share`, 0..1, of the rows are in a pair; `pairs` has the rows' numbers. */
 export interface Aligned {
   readonly share: number;
-  readonly pairs: readonly (readonly [expected: Row, actual: Row])[];
+  readonly pairs: readonly (readonly [expected: number, actual: number])[];
 }
 
-/** Pair the rows of two runs: the same label, and an overlap of at least SAME; the largest overlaps come first. */
-export function align(expected: Tensors, actual: Tensors): Aligned {
-  const pairs: [Row, Row][] = [];
-  let count = 0;
+/**
+ * Pair the rows of two runs that are the same detection: the same label, an overlap of at least SAME, and scores and corners
+ * that agree within the tolerance, that of corners relative to the largest. The nearest pairs come first. Rows whose score
+ * is within the tolerance of nothing do not count.
+ */
+export function align(expected: Tensors, actual: Tensors, tolerance: number): Aligned {
+  const pairs: [number, number][] = [];
+  let [paired, count] = [0, 0];
+  const counts = (row: Row): number => Number(!(row.score <= tolerance)); // NaN counts
   for (let i = 0; i < expected["boxes"]!.shape[0]!; i++) {
     const [ours, theirs] = [rowsOf(expected, i, false), rowsOf(actual, i, false)];
-    count += ours.length + theirs.length;
-    const shares = ours.flatMap((a) =>
-      theirs.filter((b) => a.label === b.label).map((b) => ({ a, b, share: overlap(a.box, b.box, (x) => x) })),
-    );
+    for (const row of [...ours, ...theirs]) count += counts(row);
     const taken = new Set<Row>();
-    for (const { a, b, share } of shares.sort((one, other) => other.share - one.share)) {
-      if (share < SAME) break;
+    for (const [a, b] of nearest(ours, theirs, tolerance)) {
       if (taken.has(a) || taken.has(b)) continue;
       taken.add(a).add(b);
-      pairs.push([a, b]);
+      paired += counts(a) + counts(b);
+      pairs.push([a.at, b.at]);
     }
   }
-  return { share: count ? (2 * pairs.length) / count : 1, pairs };
+  return { share: count ? paired / count : 1, pairs };
+}
+
+/** Return every two rows that may be the same detection, the nearest first. */
+function nearest(ours: readonly Row[], theirs: readonly Row[], tolerance: number): [Row, Row][] {
+  const largest = ours.reduce((most, { box }) => Math.max(most, ...box.map(Math.abs)), 1);
+  const found: { a: Row; b: Row; far: number }[] = [];
+  for (const a of ours)
+    for (const b of theirs) {
+      const [apart, share] = [Math.abs(a.score - b.score), overlap(a.box, b.box, (x) => x)];
+      const near = a.box.every((side, i) => Math.abs(side - b.box[i]!) <= tolerance * largest);
+      if (a.label === b.label && share >= SAME && apart <= tolerance && near) found.push({ a, b, far: apart - share });
+    }
+  return found.sort((one, other) => one.far - other.far).map(({ a, b }) => [a, b]);
 }

@@ -30,16 +30,19 @@ export function checkOutputs(bundle: Bundle, labels: readonly string[], outputs:
   checkScores(bundle, labels, scores);
 }
 
-const DETECTIONS = { boxes: ["float32", 3], scores: ["float32", 2], labels: ["int32", 2], count: ["int32", 1] } as const;
+const DETECTIONS = { boxes: ["float32", 3], scores: ["float32", 2], labels: ["int32", 2], count: ["int32", 1], masks: ["float32", 4] } as const;
+const NAMES = ["boxes,labels,scores", "boxes,count,labels,scores", "boxes,count,labels,masks,scores"];
 
 function checkDetections(bundle: Bundle, outputs: readonly TensorSpec[]): void {
   const names = outputs.map(({ name }) => name).sort().join();
-  if (names !== "boxes,labels,scores" && names !== "boxes,count,labels,scores")
-    throw unlike(bundle, outputs.map(specText).join(", "), "a detector must have boxes, scores, labels and, after its NMS, count");
+  if (!NAMES.includes(names)) {
+    const want = "a detector must have boxes, scores, labels and, after its NMS, count, with or without masks";
+    throw unlike(bundle, outputs.map(specText).join(", "), want);
+  }
   for (const spec of outputs) {
     const [dtype, rank] = DETECTIONS[spec.name as keyof typeof DETECTIONS];
     const { shape } = spec;
-    if (spec.dtype !== dtype || shape.length !== rank || shape.includes(0) || (rank === 3 && shape[2] !== 4))
+    if (spec.dtype !== dtype || shape.length !== rank || shape.includes(0) || (spec.name === "boxes" && shape[2] !== 4))
       throw unlike(bundle, specText(spec), `a detector must have ${spec.name} of ${dtype} with ${rank} axes`);
   }
   const rows = new Set(outputs.filter(({ name }) => name !== "count").map(({ shape }) => shape[1]).filter((side) => side !== null));

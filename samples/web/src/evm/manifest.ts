@@ -10,6 +10,7 @@ export const MANIFEST = "manifest.json";
 export const SCHEMA_VERSION = 1;
 const MAX_BYTES = 4 << 20;
 export const HEADS = ["logits", "probs", "features", "raw", "detections", "label_map"] as const;
+export type Colour = readonly [red: number, green: number, blue: number];
 export type Head = (typeof HEADS)[number];
 const MAX_DETECTIONS = 1000;
 
@@ -42,6 +43,8 @@ export class Manifest {
   readonly precision: string;
   readonly batch: Batch;
   readonly preprocessing: Preprocessing;
+  /** Red, green and blue of each class of a segmenter; empty if it has none. */
+  readonly palette: readonly Colour[];
   /** Selection of a detector. */
   readonly selection: Selection;
   readonly inputs: readonly TensorSpec[];
@@ -74,6 +77,7 @@ export class Manifest {
     this.inputs = content.at("inputs").items(1).map(specOf);
     this.outputs = content.at("outputs").items(1).map(specOf);
     this.scans = scan.at("value").text().split("+");
+    this.palette = paletteOf(content.at("model"));
     this.files = new Map(content.at("files").members().map(fileOf));
     this.built = content.at("built").flag(true);
     this.rejected = content.at("rejected").flag(false);
@@ -231,6 +235,14 @@ function parseJson(bytes: Uint8Array, path: string): unknown {
   } catch (error) {
     throw new BundleError(`${path} is damaged: ${reason(error)}`, "export the bundle again", { code: "manifest.damaged", cause: error });
   }
+}
+
+/** Read the colours of a segmenter's classes; empty if the manifest has none. */
+function paletteOf(model: Value): Colour[] {
+  const inside = (value: Value, key: string): Value => (value.value == null ? value : value.at(key));
+  const palette = inside(inside(model, "details"), "palette");
+  if (palette.value == null) return [];
+  return palette.items(0).map((colour) => colour.items(3, 3).map((part) => part.number(0, 255)) as unknown as Colour);
 }
 
 /** Read the settings of a detector's selection. Other bundles have null, older ones nothing. */

@@ -42,11 +42,14 @@ export function drawDetections(found: readonly Detection[], width: number, heigh
   }
 }
 
+/** Colours of the classes of a segmenter; empty for the fixed ones. */
+type Palette = readonly (readonly [number, number, number])[];
+
 /** Draw a label map, half transparent. */
-export function drawLabelMap({ map, width, height }: LabelMap): void {
+export function drawLabelMap({ map, width, height }: LabelMap, palette: Palette): void {
   const { context } = started(width, height);
   const pixels = new ImageData(width, height);
-  const colours = PALETTE.map((colour) => rgbOf(colour));
+  const colours = palette.length ? palette : PALETTE.map((colour) => rgbOf(colour));
   for (let i = 0; i < map.length; i++) pixels.data.set([...colours[map[i]! % colours.length]!, 128], 4 * i);
   const whole = new OffscreenCanvas(width, height);
   whole.getContext("2d")!.putImageData(pixels, 0, 0);
@@ -54,9 +57,9 @@ export function drawLabelMap({ map, width, height }: LabelMap): void {
   context.drawImage(whole, 0, 0, canvas.width, canvas.height);
 }
 
-/** Return the colour of a class. */
-export function colourOf(index: number): string {
-  return PALETTE[index % PALETTE.length]!;
+/** Return the colour of a class, from the palette of the bundle if it has one. */
+export function colourOf(index: number, palette: Palette = []): string {
+  return palette.length ? `rgb(${palette[index % palette.length]!.join(" ")})` : PALETTE[index % PALETTE.length]!;
 }
 
 /** Show an empty overlay for an image of this size. scale: pixels of the overlay for one of the image. */

@@ -13,11 +13,11 @@ const MIN_SCORE = 0.3;
 const MOST_ROWS = 20;
 
 /** Show the answer for an image, draw detections and label maps over it, and show the times. */
-export function showAnswer({ answer, width, height, milliseconds }: Predicted, { labels }: Opened): void {
+export function showAnswer({ answer, width, height, milliseconds }: Predicted, { labels, palette }: Opened): void {
   clearOverlay();
   if ("top" in answer) showTop(answer.top);
   else if ("detections" in answer) showDetections(answer.detections.filter(({ score }) => score >= MIN_SCORE), width, height);
-  else showLabelMap(answer.labelMap, labels);
+  else showLabelMap(answer.labelMap, labels, palette);
   at("inference").textContent = ms(milliseconds.inference);
   at("preprocessing").textContent = ms(milliseconds.preprocessing);
   at("timing").hidden = false;
@@ -37,14 +37,14 @@ function showDetections(found: readonly Detection[], width: number, height: numb
   drawDetections(found, width, height);
 }
 
-function showLabelMap(found: LabelMap, labels: readonly string[]): void {
+function showLabelMap(found: LabelMap, labels: readonly string[], palette: Opened["palette"]): void {
   const counts = new Map<number, number>();
   for (const index of found.map) counts.set(index, (counts.get(index) ?? 0) + 1);
   const shares = [...counts].sort((a, b) => b[1] - a[1]).map(([index, n]) => [index, n / found.map.length] as const);
   const name = (index: number): string => labels[index] ?? `class ${index}`;
   headline(name(shares[0]![0]), percent(shares[0]![1]));
-  at("bars").replaceChildren(...shares.slice(0, MOST_ROWS).map(([index, share]) => bar(name(index), share, colourOf(index))));
-  drawLabelMap(found);
+  at("bars").replaceChildren(...shares.slice(0, MOST_ROWS).map(([index, share]) => bar(name(index), share, colourOf(index, palette))));
+  drawLabelMap(found, palette);
 }
 
 /** Make a row of a label and a share, 0..1. colour: of the class in the image. */

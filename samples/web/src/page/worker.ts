@@ -33,6 +33,7 @@ export interface Opened {
   readonly gives: string;
   readonly predicts: boolean;
   readonly labels: readonly string[];
+  readonly palette: readonly (readonly [number, number, number])[];
   readonly bytes: number;
   readonly preprocessing: PreprocessingFacts;
   readonly provider: Choice;
@@ -114,7 +115,7 @@ function facts({ manifest, labels, provider, threads, outputs }: Model, loadMs: 
   const gives = manifest.classifies ? of : [kind ?? "feature maps", of].filter((part) => part).join(", ");
   const bytes = files.get(artifact)!.size_bytes;
   const predicts = manifest.classifies || kind !== undefined;
-  return { ...{ name, precision, head, input, gives, predicts, labels, bytes }, preprocessing: preprocessing.facts, provider, threads, loadMs };
+  return { ...{ name, precision, head, input, gives, predicts, labels, bytes }, palette: manifest.palette, preprocessing: preprocessing.facts, provider, threads, loadMs };
 }
 
 serve(engine);

@@ -216,6 +216,7 @@ struct Manifest {
     Limits limits;
     Preprocessing preprocessing;
     Selection selection;
+    std::vector<std::array<std::uint8_t, 3>> palette;           // red, green, blue of each class of a segmenter; empty if it has none
     std::vector<std::string> scan_modes;                        // supported ways to run the scans: portable, plugin, aot
     std::map<std::string, std::string> plugins;                 // platform -> native library in the bundle
     std::vector<std::pair<std::string, std::string>> files;     // path -> sha256

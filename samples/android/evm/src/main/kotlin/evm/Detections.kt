@@ -1,5 +1,6 @@
 package evm
 
+import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.min
 
@@ -14,8 +15,8 @@ private const val SAME = 0.5 // intersection over union from which two boxes of 
  */
 class Selection(val iou: Double, val most: Int)
 
-/** A row of a detector's outputs. [box]: x1, y1, x2, y2 in pixels of the network's input. */
-internal class Row(val box: FloatArray, val score: Float, val label: Int)
+/** A row of a detector's outputs. [at]: its number in the batch. [box]: x1, y1, x2, y2 in pixels of the network's input. */
+internal class Row(val at: Int, val box: FloatArray, val score: Float, val label: Int)
 
 /** Returns the detections of the first image of [outputs], by falling score. Without labels, a class is named `class 7`. */
 fun detections(outputs: Map<String, Tensor>, selection: Selection, place: Geometry, labels: List<String>): List<Detection> {
@@ -36,7 +37,7 @@ internal fun rows(outputs: Map<String, Tensor>, image: Int): List<Row> {
     val labels = outputs.getValue("labels").ints()
     val count = outputs["count"]?.ints()?.get(image) ?: all
     return (image * all until image * all + min(all, count)).filter { labels[it] >= 0 }
-        .map { Row(boxes.copyOfRange(4 * it, 4 * it + 4), scores[it], labels[it]) }
+        .map { Row(it, boxes.copyOfRange(4 * it, 4 * it + 4), scores[it], labels[it]) }
 }
 
 /** Clips boxes to the part of the input that shows the image, and leaves out those that become empty. */
@@ -45,7 +46,7 @@ private fun clipped(rows: List<Row>, place: Geometry): List<Row> = rows.map {
         val axis = if (side % 2 == 0) place.horizontal else place.vertical
         min(max(it.box[side], axis.first.toFloat()), axis.end.toFloat())
     }
-    Row(box, it.score, it.label)
+    Row(it.at, box, it.score, it.label)
 }.filter { it.box[2] > it.box[0] && it.box[3] > it.box[1] }
 
 /** Greedy non-maximum suppression of each class, in float32 as in Python: boxes of different classes are shifted apart. */
@@ -71,25 +72,43 @@ private fun overlap(a: FloatArray, b: FloatArray): Float {
     return inter / (if (union > 0) union else 1f)
 }
 
-/** Two runs of a detector on the same images: [share], 0..1, of the rows are in a pair. */
-internal class Aligned(val share: Double, val pairs: List<Pair<Row, Row>>)
+/** Two runs of a detector on the same images: [share], 0..1, of the rows are in a pair; [pairs] has the rows' numbers. */
+internal class Aligned(val share: Double, val pairs: List<Pair<Int, Int>>)
 
-/** Pairs the rows of two runs: the same label, and an overlap of at least SAME; the largest overlaps come first. */
-internal fun align(expected: Map<String, Tensor>, actual: Map<String, Tensor>): Aligned {
-    val pairs = mutableListOf<Pair<Row, Row>>()
+/**
+ * Pairs the rows of two runs that are the same detection: the same label, an overlap of at least SAME, and scores and
+ * corners that agree within the [tolerance], that of corners relative to the largest. The nearest pairs come first. Rows
+ * whose score is within the tolerance of nothing do not count.
+ */
+internal fun align(expected: Map<String, Tensor>, actual: Map<String, Tensor>, tolerance: Double): Aligned {
+    val pairs = mutableListOf<Pair<Int, Int>>()
+    val counts = { row: Row -> if (row.score <= tolerance) 0 else 1 } // NaN counts
+    var paired = 0
     var count = 0
     for (image in 0 until expected.getValue("boxes").shape[0]) {
         val ours = rows(expected, image)
         val theirs = rows(actual, image)
-        count += ours.size + theirs.size
+        count += (ours + theirs).sumOf(counts)
         val taken = mutableSetOf<Row>()
-        val shares = ours.flatMap { a -> theirs.filter { it.label == a.label }.map { b -> Triple(overlap(a.box, b.box), a, b) } }
-        for ((share, a, b) in shares.sortedByDescending { it.first }) {
-            if (share < SAME) break
+        for ((a, b) in nearest(ours, theirs, tolerance)) {
             if (a in taken || b in taken) continue
             taken += listOf(a, b)
-            pairs += a to b
+            paired += counts(a) + counts(b)
+            pairs += a.at to b.at
         }
     }
-    return Aligned(if (count > 0) 2.0 * pairs.size / count else 1.0, pairs)
+    return Aligned(if (count > 0) paired.toDouble() / count else 1.0, pairs)
+}
+
+/** Returns every two rows that may be the same detection, the nearest first. */
+private fun nearest(ours: List<Row>, theirs: List<Row>, tolerance: Double): List<Pair<Row, Row>> {
+    val largest = ours.flatMap { it.box.asList() }.fold(1.0) { most, side -> max(most, abs(side.toDouble())) }
+    val found = mutableListOf<Pair<Double, Pair<Row, Row>>>()
+    for (a in ours) for (b in theirs) {
+        val apart = abs(a.score.toDouble() - b.score)
+        val share = overlap(a.box, b.box)
+        val near = a.box.indices.all { abs(a.box[it].toDouble() - b.box[it]) <= tolerance * largest }
+        if (a.label == b.label && share >= SAME && apart <= tolerance && near) found += (apart - share) to (a to b)
+    }
+    return found.sortedBy { it.first }.map { it.second }
 }

@@ -39,18 +39,21 @@ internal fun checkOutputs(bundle: Bundle, labels: List<String>, outputs: List<Te
 
 private val DETECTIONS = mapOf(
     "boxes" to ("float32" to 3), "scores" to ("float32" to 2), "labels" to ("int32" to 2), "count" to ("int32" to 1),
+    "masks" to ("float32" to 4),
 )
+private val NEEDED = setOf("boxes", "scores", "labels")
 
 private fun checkDetections(bundle: Bundle, outputs: List<TensorSpec>) {
     val names = outputs.map { it.name }.toSet()
-    if (names.size != outputs.size || names + "count" != DETECTIONS.keys) {
-        val want = "a detector must have boxes, scores, labels and, after its NMS, count"
+    val known = names == NEEDED || names == NEEDED + "count" || names == DETECTIONS.keys
+    if (names.size != outputs.size || !known) {
+        val want = "a detector must have boxes, scores, labels and, after its NMS, count, with or without masks"
         throw unlike(bundle, outputs.joinToString(), want)
     }
     for (spec in outputs) {
         val (dtype, rank) = DETECTIONS.getValue(spec.name)
         val shape = spec.shape
-        if (spec.dtype != dtype || shape.size != rank || 0 in shape || (rank == 3 && shape[2] != 4)) {
+        if (spec.dtype != dtype || shape.size != rank || 0 in shape || (spec.name == "boxes" && shape[2] != 4)) {
             throw unlike(bundle, spec.toString(), "a detector must have ${spec.name} of $dtype with $rank axes")
         }
     }

@@ -38,7 +38,7 @@ internal fun selfTest(
     val wanted = outputs.mapValues { (name, have) -> like(bundle, tensors, have.spec(name)) }
     checks += when (manifest.head) {
         "detections" -> detectionChecks(manifest, outputs, wanted)
-        "label_map" -> outputs.map { (name, have) -> labelMapCheck(manifest, have, wanted.getValue(name)) }
+        "label_map" -> outputs.flatMap { (name, have) -> labelMapChecks(manifest, name, have, wanted.getValue(name)) }
         else -> outputs.map { (name, have) ->
             Check(name, worst(have.floats(), wanted.getValue(name).floats()), manifest.limits.output(name))
         }
@@ -61,19 +61,28 @@ private fun imageCheck(bundle: Bundle, tensors: Map<String, Tensor>, decode: (Fi
 
 /** Compares the detections of two runs: the share of rows without a pair, and the largest differences of pairs. */
 private fun detectionChecks(manifest: Manifest, have: Map<String, Tensor>, want: Map<String, Tensor>): List<Check> {
-    val aligned = align(want, have)
-    val boxes = aligned.pairs.map { (a, b) -> worst(b.box, a.box) }
-    val scores = aligned.pairs.map { (a, b) -> worst(floatArrayOf(b.score), floatArrayOf(a.score)) }
-    val off = mapOf("boxes" to boxes, "scores" to scores, "labels" to emptyList()) // those of a pair have equal labels
-    return listOf(Check("not in common", 1 - aligned.share, manifest.limits.apart)) +
-        off.map { (name, errors) -> Check(name, errors.maxOrNull() ?: 0.0, manifest.limits.output(name)) }
+    val aligned = align(want, have, have.keys.minOf(manifest.limits::output))
+    val checks = (have - "count").map { (name, tensor) ->
+        val error = if (name == "labels") 0.0 else worstPair(aligned, tensor, want.getValue(name)) // labels of a pair are equal
+        Check(name, error, manifest.limits.output(name))
+    }
+    return listOf(Check("not in common", 1 - aligned.share, manifest.limits.apart)) + checks
 }
 
-/** Compares the label maps of a segmenter: the share of pixels that differ. */
-private fun labelMapCheck(manifest: Manifest, have: Tensor, want: Tensor): Check {
+/** Returns the largest difference of the rows of a pair in a float32 output. */
+private fun worstPair(aligned: Aligned, have: Tensor, want: Tensor): Double {
+    val (ours, theirs) = want.floats() to have.floats()
+    val size = ours.size / (want.shape[0] * want.shape[1])
+    val row = { values: FloatArray, at: Int -> values.copyOfRange(at * size, (at + 1) * size) }
+    return aligned.pairs.maxOfOrNull { (a, b) -> worst(row(theirs, b), row(ours, a)) } ?: 0.0
+}
+
+/** Compares the label maps of a segmenter: the share of pixels that differ. The others are equal. */
+private fun labelMapChecks(manifest: Manifest, name: String, have: Tensor, want: Tensor): List<Check> {
     val (ours, theirs) = have.ints() to want.ints()
     val differ = ours.indices.count { ours[it] != theirs[it] }
-    return Check("not in common", differ.toDouble() / ours.size, manifest.limits.apart)
+    val share = Check("not in common", differ.toDouble() / ours.size, manifest.limits.apart)
+    return listOf(share, Check(name, 0.0, manifest.limits.output(name)))
 }
 
 private fun damaged(bundle: Bundle, file: String, reason: String): BundleException {
