@@ -232,7 +232,6 @@ def test_an_export_rejects_an_artifact_whose_logits_are_off(segmenter, tmp_path,
 @pytest.mark.parametrize(
     ("target", "settings", "message"),
     [
-        ("onnx", {"precision": "w8"}, "--precision w8: segmenters are exported in fp32 and fp16"),
         ("onnx", {"resize": "crop"}, "--resize crop: a label map covers the whole image"),
         ("onnx", {"max_det": 4}, "--max-det: upernet_micro is no detector, it gives segmentation"),
         ("onnx", {"head": "probs"}, "--head probs: upernet_micro gives label_map"),
