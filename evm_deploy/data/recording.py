@@ -78,8 +78,9 @@ class Recording:
         """Check the file, which OpenCV writes without a word on errors, and give it its name."""
         self._writer.release()
         capture = self._cv2.VideoCapture(native_path(self._file), self._cv2.CAP_FFMPEG)
-        complete = capture.isOpened() and capture.get(self._cv2.CAP_PROP_FRAME_COUNT) >= self._frames
-        complete = complete and capture.set(self._cv2.CAP_PROP_POS_FRAMES, self._frames - 1) and capture.read()[0]
+        count = min(self._frames, round(capture.get(self._cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
+        complete = count > 0 and count >= self._frames - 1  # some headers have a duration alone, rounded
+        complete = complete and capture.set(self._cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.read()[0]
         capture.release()
         if not complete:
             raise self._unwritable("it is not complete; is the disk full?")

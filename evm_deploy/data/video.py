@@ -26,6 +26,7 @@ VIDEO_SUFFIXES = frozenset(
     (".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 )
 CAMERA = re.compile(r"camera:(\d{1,4})", re.ASCII)
+STREAM = re.compile(r"(rtsp|rtmp|udp|srt|http)s?://", re.ASCII | re.IGNORECASE)
 NUMBER = re.compile(r"\d{1,4}", re.ASCII)
 UNKNOWN_FPS = 30.0  # frames per second of a source that does not tell
 MOST_FPS = 1000.0  # more is no frame rate but the clock of a container
@@ -60,8 +61,10 @@ def camera_number(source: str) -> int | None:
 
 
 def is_video(source: str) -> bool:
-    """Test whether a text names a camera, or a file with the suffix of a video."""
-    return camera_number(source) is not None or Path(source).suffix.lower() in VIDEO_SUFFIXES
+    """Test whether a text names a camera, a file with the suffix of a video, or a stream, which no one opens."""
+    if camera_number(source) is not None or Path(source).suffix.lower() in VIDEO_SUFFIXES:
+        return True
+    return bool(STREAM.match(source)) and not source.lower().startswith("http")
 
 
 def open_video(source: str | os.PathLike[str] | int) -> Video:
@@ -76,6 +79,8 @@ def open_video(source: str | os.PathLike[str] | int) -> Video:
     if number is not None:
         return _open_camera(number)
     cv2, path = opencv(), Path(source)
+    if STREAM.match(str(source)) and not os.path.lexists(source):
+        raise ImageError(f"video {source} is on a network", "evm-deploy opens no network: give a file or a camera")
     _require_file(path)
     # absolute, or FFmpeg takes a colon in the name for an address; by FFmpeg, or OpenCV looks for numbered images
     capture = cv2.VideoCapture(native_path(path.absolute()), cv2.CAP_FFMPEG)
