@@ -12,8 +12,6 @@ from PIL import Image
 
 from evm_deploy import cli, load
 from evm_deploy.commands.detections import shares
-from evm_deploy.demo import CHECKPOINTS
-from evm_deploy.demo.scenes import write_scenes
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.model.families import load_checkpoint
@@ -108,16 +106,6 @@ def test_what_cannot_be_asked_for(bundle, photos, capsys):
 def test_a_self_test_compares_maps(bundle, capsys):
     code, out, _ = run(capsys, bundle.path, "--selftest")
     assert code == 0 and "not in common" in out and "label_map" in out and "PASSED" in out
-
-
-def test_int8_keeps_the_mean_iou(tmp_path, bundle_of):
-    """Compare the embedded segmenter with itself in float32 on held-out scenes: within half a point."""
-    write_scenes(tmp_path / "calib", 120, 5001)
-    write_scenes(tmp_path / "val", 30)
-    plan = ExportPlan("onnx", "int8", calib=tmp_path / "calib" / "images", val=tmp_path / "val", max_drop=0.5)
-    manifest = bundle_of(CHECKPOINTS["segmenter"], plan).manifest
-    assert manifest.accuracy["metric"] == "mIoU" and manifest.accuracy["mIoU_float"] > 0.8
-    assert manifest.accuracy["drop"] <= 0.5 and manifest.parity["ok"]
 
 
 def test_shares():
