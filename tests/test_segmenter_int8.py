@@ -38,15 +38,14 @@ def source():
     return Source(CHECKPOINTS["segmenter"])
 
 
-def plan_of(scenes, target="onnx", precision="int8", **settings):
-    return ExportPlan(
-        target, precision, calib=scenes / "calib" / "images", smooth="off", calib_method="minmax", **settings
-    )
+def plan_of(scenes, **settings):
+    calib = scenes / "calib" / "images"
+    return ExportPlan("onnx", "int8", calib=calib, smooth="off", calib_method="minmax", **settings)
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino"])
-def test_the_trained_segmenter_keeps_its_mean_iou(target, scenes, source, tmp_path):
-    bundle = export(source, plan_of(scenes, target, val=scenes, max_drop=0.5), tmp_path)
+def test_the_trained_segmenter_keeps_its_mean_iou(scenes, source, tmp_path):
+    """In ONNX; benchmarks/detectors.py has OpenVINO too, on 500 scenes."""
+    bundle = export(source, plan_of(scenes, val=scenes, max_drop=0.5), tmp_path)
     facts = bundle.manifest.accuracy
     assert facts["metric"] == "mIoU" and facts["images"] == 40 and facts["ok"] and abs(facts["drop"]) < 0.5
     assert 0.8 < facts["mIoU_float"] < facts["pixel_accuracy_float"] < 1
