@@ -100,7 +100,7 @@ def test_odd_sides_get_one_more(size, tmp_path):
     assert frame.shape == (size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
 
 
-@pytest.mark.parametrize("name", ["a http:b.mp4", "a%03d.mp4", "街.mp4", "-a.mp4"])
+@pytest.mark.parametrize("name", ["http:b.mp4", "concat:b.mp4", "a%03d.mp4", "街.mp4", "-a.mp4"])
 def test_names_that_other_programs_take_for_more(name, clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.link(clip, name)
