@@ -131,21 +131,14 @@ class Gpu:
 def build(folder: Path, emulated: bool) -> Gpu:
     """Compile the kernel in `folder`, for this machine's GPU or for emulation. Raises CalledProcessError."""
     library = folder / "scan.so"
+    shared = ("-std=c++17", "-shared")
     if emulated:
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-Wno-unknown-pragmas",
-            SOURCES / "cuda_emulator.cpp",
-        ]
+        flags, source = ("-O1", "-fPIC", "-Wno-unknown-pragmas"), "cuda_emulator.cpp"
     else:
         major, minor = torch.cuda.get_device_capability()
-        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{major}{minor}"]
-        command = ["nvcc", *flags, SOURCES / "cuda_launch.cu"]
-    subprocess.run([*command, "-o", library], check=True)
+        flags, source = ("-Xcompiler", "-fPIC", f"-arch=sm_{major}{minor}"), "cuda_launch.cu"
+    compiler = "g++" if emulated else "nvcc"
+    subprocess.run([compiler, *shared, *flags, str(SOURCES / source), "-o", str(library)], check=True)
     return Gpu(ctypes.CDLL(str(library)), emulated)
 
 
