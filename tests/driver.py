@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -81,16 +82,19 @@ def any_int8_block(seed, *sizes):
 
 @dataclass(frozen=True)
 class Driver:
-    """A built driver. command: what runs it, an emulator and an ISA included."""
+    """A built driver. command: what runs it, an emulator included. isa: value of EVM_ISA; empty for the best."""
 
     command: tuple[str, ...]
+    isa: str = ""
 
     def forced(self, isa: str) -> Driver:
-        return Driver((*self.command, isa))
+        return Driver(self.command, isa)
 
     def run(self, problems: Sequence[Problem]) -> list[list[np.ndarray]]:
         """The outputs of each problem. Fails with what the driver says."""
-        done = subprocess.run(self.command, input=b"".join(p.to_bytes() for p in problems), capture_output=True)
+        environment = {**os.environ, "EVM_ISA": self.isa}
+        sent = b"".join(problem.to_bytes() for problem in problems)
+        done = subprocess.run(self.command, input=sent, capture_output=True, env=environment)
         assert done.returncode == 0, f"{self.command} exit {done.returncode}: {done.stderr.decode()[:2000]}"
         values, results, at = np.frombuffer(done.stdout, np.float32), [], 0
         for problem in problems:

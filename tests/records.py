@@ -80,7 +80,12 @@ def content(
             "system": "Linux 6",
             "python": "3.11.2",
         },
-        "runtime": {"versions": {target: "1.0"}, "scan": {"value": "plugin", "reason": "installed"}, "plan": {}},
+        "runtime": {
+            "versions": {target: "1.0"},
+            "scan": {"value": "plugin", "reason": "installed"},
+            "isa": "avx2",
+            "plan": {},
+        },
         "settings": {
             "threads": 1,
             "batch": 1,

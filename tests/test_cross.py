@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.xdist_group("cross"), pytest.mark.cross]  # or workers
 
 HOST = host_platform()
 OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
-EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_force_isa", b"evm_block_run_tile")
+EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_isa_error", b"evm_scan_force_isa", b"evm_block_run_tile")
 CPP_RUNTIME = re.compile(rb"__cxa_(?!finalize)\w+|__gxx_personality\w+|\b_Zn[wa]\w+|libstdc\+\+|libc\+\+")
 ELF_MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}
 

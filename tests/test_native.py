@@ -26,6 +26,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import onnx_function, reference
 from evm_deploy.toolchain import plugins
+from evm_deploy.toolchain.compile import read_recipe
 
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
@@ -45,7 +46,8 @@ def library():
 def isas():
     """Return the instruction sets that this CPU runs; the best is among them."""
     lib = library()
-    found = [isa for isa in ("base", "neon", "avx2", "avx512", "avx512vnni") if lib.evm_scan_force_isa(isa.encode())]
+    names = dict.fromkeys(kernel.name for kernel in read_recipe().kernels)
+    found = [isa for isa in names if lib.evm_scan_force_isa(isa.encode())]
     lib.evm_scan_force_isa(None)
     return found
 

@@ -36,6 +36,7 @@ from tests.broken import BROKEN, NO_SELF_TEST, changed_manifest, refusal
 from tests.sdk_cpp import ROOT, Model, build, changed, classify, drive, driven
 from tests.test_archive import of_a_mac
 from tests.test_interface import OTHERS, put_another_model, put_another_scan
+from tests.test_native import isas
 from tests.test_signing import BAD, write_keys
 from tests.test_vectors import CONTENT
 from tests.toolchains import need
@@ -149,6 +150,16 @@ def test_libraries_that_are_none(demo_bundle, tmp_path):
         assert "the native library cannot be loaded: " in done.stderr and "use scan 'portable'" in done.stderr
     done = classify(bundle, "cat.png", "--scan", "plugin")
     assert done.returncode == 3 and "use scan 'bundled' to trust" in done.stderr
+
+
+@pytest.mark.parametrize(("target", "runtime"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_forced_instruction_set(target, runtime, micro, bundle_of):
+    """EVM_ISA acts in the SDK too: the reason for the scan's form names it, and an unknown name is an error."""
+    flags = (bundle_of(micro, ExportPlan(target, imgsz=(64, 64))).path, "--selftest", "--plugin", plugin_path(runtime))
+    done = classify(*flags, EVM_ISA=isas()[0])
+    assert done.returncode == 0 and f"native kernel, {isas()[0]}, installed" in done.stdout, done.stderr
+    done = classify(*flags, EVM_ISA="mmx")
+    assert done.returncode == 3 and "EVM_ISA=mmx: the library has no such instruction set" in done.stderr
 
 
 def test_a_missing_runtime(demo_bundle, tmp_path):

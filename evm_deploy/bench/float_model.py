@@ -23,7 +23,7 @@ from evm_deploy.export.plan import ExportPlan, parse_imgsz
 from evm_deploy.export.selftest import make_test_inputs
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
-from evm_deploy.toolchain.plugins import find_plugin
+from evm_deploy.toolchain.plugins import find_plugin, kernel_isa
 
 
 class FloatModel:
@@ -69,14 +69,17 @@ class FloatModel:
         }
 
     def runtime(self) -> dict[str, Any]:
-        """Return torch's version, and whether scans run on the native kernel, for `Record.runtime`."""
+        """Return torch's version, and whether and how scans run on the native kernel, for `Record.runtime`."""
         import torch
 
-        native = Decision("native", "eager, scans on the native kernel")
+        library = find_plugin("onnxruntime")
         scan = (
-            native if find_plugin("onnxruntime") else Decision("torch", "eager, scans in torch: no native kernel here")
+            Decision("native", "eager, scans on the native kernel")
+            if library
+            else Decision("torch", "eager, scans in torch: no native kernel here")
         )
-        return {"versions": {"torch": torch.__version__}, "scan": asdict(scan), "plan": {}}
+        isa = kernel_isa(library) if library else None
+        return {"versions": {"torch": torch.__version__}, "scan": asdict(scan), "isa": isa, "plan": {}}
 
     def inference(self, batch: int, timed: str) -> Callable[[], object]:
         """Return the function to time: one run on `batch` seeded images."""

@@ -95,10 +95,11 @@ class MeasuredBundle:
         return bundle_facts(self.model.bundle)
 
     def runtime(self) -> dict[str, Any]:
-        """Return package versions, scan form and compute plan for `Record.runtime`."""
+        """Return package versions, scan form, instruction set and compute plan for `Record.runtime`."""
         return {
             "versions": dict(self.model.target.availability().versions),
             "scan": asdict(self.model.scan),
+            "isa": self.model.isa,
             "plan": dict(self.model.compute_plan()),
         }
 

@@ -69,13 +69,19 @@ def _digest(record: Record) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def scan_form(record: Record) -> str:
+    """Format how the scans ran: `portable`, or `plugin (avx2)` with the instruction set of the native kernels."""
+    form, isa = record.runtime["scan"]["value"], record.runtime.get("isa")
+    return f"{form} ({isa})" if isa else str(form)
+
+
 def lines(record: Record, path: Path) -> list[str]:
     """Return the lines that evm-bench prints for a record. path: file of the record."""
     settings, times, runs = record.settings, record.summary_ms, len(record.samples_ms)
     low, high = record.interval_ms
     at = f", at {record.device['at']}" if record.device.get("at") else ""
     loads, memory = record.load_ms, record.memory_mb
-    threads, scan = settings["threads"] or "auto", record.runtime["scan"]["value"]
+    threads, scan = settings["threads"] or "auto", scan_form(record)
     streams = "" if settings["streams"] == 1 else f"streams {settings['streams']}, "
     unstable = "" if record.stable else ", NOT STABLE"
     tails = "  ".join(f"{key} {times[key]:.3g}" for key in ("p90", "p99"))

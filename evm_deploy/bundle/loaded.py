@@ -113,6 +113,11 @@ class LoadedBundle:
         """Processor that runs the model, with its full name: `GPU: NVIDIA A10`; empty if the runtime does not tell."""
         return str(getattr(self._runtime, "runs_on", ""))
 
+    @property
+    def isa(self) -> str | None:
+        """Instruction set of the native kernels that run the scans, such as avx2; None for other scans."""
+        return self.target.kernels.isa(self.plugin) if self.plugin and self.target.kernels else None
+
     def compute_plan(self) -> Mapping[str, Any]:
         """Return the number of operations and the estimated cost per device. Only Core ML reports them."""
         return getattr(self._opened(), "compute_plan", dict)()

@@ -12,9 +12,9 @@ from evm_deploy.tasks.task import Reading, Task
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last six but two.
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last six but three.
 
-    selection: that of a detector. kept: results of an interrupted run, and those of this one.
+    weight_bits: 8, or 7. selection: that of a detector. kept: results of an interrupted run, and those of this one.
     """
 
     precision: str
@@ -34,6 +34,7 @@ class QuantizationConfig:
     keep_float: tuple[str, ...]
     weight_only: tuple[str, ...]
     float_around_scans: bool
+    weight_bits: int = 8
     selection: SelectionSettings = DEFAULT_SELECTION
     kept: KeptResults = field(default_factory=KeptResults, compare=False)
 

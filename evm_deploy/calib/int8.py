@@ -15,6 +15,7 @@ from evm_deploy.calib.evaluate import Accuracy, keep_float_until
 from evm_deploy.calib.evaluation import Evaluation, OpenCandidate, Run, evaluation_stages, graph_outputs
 from evm_deploy.calib.probe import with_probes, without_probes
 from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
+from evm_deploy.calib.saturation import saturating_weights
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images
 from evm_deploy.data.preprocessing import Preprocessing
@@ -43,7 +44,8 @@ class Quantized:
     `off`, or "" if the target does not smooth. tried: accuracy of each candidate with all blocks quantised, by the
     value of smooth. layers: number of quantised layers. in_float: blocks kept in float. sensitivity: SQNR in dB with
     only this block quantised. skipped: messages on images that were left out. remarks: sentences on the evaluation.
-    evaluated_on: digest of the evaluation images, empty without them.
+    evaluated_on: digest of the evaluation images, empty without them. saturating: weights whose uint8 x int8 products
+    can saturate on x86 CPUs without VNNI; None for targets without such products.
     """
 
     model: Any
@@ -57,6 +59,7 @@ class Quantized:
     skipped: tuple[str, ...]
     remarks: tuple[str, ...] = ()
     evaluated_on: str = ""
+    saturating: tuple[str, ...] | None = None
 
 
 def quantize_graph(
@@ -93,11 +96,12 @@ def quantize_graph(
     images = image_sets(config, preprocessing, step)
     probed = with_probes(model)
     choices = make_candidates(probed, found, images.used, config, plugin, step)
-    if symmetric:
-        rewrite = partial(insert_qdq, symmetric=True)
-        choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
+    rewrite = partial(insert_qdq, symmetric=symmetric, weight_bits=config.weight_bits)
+    choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
     chosen = choose(choices, images, config, partial(graph_outputs, probed, config, plugin), open_candidate, step)
-    return replace(chosen, model=without_probes(chosen.model))
+    saturates = config.precision == "int8" and not symmetric
+    saturating = tuple(saturating_weights(chosen.model)) if saturates else None
+    return replace(chosen, model=without_probes(chosen.model), saturating=saturating)
 
 
 def choose(

@@ -153,23 +153,32 @@ def activations(found: Collection[Layer]) -> dict[str, str]:
 
 
 def insert_qdq(
-    model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], *, symmetric: bool = False
+    model: onnx.ModelProto,
+    found: Collection[Layer],
+    ranges: Mapping[str, Range],
+    *,
+    symmetric: bool = False,
+    weight_bits: int = 8,
 ) -> onnx.ModelProto:
     """Return a copy of `model` with the layers `found` between Q/DQ pairs, weight_only layers with int8 weights alone.
 
     Weights: int8, symmetric, one scale per output channel. Activations: one scale per tensor over `ranges`, which are
     keyed as in `activations`: uint8 with a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for
-    TensorRT.
+    TensorRT. weight_bits: 7 for weights of these layers in -64..64, which cannot saturate (`saturating_weights`).
     """
     pairs = [layer for layer in found if not layer.weight_only]
-    result = _insert_pairs(model, pairs, ranges, symmetric) if pairs else copy.deepcopy(model)
+    result = _insert_pairs(model, pairs, ranges, symmetric, weight_bits) if pairs else copy.deepcopy(model)
     _store_weights(result, {layer.weight for layer in found if layer.weight_only}, dequantize=symmetric)
     _name_after_readers(result)
     return result
 
 
 def _insert_pairs(
-    model: onnx.ModelProto, found: Collection[Layer], ranges: Mapping[str, Range], symmetric: bool
+    model: onnx.ModelProto,
+    found: Collection[Layer],
+    ranges: Mapping[str, Range],
+    symmetric: bool,
+    weight_bits: int,
 ) -> onnx.ModelProto:
     """Return a copy of `model` with Q/DQ pairs around the layers `found`, which must not be empty."""
     from onnxruntime.quantization import QuantType
@@ -187,7 +196,7 @@ def _insert_pairs(
     quantizer = QDQQuantizer(
         copy.deepcopy(model),
         per_channel=True,
-        reduce_range=False,
+        reduce_range=weight_bits == 7,  # of the weights alone, which are then in -64..64
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine() -> dict[str, Any]:
     """Examine this machine and return plain data, as --json prints it.
 
-    targets: by name `build`, `run`, `versions` and `hint`. kernel: path and instruction set of the native library.
+    targets: by name `build`, `run`, `versions` and `hint`. kernel: path and instruction set of the native library,
+    and `forced`, the value of EVM_ISA.
     device, cpu_features, gpus, state: the hardware, see `bench.device`. energy: names of the readable sensors.
     advice: changes that make measurements more reliable. profiles: the device profiles by name.
     """
@@ -69,14 +71,18 @@ def _abilities(target: Target) -> dict[str, Any]:
 
 
 def _kernel() -> dict[str, str]:
-    """Return path and instruction set of the native library for ONNX Runtime, or a hint if none is installed."""
-    from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
+    """Return path and instruction set of the native library for ONNX Runtime, and the value of EVM_ISA.
 
+    If no library is installed, or it cannot use the instruction set that EVM_ISA names, `hint` says so.
+    """
+    from evm_deploy.toolchain.plugins import ISA, installed_plugin, kernel_isa
+
+    forced = os.environ.get(ISA, "")
     try:
         path = installed_plugin()
-        return {"library": str(path), "isa": kernel_isa(path), "hint": ""}
+        return {"library": str(path), "isa": kernel_isa(path), "forced": forced, "hint": ""}
     except ToolchainError as error:
-        return {"library": "", "isa": "", "hint": str(error)}
+        return {"library": "", "isa": "", "forced": forced, "hint": str(error)}
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -96,8 +102,9 @@ def _doctor(args: argparse.Namespace) -> int:
     device, kernel, state = found["device"], found["kernel"], found["state"]
     governor = device["governor"] or "not readable"
     sensors = ", ".join(f"{name} {value:.0f} C" for name, value in state["temperatures_c"].items()) or "none readable"
+    by = " (forced by EVM_ISA)" if kernel["forced"] else ""
     for key, text in (
-        ("kernel", f"{kernel['isa']}, {kernel['library']}" if kernel["isa"] else kernel["hint"]),
+        ("kernel", f"{kernel['isa']}{by}, {kernel['library']}" if kernel["isa"] else kernel["hint"]),
         ("device", f"{device['cpu']}, {device['usable_cores']} of {device['cores']} cores, {device['memory_mb']} MB"),
         ("cpu", ", ".join(found["cpu_features"]) or "features not readable"),
         ("gpus", ", ".join(found["gpus"]) or "none found"),

@@ -141,6 +141,12 @@ def export_parser() -> Parser:
         metavar="S",
         help="SmoothQuant for int8: on, off, or auto (default): on if accuracy is better",
     )
+    accuracy(
+        "--weight-bits",
+        metavar="N",
+        help="int8 weights of ONNX and OpenVINO in 8 bits (default), or in 7 for x86 CPUs without VNNI, whose kernels "
+        "saturate with 8; by default --device chooses",
+    )
     accuracy("--force-calib", action="store_true", help="calibrate with images that were found unsuitable")
     accuracy(
         "--val",

@@ -42,7 +42,8 @@ def plans_of(args: argparse.Namespace) -> list[ExportPlan]:
     profile = find_profile(args.device)
     names = profile.targets if args.target == "all" else resolve_names(args.target) if args.target else [None]
     images, precision = args.calib is not None, args.precision and canonical_precision(args.precision)
-    return [_plan(args, **vars(choose(profile, name, precision, scan=args.scan, images=images))) for name in names]
+    asked: dict[str, Any] = {"scan": args.scan, "images": images, "weight_bits": _weight_bits(args)}
+    return [_plan(args, **vars(choose(profile, name, precision, **asked))) for name in names]
 
 
 def _example(args: argparse.Namespace) -> str:
@@ -67,7 +68,8 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
     from evm_deploy.export.plan import ExportPlan, canonical_precision, parse_imgsz
     from evm_deploy.runtimes.base import Batch
 
-    decided = {"precision": args.precision, "native_library": args.platform, **decided}
+    asked = {"precision": args.precision, "native_library": args.platform, "weight_bits": _weight_bits(args)}
+    decided = {**asked, **decided}
     sizes = tuple(map(parse_imgsz, args.imgsz.split(","))) if args.imgsz is not None else ()
     return ExportPlan(
         target=target,
@@ -103,6 +105,11 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         max_det=int(_number("--max-det", args.max_det, whole=True)) if args.max_det is not None else None,
         settings=_settings(args, target),
     )
+
+
+def _weight_bits(args: argparse.Namespace) -> int | None:
+    """Return --weight-bits; None if it is not given. Raises UsageError."""
+    return None if args.weight_bits is None else int(_number("--weight-bits", args.weight_bits, whole=True))
 
 
 def _settings(args: argparse.Namespace, target: str) -> Any:

@@ -41,6 +41,7 @@ def export_summary(bundle: Bundle, seconds: float) -> str:
             if "speed_over_fp32_here" in q
         ),
         *(("Smooth", f"{q['smooth']['value']}: {q['smooth']['reason']}") for q in quantized if "smooth" in q),
+        *(("Weights", f"{b['value']} bits: {b['reason']}") for q in quantized if (b := q.get("weight_bits"))),
         *(("In float", block) for q in quantized for block in q["in_float"]),
         *((("Chosen", f"{chosen['value']}, {chosen['reason']}"),) if (chosen := m.plan.get("chosen")) else ()),
         *((("Scan", f"{m.scan['value']}: {m.scan['reason']}"),) if parity["scans"] else ()),

@@ -20,6 +20,7 @@ KEYS: Mapping[str, type] = {
     "platform": str,
     "prefer": list,
     "threads": int,
+    "dot_product": bool,
     "sensors": list,
     "notes": str,
     "verified": str,
@@ -33,7 +34,8 @@ class Profile:
 
     name: file name without the suffix. platform: name as in toolchain/platforms.py. prefer: pairs (target, precision),
     best first. threads: threads per inference; None leaves the choice to the runtime. settings: target -> settings of
-    its runtime. sensors: names of sensors that a record of this device should show. verified: the parts of the profile
+    its runtime. dot_product: whether all such devices multiply int8 without saturation, as with VNNI, AVX-VNNI or
+    dotprod. sensors: names of sensors that a record of this device should show. verified: the parts of the profile
     that were tested, and the hardware of the test.
     """
 
@@ -43,6 +45,7 @@ class Profile:
     prefer: tuple[tuple[str, str], ...]
     threads: int | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    dot_product: bool = True
     sensors: tuple[str, ...] = ()
     notes: str = ""
     verified: str = "not said"

@@ -38,6 +38,8 @@ AGREEMENTS = {"fp32": 0.99, "fp16": 0.9}
 SELFTEST_TOLERANCES = {"int8": 0.05, "int8-fp16": 0.05, "w8": TOLERANCES["fp32"]}
 CALIB_METHODS = ("minmax", "percentile", "mse", "entropy", "auto")
 SMOOTHINGS = ("auto", "on", "off")
+WEIGHT_BITS = (7, 8)
+DEFAULT_WEIGHT_BITS = 8
 MAX_DROP = 1.0
 DEFAULT_IMGSZ = (224, 224)
 
@@ -60,7 +62,8 @@ class ExportPlan:
     system that must run the artifact (Core ML).
     calib: calibration images for int8, or evaluation images for w8 without val. calib_images: number of these images.
     calib_method: how ranges are computed, one of CALIB_METHODS. force_calib: accept calibration images that fail the
-    checks. smooth: whether int8 applies SmoothQuant first. val: labelled evaluation images for int8 and w8. max_drop:
+    checks. smooth: whether int8 applies SmoothQuant first. weight_bits: 8 (default), or 7 for int8 weights that cannot
+    saturate on x86 CPUs without VNNI. val: labelled evaluation images for int8 and w8. max_drop:
     largest accepted loss of accuracy on val, in points. nms, score_thr, iou, max_det: selection of a detector, as in
     `data.boxes.SelectionSettings`. settings: the target's own, an instance of `Target.settings`.
     """
@@ -92,6 +95,7 @@ class ExportPlan:
     calib_images: int = 512
     calib_method: str = "mse"
     smooth: str = "auto"
+    weight_bits: int | None = None
     force_calib: bool = False
     val: str | None = None
     max_drop: float | None = None
@@ -157,6 +161,14 @@ class ExportPlan:
             raise UsageError(
                 f"--smooth is for int8, this export is {self.precision or 'float'}", "add --int8, or leave --smooth out"
             )
+        if self.weight_bits is not None:
+            if self.weight_bits not in WEIGHT_BITS:
+                raise UsageError(f"--weight-bits {self.weight_bits}: use 7 or 8")
+            if self.precision not in CALIBRATED:
+                raise UsageError(
+                    f"--weight-bits is for int8, this export is {self.precision or 'float'}",
+                    "add --int8, or leave --weight-bits out",
+                )
         if self.precision == "w8" and len(given) == 2:
             raise UsageError("--calib has no use for w8 beside --val: w8 needs no calibration", "leave --calib out")
         if self.calib_images < 1:
@@ -203,7 +215,9 @@ class ExportPlan:
     def in_float32(self) -> ExportPlan:
         """Return the plan of the float32 export of the same network, to compare a quantised one with."""
         calibration: dict[str, Any] = {name: DEFAULTS[name] for name in HOW_TO_CALIBRATE}
-        return replace(self, precision="fp32", calib=None, val=None, max_drop=None, smooth="off", **calibration)
+        return replace(
+            self, precision="fp32", calib=None, val=None, max_drop=None, smooth="off", weight_bits=None, **calibration
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for manifests and records."""

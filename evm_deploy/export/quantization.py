@@ -7,7 +7,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from evm_deploy.data.boxes import DEFAULT_SELECTION
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.demo import images_path
 from evm_deploy.errors import AccuracyError, ToolchainError
-from evm_deploy.export.plan import CALIBRATED, QUANTIZED, ExportPlan
+from evm_deploy.export.plan import CALIBRATED, DEFAULT_WEIGHT_BITS, QUANTIZED, ExportPlan
 from evm_deploy.export.target import Target, Traced, library_here, native_library, open_here
 from evm_deploy.model.network import ModelSpec
 from evm_deploy.runtimes.base import RunOptions, Runtime
@@ -131,6 +131,7 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
         keep_float=spec.keep_float,
         weight_only=spec.weight_only,
         float_around_scans=spec.float_around_scans,
+        weight_bits=plan.weight_bits or DEFAULT_WEIGHT_BITS,
         selection=plan.selection or DEFAULT_SELECTION,
     )
 
@@ -194,6 +195,9 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
         facts |= {"method": manifest.plan["calib_method"], "calibration": quantized.table.identity}
         if quantized.smooth:
             facts["smooth"] = asdict(smoothing(quantized, manifest.plan["smooth"]))
+    if quantized.saturating is not None:
+        bits = weight_bits(quantized.saturating, manifest.plan["weight_bits"] or DEFAULT_WEIGHT_BITS)
+        facts["weight_bits"] = asdict(bits)
     if manifest.precision == "int8" and gain and gain.speed < WORTH_IT:  # w8 is for size
         notes.append(f"int8 is {gain.speed:.2f}x as fast as float32 on this machine: no useful gain")
     return replace(
@@ -203,6 +207,17 @@ def with_quantization(manifest: Manifest, quantized: Quantized, gain: Gain | Non
         else None,
         details={**manifest.details, "quantization": facts},
         notes=[*manifest.notes, *notes],
+    )
+
+
+def weight_bits(saturating: Sequence[str], bits: int) -> Decision:
+    """Return the bits of the int8 weights, with the reason. saturating: as in `Quantized`."""
+    if not saturating:
+        return Decision(str(bits), "no product can saturate: the accuracy is the same on x86 CPUs without VNNI")
+    return Decision(
+        str(bits),
+        f"products of {len(saturating)} layers can saturate on x86 CPUs without VNNI, and cost accuracy there; "
+        "--weight-bits 7 avoids it",
     )
 
 
@@ -222,7 +237,13 @@ def smoothing(quantized: Quantized, asked: str) -> Decision:
 
 
 def require(manifest: Manifest, quantized: Quantized | None) -> None:
-    """Raise AccuracyError if quantisation costs more accuracy than the limit allows."""
+    """Raise AccuracyError if quantisation costs more accuracy than the limit allows.
+
+    The accuracy was evaluated on this machine, which may have VNNI. With 7-bit weights it must hold without VNNI too:
+    no product may saturate, so that integer sums are exact on every CPU.
+    """
+    if quantized and quantized.saturating and manifest.plan["weight_bits"] == 7:
+        raise AccuracyError(f"7-bit weights can saturate on CPUs without VNNI: {', '.join(quantized.saturating)}")
     accuracy = quantized.accuracy if quantized else None
     if accuracy and not accuracy.ok:
         limit = f"limit {accuracy.limit:g} points" if accuracy.drop is not None else f"at least {MIN_SQNR_DB:g} dB"

@@ -162,6 +162,7 @@ class Target:
     runtime: the runtime of its artifacts, with the target's name, aliases and precisions.
     scans: lowerings of the scan. packages: modules that a build imports. install_hint: how to install them.
     min_targets: values of --min-target. several_sizes: whether one artifact can take several image sizes.
+    weight_bits: values of --weight-bits.
     image_channels: numbers of channels that the input `image` can have.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
     in float16 on the device, so that large values overflow there.
@@ -196,6 +197,7 @@ class Target:
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
     several_sizes: bool = False
+    weight_bits: tuple[int, ...] = (8,)
     nms: tuple[str, ...] = NMS_MODES
     regions: bool = False
     image_channels: tuple[int, ...] = tuple(MODES)
@@ -269,10 +271,11 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
     for what, value, choices in (
         ("precision", plan.precision, target.precisions),
         ("scan lowering", plan.scan, target.scans),
+        ("--weight-bits", plan.weight_bits, (None, *target.weight_bits)),
         ("minimum system", plan.min_target, (None, *target.min_targets)),
     ):
         if value not in choices:
-            has = ", ".join(choice for choice in choices if choice) or "none"
+            has = ", ".join(str(choice) for choice in choices if choice) or "none"
             raise UsageError(f"target '{target.name}' has no {what} '{value}'; it has: {has}")
     if plan.native_library and plan.native_library not in target.platforms:
         has = ", ".join(target.platforms) or "none"

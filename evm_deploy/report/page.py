@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from evm_deploy import __version__
 from evm_deploy.bench.measurable import TORCH
+from evm_deploy.bench.text import scan_form
 from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
@@ -220,7 +221,7 @@ def how_measured(group: Group) -> list[tuple[str, str]]:
         said = (
             f"{len(record.samples_ms)} runs after {record.warm_up} of warm-up",
             ", ".join(f"{package} {version}" for package, version in versions.items()),
-            f"scan {record.runtime['scan']['value']}",
+            f"scan {scan_form(record)}",
             record.date,
         )
         rows.append((each.label, "; ".join(plain(part) for part in said if part)))

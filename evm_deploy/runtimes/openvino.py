@@ -20,7 +20,7 @@ from evm_deploy._util.settings import Settings, setting
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.base import DEFAULTS, Feeds, NodeTime, RunOptions, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
-from evm_deploy.toolchain.openvino_extension import RUN_HINT, check_release, extension, isa
+from evm_deploy.toolchain.openvino_extension import RUN_HINT, extension, isa
 
 VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # virtual devices, which delegate to other devices: HETERO:GPU,CPU
 RT_INFO = "evm_deploy"  # section of an IR's metadata
@@ -148,7 +148,7 @@ def sealed(cache: Path | None) -> Iterator[None]:
 def open_core(plugin: Path | None) -> Any:
     """Create an openvino.Core, and add the extension `plugin` if given. The core must outlive the models it reads.
 
-    Raises ToolchainError if OpenVINO is not installed or the extension does not fit its release.
+    Raises ToolchainError if OpenVINO is not installed, or the extension does not fit its release or EVM_ISA.
     """
     try:
         import openvino
@@ -156,7 +156,7 @@ def open_core(plugin: Path | None) -> Any:
         raise ToolchainError("openvino is not installed", RUN_HINT) from error
     core = openvino.Core()
     if plugin:
-        check_release(plugin)
+        isa(plugin)
         try:
             core.add_extension(str(plugin))
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy.scan.onnx_function import INPUTS, OUTPUT
-from evm_deploy.toolchain.plugins import find_plugin
+from evm_deploy.toolchain.plugins import find_plugin, kernel_isa
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,11 @@ class Arguments(ctypes.Structure):
 
 @cache
 def open_kernel(library: Path) -> ctypes.CDLL:
-    """Open the native library and declare the types of its scan functions."""
+    """Open the native library and declare the types of its scan functions.
+
+    Raises ToolchainError if the library cannot be loaded or does not use the instruction set that EVM_ISA names.
+    """
+    kernel_isa(library)
     kernel = ctypes.CDLL(str(library))
     kernel.evm_scan_num_tiles.argtypes = [ctypes.c_void_p]
     kernel.evm_scan_num_tiles.restype = ctypes.c_int64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from evm_deploy.errors import ToolchainError
 
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 LIBRARIES = {"onnxruntime": f"evm_onnxruntime{SUFFIX}"}  # OpenVINO's: openvino_extension.py
+ISA = "EVM_ISA"  # environment variable that names the instruction set of the native kernels (native/scan/dispatch.cpp)
 HINT = "install g++ or clang++, then install evm-deploy again; without the native library, scans are portable"
 
 
@@ -45,18 +47,35 @@ def installed_plugin(runtime: str = "onnxruntime") -> Path:
 
 
 def kernel_isa(library: Path) -> str:
-    """Return the instruction set that `library` uses on this CPU: avx512vnni, avx512, avx2, neon or base.
+    """Return the instruction set that `library` uses: the one that EVM_ISA names, else the best that this CPU runs.
 
-    Raises ToolchainError if the library cannot be loaded.
+    The names are those of native/kernels.txt. Raises ToolchainError if the library cannot be loaded, or does not use
+    the instruction set that EVM_ISA names: this CPU lacks it, or EVM_ISA was set after the library was loaded.
     """
     try:
-        name = ctypes.CDLL(str(library)).evm_scan_isa
+        kernel = ctypes.CDLL(str(library))
+        name = kernel.evm_scan_isa
     except (OSError, AttributeError) as error:
         raise ToolchainError(
             f"the native library cannot be loaded: {error}", "use --scan portable to run without the native library"
         ) from error
     name.restype = ctypes.c_char_p
-    return str(name().decode())
+    isa, forced = str(name().decode()), os.environ.get(ISA)
+    if forced and forced != isa:
+        raise ToolchainError(
+            _isa_error(kernel) or f"{ISA}={forced}: the native library {library} uses {isa}",
+            f"set {ISA} before the program starts, or unset it; native libraries of evm-deploy 0.2 do not read it",
+        )
+    return isa
+
+
+def _isa_error(kernel: ctypes.CDLL) -> str:
+    """Return the message of the library about EVM_ISA; empty if there is none."""
+    function = getattr(kernel, "evm_scan_isa_error", None)  # libraries of evm-deploy 0.2 have no such function
+    if function is None:
+        return ""
+    function.restype = ctypes.c_char_p
+    return (function() or b"").decode()
 
 
 @contextmanager

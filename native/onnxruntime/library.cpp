@@ -41,6 +41,7 @@ ORT_EXPORT Status ORT_CALL RegisterCustomOps(Handle options, const ApiBase *base
         api = base->GetApi(1);
         return api ? fail("the operators of domain evm need ONNX Runtime 1.17 or newer") : nullptr;
     }
+    if (const char *const error = evm_scan_isa_error()) return fail(error);
     Handle domain = nullptr;
     RETURN_IF(domain_of(base, &domain));
     return call<Status>(api, AddCustomOpDomain, options, domain);

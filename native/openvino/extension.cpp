@@ -187,7 +187,10 @@ void add(std::vector<ov::Extension::Ptr> &extensions) {
     extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Type::get_type_info_static().name, "evm", convert<Type>));
 }
 
+// Return all extensions. OpenVINO calls this function in add_extension, which passes the exception on.
 std::vector<ov::Extension::Ptr> extensions() {
+    const char *const error = evm_scan_isa_error();
+    OPENVINO_ASSERT(!error, error);
     std::vector<ov::Extension::Ptr> all;
     add<Node<evm::SELECTIVE_SCAN, evm_scan_args>>(all);
     add<Node<evm::EVSS_BLOCK, evm_block_args>>(all);

@@ -1,10 +1,13 @@
-// Choice of the best kernel that this CPU can run, made once, when the library is loaded.
+// Choice of the kernel, made once, when the library is loaded: the kernel that the environment variable EVM_ISA names, else
+// the best that this CPU can run.
 //
 // The code reads CPUID and XGETBV directly: in libraries cross-compiled with ziglang 0.17.1, __builtin_cpu_supports() returns 0
 // for every feature, and the scan would run four times slower without an error. The code has no function-local statics,
 // because they would need the C++ runtime.
 #include "block_layout.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -54,7 +57,35 @@ const Kernel *find(const char *name) {
     return nullptr;
 }
 
-const Kernel *current = find(nullptr);
+char isa_error[256];
+
+// Append the names of all kernels up to `level` to isa_error.
+void list_kernels(int level) {
+    const char *between = "";
+    for (const Kernel &kernel : kernels) {
+        if (kernel.level > level) continue;
+        const size_t length = strlen(isa_error);
+        snprintf(isa_error + length, sizeof isa_error - length, "%s%s", between, kernel.name);
+        between = ", ";
+    }
+}
+
+// Return the kernel that EVM_ISA names. If there is none, write the reason to isa_error and return the best kernel.
+const Kernel *chosen() {
+    const char *const name = getenv("EVM_ISA");
+    if (!name || !*name) return find(nullptr);
+    if (const Kernel *kernel = find(name)) return kernel;
+    bool known = false;
+    for (const Kernel &kernel : kernels) known |= !strcmp(name, kernel.name);
+    snprintf(isa_error, sizeof isa_error, known ? "EVM_ISA=%.32s: this CPU lacks the instruction set; it runs: "
+                                                : "EVM_ISA=%.32s: the library has no such instruction set; this CPU runs: ", name);
+    for (char *c = isa_error; *c; c++)
+        if (*c < ' ' || *c > '~') *c = '?';  // the runtimes expect UTF-8, and EVM_ISA may have any bytes
+    list_kernels(cpu_level());
+    return find(nullptr);
+}
+
+const Kernel *const on_loading = chosen(), *current = on_loading;
 
 uint64_t *next_tick, *end_of_trace, last_mark;
 
@@ -99,8 +130,10 @@ void evm_block_trace(uint64_t *to, int64_t rows) { next_tick = to, end_of_trace 
 
 const char *evm_scan_isa(void) { return current->name; }
 
+const char *evm_scan_isa_error(void) { return *isa_error ? isa_error : nullptr; }
+
 int evm_scan_force_isa(const char *name) {
-    const Kernel *kernel = find(name);
+    const Kernel *kernel = name ? find(name) : on_loading;
     if (kernel) current = kernel;
     return kernel != nullptr;
 }

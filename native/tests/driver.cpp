@@ -1,6 +1,6 @@
 // Test driver that runs scans and blocks without any runtime: problems on stdin, results on stdout, as raw bytes.
 //
-//   driver [ISA] < problems > results          exit 0 ok, 2 bad usage or input, 3 a kernel wrote out of bounds
+//   driver < problems > results          exit 0 ok, 2 bad EVM_ISA or input, 3 a kernel wrote out of bounds
 //
 // A problem is: int64 op (0 scan, 1 block, 2 int8 block), the dimensions as int64 and the input arrays, both in the order of
 // evm_scan_args or evm_block_args. In place of in_proj, out_proj and local_proj_weight an int8 block has the fields of
@@ -140,9 +140,8 @@ void run_block(bool int8) {
 
 }  // namespace
 
-int main(int argc, char **argv) {
-    if (argc > 2) fail(2, "usage", "driver [ISA] < problems > results");
-    if (argc == 2 && !evm_scan_force_isa(argv[1])) fail(2, "this CPU or build does not have the ISA", argv[1]);
+int main() {
+    if (const char *const error = evm_scan_isa_error()) fail(2, "instruction set", error);
     for (int64_t op; read_bytes(&op, sizeof op);) {
         if (op == 0) run_scan();
         else if (op == 1 || op == 2) run_block(op == 2);

@@ -13,7 +13,7 @@ from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, 
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.hub.tools import to_fp16
 from evm_deploy.export.onnx.readme import usage
-from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
+from evm_deploy.export.plan import DEFAULT_OPSET, WEIGHT_BITS, ExportPlan
 from evm_deploy.export.target import Artifact, Libraries, Target
 from evm_deploy.runtimes.onnxruntime import INFO
 from evm_deploy.toolchain import cross_compile
@@ -79,5 +79,6 @@ TARGET = Target(
     write_scan_case=write_scan_case,
     usage=usage,
     regions=True,
+    weight_bits=WEIGHT_BITS,
     libraries=Libraries(tuple(PLATFORMS), build_plugin),
 )

@@ -18,7 +18,7 @@ from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
 from evm_deploy.export.openvino.model_api import add_model_api
 from evm_deploy.export.openvino.readme import usage
 from evm_deploy.export.openvino.scans import OpenVinoScanAccess
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.export.plan import WEIGHT_BITS, ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.openvino import INFO, PRECISION_HINT, OpenVinoRuntime, open_core
@@ -141,5 +141,6 @@ TARGET = Target(
     write_scan_case=write_scan_case,
     usage=usage,
     regions=True,
+    weight_bits=WEIGHT_BITS,
     remarks=remarks,
 )

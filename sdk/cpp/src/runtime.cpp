@@ -4,6 +4,7 @@
 #include "text.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace evm {
 namespace {
@@ -76,13 +77,23 @@ std::string first_line(const std::string &message) { return message.substr(0, me
 
 std::string kernel_isa(const std::filesystem::path &library) {
     const char *const hint = "use scan 'portable' to run without the native library";
+    using Text = const char *(*)();
+    Text isa = nullptr, error_of = nullptr;
     try {
-        const auto isa = reinterpret_cast<const char *(*)()>(Library(library).find("evm_scan_isa"));
-        if (isa) return isa();
+        const Library kernels(library);
+        isa = reinterpret_cast<Text>(kernels.find("evm_scan_isa"));
+        error_of = reinterpret_cast<Text>(kernels.find("evm_scan_isa_error"));  // null in libraries of evm-deploy 0.2
     } catch (const std::runtime_error &error) {
         throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what(), hint);
     }
-    throw ToolchainError("the native library cannot be loaded: " + library.string() + " is not a library of evm-deploy", hint);
+    if (!isa) throw ToolchainError("the native library cannot be loaded: " + library.string() + " is not a library of evm-deploy", hint);
+    const char *const forced = std::getenv("EVM_ISA");
+    if (forced && *forced && std::string(forced) != isa()) {
+        const char *const said = error_of ? error_of() : nullptr;
+        throw ToolchainError(said ? said : "EVM_ISA=" + std::string(forced) + ": the native library " + library.string() + " uses " + isa(),
+                             "set EVM_ISA before the program starts, or unset it; native libraries of evm-deploy 0.2 do not read it");
+    }
+    return isa();
 }
 
 }  // namespace evm
