@@ -11,10 +11,9 @@ Int8 is calibrated with 88 scenes of `evm_deploy.demo.scenes` of the size of the
 The script prints two rows for each network. The first has differences from the float model relative to the scale of
 the output, and the SQNR of int8, or the error of the export. The second compares the native kernel with portable scans
 in ONNX Runtime, in turn, one thread, in CPU time of that thread, so that other processes matter less: the whole
-network; all its scans in their place (the rest of the network costs the same with both, and is known from the profile
-of the native one); the most that the whole network could reach with scans that cost nothing; and the scan with most
-steps alone, of at least 784 steps, with the kernel's time over its lower bound of multiply-adds (scan_states.py). The
-JSON file has all figures.
+network; the most that it could reach with scans that cost nothing, from the native one's times by layer; and the scan
+with most steps alone, of at least 784 steps, with the kernel's time over its lower bound of multiply-adds
+(scan_states.py). The JSON file has all figures.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ SCENES, SEED = 100, 11
 LEAST_STEPS = 784
 HEADS = (
     "| network | commit | input | scans | share | nodes | {targets} | int8 SQNR |",
-    "| network | whole network | at most | its scans | scan alone: K, D, N, L | portable / plugin | kernel / its bound |",
+    "| network | whole network | at most | scan alone | K, D, N, L | kernel / its bound |",
 )
 
 
@@ -75,16 +74,18 @@ def measured(folder: Path, name: str, targets: Sequence[str], rounds: int) -> di
         )
         for outcome in export_all(factory, plans, out, cores=1):
             kind = "int8" if outcome.plan.precision == "int8" else outcome.plan.target
-            row[kind] = facts(outcome)
+            row[kind] = facts(outcome, out)
             if kind == "onnx" and outcome.bundle and row["onnx"]["scans"]:
                 row["speed"] = speed(outcome.bundle, rounds)
     return row
 
 
-def facts(outcome: TargetOutcome) -> dict[str, Any]:
+def facts(outcome: TargetOutcome, out: str) -> dict[str, Any]:
     """Return the facts of a bundle: parity relative to the output's scale, accuracy of int8, scans and their share."""
     if outcome.bundle is None:
-        return {"error": str(outcome.error), "seconds": outcome.seconds}
+        kept = Path(out).glob(f"*-{outcome.plan.target}-{outcome.plan.precision}-*.rejected/manifest.json")
+        accuracy = next((json.loads(path.read_text(encoding="utf-8")).get("accuracy") for path in kept), None)
+        return {"error": " ".join(str(outcome.error).split()), "accuracy": accuracy, "seconds": outcome.seconds}
     manifest = json.loads((outcome.bundle.path / "manifest.json").read_text(encoding="utf-8"))
     parity = manifest["parity"]
     scans = {each["name"]: each for each in parity["scans"]}.values()
@@ -109,7 +110,7 @@ def speed(bundle: Bundle, rounds: int) -> dict[str, Any]:
         network, text = ratio(interleave(subjects, rounds, clock=time.thread_time), "portable", "plugin")
         share = measure_layers(plugin, feeds)["scan_share"]
     found: dict[str, Any] = {"network": network, "network_range": text, "scan_share": share}
-    found |= {"at_most": network / (1 - share), "in_place": (network - (1 - share)) / share}
+    found["at_most"] = network / (1 - share)
     shape = longest_scan(bundle.path / bundle.manifest.artifact)
     return {**found, **scan_speed(*shape, rounds)}
 
@@ -161,14 +162,16 @@ def lines(name: str, row: dict[str, Any], targets: Sequence[str]) -> tuple[str, 
         "{:.2f} to {:.2f}".format(*onnx_["share"]) if onnx_.get("share") else "",
         onnx_.get("nodes", ""),
         *(f"{row[each]['parity']:.0e}" if "parity" in row[each] else row[each]["error"] for each in targets),
-        f"{int8['accuracy']['sqnr_db']:.1f} dB" if int8.get("accuracy") else int8.get("error", ""),
+        f"{int8['accuracy']['sqnr_db']:.1f} dB{' (refused)' * ('error' in int8)}"
+        if int8.get("accuracy")
+        else int8.get("error", ""),
     ]
     second = [name, "no scan"]
     if found:
         shape = ", ".join(map(str, found["scan"]))
         bound = f"{found['of_bound']:.2f}" if found["of_bound"] else ""
-        ratios = [f"{found[each]:.1f}" for each in ("network", "at_most", "in_place", "alone")]
-        second = [name, *ratios[:3], shape, ratios[3], bound]
+        ratios = [f"{found[each]:.1f}" for each in ("network", "at_most", "alone")]
+        second = [name, *ratios, shape, bound]
     return "| " + " | ".join(map(str, first)) + " |", "| " + " | ".join(second) + " |"
 
 
@@ -187,7 +190,7 @@ def main() -> int:
     heads = [head.format(targets=" | ".join(targets)) for head in HEADS]
     print(where(), *heads, sep="\n", flush=True)
     for name in args.names or CASES:
-        rows[name] = measured(folder, name, targets, args.rounds)
+        rows[name] = {**rows.get(name, {}), **measured(folder, name, targets, args.rounds)}
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(*lines(name, rows[name], targets), sep="\n", flush=True)
     return 0

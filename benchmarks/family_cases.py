@@ -141,6 +141,7 @@ def build(folder: str, case: str) -> nn.Module:
     found = CASES[case]
     sys.path[:0] = [str(Path(folder, each).resolve()) for each in found.folders]
     os.chdir(sys.path[0])  # MobileMamba looks for its files in the working directory
+    torch.manual_seed(0)  # seed() leaves A as it was made; in Mamba2 that is random
     module = found.make()
     seed(module)
     return module

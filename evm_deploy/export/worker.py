@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from queue import SimpleQueue
 from subprocess import PIPE
 from typing import IO, Any
 
-from evm_deploy._util.processes import Process, end_with_stdin
+from evm_deploy._util.processes import PATIENCE_S, Process, end_with_stdin
 from evm_deploy._util.progress import Progress, Step
 from evm_deploy._util.torch_settings import torch_threads
 from evm_deploy.bundle.bundle import Bundle
@@ -154,7 +155,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:  # the process ends by itself; the end of its stdin would run its exit functions a second time
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE_S)
         with contextlib.suppress(BrokenPipeError):
             self._pipe(self.process.stdin).close()
         self.process.wait()
