@@ -52,7 +52,7 @@ from evm_deploy.toolchain.plugins import kernel_isa
 SCENES, SEED = 100, 11
 LEAST_STEPS = 784
 HEADS = (
-    "| network | commit | input | scans | share | nodes | {targets} | int8 SQNR |",
+    "| network | commit | depth | input | scans | share | nodes | {targets} | int8 SQNR |",
     "| network | whole network | at most | scan alone | K, D, N, L | kernel / its bound |",
 )
 
@@ -157,6 +157,7 @@ def lines(name: str, row: dict[str, Any], targets: Sequence[str]) -> tuple[str, 
     first = [
         name,
         row["commit"],
+        case.depth,
         str(case.size) if case.size == case.paper else f"{case.size} ({case.paper})",
         onnx_.get("scans", ""),
         "{:.2f} to {:.2f}".format(*onnx_["share"]) if onnx_.get("share") else "",

@@ -20,14 +20,16 @@ class Case:
     """A network of a repository.
 
     folders: for Python's path, below the folder of clones; the first one becomes the working directory. make: returns
-    the module, of the repository's own classes, with fewer blocks than in the paper. size: side of the image in pixels.
-    paper: that of the paper.
+    the module, of the repository's own classes, mostly with fewer blocks than in the paper. size: side of the image in
+    pixels. paper: that of the paper. depth: blocks of each stage and width of the first one, with those of the
+    repository's smallest network, or of its class, in brackets.
     """
 
     folders: tuple[str, ...]
     make: Callable[[], nn.Module]
     size: int
     paper: int = 224
+    depth: str = "whole"
 
 
 def made(where: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
@@ -92,19 +94,50 @@ VSSD = {
 LIGHT = {"img_size": 64, "embed_dim": 60, "d_state": 10, "depths": (1, 1), "mlp_ratio": 1.2, "upscale": 2}
 STAGES = {"depths": [1, 1, 1, 1], "dims": [32, 64, 128, 256]}
 CASES = {
-    "VMamba v05": Case(("VMamba/classification",), made("models.vmamba:VSSM", **VMAMBA, **V05), 112),
-    "VMamba v0": Case(("VMamba/classification",), made("models.vmamba:VSSM", **VMAMBA, **V0), 112),
-    "VMamba m2": Case(("VMamba/classification",), made("models.vmamba:VSSM", **VMAMBA, **M2), 112),
-    "Vim": Case(("Vim/vim", "Vim/mamba-1p1p1"), made("models_mamba:VisionMamba", **VIM, **BIDIRECTIONAL), 64),
-    "Vim, no mamba_ssm": Case(("Vim/vim",), made("models_mamba:VisionMamba", **VIM, **BIDIRECTIONAL), 64),
-    "LocalVMamba": Case(
-        ("LocalMamba/classification",), made("lib.models.local_vmamba:VSSM", **STAGES, directions=WINDOWS), 112
+    "VMamba v05": Case(
+        ("VMamba/classification",),
+        made("models.vmamba:VSSM", **VMAMBA, **V05),
+        112,
+        depth="1 1 2 1 x 48 (2 2 8 2 x 96)",
     ),
-    "LocalVim": Case(("LocalMamba/classification",), local_vim, 64),
-    "MedMamba": Case(("MedMamba",), made("MedMamba:VSSM", **STAGES, num_classes=6), 112),
-    "VM-UNet": Case(("VM-UNet",), made("models.vmunet.vmunet:VMUNet", 3, 1, [1, 1, 1, 1], [1, 1, 1, 1]), 64, 256),
+    "VMamba v0": Case(
+        ("VMamba/classification",), made("models.vmamba:VSSM", **VMAMBA, **V0), 112, depth="1 1 2 1 x 48 (2 2 9 2 x 96)"
+    ),
+    "VMamba m2": Case(
+        ("VMamba/classification",), made("models.vmamba:VSSM", **VMAMBA, **M2), 112, depth="1 1 2 1 x 48 (2 2 4 2 x 96)"
+    ),
+    "Vim": Case(
+        ("Vim/vim", "Vim/mamba-1p1p1"),
+        made("models_mamba:VisionMamba", **VIM, **BIDIRECTIONAL),
+        64,
+        depth="4 x 96 (24 x 192)",
+    ),
+    "Vim, no mamba_ssm": Case(
+        ("Vim/vim",), made("models_mamba:VisionMamba", **VIM, **BIDIRECTIONAL), 64, depth="4 x 96 (24 x 192)"
+    ),
+    "LocalVMamba": Case(
+        ("LocalMamba/classification",),
+        made("lib.models.local_vmamba:VSSM", **STAGES, directions=WINDOWS),
+        112,
+        depth="1 1 1 1 x 32 (2 2 9 2 x 96)",
+    ),
+    "LocalVim": Case(("LocalMamba/classification",), local_vim, 64, depth="4 x 96 (20 x 128)"),
+    "MedMamba": Case(
+        ("MedMamba",), made("MedMamba:VSSM", **STAGES, num_classes=6), 112, depth="1 1 1 1 x 32 (2 2 4 2 x 96)"
+    ),
+    "VM-UNet": Case(
+        ("VM-UNet",),
+        made("models.vmunet.vmunet:VMUNet", 3, 1, [1, 1, 1, 1], [1, 1, 1, 1]),
+        64,
+        256,
+        depth="1 1 1 1, 1 1 1 1 x 96 (2 2 2 2, 2 2 2 1 x 96)",
+    ),
     "MambaIR": Case(
-        ("MambaIR",), made("basicsr.archs.mambair_arch:MambaIR", **LIGHT, upsampler="pixelshuffledirect"), 64, 64
+        ("MambaIR",),
+        made("basicsr.archs.mambair_arch:MambaIR", **LIGHT, upsampler="pixelshuffledirect"),
+        64,
+        64,
+        depth="1 1 x 60 (6 6 6 6 x 96)",
     ),
     "MambaIRv2": Case(
         ("MambaIR",),
@@ -120,19 +153,33 @@ CASES = {
         ),
         64,
         64,
+        depth="1 1 x 48 (6 6 6 6)",
     ),
     "UltraLight-VM-UNet": Case(("UltraLight-VM-UNet",), made("models.UltraLight_VM_UNet:UltraLight_VM_UNet"), 128, 256),
     "Spatial-Mamba": Case(
         ("Spatial-Mamba/classification", "Spatial-Mamba/kernels/dwconv2d"),
         made("models.spatialmamba:SpatialMamba", **STAGES, d_state=1),
         112,
+        depth="1 1 1 1 x 32 (2 2 9 2 x 96)",
     ),
     "MobileMamba T2": Case(("MobileMamba",), made("model.mobilemamba.mobilemamba:MobileMamba_T2"), 192, 192),
-    "VSSD": Case(("VSSD/classification",), made("models.mamba2:VMAMBA2", **VSSD, linear_attn_duality=True), 64),
-    "VSSD, SSD": Case(("VSSD/classification",), made("models.mamba2:VMAMBA2", **VSSD, linear_attn_duality=False), 64),
+    "VSSD": Case(
+        ("VSSD/classification",),
+        made("models.mamba2:VMAMBA2", **VSSD, linear_attn_duality=True),
+        64,
+        depth="1 1 1 1 x 48 (2 4 12 4 x 64)",
+    ),
+    "VSSD, SSD": Case(
+        ("VSSD/classification",),
+        made("models.mamba2:VMAMBA2", **VSSD, linear_attn_duality=False),
+        64,
+        depth="1 1 1 1 x 48 (2 4 12 4 x 64)",
+    ),
     "EfficientViM M1": Case(("EfficientViM/classification",), made("models.EfficientViM:EfficientViM_M1"), 224),
-    "mamba_ssm Mamba": Case(("mamba",), on_patches("mamba_ssm:Mamba", 64), 224),
-    "mamba_ssm Mamba2": Case(("mamba",), on_patches("mamba_ssm:Mamba2", 64, d_state=32, headdim=16), 224),
+    "mamba_ssm Mamba": Case(("mamba",), on_patches("mamba_ssm:Mamba", 64), 224, depth="one layer"),
+    "mamba_ssm Mamba2": Case(
+        ("mamba",), on_patches("mamba_ssm:Mamba2", 64, d_state=32, headdim=16), 224, depth="one layer"
+    ),
 }
 
 
