@@ -6,8 +6,11 @@ FOLDER and NAME as for families.py. -O: some repositories assert that tensors ar
 bundle's self-test, which the export compares too.
 The script prints the largest difference from float64, relative to the scale of the output (at least 1), of torch in
 float32, of torch in float32 with the Mamba-2 scans alone in float64, and of the ONNX and OpenVINO bundles, and the
-difference below which 99 % of the outputs are. If torch itself, or torch with exact scans, is as far from float64 as a
-bundle, then rounding of the network's other layers decides, and no lowering of the scan can come closer.
+difference below which 99 % of the outputs are.
+
+If torch itself, or torch with exact scans, is as far from float64 as a bundle, then rounding of the network's other
+layers decides, and no lowering of the scan can come closer. The last rows are the steps of torch in float32 that add
+most to the rounding: the rms difference from float64 over the rms, before and after the step.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from evm_deploy.export import ExportPlan, export
 from evm_deploy.model import Network
 from evm_deploy.model.foreign import foreign_code, ssd
 
-IMAGES = 3
+IMAGES, STEPS = 3, 5
 
 
 class Doubled(TorchFunctionMode):
@@ -81,6 +84,66 @@ def computed(module: torch.nn.Module, x: Tensor) -> np.ndarray:
     return np.concatenate([(y if isinstance(y, Tensor) else next(iter(y))).numpy() for y in outputs])
 
 
+@contextmanager
+def recorded() -> Iterator[Callable[[torch.nn.Module], dict[str, tuple[Tensor, Tensor]]]]:
+    """Context manager: a function that hooks a network, and returns input and output of its last call by step.
+
+    Steps are modules, and the gated norm behind a Mamba-2 scan with the size of its smallest and largest token.
+    """
+    hooks: list[Any] = []
+    norm = ssd.gated_rms_norm
+
+    def watch(module: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(path: str, x: Any, y: Any) -> None:
+            if isinstance(x, Tensor) and isinstance(y, Tensor):
+                calls[path] = (x, y)
+
+        def gated(y: Tensor, weight: Any, bias: Any, z: Tensor, *more: Any) -> Tensor:
+            x, result = y * torch.nn.functional.silu(z), norm(y, weight, bias, z, *more)
+            keep("gated norm", x, result)
+            return result
+
+        ssd.gated_rms_norm = gated
+        hooks.extend(
+            each.register_forward_hook(lambda _, x, y, path=path: keep(path, x[0] if x else None, y))
+            for path, each in module.named_modules()
+        )
+        return calls
+
+    try:
+        yield watch
+    finally:
+        ssd.gated_rms_norm = norm
+        for hook in hooks:
+            hook.remove()
+
+
+def rounding(value: Tensor, exact: Tensor) -> float:
+    """Return the rms difference of two tensors over the rms of the exact one."""
+    return float((value - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def print_steps(name: str, module: torch.nn.Module, x: Tensor) -> None:
+    """Print the steps with the largest growth of rounding for one image (1, 3, H, W). The module becomes float64."""
+    with recorded() as watch:
+        single = watch(module)
+        computed(module, x)
+    with recorded() as watch, doubled():
+        exact = watch(module.double())
+        computed(module, x.double())
+    grown = []
+    for path in single.keys() & exact.keys():
+        before, after = (rounding(a, b) for a, b in zip(single[path], exact[path], strict=True))
+        grown.append((after - before, path or "network", before, after))
+    for _, path, before, after in sorted(grown, reverse=True)[:STEPS]:
+        print(f"{name:<18} {path:<45} {before:.1e} -> {after:.1e}")
+    if "gated norm" in exact:
+        sizes = exact["gated norm"][0].square().mean(-1).sqrt()
+        print(f"{name:<18} tokens before the gated norm: rms {sizes.min():.2g} to {sizes.max():.2g}")
+
+
 def compare(folder: str, name: str) -> None:
     """Print the rows of one network."""
     size, here = CASES[name].size, Path.cwd()
@@ -108,6 +171,7 @@ def compare(folder: str, name: str) -> None:
     for form, outputs in found.items():
         far = np.abs(outputs - want) / scale
         print(f"{name:<18} {form:<20} {far.max():.1e}, 99 % below {np.quantile(far, 0.99):.1e}", flush=True)
+    print_steps(name, module.float(), x[:1])
 
 
 def main() -> int:
