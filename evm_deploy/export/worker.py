@@ -10,7 +10,6 @@ import contextlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from subprocess import PIPE
+from subprocess import PIPE, TimeoutExpired
 from typing import IO, Any
 
 from evm_deploy._util.processes import PATIENCE_S, Process, end_with_stdin
@@ -157,7 +156,7 @@ class Worker:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:  # the process ends by itself; the end of its stdin would run its exit functions a second time
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(TimeoutExpired):
                 self.process.wait(PATIENCE_S)
         with contextlib.suppress(BrokenPipeError):
             self._pipe(self.process.stdin).close()
