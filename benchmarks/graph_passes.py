@@ -12,12 +12,11 @@ import argparse
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import common
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -45,12 +44,20 @@ def foreign() -> Network:
     return Network.of(module, torch.rand(1, 3, 32, 48), name="foreign")
 
 
-def hub(given: str | Network, merged: bool) -> onnx.ModelProto:
-    """Trace the hub graph, with the pass or without."""
-    with nullcontext() if merged else patch.object(graph, "merge_moves", lambda model, blocks: 0):
+def hub(given: str | Network) -> dict[str, onnx.ModelProto]:
+    """Trace the hub graph once. Returns it as it was before the pass, and after."""
+    before = onnx.ModelProto()
+
+    def merge(model: onnx.ModelProto, blocks: Iterable[str]) -> int:
+        before.CopyFrom(model)
+        return merge_moves(model, blocks)
+
+    with patch.object(graph, "merge_moves", merge):
         source = Source(given)
         plan, preprocessing = complete(ExportPlan("onnx", "fp32"), source.network(ExportPlan("onnx", "fp32")).spec)
-        return graph.trace(source.reference(plan, preprocessing), plan, {}).model
+        after = graph.trace(source.reference(plan, preprocessing), plan, {}).model
+    before.ir_version = after.ir_version
+    return {"before": before, "after": after}
 
 
 def main() -> int:
@@ -61,12 +68,11 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
-    common.time.perf_counter = time.thread_time  # interleave() measures CPU time
     if str(args.checkpoint).endswith(".onnx"):
         models = {"before": onnx.load(args.checkpoint), "after": onnx.load(args.checkpoint)}
         merge_moves(models["after"])
     else:
-        models = {name: hub(args.checkpoint or foreign(), name == "after") for name in ("before", "after")}
+        models = hub(args.checkpoint or foreign())
     print(f"{where()}, onnxruntime {ort.__version__}, {args.checkpoint or 'foreign blocks'}, {args.rounds} rounds")
     for name, model in models.items():
         kinds = Counter(node.op_type for node in model.graph.node)
@@ -81,7 +87,7 @@ def main() -> int:
         equal = all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
         feeds = {first.name: x}
         subjects = {name: partial(each.run, None, feeds) for name, each in sessions.items()}
-        times = interleave(subjects, args.rounds)
+        times = interleave(subjects, args.rounds, clock=time.thread_time)
         _, text = ratio(times, "after", "before")
         least = " -> ".join(f"{min(times[name]):.2f}" for name in models)
         print(f"{'plugin' if plugin else 'portable':<8} after / before {text}, least {least} ms, same bits: {equal}")

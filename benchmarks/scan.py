@@ -42,7 +42,7 @@ MIN_TO_PORTABLE, MIN_TO_EAGER, MAX_ERROR, MIN_TWO_THREADS, MAX_NONLINEAR = 5.5, 
 ISAS = {"base": (4, []), "avx2": (8, ["-mavx2", "-mfma"]), "avx512": (16, ["-march=skylake-avx512"])}
 
 
-def scan_inputs(length: int) -> list[np.ndarray]:
+def scan_inputs(length: int, K: int = K, D: int = D, N: int = N) -> list[np.ndarray]:
     """Return the seven inputs, with dt from 0.001 to 1 as in trained networks."""
     g = np.random.default_rng(0)
     shapes = ((1, K, length, D), (1, K, length, D), (K, D, N), (1, K, length, N), (1, K, length, N), (K, D), (K, D))

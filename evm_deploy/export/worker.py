@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from subprocess import PIPE
+from subprocess import PIPE, TimeoutExpired
 from typing import IO, Any
 
-from evm_deploy._util.processes import Process, end_with_stdin
+from evm_deploy._util.processes import PATIENCE_S, Process, end_with_stdin
 from evm_deploy._util.progress import Progress, Step
 from evm_deploy._util.torch_settings import torch_threads
 from evm_deploy.bundle.bundle import Bundle
@@ -154,7 +154,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:  # the process ends by itself; the end of its stdin would run its exit functions a second time
+            with contextlib.suppress(TimeoutExpired):
+                self.process.wait(PATIENCE_S)
         with contextlib.suppress(BrokenPipeError):
             self._pipe(self.process.stdin).close()
         self.process.wait()
