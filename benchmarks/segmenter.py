@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from common import where
 from torch import nn
 
+from evm_deploy.export.description import native_metadata
 from evm_deploy.export.pipeline import built, complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
@@ -113,9 +114,10 @@ def main() -> int:
                 target = get_target(name)
                 plan = check_plan(target, ExportPlan(name, "fp32", imgsz=args.imgsz))
                 plan, preprocessing = complete(plan, network.spec)
+                metadata = native_metadata(plan, network.spec, preprocessing)
                 out = folder / form / name
                 out.mkdir(parents=True)
-                artifact = built(target, source.traced(target, plan, preprocessing, {}), plan, out)
+                artifact = built(target, source.traced(target, plan, preprocessing, metadata), plan, out)
                 plugin = native_library(target, artifact) or ""
                 found = [str(artifact.path), name, str(plugin)]
                 command = [sys.executable, __file__, "--threads", str(args.threads), "--measure", *found]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from evm_deploy.data.geometry import Geometry
+from evm_deploy.export.description import native_metadata
 from evm_deploy.export.pipeline import built, complete
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
@@ -54,8 +55,10 @@ def binary(folder: Path, **head: Any) -> Path:
 def artifact(folder: Path, checkpoint: Path, plan: ExportPlan) -> tuple[Artifact, ExportPlan]:
     """Build the artifact of a plan; returns it with the complete plan."""
     target, source = get_target(plan.target), Source(checkpoint)
-    plan, preprocessing = complete(check_plan(target, plan), source.network(plan).spec)
-    return built(target, source.traced(target, plan, preprocessing, {}), plan, folder), plan
+    spec = source.network(plan).spec
+    plan, preprocessing = complete(check_plan(target, plan), spec)
+    traced = source.traced(target, plan, preprocessing, native_metadata(plan, spec, preprocessing))
+    return built(target, traced, plan, folder), plan
 
 
 def label_map(artifact: Artifact, plan: ExportPlan, images: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +22,8 @@ from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.sources import ImageItem
+from evm_deploy.demo import CHECKPOINTS
+from evm_deploy.demo.scenes import write_scenes
 from evm_deploy.errors import AccuracyError
 from evm_deploy.export.hub.graph import trace
 from evm_deploy.export.pipeline import complete, export
@@ -70,16 +71,12 @@ def coco(folder, images, classes, changes=None):
 
 
 @pytest.fixture(scope="module")
-def scenes(trained, tmp_path_factory):
+def scenes(tmp_path_factory):
     """(checkpoint, calibration images, COCO file) of the trained detector."""
-    sys.path.insert(0, str(trained / "detseg"))
-    from scenes import CLASSES, scene
-
     folder = tmp_path_factory.mktemp("scenes")
-    np.savez(folder / "calib.npz", images=np.stack([scene(5000, i, 128)["image"] for i in range(100)]))
-    shown = [scene(901, i, 128) for i in range(60)]
-    val = coco(folder, [(each["image"], each["boxes"], each["labels"]) for each in shown], CLASSES)
-    return trained / "detseg" / "retinanet_scenes128.pth", folder / "calib.npz", val
+    write_scenes(folder / "calib", 100, 5000)
+    write_scenes(folder, 60)
+    return CHECKPOINTS["detector"], folder / "calib" / "images", folder / "instances.json"
 
 
 def plan_of(scenes, **settings):

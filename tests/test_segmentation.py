@@ -44,7 +44,7 @@ def test_a_map_goes_back_to_the_image(original, resize):
     place = Preprocessing((60, 80), resize=resize).geometry(original[1], original[0])
     rows, columns = np.mgrid[0:60, 0:80].astype(np.int32)
     for own, axis in ((rows, 0), (columns, 1)):
-        found = segmentation.in_image(own, place)
+        found = place.map_to_image(own)
         assert found.shape == original
         centre = (np.arange(original[axis]) + 0.5) * place.resized[axis] / original[axis]
         want = np.minimum(np.floor(centre), place.resized[axis] - 1)
@@ -231,4 +231,4 @@ def test_padding_is_never_read():
     place = Geometry((10, 10), (7, 7), (9, 12), (0, 0))
     values = np.full((9, 12), 9, np.uint8)
     values[:7, :7] = 1
-    assert (segmentation.in_image(values, place) == 1).all()
+    assert (place.map_to_image(values) == 1).all()

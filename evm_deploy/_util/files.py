@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -123,6 +125,28 @@ def move(source: Path, to: Path) -> None:
         shutil.rmtree(to, ignore_errors=True) if to.is_dir() else to.unlink(missing_ok=True)
         raise
     shutil.rmtree(source) if source.is_dir() else source.unlink()
+
+
+def give_name(file: Path, path: Path) -> None:
+    """Give a complete file a name that no file has, at once. Raises FileExistsError, and OSError.
+
+    File systems without hard links cannot do both at once: there a file of that moment may be replaced.
+    """
+    try:
+        path.hardlink_to(file)
+        file.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links, or none across overlays
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        move(file, path)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Yield `a.png`, `a-2.png`, `a-3.png` and so on, for a file that replaces no other."""
+    yield path
+    yield from (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
 
 
 def native_path(path: Path) -> str:

@@ -228,18 +228,46 @@ def _interruptible(prog: str) -> Iterator[None]:
         cursor = SHOW_CURSOR if os.isatty(2) else ""
         leave(INTERRUPTED, f"{cursor}{prog}: interrupted; {what_is_left()}\n")
 
-    if threading.current_thread() is not threading.main_thread():
+    before = _signals()
+    with _handled(before, stop):
         yield
-        return
+
+
+@contextlib.contextmanager
+def ended_by_signal() -> Iterator[threading.Event]:
+    """Context manager: the first Ctrl-C, SIGTERM or SIGHUP sets the event; a second one ends the command as always.
+
+    For work without an end of its own, whose results are complete whenever it ends.
+    """
+    asked, before = threading.Event(), _signals()
+
+    def ask(signum: int, frame: Any) -> None:
+        asked.set()
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    with _handled(before, ask):
+        yield asked
+
+
+def _signals() -> dict[int, Any]:
+    """Return the handlers of Ctrl-C, SIGTERM and SIGHUP, without ignored ones. Only the main thread has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {which: signal.getsignal(which) for which in signals if signal.getsignal(which) != signal.SIG_IGN}
+    return {which: signal.getsignal(which) for which in signals if signal.getsignal(which) != signal.SIG_IGN}
+
+
+@contextlib.contextmanager
+def _handled(before: dict[int, Any], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Context manager: handle the signals of `before` by `handler`, and afterwards as before."""
     for which in before:
-        signal.signal(which, stop)
+        signal.signal(which, handler)
     try:
         yield
     finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+        for which, old in before.items():
+            signal.signal(which, old)
 
 
 def run_command(prog: str, body: Callable[[], int], args: argparse.Namespace) -> int:

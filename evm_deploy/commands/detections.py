@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy._util.files import numbered
 from evm_deploy._util.text import escape_controls
+from evm_deploy.commands.rows import Rows
 from evm_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -35,15 +37,34 @@ class Shown:
     line: Callable[[Any], str]
     row: Callable[[Any], dict[str, Any]]
 
+    def facts(self, found: Any, ms: Mapping[str, float]) -> dict[str, Any]:
+        """Return what was found, and the times of the stages in ms, as plain data."""
+        return {
+            self.key: [self.row(each) for each in found],
+            "ms": {stage: round(each, 3) for stage, each in ms.items()},
+        }
 
-def detect(
-    model: LoadedBundle, names: Sequence[str], least: float, save: Path | None, rows: list[dict[str, Any]], quiet: bool
-) -> Iterator[str]:
+
+@dataclass(frozen=True)
+class Asked:
+    """Flags on the answers.
+
+    top: classes of a classifier for each image. least: smallest score of a detection that counts. save: folder
+    for drawn copies of images and videos, or one video file. json: print no lines. quiet: say nothing on stderr but
+    errors.
+    """
+
+    top: int
+    least: float
+    save: Path | None
+    json: bool
+    quiet: bool
+
+
+def detect(model: LoadedBundle, names: Sequence[str], asked: Asked, rows: Rows) -> Iterator[str]:
     """Detect objects, or the class of every pixel, in image files, a batch at a time. Yields the line of each image.
 
-    least: smallest score of a detection that counts. save: folder for copies of the images with what was found drawn on
-    them. rows: gets a row for each image: its path, what was found and the times in ms, or its error. quiet: yield no
-    lines.
+    rows: gets a row for each image: its path, what was found and the times in ms, or its error.
     """
     shown = SHOWN[model.task.name]
     size = model.manifest.batch.max or 1
@@ -51,24 +72,23 @@ def detect(
         part = names[start : start + size]
         errors: dict[int, ImageError] = {}
         answers = model.predict(part, on_error=errors.__setitem__)
-        spent = {stage: ms / max(1, len(part) - len(errors)) for stage, ms in model.spent_ms.items()}
+        ms = {stage: each / max(1, len(part) - len(errors)) for stage, each in model.spent_ms.items()}
         for index, (name, answer) in enumerate(zip(part, answers, strict=True)):
             if index in errors:
-                rows.append({"image": name, "error": str(errors[index])})
-                print(escape_controls(f"evm-run: {errors[index]}"), file=sys.stderr)
+                rows.fail({"image": name}, errors[index])
                 continue
-            found = shown.kept(answer, least)
-            row: dict[str, Any] = {
-                "image": name,
-                shown.key: [shown.row(each) for each in found],
-                "ms": {stage: round(ms, 3) for stage, ms in spent.items()},
-            }
-            if save:
-                row["saved"] = str(save_drawn(model, name, found, save, least))
-            rows.append(row)
-            if not quiet:
-                times = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in spent.items())
-                yield escape_controls(f"{name}: {shown.line(found)}   {times}")
+            found = shown.kept(answer, asked.least)
+            row = {"image": name, **shown.facts(found, ms)}
+            if asked.save:
+                row["saved"] = str(save_drawn(model, name, found, asked.save, asked.least))
+            rows.add(row)
+            if not asked.json:
+                yield escape_controls(f"{name}: {shown.line(found)}   {times(ms)}")
+
+
+def times(ms: Mapping[str, float]) -> str:
+    """Return the times of stages as text: `preprocess 1.2 ms, inference 12.3 ms, postprocess 0.8 ms`."""
+    return ", ".join(f"{stage} {each:.1f} ms" for stage, each in ms.items())
 
 
 def counts(found: Sequence[Detection]) -> str:
@@ -100,7 +120,13 @@ def row_of_class(found: Prediction) -> dict[str, Any]:
     return {"label": found.label, "index": found.index, "share": found.score}
 
 
+def best(found: Sequence[Prediction]) -> str:
+    """Return the classes of an image with their probabilities as text: `97.31 % cat, 1.20 % dog`."""
+    return ", ".join(f"{100 * each.score:.2f} % {each.label}" for each in found)
+
+
 SHOWN = {
+    "classification": Shown("top", 0.0, lambda found, least: found, best, vars),
     "detection": Shown("detections", 0.3, lambda found, least: [e for e in found if e.score >= least], counts, row_of),
     "segmentation": Shown("classes", 0.0, lambda found, least: found, shares, row_of_class),
 }
@@ -119,15 +145,11 @@ def save_drawn(model: LoadedBundle, name: str, found: Sequence[Any], folder: Pat
     suffix, options = (suffix, {"quality": JPEG_QUALITY}) if suffix in JPEG else (".png", {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            path = folder / (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}")
-            try:
-                with path.open("xb") as file:
-                    drawn.save(file, "JPEG" if suffix in JPEG else "PNG", **options)
+        for path in numbered(folder / f"{stem}{suffix}"):
+            with contextlib.suppress(FileExistsError), path.open("xb") as file:
+                drawn.save(file, "JPEG" if suffix in JPEG else "PNG", **options)
                 return path
-            except FileExistsError:
-                number += 1
+        raise AssertionError("numbers end")
     except OSError as error:
         raise UsageError(
             f"--save {folder} cannot be written: {error.strerror or error}", "give another folder"

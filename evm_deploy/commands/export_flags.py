@@ -146,7 +146,8 @@ def export_parser() -> Parser:
         "--val",
         metavar="PATH",
         help="labelled images to evaluate int8 or w8: class folders, list of path and class, .npz, or demo; of a "
-        "detector a COCO JSON file, or a folder of VOC annotations; of a segmenter a folder of images and masks",
+        "detector a COCO JSON file, or a folder of VOC annotations; of a segmenter a folder with images/ and "
+        "annotations/",
     )
     accuracy(
         "--max-drop",

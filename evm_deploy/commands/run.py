@@ -1,4 +1,4 @@
-"""evm-run: classify images, detect objects or the class of every pixel with a bundle, or run its self-test."""
+"""evm-run: classify images and videos, detect objects or the class of every pixel in them, or run a self-test."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import contextlib
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.settings import add_flags, given
 from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
+from evm_deploy.commands.rows import Rows
 from evm_deploy.errors import CalibrationError, ImageError, UsageError
 from evm_deploy.runtimes.registry import setting_kinds
 
 if TYPE_CHECKING:
     from evm_deploy.bundle.loaded import LoadedBundle
+    from evm_deploy.commands.detections import Asked
 
 AT_ONCE = 64  # images whose results are printed together
 
@@ -28,8 +31,8 @@ def run_parser() -> Parser:
     """Return the argument parser of evm-run."""
     parser = Parser(
         "evm-run",
-        description="Classify images, or detect objects or the class of every pixel in them, with a bundle; or run the "
-        "bundle's self-test on this device.",
+        description="Classify images, videos or a camera's frames, or detect objects or the class of every pixel in "
+        "them, with a bundle; or run the bundle's self-test on this device.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,7 +42,8 @@ def run_parser() -> Parser:
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="images: files, folders (searched whole) or patterns such as 'a/*.jpg'",
+        help="images: files, folders (searched whole) or patterns such as 'a/*.jpg'; video files such as clip.mp4; "
+        "a camera: camera:0, or 0 if there is no file named 0",
     )
     add("--top", type=int, default=5, metavar="K", help="number of classes to print per image, default 5")
     add(
@@ -50,8 +54,9 @@ def run_parser() -> Parser:
     )
     add(
         "--save",
-        metavar="DIR",
-        help="write a copy of each image with its detections or label map drawn into this folder",
+        metavar="PLACE",
+        help="write a copy of each image and video with its detections or label maps drawn into this folder; of one "
+        "video: into this file (.mp4, .mov, .mkv, .avi or .webm). Nothing is replaced",
     )
     add("--selftest", action="store_true", help="run the bundle's self-test; exit code 4 if it fails")
     add("--threads", type=int, metavar="N", help="intra-op threads; default: chosen by the runtime")
@@ -123,63 +128,50 @@ def _run(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--min-score is for detections: the bundle gives {model.task.gives}", "leave --min-score out"
             )
-        if args.images:
-            return (_detect if model.task.draw else _classify)(model, args)
-    return 0
+        return _answer(model, args) if args.images else 0
 
 
-def _classify(model: LoadedBundle, args: argparse.Namespace) -> int:
-    """Print the classes of each image as soon as they are known. Return 2 if an image cannot be read, else 0.
+def _answer(model: LoadedBundle, args: argparse.Namespace) -> int:
+    """Print the answers of images, videos and cameras as soon as they are known. Return 2 if an input fails, else 0.
 
-    Such an image costs no other: its error goes to stderr, and to its row of the JSON.
+    An input that cannot be read costs no other: its error goes to stderr, and to its row of the JSON.
     """
+    from evm_deploy.commands.detections import SHOWN, Asked, detect
+    from evm_deploy.commands.videos import check_videos, watch
+    from evm_deploy.data.video import is_video
+
+    model.predict([])  # raises UsageError if the bundle gives no answers
     names = [name for given in args.images for name in _images(given)]
-    rows: list[dict[str, Any]] = []
-    try:
-        for start in range(0, len(names), AT_ONCE):
-            errors: dict[int, ImageError] = {}
-            part = names[start : start + AT_ONCE]
-            answers = model.predict(part, top=args.top, on_error=errors.__setitem__)
-            for index, (name, answer) in enumerate(zip(part, answers, strict=True)):
-                if index in errors:
-                    rows.append({"image": name, "error": str(errors[index])})
-                    print(escape_controls(f"evm-run: {errors[index]}"), file=sys.stderr)
-                    continue
-                rows.append({"image": name, "top": [vars(each) for each in answer]})
-                if not args.json:
-                    print(escape_controls(name))
-                    print(
-                        "\n".join(f"  {each.score:7.2%}  {escape_controls(each.label)}" for each in answer), flush=True
-                    )
-    finally:  # what follows may fail: the results so far are the user's
-        if args.json:
-            print(strict_json(rows, indent=1))
-    return _unread(rows)
-
-
-def _detect(model: LoadedBundle, args: argparse.Namespace) -> int:
-    """Print what is found in each image as soon as it is known. Return 2 if an image cannot be read, else 0."""
-    from evm_deploy.commands.detections import SHOWN, detect
-
-    names = [name for given in args.images for name in _images(given)]
-    rows: list[dict[str, Any]] = []
     save = Path(args.save) if args.save else None
+    check_videos(names, save)
     least = SHOWN[model.task.name].least if args.min_score is None else args.min_score
-    try:
-        for line in detect(model, names, least, save, rows, args.json):
-            print(line, flush=True)
-    finally:
-        if args.json:
-            print(strict_json(rows, indent=1))
-    return _unread(rows)
+    asked = Asked(args.top, least, save, args.json, args.quiet)
+    of_images = detect if model.task.draw else _classify
+    with Rows(args.json) as rows:
+        for video, group in groupby(names, is_video):
+            one_by_one = (line for name in group for line in watch(model, name, asked, rows))
+            for line in one_by_one if video else of_images(model, list(group), asked, rows):
+                print(line, flush=True)
+    if rows.failed and len(names) > 1:
+        kind = "inputs" if any(map(is_video, names)) else "images"
+        print(f"evm-run: {rows.failed} of {len(names)} {kind} could not be read", file=sys.stderr)
+    return ImageError.exit_code if rows.failed else 0
 
 
-def _unread(rows: list[dict[str, Any]]) -> int:
-    """Report how many images could not be read. Return the exit code."""
-    failed = sum("error" in row for row in rows)
-    if failed and len(rows) > 1:
-        print(f"evm-run: {failed} of {len(rows)} images could not be read", file=sys.stderr)
-    return ImageError.exit_code if failed else 0
+def _classify(model: LoadedBundle, names: Sequence[str], asked: Asked, rows: Rows) -> Iterator[str]:
+    """Predict the classes of image files. Yields the lines of each image: its name and a line for each class."""
+    for start in range(0, len(names), AT_ONCE):
+        errors: dict[int, ImageError] = {}
+        part = names[start : start + AT_ONCE]
+        answers = model.predict(part, top=asked.top, on_error=errors.__setitem__)
+        for index, (name, answer) in enumerate(zip(part, answers, strict=True)):
+            if index in errors:
+                rows.fail({"image": name}, errors[index])
+                continue
+            rows.add({"image": name, "top": [vars(each) for each in answer]})
+            if not asked.json:
+                lines = (f"  {each.score:7.2%}  {escape_controls(each.label)}" for each in answer)
+                yield "\n".join([escape_controls(name), *lines])
 
 
 def _images(given: str) -> list[str]:

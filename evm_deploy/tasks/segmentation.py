@@ -7,7 +7,6 @@ more, and on a runtime without uint8 outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,23 +40,9 @@ def decode(outputs: Outputs, reading: Reading) -> list[LabelMap]:
     maps = outputs[LABEL_MAP]
     places: Sequence[Geometry | None] = reading.places or [None] * len(maps)
     return [
-        LabelMap(each if place is None else in_image(each, place), reading.labels, reading.palette)
+        LabelMap(each if place is None else place.map_to_image(each), reading.labels, reading.palette)
         for each, place in zip(maps, places, strict=True)
     ]
-
-
-def in_image(label_map: NDArray[Any], place: Geometry) -> NDArray[Any]:
-    """Return the class of each pixel of the original image (h, w): that of the nearest pixel of the network's input.
-
-    label_map: (H, W), of the network's input. Padding is never read.
-    """
-    edges = place.content
-    axes = []
-    for axis in (0, 1):
-        centre = (np.arange(place.original[axis]) + 0.5) * place.scale[axis] + place.offset[axis]
-        axes.append(np.clip(centre.astype(np.int64), edges[axis], edges[axis + 2] - 1))
-    found: NDArray[Any] = label_map[axes[0]][:, axes[1]]
-    return found
 
 
 def score(outputs: Outputs, labels: Labels, reading: Reading) -> Rows:

@@ -168,7 +168,7 @@ def verify(stage: Any, module: Any, plan: ExportPlan, settings: SelectionSetting
             actual = runtime.run({plan.input: pixels})
         expected = dict(zip(RAW, (value.numpy() for value in module(torch.from_numpy(pixels))), strict=True))
     runs = [suppressed(run[RAW[0]], run[RAW[1]], settings.iou, settings.score_thr, size) for run in (expected, actual)]
-    ours, theirs, share = align(*runs, plan.tolerance)
+    ours, theirs, share = align(runs[0], runs[1], plan.tolerance)
     if share < plan.agreement:
         raise ParityError(f"{FILE}: {share:.1%} of its boxes are those of the network, limit {plan.agreement:.1%}")
     for name in (BOXES, SCORES):
