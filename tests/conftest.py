@@ -173,6 +173,14 @@ def scenes(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """A video of `tests.films`."""
+    from tests.films import film
+
+    return film(tmp_path_factory.mktemp("film") / "clip.mp4")
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(bundle_of) -> Bundle:
     return bundle_of(CHECKPOINT, ExportPlan("onnx"))
 

@@ -448,7 +448,7 @@ def test_json_is_strict(value, micro_bundle, tmp_path):
 
     kept = {"a": [value, {"b": (value, 1.5)}], "c": "NaN"}
     assert json.loads(strict_json(kept), parse_constant=refuse) == {"a": [None, {"b": [None, 1.5]}], "c": "NaN"}
-    accuracy = {**JUDGED, "sqnr_db": value}
+    accuracy = {**JUDGED, "sqnr_db": value, "ok": False}
     manifest = replace(micro_bundle.manifest, accuracy=accuracy)
     assert json.loads(manifest.to_json(), parse_constant=refuse)["accuracy"]["sqnr_db"] is None
     shutil.copytree(micro_bundle.path, tmp_path / "b")
@@ -478,6 +478,8 @@ def test_only_one_function_writes_json_for_others():
         "bench/remote/supervisor.py",
         "bench/run.py",
         "calib/table.py",
+        "demo/pack.py",
+        "demo/scenes.py",
         "demo/train.py",
         "export/coreml/package.py",
         "export/description.py",
