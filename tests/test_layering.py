@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "devices": LOW | {"toolchain", "runtimes"},
     "calib": RUN,
     "export": BUILD,
-    "demo": RUN | {"model"},
+    "demo": RUN | {"model", "calib"},
     "bench": BUILD,
     "report": RUN | {"bench", "evm_deploy"},
     "commands": BUILD | {"bench", "report"},

@@ -90,10 +90,15 @@ def test_the_share_is_what_leaving_the_scans_out_saves(demo_bundle, tmp_path):
     with load(demo_bundle.path, threads=1, scan="portable") as model:
         feeds = examples(model, 1)
         bare = OnnxRuntime(without.SerializeToString(), 1)
-        times = [(took(bare, feeds), took(model, feeds)) for _ in range(60)]
-        shares = [measure_layers(model, feeds)["scan_share"] for _ in range(4)]  # once in a few must be right
+        gaps = [gap(model, bare, feeds) for _ in range(5)]
+    assert min(gaps) < 0.2  # once in a few must be right
+
+
+def gap(model, bare, feeds) -> float:
+    """How far the share of the scans in a profile is from what leaving them out saves."""
+    times = [(took(bare, feeds), took(model, feeds)) for _ in range(30)]
     fastest = [min(each) for each in zip(*times, strict=True)]
-    assert min(abs(share - (1 - fastest[0] / fastest[1])) for share in shares) < 0.2
+    return abs(measure_layers(model, feeds)["scan_share"] - (1 - fastest[0] / fastest[1]))
 
 
 def took(runtime, feeds) -> float:
