@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from evm_deploy import cli
 from evm_deploy._util.text import command
 from evm_deploy.bundle.bundle import check_free, open_bundle
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.readme import cpp_call
 from evm_deploy.demo import digits, write_images
 from evm_deploy.errors import BundleError, ImageError, UsageError
 from evm_deploy.export import pipeline
@@ -281,3 +283,10 @@ def test_folders_that_may_not_be_looked_into(micro, tmp_path, monkeypatch):
         open_bundle(secret / "bundle")
     with pytest.raises(BundleError, match=r"cannot write to .*secret: Permission denied\n  choose another --out"):
         check_free(secret / "bundle", force=True)
+
+
+def test_the_readmes_cpp_line_calls_the_function_of_the_task(demo_bundle):
+    calls = {"classification": "classify", "detection": "detect", "segmentation": "segment", "raw": "run"}
+    for task, function in calls.items():
+        manifest = replace(demo_bundle.manifest, model={**demo_bundle.manifest.model, "task": task})
+        assert f"model.{function}(" in cpp_call(manifest)

@@ -25,7 +25,10 @@ from evm_deploy.runtimes.base import Batch
 from tests.broken import change_manifest, changed_manifest
 from tests.records import JUDGED, LAYERS, content
 
-FIGURES = {**JUDGED, **{f"{name}{of}": 0.5 for name in ("AP", "AP50", "AP75") for of in ("", "_float")}}
+FIGURES = {
+    **JUDGED,
+    **{f"{name}{of}": 0.5 for name in ("AP", "AP50", "AP75", "mIoU", "pixel_accuracy") for of in ("", "_float")},
+}
 
 MANIFEST = published("evm_deploy.bundle", "manifest.schema.json")
 RECORD = published("evm_deploy.bench", "record.schema.json")

@@ -88,6 +88,7 @@ def test_an_export_in_float16_is_verified_and_compares_in_float32(target, scan, 
     assert bundle.manifest.palette == tuple(map(tuple, segmenters.PALETTE))
     text = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "the class index of each pixel of the 72x104 input" in text and "model.details.palette" in text
+    assert ("model.segment(rgb, width, height)" in text) == (target != "coreml")  # which has no C++
     if target == "onnx":
         graph = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / "model.onnx")).graph
         half = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}

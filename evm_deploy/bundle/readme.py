@@ -8,6 +8,7 @@ from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.data.preprocessing import CROP, PAD, Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.data.resizing import PLAIN
+from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.tasks.detection import DETECTION, MASKS
 from evm_deploy.tasks.segmentation import SEGMENTATION
 
@@ -141,6 +142,16 @@ def shape_of(value: dict[str, object]) -> str:
     shape = value["shape"]
     assert isinstance(shape, (list, tuple))
     return "x".join("batch" if d is None else str(d) for d in shape)
+
+
+def cpp_call(manifest: Manifest) -> str:
+    """Return the C++ statement with which an app asks our SDK's model for the answer of one image."""
+    calls = {
+        CLASSIFICATION.name: "auto top = model.classify(rgb, width, height, 5);",
+        DETECTION.name: "auto found = model.detect(rgb, width, height);",
+        SEGMENTATION.name: "auto map = model.segment(rgb, width, height);",
+    }
+    return calls.get(manifest.task, "auto outputs = model.run(feeds);")
 
 
 def example_pixels(value: dict[str, object]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.bundle.readme import Usage, example_pixels, shape_of
+from evm_deploy.bundle.readme import Usage, cpp_call, example_pixels, shape_of
 
 
 def usage(manifest: Manifest) -> Usage:
@@ -25,7 +25,7 @@ outputs = session.run(None, {{"{read["name"]}": pixels}})
 
 ## C++
 
-With evm-deploy's SDK: `evm::Model model("path/to/this/folder"); auto top = model.classify(rgb, width, height, 5);`.
+With evm-deploy's SDK: `evm::Model model("path/to/this/folder"); {cpp_call(manifest)}`.
 
 With ONNX Runtime alone: `Ort::Session session(env, "{manifest.artifact}", Ort::SessionOptions{{}});`, then `Run` with
 one input `{read["name"]}` ({read["dtype"]}, {shape_of(read)}) and the output names above.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.bundle.readme import Usage, example_pixels
+from evm_deploy.bundle.readme import Usage, cpp_call, example_pixels
 from evm_deploy.runtimes.openvino import PRECISION_HINT
 
 
@@ -16,6 +16,7 @@ def usage(manifest: Manifest) -> Usage:
     add = f'core.add_extension("{library}")\n' if library else ""
     trust = 'evm::Options options; options.scan = "bundled"; ' if library else ""
     model = f'{trust}evm::Model model("path/to/this/folder"{", options" if library else ""})'
+    answer = f'["{output["name"]}"]' if len(manifest.outputs) == 1 else "  # arrays by the names of the outputs"
     cpp_add = f'core.add_extension("{library}");\n' if library else ""
     extensions = f" -extensions {library}" if library else ""
     batch = "" if read["shape"][0] else f" -data_shape [{','.join(map(str, [1, *read['shape'][1:]]))}]"
@@ -34,7 +35,7 @@ core = ov.Core()
 {add}settings = {{"INFERENCE_PRECISION_HINT": "{hint}", "PERFORMANCE_HINT": "LATENCY"}}
 model = core.compile_model("{artifact}", "CPU", settings)
 pixels = {example_pixels(read)}  # your image
-outputs = model({{"{read["name"]}": pixels}})["{output["name"]}"]
+outputs = model({{"{read["name"]}": pixels}}){answer}
 ```
 
 Set the precision hint: without it OpenVINO computes in bfloat16 on CPUs that have it.
@@ -45,7 +46,7 @@ Latency on one thread:
 
 ## C++
 
-With evm-deploy's SDK: `{model}; auto top = model.classify(rgb, width, height, 5);`.
+With evm-deploy's SDK: `{model}; {cpp_call(manifest)}`.
 
 With OpenVINO alone:
 
