@@ -77,6 +77,13 @@ def test_the_share_of_the_selection_is_measured(bundle_of):
     assert 0.02 < layers["selection_share"] < 0.9
 
 
+def test_the_word_demo_stands_for_digits_alone(tmp_path, capsys):
+    given = ["demo:segmenter", "--target", "onnx", "--int8", "--calib", "demo", "--out", str(tmp_path)]
+    assert cli.export_main(given) == 2
+    said = capsys.readouterr().err
+    assert "handwritten digits for a classifier" in said and "evm_deploy.demo.scenes" in said
+
+
 def test_a_demo_that_does_not_exist_is_told(capsys):
     with pytest.raises(UsageError, match="there is no demo 'boxes'"):
         checkpoint_path("demo:boxes")

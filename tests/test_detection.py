@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -268,6 +269,12 @@ def test_coco_files(tmp_path):
 def test_odd_coco_files_are_refused(changes, names, count, message, tmp_path):
     with pytest.raises(CalibrationError, match=message):
         read_labels(coco_file(tmp_path, **changes), names, count)
+
+
+def test_a_folder_of_one_coco_file_names_the_file(tmp_path):
+    path = coco_file(tmp_path)
+    with pytest.raises(CalibrationError, match=re.escape(f"give the COCO file:  {path}")):
+        read_labels(path.parent, None, 2)
 
 
 VOC = """<annotation><filename>{name}</filename>{objects}</annotation>"""

@@ -152,7 +152,7 @@ def test_under_haswell_the_figure_is_that_with_vnni(seven, eight, bundle_of, tmp
     need("qemu")
     from evm_deploy.demo import images_path
 
-    with np.load(images_path(WORD, "heldout")) as file:
+    with np.load(images_path(WORD, "heldout", "classification")) as file:
         images = np.stack([eight.manifest.preprocess().pixels(digit) for digit in file["images"][:3]])
     np.save(tmp_path / "images.npy", images)
     plain = bundle_of(CHECKPOINT, ExportPlan("onnx", scan="portable"))

@@ -251,7 +251,7 @@ class Checkpoint:
         score = get_task(spec.task).score
         if not score:
             raise UsageError(f"--val: {spec.name} gives {spec.task}, which has no labels", "leave --val out")
-        source = images_path(str(self.matrix.val), "heldout")
+        source = images_path(str(self.matrix.val), "heldout", spec.task)
         return labelled_images(source, self.float.preprocessing, spec.num_classes, plan.labels, read=score.read)
 
     @cached_property

@@ -50,9 +50,19 @@ def checkpoint_path(named: str) -> Path:
     return CHECKPOINTS[name]
 
 
-def images_path(named: str, split: str) -> Path:
-    """Return the path `named`. The word `demo` means the digits of `split`, unless a file of that name exists."""
-    return DIGITS[split] if named == WORD and not Path(named).exists() else Path(named)
+def images_path(named: str, split: str, task: str) -> Path:
+    """Return the path `named`. The word `demo` means the digits of `split`, unless a file of that name exists.
+
+    task: of the network that reads the images. Raises UsageError for the word and a task other than classification.
+    """
+    if named != WORD or Path(named).exists():
+        return Path(named)
+    if task != "classification":
+        raise UsageError(
+            f"the images of `{WORD}` are handwritten digits for a classifier, this network's task is {task}",
+            "python -m evm_deploy.demo.scenes FOLDER writes scenes for detectors and segmenters",
+        )
+    return DIGITS[split]
 
 
 def write_images(folder: Path, split: str = "heldout", count: int | None = None) -> int:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evm_deploy.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from evm_deploy.demo import CHECKPOINTS
 from evm_deploy.demo.scenes import SIZE
 
@@ -26,7 +27,7 @@ def pack(checkpoint: Path, out: Path, drop: Sequence[str]) -> None:
     convert(checkpoint, out, drop=drop, half=True, force=True)
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
-    settings = {"imgsz": f"{SIZE}x{SIZE}", "resize": "stretch"}
+    settings = {"imgsz": f"{SIZE}x{SIZE}", "resize": "stretch", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     save_file(load_file(out), out, metadata={**metadata, "evm_deploy": json.dumps(settings)})
 
 

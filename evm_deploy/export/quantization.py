@@ -115,12 +115,12 @@ def quantization_config(plan: ExportPlan, spec: ModelSpec) -> QuantizationConfig
     """Return the settings of quantisation, from a complete plan and the network's spec."""
     return QuantizationConfig(
         precision="int8" if plan.precision in CALIBRATED else str(plan.precision),
-        calib=images_path(plan.calib, "train") if plan.calib else None,
+        calib=images_path(plan.calib, "train", spec.task) if plan.calib else None,
         images=plan.calib_images,
         method=plan.calib_method,
         smooth=plan.smooth,
         force=plan.force_calib,
-        val=images_path(plan.val, "heldout") if plan.val else None,
+        val=images_path(plan.val, "heldout", spec.task) if plan.val else None,
         max_drop=plan.max_drop,
         num_classes=spec.num_classes,
         labels=plan.labels,

@@ -106,9 +106,12 @@ def _coco_masks(rows: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> NDA
 def _read_voc(source: Path, names: Sequence[str] | None, count: int) -> tuple[list[ImageItem], str]:
     found = next((source / name for name in ANNOTATIONS if any((source / name).glob("*.xml"))), None)
     if not found:
+        files = sorted(source.glob("*.json"))
         raise CalibrationError(
             f"{source} has no VOC annotations (*.xml), and is no COCO file",
-            "give a COCO JSON file, or a folder with Annotations/*.xml and JPEGImages",
+            f"give the COCO file:  {files[0]}"
+            if len(files) == 1
+            else "give a COCO JSON file, or a folder with Annotations/*.xml and JPEGImages",
         )
     files = sorted(found.glob("*.xml"))
     trees = [_parse(path) for path in files]
