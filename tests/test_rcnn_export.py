@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from evm_deploy import cli, load
 from evm_deploy.data.boxes import SelectionSettings
 from evm_deploy.data.masks import RunMask
+from evm_deploy.demo.scenes import write_scenes
 from evm_deploy.errors import UsageError
 from evm_deploy.export.description import native_metadata
 from evm_deploy.export.hub.regions import region_translations
@@ -27,6 +28,7 @@ from evm_deploy.export.target import check_plan
 from evm_deploy.export.targets import get_target, load_targets
 from evm_deploy.export.verify import FloatRun, verify
 from evm_deploy.model import regions
+from evm_deploy.model.efficientvmamba.rcnn_checkpoint import KEEP_FLOAT
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.tasks.detection import DETECTION
 from tests import detectors
@@ -290,8 +292,6 @@ def test_targets_without_roi_align_are_refused_before_any_work(target, mask_rcnn
     ("settings", "message"),
     [
         ({"nms": "none"}, "--nms none: maskrcnn_micro has two stages"),
-        ({"precision": "int8", "calib": "x"}, "--precision int8"),
-        ({"precision": "w8"}, "--precision w8"),
         ({"opset": 22}, "--opset 22: ONNX Runtime"),
     ],
 )
@@ -299,6 +299,35 @@ def test_impossible_plans_are_refused(settings, message, mask_rcnn):
     network = load_checkpoint(mask_rcnn)
     with pytest.raises(UsageError, match=message):
         complete(check_plan(get_target("onnx"), ExportPlan("onnx", imgsz=SIZE, **settings)), network.spec)
+
+
+# ------------------------------------------------------------------------------------------------------------- int8
+
+
+@pytest.mark.slow
+def test_both_stages_become_int8(golden, monkeypatch, tmp_path):
+    """Random weights rank nothing, so half of the detections may change; the first stage's maps are within 25 dB."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_scenes(tmp_path, 100, 5000)
+    calib = tmp_path / "images"
+    plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=calib, smooth="off", calib_method="minmax")
+    bundle = export(golden, plan, tmp_path / "out")
+    facts = bundle.manifest.accuracy
+    assert facts["sqnr_db"] > 25 and facts["agreement"] > 0.7 and bundle.manifest.parity["ok"]
+    model = onnx.load(bundle.path / "model.onnx")
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels", "count", "masks"]
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    read = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    rounded = {name for name in read if types.get(name) == onnx.TensorProto.INT8}
+    for layer in ("neck.fpn_convs", "rpn_head.rpn_conv", "roi_head.bbox_head.shared_fcs", "roi_head.mask_head.convs"):
+        assert any(layer in name for name in rounded), layer
+    assert not [name for name in rounded for layer in KEEP_FLOAT if layer in name]
+    exact = {"TopK", "NonMaxSuppression", "Exp", "Sigmoid", "Softmax"}
+    selecting = [n for n in model.graph.node if n.name.startswith("selection") and n.op_type in exact]
+    dequantized = {name for n in model.graph.node if n.op_type == "DequantizeLinear" for name in n.output}
+    assert selecting and not dequantized & {name for n in selecting for name in n.input}
+    with load(bundle.path) as loaded:
+        assert all(check.ok for check in loaded.selftest())
 
 
 # --------------------------------------------------------------------------------------------------------- evm-run

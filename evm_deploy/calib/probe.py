@@ -85,15 +85,26 @@ def without_probes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def maps_read(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Return the float tensors that the selection reads from outside of it, by the module that writes them."""
+    """Return the float tensors that the selection reads from outside of it, by the module that writes them, sorted.
+
+    Tensors of a second stage, which depend on the selection themselves, have a row for each region, and are left out.
+    """
     import onnx
 
-    inside = [node for node in model.graph.node if node.name.startswith(f"{SELECTION}/")]
+    inside = [node for node in model.graph.node if _selects(node.name)]
     producers = {name: node for node in model.graph.node for name in node.output}
-    own = {name for node in inside for name in node.output}
+    own: set[str] = set()
+    for node in model.graph.node:  # in order of execution
+        if _selects(node.name) or own.intersection(node.input):
+            own.update(node.output)
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for node in inside for name in node.input if name in producers and name not in own):
         if types.get(name) == onnx.TensorProto.FLOAT:
             found.setdefault(producers[name].name.rpartition("/")[0], []).append(name)
-    return found
+    return dict(sorted(found.items()))
+
+
+def _selects(node: str) -> bool:
+    """Test whether a node, by name, is a part of the selection."""
+    return node.startswith((f"{SELECTION}/", f"{SELECTION}."))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from evm_deploy.data.boxes import NMS_MODES, SelectionSettings
 from evm_deploy.data.preprocessing import CROP, PAD, STRETCH, Preprocessing
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import QUANTIZED, SELECTION, ExportPlan
+from evm_deploy.export.plan import SELECTION, ExportPlan
 from evm_deploy.export.target import Target
 from evm_deploy.export.targets import load_targets
 from evm_deploy.model.network import ModelSpec
@@ -54,10 +54,6 @@ def _check_regions(plan: ExportPlan, spec: ModelSpec, target: Target) -> None:
             f"target '{target.name}' cannot run {spec.name}: evm-deploy has no RoIAlign for it, which "
             f"{spec.family} needs",
             f"export it for one of: {able}; or export its feature maps with --head features, or a RetinaNet",
-        )
-    if plan.precision in QUANTIZED:
-        raise UsageError(
-            f"--precision {plan.precision}: {spec.family} is exported in fp32 and fp16", "use one of these precisions"
         )
     if (plan.opset or 0) > LAST_REGION_OPSET:
         raise UsageError(
