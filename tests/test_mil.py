@@ -249,7 +249,6 @@ def test_every_rule_is_tested_here():
         ("slice_by_index", {"x": X, "begin": [0] * 4, "end": [1] * 4, "stride": [-1] * 4}),
         ("gather", {"x": X, "indices": WHOLE, "axis": 1, "batch_dims": 1}),
         ("topk", {"x": X, "k": 1, "output_indices_dtype": "int16"}),
-        ("reduce_argmax", {"x": X, "output_dtype": "uint16"}),
         ("upsample_nearest_neighbor", {"x": X, "scale_factor_height": np.float32(1.5)}),
         ("non_maximum_suppression", {"boxes": X[0], "scores": X[0], "iou_threshold": np.float32(0.5), "max_boxes": 1}),
         ("quantize", {"input": X, "scale": np.float32(1), "output_dtype": "int4"}),
