@@ -15,7 +15,7 @@ from evm_deploy.bench.matrix import Form, parse_forms
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.calib import candidate
+from evm_deploy.calib import int8
 from evm_deploy.calib.int8 import candidates
 from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.demo import CHECKPOINT
@@ -193,15 +193,15 @@ def spoil(monkeypatch):
     """spoil(module): the scale of a weight is four times what it should be."""
 
     def install(module):
-        def spoilt(model, found, ranges):
-            result = insert_qdq(model, found, ranges)
+        def spoilt(model, found, ranges, **how):
+            result = insert_qdq(model, found, ranges, **how)
             for layer in found:
                 if layer.module == module:
                     scale = next(t for t in result.graph.initializer if t.name == f"{layer.weight}_scale")
                     scale.CopyFrom(numpy_helper.from_array(4 * numpy_helper.to_array(scale), scale.name))
             return result
 
-        monkeypatch.setattr(candidate, "insert_qdq", spoilt)
+        monkeypatch.setattr(int8, "insert_qdq", spoilt)
 
     return install
 
