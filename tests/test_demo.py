@@ -15,6 +15,7 @@ from evm_deploy import cli, load
 from evm_deploy.bench.layers import measure_layers
 from evm_deploy.bench.measurable import examples
 from evm_deploy.demo import CHECKPOINTS, checkpoint_path, scenes
+from evm_deploy.demo import __main__ as judge
 from evm_deploy.errors import CheckpointError, UsageError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.convert import convert
@@ -55,6 +56,27 @@ def test_scenes_are_written_as_labelled_data(tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(each.source)), made.image)
         assert np.array_equal(each.label.boxes, made.boxes) and np.array_equal(each.label.labels, made.labels)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "annotations" / Path(each.source).name)), made.map)
+
+
+def test_scenes_replace_scenes_and_nothing_else(tmp_path, capsys):
+    assert [scenes.main([str(tmp_path / "a b"), "--count", count]) for count in ("3", "2", "2")] == [0, 0, 0]
+    assert sorted(path.name for path in (tmp_path / "a b" / "images").iterdir()) == ["0000.png", "0001.png"]
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for given, said in (
+        (["other"], "holds other files"), (["new", "--count", "-3"], "--count -3"), (["file"], "Not a directory"),
+    ):  # fmt: skip
+        assert scenes.main([str(tmp_path / given[0]), *given[1:]]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_demo_without_a_bundle_says_what_to_give(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", str(tmp_path / "none")])
+    assert judge.main() == 2 and "does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    with pytest.raises(SystemExit, match="2"):
+        judge.main()
+    assert "BUNDLE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -19,10 +20,17 @@ LEAST = 0.7  # main figure, 0..1, of a detector or segmenter of scenes
 def main() -> int:
     """Print the accuracy on held-out images. Returns 0 for a bundle as accurate as it must be, else 4."""
     from evm_deploy.bundle.loaded import load
+    from evm_deploy.errors import EvmError
     from evm_deploy.tasks.classification import CLASSIFICATION
 
-    with load(sys.argv[1]) as bundle:
-        return judge_digits(bundle) if bundle.task is CLASSIFICATION else judge_scenes(bundle)
+    parser = argparse.ArgumentParser("python -m evm_deploy.demo", description="Judge a bundle on held-out images.")
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle of demo:digits, demo:detector or demo:segmenter")
+    try:
+        with load(parser.parse_args().bundle) as bundle:
+            return judge_digits(bundle) if bundle.task is CLASSIFICATION else judge_scenes(bundle)
+    except EvmError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def judge_digits(bundle: LoadedBundle) -> int:

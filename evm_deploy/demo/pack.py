@@ -5,6 +5,7 @@ The networks read scenes of 128x128 pixels as they are. Their weights are rounde
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,12 @@ def pack(checkpoint: Path, out: Path, drop: Sequence[str]) -> None:
 
 def main() -> int:
     """Embed the two checkpoints that the command line names. Returns the exit code."""
-    for (name, drop), checkpoint in zip(UNUSED.items(), sys.argv[1:], strict=True):
+    parser = argparse.ArgumentParser("python -m evm_deploy.demo.pack", description="Embed networks of scenes.")
+    for name in UNUSED:
+        parser.add_argument(name, metavar=f"{name.upper()}.pth", help=f"checkpoint of the {name}")
+    given = vars(parser.parse_args())
+    for name, drop in UNUSED.items():
+        checkpoint = given[name]
         pack(Path(checkpoint), CHECKPOINTS[name], drop)
         print(f"{CHECKPOINTS[name].name}: {CHECKPOINTS[name].stat().st_size / 1e6:.2f} MB")
     return 0

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from evm_deploy._util.files import write_atomically
+from evm_deploy.errors import UsageError
 
 CLASSES = ("disc", "square", "triangle", "cross", "ring", "star", "ell", "crescent")
 MAP_CLASSES = ("background", *CLASSES)
 SIZE = 128
+MADE = "scenes of evm_deploy.demo.scenes"
 HELD_OUT = 901  # seed of the scenes that no training has seen; training used 0 to 3
 SIDES = (0.17, 0.5)  # of a shape, in parts of the scene's
 MOST_OVERLAP = 0.12  # intersection over union of two shapes' boxes
@@ -168,8 +170,14 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def write_scenes(folder: Path, count: int, seed: int = HELD_OUT, size: int = SIZE) -> None:
-    """Write scenes as images, COCO's boxes and label maps into `folder`: images, instances.json, annotations."""
+    """Write scenes as images, COCO's boxes and label maps into `folder`: images, instances.json, annotations.
+
+    Scenes that stand there are replaced. Raises UsageError for other files of these names, and for a count below 1.
+    """
+    if count < 1:
+        raise UsageError(f"--count {count}: use a number from 1")
     images, maps = folder / "images", folder / "annotations"
+    _clear(folder)
     for each in (images, maps):
         each.mkdir(parents=True, exist_ok=True)
     boxes: list[dict[str, Any]] = []
@@ -183,8 +191,25 @@ def write_scenes(folder: Path, count: int, seed: int = HELD_OUT, size: int = SIZ
             boxes.append({**entry, "iscrowd": 0})
     listed = [{"id": i, "file_name": f"{i:04d}.png", "width": size, "height": size} for i in range(count)]
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
-    content = {"images": listed, "annotations": boxes, "categories": categories}
+    content = {"info": {"description": MADE}, "images": listed, "annotations": boxes, "categories": categories}
     write_atomically(folder / "instances.json", json.dumps(content).encode())
+
+
+def _clear(folder: Path) -> None:
+    """Remove the scenes in a folder. Raises UsageError if the names of scenes belong to other files."""
+    listed = folder / "instances.json"
+    if not any((folder / name).exists() for name in ("images", "annotations", listed.name)):
+        return
+    try:
+        content = json.loads(listed.read_bytes())
+        names = [each["file_name"] for each in content["images"]] if content["info"]["description"] == MADE else None
+    except (OSError, ValueError, KeyError, TypeError):
+        names = None
+    if names is None:
+        raise UsageError(f"{folder} holds other files, which are not replaced", "give a new folder")
+    for name in names:
+        for part in ("images", "annotations"):
+            (folder / part / Path(name).name).unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +221,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seed", type=int, default=HELD_OUT, metavar="S", help=f"seed, default {HELD_OUT}; to calibrate, another one"
     )
     args = parser.parse_args(argv)
-    write_scenes(args.folder, args.count, args.seed)
+    try:
+        write_scenes(args.folder, args.count, args.seed)
+    except (UsageError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return UsageError.exit_code
     print(f"{args.count} scenes are in {args.folder}: images, instances.json, annotations")
     return 0
 
