@@ -60,21 +60,29 @@ struct Int8Layer : Integers {
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
 
-// Mean and 1 / standard deviation of a row of `channels` floats.
+// Mean and 1 / standard deviation of a few rows of `channels` floats. One row alone is a chain of dependent operations.
+constexpr int ROWS_AT_ONCE = 4;
 struct Moments {
-    float mean, scale;
+    float mean[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
 
-    Moments(const float *row, int64_t channels) {
+    Moments(const float *const *rows, int64_t channels) {
         const int64_t whole = channels / LANES * LANES;
-        vec total = broadcast(0.f), squares = broadcast(0.f);
-        for (int64_t c = 0; c < whole; c += LANES) total += load(row + c);
-        mean = sum(total);
-        for (int64_t c = whole; c < channels; c++) mean += row[c];
-        mean /= channels;
-        for (int64_t c = 0; c < whole; c += LANES) { const vec v = load(row + c) - mean; squares += v * v; }
-        float variance = sum(squares);
-        for (int64_t c = whole; c < channels; c++) variance += (row[c] - mean) * (row[c] - mean);
-        scale = 1 / sqrtf(variance / channels + EPSILON);
+        vec total[ROWS_AT_ONCE] = {};
+        for (int64_t c = 0; c < whole; c += LANES)
+            for (int i = 0; i < ROWS_AT_ONCE; i++) total[i] += load(rows[i] + c);
+        for (int i = 0; i < ROWS_AT_ONCE; i++) {
+            mean[i] = sum(total[i]);
+            for (int64_t c = whole; c < channels; c++) mean[i] += rows[i][c];
+            mean[i] /= channels;
+            total[i] = broadcast(0.f);
+        }
+        for (int64_t c = 0; c < whole; c += LANES)
+            for (int i = 0; i < ROWS_AT_ONCE; i++) { const vec v = load(rows[i] + c) - mean[i]; total[i] += v * v; }
+        for (int i = 0; i < ROWS_AT_ONCE; i++) {
+            scale[i] = sum(total[i]);
+            for (int64_t c = whole; c < channels; c++) scale[i] += (rows[i][c] - mean[i]) * (rows[i][c] - mean[i]);
+            scale[i] = 1 / sqrtf(scale[i] / channels + EPSILON);
+        }
     }
 };
 
@@ -94,17 +102,17 @@ void pack_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *ws = job.ws;
-    pack(ws + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
-    pack(ws + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
-    pack(ws + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
-    pack(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
+    pack<Floats>(ws + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
+    pack<Floats>(ws + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
+    pack<Floats>(ws + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
+    pack<Floats>(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
 }
 
 // Pack the matrix with `columns` columns whose element (k, c) is weight[k * row + c * column], and the scales of its columns.
 void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int64_t columns, const evm_int8_linear &layer,
                int64_t first, int64_t row, int64_t column) {
     const int8_t *weight = layer.weight + first;
-    pack_integers(packed, depth, columns, layer.input_zero_point, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; });
+    pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; }, layer.input_zero_point);
     float *to = job.vector(scales);
     for (int64_t c = 0; c < columns; c++) to[c] = layer.input_scale * layer.scale[first + c];
     for (int64_t c = columns; c < pad(columns); c++) to[c] = 0;
@@ -129,7 +137,7 @@ void pack_weights(const Job &job) {
     const int64_t columns = a.R + 2 * a.N;
     for (int64_t k = 0; k < K; k++) {  // the columns of x_proj are dt, B, C; the rows of p are B, C, dt
         const float *weight = a.x_proj + k * a.d * columns;
-        pack(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
+        pack<Floats>(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
             return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
         });
         for (int64_t r = 0; r < a.R; r++)
@@ -144,18 +152,35 @@ void pack_weights(const Job &job) {
     memset(ws + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
-// Compute to = (from - mean) / deviation * weight + bias. All arrays but `from` are padded.
-inline void normalise(float *to, const float *from, int64_t channels, const float *weight, const float *bias) {
-    const Moments m(from, channels);
-    for (int64_t c = 0; c < channels; c += LANES)
-        store(to + c, (load_some(from + c, channels - c) - m.mean) * m.scale * load(weight + c) + load(bias + c));
+// Call use(first row, moments) for each ROWS_AT_ONCE rows; the last row stands in for rows after it.
+template <class Use>
+inline void with_moments(const float *const *rows, int64_t count, int64_t channels, Use use) {
+    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        const float *group[ROWS_AT_ONCE];
+        for (int i = 0; i < ROWS_AT_ONCE; i++) group[i] = rows[first + i < count ? first + i : count - 1];
+        use(first, Moments(group, channels));
+    }
 }
 
-// Add a normalised row, before weight and bias, to `total`.
-inline void add_normalised(float *total, const float *row, int64_t channels) {
-    const Moments m(row, channels);
-    for (int64_t c = 0; c < channels; c += LANES)
-        store(total + c, load(total + c) + (load(row + c) - m.mean) * m.scale);
+// Compute use(row, channel, (row - mean) / deviation * weight + bias) for each vector of the rows. weight and bias are padded.
+template <class Use>
+inline void normalise(const float *const *rows, int64_t count, int64_t channels, const float *weight, const float *bias, Use use) {
+    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
+        for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++)
+            for (int64_t c = 0; c < channels; c += LANES)
+                use(first + i, c, (load_some(rows[first + i] + c, channels - c) - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c));
+    });
+}
+
+// Add the normalised rows, before weight and bias, to `total`. The rows and `total` are padded.
+inline void add_normalised(float *total, const float *const *rows, int64_t count, int64_t channels) {
+    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
+        for (int64_t c = 0; c < channels; c += LANES) {
+            vec sum = load(total + c);
+            for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++) sum += (load(rows[first + i] + c) - m.mean[i]) * m.scale[i];
+            store(total + c, sum);
+        }
+    });
 }
 
 struct Tokens {  // the tokens of one chunk
@@ -170,14 +195,15 @@ void project(const Job &job, int64_t tile) {
     const Layout &l = job.l;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
     const Tokens tokens(l, tile);
+    float *const n = job.ws + l.n + tokens.begin * l.C;
+    typename Layer::Element *const in = job.rows<Layer>(l.n_in) + tokens.begin * l.C;
+    const float *of_image[CHUNK];
     const typename Layer::Element *rows[CHUNK];
-    for (int64_t t = 0; t < tokens.count; t++) {
-        float *n = job.ws + l.n + (tokens.begin + t) * l.C;
-        normalise(n, job.x(tokens.begin + t), a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS));
-        typename Layer::Element *in = job.rows<Layer>(l.n_in) + (tokens.begin + t) * l.C;
-        for (int64_t c = 0; l.n_in != l.n && c < a.C; c += LANES) in_proj.put(in + c, load(n + c));
-        rows[t] = in;
-    }
+    for (int64_t t = 0; t < tokens.count; t++) of_image[t] = job.x(tokens.begin + t), rows[t] = in + t * l.C;
+    normalise(of_image, tokens.count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS), [&](int64_t t, int64_t channel, vec value) {
+        store(n + t * l.C + channel, value);
+        if (l.n_in != l.n) in_proj.put(in + t * l.C + channel, value);
+    });
     float *x = job.ws + l.x + tokens.begin * l.d;
     multiply<Layer>(rows, tokens.count, a.C, job.ws + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
         store(x + t * stride + column, in_proj.result(sum, column));
@@ -249,12 +275,13 @@ void convolve(const Job &job, int64_t tile) {
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = end * a.W - first < CHUNK ? end * a.W - first : CHUNK;
         const typename Layer::Element *rows[CHUNK];
-        for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C;
+        const float *results[CHUNK];
         float *out = local + first * l.C;
+        for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C, results[t] = out + t * l.C;
         multiply<Layer>(rows, count, a.C, job.ws + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
             store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
         });
-        for (int64_t t = 0; t < count; t++) add_normalised(sums, out + t * l.C, a.C);
+        add_normalised(sums, results, count, a.C);
     }
 }
 
@@ -305,24 +332,26 @@ void output(const Job &job, int64_t tile) {
     typedef typename Layer::Element Element;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_Z_SCALE)), out_proj(a.out_proj_int8, job.vector(OUT_PROJ_SCALE));
     const Tokens tokens(l, tile);
-    float *y[CHUNK];
+    float *y[CHUNK], *const s = job.ws + l.s + tokens.begin * l.C, *const sums = job.sums(0, tile);
+    const float *results[CHUNK];
     const Element *n[CHUNK], *gated[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) {
         const int64_t token = tokens.begin + t;
         y[t] = job.ws + l.y + l.place(token / a.W, token % a.W) * l.d;
         gated[t] = reinterpret_cast<Element *>(y[t]);
         n[t] = job.rows<Layer>(l.n_in) + token * l.C;
-        normalise(y[t], y[t], a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS));
+        results[t] = s + t * l.C;
     }
+    normalise(y, tokens.count, a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS),
+              [rows = &y[0]](int64_t t, int64_t channel, vec value) { store(rows[t] + channel, value); });
     multiply<Layer>(n, tokens.count, a.C, job.ws + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
         out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, load(rows[t] + column) * silu(in_proj.result(sum, column)));
     });
-    float *s = job.ws + l.s + tokens.begin * l.C, *sums = job.sums(0, tile);
     multiply<Layer>(gated, tokens.count, a.d, job.ws + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
     });
     memset(sums, 0, l.C * sizeof(float));
-    for (int64_t t = 0; t < tokens.count; t++) add_normalised(sums, s + t * l.C, a.C);
+    add_normalised(sums, results, tokens.count, a.C);
 }
 
 // Stage GATE: the factors of both branches, sigmoid(select(GELU(reduce(mean of the normalised tokens)))).

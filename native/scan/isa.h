@@ -19,9 +19,11 @@ extern "C" {
 #endif
 EVM_DECLARE(base)
 EVM_DECLARE(avx2)
+EVM_DECLARE(avxvnni)
 EVM_DECLARE(avx512)
 EVM_DECLARE(avx512vnni)
 EVM_DECLARE(neon)
+EVM_DECLARE(dotprod)
 #ifdef __cplusplus
 }
 #endif
