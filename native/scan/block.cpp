@@ -23,13 +23,14 @@ enum Vector {
 struct Job {
     const evm_block_args &a;
     const Layout l;
-    float *const ws;
+    float *const packed, *const ws;  // packed weights; the rest of the workspace
     const int64_t image;
 
-    Job(const evm_block_args &args, int64_t image) : a(args), l(args), ws(args.workspace), image(image) {}
+    Job(const evm_block_args &args, float *weights, float *workspace, int64_t image)
+        : a(args), l(args), packed(weights), ws(workspace), image(image) {}
 
     float *vector(int index) const {
-        return ws + l.vectors + (index < OUT_WEIGHT ? index * l.C : OUT_WEIGHT * l.C + (index - OUT_WEIGHT) * l.d);
+        return packed + l.vectors + (index < OUT_WEIGHT ? index * l.C : OUT_WEIGHT * l.C + (index - OUT_WEIGHT) * l.d);
     }
     float *sums(int branch, int64_t tile) const { return ws + l.sums + (branch ? l.chunks + tile : tile) * l.C; }
     template <class Numbers>
@@ -101,11 +102,11 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
 void pack_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
-    pack<Floats>(ws + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
-    pack<Floats>(ws + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
-    pack<Floats>(ws + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
-    pack<Floats>(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
+    float *packed = job.packed;
+    pack<Floats>(packed + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
+    pack<Floats>(packed + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
+    pack<Floats>(packed + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
+    pack<Floats>(packed + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
 }
 
 // Pack the matrix with `columns` columns whose element (k, c) is weight[k * row + c * column], and the scales of its columns.
@@ -121,35 +122,35 @@ void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int6
 void pack_int8_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
-    pack_int8(job, ws + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
-    pack_int8(job, ws + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
-    pack_int8(job, ws + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
-    pack_int8(job, ws + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
+    float *packed = job.packed;
+    pack_int8(job, packed + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
+    pack_int8(job, packed + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
+    pack_int8(job, packed + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
+    pack_int8(job, packed + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
 }
 
 void pack_weights(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
+    float *packed = job.packed;
     if (a.in_proj_int8.weight) pack_int8_layers(job);
     else pack_layers(job);
     const int64_t columns = a.R + 2 * a.N;
     for (int64_t k = 0; k < K; k++) {  // the columns of x_proj are dt, B, C; the rows of p are B, C, dt
         const float *weight = a.x_proj + k * a.d * columns;
-        pack<Floats>(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
+        pack<Floats>(packed + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
             return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
         });
         for (int64_t r = 0; r < a.R; r++)
-            pack_vector(ws + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
+            pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
     }
-    pack_convolution(ws + l.conv, a.conv_weight, a.conv_bias, a.d, l.d);
-    pack_convolution(ws + l.local_conv, a.local_conv_weight, a.local_conv_bias, a.C, l.C);
+    pack_convolution(packed + l.conv, a.conv_weight, a.conv_bias, a.d, l.d);
+    pack_convolution(packed + l.local_conv, a.local_conv_weight, a.local_conv_bias, a.C, l.C);
     const float *const of_map[] = {a.norm_weight, a.norm_bias, a.gate_norm_weight, a.gate_norm_bias, a.local_proj_bias};
     for (int i = 0; i < 5; i++) pack_vector(job.vector(i), of_map[i], a.C, l.C);
     pack_vector(job.vector(OUT_WEIGHT), a.out_norm_weight, a.d, l.d);
     pack_vector(job.vector(OUT_BIAS), a.out_norm_bias, a.d, l.d);
-    memset(ws + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
+    memset(packed + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
 // Call use(first row, moments) for each ROWS_AT_ONCE rows; the last row stands in for rows after it.
@@ -205,7 +206,7 @@ void project(const Job &job, int64_t tile) {
         if (l.n_in != l.n) in_proj.put(in + t * l.C + channel, value);
     });
     float *x = job.ws + l.x + tokens.begin * l.d;
-    multiply<Layer>(rows, tokens.count, a.C, job.ws + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
+    multiply<Layer>(rows, tokens.count, a.C, job.packed + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
         store(x + t * stride + column, in_proj.result(sum, column));
     });
 }
@@ -247,7 +248,7 @@ void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *u = job.ws + l.u;
-    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.ws + l.conv, job.ws + l.zeros, [&](int64_t j, int64_t channel, vec value) {
+    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros, [&](int64_t j, int64_t channel, vec value) {
         store(u + l.place(i, j) * l.d + channel, silu(value));
     });
     if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
@@ -263,11 +264,11 @@ void convolve(const Job &job, int64_t tile) {
     const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
     typename Layer::Element *const activated = job.rows<Layer>(l.s);
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
-    const float *zeros = job.ws + l.zeros, *bias = job.vector(LOCAL_BIAS);
+    const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
     const int64_t begin = tile * l.map_rows, end = begin + l.map_rows < a.H ? begin + l.map_rows : a.H;
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input(job, i);
-        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.ws + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
+        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
             local_proj.put(activated + (i * a.W + j) * l.C + channel, gelu(value));
         });
     }
@@ -278,7 +279,7 @@ void convolve(const Job &job, int64_t tile) {
         const float *results[CHUNK];
         float *out = local + first * l.C;
         for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C, results[t] = out + t * l.C;
-        multiply<Layer>(rows, count, a.C, job.ws + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+        multiply<Layer>(rows, count, a.C, job.packed + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
             store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
         });
         add_normalised(sums, results, count, a.C);
@@ -293,7 +294,7 @@ void parameters(const Job &job, int64_t tile) {
     const float *rows[CHUNK];
     for (int64_t t = 0; t < count; t++) rows[t] = job.ws + l.u + (k * l.L + begin + t) * l.d;
     float *p = job.ws + l.p + (k * l.L + begin) * l.P;
-    multiply<Floats>(rows, count, job.a.d, job.ws + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
+    multiply<Floats>(rows, count, job.a.d, job.packed + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
              [=, stride = l.P](int64_t t, int64_t column, vec value) { store(p + t * stride + column, value); });
 }
 
@@ -312,7 +313,7 @@ void scan(const Job &job, int64_t tile) {
     rows.u = job.ws + l.u + k * l.L * l.d + channel, rows.y = job.ws + l.y + k * l.L * l.d + channel, rows.stride = l.d;
     rows.B = p, rows.C = p + a.N, rows.state_stride = l.P;
     rows.A = a.A + constant * a.N, rows.skip = a.skip + constant, rows.bias = a.dt_bias + constant;
-    rows.dt = p + 2 * a.N, rows.dt_weight = job.ws + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
+    rows.dt = p + 2 * a.N, rows.dt_weight = job.packed + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
     rows.L = l.L, rows.N = a.N;
     const int64_t row = (job.image * K + k) * l.L;  // first row in the outputs for verification
     if (channel == 0 && a.scan_B) copy_rows(a.scan_B + row * a.N, p, l.L, l.P, a.N, a.N);
@@ -344,10 +345,10 @@ void output(const Job &job, int64_t tile) {
     }
     normalise(y, tokens.count, a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS),
               [rows = &y[0]](int64_t t, int64_t channel, vec value) { store(rows[t] + channel, value); });
-    multiply<Layer>(n, tokens.count, a.C, job.ws + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
+    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
         out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, load(rows[t] + column) * silu(in_proj.result(sum, column)));
     });
-    multiply<Layer>(gated, tokens.count, a.d, job.ws + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+    multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
     });
     memset(sums, 0, l.C * sizeof(float));
@@ -394,7 +395,6 @@ void add_branches(const Job &job, int64_t tile) {
 template <class Layer>
 void run_tile(const Job &job, int stage, int64_t tile) {
     switch (stage) {
-        case PACK: return pack_weights(job);
         case PROJECT: return project<Layer>(job, tile);
         case CONVOLVE: return convolve<Layer>(job, tile);
         case PARAMETERS: return parameters(job, tile);
@@ -407,8 +407,13 @@ void run_tile(const Job &job, int stage, int64_t tile) {
 
 }  // namespace
 
-extern "C" void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
-    const Job job(*a, image);
+extern "C" {
+
+void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) { pack_weights(Job(*a, packed, nullptr, 0)); }
+
+void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int stage, int64_t tile) {
+    const Job job(*a, packed, workspace, image);
     if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, stage, tile);
     else run_tile<FloatLayer>(job, stage, tile);
+}
 }

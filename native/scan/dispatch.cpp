@@ -23,12 +23,13 @@ namespace {
 struct Kernel {
     const char *name;
     void (*scan_tile)(const evm_scan_args *, int64_t);
-    void (*block_tile)(const evm_block_args *, int64_t, int, int64_t);
+    void (*block_pack)(const evm_block_args *, float *packed);
+    void (*block_tile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int stage, int64_t tile);
     unsigned needs;  // features, as cpu_features() returns them
 };
 
 // The kernels of an architecture, best first.
-#define EVM_KERNEL(isa, needs) {#isa, evm_scan_tile_##isa, evm_block_tile_##isa, needs}
+#define EVM_KERNEL(isa, needs) {#isa, evm_scan_tile_##isa, evm_block_pack_##isa, evm_block_tile_##isa, needs}
 
 #if defined(__x86_64__)
 enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8 };
@@ -130,14 +131,29 @@ int64_t evm_scan_num_tiles(const evm_scan_args *a) { return a->L ? a->b * a->K *
 
 void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->scan_tile(a, tile); }
 
-int64_t evm_block_workspace_bytes(const evm_block_args *a) { return Layout(*a).size * (int64_t)sizeof(float); }
+int64_t evm_block_packed_bytes(const evm_block_args *a) { return Layout(*a).packed * (int64_t)sizeof(float); }
+
+void evm_block_pack(const evm_block_args *a, float *packed) {
+    memcpy(packed, &current, sizeof current);
+    current->block_pack(a, packed);
+}
+
+int64_t evm_block_workspace_bytes(const evm_block_args *a) {
+    const Layout l(*a);
+    return (l.size + (a->packed ? 0 : l.packed)) * (int64_t)sizeof(float);
+}
 
 int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
-    return image && stage == PACK ? 0 : Layout(*a).tiles(stage);  // the first image packs the weights for all images
+    if (stage == PACK) return !a->packed && !image;  // the first image packs the weights for all images
+    return Layout(*a).tiles(stage);
 }
 
 void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
-    current->block_tile(a, image, stage, tile);
+    float *const packed = a->packed ? a->packed : a->workspace;
+    if (stage == PACK) return evm_block_pack(a, packed);
+    const Kernel *kernel;
+    memcpy(&kernel, packed, sizeof kernel);
+    kernel->block_tile(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, stage, tile);
 }
 
 void evm_block_mark(int stage) {
