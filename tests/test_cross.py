@@ -23,7 +23,7 @@ from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
-from tests.test_native import isas
+from tests.test_native import isas, random_scan
 from tests.toolchains import AARCH64, need
 
 pytestmark = [pytest.mark.xdist_group("cross"), pytest.mark.cross]  # or workers wait for each other's compilers
@@ -119,11 +119,28 @@ def program(tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=["linux-aarch64", *(f"linux-x86_64 {isa}" for isa in isas())])
+AARCH64_ISAS = [kernel.name for kernel in read_recipe().of("aarch64")]
+
+
+@pytest.fixture(params=[*(f"linux-aarch64 {isa}" for isa in AARCH64_ISAS), *(f"linux-x86_64 {isa}" for isa in isas())])
 def driver(request, program):
-    platform, *isa = request.param.split()
-    made = Driver(program(platform))
-    return made.forced(isa[0]) if isa else made
+    platform, isa = request.param.split()
+    return Driver(program(platform)).forced(isa)
+
+
+@pytest.mark.parametrize(("cpu", "lacks"), [("cortex-a53", ["dotprod"]), ("cortex-a76", [])])
+def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, program, monkeypatch):
+    monkeypatch.setenv("QEMU_CPU", cpu)
+    problem, arm = scan_problem(random_scan(0, 1, 4, 5, 8, 16)), Driver(program("linux-aarch64"))
+    want = arm.run([problem])
+    for isa in AARCH64_ISAS:
+        if isa in lacks:
+            with pytest.raises(
+                AssertionError, match=f"EVM_ISA={isa}: this CPU lacks the instruction set; it runs: neon"
+            ):
+                arm.forced(isa).run([problem])
+        else:
+            np.testing.assert_allclose(arm.forced(isa).run([problem]), want, atol=1e-5)
 
 
 def test_golden_scans(driver):
@@ -263,7 +280,7 @@ def test_what_the_compiler_says_is_shown(tmp_path):
 
 def test_architectures_without_a_kernel_of_their_own_get_the_base():
     assert [kernel.name for kernel in read_recipe().of("riscv64")] == ["base"]
-    assert [kernel.name for kernel in read_recipe().of("x86_64")] == ["base", "avx2", "avx512", "avx512vnni"]
+    assert [kernel.name for kernel in read_recipe().of("x86_64")] == ["base", "avx2", "avxvnni", "avx512", "avx512vnni"]
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
