@@ -22,7 +22,14 @@ from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
-from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
+from tests.driver import (
+    Driver,
+    check_exact_int8_blocks,
+    check_hard_scans,
+    check_random_blocks,
+    check_random_scans,
+    scan_problem,
+)
 from tests.test_native import isas
 from tests.toolchains import AARCH64, need
 
@@ -137,6 +144,10 @@ def test_golden_scans(driver):
 
 def test_random_scans(driver):
     check_random_scans(driver, 60)
+
+
+def test_hard_scans(driver):
+    check_hard_scans(driver)
 
 
 def test_random_blocks(driver):
