@@ -140,12 +140,12 @@ def hard_scans() -> list[Problem]:
     """Scans with delta up to 20, with one large dt among small ones, and with a NaN in each input in turn."""
     problems = []
     for states in (1, 2, 3, 8, 16, 66):
-        sizes = (1, 2, 70, 50, states)
+        sizes = (1, 2, 37, 50, states)
         large = random_scan(states, *sizes)
         large[1] = np.random.default_rng(states).uniform(-10, 20, large[1].shape)
         large[2][:] = -1 - np.arange(states) % 16
         one = random_scan(states, *sizes, spread=0.1)
-        one[1][0, 1, 40, 7], one[2][1, 7] = 20, -16
+        one[1][0, 1, 34, 7], one[2][1, 7] = 20, -16
         problems += [scan_problem(large), scan_problem(one)]
         for i in range(len(one)):
             spoilt = random_scan(states, *sizes, spread=0.1)

@@ -30,6 +30,7 @@ from tests.driver import (
     check_random_scans,
     scan_problem,
 )
+from tests.test_instructions import NEON_LIMITS, counted_by_qemu
 from tests.test_native import isas
 from tests.toolchains import AARCH64, need
 
@@ -115,7 +116,7 @@ def program(tmp_path_factory):
         else:
             pytest.skip(f"{platform} is not run on {HOST}")
         include = f"-I{drivers.NATIVE / 'scan'}"
-        compiler.run("-std=c++17", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
+        compiler.run("-std=c++17", "-O2", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
         return *run, str(folder / "driver")
 
     def get(platform):
@@ -148,6 +149,14 @@ def test_random_scans(driver):
 
 def test_hard_scans(driver):
     check_hard_scans(driver)
+
+
+@pytest.mark.parametrize("states", NEON_LIMITS)
+def test_instructions_of_neon(states, program, tmp_path):
+    if HOST == "linux-aarch64":
+        pytest.skip("counted by qemu")
+    count = counted_by_qemu(program("linux-aarch64"), tmp_path / "log", states)
+    assert 0.8 * NEON_LIMITS[states] < count < NEON_LIMITS[states], count
 
 
 def test_random_blocks(driver):
