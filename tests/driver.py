@@ -136,6 +136,34 @@ def check_random_scans(driver: Driver, count: int) -> None:
         assert np.abs(y - want).max() <= 3e-6 * terms.max(), problem.sizes
 
 
+def hard_scans() -> list[Problem]:
+    """Scans with delta up to 20, with one large dt among small ones, and with a NaN in each input in turn."""
+    problems = []
+    for states in (1, 2, 3, 8, 16, 66):
+        sizes = (1, 2, 37, 50, states)
+        large = random_scan(states, *sizes)
+        large[1] = np.random.default_rng(states).uniform(-10, 20, large[1].shape)
+        large[2][:] = -1 - np.arange(states) % 16
+        one = random_scan(states, *sizes, spread=0.1)
+        one[1][0, 1, 34, 7], one[2][1, 7] = 20, -16
+        problems += [scan_problem(large), scan_problem(one)]
+        for i in range(len(one)):
+            spoilt = random_scan(states, *sizes, spread=0.1)
+            spoilt[i].reshape(-1)[spoilt[i].size // 2] = np.nan
+            problems.append(scan_problem(spoilt))
+    return problems
+
+
+def check_hard_scans(driver: Driver) -> None:
+    """`hard_scans` against the float64 loop: NaN where the loop has NaN, and nowhere else."""
+    problems = hard_scans()
+    for problem, (y,) in zip(problems, driver.run(problems), strict=True):
+        want = reference.selective_scan(*problem.arrays)
+        terms = reference.selective_scan(*magnitudes(*problem.arrays))
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(want), err_msg=str(problem.sizes))
+        assert np.nanmax(np.abs(y - want)) <= 3e-6 * np.nanmax(terms), problem.sizes
+
+
 def check_random_blocks(driver: Driver, count: int) -> None:
     """Against the torch module in float64, its scan against the float64 loop."""
     g = np.random.default_rng(8)

@@ -22,7 +22,15 @@ from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from tests import driver as drivers
-from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
+from tests.driver import (
+    Driver,
+    check_exact_int8_blocks,
+    check_hard_scans,
+    check_random_blocks,
+    check_random_scans,
+    scan_problem,
+)
+from tests.test_instructions import NEON_LIMITS, counted_by_qemu
 from tests.test_native import isas, random_scan
 from tests.toolchains import AARCH64, need
 
@@ -108,7 +116,7 @@ def program(tmp_path_factory):
         else:
             pytest.skip(f"{platform} is not run on {HOST}")
         include = f"-I{drivers.NATIVE / 'scan'}"
-        compiler.run("-std=c++17", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
+        compiler.run("-std=c++17", "-O2", *flags, include, drivers.SOURCE, library, "-o", folder / "driver")
         return *run, str(folder / "driver")
 
     def get(platform):
@@ -154,6 +162,18 @@ def test_golden_scans(driver):
 
 def test_random_scans(driver):
     check_random_scans(driver, 60)
+
+
+def test_hard_scans(driver):
+    check_hard_scans(driver)
+
+
+@pytest.mark.parametrize("states", NEON_LIMITS)
+def test_instructions_of_neon(states, program, tmp_path):
+    if HOST == "linux-aarch64":
+        pytest.skip("counted by qemu")
+    count = counted_by_qemu(program("linux-aarch64"), tmp_path / "log", states)
+    assert 0.8 * NEON_LIMITS[states] < count < NEON_LIMITS[states], count
 
 
 def test_random_blocks(driver):

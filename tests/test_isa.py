@@ -17,7 +17,7 @@ from evm_deploy.errors import ToolchainError
 from evm_deploy.scan import native
 from evm_deploy.toolchain import plugins
 from evm_deploy.toolchain.compile import Compiler, read_recipe
-from tests.driver import Driver, build_driver, check_random_scans
+from tests.driver import Driver, build_driver, check_hard_scans, check_random_scans
 from tests.test_native import isas
 from tests.toolchains import need
 
@@ -80,6 +80,7 @@ def test_a_cpu_that_lacks_it(tmp_path):
     haswell = Driver(("qemu-x86_64", "-cpu", "Haswell", str(program)))
     for isa in ("", "avx2", "base"):
         check_random_scans(haswell.forced(isa), 2)
+        check_hard_scans(haswell.forced(isa))
     lacks = "EVM_ISA=avx512: this CPU lacks the instruction set; it runs: avx2, base"
     with pytest.raises(AssertionError, match=lacks):
         haswell.forced("avx512").run([])

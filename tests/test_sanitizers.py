@@ -22,6 +22,7 @@ from tests.driver import (
     any_block,
     any_int8_block,
     check_exact_int8_blocks,
+    check_hard_scans,
     check_random_blocks,
     check_random_scans,
     scan_problem,
@@ -81,6 +82,7 @@ def test_every_kernel_is_clean_and_right(driver):
     results = {}
     for isa in isas():
         check_random_scans(driver.forced(isa), 60)
+        check_hard_scans(driver.forced(isa))
         check_random_blocks(driver.forced(isa), 10)
         check_exact_int8_blocks(driver.forced(isa), 6)
         results[isa] = driver.forced(isa).run(problems)

@@ -1,7 +1,7 @@
 // Recurrence of the scan for some channels of one direction, shared by the scan op and the fused block.
 //
 // A lane of a vector is a channel, so there is no sum across a vector, and a row of u, delta or y is one load. The states of one
-// vector of channels stay in registers for a block of steps. B and C are scalars that are broadcast. Softplus, dt * u and
+// vector of channels stay in registers, or in the L1 cache, for a block of steps. B and C are scalars that are broadcast. Softplus, dt * u and
 // skip * u are computed once per block into small buffers that stay in the L1 cache.
 #pragma once
 #include "isa.h"
@@ -9,7 +9,12 @@
 
 namespace {
 
-constexpr int STATES = EVM_STATES;  // states kept in registers at once: half of the register file
+constexpr int STATES = EVM_STATES;  // states advanced at once
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int HELD = STATES;        // with up to HELD states at once, states stay in registers
+#else
+constexpr int HELD = 4;             // 16 registers: constants in registers save more than states
+#endif
 constexpr int STEPS = 32, GROUP = 64;
 constexpr int TOGETHER = 4;         // steps whose softplus is computed side by side
 constexpr int VECTORS = EVM_TILE / LANES;
@@ -39,35 +44,43 @@ struct Block {  // one vector of channels, up to STEPS steps
     int steps;
 };
 
-struct Rows {
-    const float *u, *delta, *y;
-    int64_t stride;
-};
+// Return a * b. Compilers must not fuse the multiplication with both additions that follow: on AVX2 the multipliers have more to do
+// than the adders. AVX-512 adds with the multipliers.
+inline vec product(vec a, vec b) {
+#if defined(__AVX512F__)
+    return a * b;
+#else
+    return opaque(a * b);
+#endif
+}
 
-// Advance COUNT states, an even number, through a block, in registers. A2: A * log2(e). stride: floats between two steps of B and C.
-// next: rows that the next block reads and writes in these channels. They are prefetched here because their cache lines are
-// too far apart for the hardware prefetcher; the prefetches are spread over the steps, so that memory and arithmetic overlap.
-template <int COUNT>
-inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
-    vec h[COUNT];
-    for (int n = 0; n < COUNT; n++) h[n] = states[n];
-    for (int t = 0; t < block.steps; t++) {
-        __builtin_prefetch(next.u + t * next.stride);
-        __builtin_prefetch(next.delta + t * next.stride);
-        __builtin_prefetch(next.y + t * next.stride, 1);
+// Advance COUNT states, an even number, through a block. A2: A * log2(e). stride: floats between two steps of B and C. CLAMP: dt * A2
+// may be below -100.
+template <int COUNT, bool CLAMP>
+inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
+    const Exp2 exp2;
+    vec held[COUNT];
+    vec *const h = COUNT <= HELD ? held : states;
+    for (int n = 0; n < COUNT; n++) held[n] = states[n];
+    for (int t = 0; t < block.steps; t++, B += stride, C += stride) {
         const vec dt = load(block.dt + t * LANES), x = load(block.inflow + t * LANES);
-        vec even = load(block.y + t * LANES), odd = broadcast(0.f);  // two accumulators: half the latency
-        const float *b = B + t * stride, *c = C + t * stride;
+        vec y[] = {load(block.y + t * LANES), broadcast(0.f)};  // two accumulators: half the latency
 #pragma GCC unroll 16
         for (int n = 0; n < COUNT; n += 2) {
-            h[n] = exp2_above_floor(dt * A2[n]) * h[n] + x * b[n];
-            even += h[n] * c[n];
-            h[n + 1] = exp2_above_floor(dt * A2[n + 1]) * h[n + 1] + x * b[n + 1];
-            odd += h[n + 1] * c[n + 1];
+            vec decay[] = {product(dt, A2[n]), product(dt, A2[n + 1])};
+            if (CLAMP) exp2.above_floor(decay);
+            else exp2.within_100(decay);
+            for (int i = 0; i < 2; i++) {
+                vec state = decay[i] * h[n + i];
+                state += x * B[n + i];
+                y[i] += state * C[n + i];
+                h[n + i] = state;
+            }
         }
-        store(block.y + t * LANES, even + odd);
+        store(block.y + t * LANES, y[0] + y[1]);
     }
-    for (int n = 0; n < COUNT; n++) states[n] = h[n];
+    if (COUNT <= HELD)
+        for (int n = 0; n < COUNT; n++) states[n] = held[n];
 }
 
 // Number of states that are advanced at once for a scan of `used` states: 2, 4, 8 or STATES. VMamba has one state.
@@ -78,12 +91,13 @@ inline int states_at_once(int used) {
 }
 
 // Advance `padded` states through a block, `at_once` at a time.
-inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride, Rows next) {
+template <bool CLAMP>
+inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
     if (!padded) return;  // no states: y is skip * u
-    if (at_once == 2) return advance<2>(block, A2, states, B, C, stride, next);
-    if (at_once == 4) return advance<4>(block, A2, states, B, C, stride, next);
-    if (STATES > 8 && at_once == 8) return advance<8>(block, A2, states, B, C, stride, next);
-    for (int n = 0; n < padded; n += STATES) advance<STATES>(block, A2 + n, states + n, B + n, C + n, stride, next);
+    if (at_once == 2) return advance<2, CLAMP>(block, A2, states, B, C, stride);
+    if (at_once == 4) return advance<4, CLAMP>(block, A2, states, B, C, stride);
+    if (STATES > 8 && at_once == 8) return advance<8, CLAMP>(block, A2, states, B, C, stride);
+    for (int n = 0; n < padded; n += STATES) advance<STATES, CLAMP>(block, A2 + n, states + n, B + n, C + n, stride);
 }
 
 inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t count) {
@@ -94,27 +108,69 @@ inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t co
     return delta;
 }
 
-// Compute dt, dt * u and the start value of y for one vector of channels. y starts from the skip term or, after the first group
-// of states, from the sum of the earlier groups.
-inline void prepare(Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, bool first_group) {
-    const vec bias = load_some(rows.bias + channel, count), skip = load_some(rows.skip + channel, count);
-    for (int t = 0; t < block.steps; t++) {
-        const int64_t at = (start + t) * rows.stride + channel;
-        const vec x = load_some(rows.u + at, count), delta = delta_of(rows, start + t, channel, count);
-        if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, delta, count);
-        store(block.dt + t * LANES, delta + bias);
-        store(block.inflow + t * LANES, x);
-        store(block.y + t * LANES, first_group ? skip * x : load_some(rows.y + at, count));
+// Read u and delta + bias of one vector of channels for a block; steps from block.steps up to a multiple of TOGETHER are 0. WHOLE:
+// there are LANES channels. The rows that the next block reads and writes are prefetched, because their cache lines are too far
+// apart for the hardware prefetcher.
+template <bool WHOLE>
+inline void read_block(Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count) {
+    const auto read = [=](const float *p) { return WHOLE ? load(p) : load_some(p, count); };
+    const int64_t at = start * rows.stride + channel, stride = rows.stride, ahead = STEPS * stride;
+    const vec bias = read(rows.bias + channel);
+    const bool plain = rows.delta && !rows.delta_out;
+    const float *u = rows.u + at, *y = rows.y + at, *delta = plain ? rows.delta + at : u;
+    for (int t = 0; t < block.steps; t++, u += stride, y += stride, delta += stride) {
+        __builtin_prefetch(u + ahead);
+        __builtin_prefetch(delta + ahead);
+        __builtin_prefetch(y + ahead, 1);
+        store(block.inflow + t * LANES, read(u));
+        store(block.dt + t * LANES, read(delta) + bias);
     }
-    for (int t = 0; t < block.steps; t += TOGETHER) {  // steps after the last one compute what nobody reads
+    for (int t = 0; t < block.steps && !plain; t++) {
+        const vec computed = delta_of(rows, start + t, channel, count);
+        if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, computed, count);
+        store(block.dt + t * LANES, computed + bias);
+    }
+    for (int t = block.steps; t % TOGETHER; t++) {
+        store(block.inflow + t * LANES, broadcast(0.f));
+        store(block.dt + t * LANES, broadcast(0.f));
+    }
+}
+
+// Compute dt, dt * u and skip * u for a block. Return the largest dt of each channel.
+inline vec prepare(Block &block, const ScanRows &rows, int64_t channel, int64_t count) {
+    const Softplus softplus;
+    const vec skip = load_some(rows.skip + channel, count);
+    const bool no_softplus = rows.no_softplus;
+    vec longest = broadcast(0.f);
+    for (int t = 0; t < block.steps; t += TOGETHER) {
         vec dt[TOGETHER];
         for (int i = 0; i < TOGETHER; i++) dt[i] = load(block.dt + (t + i) * LANES);
-        if (!rows.no_softplus) softplus(dt);
+        if (!no_softplus) softplus.replace(dt);
         for (int i = 0; i < TOGETHER; i++) {
-            store(block.dt + (t + i) * LANES, dt[i]);
-            store(block.inflow + (t + i) * LANES, dt[i] * load(block.inflow + (t + i) * LANES));
+            const int at = (t + i) * LANES;
+            const vec x = load(block.inflow + at);
+            store(block.dt + at, dt[i]);
+            store(block.inflow + at, dt[i] * x);
+            store(block.y + at, skip * x);
+            longest = largest(longest, dt[i]);
         }
     }
+    return longest;
+}
+
+// Write y of a block to its rows. WHOLE: as in read_block.
+template <bool WHOLE>
+inline void write_block(const Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count) {
+    float *y = rows.y + start * rows.stride + channel;
+    const float *const end = block.y + block.steps * LANES;
+    for (const float *from = block.y; from < end; from += LANES, y += rows.stride) store_some(y, load(from), WHOLE ? LANES : count);
+}
+
+// Whether all lanes of v are at most `limit`. NaN is not.
+inline bool at_most(float limit, vec v) {
+    bool all = true;
+    for (int i = 0; i < LANES; i++) all &= v[i] <= limit;
+    return all;
 }
 
 // Return column n of A * log2(e) for one vector of channels.
@@ -131,11 +187,12 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
     const int used = (int)(N - first < GROUP ? N - first : GROUP), at_once = states_at_once(used);
     const int padded = (used + at_once - 1) / at_once * at_once;
     const bool in_place = used == padded;  // B and C need no padded copy
-    vec A2[VECTORS][GROUP], h[VECTORS][GROUP];
+    vec A2[VECTORS][GROUP], h[VECTORS][GROUP], fastest[VECTORS] = {};  // fastest: the largest -A2 of each channel
     for (int v = 0; v * LANES < channels; v++)
         for (int n = 0; n < padded; n++) {
             A2[v][n] = n < used ? decay_rates(rows, v * LANES, channels - v * LANES, first + n) : broadcast(0.f);
             h[v][n] = broadcast(0.f);
+            fastest[v] = largest(fastest[v], -A2[v][n]);
         }
     const float *B = rows.B + first, *C = rows.C + first;
     Block block;
@@ -153,12 +210,14 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
         const int64_t stride = in_place ? rows.state_stride : padded;
         for (int v = 0; v * LANES < channels; v++) {
             const int64_t channel = v * LANES, count = channels - channel < LANES ? channels - channel : LANES;
-            prepare(block, rows, start, channel, count, first == 0);
-            const int64_t at = (start + STEPS) * rows.stride + channel;
-            const Rows next = {rows.u + at, (rows.delta ? rows.delta : rows.u) + at, rows.y + at, rows.stride};
-            advance_all(block, padded, at_once, A2[v], h[v], blockB, blockC, stride, next);
-            for (int t = 0; t < block.steps; t++)
-                store_some(rows.y + (start + t) * rows.stride + channel, load(block.y + t * LANES), count);
+            const bool whole = count == LANES;
+            (whole ? read_block<true> : read_block<false>)(block, rows, start, channel, count);
+            const vec longest = prepare(block, rows, channel, count);
+            for (int t = 0; t < block.steps && first; t++)  // later groups add to the sum of the earlier ones
+                store(block.y + t * LANES, load_some(rows.y + (start + t) * rows.stride + channel, count));
+            const bool clamp = rows.no_softplus || !at_most(100.f, longest * fastest[v]);
+            (clamp ? advance_all<true> : advance_all<false>)(block, padded, at_once, A2[v], h[v], blockB, blockC, stride);
+            (whole ? write_block<true> : write_block<false>)(block, rows, start, channel, count);
         }
     }
 }
@@ -166,7 +225,7 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
 // Scan TOGETHER steps of one vector of channels, from `start` on. WHOLE: there are LANES channels and TOGETHER steps, and delta is
 // read and not kept.
 template <int N, bool WHOLE>
-inline void advance_few_states(const ScanRows &rows, int64_t start, int64_t channel, int64_t count, const vec *A2, vec *states) {
+__attribute__((always_inline)) inline void advance_few_states(const Softplus &softplus, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, const vec *A2, vec *states) {
     const auto read = [=](const float *p) { return WHOLE ? load(p) : load_some(p, count); };
     const vec bias = read(rows.bias + channel), skip = read(rows.skip + channel);
     vec x[TOGETHER], dt[TOGETHER], y[TOGETHER], decay[TOGETHER];
@@ -184,13 +243,13 @@ inline void advance_few_states(const ScanRows &rows, int64_t start, int64_t chan
         if (!WHOLE && rows.delta_out) store_some(rows.delta_out + step[i] * rows.delta_out_stride + channel, delta, count);
         x[i] = read(rows.u + at), dt[i] = delta + bias;
     }
-    if (!rows.no_softplus) softplus(dt);
+    if (!rows.no_softplus) softplus.replace(dt);
 #pragma GCC unroll 4
     for (int i = 0; i < TOGETHER; i++) y[i] = skip * x[i], x[i] *= dt[i];
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) {
         for (int i = 0; i < TOGETHER; i++) decay[i] = dt[i] * A2[n];
-        exp2_above_floor(decay);
+        softplus.exp2.above_floor(decay);
 #pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
             states[n] = decay[i] * states[n] + x[i] * rows.B[step[i] * rows.state_stride + n];
@@ -206,6 +265,7 @@ inline void advance_few_states(const ScanRows &rows, int64_t start, int64_t chan
 // registers, from the rows of u and delta to the row of y, and softplus is most of the work.
 template <int N>
 void scan_few_states(const ScanRows &rows, int64_t channels) {
+    const Softplus softplus;
     vec A2[VECTORS][N], h[VECTORS][N];
     for (int v = 0; v * LANES < channels; v++)
         for (int n = 0; n < N; n++) A2[v][n] = decay_rates(rows, v * LANES, channels - v * LANES, n), h[v][n] = broadcast(0.f);
@@ -213,9 +273,9 @@ void scan_few_states(const ScanRows &rows, int64_t channels) {
         for (int v = 0; v * LANES < channels; v++) {
             const int64_t channel = v * LANES, count = channels - channel;
             if (count >= LANES && start + TOGETHER <= rows.L && rows.delta && !rows.delta_out)
-                advance_few_states<N, true>(rows, start, channel, count, A2[v], h[v]);
+                advance_few_states<N, true>(softplus, rows, start, channel, count, A2[v], h[v]);
             else
-                advance_few_states<N, false>(rows, start, channel, count, A2[v], h[v]);
+                advance_few_states<N, false>(softplus, rows, start, channel, count, A2[v], h[v]);
         }
 }
 

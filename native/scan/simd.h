@@ -26,20 +26,32 @@ inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 inline ivec bits_of(vec v) { ivec bits; memcpy(&bits, &v, sizeof bits); return bits; }
 inline vec of_bits(ivec bits) { vec v; memcpy(&v, &bits, sizeof v); return v; }
 
-// Elementwise maximum. A NaN in `a` stays NaN.
-inline vec largest(vec a, vec b) {
+// Elementwise maximum and minimum. A NaN in `a` stays NaN. Compilers make two instructions of the last form.
 #if defined(__AVX512F__)
-    return _mm512_maskz_max_ps(0xffff, b, a);  // GCC 12 compiles the line below to a comparison and a blend
+inline vec largest(vec a, vec b) { return _mm512_maskz_max_ps(0xffff, b, a); }
+inline vec smallest(vec a, vec b) { return _mm512_maskz_min_ps(0xffff, b, a); }
+#elif defined(__AVX__)
+inline vec largest(vec a, vec b) { return _mm256_max_ps(b, a); }
+inline vec smallest(vec a, vec b) { return _mm256_min_ps(b, a); }
+#elif defined(__x86_64__)
+inline vec largest(vec a, vec b) { return _mm_max_ps(b, a); }
+inline vec smallest(vec a, vec b) { return _mm_min_ps(b, a); }
+#elif defined(__aarch64__)
+inline vec largest(vec a, vec b) { return vmaxq_f32(a, b); }
+inline vec smallest(vec a, vec b) { return vminq_f32(a, b); }
 #else
-    return b > a ? b : a;
+inline vec largest(vec a, vec b) { return b > a ? b : a; }
+inline vec smallest(vec a, vec b) { return b < a ? b : a; }
 #endif
-}
-inline vec smallest(vec a, vec b) {
-#if defined(__AVX512F__)
-    return _mm512_maskz_min_ps(0xffff, b, a);
-#else
-    return b < a ? b : a;
+
+// Return v, of which the compiler knows nothing more.
+inline vec opaque(vec v) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
 #endif
+    return v;
 }
 inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
 
@@ -99,50 +111,103 @@ constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integ
 // Functions of an array compute its W vectors side by side: one polynomial is a chain of dependent operations, which alone leaves
 // most of a core idle.
 
-// Compute c0 x^n + .. + cn for W vectors.
-template <int W, int TERMS>
-inline void polynomial(vec (&p)[W], const vec (&x)[W], const float (&c)[TERMS]) {
-    for (int i = 0; i < W; i++) p[i] = broadcast(c[0]);
-#pragma GCC unroll 16
-    for (int n = 1; n < TERMS; n++)
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) p[i] = p[i] * x[i] + c[n];
+// Return a vector of x for use in a loop. From constants that Clang knows it makes a broadcast for every use where it has no register
+// left; from others, operands of the instructions that use them. GCC makes operands of both.
+inline vec constant(float x) {
+#if defined(__clang__)
+    return opaque(broadcast(x));
+#else
+    return broadcast(x);
+#endif
 }
 
-// Replace t <= 100 by 2^t: t = n + r with |r| <= 1/2 and 2^r = 1 + r q(r). The relative error is 9e-8, and 0 at r = 0: an error
-// of decays near 1 would accumulate over many steps. The smallest result is 2^-100, because products of denormals are slow.
-template <int W>
-inline void exp2_above_floor(vec (&t)[W]) {
-    constexpr float COEFFICIENTS[] = {0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.f};
-    vec p[W], shifted[W];
-    for (int i = 0; i < W; i++) {
-        t[i] = largest(t[i], broadcast(-100.f));
-        shifted[i] = t[i] + ROUND;
-        t[i] -= shifted[i] - ROUND;
+template <int COUNT>
+struct Constants {
+    vec each[COUNT];
+    explicit Constants(const float (&values)[COUNT]) {
+        for (int i = 0; i < COUNT; i++) each[i] = constant(values[i]);
     }
-    polynomial(p, t, COEFFICIENTS);
-    for (int i = 0; i < W; i++)  // the bits of ROUND itself are shifted out
-        t[i] = of_bits((ivec)((uvec)bits_of(p[i]) + ((uvec)bits_of(shifted[i]) << 23)));
+};
+
+// Compute c0 x^n + .. + cn for W vectors, n odd.
+template <int W, int TERMS>
+inline void polynomial(vec (&p)[W], const vec (&x)[W], const Constants<TERMS> &c) {
+    static_assert(TERMS % 2 == 0, "terms come in pairs");
+    for (int i = 0; i < W; i++) p[i] = c.each[0] * x[i] + c.each[1];
+#if defined(__aarch64__)  // a multiply-add overwrites the addend, so that constants are copied first: pairs of terms have fewer copies
+    vec square[W];
+    for (int i = 0; i < W; i++) square[i] = x[i] * x[i];
+#pragma GCC unroll 16
+    for (int n = 2; n < TERMS; n += 2)
+        for (int i = 0; i < W; i++) p[i] = p[i] * square[i] + (c.each[n] * x[i] + c.each[n + 1]);
+#else
+#pragma GCC unroll 16
+    for (int n = 2; n < TERMS; n++)
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) p[i] = p[i] * x[i] + c.each[n];
+#endif
 }
+
+// Split t into a rest r, |r| <= 1/2, and an integer n, which is returned as an exponent: n * 2^23. round: ROUND.
+inline uvec split_exponent(vec &t, vec round) {
+#if defined(__aarch64__)
+    (void)round;
+    const vec n = vrndnq_f32(t);
+    t -= n;
+    return (uvec)vcvtq_n_s32_f32(n, 23);
+#else
+    const vec shifted = t + round;
+    t -= shifted - round;
+    return (uvec)bits_of(shifted) << 23;  // the bits of ROUND itself are shifted out
+#endif
+}
+
+struct Exp2 {
+    vec round = constant(ROUND), floor = constant(-100.f);
+    Constants<6> c{{0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.f}};
+
+    // Replace t, -100 <= t <= 100, by 2^t: t = n + r with |r| <= 1/2 and 2^r = 1 + r q(r). The relative error is 9e-8, and 0 at
+    // r = 0: an error of decays near 1 would accumulate over many steps.
+    template <int W>
+    void within_100(vec (&t)[W]) const {
+        vec p[W];
+        uvec n[W];
+        for (int i = 0; i < W; i++) n[i] = split_exponent(t[i], round);
+        polynomial(p, t, c);
+        for (int i = 0; i < W; i++) t[i] = of_bits((ivec)((uvec)bits_of(p[i]) + n[i]));
+    }
+
+    // Replace t <= 100 by 2^t, or by 2^-100 if that is larger: products of denormals are slow.
+    template <int W>
+    void above_floor(vec (&t)[W]) const {
+        for (int i = 0; i < W; i++) t[i] = largest(t[i], floor);
+        within_100(t);
+    }
+};
 
 inline vec exp2_above_floor(vec t) {
     vec one[] = {t};
-    exp2_above_floor(one);
+    Exp2().above_floor(one);
     return one[0];
 }
 
-// Replace x by softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|): no division, and full relative accuracy for very negative x
-// too. log(1 + e) = e + e^2 p(e), with a relative error of 3e-8 before rounding.
-template <int W>
-inline void softplus(vec (&x)[W]) {
-    constexpr float COEFFICIENTS[] = {0.00536482451f, -0.0300657935f, 0.0792045384f, -0.137538026f,
-                                      0.191536551f,   -0.248571637f,  0.333213226f,  -0.49999648f};
-    vec e[W], p[W];
-    for (int i = 0; i < W; i++) e[i] = magnitude(x[i]) * -LOG2_E;
-    exp2_above_floor(e);
-    polynomial(p, e, COEFFICIENTS);
-    for (int i = 0; i < W; i++) x[i] = largest(x[i], broadcast(0.f)) + (e[i] * e[i] * p[i] + e[i]);
-}
+// softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|): no division, and full relative accuracy for very negative x too.
+// log(1 + e) = e + e^2 p(e), with a relative error of 3e-8 before rounding.
+struct Softplus {
+    Exp2 exp2;
+    vec to_log2 = constant(-LOG2_E);
+    Constants<8> c{{0.00536482451f, -0.0300657935f, 0.0792045384f, -0.137538026f,
+                    0.191536551f, -0.248571637f, 0.333213226f, -0.49999648f}};
+
+    template <int W>
+    void replace(vec (&x)[W]) const {
+        vec e[W], p[W];
+        for (int i = 0; i < W; i++) e[i] = magnitude(x[i]) * to_log2;
+        exp2.above_floor(e);
+        polynomial(p, e, c);
+        for (int i = 0; i < W; i++) x[i] = largest(x[i], broadcast(0.f)) + (e[i] * e[i] * p[i] + e[i]);
+    }
+};
 
 inline vec sigmoid_denominator(vec x) { return exp2_above_floor(smallest(x * -LOG2_E, broadcast(100.f))) + 1.f; }
 inline vec sigmoid(vec x) { return 1.f / sigmoid_denominator(x); }
