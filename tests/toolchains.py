@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
+MUSL = Path("/lib/ld-musl-x86_64.so.1")  # its loader
 SDK_HEADERS = {
     "nlohmann/json.hpp": "nlohmann-json3-dev",
     "stb/stb_image.h": "libstb-dev",
@@ -67,6 +68,7 @@ TOOLCHAINS = {
     "qemu": Toolchain(
         lambda: programs("qemu-aarch64") and AARCH64.is_dir(), "apt-get install qemu-user libc6-arm64-cross"
     ),
+    "musl": Toolchain(MUSL.exists, "apt-get install musl"),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),
     "java": Toolchain(partial(programs, "java"), "apt-get install openjdk-17-jre-headless"),
