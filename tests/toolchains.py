@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from evm_deploy._util.packages import install_hint
+from tests.platforms.roots import ROOTS
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -69,6 +70,13 @@ TOOLCHAINS = {
         lambda: programs("qemu-aarch64") and AARCH64.is_dir(), "apt-get install qemu-user libc6-arm64-cross"
     ),
     "musl": Toolchain(MUSL.exists, "apt-get install musl"),
+    "root of linux-aarch64": Toolchain(
+        lambda: ROOTS["linux-aarch64"].ready, "python -m tests.platforms setup linux-aarch64 (Debian 12, qemu-user)"
+    ),
+    # not in CI: wine and its prefix weigh 1.4 GB
+    "root of windows-x86_64": Toolchain(
+        lambda: ROOTS["windows-x86_64"].ready, "python -m tests.platforms setup windows-x86_64 (wine64)", in_ci=False
+    ),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),
     "java": Toolchain(partial(programs, "java"), "apt-get install openjdk-17-jre-headless"),
