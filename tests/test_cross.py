@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import shutil
 import struct
 import subprocess
+import zipfile
 from pathlib import Path
 
 import golden
@@ -23,6 +25,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
+from release import wheels
 from tests import driver as drivers
 from tests.driver import Driver, check_exact_int8_blocks, check_random_blocks, check_random_scans, scan_problem
 from tests.test_native import isas
@@ -152,6 +155,40 @@ def elf_facts(library):
         "writable_code": [each for each in loads if each[1:3] == ("W", "E")],
         "relocations": set(re.findall(r" R_[A-Z0-9]+?(?:_64)?_(\w+)", text)),
     }
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A wheel without a native library, with little inside."""
+    path = tmp_path / "evm_deploy-1.0-py3-none-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("evm_deploy/__init__.py", "x = 1\n")
+        archive.writestr("evm_deploy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-linux_x86_64\n")
+        archive.writestr("evm_deploy-1.0.dist-info/RECORD", "")
+    return path
+
+
+@pytest.mark.parametrize("platform", wheels.TAGS)
+def test_a_wheel_has_the_library_of_its_platform_where_it_is_looked_for(platform, bare, tmp_path):
+    path = wheels.write_wheel(bare, platform, tmp_path / "out")
+    assert path.name == f"evm_deploy-1.0-py3-none-{wheels.TAGS[platform]}.whl"
+    with zipfile.ZipFile(path) as wheel:
+        suffix = ".dll" if platform.startswith("windows") else ".so"  # CMake's name of a module on macOS
+        library = wheel.read(f"evm_deploy/lib/evm_onnxruntime{suffix}")
+        assert library == cross_compile.library("onnxruntime", platform).read_bytes()
+        assert f"\nTag: py3-none-{wheels.TAGS[platform]}\n" in wheel.read("evm_deploy-1.0.dist-info/WHEEL").decode()
+        rows = [line.split(",") for line in wheel.read("evm_deploy-1.0.dist-info/RECORD").decode().splitlines()]
+        assert [name for name, *_ in rows] == wheel.namelist()
+        for name, digest, size in rows[:-1]:
+            made = base64.urlsafe_b64encode(hashlib.sha256(wheel.read(name)).digest()).decode().rstrip("=")
+            assert (digest, int(size)) == (f"sha256={made}", len(wheel.read(name)))
+
+
+def test_a_wheel_with_a_library_of_this_machine_is_no_start(bare, tmp_path):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("evm_deploy/lib/evm_onnxruntime.so", "")
+    with pytest.raises(SystemExit, match="has a native library of this machine"):
+        wheels.write_wheel(bare, OTHER, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- what they compute
