@@ -24,8 +24,9 @@ from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import Batch
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan import reference
-from evm_deploy.scan.fused import SCAN_OUTPUTS
+from evm_deploy.scan.fused import SCAN_OUTPUTS, STAGES
 from evm_deploy.scan.native import without_native_scan
+from evm_deploy.toolchain.plugins import block_trace
 from tests.test_native import isas, library
 
 
@@ -95,6 +96,45 @@ def test_any_block(isa):
         assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
 
     check()
+
+
+def with_weights_as_inputs(model):
+    """The model with its initializers as inputs, and their values as feeds."""
+    model = onnx.load_from_string(model)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    model.graph.ClearField("initializer")
+    return model.SerializeToString(), weights
+
+
+def ticks_of_packing(library, run):
+    """Run one inference of a block; return the clock ticks of the stage that packs weights, and the result."""
+    run()
+    with block_trace(library, 1, len(STAGES)) as ticks:
+        result = run()
+    return ticks[0, 0], result
+
+
+def test_constant_weights_are_packed_once_for_a_session():
+    block, x = random_block(0, 96, 6, 16), image(1, 1, 6, 7, 96)
+    model = block_model(block, 1, 6, 7)
+    with_inputs, weights = with_weights_as_inputs(model)
+    library = plugin_path("onnxruntime")
+    constant, variable = (OnnxRuntime(each, 1, library) for each in (model, with_inputs))
+    none, out = ticks_of_packing(library, lambda: constant.run({"x": x})["out"])
+    some, same = ticks_of_packing(library, lambda: variable.run({"x": x, **weights})["out"])
+    assert some > 20 * none
+    np.testing.assert_array_equal(out, same)
+
+
+def test_packed_weights_keep_the_kernel_that_packed_them(isa):
+    block, x = random_block(0, 24, 2, 8), image(1, 1, 5, 4, 24)
+    model = block_model(block, 1, 5, 4)
+    session = OnnxRuntime(model, 1, plugin_path("onnxruntime"))
+    want = session.run({"x": x})["out"]
+    library().evm_scan_force_isa(b"base")
+    np.testing.assert_array_equal(session.run({"x": x})["out"], want)
 
 
 def test_the_optional_outputs_are_what_the_scan_read_and_wrote(isa):

@@ -19,7 +19,7 @@ from evm_deploy.runtimes.openvino import open_core
 from evm_deploy.scan import onnx_function, reference
 from evm_deploy.toolchain import openvino_extension
 from evm_deploy.toolchain.openvino_extension import cached_path, extension, installed_release, isa, release_of
-from tests.test_fused import block_model, image, in_float64, random_block
+from tests.test_fused import block_model, image, in_float64, random_block, ticks_of_packing, with_weights_as_inputs
 from tests.test_native import double, isas, magnitudes, random_scan, scan_model
 
 pytestmark = pytest.mark.compiler
@@ -76,6 +76,22 @@ def test_a_block(b, H, W, dim, kernel, core):
     block, x = random_block(1, dim, 3, 16), image(1, b, H, W, dim)
     want = in_float64(block, x)
     assert np.abs(run(core, block_model(block, b, H, W), {"x": x}, threads=2) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_constant_weights_are_packed_once_for_a_compiled_model(core):
+    block, x = random_block(0, 96, 6, 16), image(1, 1, 6, 7, 96)
+    model = block_model(block, 1, 6, 7)
+    with_inputs, weights = with_weights_as_inputs(model)
+
+    def compiled(onnx_model, feeds):
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        network = core.compile_model(core.read_model(onnx_model), "CPU", settings)
+        return lambda: network(feeds)[0]
+
+    none, out = ticks_of_packing(extension(), compiled(model, {"x": x}))
+    some, same = ticks_of_packing(extension(), compiled(with_inputs, {"x": x, **weights}))
+    assert some > 20 * none
+    np.testing.assert_array_equal(out, same)
 
 
 @pytest.mark.parametrize(

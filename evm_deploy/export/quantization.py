@@ -245,6 +245,8 @@ def require(manifest: Manifest, quantized: Quantized | None) -> None:
     if quantized and quantized.saturating and manifest.plan["weight_bits"] == 7:
         raise AccuracyError(f"7-bit weights can saturate on CPUs without VNNI: {', '.join(quantized.saturating)}")
     accuracy = quantized.accuracy if quantized else None
-    if accuracy and not accuracy.ok:
+    if quantized and accuracy and not accuracy.ok:
         limit = f"limit {accuracy.limit:g} points" if accuracy.drop is not None else f"at least {MIN_SQNR_DB:g} dB"
-        raise AccuracyError(f"{manifest.precision} is not accurate enough ({limit}): {accuracy}")
+        bits = manifest.details["quantization"].get("weight_bits")
+        why = f"\n{cpu_model()}: {bits['reason']}" if quantized.saturating and bits else ""
+        raise AccuracyError(f"{manifest.precision} is not accurate enough ({limit}): {accuracy}{why}")

@@ -27,12 +27,19 @@ class OnnxRuntime:
     """InferenceSession for a model file or a serialised model.
 
     threads: intra-op threads; None for the default of ONNX Runtime. plugin: custom-op library of evm-deploy; None for
-    portable scans. profile: enable `node_times`. Raises BundleError if the model cannot be opened, ToolchainError if
+    portable scans. profile: enable `node_times`. exact_integers: compute QuantizeLinear and DequantizeLinear one by one, in
+    float32, as other runtimes' integer kernels do it; the fused kernels of ONNX Runtime saturate on x86 CPUs without VNNI
+    (`calib.saturation`). Raises BundleError if the model cannot be opened, ToolchainError if
     onnxruntime is not installed or the library cannot be loaded.
     """
 
     def __init__(
-        self, model: Path | bytes, threads: int | None = None, plugin: Path | None = None, profile: bool = False
+        self,
+        model: Path | bytes,
+        threads: int | None = None,
+        plugin: Path | None = None,
+        profile: bool = False,
+        exact_integers: bool = False,
     ) -> None:
         try:
             import onnxruntime as ort
@@ -40,6 +47,8 @@ class OnnxRuntime:
             raise ToolchainError("onnxruntime is not installed", INFO.install_hint) from error
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if exact_integers:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads:
             options.intra_op_num_threads = threads
         if plugin:

@@ -1,5 +1,8 @@
-// Custom ops evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: read tensors, fill the struct, run each stage.
+// Custom ops evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: pack constant weights when a session is made; then read
+// tensors, fill the struct, run each stage.
 #include "op.h"
+
+#include <stdlib.h>
 
 using namespace ort;
 
@@ -39,8 +42,64 @@ Status scan_outputs(Handle context, evm_block_args &args) {
     return nullptr;
 }
 
+struct Kernel {
+    Handle memory;         // OrtMemoryInfo of CPU memory, which the workspace is allocated from
+    void *allocated;       // the memory around `packed`
+    float *packed;         // packed weights, or null if they are not constant
+};
+
+void ORT_CALL destroy(Handle handle) {
+    Kernel *const kernel = (Kernel *)handle;
+    if (kernel->memory) call<void>(api, ReleaseMemoryInfo, kernel->memory);
+    free(kernel->allocated);
+    free(kernel);
+}
+
+// Read the constant inputs of a node. x, the first input, gets the channels of norm_weight. Set *constant to false if another input
+// is not constant.
+Status read_constants(Handle info, const evm::Op &op, evm::Tensor *in, bool *constant) {
+    *constant = true;
+    for (size_t i = 1; i < op.input_count && *constant; i++) {
+        int is_constant = 0;
+        Handle value = nullptr;
+        RETURN_IF(call<Status>(api, KernelInfoGetConstantInput_tensor, info, i, &is_constant, &value));
+        *constant = is_constant && value;
+        if (*constant) RETURN_IF(read(value, &in[i]));
+    }
+    in[0] = {nullptr, {1, 1, 1, in[1].dims[0]}, 4};
+    return nullptr;
+}
+
+// Pack the weights of a node, if they are constant and fit. Weights that do not fit are an error at the first inference.
+Status pack(Handle info, const evm::Op &op, Kernel *kernel) {
+    evm::Tensor in[evm::MAX_INPUTS] = {};
+    evm::Sizes size;
+    evm_block_args args = {};
+    bool constant;
+    RETURN_IF(read_constants(info, op, in, &constant));
+    if (!constant || !fill(args, op, in, size)) return nullptr;
+    constexpr uintptr_t ALIGNMENT = 64;
+    kernel->allocated = malloc((size_t)evm_block_packed_bytes(&args) + ALIGNMENT);
+    if (!kernel->allocated) return fail("out of memory for packed weights");
+    kernel->packed = (float *)(((uintptr_t)kernel->allocated + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    evm_block_pack(&args, kernel->packed);
+    return nullptr;
+}
+
 template <const evm::Op &OP>
-Status ORT_CALL compute(Handle memory, Handle context) {
+Status ORT_CALL create(const CustomOp *, Api, Handle info, Handle *handle) {
+    Kernel *const kernel = (Kernel *)calloc(1, sizeof(Kernel));
+    if (!kernel) return fail("out of memory for a kernel");
+    Status status = call<Status>(api, CreateCpuMemoryInfo, ARENA_ALLOCATOR, DEFAULT_MEMORY, &kernel->memory);
+    if (!status) status = pack(info, OP, kernel);
+    if (status) destroy(kernel);
+    else *handle = kernel;
+    return status;
+}
+
+template <const evm::Op &OP>
+Status ORT_CALL compute(Handle handle, Handle context) {
+    const Kernel *const kernel = (const Kernel *)handle;
     evm::Tensor in[evm::MAX_INPUTS];
     evm::Sizes size;
     evm_block_args args = {};
@@ -48,9 +107,10 @@ Status ORT_CALL compute(Handle memory, Handle context) {
     if (!fill(args, OP, in, size)) return fail(size.message);
     RETURN_IF(write(context, evm::OUT, in[0].dims, &args.out));
     RETURN_IF(scan_outputs(context, args));
+    args.packed = kernel->packed;
     if (evm::empty(args)) return nullptr;
     Handle allocator = nullptr;
-    RETURN_IF(call<Status>(api, KernelContext_GetAllocator, context, memory, &allocator));
+    RETURN_IF(call<Status>(api, KernelContext_GetAllocator, context, kernel->memory, &allocator));
     Status status = call<Status>(api, AllocatorAlloc, allocator, (size_t)evm_block_workspace_bytes(&args), (Handle *)&args.workspace);
     if (!status) {
         status = run(context, args);
@@ -64,6 +124,6 @@ Status ORT_CALL compute(Handle memory, Handle context) {
 }  // namespace
 
 namespace ort {
-extern const Op evss_block(evm::EVSS_BLOCK, compute<evm::EVSS_BLOCK>);
-extern const Op evss_block_int8(evm::EVSS_BLOCK_INT8, compute<evm::EVSS_BLOCK_INT8>);
+extern const Op evss_block(evm::EVSS_BLOCK, create<evm::EVSS_BLOCK>, destroy, compute<evm::EVSS_BLOCK>);
+extern const Op evss_block_int8(evm::EVSS_BLOCK_INT8, create<evm::EVSS_BLOCK_INT8>, destroy, compute<evm::EVSS_BLOCK_INT8>);
 }

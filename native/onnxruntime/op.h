@@ -20,9 +20,8 @@ inline Status read_shape(Handle info, evm::Tensor *tensor) {
     return call<Status>(api, GetDimensions, info, (int64_t *)tensor->dims, tensor->rank);
 }
 
-inline Status read(Handle context, size_t index, evm::Tensor *tensor) {
-    Handle value = nullptr, info = nullptr;
-    RETURN_IF(call<Status>(api, KernelContext_GetInput, context, index, &value));
+inline Status read(Handle value, evm::Tensor *tensor) {
+    Handle info = nullptr;
     RETURN_IF(call<Status>(api, GetTensorTypeAndShape, value, &info));
     const Status status = read_shape(info, tensor);
     call<void>(api, ReleaseTensorTypeAndShapeInfo, info);
@@ -39,7 +38,11 @@ inline Status write(Handle context, size_t index, const int64_t *dims, float **d
 }
 
 inline Status read_inputs(Handle context, const evm::Op &op, evm::Tensor *tensors) {
-    for (size_t i = 0; i < op.input_count; i++) RETURN_IF(read(context, i, &tensors[i]));
+    for (size_t i = 0; i < op.input_count; i++) {
+        Handle value = nullptr;
+        RETURN_IF(call<Status>(api, KernelContext_GetInput, context, i, &value));
+        RETURN_IF(read(value, &tensors[i]));
+    }
     return nullptr;
 }
 
@@ -49,7 +52,9 @@ struct Op : CustomOp {
 
     static const evm::Op &of(const CustomOp *custom) { return static_cast<const Op *>(custom)->op; }
 
-    Op(const evm::Op &described, Status(ORT_CALL *compute)(Handle, Handle)) : CustomOp{}, op(described) {
+    Op(const evm::Op &described, Status(ORT_CALL *create)(const CustomOp *, Api, Handle, Handle *), void(ORT_CALL *destroy)(Handle),
+       Status(ORT_CALL *compute)(Handle, Handle))
+        : CustomOp{}, op(described) {
         version = API_VERSION;
         GetName = [](const CustomOp *op) ORT_CALL -> const char * { return of(op).name; };
         GetExecutionProviderType = [](const CustomOp *) ORT_CALL -> const char * { return nullptr; };  // null: CPU
@@ -63,15 +68,12 @@ struct Op : CustomOp {
         GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = GetVariadicInputMinArity;
         CreateKernel = [](const CustomOp *, Api, Handle) ORT_CALL -> Handle { return nullptr; };  // V2 is preferred
         KernelCompute = [](Handle, Handle) ORT_CALL {};
-        // The kernel handle is an OrtMemoryInfo of CPU memory, which the op's workspace is allocated from.
-        CreateKernelV2 = [](const CustomOp *, Api, Handle, Handle *kernel) ORT_CALL -> Status {
-            return call<Status>(api, CreateCpuMemoryInfo, ARENA_ALLOCATOR, DEFAULT_MEMORY, kernel);
-        };
-        KernelDestroy = [](Handle kernel) ORT_CALL { call<void>(api, ReleaseMemoryInfo, kernel); };
+        CreateKernelV2 = create;
+        KernelDestroy = destroy;
         KernelComputeV2 = compute;
         InferOutputShapeFn = [](const CustomOp *, Handle context) ORT_CALL -> Status {
             Handle info = nullptr;
-                evm::Tensor first;
+            evm::Tensor first;
             RETURN_IF(call<Status>(api, ShapeInferContext_GetInputTypeShape, context, (size_t)0, &info));
             RETURN_IF(read_shape(info, &first));
             for (size_t i = 0; i < first.rank && i < evm::MAX_RANK; i++)

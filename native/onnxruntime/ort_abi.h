@@ -45,6 +45,7 @@ enum Function {  // index in OrtApi
     ReleaseMemoryInfo = 94,
     ReleaseTensorTypeAndShapeInfo = 99,
     ReleaseAllocator = 132,
+    KernelInfoGetConstantInput_tensor = 249,
     KernelContext_GetAllocator = 253,
     ShapeInferContext_GetInputTypeShape = 268,
     ShapeInferContext_SetOutputTypeShape = 270,

@@ -32,15 +32,10 @@ Status ORT_CALL compute(Handle kernel, Handle context) {
     return call<Status>(api, KernelContext_ParallelFor, context, &run_tile, tiles, (size_t)0, (void *)&args);
 }
 
-Op described() {
-    Op op(evm::SELECTIVE_SCAN, compute);
-    op.CreateKernelV2 = create;
-    op.KernelDestroy = [](Handle) ORT_CALL {};
-    return op;
-}
+void ORT_CALL destroy(Handle) {}
 
 }  // namespace
 
 namespace ort {
-extern const Op selective_scan = described();
+extern const Op selective_scan(evm::SELECTIVE_SCAN, create, destroy, compute);
 }

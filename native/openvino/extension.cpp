@@ -13,6 +13,7 @@
 #include <openvino/core/parallel.hpp>
 #include <openvino/core/version.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
 
 #define EVM_TEXT_(x) #x
@@ -25,14 +26,22 @@ const char evm_openvino_release[] = "evm extension for OpenVINO " EVM_TEXT(OPENV
 
 namespace {
 
+// Memory aligned to 64 bytes.
+class Buffer {
+    static constexpr size_t ALIGNMENT = 64;
+    std::vector<char> bytes;
+
+  public:
+    // Return at least `size` bytes. The contents are lost when the buffer grows.
+    float *aligned(size_t size) {
+        if (bytes.size() < size + ALIGNMENT) bytes.resize(size + ALIGNMENT);
+        return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    }
+};
+
 // Pool of workspaces for blocks, kept between inferences. It holds as many buffers as blocks have run at once. Without the pool,
 // getting fresh pages from the system would take longer than a small block computes.
 class Workspaces {
-    static constexpr size_t ALIGNMENT = 64;
-    struct Buffer {
-        std::vector<char> bytes;
-        float *aligned() { return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT); }
-    };
     std::mutex mutex;
     std::vector<std::unique_ptr<Buffer>> unused;
 
@@ -41,8 +50,7 @@ class Workspaces {
     template <class Use>
     void with(size_t size, Use use) {
         std::unique_ptr<Buffer> buffer = take();
-        if (buffer->bytes.size() < size + ALIGNMENT) buffer->bytes.resize(size + ALIGNMENT);
-        use(buffer->aligned());
+        use(buffer->aligned(size));
         const std::lock_guard<std::mutex> lock(mutex);
         unused.push_back(std::move(buffer));
     }
@@ -59,18 +67,33 @@ class Workspaces {
 
 Workspaces workspaces;
 
-void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_scan_args args) {
+// Weights of a node, packed at its first inference. Without constant weights they are packed at every inference.
+struct Packed {
+    std::once_flag once;
+    Buffer buffer;
+    float *weights = nullptr;
+};
+
+void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_scan_args args, Packed *) {
     evm::Sizes size;
     OPENVINO_ASSERT(fill(args, op, in, size), size.message);
     args.y = out[0].data<float>();
     ov::parallel_for((size_t)evm_scan_num_tiles(&args), [&](size_t tile) { evm_scan_run_tile(&args, (int64_t)tile); });
 }
 
-void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_block_args args) {
+// packed: of a node whose weights are constant, else null.
+void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_block_args args, Packed *packed) {
     evm::Sizes size;
     OPENVINO_ASSERT(fill(args, op, in, size), size.message);
     for (size_t i = 0; i < out.size(); i++) *evm::output_field(args, i) = out[i].data<float>();
     if (evm::empty(args)) return;
+    if (packed) {
+        std::call_once(packed->once, [&] {
+            packed->weights = packed->buffer.aligned((size_t)evm_block_packed_bytes(&args));
+            evm_block_pack(&args, packed->weights);
+        });
+        args.packed = packed->weights;
+    }
     workspaces.with((size_t)evm_block_workspace_bytes(&args), [&](float *workspace) {
         args.workspace = workspace;
         for (int64_t image = 0; image < args.b; image++) {
@@ -97,6 +120,7 @@ template <const evm::Op &OP, class Arguments>
 class Node : public ov::op::Op {
     static constexpr bool is_scan = std::is_same<Arguments, evm_scan_args>::value;
     bool scan_outputs = false, delta_softplus = true;
+    mutable Packed packed;
 
   public:
     Node() = default;
@@ -148,11 +172,17 @@ class Node : public ov::op::Op {
         for (size_t i = 0; i < OP.input_count; i++) in[i] = tensor(inputs[i].data(), inputs[i].get_shape());
         Arguments args = {};
         set_softplus(args, delta_softplus);
-        run(OP, in, outputs, args);
+        run(OP, in, outputs, args, has_constant_weights() ? &packed : nullptr);
         return true;
     }
 
   private:
+    bool has_constant_weights() const {
+        for (size_t i = 1; i < OP.input_count; i++)
+            if (!ov::is_type<ov::op::v0::Constant>(input_value(i).get_node())) return false;
+        return true;
+    }
+
     static evm::Tensor tensor(const void *data, const ov::Shape &shape) {
         evm::Tensor made{data, {}, shape.size()};
         for (size_t i = 0; i < shape.size() && i < evm::MAX_RANK; i++) made.dims[i] = (int64_t)shape[i];

@@ -23,13 +23,14 @@ enum Vector {
 struct Job {
     const evm_block_args &a;
     const Layout l;
-    float *const ws;
+    float *const packed, *const ws;  // packed weights; the rest of the workspace
     const int64_t image;
 
-    Job(const evm_block_args &args, int64_t image) : a(args), l(args), ws(args.workspace), image(image) {}
+    Job(const evm_block_args &args, float *weights, float *workspace, int64_t image)
+        : a(args), l(args), packed(weights), ws(workspace), image(image) {}
 
     float *vector(int index) const {
-        return ws + l.vectors + (index < OUT_WEIGHT ? index * l.C : OUT_WEIGHT * l.C + (index - OUT_WEIGHT) * l.d);
+        return packed + l.vectors + (index < OUT_WEIGHT ? index * l.C : OUT_WEIGHT * l.C + (index - OUT_WEIGHT) * l.d);
     }
     float *sums(int branch, int64_t tile) const { return ws + l.sums + (branch ? l.chunks + tile : tile) * l.C; }
     template <class Numbers>
@@ -60,21 +61,29 @@ struct Int8Layer : Integers {
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
 
-// Mean and 1 / standard deviation of a row of `channels` floats.
+// Mean and 1 / standard deviation of a few rows of `channels` floats. One row alone is a chain of dependent operations.
+constexpr int ROWS_AT_ONCE = 4;
 struct Moments {
-    float mean, scale;
+    float mean[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
 
-    Moments(const float *row, int64_t channels) {
+    Moments(const float *const *rows, int64_t channels) {
         const int64_t whole = channels / LANES * LANES;
-        vec total = broadcast(0.f), squares = broadcast(0.f);
-        for (int64_t c = 0; c < whole; c += LANES) total += load(row + c);
-        mean = sum(total);
-        for (int64_t c = whole; c < channels; c++) mean += row[c];
-        mean /= channels;
-        for (int64_t c = 0; c < whole; c += LANES) { const vec v = load(row + c) - mean; squares += v * v; }
-        float variance = sum(squares);
-        for (int64_t c = whole; c < channels; c++) variance += (row[c] - mean) * (row[c] - mean);
-        scale = 1 / sqrtf(variance / channels + EPSILON);
+        vec total[ROWS_AT_ONCE] = {};
+        for (int64_t c = 0; c < whole; c += LANES)
+            for (int i = 0; i < ROWS_AT_ONCE; i++) total[i] += load(rows[i] + c);
+        for (int i = 0; i < ROWS_AT_ONCE; i++) {
+            mean[i] = sum(total[i]);
+            for (int64_t c = whole; c < channels; c++) mean[i] += rows[i][c];
+            mean[i] /= channels;
+            total[i] = broadcast(0.f);
+        }
+        for (int64_t c = 0; c < whole; c += LANES)
+            for (int i = 0; i < ROWS_AT_ONCE; i++) { const vec v = load(rows[i] + c) - mean[i]; total[i] += v * v; }
+        for (int i = 0; i < ROWS_AT_ONCE; i++) {
+            scale[i] = sum(total[i]);
+            for (int64_t c = whole; c < channels; c++) scale[i] += (rows[i][c] - mean[i]) * (rows[i][c] - mean[i]);
+            scale[i] = 1 / sqrtf(scale[i] / channels + EPSILON);
+        }
     }
 };
 
@@ -93,18 +102,18 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
 void pack_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
-    pack(ws + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
-    pack(ws + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
-    pack(ws + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
-    pack(ws + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
+    float *packed = job.packed;
+    pack<Floats>(packed + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
+    pack<Floats>(packed + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
+    pack<Floats>(packed + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
+    pack<Floats>(packed + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
 }
 
 // Pack the matrix with `columns` columns whose element (k, c) is weight[k * row + c * column], and the scales of its columns.
 void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int64_t columns, const evm_int8_linear &layer,
                int64_t first, int64_t row, int64_t column) {
     const int8_t *weight = layer.weight + first;
-    pack_integers(packed, depth, columns, layer.input_zero_point, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; });
+    pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; }, layer.input_zero_point);
     float *to = job.vector(scales);
     for (int64_t c = 0; c < columns; c++) to[c] = layer.input_scale * layer.scale[first + c];
     for (int64_t c = columns; c < pad(columns); c++) to[c] = 0;
@@ -113,49 +122,66 @@ void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int6
 void pack_int8_layers(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
-    pack_int8(job, ws + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
-    pack_int8(job, ws + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
-    pack_int8(job, ws + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
-    pack_int8(job, ws + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
+    float *packed = job.packed;
+    pack_int8(job, packed + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
+    pack_int8(job, packed + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
+    pack_int8(job, packed + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
+    pack_int8(job, packed + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
 }
 
 void pack_weights(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *ws = job.ws;
+    float *packed = job.packed;
     if (a.in_proj_int8.weight) pack_int8_layers(job);
     else pack_layers(job);
     const int64_t columns = a.R + 2 * a.N;
     for (int64_t k = 0; k < K; k++) {  // the columns of x_proj are dt, B, C; the rows of p are B, C, dt
         const float *weight = a.x_proj + k * a.d * columns;
-        pack(ws + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
+        pack<Floats>(packed + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
             return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
         });
         for (int64_t r = 0; r < a.R; r++)
-            pack_vector(ws + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
+            pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
     }
-    pack_convolution(ws + l.conv, a.conv_weight, a.conv_bias, a.d, l.d);
-    pack_convolution(ws + l.local_conv, a.local_conv_weight, a.local_conv_bias, a.C, l.C);
+    pack_convolution(packed + l.conv, a.conv_weight, a.conv_bias, a.d, l.d);
+    pack_convolution(packed + l.local_conv, a.local_conv_weight, a.local_conv_bias, a.C, l.C);
     const float *const of_map[] = {a.norm_weight, a.norm_bias, a.gate_norm_weight, a.gate_norm_bias, a.local_proj_bias};
     for (int i = 0; i < 5; i++) pack_vector(job.vector(i), of_map[i], a.C, l.C);
     pack_vector(job.vector(OUT_WEIGHT), a.out_norm_weight, a.d, l.d);
     pack_vector(job.vector(OUT_BIAS), a.out_norm_bias, a.d, l.d);
-    memset(ws + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
+    memset(packed + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
-// Compute to = (from - mean) / deviation * weight + bias. All arrays but `from` are padded.
-inline void normalise(float *to, const float *from, int64_t channels, const float *weight, const float *bias) {
-    const Moments m(from, channels);
-    for (int64_t c = 0; c < channels; c += LANES)
-        store(to + c, (load_some(from + c, channels - c) - m.mean) * m.scale * load(weight + c) + load(bias + c));
+// Call use(first row, moments) for each ROWS_AT_ONCE rows; the last row stands in for rows after it.
+template <class Use>
+inline void with_moments(const float *const *rows, int64_t count, int64_t channels, Use use) {
+    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        const float *group[ROWS_AT_ONCE];
+        for (int i = 0; i < ROWS_AT_ONCE; i++) group[i] = rows[first + i < count ? first + i : count - 1];
+        use(first, Moments(group, channels));
+    }
 }
 
-// Add a normalised row, before weight and bias, to `total`.
-inline void add_normalised(float *total, const float *row, int64_t channels) {
-    const Moments m(row, channels);
-    for (int64_t c = 0; c < channels; c += LANES)
-        store(total + c, load(total + c) + (load(row + c) - m.mean) * m.scale);
+// Compute use(row, channel, (row - mean) / deviation * weight + bias) for each vector of the rows. weight and bias are padded.
+template <class Use>
+inline void normalise(const float *const *rows, int64_t count, int64_t channels, const float *weight, const float *bias, Use use) {
+    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
+        for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++)
+            for (int64_t c = 0; c < channels; c += LANES)
+                use(first + i, c, (load_some(rows[first + i] + c, channels - c) - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c));
+    });
+}
+
+// Add the normalised rows, before weight and bias, to `total`. The rows and `total` are padded.
+inline void add_normalised(float *total, const float *const *rows, int64_t count, int64_t channels) {
+    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
+        for (int64_t c = 0; c < channels; c += LANES) {
+            vec sum = load(total + c);
+            for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++) sum += (load(rows[first + i] + c) - m.mean[i]) * m.scale[i];
+            store(total + c, sum);
+        }
+    });
 }
 
 struct Tokens {  // the tokens of one chunk
@@ -170,16 +196,17 @@ void project(const Job &job, int64_t tile) {
     const Layout &l = job.l;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
     const Tokens tokens(l, tile);
+    float *const n = job.ws + l.n + tokens.begin * l.C;
+    typename Layer::Element *const in = job.rows<Layer>(l.n_in) + tokens.begin * l.C;
+    const float *of_image[CHUNK];
     const typename Layer::Element *rows[CHUNK];
-    for (int64_t t = 0; t < tokens.count; t++) {
-        float *n = job.ws + l.n + (tokens.begin + t) * l.C;
-        normalise(n, job.x(tokens.begin + t), a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS));
-        typename Layer::Element *in = job.rows<Layer>(l.n_in) + (tokens.begin + t) * l.C;
-        for (int64_t c = 0; l.n_in != l.n && c < a.C; c += LANES) in_proj.put(in + c, load(n + c));
-        rows[t] = in;
-    }
+    for (int64_t t = 0; t < tokens.count; t++) of_image[t] = job.x(tokens.begin + t), rows[t] = in + t * l.C;
+    normalise(of_image, tokens.count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS), [&](int64_t t, int64_t channel, vec value) {
+        store(n + t * l.C + channel, value);
+        if (l.n_in != l.n) in_proj.put(in + t * l.C + channel, value);
+    });
     float *x = job.ws + l.x + tokens.begin * l.d;
-    multiply<Layer>(rows, tokens.count, a.C, job.ws + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
+    multiply<Layer>(rows, tokens.count, a.C, job.packed + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
         store(x + t * stride + column, in_proj.result(sum, column));
     });
 }
@@ -221,7 +248,7 @@ void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *u = job.ws + l.u;
-    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.ws + l.conv, job.ws + l.zeros, [&](int64_t j, int64_t channel, vec value) {
+    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros, [&](int64_t j, int64_t channel, vec value) {
         store(u + l.place(i, j) * l.d + channel, silu(value));
     });
     if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
@@ -237,11 +264,11 @@ void convolve(const Job &job, int64_t tile) {
     const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
     typename Layer::Element *const activated = job.rows<Layer>(l.s);
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
-    const float *zeros = job.ws + l.zeros, *bias = job.vector(LOCAL_BIAS);
+    const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
     const int64_t begin = tile * l.map_rows, end = begin + l.map_rows < a.H ? begin + l.map_rows : a.H;
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input(job, i);
-        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.ws + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
+        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
             local_proj.put(activated + (i * a.W + j) * l.C + channel, gelu(value));
         });
     }
@@ -249,12 +276,13 @@ void convolve(const Job &job, int64_t tile) {
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = end * a.W - first < CHUNK ? end * a.W - first : CHUNK;
         const typename Layer::Element *rows[CHUNK];
-        for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C;
+        const float *results[CHUNK];
         float *out = local + first * l.C;
-        multiply<Layer>(rows, count, a.C, job.ws + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+        for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C, results[t] = out + t * l.C;
+        multiply<Layer>(rows, count, a.C, job.packed + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
             store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
         });
-        for (int64_t t = 0; t < count; t++) add_normalised(sums, out + t * l.C, a.C);
+        add_normalised(sums, results, count, a.C);
     }
 }
 
@@ -266,7 +294,7 @@ void parameters(const Job &job, int64_t tile) {
     const float *rows[CHUNK];
     for (int64_t t = 0; t < count; t++) rows[t] = job.ws + l.u + (k * l.L + begin + t) * l.d;
     float *p = job.ws + l.p + (k * l.L + begin) * l.P;
-    multiply<Floats>(rows, count, job.a.d, job.ws + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
+    multiply<Floats>(rows, count, job.a.d, job.packed + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
              [=, stride = l.P](int64_t t, int64_t column, vec value) { store(p + t * stride + column, value); });
 }
 
@@ -285,7 +313,7 @@ void scan(const Job &job, int64_t tile) {
     rows.u = job.ws + l.u + k * l.L * l.d + channel, rows.y = job.ws + l.y + k * l.L * l.d + channel, rows.stride = l.d;
     rows.B = p, rows.C = p + a.N, rows.state_stride = l.P;
     rows.A = a.A + constant * a.N, rows.skip = a.skip + constant, rows.bias = a.dt_bias + constant;
-    rows.dt = p + 2 * a.N, rows.dt_weight = job.ws + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
+    rows.dt = p + 2 * a.N, rows.dt_weight = job.packed + l.dt_proj + k * a.R * l.d + channel, rows.R = a.R;
     rows.L = l.L, rows.N = a.N;
     const int64_t row = (job.image * K + k) * l.L;  // first row in the outputs for verification
     if (channel == 0 && a.scan_B) copy_rows(a.scan_B + row * a.N, p, l.L, l.P, a.N, a.N);
@@ -305,24 +333,26 @@ void output(const Job &job, int64_t tile) {
     typedef typename Layer::Element Element;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_Z_SCALE)), out_proj(a.out_proj_int8, job.vector(OUT_PROJ_SCALE));
     const Tokens tokens(l, tile);
-    float *y[CHUNK];
+    float *y[CHUNK], *const s = job.ws + l.s + tokens.begin * l.C, *const sums = job.sums(0, tile);
+    const float *results[CHUNK];
     const Element *n[CHUNK], *gated[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) {
         const int64_t token = tokens.begin + t;
         y[t] = job.ws + l.y + l.place(token / a.W, token % a.W) * l.d;
         gated[t] = reinterpret_cast<Element *>(y[t]);
         n[t] = job.rows<Layer>(l.n_in) + token * l.C;
-        normalise(y[t], y[t], a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS));
+        results[t] = s + t * l.C;
     }
-    multiply<Layer>(n, tokens.count, a.C, job.ws + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
+    normalise(y, tokens.count, a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS),
+              [rows = &y[0]](int64_t t, int64_t channel, vec value) { store(rows[t] + channel, value); });
+    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
         out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, load(rows[t] + column) * silu(in_proj.result(sum, column)));
     });
-    float *s = job.ws + l.s + tokens.begin * l.C, *sums = job.sums(0, tile);
-    multiply<Layer>(gated, tokens.count, a.d, job.ws + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+    multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
     });
     memset(sums, 0, l.C * sizeof(float));
-    for (int64_t t = 0; t < tokens.count; t++) add_normalised(sums, s + t * l.C, a.C);
+    add_normalised(sums, results, tokens.count, a.C);
 }
 
 // Stage GATE: the factors of both branches, sigmoid(select(GELU(reduce(mean of the normalised tokens)))).
@@ -365,7 +395,6 @@ void add_branches(const Job &job, int64_t tile) {
 template <class Layer>
 void run_tile(const Job &job, int stage, int64_t tile) {
     switch (stage) {
-        case PACK: return pack_weights(job);
         case PROJECT: return project<Layer>(job, tile);
         case CONVOLVE: return convolve<Layer>(job, tile);
         case PARAMETERS: return parameters(job, tile);
@@ -378,8 +407,13 @@ void run_tile(const Job &job, int stage, int64_t tile) {
 
 }  // namespace
 
-extern "C" void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
-    const Job job(*a, image);
+extern "C" {
+
+void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) { pack_weights(Job(*a, packed, nullptr, 0)); }
+
+void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int stage, int64_t tile) {
+    const Job job(*a, packed, workspace, image);
     if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, stage, tile);
     else run_tile<FloatLayer>(job, stage, tile);
+}
 }

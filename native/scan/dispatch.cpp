@@ -12,6 +12,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+extern "C" __declspec(dllimport) int __stdcall IsProcessorFeaturePresent(unsigned long);
 #endif
 
 namespace {
@@ -19,17 +23,20 @@ namespace {
 struct Kernel {
     const char *name;
     void (*scan_tile)(const evm_scan_args *, int64_t);
-    void (*block_tile)(const evm_block_args *, int64_t, int, int64_t);
-    int level;
+    void (*block_pack)(const evm_block_args *, float *packed);
+    void (*block_tile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int stage, int64_t tile);
+    unsigned needs;  // features, as cpu_features() returns them
 };
 
-#if defined(__x86_64__)
-const Kernel kernels[] = {{"avx512vnni", evm_scan_tile_avx512vnni, evm_block_tile_avx512vnni, 3},
-                          {"avx512", evm_scan_tile_avx512, evm_block_tile_avx512, 2},
-                          {"avx2", evm_scan_tile_avx2, evm_block_tile_avx2, 1},
-                          {"base", evm_scan_tile_base, evm_block_tile_base, 0}};
+// The kernels of an architecture, best first.
+#define EVM_KERNEL(isa, needs) {#isa, evm_scan_tile_##isa, evm_block_pack_##isa, evm_block_tile_##isa, needs}
 
-int cpu_level() {
+#if defined(__x86_64__)
+enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8 };
+const Kernel kernels[] = {EVM_KERNEL(avx512vnni, AVX512 | AVX512_VNNI), EVM_KERNEL(avx512, AVX512),
+                          EVM_KERNEL(avxvnni, AVX2 | AVX_VNNI), EVM_KERNEL(avx2, AVX2), EVM_KERNEL(base, 0)};
+
+unsigned cpu_features() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1;
@@ -38,32 +45,47 @@ int cpu_level() {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & 0x06) != 0x06) return 0;  // the system must save XMM and YMM
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
-    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
-    if ((b & avx512) != avx512 || (low & 0xe6) != 0xe6) return 1;       // the system must save masks and ZMM
-    return c >> 11 & 1 ? 3 : 2;                                         // VNNI
+    unsigned features = AVX2;
+    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    if ((b & avx512) == avx512 && (low & 0xe6) == 0xe6) features |= c >> 11 & 1 ? AVX512 | AVX512_VNNI : AVX512;  // masks and ZMM saved
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1) features |= AVX_VNNI;
+    return features;
 }
 #elif defined(__aarch64__)
-const Kernel kernels[] = {{"neon", evm_scan_tile_neon, evm_block_tile_neon, 0}};
-int cpu_level() { return 0; }
+enum { DOTPROD = 1 };
+const Kernel kernels[] = {EVM_KERNEL(dotprod, DOTPROD), EVM_KERNEL(neon, 0)};
+
+unsigned cpu_features() {
+#if defined(__linux__)  // Android too
+    return getauxval(AT_HWCAP) >> 20 & 1 ? DOTPROD : 0;
+#elif defined(__APPLE__)
+    return DOTPROD;  // every Mac with an Arm CPU
+#elif defined(_WIN32)
+    return IsProcessorFeaturePresent(43) ? DOTPROD : 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #else
-const Kernel kernels[] = {{"base", evm_scan_tile_base, evm_block_tile_base, 0}};
-int cpu_level() { return 0; }
+    return 0;
+#endif
+}
+#else
+const Kernel kernels[] = {EVM_KERNEL(base, 0)};
+unsigned cpu_features() { return 0; }
 #endif
 
+bool runs(const Kernel &kernel) { return !(kernel.needs & ~cpu_features()); }
+
 const Kernel *find(const char *name) {
-    const int level = cpu_level();
     for (const Kernel &kernel : kernels)
-        if (kernel.level <= level && (!name || !strcmp(name, kernel.name))) return &kernel;
+        if (runs(kernel) && (!name || !strcmp(name, kernel.name))) return &kernel;
     return nullptr;
 }
 
 char isa_error[256];
 
-// Append the names of all kernels up to `level` to isa_error.
-void list_kernels(int level) {
+// Append the names of all kernels that this CPU runs to isa_error.
+void list_kernels() {
     const char *between = "";
     for (const Kernel &kernel : kernels) {
-        if (kernel.level > level) continue;
+        if (!runs(kernel)) continue;
         const size_t length = strlen(isa_error);
         snprintf(isa_error + length, sizeof isa_error - length, "%s%s", between, kernel.name);
         between = ", ";
@@ -81,7 +103,7 @@ const Kernel *chosen() {
                                                 : "EVM_ISA=%.32s: the library has no such instruction set; this CPU runs: ", name);
     for (char *c = isa_error; *c; c++)
         if (*c < ' ' || *c > '~') *c = '?';  // the runtimes expect UTF-8, and EVM_ISA may have any bytes
-    list_kernels(cpu_level());
+    list_kernels();
     return find(nullptr);
 }
 
@@ -109,14 +131,29 @@ int64_t evm_scan_num_tiles(const evm_scan_args *a) { return a->L ? a->b * a->K *
 
 void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->scan_tile(a, tile); }
 
-int64_t evm_block_workspace_bytes(const evm_block_args *a) { return Layout(*a).size * (int64_t)sizeof(float); }
+int64_t evm_block_packed_bytes(const evm_block_args *a) { return Layout(*a).packed * (int64_t)sizeof(float); }
+
+void evm_block_pack(const evm_block_args *a, float *packed) {
+    memcpy(packed, &current, sizeof current);
+    current->block_pack(a, packed);
+}
+
+int64_t evm_block_workspace_bytes(const evm_block_args *a) {
+    const Layout l(*a);
+    return (l.size + (a->packed ? 0 : l.packed)) * (int64_t)sizeof(float);
+}
 
 int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
-    return image && stage == PACK ? 0 : Layout(*a).tiles(stage);  // the first image packs the weights for all images
+    if (stage == PACK) return !a->packed && !image;  // the first image packs the weights for all images
+    return Layout(*a).tiles(stage);
 }
 
 void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
-    current->block_tile(a, image, stage, tile);
+    float *const packed = a->packed ? a->packed : a->workspace;
+    if (stage == PACK) return evm_block_pack(a, packed);
+    const Kernel *kernel;
+    memcpy(&kernel, packed, sizeof kernel);
+    kernel->block_tile(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, stage, tile);
 }
 
 void evm_block_mark(int stage) {

@@ -53,12 +53,18 @@ typedef struct {
     float *out;                                   /* (b, H, W, C) */
     /* Inputs and output of the scan, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
     float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
+    float *packed;    /* weights that evm_block_pack has packed, or null: then the first stage packs them into the workspace */
     float *workspace; /* evm_block_workspace_bytes bytes, aligned to 64; the contents need not be kept between calls */
     int64_t b, H, W, C, d, N, R, G;
     /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three. In a float block their weights are null. */
     evm_int8_linear in_proj_int8, out_proj_int8, local_proj_int8;
 } evm_block_args;
 
+/* Size of packed weights in bytes. It depends on the widths alone. */
+EVM_API int64_t evm_block_packed_bytes(const evm_block_args *args);
+/* Pack all weights, once for any number of calls, into `packed`, aligned to 64. x, out and b, H, W are not read. Calls with these
+ * packed weights run the kernel that packed them. */
+EVM_API void evm_block_pack(const evm_block_args *args, float *packed);
 /* Size of the workspace in bytes. */
 EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);
 /* Number of tiles of one stage of one image. */

@@ -9,13 +9,13 @@ namespace {
 
 inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : vectors_left < 3 ? (int)vectors_left : 3; }
 
-// Arithmetic of a product. Element: type of an activation. Partial: vector of partial sums, one per column, in registers.
-// Sum: vector of total sums. DEPTH: rows of weights in one vector of a panel, and elements of a row read at once. START: whether
-// a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class
+// Arithmetic of a product. Element: type of an activation. Weight: type of a packed weight. Partial: vector of partial sums, one per
+// column, in registers. Sum: vector of total sums. DEPTH: rows of weights in one vector of a panel, and elements of a row read at
+// once. START: whether a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class
 // itself, for classes derived from it.
 struct Floats {
     typedef Floats Base;
-    typedef float Element;
+    typedef float Element, Weight;
     typedef vec Sum, Partial;
     static constexpr int DEPTH = 1;
     static constexpr bool START = false;
@@ -25,27 +25,64 @@ struct Floats {
     static Sum total(Partial sum) { return sum; }
 };
 
-#if defined(__AVX512VNNI__)
-// Products of uint8 activations and int8 weights with int32 sums; no intermediate result saturates.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+// Sums of four products of bytes in each lane, without saturation. x86 multiplies uint8 by int8, Arm int8 by int8: there the
+// elements are the quantised values minus SHIFT.
 struct Integers {
     typedef Integers Base;
+#if defined(__ARM_FEATURE_DOTPROD)
+    typedef int8_t Element;
+    static constexpr int SHIFT = 128;
+    static ivec dot(ivec sum, int32_t four, ivec weights) { return vdotq_s32(sum, vreinterpretq_s8_s32(vdupq_n_s32(four)), vreinterpretq_s8_s32(weights)); }
+#else
     typedef uint8_t Element;
+    static constexpr int SHIFT = 0;
+#if defined(__AVX512VNNI__)
+    static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)weights); }
+#else
+    static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), (__m256i)weights); }
+#endif
+#endif
     typedef ivec Sum, Partial;
+    typedef int8_t Weight;
     static constexpr int DEPTH = 4;
-    static constexpr bool START = true;  // start value: minus the zero point times the sum of the column's weights
+    static constexpr bool START = true;  // start value: SHIFT minus the zero point, times the sum of the column's weights
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *panel) { return bits_of(load(panel)); }
-    static Partial add(Partial sum, const uint8_t *row, vec weights) {
+    static Partial add(Partial sum, const Element *row, vec weights) {
         int32_t four;
         memcpy(&four, row, sizeof four);
-        return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)bits_of(weights));
+        return dot(sum, four, bits_of(weights));
     }
     static Sum total(Partial sum) { return sum; }
     // Store `values` plus the zero point, rounded to even. The results must be in the range of uint8.
-    static void store_rounded(uint8_t *to, vec values, int32_t zero_point) {
-        const ivec q = bits_of(values + ROUND) + zero_point;  // the bits of ROUND end in a byte of zeros
-        _mm_storeu_si128((__m128i *)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)q));
+    static void store_rounded(Element *to, vec values, int32_t zero_point) {
+        store_low_bytes(to, bits_of(values + ROUND) + (zero_point - SHIFT));  // the bits of ROUND end in two bytes of zeros
     }
+};
+#elif defined(__SSE2__)
+// Sums of two products of 16 bits in each lane. The elements are the quantised values minus the zero point, at most 255.
+struct Integers {
+    typedef Integers Base;
+    typedef int16_t Element, Weight;
+    typedef ivec Sum, Partial;
+    static constexpr int DEPTH = 2;
+    static constexpr bool START = false;
+    static int64_t piece(int64_t depth) { return depth; }
+    static Partial start(const float *) { return Partial{}; }
+    static Partial add(Partial sum, const int16_t *row, vec weights) {
+        int32_t two;
+        memcpy(&two, row, sizeof two);
+#if defined(__AVX512BW__)
+        return sum + (ivec)_mm512_madd_epi16(_mm512_set1_epi32(two), (__m512i)bits_of(weights));
+#elif defined(__AVX2__)
+        return sum + (ivec)_mm256_madd_epi16(_mm256_set1_epi32(two), (__m256i)bits_of(weights));
+#else
+        return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(two), (__m128i)bits_of(weights));
+#endif
+    }
+    static Sum total(Partial sum) { return sum; }
+    static void store_rounded(int16_t *to, vec values, int32_t) { store_low_halves(to, bits_of(values + ROUND)); }
 };
 #else
 // The same sums, computed with integers in floats: activations minus the zero point (up to 255) times weights (up to 128).
@@ -58,48 +95,32 @@ struct Integers : Floats {
 };
 #endif
 
-// Pack weight(k, column), column < columns, into `packed`: `depth` rows of `columns` columns rounded up to whole vectors.
-template <class Weight>
-void pack(float *packed, int64_t depth, int64_t columns, Weight weight) {
+// Pack weight(k, column), column < columns, into `packed`: panels of `depth` rows, rounded up to Numbers::DEPTH, of columns rounded
+// up to whole vectors, each with one more row if Numbers::START. zero_point: of the activations.
+template <class Numbers, class Weight>
+void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t zero_point = 0) {
+    typedef typename Numbers::Weight Number;
+    constexpr int DEPTH = Numbers::DEPTH;
+    static_assert(DEPTH * sizeof(Number) == sizeof(float), "a lane holds DEPTH weights");
     const int64_t vectors = (columns + LANES - 1) / LANES;
     for (int64_t first = 0, width; first < vectors; first += width) {
         width = panel_width(vectors - first);
         const int64_t column = first * LANES, count = width * LANES, used = columns - column < count ? columns - column : count;
-        for (int64_t k = 0; k < depth; k++, packed += count) {
-            for (int64_t i = 0; i < used; i++) packed[i] = weight(k, column + i);
-            for (int64_t i = used; i < count; i++) packed[i] = 0.f;
-        }
-    }
-}
-
-// Pack int8_t weight(k, column) for Integers. The result has at most one row more than that of pack().
-template <class Weight>
-void pack_integers(float *packed, int64_t depth, int64_t columns, int zero_point, Weight weight) {
-#if defined(__AVX512VNNI__)
-    const int64_t vectors = (columns + LANES - 1) / LANES;
-    for (int64_t first = 0, width; first < vectors; first += width) {
-        width = panel_width(vectors - first);
-        int32_t sums[3 * LANES] = {};
         float *const start = packed;
-        packed += width * LANES;
-        const int64_t column = first * LANES, count = width * LANES, used = columns - column < count ? columns - column : count;
-        for (int64_t k = 0; k < depth; k += 4, packed += count) {
-            uint32_t fours[3 * LANES] = {};
-            for (int64_t row = 0; row < 4 && k + row < depth; row++)
+        int32_t sums[3 * LANES] = {};
+        packed += Numbers::START * count;
+        for (int64_t k = 0; k < depth; k += DEPTH, packed += count) {
+            Number numbers[3 * LANES * DEPTH] = {};
+            for (int64_t row = 0; row < DEPTH && k + row < depth; row++)
                 for (int64_t i = 0; i < used; i++) {
-                    const int8_t w = weight(k + row, column + i);
-                    fours[i] |= (uint32_t)(uint8_t)w << 8 * row;
-                    sums[i] += w;
+                    const Number w = weight(k + row, column + i);
+                    numbers[i * DEPTH + row] = w;
+                    if constexpr (Numbers::START) sums[i] += (Numbers::SHIFT - zero_point) * w;
                 }
-            memcpy(packed, fours, count * sizeof *fours);
+            memcpy(packed, numbers, count * sizeof(float));
         }
-        for (int64_t i = 0; i < width * LANES; i++) sums[i] *= -zero_point;
-        memcpy(start, sums, width * LANES * sizeof *sums);
+        if constexpr (Numbers::START) memcpy(start, sums, count * sizeof *sums);
     }
-#else
-    (void)zero_point;
-    pack(packed, depth, columns, weight);
-#endif
 }
 
 // Compute the sums of a few rows and one panel. The function is not inlined, so that it has all registers and is compiled once.
@@ -117,10 +138,10 @@ __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *co
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
             for (int v = 0; v < WIDTH; v++) acc[i][v] = Numbers::start(panel + v * LANES);
-        for (int64_t k = begin; k < end; k += Numbers::DEPTH) {
+        for (int64_t k = begin; k < end; k += Numbers::DEPTH, weights += WIDTH * LANES) {
             vec b[WIDTH];
 #pragma GCC unroll 3
-            for (int v = 0; v < WIDTH; v++) b[v] = load(weights + (k / Numbers::DEPTH * WIDTH + v) * LANES);
+            for (int v = 0; v < WIDTH; v++) b[v] = load(weights + v * LANES);
 #pragma GCC unroll 24
             for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3

@@ -7,8 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -52,6 +54,23 @@ inline void store_some(float *p, vec v, int64_t count) {
     float lanes[LANES];
     store(lanes, v);
     for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
+}
+
+// Store the low byte, or the low half, of each lane.
+template <class Byte>
+inline void store_low_bytes(Byte *p, ivec v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#else
+    typedef Byte bytes __attribute__((vector_size(LANES)));
+    const bytes low = __builtin_convertvector(v, bytes);
+    memcpy(p, &low, sizeof low);
+#endif
+}
+inline void store_low_halves(int16_t *p, ivec v) {
+    typedef int16_t halves __attribute__((vector_size(LANES * 2)));
+    const halves low = __builtin_convertvector(v, halves);
+    memcpy(p, &low, sizeof low);
 }
 
 inline float sum(vec v) {

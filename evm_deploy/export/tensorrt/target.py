@@ -37,7 +37,6 @@ from evm_deploy.export.tensorrt.suppression import emulate
 from evm_deploy.runtimes import tensorrt
 from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.info import RuntimeInfo
-from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
 from evm_deploy.toolchain.plugins import find_plugin, installed_plugin
@@ -143,9 +142,7 @@ def open_emulator(path: Path, options: RunOptions) -> Runtime:
     import onnx
 
     model = onnx.load(str(path))
-    if not emulate(model):
-        return emulator(path, options)
-    return OnnxRuntime(model.SerializeToString(), options.threads, options.plugin)
+    return emulator(model.SerializeToString() if emulate(model) else path, options)
 
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:

@@ -276,9 +276,12 @@ def open_(target: str, path: Path, options: RunOptions) -> Runtime:
     return TensorRtRuntime(path, target, options.plugin, settings.cuda_graph)
 
 
-def emulator(path: Path, options: RunOptions) -> Runtime:
-    """Open the ONNX file of a bundle in ONNX Runtime. `options.plugin`: native library for scans that are nodes."""
-    return OnnxRuntime(path, options.threads, options.plugin)
+def emulator(model: Path | bytes, options: RunOptions) -> Runtime:
+    """Open the ONNX file of a bundle in ONNX Runtime, whose integer sums are then exact, as TensorRT's are.
+
+    `options.plugin`: native library for scans that are nodes.
+    """
+    return OnnxRuntime(model, options.threads, options.plugin, exact_integers=True)
 
 
 def no_library() -> NoReturn:
