@@ -25,6 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
 MUSL = Path("/lib/ld-musl-x86_64.so.1")  # its loader
+MINGW = Path("/usr/x86_64-w64-mingw32")
 SDK_HEADERS = {
     "nlohmann/json.hpp": "nlohmann-json3-dev",
     "stb/stb_image.h": "libstb-dev",
@@ -76,6 +77,9 @@ TOOLCHAINS = {
     # not in CI: wine and its prefix weigh 1.4 GB
     "root of windows-x86_64": Toolchain(
         lambda: ROOTS["windows-x86_64"].ready, "python -m tests.platforms setup windows-x86_64 (wine64)", in_ci=False
+    ),
+    "zlib for MinGW": Toolchain(
+        lambda: (MINGW / "lib" / "libz.a").is_file(), "apt-get install libz-mingw-w64-dev", in_ci=False
     ),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),

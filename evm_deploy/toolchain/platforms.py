@@ -37,8 +37,8 @@ class Platform:
     sources: str | None = None
 
 
-C_FUNCTIONS = ("getenv", "memchr", "memcpy", "memset", "strcmp", "strlen")
-BIONIC = CLibrary("libc.so", (*C_FUNCTIONS, "snprintf"))
+C_FUNCTIONS = ("calloc", "free", "getenv", "malloc", "memchr", "memcpy", "memset", "strcmp", "strlen")
+BIONIC = CLibrary("libc.so", (*C_FUNCTIONS, "getauxval", "snprintf"))
 UCRT = CLibrary("ucrtbase.dll", (*C_FUNCTIONS, "__stdio_common_vsprintf"))
 # Android packs only files named lib*.so into apps, and has devices with pages of 16 KB.
 ANDROID = ("-Wl,-soname,{name}", "-Wl,-z,max-page-size=16384", "-Wl,--hash-style=both", "-Wl,-z,relro", "-Wl,-z,now")

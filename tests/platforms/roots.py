@@ -107,11 +107,20 @@ class Root:
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run Python of the root with arguments; evm_deploy is this working copy. Paths are translated."""
         words = [self.path(each) if isinstance(each, Path) else each for each in arguments]
-        command = [each.format(folder=self.folder) for each in self.command]
+        return self._run([*self.command, *words], None, environment)
+
+    def program(self, path: Path, stdin: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the platform."""
+        return self._run([self.command[0], str(path)], stdin, environment)
+
+    def _run(
+        self, command: Sequence[str], stdin: str | None, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        words = [each.format(folder=self.folder) if "{folder}" in each else each for each in command]
         extra = {key: value.format(folder=self.folder, project=PROJECT) for key, value in self.environment.items()}
         variables = {**os.environ, "PATH": f"{os.environ['PATH']}:{WINE}", **extra, **environment}
         return subprocess.run(
-            [*command, *words], env=variables, capture_output=True, text=True, errors="replace", timeout=900
+            words, env=variables, input=stdin, capture_output=True, encoding="utf-8", errors="replace", timeout=900
         )
 
 
