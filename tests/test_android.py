@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from evm_deploy._util.files import sha256
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.bundle.manifest import Manifest
@@ -183,6 +184,23 @@ def test_bundles_that_are_not_for_the_app(name, ask, demo_bundle, tmp_path):
     changes, message = REFUSED[name]
     folder = _changed(shutil.copytree(demo_bundle.path, tmp_path / "bundle"), **changes)
     assert message in ask("open", bundle=folder)["error"]
+
+
+def test_the_library_of_the_bundle_runs_the_scans_if_the_app_asks(ask, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle.path, tmp_path / "bundle")
+    inside = "plugins/android-aarch64/libevm_onnxruntime.so"
+    (folder / inside).parent.mkdir(parents=True)
+    (folder / inside).write_bytes(b"a library")
+    content = json.loads((folder / "manifest.json").read_bytes())
+    content["files"][inside] = {"sha256": sha256(folder / inside), "size_bytes": len(b"a library")}
+    content["scan"]["plugins"] = {"android-aarch64": inside}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert ask("library", bundle=folder, platform="android-aarch64") == inside
+    assert ask("library", bundle=folder, platform="android-x86_64") is None
+    _changed(folder, value="plugin")
+    assert ask("library", bundle=folder, platform="android-aarch64") == inside
+    message = "native nodes only, and libraries for android-aarch64; this app asks for android-x86_64"
+    assert message in ask("library", bundle=folder, platform="android-x86_64")["error"]
 
 
 def test_zips(ask, demo_bundle, tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 import struct
+import subprocess
+import zipfile
 from pathlib import Path
 
 import golden
@@ -21,6 +25,7 @@ from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
+from release import wheels
 from tests import driver as drivers
 from tests.driver import (
     Driver,
@@ -32,7 +37,7 @@ from tests.driver import (
 )
 from tests.test_instructions import NEON_LIMITS, counted_by_qemu
 from tests.test_native import isas, random_scan
-from tests.toolchains import AARCH64, need
+from tests.toolchains import AARCH64, MUSL, need
 
 pytestmark = [pytest.mark.xdist_group("cross"), pytest.mark.cross]  # or workers wait for each other's compilers
 
@@ -40,7 +45,7 @@ HOST = host_platform()
 OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
 EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_isa_error", b"evm_scan_force_isa", b"evm_block_run_tile")
 CPP_RUNTIME = re.compile(rb"__cxa_(?!finalize)\w+|__gxx_personality\w+|\b_Zn[wa]\w+|libstdc\+\+|libc\+\+")
-ELF_MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
 @pytest.fixture
@@ -66,33 +71,132 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     library = cross_compile.library("onnxruntime", platform)
     content = library.read_bytes()
     assert library.suffix == PLATFORMS[platform].suffix
-    assert len(content) < (600_000 if platform.startswith("windows") else 500_000)  # zig's C runtime is in the former
+    assert len(content) < 500_000
     assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
     assert str(cache_folder()).encode() not in content
-    if platform.startswith("linux"):
+    if library.suffix == ".so":
         assert content[:5] == b"\x7fELF\x02"
-        assert struct.unpack_from("<HH", content, 16) == (3, ELF_MACHINES[platform])  # shared object
+        machine = ELF_MACHINES[PLATFORMS[platform].architecture]
+        assert struct.unpack_from("<HH", content, 16) == (3, machine)  # shared object
         assert all(int(minor) <= 17 for minor in re.findall(rb"GLIBC_2\.(\d+)", content))
     elif platform.startswith("windows"):
         header = struct.unpack_from("<I", content, 0x3C)[0]
         assert content[:2] == b"MZ" and content[header : header + 4] == b"PE\0\0"
         machine, time, characteristics = struct.unpack_from("<H2xI10xH", content, header + 4)
         assert machine == 0x8664 and characteristics & 0x2000  # a DLL
+        # every Windows has the Universal C Runtime
+        assert re.findall(rb"[\w.-]+\.dll", content, re.I) == [b"evm_onnxruntime.dll", b"ucrtbase.dll"]
         assert abs(time - library.stat().st_mtime) > 86400  # a hash: the same sources give the same bytes
     else:
-        magic, cpu, _, kind, commands = struct.unpack_from("<5I", content)
+        magic, cpu, _, kind, _ = struct.unpack_from("<5I", content)
         assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 6)  # 64-bit, arm64, dylib
-        assert 0x1D in load_commands(content, commands)  # signed, ad hoc: arm64 Macs load nothing else
 
 
-def load_commands(content, count):
-    at, kinds = 32, []
-    for _ in range(count):
+def load_commands(content):
+    """Return the load commands of a Mach-O file by kind, each without its kind and size."""
+    at, found = 32, {}
+    for _ in range(struct.unpack_from("<I", content, 16)[0]):
         kind, size = struct.unpack_from("<II", content, at)
-        kinds.append(kind)
+        found[kind & 0xFF] = content[at + 8 : at + size]
         at += size
-    return kinds
+    return found
+
+
+ID_DYLIB, CODE_SIGNATURE, BUILD_VERSION = 0x0D, 0x1D, 0x32
+CODE_DIRECTORY, LINKER_SIGNED, AD_HOC = 0xFADE0C02, 0x20000, 2
+
+
+def signature(content):
+    """Return flags, page size and hashes of the pages in a Mach-O file's signature, and the number of bytes signed."""
+    at, _ = struct.unpack_from("<II", load_commands(content)[CODE_SIGNATURE])
+    magic, _, count = struct.unpack_from(">III", content, at)
+    assert magic == 0xFADE0CC0
+    slots = [struct.unpack_from(">II", content, at + 12 + 8 * i) for i in range(count)]
+    directory = next(at + offset for kind, offset in slots if kind == 0)
+    fields = struct.unpack_from(">9I4B", content, directory)
+    magic, _, _, flags, hashes, _, _, pages, limit, size, kind, _, page = fields
+    assert (magic, size, kind) == (CODE_DIRECTORY, 32, 2)  # SHA-256
+    start = directory + hashes
+    return flags, 1 << page, [content[start + 32 * i : start + 32 * i + 32] for i in range(pages)], limit
+
+
+def test_the_library_for_macos_is_signed_and_loads_in_the_oldest_macos_of_onnx_runtime():
+    """arm64 Macs load no library without a signature, and none of a newer macOS. ONNX Runtime 1.32 needs macOS 14."""
+    content = cross_compile.library("onnxruntime", "macos-arm64").read_bytes()
+    commands = load_commands(content)
+    system, oldest = struct.unpack_from("<II", commands[BUILD_VERSION])
+    assert (system, oldest) == (1, 14 << 16)  # macOS 14.0.0
+    assert b"@rpath/evm_onnxruntime.dylib\0" in commands[ID_DYLIB]
+    flags, size, hashes, limit = signature(content)
+    assert flags == LINKER_SIGNED | AD_HOC
+    pages = [content[at : min(at + size, limit)] for at in range(0, limit, size)]
+    assert [hashlib.sha256(page).digest() for page in pages] == hashes
+
+
+@pytest.mark.parametrize("platform", [name for name in PLATFORMS if name.startswith("android")])
+def test_a_library_for_android_has_nothing_that_androids_loader_refuses(platform):
+    """Android loads no TLS of ELF before version 10, no text relocation, and on new devices no page of 4 KB; from apps
+    it packs only files named lib*.so. glibc's library is the control."""
+    library = cross_compile.library("onnxruntime", platform)
+    facts = elf_facts(library)
+    assert library.name == facts["soname"] == "libevm_onnxruntime.so"
+    assert facts["needed"] == ["libc.so"] and not facts["versions"] and not facts["writable_code"]
+    assert facts["alignments"] == {0x4000} and not facts["tls"] and not facts["text_relocations"]
+    assert facts["relocations"] == {"RELATIVE", "JUMP_SLOT"} and facts["hashes"] == {"GNU_HASH", "HASH"}
+    control = elf_facts(cross_compile.library("onnxruntime", "linux-aarch64"))
+    assert control["needed"] == ["libc.so.6"] and control["versions"] and not control["soname"]
+
+
+def elf_facts(library):
+    """Return the facts of an ELF library that decide whether a system loads it, as readelf prints them."""
+    text = subprocess.run(["readelf", "-dlrW", library], capture_output=True, text=True, check=True).stdout
+    loads = re.findall(r"^ +LOAD .* ([R ])([W ])([E ]) (0x[0-9a-f]+)$", text, re.M)
+    return {
+        "needed": re.findall(r"\(NEEDED\).*\[(.+)\]", text),
+        "soname": next(iter(re.findall(r"\(SONAME\).*\[(.+)\]", text)), None),
+        "versions": re.findall(r"\((VER\w+)\)", text),
+        "hashes": set(re.findall(r"\((GNU_HASH|HASH)\)", text)),
+        "tls": " TLS " in text,
+        "text_relocations": "TEXTREL" in text,
+        "alignments": {int(align, 16) for *_, align in loads},
+        "writable_code": [each for each in loads if each[1:3] == ("W", "E")],
+        "relocations": set(re.findall(r" R_[A-Z0-9]+?(?:_64)?_(\w+)", text)),
+    }
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A wheel without a native library, with little inside."""
+    path = tmp_path / "evm_deploy-1.0-py3-none-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("evm_deploy/__init__.py", "x = 1\n")
+        archive.writestr("evm_deploy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-linux_x86_64\n")
+        archive.writestr("evm_deploy-1.0.dist-info/RECORD", "")
+    return path
+
+
+@pytest.mark.parametrize("platform", wheels.TAGS)
+def test_a_wheel_has_the_library_of_its_platform_where_it_is_looked_for(platform, bare, tmp_path):
+    path = wheels.write_wheel(bare, platform, tmp_path / "out")
+    assert path.name == f"evm_deploy-1.0-py3-none-{wheels.TAGS[platform]}.whl"
+    with zipfile.ZipFile(path) as wheel:
+        suffix = ".dll" if platform.startswith("windows") else ".so"  # CMake's name of a module on macOS
+        library = wheel.read(f"evm_deploy/lib/evm_onnxruntime{suffix}")
+        assert library == cross_compile.library("onnxruntime", platform).read_bytes()
+        assert f"\nTag: py3-none-{wheels.TAGS[platform]}\n" in wheel.read("evm_deploy-1.0.dist-info/WHEEL").decode()
+        rows = [line.split(",") for line in wheel.read("evm_deploy-1.0.dist-info/RECORD").decode().splitlines()]
+        assert [name for name, *_ in rows] == wheel.namelist()
+        for name, digest, size in rows[:-1]:
+            made = base64.urlsafe_b64encode(hashlib.sha256(wheel.read(name)).digest()).decode().rstrip("=")
+            assert (digest, int(size)) == (f"sha256={made}", len(wheel.read(name)))
+
+
+def test_a_wheel_with_a_library_of_this_machine_is_no_start(bare, tmp_path):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("evm_deploy/lib/evm_onnxruntime.so", "")
+    with pytest.raises(SystemExit, match="has a native library of this machine"):
+        wheels.write_wheel(bare, OTHER, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- what they compute
@@ -104,7 +208,8 @@ def program(tmp_path_factory):
     made = {}
 
     def link(platform):
-        folder, library = tmp_path_factory.mktemp("driver"), cross_compile.library("onnxruntime", platform)
+        folder = tmp_path_factory.mktemp("driver")
+        library = cross_compile.library("onnxruntime", "linux-x86_64" if platform == "musl" else platform)
         if platform == HOST:
             compiler, run, flags = Compiler(("g++",), PLATFORMS[platform].architecture), (), ()
         elif platform == "linux-aarch64":
@@ -113,6 +218,10 @@ def program(tmp_path_factory):
                 PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig"
             )
             run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
+        elif platform == "musl":  # a program of musl; the library is that for glibc
+            need("musl")
+            compiler = cross_compile.zig_compiler("x86_64-linux-musl", "x86_64", folder / "zig")
+            run, flags = (str(MUSL),), ("-O1", "-dynamic", "-nostdlib++")
         else:
             pytest.skip(f"{platform} is not run on {HOST}")
         include = f"-I{drivers.NATIVE / 'scan'}"
@@ -152,6 +261,14 @@ def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, pr
 
 
 def test_golden_scans(driver):
+    check_golden_scans(driver)
+
+
+def test_golden_scans_of_the_library_for_glibc_in_a_process_of_musl(program):
+    check_golden_scans(Driver(program("musl")))
+
+
+def check_golden_scans(driver):
     cases = [golden.scan_case(name) for name in golden.SCAN_CASES]
     results = driver.run([scan_problem(golden.channels_last(inputs)) for inputs, _ in cases])
     for (_, expected), (y,) in zip(cases, results, strict=True):
@@ -264,8 +381,29 @@ def test_a_manifest_cannot_name_a_library_outside_of_its_files(other_bundle, tmp
 # ------------------------------------------------------------------------------------------------------- plans, errors
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "android", "name"),
+    [
+        ("linux", "aarch64", False, "linux-aarch64"),
+        ("darwin", "arm64", False, "macos-arm64"),
+        ("linux", "aarch64", True, "android-aarch64"),  # Termux, Python 3.12
+        ("android", "x86_64", True, "android-x86_64"),
+        ("win32", "win-amd64", False, "windows-x86_64"),
+        ("win32", "win-arm64", False, "windows-arm64"),
+    ],
+)
+def test_the_platform_of_a_process(system, machine, android, name, monkeypatch):
+    """On Windows the name of the Python counts: one for x86-64 runs on ARM64 too."""
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.machine", lambda: "ARM64" if system == "win32" else machine)
+    monkeypatch.setattr("sysconfig.get_platform", lambda: machine)
+    if android:
+        monkeypatch.setattr("sys.getandroidapilevel", lambda: 34, raising=False)
+    assert host_platform() == name
+
+
 def test_impossible_platforms_are_refused():
-    with pytest.raises(UsageError, match="choose from: linux-x86_64, linux-aarch64, macos-arm64, windows-x86_64"):
+    with pytest.raises(UsageError, match=f"choose from: {', '.join(PLATFORMS)}"):
         ExportPlan("onnx", native_library="linux-riscv64")
     with pytest.raises(UsageError, match="would not use the library"):
         ExportPlan("onnx", native_library=OTHER, scan="portable")

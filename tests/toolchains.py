@@ -18,11 +18,14 @@ from pathlib import Path
 import pytest
 
 from evm_deploy._util.packages import install_hint
+from tests.platforms.roots import ROOTS
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
+MUSL = Path("/lib/ld-musl-x86_64.so.1")  # its loader
+MINGW = Path("/usr/x86_64-w64-mingw32")
 SDK_HEADERS = {
     "nlohmann/json.hpp": "nlohmann-json3-dev",
     "stb/stb_image.h": "libstb-dev",
@@ -66,6 +69,17 @@ TOOLCHAINS = {
     "valgrind": Toolchain(partial(programs, "valgrind"), "apt-get install valgrind"),
     "qemu": Toolchain(
         lambda: programs("qemu-aarch64") and AARCH64.is_dir(), "apt-get install qemu-user libc6-arm64-cross"
+    ),
+    "musl": Toolchain(MUSL.exists, "apt-get install musl"),
+    "root of linux-aarch64": Toolchain(
+        lambda: ROOTS["linux-aarch64"].ready, "python -m tests.platforms setup linux-aarch64 (Debian 12, qemu-user)"
+    ),
+    # not in CI: wine and its prefix weigh 1.4 GB
+    "root of windows-x86_64": Toolchain(
+        lambda: ROOTS["windows-x86_64"].ready, "python -m tests.platforms setup windows-x86_64 (wine64)", in_ci=False
+    ),
+    "zlib for MinGW": Toolchain(
+        lambda: (MINGW / "lib" / "libz.a").is_file(), "apt-get install libz-mingw-w64-dev", in_ci=False
     ),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),

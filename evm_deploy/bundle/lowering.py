@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
+from evm_deploy._util.files import cache_folder
 from evm_deploy._util.text import one_of
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes.info import NativeKernels, RuntimeInfo
+from evm_deploy.toolchain.compile import compiled_once
 from evm_deploy.toolchain.platforms import host_platform
 
 
@@ -42,7 +46,7 @@ def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path 
                 f"no native library for {host} in the bundle; available: {', '.join(plugins) or 'none'}",
                 "export it with --platform",
             )
-        own = bundle.path / plugins[host]
+        own = _library(bundle, plugins[host])
         return own, Decision("plugin", f"native kernel, {kernels.isa(own)}, from the bundle ({host})")
     try:
         plugin = kernels.installed()
@@ -56,6 +60,19 @@ def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path 
             raise ToolchainError(reason, error.hint) from error
         return None, Decision("portable", reason)
     return plugin, Decision("plugin", f"native kernel, {kernels.isa(plugin)}, installed")
+
+
+def _library(bundle: Bundle, name: str) -> Path:
+    """Return the path to load a library of the bundle from.
+
+    Windows does not delete a loaded library. So one that was unpacked from a zip is loaded from a copy in the cache,
+    and the temporary folder can be deleted.
+    """
+    library = bundle.path / name
+    if sys.platform != "win32" or not bundle.unpacked:
+        return library
+    kept = cache_folder() / "plugins" / bundle.manifest.files[name]["sha256"] / library.name
+    return compiled_once(kept, lambda work: Path(shutil.copy(library, work)))
 
 
 def _kernels(bundle: Bundle, target: RuntimeInfo) -> NativeKernels:

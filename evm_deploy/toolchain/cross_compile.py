@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,12 @@ from evm_deploy._util.files import cache_folder
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import Compiler, Recipe, compiled_once, read_recipe
-from evm_deploy.toolchain.platforms import PLATFORMS, Platform
+from evm_deploy.toolchain.platforms import PLATFORMS, CLibrary, Platform
 
 # -s: strip all symbols except exported ones. -nostdlib++: the library must not depend on the C++ runtime.
 LINK = ("-shared", "-s", "-nostdlib++")
-# Reproducible builds: a DLL without the time of compilation, a dylib whose name is not the folder of compilation.
-REPRODUCIBLE = {".so": (), ".dll": ("-Wl,-Brepro",), ".dylib": ("-Wl,-install_name,@rpath/{name}",)}
+# A stand-in for a C library has no code: only its name and the names of its functions are read.
+STAND_IN = ("-x", "c", "-shared", "-nostdlib", "-fno-builtin", "-w", "-Wl,--no-entry", "-Wl,-soname,{name}")
 
 
 def zig_version() -> str:
@@ -47,7 +48,7 @@ def library(runtime: str, platform: str) -> Path:
 def cached_path(runtime: str, platform: str) -> Path:
     """Return the cache path of the library of `runtime` for a platform. The file may not exist yet."""
     known = PLATFORMS[platform]
-    return cache_folder() / "plugins" / _key() / platform / f"evm_{runtime}{known.suffix}"
+    return cache_folder() / "plugins" / _key() / platform / f"{known.prefix}evm_{runtime}{known.suffix}"
 
 
 def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
@@ -63,12 +64,26 @@ def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
 
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:
     compiler = zig_compiler(platform.zig, platform.architecture, work / "zig")
+    compiler = replace(compiler, command=(*compiler.command, *platform.flags))
     sources = [*recipe.words["scan_sources"], *recipe.words[f"{runtime}_sources"]]
-    link = [*LINK, *(flag.format(name=name) for flag in REPRODUCIBLE[platform.suffix])]
-    compiler.run(*link, *compiler.objects(recipe, sources, work), "-o", work / name)
+    sources += recipe.words[platform.sources] if platform.sources else ()
+    link = [*LINK, *(flag.format(name=name) for flag in platform.link)]
+    objects: list[str | Path] = [*compiler.objects(recipe, sources, work)]
+    if platform.c_library:
+        objects += ["-nostdlib", _stand_in(compiler, platform.c_library, work)]
+    compiler.run(*link, *objects, "-o", work / name)
     return work / name
+
+
+def _stand_in(compiler: Compiler, library: CLibrary, work: Path) -> Path:
+    """Link a shared library with the name and the functions of a platform's C library, to link against."""
+    source, path = work / "c_library.c", work / "stand_in" / library.file
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in library.functions))
+    path.parent.mkdir()
+    compiler.run(*(flag.format(name=library.file) for flag in STAND_IN), source, "-o", path)
+    return path
 
 
 def _key() -> str:
     """Return the cache key of a library: everything that changes its bytes, except the platform."""
-    return read_recipe().digest(f"{zig_version()} {LINK} {REPRODUCIBLE} {sorted(PLATFORMS.items())}")
+    return read_recipe().digest(f"{zig_version()} {LINK} {STAND_IN} {sorted(PLATFORMS.items())}")

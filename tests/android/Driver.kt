@@ -8,6 +8,7 @@ import evm.Model
 import evm.RgbImage
 import evm.Preprocessing
 import evm.Runtime
+import evm.Runtimes
 import evm.Selection
 import evm.Tensor
 import evm.Value
@@ -40,6 +41,7 @@ private fun answer(request: JsonObject): JsonElement = try {
         "orientation" -> JsonPrimitive(orientation(Base64.getDecoder().decode(request.string("file"))))
         "read" -> Manifest.read(File(request.string("bundle"))).let { JsonPrimitive(it.name) }
         "open" -> opened(File(request.string("bundle")), File(request.string("model")))
+        "library" -> library(File(request.string("bundle")), request.string("platform"))
         "unpack" -> unpack(File(request.string("zip")), File(request.string("into"))).let { opened(it, it) }
         "classify" -> classified(request)
         "predict" -> predicted(request)
@@ -74,6 +76,16 @@ private fun pixels(request: JsonObject): JsonElement {
 private fun opened(folder: File, model: File): JsonElement {
     Model.load(folder, { _, _ -> Computed(model) { emptyMap() } }).use {
         return buildJsonObject { put("opened", it.bundle.manifest.artifact) }
+    }
+}
+
+/** The name of the library that the runtime of `folder` gets on `platform`. */
+private fun library(folder: File, platform: String): JsonElement {
+    var given: File? = null
+    val runtimes = Runtimes { _, library -> Computed(folder) { emptyMap() }.also { given = library } }
+    return Model.load(folder, runtimes, platform).use { model ->
+        check(model.library == given)
+        JsonPrimitive(given?.relativeTo(folder)?.path)
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include "evm/evm.hpp"
 #include "inflate.h"
+#include "platform.h"
 #include "text.h"
 
 #include <algorithm>
@@ -37,7 +38,7 @@ class Zip : public Source {
     std::string root_;  // folder of the bundle inside the zip, with a slash; empty for the root
 
   public:
-    explicit Zip(const std::filesystem::path &file) : Source(file.string()) {
+    explicit Zip(const std::filesystem::path &file) : Source(utf8(file)) {
         std::ifstream stream = opened();
         read_directory(stream);
         root_ = root();
@@ -92,7 +93,7 @@ class Zip : public Source {
     }
 
     std::ifstream opened() const {
-        std::ifstream stream(path, std::ios::binary);
+        std::ifstream stream(path_of(path), std::ios::binary);
         if (!stream) throw damaged("the file cannot be opened");
         return stream;
     }
@@ -180,7 +181,7 @@ class Zip : public Source {
 
 std::unique_ptr<Source> open_zip(const std::filesystem::path &file) {
     if (!Inflate::available())
-        throw ToolchainError("the SDK was built without zlib and cannot open zips", "install zlib1g-dev and build the SDK again, or unpack " + file.string());
+        throw ToolchainError("the SDK was built without zlib and cannot open zips", "install zlib1g-dev and build the SDK again, or unpack " + utf8(file));
     return std::make_unique<Zip>(file);
 }
 

@@ -2,6 +2,7 @@
 #include "evm/evm.h"
 
 #include "evm/evm.hpp"
+#include "platform.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -52,10 +53,10 @@ evm::Options options_of(const evm_options *given) {
     options.threads = known.threads;
     if (known.streams) options.streams = known.streams;
     if (known.scan) options.scan = known.scan;
-    if (known.plugin) options.plugin = known.plugin;
+    if (known.plugin) options.plugin = evm::path_of(known.plugin);
     if (known.device) options.device = known.device;
-    if (known.cache) options.cache = known.cache;
-    if (known.require_signature) options.require_signature = known.require_signature;
+    if (known.cache) options.cache = evm::path_of(known.cache);
+    if (known.require_signature) options.require_signature = evm::path_of(known.require_signature);
     return options;
 }
 
@@ -68,7 +69,7 @@ void evm_free(char *text) { std::free(text); }
 evm_status evm_open(const char *bundle, const evm_options *options, evm_model **model, char **error) {
     return guarded(error, [&] {
         *model = nullptr;
-        *model = new evm_model{evm::Model(bundle, options_of(options))};
+        *model = new evm_model{evm::Model(evm::path_of(bundle), options_of(options))};
     });
 }
 

@@ -21,16 +21,17 @@ constexpr int DYNAMIC_BATCH = 16;  // images in one inference, for bundles with 
 
 bool has(const std::vector<std::string> &names, const std::string &name) { return std::find(names.begin(), names.end(), name) != names.end(); }
 
-// Return the path of a library of the bundle. A library in a zip is written to a file that exists as long as the process, because a
-// library stays loaded. There is one file for each content: a loader takes a file with the name of a loaded library for that library.
+// Return the path of a library of the bundle. A library in a zip is written to a file that exists as long as the process or longer,
+// because a library stays loaded. There is one file for each content: a loader takes a file with the name of a loaded library for that library.
 std::filesystem::path library_file(const Source &source, const std::string &name) {
-    if (source.on_disk()) return std::filesystem::path(source.path) / name;
+    if (source.on_disk()) return path_of(source.path) / path_of(name);
     static std::mutex mutex;
-    static std::map<std::string, std::unique_ptr<TemporaryFile>> files;
+    static std::map<std::string, std::unique_ptr<LibraryFile>> files;
     const std::lock_guard<std::mutex> lock(mutex);
-    std::unique_ptr<TemporaryFile> &file = files[source.sha256(name)];
+    const std::string sha256 = source.sha256(name);
+    std::unique_ptr<LibraryFile> &file = files[sha256];
     try {
-        if (!file) file = std::make_unique<TemporaryFile>(source.bytes(name));
+        if (!file) file = std::make_unique<LibraryFile>(source.bytes(name), sha256);
     } catch (const std::runtime_error &error) {
         throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what());
     }

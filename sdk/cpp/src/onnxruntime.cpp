@@ -167,9 +167,9 @@ class OnnxRuntime : public Runtime {
     static void register_ops(const Owned &settings, const std::filesystem::path &library) {
         Handle loaded = nullptr;  // the library stays loaded
         try {
-            api().call(ort::RegisterCustomOpsLibrary, settings.get(), library.string().c_str(), &loaded);
+            api().call(ort::RegisterCustomOpsLibrary, settings.get(), utf8(library).c_str(), &loaded);
         } catch (const std::runtime_error &error) {
-            throw ToolchainError("ONNX Runtime " + api().version + " refuses " + library.string() + ": " + error.what());
+            throw ToolchainError("ONNX Runtime " + api().version + " refuses " + utf8(library) + ": " + error.what());
         }
     }
 

@@ -1,4 +1,5 @@
 // Runtime of target openvino: OpenVINO on any of its devices.
+#include "platform.h"
 #include "runtime.h"
 #include "sha256.h"
 #include "text.h"
@@ -39,7 +40,7 @@ std::string release_here() {
 
 std::string file_bytes(const std::filesystem::path &file) {
     std::ifstream stream(file, std::ios::binary);
-    if (!stream) throw ToolchainError("the extension " + file.string() + " cannot be read: " + std::strerror(errno));
+    if (!stream) throw ToolchainError("the extension " + utf8(file) + " cannot be read: " + std::strerror(errno));
     return {std::istreambuf_iterator<char>(stream), {}};
 }
 
@@ -47,10 +48,10 @@ std::string file_bytes(const std::filesystem::path &file) {
 void check_release(const std::filesystem::path &library) {
     const std::string bytes = file_bytes(library);
     const std::size_t mark = bytes.find(MARK);
-    if (mark == std::string::npos) throw ToolchainError(library.string() + " is not an OpenVINO extension of evm-deploy");
+    if (mark == std::string::npos) throw ToolchainError(utf8(library) + " is not an OpenVINO extension of evm-deploy");
     const std::string built_for = bytes.c_str() + mark + std::strlen(MARK);
     if (built_for != release_here())
-        throw ToolchainError("the extension " + library.string() + " was compiled for OpenVINO " + built_for + ", but the installed release is " + release_here(),
+        throw ToolchainError("the extension " + utf8(library) + " was compiled for OpenVINO " + built_for + ", but the installed release is " + release_here(),
                              "build the SDK with OpenVINO " + built_for + ", or use the extension of an export for " + release_here());
 }
 
@@ -93,7 +94,7 @@ class SealedCache {
     std::filesystem::path folder_;  // empty: no cache
     std::set<std::filesystem::path> known_;
 
-    static std::filesystem::path checksum(const std::filesystem::path &model) { return model.string() + ".sha256"; }
+    static std::filesystem::path checksum(const std::filesystem::path &model) { return std::filesystem::path(model) += ".sha256"; }
 
     std::vector<std::filesystem::path> models() const {
         std::vector<std::filesystem::path> found;
@@ -102,7 +103,7 @@ class SealedCache {
         return found;
     }
 
-    [[noreturn]] void refuse(const std::string &why) const { throw UsageError("the cache " + folder_.string() + " cannot be used: " + why, "give another folder"); }
+    [[noreturn]] void refuse(const std::string &why) const { throw UsageError("the cache " + utf8(folder_) + " cannot be used: " + why, "give another folder"); }
 
   public:
     // Delete the models that are not as `seal` has left them.
@@ -125,7 +126,7 @@ class SealedCache {
         try {
             for (const auto &model : models()) {
                 if (known_.count(model)) continue;
-                const std::filesystem::path aside = checksum(model).string() + "." + std::to_string(std::random_device{}());
+                const std::filesystem::path aside = checksum(model) += "." + std::to_string(std::random_device{}());
                 if (!(std::ofstream(aside, std::ios::binary) << sha256_of(model)).flush()) refuse("a checksum cannot be written");
                 std::filesystem::rename(aside, checksum(model));
             }
@@ -183,7 +184,7 @@ class OpenVino : public Runtime {
         if (options.threads) properties["INFERENCE_NUM_THREADS"] = std::to_string(options.threads * options.streams);
         if (options.streams > 1) properties["NUM_STREAMS"] = std::to_string(options.streams);
         const SealedCache cache(options.cache.empty() ? std::filesystem::path() : cache_folder(source, options));
-        if (!options.cache.empty()) properties["CACHE_DIR"] = cache_folder(source, options).string();
+        if (!options.cache.empty()) properties["CACHE_DIR"] = utf8(cache_folder(source, options));
         try {
             compiled_ = core_.compile_model(xml, weights, device, properties);
         } catch (const std::exception &error) {
@@ -224,9 +225,9 @@ class OpenVino : public Runtime {
     void extend(const std::filesystem::path &library) {
         check_release(library);
         try {
-            core_.add_extension(library.string());
+            core_.add_extension(utf8(library));
         } catch (const std::exception &error) {
-            throw ToolchainError("OpenVINO refuses " + library.string() + ": " + reason(error.what()));
+            throw ToolchainError("OpenVINO refuses " + utf8(library) + ": " + reason(error.what()));
         }
     }
 

@@ -86,11 +86,11 @@ std::string kernel_isa(const std::filesystem::path &library) {
     } catch (const std::runtime_error &error) {
         throw ToolchainError(std::string("the native library cannot be loaded: ") + error.what(), hint);
     }
-    if (!isa) throw ToolchainError("the native library cannot be loaded: " + library.string() + " is not a library of evm-deploy", hint);
+    if (!isa) throw ToolchainError("the native library cannot be loaded: " + utf8(library) + " is not a library of evm-deploy", hint);
     const char *const forced = std::getenv("EVM_ISA");
     if (forced && *forced && std::string(forced) != isa()) {
         const char *const said = error_of ? error_of() : nullptr;
-        throw ToolchainError(said ? said : "EVM_ISA=" + std::string(forced) + ": the native library " + library.string() + " uses " + isa(),
+        throw ToolchainError(said ? said : "EVM_ISA=" + std::string(forced) + ": the native library " + utf8(library) + " uses " + isa(),
                              "set EVM_ISA before the program starts, or unset it; native libraries of evm-deploy 0.2 do not read it");
     }
     return isa();

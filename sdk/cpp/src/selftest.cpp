@@ -1,5 +1,6 @@
 #include "selftest.h"
 
+#include "platform.h"
 #include "png.h"
 #include "predictions.h"
 #include "safetensors.h"
@@ -110,7 +111,7 @@ Check run_scan(const Source &source, const Manifest &manifest, const Target &tar
     check_feeds(runtime.inputs, feeds);
     const Tensor y = runtime.run(feeds)["y"];
     if (y.dtype != "float32" || y.shape != scan.at("u").shape)
-        throw unreadable(source, std::filesystem::path(target.scan_probe).filename().string(), "gives no output y of the shape of u");
+        throw unreadable(source, utf8(path_of(target.scan_probe).filename()), "gives no output y of the shape of u");
     Check check = scan_check("scan " + name, scan, y);
     check.limit = limit_of(manifest.limits.scans, name, check.limit);
     return check;

@@ -1,4 +1,5 @@
 #include "signature.h"
+#include "platform.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -35,12 +36,12 @@ Owned<EVP_PKEY> public_key(const std::filesystem::path &path) {
     std::string text(MAX_KEY, '\0');
     if (!errno && stream) stream.read(text.data(), static_cast<std::streamsize>(text.size()));
     if (errno || stream.bad() || !stream.is_open())
-        throw UsageError("key " + path.string() + " cannot be read: " + std::generic_category().message(errno ? errno : EIO), KEY_HINT);
+        throw UsageError("key " + utf8(path) + " cannot be read: " + std::generic_category().message(errno ? errno : EIO), KEY_HINT);
     const Owned<BIO> bio(BIO_new_mem_buf(text.data(), static_cast<int>(stream.gcount())), BIO_free_all);
     Owned<EVP_PKEY> key(bio ? PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr) : nullptr, EVP_PKEY_free);
     ERR_clear_error();
-    if (!key) throw UsageError(path.string() + " is not a PEM file of an ed25519 public key", KEY_HINT);
-    if (EVP_PKEY_id(key.get()) != EVP_PKEY_ED25519) throw UsageError("key " + path.string() + " is not an ed25519 key", KEY_HINT);
+    if (!key) throw UsageError(utf8(path) + " is not a PEM file of an ed25519 public key", KEY_HINT);
+    if (EVP_PKEY_id(key.get()) != EVP_PKEY_ED25519) throw UsageError("key " + utf8(path) + " is not an ed25519 key", KEY_HINT);
     return key;
 }
 

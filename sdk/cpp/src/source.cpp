@@ -2,6 +2,7 @@
 
 #include "archive.h"
 #include "evm/evm.hpp"
+#include "platform.h"
 #include "sha256.h"
 #include "text.h"
 
@@ -17,10 +18,10 @@ namespace fs = std::filesystem;
 
 class Folder : public Source {
   public:
-    explicit Folder(const fs::path &bundle) : Source(bundle.string()) {}
+    explicit Folder(const fs::path &bundle) : Source(utf8(bundle)) {}
 
     void read(const std::string &name, const Sink &sink) const override {
-        const fs::path file = fs::path(path) / name;
+        const fs::path file = path_of(path) / path_of(name);
         std::error_code ignored;
         if (fs::is_directory(file, ignored)) throw failure(EISDIR);
         if (fs::exists(file, ignored) && !fs::is_regular_file(file, ignored))  // a pipe or a device would be read for ever
@@ -36,7 +37,7 @@ class Folder : public Source {
 
     std::uint64_t size(const std::string &name) const override {
         std::error_code error;
-        const std::uint64_t bytes = fs::file_size(fs::path(path) / name, error);
+        const std::uint64_t bytes = fs::file_size(path_of(path) / path_of(name), error);
         if (error) throw failure(error.value());
         return bytes;
     }
@@ -44,11 +45,11 @@ class Folder : public Source {
     std::vector<Listed> list() const override {
         std::vector<Listed> found;
         std::error_code error;
-        fs::recursive_directory_iterator at(path, error);
+        fs::recursive_directory_iterator at(path_of(path), error);
         for (; !error && at != fs::recursive_directory_iterator(); at.increment(error)) {
             std::error_code ignored;
             const bool link = at->is_symlink(ignored);
-            if (link || !at->is_directory(ignored)) found.push_back({at->path().lexically_relative(path).generic_string(), link});
+            if (link || !at->is_directory(ignored)) found.push_back({utf8(fs::path(at->path().lexically_relative(path_of(path)).generic_u8string())), link});
         }
         if (error) throw failure(error.value());
         return found;
@@ -79,7 +80,7 @@ std::unique_ptr<Source> open_source(const fs::path &bundle) {
     if (bundle.extension() == ".zip" && fs::is_regular_file(bundle, ignored)) return open_zip(bundle);
     if (!fs::is_directory(bundle, ignored)) {
         const char *const what = fs::exists(bundle, ignored) ? "is a file, not a bundle folder" : "does not exist";
-        throw BundleError("bundle " + bundle.string() + " " + what, "make one with evm-export", {"bundle.missing"});
+        throw BundleError("bundle " + utf8(bundle) + " " + what, "make one with evm-export", {"bundle.missing"});
     }
     return std::make_unique<Folder>(bundle);
 }

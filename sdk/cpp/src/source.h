@@ -26,7 +26,7 @@ struct Listed {
 
 class Source {
   public:
-    const std::string path;  // path of the bundle, for messages
+    const std::string path;  // path of the bundle, in UTF-8
     explicit Source(const std::string &shown_path) : path(shown_path) {}
     virtual ~Source() = default;
 
@@ -36,7 +36,7 @@ class Source {
     virtual std::uint64_t size(const std::string &name) const = 0;
     // Return the names of all files and links of the bundle, in any order. Throws ReadError.
     virtual std::vector<Listed> list() const = 0;
-    // Test whether the files exist on disk, as path + '/' + name.
+    // Test whether the files exist on disk, as path_of(path) / path_of(name).
     virtual bool on_disk() const = 0;
 
     // Read a whole file. Throws as read() does.

@@ -1,5 +1,6 @@
 // Runtime of target trt: engines of TensorRT 10 and later. This file has never run on a GPU. The tests compile it against NVIDIA's headers,
 // if these are installed, and run it against stand-ins for the engine and for CUDA.
+#include "platform.h"
 #include "runtime.h"
 #include "text.h"
 
@@ -112,8 +113,8 @@ class TensorRt : public Runtime {
             throw UsageError("TensorRT takes no threads, device or cache", "leave these options out");
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw ToolchainError("TensorRT does not start: " + logger_.errors(), "check that an NVIDIA driver is installed");
-        if (!options.plugin.empty() && !runtime_->getPluginRegistry().loadLibrary(options.plugin.string().c_str()))
-            throw ToolchainError("TensorRT refuses " + options.plugin.string() + ": " + logger_.errors());
+        if (!options.plugin.empty() && !runtime_->getPluginRegistry().loadLibrary(utf8(options.plugin).c_str()))
+            throw ToolchainError("TensorRT refuses " + utf8(options.plugin) + ": " + logger_.errors());
         const auto [data, size] = plan_of(file);
         engine_.reset(runtime_->deserializeCudaEngine(data, size));
         if (!engine_) throw ToolchainError(path + " cannot be opened: " + logger_.errors(), REBUILD);

@@ -37,7 +37,7 @@ typedef enum evm_status {
     EVM_TOOLCHAIN = 5  /* a runtime or library that is missing or does not fit */
 } evm_status;
 
-/* Options of opening a bundle; see evm::Options. Fields that are 0 or null have their default values. size: sizeof(evm_options), which
+/* Options of opening a bundle; see evm::Options. Texts and paths are UTF-8, also on Windows. Fields that are 0 or null have their default values. size: sizeof(evm_options), which
  * lets later versions append fields. */
 typedef struct evm_options {
     size_t size;

@@ -30,7 +30,8 @@ data class Prediction(val label: String, val index: Int, val score: Double)
 class Model private constructor(
     val bundle: Bundle,
     private val runtimes: Runtimes,
-    private val library: File?,
+    /** Native library that runs the scans; null: they run in their portable form. */
+    val library: File?,
 ) : AutoCloseable {
     private val manifest = bundle.manifest
     private val labels = labels(bundle)
@@ -137,8 +138,9 @@ class Model private constructor(
     companion object {
         /**
          * Opens the bundle in [folder] and checks the hash of every file. By default scans run in their portable form.
-         * [bundledFor]: platform, such as `android-aarch64`, whose native library in the bundle runs the scans. A native
-         * library is a program: use it only for bundles that you trust.
+         * [bundledFor]: platform of this app, such as `android-aarch64`. If the bundle has a native library for it, the
+         * library runs the scans ([library] is not null). A native library is a program: name the platform only for
+         * bundles that you trust.
          * Throws [BundleException], [UsageException] or [ToolchainException].
          */
         fun load(folder: File, runtimes: Runtimes, bundledFor: String? = null): Model {
@@ -157,15 +159,11 @@ class Model private constructor(
 
         private fun library(bundle: Bundle, platform: String?): File? {
             val manifest = bundle.manifest
-            if (platform == null) {
-                if ("portable" in manifest.scanModes) return null
-                val message = "portable scans are not available: the bundle has native nodes only"
-                throw UsageException(message, "export it with --scan portable")
-            }
             manifest.plugins[platform]?.let { return bundle.file(it) }
-            val has = manifest.plugins.keys.joinToString().ifEmpty { "none" }
-            val message = "no native library for $platform in the bundle; available: $has"
-            throw UsageException(message, "export it with --platform")
+            if ("portable" in manifest.scanModes) return null
+            val has = manifest.plugins.keys.joinToString().ifEmpty { "no platform" }
+            val message = "the bundle has native nodes only, and libraries for $has; this app asks for ${platform ?: "no platform"}"
+            throw UsageException(message, "export it with --scan portable, or with --platform")
         }
     }
 }

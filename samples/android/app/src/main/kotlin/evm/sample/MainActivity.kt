@@ -4,6 +4,7 @@ package evm.sample
 import android.content.ActivityNotFoundException
 import android.graphics.Bitmap
 import android.net.Uri
+import android.os.Build
 import android.os.Bundle
 import android.view.Window
 import androidx.activity.ComponentActivity
@@ -22,6 +23,7 @@ import java.util.concurrent.Executors
 
 private const val RUNS = 20
 private const val THREADS = 4 // as in the device profile `android`
+private val PLATFORMS = mapOf("arm64-v8a" to "android-aarch64", "x86_64" to "android-x86_64")
 
 /** Activity that shows the five most probable classes of a chosen or taken image. The worker thread does all work. */
 class MainActivity : ComponentActivity() {
@@ -37,7 +39,7 @@ class MainActivity : ComponentActivity() {
         super.onCreate(savedInstanceState)
         screen = Screen(this, ::onChoose, ::onCamera, ::onSelfTest)
         setContentView(screen.view)
-        work("opening the bundle", { opened().bundle.manifest.name }, screen::ready)
+        work("opening the bundle", { opened().run { "${bundle.manifest.name}, scans: ${scans(this)}" } }, screen::ready)
     }
 
     override fun onDestroy() {
@@ -89,7 +91,10 @@ class MainActivity : ComponentActivity() {
     }
 
     /** Returns the model and opens it at the first call. Call it in the worker thread only. */
-    private fun opened(): Model = model ?: Model.load(bundleFolder(this), OnnxRuntimes(THREADS)).also { model = it }
+    private fun opened(): Model = model ?: loaded().also { model = it }
+
+    /** Opens the app's own bundle, which it trusts: the native library in it runs the scans, if it has one. */
+    private fun loaded() = Model.load(bundleFolder(this), OnnxRuntimes(THREADS), PLATFORMS[Build.SUPPORTED_ABIS.first()])
 
     /** Returns the URI to which the camera app writes its image. */
     private fun shot(): Uri {
@@ -104,6 +109,9 @@ class MainActivity : ComponentActivity() {
         throw ImageException("image $uri cannot be read: ${error.message}")
     }
 }
+
+/** Returns how the scans of [model] run. */
+private fun scans(model: Model) = if (model.library == null) "portable" else "native kernel"
 
 /** Converts the pixels that the model reads to a bitmap. */
 private fun bitmap(pixels: RgbImage): Bitmap {
