@@ -1,4 +1,4 @@
-"""Instruction sets that this CPU may lack: the instructions of their kernels, and kernels with emulated instructions."""
+"""Kernels for instruction sets that this CPU may lack: the instructions in their code, and emulated instructions."""
 
 from __future__ import annotations
 

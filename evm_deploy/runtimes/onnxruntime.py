@@ -27,8 +27,8 @@ class OnnxRuntime:
     """InferenceSession for a model file or a serialised model.
 
     threads: intra-op threads; None for the default of ONNX Runtime. plugin: custom-op library of evm-deploy; None for
-    portable scans. profile: enable `node_times`. exact_integers: compute QuantizeLinear and DequantizeLinear in float32,
-    one by one, for runtimes whose integer sums are exact; the fused kernels of ONNX Runtime saturate on x86 CPUs
+    portable scans. profile: enable `node_times`. exact_integers: compute QuantizeLinear and DequantizeLinear in
+    float32, one by one, for runtimes whose integer sums are exact; fused kernels of ONNX Runtime saturate on x86 CPUs
     without VNNI (`calib.saturation`). Raises BundleError if the model cannot be opened, ToolchainError if onnxruntime
     is not installed or the library cannot be loaded.
     """
