@@ -68,7 +68,7 @@ ROWS = (
     ),
     Row(
         "windows-x86_64",
-        "the same with the C++ SDK, under a path outside the ANSI code page",
+        "classes with the C++ SDK, likewise, under a path outside the ANSI code page",
         "{wine}",
         ("tests/test_platforms.py", "cpp_sdk_for_windows"),
     ),
