@@ -59,7 +59,7 @@ def mambapy():
 
 def bidirectional():
     package = importlib.import_module("bidirectional_mamba")
-    return OnPatches(package.BiMambaStack(WIDTH, 2, d_state=32, headdim=32))
+    return OnPatches(package.BiMambaStack(WIDTH, 1, d_state=32, headdim=32))
 
 
 def opensr():
