@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "demo": RUN | {"model", "calib"},
     "bench": BUILD,
     "report": RUN | {"bench", "evm_deploy"},
-    "commands": BUILD | {"bench", "report"},
+    "sweep": BUILD | {"bench"},
+    "commands": BUILD | {"bench", "report", "sweep"},
     "cli": {"commands"},
     "evm_deploy": LOW | {"bundle", "runtimes", "model"},
 }
