@@ -19,10 +19,9 @@ from evm_deploy.bench.record import Record
 from evm_deploy.bench.remote.hosts import HostOptions
 from evm_deploy.demo import CHECKPOINT, digits
 from evm_deploy.errors import BundleError, EvmError, ToolchainError, UsageError
-from evm_deploy.sweep import run as run_module
 from evm_deploy.sweep import units as units_module
 from evm_deploy.sweep.boards import Boards
-from evm_deploy.sweep.engine import TRIES, CrashError, Job, LocalEngine, retried
+from evm_deploy.sweep.engine import TRIES, CrashError, Job, LocalEngine, Place, retried
 from evm_deploy.sweep.folder import RunFolder
 from evm_deploy.sweep.locks import alone, beside_others, held
 from evm_deploy.sweep.plan import read_sweep
@@ -37,6 +36,7 @@ val = "val.npz"
 [[bench]]
 threads = [1, 2]
 """
+HERE = Place(Boards(), 1)
 BOTH = ["evm_digits-onnx-fp16-64x64", "evm_digits-onnx-fp32-64x64"]
 
 
@@ -67,9 +67,9 @@ def work(demo_bundle, tmp_path, monkeypatch):
 
     real = units_module.evaluated
 
-    def evaluated(shard):
+    def evaluated(shard, cores):
         done[f"evaluate {len(shard.items)}"] += 1
-        return real(shard)
+        return real(shard, cores)
 
     monkeypatch.setattr("evm_deploy.sweep.shards.SHARD", 25)
     monkeypatch.setattr(units_module, "export", export)
@@ -159,34 +159,34 @@ def test_a_unit_that_fails_stops_no_other(work, tmp_path, monkeypatch, capsys):
 def test_what_is_no_evm_error_is_tried_again():
     tried = []
 
-    def flaky(boards):
+    def flaky(place):
         tried.append(1)
         if len(tried) < TRIES:
             raise ConnectionError("the line dropped")
         return "result"
 
-    assert retried(Job("a", flaky), Boards()) == "result" and len(tried) == TRIES
+    assert retried(Job("a", flaky), HERE) == "result" and len(tried) == TRIES
     tried.clear()
 
-    def broken(boards):
+    def broken(place):
         tried.append(1)
         raise ConnectionError("the line dropped")
 
-    error = retried(Job("a", broken), Boards())
+    error = retried(Job("a", broken), HERE)
     assert isinstance(error, CrashError) and "the line dropped" in str(error) and len(tried) == TRIES
     tried.clear()
 
-    def wrong(boards):
+    def wrong(place):
         tried.append(1)
         raise UsageError("wrong")
 
-    assert isinstance(retried(Job("a", wrong), Boards()), UsageError) and len(tried) == 1
+    assert isinstance(retried(Job("a", wrong), HERE), UsageError) and len(tried) == 1
 
-    def full(boards):
+    def full(place):
         tried.append(1)
         raise OSError(28, "No space left on device", "/x/y")
 
-    error = retried(Job("a", full), Boards())
+    error = retried(Job("a", full), HERE)
     assert "/x/y cannot be written: No space left on device\n  free space" in str(error) and len(tried) == 2
 
 
@@ -377,4 +377,3 @@ def test_images_that_do_not_fit_are_an_error_of_the_bundle(work, tmp_path, capsy
     np.savez(tmp_path / "val.npz", images=np.zeros((3, 8, 8), np.uint8), labels=[0, 1, 99])
     assert sweep(tmp_path, "-q") == 2
     assert "label 99, but the head has 10 classes" in capsys.readouterr().err
-    assert run_module.FAILED == "failed"

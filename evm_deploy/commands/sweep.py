@@ -31,7 +31,11 @@ def sweep_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("sweep", metavar="SWEEP.toml", help="what to export, evaluate and measure; docs/scale.md explains the file")
+    add(
+        "sweep",
+        metavar="SWEEP.toml",
+        help="TOML file of the checkpoints, forms, sizes and boards; docs/scale.md explains it",
+    )
     add("-o", "--out", required=True, metavar="RUN", help="folder of the sweep: bundles, records, what is done")
     engine_flags(parser)
     add("--devices", metavar="FILE", help="TOML file of the boards that this machine reaches, with --engine local")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from evm_deploy._util.cores import usable_cores
 from evm_deploy.errors import EvmError
 from evm_deploy.sweep.boards import Boards
 
@@ -24,15 +25,23 @@ class CrashError(EvmError):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Place of a job: the boards that its host reaches, and the number of cores that it may keep busy."""
+
+    boards: Boards
+    cores: int
+
+
+@dataclass(frozen=True)
 class Job:
     """Work of an engine.
 
-    `call(boards)`: makes the result, with the boards of the host that it runs on; plain data and functions of modules,
-    so that another process can call it. board: name or class of the board that it needs; empty for none.
+    `call(place)`: makes the result; plain data and functions of modules, so that another process can call it. board:
+    name or class of the board that it needs; empty for none.
     """
 
     name: str
-    call: Callable[[Boards], Any]
+    call: Callable[[Place], Any]
     board: str = ""
 
 
@@ -52,10 +61,10 @@ class Engine(Protocol):
         ...
 
 
-def attempted(job: Job, boards: Boards) -> Any:
+def attempted(job: Job, place: Place) -> Any:
     """Return the result of a job, or the EvmError that it raised: what is wrong now is wrong again in the next try."""
     try:
-        return job.call(boards)
+        return job.call(place)
     except EvmError as error:
         return error
     except OSError as error:
@@ -65,11 +74,11 @@ def attempted(job: Job, boards: Boards) -> Any:
         return EvmError(message, "free space on that disk, then run it again")
 
 
-def retried(job: Job, boards: Boards) -> Any:
+def retried(job: Job, place: Place) -> Any:
     """Return the result of `attempted`, after up to TRIES tries, or a CrashError."""
     for left in reversed(range(TRIES)):
         try:
-            return attempted(job, boards)
+            return attempted(job, place)
         except Exception as error:
             if not left:
                 return crash(error)
@@ -88,7 +97,7 @@ class LocalEngine:
     """
 
     def __init__(self, boards: Boards | None = None) -> None:
-        self._boards = boards or Boards()
+        self._place = Place(boards or Boards(), usable_cores())
         self._here: deque[Job] = deque()
         self._ended: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
         self._pools: dict[str, ThreadPoolExecutor] = {}
@@ -99,14 +108,14 @@ class LocalEngine:
             self._here.append(job)
             return
         if job.board not in self._pools:
-            self._pools[job.board] = ThreadPoolExecutor(len(self._boards.known(job.board)))
-        self._pools[job.board].submit(lambda: self._ended.put((job, retried(job, self._boards))))
+            self._pools[job.board] = ThreadPoolExecutor(len(self._place.boards.known(job.board)))
+        self._pools[job.board].submit(lambda: self._ended.put((job, retried(job, self._place))))
 
     def next(self) -> tuple[Job, Any]:
         """Return a job that has ended, after running the next one that needs no board."""
         if self._here and self._ended.empty():
             job = self._here.popleft()
-            return job, retried(job, self._boards)
+            return job, retried(job, self._place)
         return self._ended.get()
 
     def close(self) -> None:

@@ -15,8 +15,7 @@ from evm_deploy.bundle.manifest import FILE
 from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.data.images import no_progress
 from evm_deploy.errors import EvmError
-from evm_deploy.sweep.boards import Boards
-from evm_deploy.sweep.engine import Engine, Job, LocalEngine
+from evm_deploy.sweep.engine import Engine, Job, LocalEngine, Place
 from evm_deploy.sweep.keys import digest, items_digest
 from evm_deploy.sweep.packed import packed, unpacked
 from evm_deploy.sweep.shards import Shard, ShardRows, accuracy, evaluated, labelled_items
@@ -89,9 +88,9 @@ def _every(shards: list[Shard], kept: KeptResults, engine: Engine, progress: Pro
     return [parts[place] for place in range(len(shards))], taken
 
 
-def do_shard(shard: Shard, boards: Boards) -> ShardRows:
+def do_shard(shard: Shard, place: Place) -> ShardRows:
     """Evaluate a shard, as a job of an engine."""
     from evm_deploy.sweep.locks import beside_others
 
     with beside_others():
-        return evaluated(shard)
+        return evaluated(shard, place.cores)

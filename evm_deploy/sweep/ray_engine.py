@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import socket
 import time
 from typing import Any
@@ -17,16 +18,20 @@ from typing import Any
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.sweep.boards import boards_here
-from evm_deploy.sweep.engine import TRIES, Job, attempted, crash
+from evm_deploy.sweep.engine import TRIES, Job, Place, attempted, crash
 
 AUTO = "auto"
+CORES = 1  # that a job takes of its host
 RESOURCE = "board:"  # begins the resource of a board's name or class
 CONNECT_S = 5.0  # time for the head of the cluster to answer
 LOOK_S = 5.0  # between two looks for boards that have gone
 START = "start one:  ray start --head"
+NO_TOKEN = "give both ends the same token:  ray get-auth-token --generate  ; RAY_AUTH_MODE=disabled goes without"
 PATIENCE_S = 60.0  # time that a board may be away, such as while its host starts again
-#: Ray reports the use of its commands to its makers unless this is 0, and warns of a default that will change.
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+#: Variables of Ray, unless the user has set them. Without the first, Ray reports its use to its makers; without the
+#: second, it asks no cluster for a token; without the third, it warns of a default that will change.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+TOKEN = "RAY_AUTH_TOKEN"
 
 
 class RayEngine:
@@ -47,15 +52,18 @@ class RayEngine:
         if address not in (None, AUTO):
             require_answer(str(address))
         own: dict[str, Any] = {} if address else {"include_dashboard": False}
+        if not address:
+            os.environ.setdefault(TOKEN, secrets.token_hex(32))  # else Ray leaves one in the user's home folder
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
             where = "on this machine" if address in (None, AUTO) else f"at {address}"
-            raise ToolchainError(f"no Ray cluster can be used {where}: {_first_line(error)}", START) from error
+            hint = NO_TOKEN if "uthenticat" in f"{error} {error.__cause__}" else START
+            raise ToolchainError(f"no Ray cluster can be used {where}: {_first_line(error)}", hint) from error
         self._ray = ray
         self._running: dict[Any, Job] = {}
         self._gone: dict[str, float] = {}
-        self._remote = ray.remote(max_retries=TRIES - 1, retry_exceptions=True, num_cpus=1)(_attempted_there)
+        self._remote = ray.remote(max_retries=TRIES - 1, retry_exceptions=True, num_cpus=CORES)(_attempted_there)
 
     def start(self, job: Job) -> None:
         """Begin a job. Raises ToolchainError for a board that no host of the cluster offers."""
@@ -117,7 +125,7 @@ def require_answer(address: str) -> None:
 
 def _attempted_there(job: Job) -> Any:
     """Run a job on a worker, with the boards of its host."""
-    return attempted(job, boards_here())
+    return attempted(job, Place(boards_here(), CORES))
 
 
 def _nobody_offers(board: str) -> EvmError:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.files import sha256
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
@@ -98,17 +97,19 @@ def labelled_items(bundle: Path, val: str) -> LabelledItems:
     return LabelledItems(items, order)
 
 
-def evaluated(shard: Shard) -> ShardRows:
-    """Evaluate the images of a shard. Raises EvmError; images that cannot be read are in the result."""
+def evaluated(shard: Shard, cores: int) -> ShardRows:
+    """Evaluate the images of a shard, with `cores` inferences at a time.
+
+    Images that cannot be read are in the result. Raises EvmError.
+    """
     manifest = Manifest.read(Path(shard.bundle))
-    streams = _streams(shard.bundle, manifest)
-    with load(shard.bundle, threads=1, streams=streams) as model:
+    with _opened(shard.bundle, cores) as (model, streams):
         images = decoded_images(shard.items, model.preprocessing)
         if not len(images):
             return ShardRows({}, images.skipped, images.digest())
         reading = Reading(model.labels, places=images.places, selection=manifest.selection, classes=_classes(manifest))
         outputs = _outputs(model, images, streams)
-        with _reference(shard.reference, model) as run:
+        with _reference(shard.reference, model, cores) as run:
             expected = run(images) if run else None
         rows = _rows(expected, outputs, model.task, images, reading)
         return ShardRows(rows, images.skipped, images.digest())
@@ -144,14 +145,13 @@ def _outputs(model: LoadedBundle, images: ImageSet, streams: int) -> Outputs:
 
 @contextlib.contextmanager
 def _reference(
-    given: str | FloatCheckpoint | None, model: LoadedBundle
+    given: str | FloatCheckpoint | None, model: LoadedBundle, cores: int
 ) -> Iterator[Callable[[ImageSet], Outputs] | None]:
     """Context manager: open what a bundle is compared with. Yields a function from images to outputs, or None."""
     if given is None:
         yield None
     elif isinstance(given, str):
-        streams = _streams(given, Manifest.read(Path(given)))
-        with load(given, threads=1, streams=streams) as other:
+        with _opened(given, cores) as (other, streams):
             if (other.task, other.preprocessing) != (model.task, model.preprocessing) or set(other.outputs) != set(
                 model.outputs
             ):
@@ -209,9 +209,15 @@ def require_same(checkpoint: str, digest: str) -> None:
         )
 
 
-def _streams(bundle: str, manifest: Manifest) -> int:
-    """Return the number of inferences to run at the same time."""
-    return usable_cores() if runtime_of(manifest.target, Path(bundle)).streams else 1
+@contextlib.contextmanager
+def _opened(bundle: str, cores: int) -> Iterator[tuple[LoadedBundle, int]]:
+    """Context manager: open a bundle. Yields it, and the number of inferences to run at the same time.
+
+    Runtimes that run one inference at a time choose their threads themselves.
+    """
+    streams = cores if runtime_of(Manifest.read(Path(bundle)).target, Path(bundle)).streams else 0
+    with load(bundle, threads=1 if streams else None, streams=streams or 1) as model:
+        yield model, streams or 1
 
 
 def _labels(bundle: Path, manifest: Manifest) -> list[str] | None:

@@ -20,7 +20,7 @@ from evm_deploy.errors import EvmError, ToolchainError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.source import Source
-from evm_deploy.sweep.boards import Boards
+from evm_deploy.sweep.engine import Place
 from evm_deploy.sweep.folder import BUNDLES, RECORDS, ROWS, RunFolder
 from evm_deploy.sweep.keys import digest, items_digest
 from evm_deploy.sweep.locks import beside_others
@@ -29,28 +29,34 @@ from evm_deploy.sweep.shards import FloatCheckpoint, Shard, evaluated, require_s
 
 
 class Unit(Protocol):
-    """Unit of a sweep.
-
-    kind: export, evaluate or measure. key: the same for the same work. title: text for people. after: keys of the units
-    whose results it needs. board: name or class of the board that it needs, empty for none.
-    """
+    """Unit of a sweep."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Kind of work: export, evaluate or measure."""
+        ...
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Digest of all that decides the result."""
+        ...
 
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """Text for people."""
+        ...
 
     @property
-    def after(self) -> tuple[str, ...]: ...
+    def after(self) -> tuple[str, ...]:
+        """Keys of the units whose results the unit needs."""
+        ...
 
     @property
-    def board(self) -> str: ...
+    def board(self) -> str:
+        """Name or class of the board that the unit needs, empty for none."""
+        ...
 
-    def run(self, folder: RunFolder, boards: Boards) -> dict[str, Any]:
+    def run(self, folder: RunFolder, place: Place) -> dict[str, Any]:
         """Do the work and return its result, plain data. Raises EvmError for what another try would not mend."""
         ...
 
@@ -85,13 +91,13 @@ class ExportUnit:
         size = f" {self.plan.sizes}" if self.plan.imgsz else ""
         return f"{Path(self.checkpoint).stem} {self.plan.target} {self.plan.precision}{size}"
 
-    def run(self, folder: RunFolder, boards: Boards) -> dict[str, Any]:
+    def run(self, folder: RunFolder, place: Place) -> dict[str, Any]:
         """Export the bundle."""
         require_same(self.checkpoint, self.sha256)
         if dict(self.versions).get("evm_deploy") != __version__:
             planned = dict(self.versions).get("evm_deploy")
             raise ToolchainError(
-                f"this worker has evm-deploy {__version__}, the sweep was planned by {planned}",
+                f"evm-deploy {__version__} of the worker cannot export for a sweep that {planned} has planned",
                 "install the same version on every machine",
             )
         with beside_others():
@@ -139,11 +145,11 @@ class EvaluationUnit:
         """The export."""
         return (self.export.key,)
 
-    def run(self, folder: RunFolder, boards: Boards) -> dict[str, Any]:
+    def run(self, folder: RunFolder, place: Place) -> dict[str, Any]:
         """Write the rows of the shard."""
         reference = FloatCheckpoint(self.export.checkpoint, self.export.sha256, self.export.plan)
         with beside_others():
-            result = evaluated(Shard(str(self.export.bundle(folder)), reference, self.items))
+            result = evaluated(Shard(str(self.export.bundle(folder)), reference, self.items), place.cores)
         name = f"{ROWS}/{self.key}.npz"
         write_rows(folder.path / name, result)
         return {"rows": name, "skipped": [shortened(text) for text in result.skipped]}
@@ -180,19 +186,19 @@ class MeasurementUnit:
         """The board."""
         return self.on
 
-    def run(self, folder: RunFolder, boards: Boards) -> dict[str, Any]:
+    def run(self, folder: RunFolder, place: Place) -> dict[str, Any]:
         """Write the record."""
         bundle = self.export.bundle(folder)
-        record = boards.measured(self.on, bundle, self.settings)
+        record = place.boards.measured(self.on, bundle, self.settings)
         name = f"{RECORDS}/{self.on}/{bundle.name}-{self.key}.json"
         record.write(folder.path / name)
         return {"record": name, "p50_ms": record.summary_ms["p50"], "stable": record.stable}
 
 
-def do(unit: Unit, folder: RunFolder, boards: Boards) -> dict[str, Any]:
+def do(unit: Unit, folder: RunFolder, place: Place) -> dict[str, Any]:
     """Do a unit on this machine and write that it is done. Returns its result. Raises EvmError, and OSError."""
     start = time.time()
-    result = unit.run(folder, boards)
+    result = unit.run(folder, place)
     facts = {"unit": unit.title, "kind": unit.kind, "host": platform.node(), "seconds": round(time.time() - start, 2)}
     folder.finish(unit.key, {**facts, "result": result})
     return result
