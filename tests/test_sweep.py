@@ -340,7 +340,7 @@ def test_boards_are_taken_by_name_or_class_one_at_a_time(work, tmp_path, monkeyp
 
     boards = Boards.of(tmp_path / "fleet.toml")
     assert [each.name for each in boards.known("pi5")] == ["left", "right"]
-    with boards._taken("pi5") as first, boards._taken("pi5") as second:
+    with boards.taken(boards.known("pi5")) as first, boards.taken(boards.known("pi5")) as second:
         assert [first.name, second.name] == ["left", "right"]
         with held("board-me@left", wait=False) as free:
             assert not free

@@ -63,7 +63,7 @@ class Boards:
         if board == HERE:
             with alone():
                 return bench(bundle, settings)
-        with self._taken(board) as member:
+        with self.taken(self.known(board)) as member:
             theirs = member.sweep
             settings = replace(
                 settings,
@@ -71,18 +71,20 @@ class Boards:
                 batch=settings.batch or theirs.batches[0],
                 scan=settings.scan if settings.scan != "auto" else theirs.settings.scan,
             )
-            far = member.options.host or member.options.adb
-            with contextlib.nullcontext() if far else alone(), opened(member.options, silent) as host:
+            with opened(member.options, silent) as host:
                 host.prepare(bundle, settings)
                 return host(bundle, settings)
 
     @contextlib.contextmanager
-    def _taken(self, board: str) -> Iterator[FleetMember]:
-        """Context manager: wait for a free board of this name or class, and take it. Yields the board."""
-        members = self.known(board)
+    def taken(self, members: Sequence[FleetMember]) -> Iterator[FleetMember]:
+        """Context manager: wait for a free one of these boards, and have it alone. Yields the board."""
         while True:
             for member in members:
-                address = member.options.host or member.options.adb or HERE
+                address = member.options.host or member.options.adb
+                if not address:
+                    with alone():
+                        yield member
+                    return
                 with held(f"board-{address}", wait=False) as free:
                     if free:
                         yield member
