@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "export": BUILD,
     "demo": RUN | {"model", "calib"},
     "bench": BUILD,
-    "report": RUN | {"bench", "evm_deploy"},
+    "report": RUN | {"bench", "sweep", "evm_deploy"},
     "sweep": BUILD | {"bench"},
     "commands": BUILD | {"bench", "report", "sweep"},
     "cli": {"commands"},

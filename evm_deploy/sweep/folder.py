@@ -36,6 +36,11 @@ FAILURE = Schema(lambda: keys(unit=TEXT, type=TEXT, text=TEXT, hint=TEXT))
 PLANNED = Schema(lambda: {"type": "array", "items": keys(key=TEXT, kind=TEXT, title=TEXT, after=LIST)})
 
 
+def is_sweep(path: Path) -> bool:
+    """Test whether a folder is that of a sweep."""
+    return (path / PLAN).is_file()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Folder of a sweep, plain data. Paths in it are relative to it, so that it can be moved."""
@@ -48,7 +53,7 @@ class RunFolder:
 
         The lock ends with the process. There is none on file systems without locks.
         """
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / PLAN).is_file():
+        if self.path.is_dir() and any(self.path.iterdir()) and not is_sweep(self.path):
             raise UsageError(f"{self.path} is no folder of a sweep, and it is not empty", "choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / PLAN).exists():
