@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from evm_deploy.bench.remote.hosts import HostOptions
 from evm_deploy.demo import CHECKPOINT, digits
 from evm_deploy.errors import BundleError, EvmError, ToolchainError, UsageError
 from evm_deploy.sweep import units as units_module
-from evm_deploy.sweep.boards import Boards
+from evm_deploy.sweep.boards import Boards, boards_here
 from evm_deploy.sweep.engine import TRIES, CrashError, Job, LocalEngine, Place, retried
 from evm_deploy.sweep.folder import RunFolder
 from evm_deploy.sweep.locks import alone, beside_others, held
@@ -353,6 +354,35 @@ def test_a_board_may_not_have_the_name_of_a_class(tmp_path):
         (tmp_path / "fleet.toml").write_text(FLEET.replace('"right"', f'"{name}"'))
         with pytest.raises(UsageError, match="is also a class of boards, or this machine"):
             Boards.of(tmp_path / "fleet.toml")
+
+
+def test_a_worker_offers_its_boards(tmp_path, capsys, monkeypatch):
+    """By name, and by class with their number."""
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    flags = ["worker", "--devices", str(tmp_path / "fleet.toml"), "--address", "10.0.0.1:6379"]
+    assert cli.sweep_main([*flags, "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    assert """'--resources={"board:left": 1, "board:pi5": 2, "board:right": 1}'""" in line and "--num-cpus=2" in line
+    assert line.startswith(f"EVM_FLEET={tmp_path / 'fleet.toml'} ")
+    assert cli.sweep_main([*flags, "--cpus", "0"]) == 2
+    assert "--cpus 0: use a whole number" in capsys.readouterr().err
+    monkeypatch.setenv("EVM_FLEET", str(tmp_path / "fleet.toml"))
+    assert [each.name for each in boards_here().members] == ["left", "right"]
+
+
+def test_ray_is_an_extra(work, tmp_path, monkeypatch, capsys):
+    for module in ("ray", "ray.scripts"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("evm_deploy.sweep.worker.find_spec", lambda name: None)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    for flags in (
+        [str(tmp_path / "sweep.toml"), "-o", str(tmp_path / "run"), "--engine", "ray"],
+        ["worker", "--devices", str(tmp_path / "fleet.toml"), "--address", "10.0.0.1:6379"],
+    ):
+        assert cli.sweep_main(flags) == 3 and not work
+        assert "needs Ray, which is not installed\n  pip install" in capsys.readouterr().err
+    assert sweep(tmp_path, "--engine", "ray", "--devices", str(tmp_path / "fleet.toml")) == 2
+    assert "--devices is for --engine local" in capsys.readouterr().err
 
 
 def test_nothing_runs_beside_a_measurement():

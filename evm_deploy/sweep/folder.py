@@ -18,6 +18,7 @@ from typing import Any
 
 from evm_deploy import errors
 from evm_deploy._util.files import lock_folder, write_atomically
+from evm_deploy._util.kept import continued
 from evm_deploy._util.schema import TEXT, Schema, keys, strict_json
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.sweep.engine import CrashError
@@ -65,7 +66,8 @@ class RunFolder:
                 "wait for it, or choose another --out",
             )
         try:
-            yield
+            with continued(self.path):
+                yield
         finally:
             if lock is not None:
                 os.close(lock)

@@ -29,8 +29,14 @@ START = "start one:  ray start --head"
 NO_TOKEN = "give both ends the same token:  ray get-auth-token --generate  ; RAY_AUTH_MODE=disabled goes without"
 PATIENCE_S = 60.0  # time that a board may be away, such as while its host starts again
 #: Variables of Ray, unless the user has set them. Without the first, Ray reports its use to its makers; without the
-#: second, it asks no cluster for a token; without the third, it warns of a default that will change.
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+#: second, it asks no cluster for a token; without the third, workers have the priority 15 of `nice`, and a measurement
+#: waits for every other program; without the fourth, it warns of a default that will change.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 TOKEN = "RAY_AUTH_TOKEN"
 
 
