@@ -123,9 +123,9 @@ def test_unreadable_images_are_named_and_limited(half, tmp_path, capsys):
         evaluate(half, str(tmp_path / "val"))
 
 
-def test_what_cannot_be_evaluated_is_said(half, demo_bundle, coreml_bundle, val, tmp_path):
-    with pytest.raises(UsageError, match="cannot be compared: task, outputs or preprocessing differ"):
-        evaluate(half, str(val), coreml_bundle.path)
+def test_what_cannot_be_evaluated_is_said(half, micro_bundle, val, tmp_path):
+    with pytest.raises(UsageError, match="cannot be compared: task, classes, outputs or preprocessing differ"):
+        evaluate(half, str(val), micro_bundle.path)
     with pytest.raises(BundleError, match="is not a bundle"):
         evaluate(tmp_path, str(val))
     np.savez(tmp_path / "val.npz", images=np.zeros((2, 8, 8), np.uint8), labels=[0, 10])

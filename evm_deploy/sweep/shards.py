@@ -152,16 +152,20 @@ def _reference(
         yield None
     elif isinstance(given, str):
         with _opened(given, cores) as (other, streams):
-            if (other.task, other.preprocessing) != (model.task, model.preprocessing) or set(other.outputs) != set(
-                model.outputs
-            ):
+            if _interface(other) != _interface(model):
                 raise UsageError(
-                    f"{given} and {model.bundle.path} cannot be compared: task, outputs or preprocessing differ",
+                    f"{given} and {model.bundle.path} cannot be compared: task, classes, outputs or preprocessing differ",
                     "compare with an export of the same network for the same size",
                 )
             yield lambda images: _outputs(other, images, streams)
     else:
         yield lambda images: _in_torch(given, images)
+
+
+def _interface(model: LoadedBundle) -> tuple[Any, ...]:
+    """Return what two bundles share whose outputs can be compared."""
+    outputs = {name: spec.shape[1:] for name, spec in model.outputs.items()}
+    return model.task.name, model.preprocessing, model.labels, outputs
 
 
 def _in_torch(given: FloatCheckpoint, images: ImageSet) -> Outputs:
