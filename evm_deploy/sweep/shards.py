@@ -154,7 +154,7 @@ def _reference(
         with _opened(given, cores) as (other, streams):
             if _interface(other) != _interface(model):
                 raise UsageError(
-                    f"{given} and {model.bundle.path} cannot be compared: task, classes, outputs or preprocessing differ",
+                    f"{given} and {model.bundle.path} cannot be compared: they differ in task, outputs or preprocessing",
                     "compare with an export of the same network for the same size",
                 )
             yield lambda images: _outputs(other, images, streams)
