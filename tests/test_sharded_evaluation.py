@@ -124,7 +124,7 @@ def test_unreadable_images_are_named_and_limited(half, tmp_path, capsys):
 
 
 def test_what_cannot_be_evaluated_is_said(half, micro_bundle, val, tmp_path):
-    with pytest.raises(UsageError, match="cannot be compared: they differ in task, outputs or preprocessing"):
+    with pytest.raises(UsageError, match="cannot be compared: task, outputs or preprocessing differ"):
         evaluate(half, str(val), micro_bundle.path)
     with pytest.raises(BundleError, match="is not a bundle"):
         evaluate(tmp_path, str(val))

@@ -154,7 +154,7 @@ def _reference(
         with _opened(given, cores) as (other, streams):
             if _interface(other) != _interface(model):
                 raise UsageError(
-                    f"{given} and {model.bundle.path} cannot be compared: they differ in task, outputs or preprocessing",
+                    f"{given} and {model.bundle.path} cannot be compared: task, outputs or preprocessing differ",
                     "compare with an export of the same network for the same size",
                 )
             yield lambda images: _outputs(other, images, streams)
