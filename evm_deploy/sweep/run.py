@@ -121,7 +121,7 @@ class SweepRun:
                         )
                         started[unit.key] = unit
                     except EvmError as error:
-                        self._end(UnitOutcome(unit, FAILED, error=error), report)
+                        self._ended(unit, error, report)
                 else:
                     waiting.append(unit)
             self._pending = waiting
