@@ -111,7 +111,8 @@ def test_a_sweep_outlives_its_workers_and_its_driver(cluster, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [str(tmp_path / "s.toml"), "-o", str(out), "--engine", "ray", "--address", cluster, "-q"]
     start = [sys.executable, "-c", "import evm_deploy.cli as c, sys; sys.exit(c.sweep_main())"]
-    driver = subprocess.Popen([*start, *flags])
+    printed = tmp_path / "stdout"
+    driver = subprocess.Popen([*start, *flags], stdout=printed.open("wb"))
 
     def exporting() -> list[int]:
         """Return the workers that write a bundle now: Ray names a worker after its job."""
@@ -124,7 +125,7 @@ def test_a_sweep_outlives_its_workers_and_its_driver(cluster, tmp_path, capsys):
     driver.kill()
     driver.wait()
     kept = {each.name: each.read_bytes() for each in out.glob("units/*.json")}
-    assert 0 < len(kept) < 6
+    assert 0 < len(kept) < 6 and printed.read_bytes() == b""  # Ray has said that a worker died
     eventually(lambda: sweep_in(out) is not None)
     assert cli.sweep_main(flags) == 0
     shown = capsys.readouterr().out

@@ -403,6 +403,29 @@ def test_a_damaged_done_file_counts_as_none(work, tmp_path):
     assert sum(work.values()) == 12
 
 
+def test_what_killed_workers_left_is_removed(work, tmp_path):
+    """And nothing else."""
+    run = tmp_path / "run"
+    assert sweep(tmp_path, "--only", "zz") == 2
+    left = [run / ".plan.json.123.ab_c12xy", run / "units" / ".0a.json.7.q", run / "records" / "here" / ".r.json.7.q"]
+    own = [run / ".notes", run / ".plan.json.old", run / "units" / ".cache"]
+    for each in (*left, *own):
+        each.mkdir(parents=True)
+        (each / "file").touch()
+    assert sweep(tmp_path, "-q") == 0
+    assert not any(each.exists() for each in left) and all((each / "file").exists() for each in own)
+
+
+def test_what_was_deleted_is_made_again(work, tmp_path):
+    assert sweep(tmp_path, "-q") == 0
+    before = files(tmp_path / "run" / "judged")
+    for name in ("bundles", "rows"):
+        shutil.rmtree(tmp_path / "run" / name)
+    next((tmp_path / "run" / "records" / "here").iterdir()).unlink()
+    assert sweep(tmp_path, "-q") == 0
+    assert sum(work.values()) == 10 + 2 + 4 + 1 and files(tmp_path / "run" / "judged") == before
+
+
 def test_images_that_do_not_fit_are_an_error_of_the_bundle(work, tmp_path, capsys):
     np.savez(tmp_path / "val.npz", images=np.zeros((3, 8, 8), np.uint8), labels=[0, 1, 99])
     assert sweep(tmp_path, "-q") == 2

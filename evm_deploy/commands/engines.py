@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ def engine_flags(parser: argparse.ArgumentParser) -> None:
 def opened_engine(args: argparse.Namespace, boards: Boards, needed: Collection[str] = ()) -> Iterator[Engine]:
     """Context manager: the engine that the flags name. needed: boards that will be asked for.
 
+    Nothing may be printed on stdout meanwhile: Ray prints its notes there, and they are led to stderr.
+
     Raises UsageError for flags that cannot be combined, ToolchainError if Ray is missing or cannot be reached.
     """
     from evm_deploy.sweep.boards import HERE
@@ -37,21 +40,21 @@ def opened_engine(args: argparse.Namespace, boards: Boards, needed: Collection[s
 
     if args.address and args.engine != "ray":
         raise UsageError("--address needs --engine ray", "leave --address out")
-    engine: Engine
-    if args.engine == "ray":
-        from evm_deploy.sweep.ray_engine import RayEngine
+    with contextlib.ExitStack() as stack:
+        engine: Engine
+        if args.engine == "ray":
+            from evm_deploy.sweep.ray_engine import RayEngine
 
-        if boards.members:
-            raise UsageError(
-                "--devices is for --engine local: with ray, each host offers its own boards",
-                "evm-sweep worker --devices FLEET.toml --address HEAD",
-            )
-        engine = RayEngine(args.address)
-    else:
-        for board in sorted({*needed} - {"", HERE}):
-            boards.known(board)
-        engine = LocalEngine(boards)
-    try:
+            if boards.members:
+                raise UsageError(
+                    "--devices is for --engine local: with ray, each host offers its own boards",
+                    "evm-sweep worker --devices FLEET.toml --address HEAD",
+                )
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            engine = RayEngine(args.address)
+        else:
+            for board in sorted({*needed} - {"", HERE}):
+                boards.known(board)
+            engine = LocalEngine(boards)
+        stack.callback(engine.close)
         yield engine
-    finally:
-        engine.close()

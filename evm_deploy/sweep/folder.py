@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ PLAN, UNITS, FAILED, BUNDLES, RECORDS, ROWS, JUDGED = (
     "rows",
     "judged",
 )
+MADE = ("bundle", "record", "rows")  # keys of results that are paths
 LIST = {"type": "array", "items": TEXT}
 FAILURE = Schema(lambda: keys(unit=TEXT, type=TEXT, text=TEXT, hint=TEXT))
 PLANNED = Schema(lambda: {"type": "array", "items": keys(key=TEXT, kind=TEXT, title=TEXT, after=LIST)})
@@ -84,9 +87,12 @@ class RunFolder:
         write_atomically(self.path / name, strict_json(content, indent=1) + "\n")
 
     def done(self, key: str) -> dict[str, Any] | None:
-        """Return the facts of a unit that is done, else None."""
+        """Return the facts of a unit that is done and whose files are there, else None."""
         facts = self.read(f"{UNITS}/{key}.json")
-        return facts if isinstance(facts, dict) and isinstance(facts.get("result"), dict) else None
+        if not isinstance(facts, dict) or not isinstance(facts.get("result"), dict):
+            return None
+        made = [facts["result"].get(name) for name in MADE]
+        return facts if all((self.path / str(name)).exists() for name in made if name is not None) else None
 
     def finish(self, key: str, facts: dict[str, Any]) -> None:
         """Write that a unit is done. Raises OSError."""
@@ -109,6 +115,20 @@ class RunFolder:
         """Write that a unit failed. Raises OSError."""
         content = {"unit": title, "type": type(error).__name__, "text": str(error.args[0]), "hint": error.hint}
         self.write(f"{FAILED}/{key}.json", content)
+
+    def tidy(self) -> None:
+        """Remove the temporary folders of killed workers, when all units have ended (`_util.files.temporary_sibling`).
+
+        Exports remove their own. A worker of a lost driver that still writes fails, and its unit is done already.
+        """
+        places = [
+            self.path,
+            *(self.path / name for name in (UNITS, FAILED, ROWS, JUDGED)),
+            *self.path.glob(f"{RECORDS}/*"),
+        ]
+        for left in (each for place in places for each in place.glob(".*")):
+            if re.fullmatch(r"\..+\.(json|npz)\.\d+\.\w+", left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
 
     def forget_failures(self, keys: Sequence[str]) -> None:
         """Let failed units be done again."""

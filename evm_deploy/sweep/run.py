@@ -130,6 +130,7 @@ class SweepRun:
             job, result = engine.next()
             self._ended(started.pop(job.name), result, report)
         self._conclude()
+        self.folder.tidy()
         return list(self.outcomes.values())
 
     def _ended(self, unit: Unit, result: Any, report: Report) -> None:
