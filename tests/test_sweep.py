@@ -227,6 +227,24 @@ def test_a_checkpoint_that_has_changed_is_not_exported(work, tmp_path):
     assert read_sweep(tmp_path / "sweep.toml").exports[0].key != plan.exports[0].key
 
 
+def test_checkpoints_are_files_and_patterns(tmp_path):
+    """In a folder whose name looks like a pattern, too; each once."""
+    folder = tmp_path / "run [1]"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.pth", "b.pth", "deep/c.pth", "[d].pth"):
+        (folder / name).write_bytes(b"")
+    for named, found in {
+        '"a.pth"': ["a"],
+        '["*.pth", "a.pth"]': ["[d]", "a", "b"],
+        '"**/c.pth"': ["c"],
+        '"../*/deep/*"': ["c"],
+        '"[d].pth"': ["[d]"],
+        f'"{tmp_path}/*/b.pth"': ["b"],
+    }.items():
+        (folder / "s.toml").write_text(f"checkpoints = {named}\nforms = 'onnx'")
+        assert [Path(each.checkpoint).stem for each in read_sweep(folder / "s.toml").exports] == found, named
+
+
 def test_what_decides_a_result_decides_its_key(tmp_path):
     def keys(text: str) -> list[str]:
         (tmp_path / "s.toml").write_text(text)

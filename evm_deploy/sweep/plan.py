@@ -121,11 +121,7 @@ def _checkpoints(where: str, folder: Path, patterns: Sequence[str]) -> list[Path
         if pattern.startswith(f"{WORD}:"):
             found.append(checkpoint_path(pattern))
             continue
-        path = Path(pattern)
-        base, rest = (
-            (Path(path.anchor), str(path.relative_to(path.anchor))) if path.is_absolute() else (folder, pattern)
-        )
-        files = [base / rest] if (base / rest).is_file() else sorted(each for each in base.glob(rest) if each.is_file())
+        files = _files(folder, pattern)
         if not files:
             raise UsageError(f"{where}: checkpoints: no file {pattern}", "relative paths start at the sweep's folder")
         found += files
@@ -138,6 +134,19 @@ def _checkpoints(where: str, folder: Path, patterns: Sequence[str]) -> list[Path
                 "rename one of them",
             )
     return found
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files that a path or pattern names, sorted; none for a pattern that cannot be one."""
+    path = Path(pattern)
+    base = Path(path.anchor) if path.is_absolute() else folder  # whose name may have the signs of a pattern
+    try:
+        if (folder / path).is_file():
+            return [folder / path]
+        found = base.glob(str(path.relative_to(path.anchor)))
+        return sorted(each for each in found if each.is_file())
+    except (OSError, ValueError, IndexError):  # a NUL, `a**`, or the root itself
+        return []
 
 
 def _images(where: str, folder: Path, named: Any) -> str | None:
