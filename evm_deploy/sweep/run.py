@@ -29,7 +29,8 @@ KEPT, DONE, FAILED, WAITING = "kept", "done", "failed", "not run"
 class UnitOutcome:
     """Unit with its state: `kept` from an earlier run, `done` by this one, `failed`, or `not run`.
 
-    error: of a unit that failed now or in an earlier run; of a unit that was not run, if one that it needs has failed.
+    error: of a unit that failed now or in an earlier run; of a unit that was not run, if one that it needs has failed;
+    of an export whose bundle cannot be evaluated on the images.
     """
 
     unit: Unit
@@ -141,8 +142,8 @@ class SweepRun:
                     self._look(added)
                     self._pending += [each for each in added if each.key in self._wanted - self.outcomes.keys()]
                     self.write_plan()
-            except EvmError as error:
-                self._end(UnitOutcome(unit, FAILED, error=error), report)
+            except EvmError as error:  # the bundle is there, and measured
+                self._end(UnitOutcome(unit, DONE, result, error), report)
                 return
         if isinstance(result, EvmError):
             self.folder.fail(unit.key, unit.title, result)
