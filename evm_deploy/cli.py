@@ -31,6 +31,16 @@ def report_main(argv: Sequence[str] | None = None) -> int:
     return _main("report", argv)
 
 
+def sweep_main(argv: Sequence[str] | None = None) -> int:
+    """Run `evm-sweep`: export, evaluate and measure many checkpoints, forms and boards. Returns the exit code."""
+    return _main("sweep", argv)
+
+
+def eval_main(argv: Sequence[str] | None = None) -> int:
+    """Run `evm-eval`: evaluate a bundle on labelled images. Returns the exit code."""
+    return _main("evaluate", argv)
+
+
 def doctor_main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-doctor`: list the targets that this machine can build and run. Returns the exit code."""
     return _main("doctor", argv)

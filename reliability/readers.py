@@ -192,6 +192,12 @@ def _fleet(path: Path) -> object:
     return read_fleet(path, HostOptions(), Sweep((), (None,), (None,), (1,), Settings(), path.parent))
 
 
+def _sweep(path: Path) -> object:
+    from evm_deploy.sweep.plan import read_sweep
+
+    return read_sweep(path)
+
+
 def _profile(path: Path) -> object:
     from evm_deploy.devices.profiles import find_profile
 
@@ -247,6 +253,7 @@ TARGETS = {
     "calibration": Target("table.json", _table, structured=True),
     "record": Target("record.json", _record, structured=True),
     "fleet": Target("fleet.toml", _fleet),
+    "sweep": Target("sweep.toml", _sweep),
     "profile": Target("profile.toml", _profile),
     "config": Target("evm.toml", _config),
     "perf_test": Target("printed.txt", _perf_test),

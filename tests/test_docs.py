@@ -16,7 +16,7 @@ from PIL import Image
 
 from evm_deploy import cli
 from evm_deploy.bundle import signing
-from evm_deploy.commands import bench, doctor, export, report, run
+from evm_deploy.commands import bench, doctor, evaluate, export, report, run, sweep, worker
 from evm_deploy.demo import CHECKPOINT, digits
 from evm_deploy.report.history import append
 from tests.records import record
@@ -71,8 +71,15 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("parser", "page"),
-    [(export.export_parser, "export.md"), (bench.bench_parser, "latency.md"), (report.report_parser, "report.md")],
-    ids=["export", "bench", "report"],
+    [
+        (export.export_parser, "export.md"),
+        (bench.bench_parser, "latency.md"),
+        (report.report_parser, "report.md"),
+        (sweep.sweep_parser, "scale.md"),
+        (worker.worker_parser, "scale.md"),
+        (evaluate.eval_parser, "scale.md"),
+    ],
+    ids=["export", "bench", "report", "sweep", "worker", "eval"],
 )
 def test_every_flag_is_documented(parser, page):
     text = (ROOT / "docs" / page).read_text()
@@ -88,12 +95,14 @@ PROGRAMS = {
     "evm-run": (cli.run_main, run.run_parser),
     "evm-bench": (cli.bench_main, bench.bench_parser),
     "evm-report": (cli.report_main, report.report_parser),
+    "evm-sweep": (cli.sweep_main, sweep.sweep_parser),
+    "evm-eval": (cli.eval_main, evaluate.eval_parser),
     "evm-doctor": (cli.doctor_main, doctor.doctor_parser),
 }
 LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
 #: Parts of commands that need something that is not here: other machines, GPUs, networks and files of others.
-MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU")
+MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU", "evm-sweep")
 ELSEWHERE = (*MACHINES, "retinanet", "mask_rcnn", "upernet", "scenes", "clip.mp4", "camera:", ".onnx -")
 
 

@@ -13,11 +13,11 @@ import pytest
 from evm_deploy import cli
 from evm_deploy._util.cores import MAX_THREADS, check_threads
 from evm_deploy.bench.matrix import Form, FormOutcome
-from evm_deploy.bench.remote.fleet import HostOutcome
 from evm_deploy.bench.run import record_of
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export.many import TargetOutcome
+from evm_deploy.sweep.fleet import HostOutcome
 from tests.records import record
 
 COMMANDS = {name: getattr(cli, f"{name}_main") for name in ("export", "run", "bench", "report", "doctor")}
@@ -282,7 +282,7 @@ def several_boards(errors, monkeypatch, tmp_path):
     boards = "".join(f"[[board]]\nname = 'b{i}'\nhost = 'h{i}'\n" for i, _ in enumerate(errors))
     (tmp_path / "fleet.toml").write_text(boards)
     outcomes = [HostOutcome(str(i), [], error) for i, error in enumerate(errors)]
-    monkeypatch.setattr("evm_deploy.bench.remote.fleet.run_fleet", lambda *a: outcomes)
+    monkeypatch.setattr("evm_deploy.sweep.fleet.run_fleet", lambda *a: outcomes)
     return code_of("bench", "b", "--devices", tmp_path / "fleet.toml", "-o", tmp_path, "-q")
 
 

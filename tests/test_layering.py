@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "export": BUILD,
     "demo": RUN | {"model", "calib"},
     "bench": BUILD,
-    "report": RUN | {"bench", "evm_deploy"},
-    "commands": BUILD | {"bench", "report"},
+    "report": RUN | {"bench", "sweep", "evm_deploy"},
+    "sweep": BUILD | {"bench"},
+    "commands": BUILD | {"bench", "report", "sweep"},
     "cli": {"commands"},
     "evm_deploy": LOW | {"bundle", "runtimes", "model"},
 }

@@ -30,6 +30,7 @@ from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.info import Requirement
+from evm_deploy.sweep import fleet as sweep_fleet
 from tests.sshd import Sshd, need_sshd, running_sshd, within
 from tests.test_cross import HOST
 from tests.test_signing import write_keys
@@ -457,10 +458,10 @@ def test_boards_are_measured_at_the_same_time(monkeypatch, tmp_path):
         raise ToolchainError(f"no {place.host}")
         yield
 
-    monkeypatch.setattr(fleet, "opened", opened)
+    monkeypatch.setattr(sweep_fleet, "opened", opened)
     (tmp_path / "f.toml").write_text('[[board]]\nname = "a"\nhost = "x"\n[[board]]\nname = "b"\nhost = "y"\n')
     members = fleet.read_fleet(tmp_path / "f.toml", HostOptions(), Sweep([], [None], [None], [1], Settings(), tmp_path))
-    outcomes = fleet.run_fleet(members, silent)
+    outcomes = sweep_fleet.run_fleet(members, silent)
     assert [(each.name, str(each.error)) for each in outcomes] == [("a", "no x"), ("b", "no y")]
 
 

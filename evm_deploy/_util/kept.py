@@ -98,14 +98,23 @@ def kept_results(identity: Mapping[str, Any]) -> Iterator[KeptResults]:
         return
     try:
         _tidy(folder)
-        _open.append(folder)
-        yield KeptResults(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        with continued(folder):
+            yield KeptResults(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        _open.remove(folder)
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was kept
         os.close(lock)
+
+
+@contextlib.contextmanager
+def continued(folder: Path) -> Iterator[None]:
+    """Context manager: a command that is interrupted meanwhile says that it continues with what is in `folder`."""
+    _open.append(folder)
+    try:
+        yield
+    finally:
+        _open.remove(folder)
 
 
 def what_is_left() -> str:

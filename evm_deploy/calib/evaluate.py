@@ -71,8 +71,8 @@ class Accuracy:
 
     @property
     def drop(self) -> float | None:
-        """Points of the metric lost against float; None without labels."""
-        if not self.gated:
+        """Points of the metric lost against float; None without labels, or without a float network."""
+        if not self.gated or self.metric not in self.float_scores:
             return None
         return round(100 * (self.reached - self.scores[self.metric]), 6)
 
@@ -120,9 +120,11 @@ class Accuracy:
         noise = "" if self.sqnr_db is None else f"   SQNR {self.sqnr_db:.1f} dB"
         if self.gated:
             limit = f", limit {self.limit:g}" if self.limit is not None else ""
-            change = f" ({-(self.drop or 0):+.2f}{limit}, {self.images} images)"
+            lost = "" if self.drop is None else f"{-self.drop:+.2f}{limit}, "
+            change = f" ({lost}{self.images} images)"
             parts = [
-                f"{title} {100 * self.scores[name]:.2f} % vs {100 * self.float_scores[name]:.2f} % float"
+                f"{title} {100 * self.scores[name]:.2f} %"
+                + (f" vs {100 * self.float_scores[name]:.2f} % float" if name in self.float_scores else "")
                 + (change if name == self.metric else "")
                 for name, title in TITLES.items()
                 if name in self.scores
@@ -155,6 +157,13 @@ def compare_images(
     elif task.compare:
         rows |= _begun(DIFFERENCE, task.compare.rows(outputs, reference, reading))
     return rows
+
+
+def own_rows(outputs: Outputs, task: Task, labels: Labels, reading: Reading = AS_THEY_ARE) -> Rows:
+    """Return the rows of a network that is compared with labels alone: `image` and those of `Task.score`."""
+    assert task.score
+    count = len(next(iter(outputs.values())))
+    return {"image": np.zeros(count, bool), **_begun(OWN, task.score.rows(outputs, labels, reading))}
 
 
 def float_rows(reference: Outputs, task: Task, labels: Labels | None, reading: Reading = AS_THEY_ARE) -> Rows:

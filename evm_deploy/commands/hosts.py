@@ -56,8 +56,9 @@ def fleet(args: argparse.Namespace, options: HostOptions, sweep: Sweep) -> int:
 
     Return the largest exit code of the boards that failed, or 0.
     """
-    from evm_deploy.bench.remote.fleet import read_fleet, run_fleet, table
+    from evm_deploy.bench.remote.fleet import read_fleet
     from evm_deploy.report.history import append
+    from evm_deploy.sweep.fleet import run_fleet, table
 
     members = read_fleet(Path(args.devices), options, sweep)
     for member in members:

@@ -6,7 +6,8 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def report_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="records of evm-bench, bundles, or folders of them")
+    add("paths", nargs="*", metavar="PATH", help="records of evm-bench, bundles, folders of them, or of sweeps")
     add(
         "--max-drop",
         type=float,
@@ -139,15 +140,23 @@ def _refuse_data(path: Path, flag: str) -> None:
 def _groups(args: argparse.Namespace) -> None:
     """Print and write the report, then apply --max-latency."""
     from evm_deploy.report.collect import candidates
+    from evm_deploy.report.overview import MANY, overview
+    from evm_deploy.report.page import page
     from evm_deploy.report.table import grouped
-    from evm_deploy.report.terminal import show_groups
+    from evm_deploy.report.terminal import show_report
     from evm_deploy.report.write import as_dicts, markdown, table_csv
 
     gate = _gate(args)
-    all_candidates = candidates(_collected(args, args.paths))
+    found = _collected(args, args.paths)
+    all_candidates = candidates(found)
     groups = grouped(all_candidates, args.max_drop)
+    seen = overview(groups, found.failed) if found.sweeps or len(groups) >= MANY else None
     on_stdout = args.json
-    forms = {"markdown": markdown, "csv": table_csv, "html": _page}
+    forms: dict[str, Callable[[Sequence[Group]], str]] = {
+        "markdown": markdown,
+        "csv": table_csv,
+        "html": partial(page, seen=seen),
+    }
     for flag, form in forms.items():
         if target := getattr(args, flag):
             _write(target, form(groups))
@@ -155,7 +164,7 @@ def _groups(args: argparse.Namespace) -> None:
     if args.json:
         print(strict_json(as_dicts(groups), indent=1))
     if not on_stdout:
-        show_groups(stdout_console(), groups)
+        show_report(stdout_console(), groups, seen)
     _require(gate.check(all_candidates))
 
 
@@ -255,12 +264,6 @@ def percent(said: str | None) -> float | None:
     if not match:
         raise UsageError(f"--max-regression {said}: use a percentage such as 5%")
     return float(match[1])
-
-
-def _page(groups: Sequence[Group]) -> str:
-    from evm_deploy.report.page import page
-
-    return page(groups)
 
 
 def _write(target: str, text: str) -> None:

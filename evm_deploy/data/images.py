@@ -147,6 +147,19 @@ def labelled_images(
     return replace(_readable(source, items, preprocessing, progress, folder=folder)[0], order=order)
 
 
+def decoded_images(items: Sequence[ImageItem], preprocessing: Preprocessing) -> ImageSet:
+    """Decode these images alone. Those that cannot be read are in `skipped`: `require_readable` limits their share."""
+    return _decoded(items, preprocessing, no_progress)[0]
+
+
+def require_readable(source: str | Path, skipped: Sequence[str], total: int) -> None:
+    """Raise CalibrationError if more than 5 % of `total` images could not be read. skipped: as in ImageSet."""
+    if len(skipped) > MAX_BAD_SHARE * total:
+        raise CalibrationError(
+            f"{source}: {len(skipped)} of {total} images cannot be read: {skipped[0]}", "remove or replace them"
+        )
+
+
 @dataclass(frozen=True)
 class _Facts:
     """Statistics of one image.
@@ -170,9 +183,23 @@ def _readable(
     folder: Path | None = None,
     inspected: bool = False,
 ) -> tuple[ImageSet, list[_Facts]]:
+    """Return the result of `_decoded`. Raises CalibrationError if more than 5 % of the images are unreadable."""
+    images, facts = _decoded(items, preprocessing, progress, folder=folder, inspected=inspected)
+    require_readable(source, images.skipped, len(items))
+    return images, facts
+
+
+def _decoded(
+    items: Sequence[ImageItem],
+    preprocessing: Preprocessing,
+    progress: Progress,
+    *,
+    folder: Path | None = None,
+    inspected: bool = False,
+) -> tuple[ImageSet, list[_Facts]]:
     """Decode the images and return those that are readable, with their statistics if they are `inspected`.
 
-    Images that `folder` keeps are not decoded again. Raises CalibrationError if more than 5 % are unreadable.
+    Images that `folder` keeps are not decoded again.
     """
     good, places, skipped, facts, taken = [], [], [], [], 0
     decoded = DecodedImages(len(items), (*preprocessing.size, preprocessing.channels), folder)
@@ -207,10 +234,6 @@ def _readable(
             new = found.place is None
             places.append(decoded.add(found.content, found.pixels, found.size) if new else found.place)
             facts += [found.facts] if found.facts else []
-    if len(skipped) > MAX_BAD_SHARE * len(items):
-        raise CalibrationError(
-            f"{source}: {len(skipped)} of {len(items)} images cannot be read: {skipped[0]}", "remove or replace them"
-        )
     arrays = decoded.arrays()
     if arrays is not None:
         good = [replace(item, decoded=arrays[place]) for item, place in zip(good, places, strict=True)]

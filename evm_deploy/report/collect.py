@@ -15,6 +15,8 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle, refuse_part_of_a_bundl
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.report.candidate import Candidate, Conditions
+from evm_deploy.sweep.folder import BUNDLES, RECORDS, RunFolder, is_sweep
+from evm_deploy.sweep.status import status
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,20 @@ class Collected:
     """Records and bundles that were read.
 
     bundles: by the sha256 of their manifest. ignored: JSON files in the folders that are not records. damaged: error of
-    each bundle and record in the folders that cannot be read.
+    each bundle and record in the folders that cannot be read. sweeps: whether a folder was a sweep's. failed: what
+    failed in sweeps, and why.
     """
 
     records: tuple[Record, ...]
     bundles: dict[str, Bundle]
     ignored: tuple[Path, ...]
     damaged: tuple[EvmError, ...] = ()
+    sweeps: bool = False
+    failed: tuple[tuple[str, str], ...] = ()
 
 
 def collect(paths: Iterable[str | Path]) -> Collected:
-    """Read records and bundles at `paths`; in a folder also the bundles one level below it.
+    """Read records and bundles at `paths`; in a folder also the bundles one level below it, or those of a sweep.
 
     A damaged bundle or record in a folder does not hide the others. Raises UsageError and BundleError that name the
     file, if it was named itself or if its folder holds nothing else.
@@ -41,6 +46,8 @@ def collect(paths: Iterable[str | Path]) -> Collected:
     records: list[Record] = []
     bundles: dict[str, Bundle] = {}
     ignored: list[Path] = []
+    failed: list[tuple[str, str]] = []
+    sweeps = False
     for path in map(Path, paths):
         if path.is_file() and path.suffix == ZIP:
             bundle = open_bundle(path)
@@ -53,8 +60,12 @@ def collect(paths: Iterable[str | Path]) -> Collected:
         if not path.is_dir():
             what = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
             raise UsageError(f"{path} {what}", "give records of evm-bench, bundles, or folders of them")
-        seen, wrong = 0, len(damaged)
-        for folder in (path, *sorted(child for child in path.iterdir() if _is_bundle(child))):
+        seen, wrong, sweep = 0, len(damaged), is_sweep(path)
+        sweeps |= sweep
+        if sweep:
+            failed += [(title, str(error)) for title, error in status(RunFolder(path)).failed]
+        inside = (each for name in (RECORDS, BUNDLES) for each in path.glob(f"{name}/*")) if sweep else [path]
+        for folder in (each for place in inside for each in (place, *sorted(filter(_is_bundle, place.iterdir())))):
             own: set[str] = set()
             if _is_bundle(folder):
                 try:
@@ -76,13 +87,13 @@ def collect(paths: Iterable[str | Path]) -> Collected:
                         ignored.append(file)
                 except UsageError as error:
                     damaged.append(error)
-        if not seen:
+        if not seen and not failed:
             if damaged[wrong:]:
                 raise damaged[wrong]
             raise UsageError(
                 f"{path} contains no records and no bundles", "evm-bench writes records, evm-export writes bundles"
             )
-    return Collected(tuple(records), bundles, tuple(ignored), tuple(damaged))
+    return Collected(tuple(records), bundles, tuple(ignored), tuple(damaged), sweeps, tuple(failed))
 
 
 def open_light(path: Path) -> Bundle:

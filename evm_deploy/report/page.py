@@ -13,6 +13,7 @@ from evm_deploy import __version__
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.bench.text import scan_form
 from evm_deploy.report.candidate import Candidate, finite, milliseconds, plain
+from evm_deploy.report.overview import Overview
 from evm_deploy.report.scatter import Point, scatter
 from evm_deploy.report.svg import Bar, Stack, bars, stacks
 from evm_deploy.report.table import Group, Row, filled, latency, remarks, scan, size
@@ -48,8 +49,8 @@ class Section:
     notes: list[str]
 
 
-def page(groups: Sequence[Group]) -> str:
-    """Return the HTML page for `groups`."""
+def page(groups: Sequence[Group], seen: Overview | None = None) -> str:
+    """Return the HTML page for `groups`. With their overview, the page begins with it, and the groups are folded."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -58,15 +59,16 @@ def page(groups: Sequence[Group]) -> str:
     dates = sorted(each.record.date[:10] for group in groups for each in group.candidates if each.record)
     environment.filters["sentence"] = lambda text: f"{text[:1].upper()}{text[1:]}."
     return environment.get_template("page.html.jinja").render(
-        sections=[section(group) for group in groups],
+        sections=[section(group, whole=seen is None) for group in groups],
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         dates=[plain(date) for date in dict.fromkeys((dates[0], dates[-1]))] if dates else [],
         version=__version__,
+        seen=seen,
     )
 
 
-def section(group: Group) -> Section:
-    """Make the section of one group: table, charts, slowest modules, device and notes."""
+def section(group: Group, whole: bool = True) -> Section:
+    """Make the section of one group: table, device and notes, and charts and slowest modules of the `whole` section."""
     headings, rows = filled(group)
     figures = [
         latency_figure(group),
@@ -78,8 +80,8 @@ def section(group: Group) -> Section:
         group,
         headings,
         rows,
-        [figure for figure in figures if figure],
-        [(each.label, slowest(each)) for each in group.measured if each.record and each.record.layers],
+        [figure for figure in figures if figure and whole],
+        [(each.label, slowest(each)) for each in group.measured if whole and each.record and each.record.layers],
         device_facts(group),
         how_measured(group),
         remarks(group),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from evm_deploy.report.candidate import Candidate, device_name, milliseconds
 from evm_deploy.report.compare import Comparison, Pair
 from evm_deploy.report.history import steps
+from evm_deploy.report.overview import Cell, Overview
 from evm_deploy.report.table import Group, filled, interval, latency, remarks
 
 if TYPE_CHECKING:
@@ -15,6 +16,28 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 VERDICTS = {"regression": "red", "improvement": "green", "same": ""}
+
+
+def show_report(console: Console, groups: Sequence[Group], seen: Overview | None) -> None:
+    """Print all groups, or the overview and the verdict of each group."""
+    if seen is None:
+        show_groups(console, groups)
+        return
+    _table(
+        console,
+        ["p50, ms", "accuracy", *seen.boards],
+        ([each.label, each.figure, *(_heat(cell) for cell in each.cells)] for each in seen.lines),
+    )
+    console.print("* on the front: no other candidate is faster and as accurate\n" if seen.fronts else "")
+    for group in groups:
+        console.print(f"{group.title}{f' on {group.device}' if group.device else ''}", style="dim")
+        console.print(f"Verdict  {group.verdict.sentence}", style="bold green" if group.verdict.ship else "bold yellow")
+    for what, why in seen.failed:
+        console.print(f"Failed   {what}: {why}", style="red")
+
+
+def _heat(cell: Cell | None) -> str:
+    return "" if cell is None else f"{'*' if cell.front else ''}{cell.text}"
 
 
 def show_groups(console: Console, groups: Sequence[Group]) -> None:

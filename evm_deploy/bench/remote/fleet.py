@@ -1,20 +1,16 @@
-"""Measurement on several boards at the same time (`--devices fleet.toml`). A board that fails does not stop others."""
+"""Fleet files (`--devices fleet.toml`): boards, how to reach them, and what to measure on each."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evm_deploy._util.progress import Progress, Step
 from evm_deploy._util.toml import checked, read_toml
-from evm_deploy.bench.record import Record
-from evm_deploy.bench.remote.hosts import HostOptions, opened
+from evm_deploy.bench.remote.hosts import HostOptions
 from evm_deploy.bench.sweep import Sweep
-from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.errors import UsageError
 
 HOST_KEYS = ("host", "adb", "device", "ssh", "python", "runner")
 KEYS: Mapping[str, type] = {"name": str, "threads": int, "batch": int, "scan": str, **dict.fromkeys(HOST_KEYS, str)}
@@ -27,15 +23,6 @@ class FleetMember:
     name: str
     options: HostOptions
     sweep: Sweep
-
-
-@dataclass(frozen=True)
-class HostOutcome:
-    """Result of one board. found: records and their paths. error: failure that ended the measurements, or None."""
-
-    name: str
-    found: Sequence[tuple[Record, Path]]
-    error: EvmError | None
 
 
 def read_fleet(path: Path, options: HostOptions, sweep: Sweep) -> list[FleetMember]:
@@ -77,58 +64,3 @@ def _member(where: str, board: object, options: HostOptions, sweep: Sweep) -> Fl
         out=sweep.out / name,
     )
     return FleetMember(name, its_options, its_sweep)
-
-
-def run_fleet(members: Sequence[FleetMember], step: Step) -> list[HostOutcome]:
-    """Measure on all boards at the same time and return their results in order."""
-    with ThreadPoolExecutor(len(members)) as pool:
-        return list(pool.map(lambda member: _run(member, named(step, member.name)), members))
-
-
-def _run(member: FleetMember, step: Step) -> HostOutcome:
-    """Measure on one board; errors become part of the result."""
-    found: list[tuple[Record, Path]] = []
-    try:
-        with opened(member.options, step) as bench:
-            found.extend(member.sweep.run(bench, step))
-    except EvmError as error:
-        return HostOutcome(member.name, found, error)
-    except OSError as error:
-        return HostOutcome(member.name, found, EvmError(f"{error.filename or member.name}: {error.strerror or error}"))
-    return HostOutcome(member.name, found, None)
-
-
-def named(step: Step, name: str) -> Step:
-    """Return a step function that puts the board's name in front of the detail of each step."""
-
-    def with_name(what: str, detail: str) -> AbstractContextManager[Progress]:
-        return step(what, f"{name}: {detail}")
-
-    return with_name
-
-
-def table(outcomes: Sequence[HostOutcome]) -> list[str]:
-    """Return the lines of a table: a heading, one line for each record, and one line for each board that failed."""
-    rows = [("board", "bundle", "threads", "batch", "p50 ms", "95 %", "stable")]
-    failed = []
-    for outcome in outcomes:
-        for record, _ in outcome.found:
-            low, high = record.interval_ms
-            settings = record.settings
-            rows.append(
-                (
-                    outcome.name,
-                    record.bundle["name"],
-                    str(settings["threads"] or "auto"),
-                    str(settings["batch"]),
-                    f"{record.summary_ms['p50']:.3g}",
-                    f"{low:.3g}-{high:.3g}",
-                    "yes" if record.stable else "NO",
-                )
-            )
-        if outcome.error:
-            failed.append(f"{outcome.name}: FAILED: {outcome.error}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows] + (
-        failed
-    )

@@ -1,0 +1,198 @@
+"""Run the units of a sweep on an engine: what is done is kept, each unit starts as soon as what it needs is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from evm_deploy._util.text import count_text
+from evm_deploy.bench.record import Record
+from evm_deploy.bundle.manifest import Manifest
+from evm_deploy.calib.evaluate import Accuracy
+from evm_deploy.errors import EvmError, UsageError
+from evm_deploy.sweep.boards import HERE
+from evm_deploy.sweep.engine import Engine, Job
+from evm_deploy.sweep.folder import JUDGED, PLAN, ROWS, RunFolder
+from evm_deploy.sweep.packed import read_rows
+from evm_deploy.sweep.plan import SweepPlan
+from evm_deploy.sweep.shards import accuracy, labelled_items
+from evm_deploy.sweep.units import EvaluationUnit, ExportUnit, MeasurementUnit, Unit, do
+from evm_deploy.tasks import get_task
+
+KEPT, DONE, FAILED, WAITING = "kept", "done", "failed", "not run"
+
+
+@dataclass(frozen=True)
+class UnitOutcome:
+    """Unit with its state: `kept` from an earlier run, `done` by this one, `failed`, or `not run`.
+
+    error: of a unit that failed now or in an earlier run; of a unit that was not run, if one that it needs has failed;
+    of an export whose bundle cannot be evaluated on the images.
+    """
+
+    unit: Unit
+    state: str
+    result: dict[str, Any] = field(default_factory=dict)
+    error: EvmError | None = None
+
+
+Report = Callable[[UnitOutcome, int, int], None]  # a unit, the number of units that have ended, and of all
+
+
+def no_report(outcome: UnitOutcome, ended: int, total: int) -> None:
+    """Report nothing."""
+
+
+class SweepRun:
+    """Run of a sweep in its folder, which the caller has locked. only: key, or begin of keys, of the units to do.
+
+    retry_failed: do units again that failed in an earlier run. Raises UsageError if `only` fits no unit.
+    """
+
+    def __init__(
+        self, plan: SweepPlan, folder: RunFolder, *, only: str | None = None, retry_failed: bool = False
+    ) -> None:
+        self.plan, self.folder, self.only = plan, folder, only
+        planned: list[Unit] = [*plan.exports, *plan.measurements]
+        self.units = {each.key: each for each in planned}
+        self.outcomes: dict[str, UnitOutcome] = {}
+        self._wanted: set[str] = set()
+        self._pending: list[Unit] = []
+        for export in plan.exports:
+            if facts := folder.done(export.key):
+                self._add_evaluation(export, facts["result"])
+        if retry_failed:
+            folder.forget_failures(list(self.units))
+        self._look(self.units.values())
+        if only and not self._wanted:
+            raise UsageError(f"--only {only}: no unit has a key that begins so", "--dry-run lists the keys")
+
+    def _look(self, units: Iterable[Unit]) -> None:
+        """Note which units are wanted, and which of them are done or have failed in an earlier run."""
+        for unit in list(units):
+            if not self.only or unit.key.startswith(self.only):
+                self._wanted |= {unit.key, *unit.after}
+        for key in self._wanted - self.outcomes.keys():
+            if facts := self.folder.done(key):
+                self.outcomes[key] = UnitOutcome(self.units[key], KEPT, facts["result"])
+            elif error := self.folder.failure(key):
+                self.outcomes[key] = UnitOutcome(self.units[key], FAILED, error=error)
+
+    def _add_evaluation(self, export: ExportUnit, result: dict[str, Any]) -> list[EvaluationUnit]:
+        """Add the evaluation of a bundle that is done, and return its units. Raises EvmError for unfit images."""
+        if not self.plan.val:
+            return []
+        listed = labelled_items(self.folder.path / result["bundle"], self.plan.val)
+        parts = [shard.items for shard in listed.shards("", None)]
+        units = [EvaluationUnit(export, items, place, len(parts)) for place, items in enumerate(parts)]
+        self.units.update({each.key: each for each in units})
+        return units
+
+    @property
+    def missing(self) -> list[Unit]:
+        """Units to do, in order."""
+        return [unit for key, unit in self.units.items() if key in self._wanted and key not in self.outcomes]
+
+    def write_plan(self) -> None:
+        """Write the units of the sweep into its folder, for `status` and reports. Raises OSError."""
+        kinds = ("key", "kind", "title", "after")
+        planned = [{name: getattr(unit, name) for name in kinds} for unit in self.units.values()]
+        self.folder.write(PLAN, [{**each, "after": list(each["after"])} for each in planned])
+
+    def run(self, engine: Engine, report: Report = no_report) -> list[UnitOutcome]:
+        """Do all units that are missing; one that fails stops no other. Returns the outcome of every wanted unit."""
+        self.write_plan()
+        started: dict[str, Unit] = {}
+        self._pending = self.missing
+        while True:
+            waiting: list[Unit] = []
+            for unit in self._pending:
+                needs = [self.outcomes.get(key) for key in unit.after]
+                broken = next((each for each in needs if each and each.state in (FAILED, WAITING)), None)
+                if broken:
+                    error = EvmError(f"not run, because this failed: {broken.unit.kind} {broken.unit.title}")
+                    self._end(UnitOutcome(unit, WAITING, error=error), report)
+                elif all(needs):
+                    try:
+                        engine.start(
+                            Job(unit.key, partial(do, unit, self.folder), "" if unit.board == HERE else unit.board)
+                        )
+                        started[unit.key] = unit
+                    except EvmError as error:
+                        self._ended(unit, error, report)
+                else:
+                    waiting.append(unit)
+            self._pending = waiting
+            if not started:
+                break
+            job, result = engine.next()
+            self._ended(started.pop(job.name), result, report)
+        self._conclude()
+        self.folder.tidy()
+        return list(self.outcomes.values())
+
+    def _ended(self, unit: Unit, result: Any, report: Report) -> None:
+        """Note the end of a unit, and add what follows from it."""
+        if not isinstance(result, EvmError) and isinstance(unit, ExportUnit):
+            try:
+                if added := self._add_evaluation(unit, result):
+                    self._look(added)
+                    self._pending += [each for each in added if each.key in self._wanted - self.outcomes.keys()]
+                    self.write_plan()
+            except EvmError as error:  # the bundle is there, and measured
+                self._end(UnitOutcome(unit, DONE, result, error), report)
+                return
+        if isinstance(result, EvmError):
+            self.folder.fail(unit.key, unit.title, result)
+            self._end(UnitOutcome(unit, FAILED, error=result), report)
+        else:
+            self._end(UnitOutcome(unit, DONE, result), report)
+
+    def _end(self, outcome: UnitOutcome, report: Report) -> None:
+        self.outcomes[outcome.unit.key] = outcome
+        report(outcome, len(self.outcomes), len(self._wanted))
+
+    def _conclude(self) -> None:
+        """Write the accuracy of each bundle whose shards are all done, also into its records."""
+        for export in self.plan.exports:
+            if export.key not in self.outcomes:
+                continue
+            units = [each for each in self.units.values() if isinstance(each, EvaluationUnit) and each.export == export]
+            if not units or any(self.folder.done(each.key) is None for each in units):
+                continue
+            try:
+                found = self.judged(export, units)
+            except EvmError as error:
+                self.outcomes[export.key] = replace(self.outcomes[export.key], state=FAILED, error=error)
+                continue
+            self.folder.write(f"{JUDGED}/{export.key}.json", found)
+            for unit in self.units.values():
+                facts = self.folder.done(unit.key) if isinstance(unit, MeasurementUnit) else None
+                if facts and isinstance(unit, MeasurementUnit) and unit.export == export:
+                    path = self.folder.path / facts["result"]["record"]
+                    record = Record.read(path)
+                    if record.bundle.get("accuracy") != found:
+                        replace(record, bundle={**record.bundle, "accuracy": found}).write(path)
+
+    def judged(self, export: ExportUnit, units: Sequence[EvaluationUnit]) -> dict[str, Any]:
+        """Return the accuracy of a bundle as plain data. Raises CalibrationError for too many unreadable images."""
+        parts = [read_rows(self.folder.path / ROWS / f"{each.key}.npz") for each in units]
+        manifest = Manifest.read(export.bundle(self.folder))
+        limit = manifest.plan.get("max_drop")
+        found: Accuracy = replace(accuracy(parts, get_task(manifest.task), str(self.plan.val)), limit=limit)
+        images = parts[0].digest if len(parts) == 1 else _digest_of([each.digest for each in parts])
+        return {**found.as_dict(), "images_sha256": images}
+
+
+def _digest_of(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def counts(outcomes: Iterable[UnitOutcome]) -> str:
+    """Format the number of units by state: `17 units: 12 done, 4 kept, 1 failed`."""
+    states = [each.state for each in outcomes]
+    parts = [f"{states.count(state)} {state}" for state in (DONE, KEPT, FAILED, WAITING) if state in states]
+    return f"{count_text(len(states), 'unit')}: {', '.join(parts) or 'nothing to do'}"
