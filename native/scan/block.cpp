@@ -1,4 +1,4 @@
-// The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp.
+// The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp. EVM_SCAN: kernel whose scan is called.
 //
 // All work between two matrix products is done on rows that are still in cache. Norms and activations are computed where the
 // product stores its result, the atrous split where the convolution writes, dt_proj inside the scan, and the merge where
@@ -6,12 +6,14 @@
 // stores.
 #include "block_layout.h"
 #include "gemm.h"
-#include "scan.h"
+
+#if !defined(EVM_SCAN)
+#define EVM_SCAN EVM_ISA
+#endif
 
 namespace {
 
 constexpr float EPSILON = 1e-5f;
-static_assert(GROUP == IN_PLACE_STATES, "y over u needs all states in one group");
 
 // Padded vectors in the workspace: first those of C floats, from OUT_WEIGHT on those of d floats. The SCALE vectors are used by
 // int8 layers only.
@@ -201,10 +203,11 @@ void project(const Job &job, int64_t tile) {
     const float *of_image[CHUNK];
     const typename Layer::Element *rows[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) of_image[t] = job.x(tokens.begin + t), rows[t] = in + t * l.C;
-    normalise(of_image, tokens.count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS), [&](int64_t t, int64_t channel, vec value) {
-        store(n + t * l.C + channel, value);
-        if (l.n_in != l.n) in_proj.put(in + t * l.C + channel, value);
-    });
+    normalise(of_image, tokens.count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS),
+              [=, apart = l.n_in != l.n, stride = l.C](int64_t t, int64_t channel, vec value) {
+                  store(n + t * stride + channel, value);
+                  if (apart) in_proj.put(in + t * stride + channel, value);
+              });
     float *x = job.ws + l.x + tokens.begin * l.d;
     multiply<Layer>(rows, tokens.count, a.C, job.packed + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
         store(x + t * stride + column, in_proj.result(sum, column));
@@ -268,9 +271,10 @@ void convolve(const Job &job, int64_t tile) {
     const int64_t begin = tile * l.map_rows, end = begin + l.map_rows < a.H ? begin + l.map_rows : a.H;
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input(job, i);
-        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros, [&](int64_t j, int64_t channel, vec value) {
-            local_proj.put(activated + (i * a.W + j) * l.C + channel, gelu(value));
-        });
+        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
+                     [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j, int64_t channel, vec value) {
+                         local_proj.put(row + j * stride + channel, gelu(value));
+                     });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
@@ -320,7 +324,7 @@ void scan(const Job &job, int64_t tile) {
     if (channel == 0 && a.scan_C) copy_rows(a.scan_C + row * a.N, p + a.N, l.L, l.P, a.N, a.N);
     if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
     if (a.scan_u) copy_rows(a.scan_u + row * a.d + channel, rows.u, l.L, l.d, channels, a.d);
-    scan_channels(rows, channels);
+    EVM_NAME(evm_scan_rows, EVM_SCAN)(&rows, channels);
     if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
 

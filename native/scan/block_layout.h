@@ -9,7 +9,6 @@ static_assert(SUM + 1 == EVM_BLOCK_STAGES, "stages");
 
 constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // CHUNK: tokens of a tile, a multiple of the rows of every micro-kernel
 constexpr int64_t HEADER = EVM_PAD;                       // floats before packed weights: the kernel that packed them
-constexpr int64_t IN_PLACE_STATES = 64;                  // with up to this number of states the scan may write y over u
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pad(int64_t channels) { return ceil_div(channels, EVM_PAD) * EVM_PAD; }
@@ -36,7 +35,7 @@ struct Layout {
         vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
         packed = end, end = 0;
         n = take(tokens * C), n_in = int8 ? take(tokens * C) : n, x = take(tokens * d), u = take(K * L * d);
-        y = a.N <= IN_PLACE_STATES ? u : take(K * L * d);
+        y = a.N <= EVM_GROUP ? u : take(K * L * d);
         p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
         sums = take((chunks + strips) * C), gates = take(2 * C);
         size = end;

@@ -28,13 +28,13 @@ struct Kernel {
     unsigned needs;  // features, as cpu_features() returns them
 };
 
-// The kernels of an architecture, best first.
-#define EVM_KERNEL(isa, needs) {#isa, evm_scan_tile_##isa, evm_block_pack_##isa, evm_block_tile_##isa, needs}
+// The kernels of an architecture, best first. scan: kernel whose scan is used, as EVM_SCAN in kernels.txt.
+#define EVM_KERNEL(isa, scan, needs) {#isa, evm_scan_tile_##scan, evm_block_pack_##isa, evm_block_tile_##isa, needs}
 
 #if defined(__x86_64__)
 enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8 };
-const Kernel kernels[] = {EVM_KERNEL(avx512vnni, AVX512 | AVX512_VNNI), EVM_KERNEL(avx512, AVX512),
-                          EVM_KERNEL(avxvnni, AVX2 | AVX_VNNI), EVM_KERNEL(avx2, AVX2), EVM_KERNEL(base, 0)};
+const Kernel kernels[] = {EVM_KERNEL(avx512vnni, avx512, AVX512 | AVX512_VNNI), EVM_KERNEL(avx512, avx512, AVX512),
+                          EVM_KERNEL(avxvnni, avx2, AVX2 | AVX_VNNI), EVM_KERNEL(avx2, avx2, AVX2), EVM_KERNEL(base, base, 0)};
 
 unsigned cpu_features() {
     unsigned a, b, c, d;
@@ -53,7 +53,7 @@ unsigned cpu_features() {
 }
 #elif defined(__aarch64__)
 enum { DOTPROD = 1 };
-const Kernel kernels[] = {EVM_KERNEL(dotprod, DOTPROD), EVM_KERNEL(neon, 0)};
+const Kernel kernels[] = {EVM_KERNEL(dotprod, neon, DOTPROD), EVM_KERNEL(neon, neon, 0)};
 
 unsigned cpu_features() {
 #if defined(__linux__)  // Android too
@@ -67,7 +67,7 @@ unsigned cpu_features() {
 #endif
 }
 #else
-const Kernel kernels[] = {EVM_KERNEL(base, 0)};
+const Kernel kernels[] = {EVM_KERNEL(base, base, 0)};
 unsigned cpu_features() { return 0; }
 #endif
 

@@ -57,7 +57,7 @@ struct Integers {
     static Sum total(Partial sum) { return sum; }
     // Store `values` plus the zero point, rounded to even. The results must be in the range of uint8.
     static void store_rounded(Element *to, vec values, int32_t zero_point) {
-        store_low_bytes(to, bits_of(values + ROUND) + (zero_point - SHIFT));  // the bits of ROUND end in two bytes of zeros
+        ::store_rounded(to, values, zero_point - SHIFT);
     }
 };
 #elif defined(__SSE2__)
@@ -82,7 +82,7 @@ struct Integers {
 #endif
     }
     static Sum total(Partial sum) { return sum; }
-    static void store_rounded(int16_t *to, vec values, int32_t) { store_low_halves(to, bits_of(values + ROUND)); }
+    static void store_rounded(int16_t *to, vec values, int32_t) { ::store_rounded(to, values); }
 };
 #else
 // The same sums, computed with integers in floats: activations minus the zero point (up to 255) times weights (up to 128).

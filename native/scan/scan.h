@@ -15,28 +15,12 @@ constexpr int HELD = STATES;        // with up to HELD states at once, states st
 #else
 constexpr int HELD = 4;             // 16 registers: constants in registers save more than states
 #endif
-constexpr int STEPS = 32, GROUP = 64;
+constexpr int STEPS = 32, GROUP = EVM_GROUP;
 constexpr int TOGETHER = 4;         // steps whose softplus is computed side by side
 constexpr int VECTORS = EVM_TILE / LANES;
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
 static_assert(STEPS % TOGETHER == 0, "TOGETHER does not divide a block");
 static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % EVM_LANES == 0, "vectors do not divide a tile");
-
-// Rows of one direction of one image, from one channel on. y may be the same array as u if N <= GROUP.
-struct ScanRows {
-    const float *u;
-    float *y;
-    int64_t stride;               // floats between two steps of u, delta and y
-    const float *B, *C;
-    int64_t state_stride;         // floats between two steps of B, C and dt
-    const float *A, *skip, *bias; // constants of these channels; A is (channels, N)
-    const float *delta;           // delta before softplus; if null, delta = dt times dt_weight (R, stride)
-    const float *dt, *dt_weight;
-    int64_t R, L, N;
-    bool no_softplus;             // if true, dt = delta + bias
-    float *delta_out;             // output array of delta for verification, laid out as u without padding, or null
-    int64_t delta_out_stride;
-};
 
 struct Block {  // one vector of channels, up to STEPS steps
     alignas(64) float dt[STEPS * LANES], inflow[STEPS * LANES], y[STEPS * LANES];

@@ -68,22 +68,39 @@ inline void store_some(float *p, vec v, int64_t count) {
     for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
 }
 
-// Store the low byte, or the low half, of each lane.
-template <class Byte>
-inline void store_low_bytes(Byte *p, ivec v) {
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and puts the integer into the low mantissa bits
+
+// Store the lanes of `values` as integers of 8 or 16 bits, rounded to even, after adding `offset` to the 8-bit ones. They must be in
+// the range of the type. GCC 12 compiles a conversion of vectors to scalar code.
 #if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
-#else
-    typedef Byte bytes __attribute__((vector_size(LANES)));
-    const bytes low = __builtin_convertvector(v, bytes);
-    memcpy(p, &low, sizeof low);
+inline void store_rounded(uint8_t *p, vec values, int32_t offset) {  // the bits of ROUND end in two bytes of zeros
+    _mm_storeu_si128((__m128i *)p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)(bits_of(values + ROUND) + offset)));
+}
+inline void store_rounded(int16_t *p, vec values) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits_of(values + ROUND)));
+}
+#elif defined(__AVX2__)
+inline __m128i rounded_halves(vec values, int32_t offset) {
+    const __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)values), _mm256_set1_epi32(offset));
+    return _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+}
+inline void store_rounded(uint8_t *p, vec values, int32_t offset) {
+    const __m128i halves = rounded_halves(values, offset);
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(halves, halves));
+}
+inline void store_rounded(int16_t *p, vec values) { _mm_storeu_si128((__m128i *)p, rounded_halves(values, 0)); }
+#elif defined(__SSE2__)
+inline void store_rounded(int16_t *p, vec values) {
+    const __m128i q = _mm_cvtps_epi32((__m128)values);
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi32(q, q));
+}
+#elif defined(__aarch64__)
+inline void store_rounded(int8_t *p, vec values, int32_t offset) {
+    const int16x4_t halves = vmovn_s32(vcvtnq_s32_f32((float32x4_t)values) + offset);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(halves, halves));
+    memcpy(p, &bytes, 4);
+}
 #endif
-}
-inline void store_low_halves(int16_t *p, ivec v) {
-    typedef int16_t halves __attribute__((vector_size(LANES * 2)));
-    const halves low = __builtin_convertvector(v, halves);
-    memcpy(p, &low, sizeof low);
-}
 
 inline float sum(vec v) {
     typedef float half __attribute__((vector_size(LANES * 2)));
@@ -106,7 +123,6 @@ inline float sum(vec v) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and puts the integer into the low mantissa bits
 
 // Functions of an array compute its W vectors side by side: one polynomial is a chain of dependent operations, which alone leaves
 // most of a core idle.

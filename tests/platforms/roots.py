@@ -19,7 +19,11 @@ from evm_deploy._util.files import cache_folder
 
 PROJECT = Path(__file__).parents[2]
 FOLDER = cache_folder() / "platforms"
-RUN = "from evm_deploy.cli import run_main; raise SystemExit(run_main())"
+RUN = """import os, sys
+sys.path[:0] = os.environ["EVM_PROJECT"].split()
+from evm_deploy.cli import run_main
+raise SystemExit(run_main())
+"""
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 DEBS = ("python3.11", "libstdc++6", "zlib1g")
 RELEASE, PYTHON = "bookworm", "3.11"  # Debian 12
@@ -169,13 +173,12 @@ def _make_windows(folder: Path) -> None:
     zipfile.ZipFile(data).extractall(folder / "python")
     shutil.rmtree(folder / "sdist")
     sdist.unlink()
-    (paths,) = (folder / "python").rglob("python311._pth")  # PYTHONPATH is not read by this Python
+    (paths,) = (folder / "python").rglob("python311._pth")  # PYTHONPATH is not read by this Python: RUN reads EVM_PROJECT
     if paths.parent != folder / "python":
         paths.parent.rename(folder / "unpacked")
         shutil.rmtree(folder / "python")
         (folder / "unpacked").rename(folder / "python")
-    app = "Z:" + str(PROJECT).replace("/", "\\")
-    (folder / "python" / paths.name).write_text(f"python311.zip\n.\n..\\site\n{app}\n")
+    (folder / "python" / paths.name).write_text("python311.zip\n.\n..\\site\n")
     (folder / "random.c").write_text(RANDOM)
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu", "-shared", "-nostdlib"]
     library = folder / "python" / "bcryptprimitives.dll"
@@ -197,7 +200,7 @@ ROOTS = {
         Root(
             "linux-aarch64",
             ("qemu-aarch64", "-L", "{folder}/root", "{folder}/root/usr/bin/python3.11"),
-            {"PYTHONPATH": "{project}:{folder}/site", "QEMU_CPU": "cortex-a76", "PYTHONDONTWRITEBYTECODE": "1"},
+            {"PYTHONPATH": "{folder}/site", "EVM_PROJECT": "{project}", "QEMU_CPU": "cortex-a76", "PYTHONDONTWRITEBYTECODE": "1"},
             _make_aarch64,
             MANYLINUX,
             ("onnxruntime", "openvino"),
@@ -207,7 +210,7 @@ ROOTS = {
         Root(
             "windows-x86_64",
             ("wine64", "{folder}/python/python.exe"),
-            {"WINEPREFIX": "{folder}/prefix", "PYTHONDONTWRITEBYTECODE": "1", **QUIET},
+            {"WINEPREFIX": "{folder}/prefix", "EVM_PROJECT": "Z:{project}", "PYTHONDONTWRITEBYTECODE": "1", **QUIET},
             _make_windows,
             ["--platform=win_amd64"],
             ("onnxruntime", "numpy==1.26.4", "msvc-runtime"),  # numpy 2 needs functions that wine 8 does not have
