@@ -202,7 +202,9 @@ def with_outliers(micro, folder, factor=12.0):
 def test_a_network_with_outlier_channels_is_saved_and_auto_sees_it(micro, images, tmp_path):
     checkpoint, sqnr = with_outliers(micro, tmp_path), {}
     for choice in ("off", "on", "auto"):
-        made = export(checkpoint, plan(images, imgsz=(64, 64), smooth=choice), tmp_path / choice).manifest
+        made = export(
+            checkpoint, plan(images, imgsz=(64, 64), smooth=choice, weight_bits=7), tmp_path / choice
+        ).manifest
         sqnr[choice] = made.accuracy["sqnr_db"]
     assert sqnr["on"] > sqnr["off"] + 6 and sqnr["auto"] == sqnr["on"]
     assert made.details["quantization"]["smooth"] == {
@@ -284,9 +286,9 @@ def test_plans_that_cannot_work(changes, message):
 
 @pytest.mark.slow
 def test_the_demo_smoothed(tmp_path):
-    bundle = export(CHECKPOINT, plan("demo", val="demo"), tmp_path)
+    bundle = export(CHECKPOINT, plan("demo", val="demo", weight_bits=7), tmp_path)
     quantization = bundle.manifest.details["quantization"]
-    assert abs(bundle.manifest.accuracy["drop"]) <= 0.3 and bundle.manifest.accuracy["sqnr_db"] > 39.3
+    assert abs(bundle.manifest.accuracy["drop"]) <= 0.3 and bundle.manifest.accuracy["sqnr_db"] > 37.8  # 37.2 without
     assert quantization["smooth"] == {"value": "on", "reason": "as asked"}
     saved = CalibrationTable.from_json((bundle.path / "calibration.json").read_text())
     assert saved.identity == quantization["calibration"] and len(saved.identity["smoothed"]) == 64

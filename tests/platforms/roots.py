@@ -173,7 +173,9 @@ def _make_windows(folder: Path) -> None:
     zipfile.ZipFile(data).extractall(folder / "python")
     shutil.rmtree(folder / "sdist")
     sdist.unlink()
-    (paths,) = (folder / "python").rglob("python311._pth")  # PYTHONPATH is not read by this Python: RUN reads EVM_PROJECT
+    (paths,) = (folder / "python").rglob(
+        "python311._pth"
+    )  # PYTHONPATH is not read by this Python: RUN reads EVM_PROJECT
     if paths.parent != folder / "python":
         paths.parent.rename(folder / "unpacked")
         shutil.rmtree(folder / "python")
@@ -200,7 +202,12 @@ ROOTS = {
         Root(
             "linux-aarch64",
             ("qemu-aarch64", "-L", "{folder}/root", "{folder}/root/usr/bin/python3.11"),
-            {"PYTHONPATH": "{folder}/site", "EVM_PROJECT": "{project}", "QEMU_CPU": "cortex-a76", "PYTHONDONTWRITEBYTECODE": "1"},
+            {
+                "PYTHONPATH": "{folder}/site",
+                "EVM_PROJECT": "{project}",
+                "QEMU_CPU": "cortex-a76",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
             _make_aarch64,
             MANYLINUX,
             ("onnxruntime", "openvino"),
