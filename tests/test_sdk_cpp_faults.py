@@ -500,7 +500,9 @@ def test_built_without_openssl_a_required_signature_is_an_error(tmp_path):
         'int main() { try { evm::check_signature(*evm::open_source("."), "", "k"); } '
         "catch (const evm::ToolchainError &error) { return std::puts(error.what()), 3; } return 0; }\n"
     )
-    sources = [ROOT / "sdk" / "cpp" / "src" / f"{name}.cpp" for name in ("signature", "source", "sha256", "text")]
+    sources = [
+        ROOT / "sdk" / "cpp" / "src" / f"{name}.cpp" for name in ("signature", "source", "sha256", "text", "platform")
+    ]
     stub = tmp_path / "stub.cpp"
     stub.write_text(
         '#include "archive.h"\n'
