@@ -69,17 +69,17 @@ def budgets_of(rows: list[Row]) -> list[Budget]:
 def lost(rows: list[Row], budget: Budget, sampler: str, trials: int, seed: int) -> float:
     """Search in the table. Returns the points of accuracy that the result is behind the best within the budget."""
     noise = np.random.default_rng(seed).lognormal(0.0, NOISE, len(rows))
-    excesses = {
-        row.choice: budget.excess({**row.figures, "p50": row.figures["p50"] * factor})
+    shares = {
+        row.choice: budget.shares({**row.figures, "p50": row.figures["p50"] * factor})
         for row, factor in zip(rows, noise, strict=True)
     }
-    fitting = {row.choice: row.accuracy for row in rows if excesses[row.choice] <= 0}
+    fitting = {row.choice: row.accuracy for row in rows if max(shares[row.choice].values()) <= 1}
     search, found = Search(space_of(rows), sampler, seed=seed), 0.0
     for _ in range(trials):
         choice = search.next()
         if choice is None:
             break
-        search.tell(choice, Outcome(excesses.get(choice), fitting.get(choice)))
+        search.tell(choice, Outcome(shares.get(choice), fitting.get(choice)))
         found = max(found, fitting.get(choice, 0.0))
     return 100 * (max(fitting.values()) - found)
 

@@ -139,18 +139,18 @@ def test_a_space_has_each_choice_once():
 def test_a_search_proposes_everything_once_and_continues(sampler, tmp_path):
     journal = tmp_path / "search.journal"
     search, seen = Search(SMALL, sampler, name="a", journal=journal), []
-    for outcome in (Outcome(-0.1, 0.5), Outcome(None), Outcome(0.1)):
+    for outcome in (Outcome({"p50": 0.9}, 0.5), Outcome(None), Outcome({"p50": 1.1})):
         seen.append(search.next())
         search.tell(seen[-1], outcome)
     seen.append(search.next())  # its run ends here
 
     search = Search(SMALL, sampler, name="a", journal=journal)
     assert search.past == seen
-    search.tell(seen[0], Outcome(-0.1, 0.9))  # known
-    search.tell(seen[3], Outcome(-0.2, 0.7))
+    search.tell(seen[0], Outcome({"p50": 0.9}, 0.9))  # known
+    search.tell(seen[3], Outcome({"p50": 0.8}, 0.7))
     while (choice := search.next()) is not None:
         seen.append(choice)
-        search.tell(choice, Outcome(-0.1, 0.1))
+        search.tell(choice, Outcome({"p50": 0.9}, 0.1))
     assert sorted(map(str, seen)) == sorted(map(str, SMALL.all()))
     assert Search(SMALL, sampler, name="b", journal=journal).past == []
     journal.write_text("{not a journal\n")
@@ -162,18 +162,18 @@ def test_the_additive_model_knows_what_it_did_not_see():
     """Smaller and quantised are each half as costly, so both together a quarter; minmax failed where mse did not."""
     model = Additive(SMALL)
     big, small = Choice("onnx:fp32", "64x64", "2"), Choice("onnx:fp32", "32x32", "2")
-    model.learn(big, Outcome(3.0))
-    model.learn(small, Outcome(1.0))
-    model.learn(Choice("onnx:int8", "64x64", "2", "mse", "on"), Outcome(1.0))
+    model.learn(big, Outcome({"p50": 4}))
+    model.learn(small, Outcome({"p50": 2}))
+    model.learn(Choice("onnx:int8", "64x64", "2", "mse", "on"), Outcome({"p50": 2}))
     model.learn(Choice("onnx:int8", "64x64", "1", "minmax", "on"), Outcome(None))
     unseen = [each for each in SMALL.all() if each not in model._learned]
     assert model.best(unseen) == Choice("onnx:int8", "32x32", "2", "mse", "on")
     assert model.best(unseen[::-1]) == model.best(unseen)
 
     model = Additive(SMALL)  # all fit: the most accurate size again, in another precision
-    model.learn(big, Outcome(-0.5, 0.98))
-    model.learn(small, Outcome(-0.7, 0.4))
-    model.learn(Choice("onnx:int8", "32x32", "2", "mse", "on"), Outcome(-0.8, 0.41))
+    model.learn(big, Outcome({"p50": 0.5}, 0.98))
+    model.learn(small, Outcome({"p50": 0.3}, 0.4))
+    model.learn(Choice("onnx:int8", "32x32", "2", "mse", "on"), Outcome({"p50": 0.2}, 0.41))
     assert model.best(SMALL.all()[4:]).imgsz == "64x64"
 
 

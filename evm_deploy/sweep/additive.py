@@ -9,7 +9,7 @@ times the probability that it fits the budget and does not fail.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +23,18 @@ LEAST = 0.02  # probability of not failing that a choice keeps
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a choice. excess: relative to the budget, negative within it; None if it failed.
+    """Outcome of a choice. shares: known costs by name, relative to their limits; None if the choice failed.
 
     figure: main figure, 0 to 1; None if it was not evaluated.
     """
 
-    excess: float | None
+    shares: Mapping[str, float] | None
     figure: float | None = None
+
+    @property
+    def excess(self) -> float:
+        """Excess of the worst known cost over its limit, relative to it; negative below it."""
+        return max((self.shares or {}).values(), default=1.0) - 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Prior:
     noise: float
 
 
-COST = Prior(0.0, 2.0, 0.5, 0.1)  # logarithm of the cost relative to the budget: a setting changes it by 1.6x
+COST = Prior(0.0, 2.0, 0.5, 0.1)  # logarithm of a cost relative to its limit: a setting changes it by 1.6x
 FIGURE = Prior(0.5, 0.5, 0.2, 0.01)
 SUCCESS = Prior(1.0, 0.1, 0.3, 0.2)
 
@@ -62,17 +67,22 @@ class Additive:
     def best(self, rest: Sequence[Choice]) -> Choice:
         """Return the most promising of these choices."""
         wanted = self._features(rest)
-        known = {choice: each for choice, each in self._learned.items() if each.excess is not None}
-        costs = {choice: math.log(max(1 + (each.excess or 0.0), 1e-6)) for choice, each in known.items()}
+        known = {choice: each for choice, each in self._learned.items() if each.shares is not None}
         figures = {choice: each.figure for choice, each in known.items() if each.figure is not None}
-        fitting = [figure for choice, figure in figures.items() if costs[choice] <= 0]
-        cost, cost_sd = self._posterior(wanted, costs, COST)
-        figure, figure_sd = self._posterior(wanted, figures, FIGURE)
+        figure, deviation = self._posterior(wanted, figures, FIGURE)
+        within = [each.figure or 0.0 for each in known.values() if each.excess <= 0]
+        gain = (figure - max(within, default=0.0)) / deviation
+        score = deviation * (gain * _below(gain) + np.exp(-(gain**2) / 2) / math.sqrt(2 * math.pi))
+        for name in sorted({name for each in known.values() for name in each.shares or {}}):
+            costs = {
+                choice: math.log(max(each.shares[name], 1e-6))
+                for choice, each in known.items()
+                if each.shares and name in each.shares
+            }
+            cost, deviation = self._posterior(wanted, costs, COST)
+            score = score * _below(-cost / deviation)
         done, _ = self._posterior(wanted, {choice: float(choice in known) for choice in self._learned}, SUCCESS)
-        gain = (figure - max(fitting, default=0.0)) / figure_sd
-        improvement = figure_sd * (gain * _below(gain) + np.exp(-(gain**2) / 2) / math.sqrt(2 * math.pi))
-        score = improvement * _below(-cost / cost_sd) * np.clip(done, LEAST, 1.0)
-        return rest[int(np.argmax(score))]
+        return rest[int(np.argmax(score * np.clip(done, LEAST, 1.0)))]
 
     def _features(self, choices: Sequence[Choice]) -> Array:
         """Return (choices, 1 + values): a one for the level, and a one for each setting."""

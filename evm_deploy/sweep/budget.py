@@ -30,9 +30,13 @@ class Budget:
         """Names of the limited figures, in the order of the budget."""
         return tuple(name for name, _ in self.limits)
 
+    def shares(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Return the known ones of the limited figures relative to their limits: 1 is at the limit."""
+        return {name: figures[name] / most for name, most in self.limits if name in figures}
+
     def excess(self, figures: Mapping[str, float]) -> float:
-        """Return how far the worst of the known figures is above its limit, relative to it; 0 if all are within."""
-        return max((figures[name] / most - 1 for name, most in self.limits if name in figures), default=0.0)
+        """Return how far the worst of the known figures is above its limit, relative to it; negative below it."""
+        return max(self.shares(figures).values(), default=1.0) - 1
 
     def fits(self, figures: Mapping[str, float]) -> bool:
         """Test whether all known figures are within their limits."""

@@ -115,7 +115,7 @@ class Search:
         if number not in self._open:
             return
         self._open.remove(number)
-        if outcome.excess is None:
+        if outcome.shares is None:
             self._study.tell(number, state=self._failed)
         else:
             self._study.tell(number, -outcome.excess if outcome.figure is None else outcome.figure)

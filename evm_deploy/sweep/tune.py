@@ -91,7 +91,7 @@ class Tuner:
         """Return what a search learns from a trial."""
         if trial.state == FAILED:
             return Outcome(None)
-        return Outcome(self.goal.budget.excess(trial.figures), trial.figure)
+        return Outcome(self.goal.budget.shares(trial.figures), trial.figure)
 
     def trial(self, choice: Choice) -> Trial:
         """Do a trial; an EvmError of a unit makes it a failed one. Raises EvmError for unfit labelled images."""
