@@ -41,6 +41,11 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
     return _main("evaluate", argv)
 
 
+def tune_main(argv: Sequence[str] | None = None) -> int:
+    """Run `evm-tune`: find the most accurate artifact within a budget. Returns the exit code."""
+    return _main("tune", argv)
+
+
 def doctor_main(argv: Sequence[str] | None = None) -> int:
     """Run `evm-doctor`: list the targets that this machine can build and run. Returns the exit code."""
     return _main("doctor", argv)

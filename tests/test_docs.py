@@ -16,7 +16,7 @@ from PIL import Image
 
 from evm_deploy import cli
 from evm_deploy.bundle import signing
-from evm_deploy.commands import bench, doctor, evaluate, export, report, run, sweep, worker
+from evm_deploy.commands import bench, doctor, evaluate, export, report, run, sweep, tune, worker
 from evm_deploy.demo import CHECKPOINT, digits
 from evm_deploy.report.history import append
 from tests.records import record
@@ -78,8 +78,9 @@ def test_links_lead_somewhere(page):
         (sweep.sweep_parser, "scale.md"),
         (worker.worker_parser, "scale.md"),
         (evaluate.eval_parser, "scale.md"),
+        (tune.tune_parser, "scale.md"),
     ],
-    ids=["export", "bench", "report", "sweep", "worker", "eval"],
+    ids=["export", "bench", "report", "sweep", "worker", "eval", "tune"],
 )
 def test_every_flag_is_documented(parser, page):
     text = (ROOT / "docs" / page).read_text()
@@ -97,12 +98,13 @@ PROGRAMS = {
     "evm-report": (cli.report_main, report.report_parser),
     "evm-sweep": (cli.sweep_main, sweep.sweep_parser),
     "evm-eval": (cli.eval_main, evaluate.eval_parser),
+    "evm-tune": (cli.tune_main, tune.tune_parser),
     "evm-doctor": (cli.doctor_main, doctor.doctor_parser),
 }
 LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
 #: Parts of commands that need something that is not here: other machines, GPUs, networks and files of others.
-MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU", "evm-sweep")
+MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU", "evm-sweep", "evm-tune")
 ELSEWHERE = (*MACHINES, "retinanet", "mask_rcnn", "upernet", "scenes", "clip.mp4", "camera:", ".onnx -")
 
 

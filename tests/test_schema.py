@@ -98,6 +98,7 @@ FULL_MANIFEST: dict[str, Any] = {
 }
 STATE = {"clocks_mhz": [1000], "temperatures_c": {"cpu": 40.0}, "throttled": 0, "load": 0.1}
 FULL_RECORD = content(
+    changes={"bundle": {"calibration": "minmax, smooth off"}},
     accuracy=FIGURES,
     device_ms={"inputs": 0.1},
     energy_mj={"package": 3.0},

@@ -97,6 +97,7 @@ TOOLCHAINS = {
     "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
     "OpenCV": Toolchain(lambda: bool(find_spec("cv2")), install_hint("video")),
     "ray": Toolchain(lambda: bool(find_spec("ray")), install_hint("ray")),
+    "optuna": Toolchain(lambda: bool(find_spec("optuna")), install_hint("tune")),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence
     "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
     "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),

@@ -18,8 +18,9 @@ from evm_deploy.bench.layers import measure_layers
 from evm_deploy.bench.record import Settings
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
-from evm_deploy.bundle.manifest import FILE
+from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.export.plan import DEFAULTS
 from evm_deploy.runtimes.base import Batch, Feeds
 
 TOP = 5  # classes that an end-to-end inference returns
@@ -151,18 +152,26 @@ class MeasuredBundle:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """Return name, target, precision, input size, hash, artifact size and accuracy of a bundle for `Record.bundle`."""
+    """Return name, target, precision, calibration, input size, hash, artifact size and accuracy for `Record.bundle`."""
     manifest = bundle.manifest
     return {
         "name": bundle.path.resolve().name,
         "model": manifest.model["name"],
         "target": manifest.target,
         "precision": manifest.precision,
+        "calibration": calibration_text(manifest),
         "imgsz": manifest.plan["imgsz"],
         "manifest_sha256": sha256(bundle.path / FILE),
         "artifact_bytes": bundle.size_bytes,
         "accuracy": manifest.accuracy,
     }
+
+
+def calibration_text(manifest: Manifest) -> str:
+    """Format how an int8 bundle was calibrated: `minmax, smooth off`; empty for the defaults."""
+    given = {name: manifest.plan.get(name, DEFAULTS[name]) for name in ("calib_method", "smooth")}
+    said = {"calib_method": str(given["calib_method"]), "smooth": f"smooth {given['smooth']}"}
+    return ", ".join(said[name] for name, value in given.items() if value != DEFAULTS[name])
 
 
 def require_runnable(model: LoadedBundle) -> None:

@@ -79,7 +79,8 @@ def _own_fields() -> dict[str, Field[Any]]:
 class Record:
     """Result of one measurement. Times are in ms, memory in MB (2**20 bytes), throughput in images per second.
 
-    bundle: name, model, target, precision, imgsz, sha256 of the manifest, artifact_bytes, and the manifest's accuracy.
+    bundle: name, model, target, precision, calibration, imgsz, sha256 of the manifest, artifact_bytes, and the
+    manifest's accuracy.
     device: facts of the device; `profile`: the device profile used; `at`: user@host of another machine, else None.
     load_ms: `fresh` in a new process, including the runtime's import and the hashes; `again` in the same process.
     interval_ms: 95 % confidence interval of the median.

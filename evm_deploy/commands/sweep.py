@@ -13,6 +13,7 @@ from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.commands.engines import engine_flags, opened_engine
+from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.sweep.run import SweepRun, UnitOutcome
@@ -74,10 +75,13 @@ def _sweep(args: argparse.Namespace) -> int:
     from evm_deploy.sweep.folder import RunFolder
     from evm_deploy.sweep.plan import read_sweep
     from evm_deploy.sweep.run import SweepRun
+    from evm_deploy.sweep.tuned import read_tuned
 
     plan, boards = read_sweep(Path(args.sweep)), Boards.of(args.devices)
     folder = RunFolder(Path(args.out).resolve())
     require_writable(folder.path, "--out", folder=True)
+    if read_tuned(folder):
+        raise UsageError(f"{folder.path} is the folder of an evm-tune", "choose another --out")
     if args.dry_run:
         return _dry_run(SweepRun(plan, folder, only=args.only, retry_failed=False), args)
     with folder.locked():

@@ -8,6 +8,7 @@ from typing import Any
 
 from evm_deploy._util.text import escape_controls
 from evm_deploy.bench.device import key
+from evm_deploy.bench.measurable import calibration_text
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.tasks import TITLES
@@ -46,7 +47,8 @@ class Candidate:
 
     name: name of the bundle. accuracy: dictionary from calib.evaluate.Accuracy.as_dict, or None. size_bytes: size of
     the artifact. rejected: reason from the manifest of a bundle that was rejected at export, else empty.
-    record: None for a bundle that was not measured. notes: remarks for the reader.
+    record: None for a bundle that was not measured. notes: remarks for the reader. calibration: of int8, as text, empty
+    for the defaults.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Candidate:
     rejected: str = ""
     record: Record | None = None
     notes: tuple[str, ...] = ()
+    calibration: str = ""
 
     @classmethod
     def of_record(cls, record: Record) -> Candidate:
@@ -71,6 +74,7 @@ class Candidate:
             accuracy=bundle.get("accuracy"),
             record=record,
             notes=tuple(notes),
+            calibration=plain(bundle.get("calibration", "")),
         )
 
     @classmethod
@@ -89,6 +93,7 @@ class Candidate:
             accuracy=manifest.accuracy,
             rejected=plain("; ".join(map(str, failures))) if manifest.rejected else "",
             notes=tuple(plain(text) for text in manifest.notes),
+            calibration=plain(calibration_text(manifest)),
         )
 
     @property
@@ -109,11 +114,10 @@ class Candidate:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Settings in which candidates of one group may differ, such as `scan portable` or `CUDA graph`."""
-        if self.record is None:
-            return ()
-        settings = self.record.settings
+        """Settings in which candidates of one group may differ, such as `minmax`, `scan portable` or `CUDA graph`."""
+        settings = self.record.settings if self.record else {}
         said = (
+            self.calibration,
             "" if settings.get("scan") in (None, "auto") else f"scan {settings['scan']}",
             settings.get("device") or "",
             "CUDA graph" if settings.get("cuda_graph") else "",

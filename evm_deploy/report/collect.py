@@ -17,6 +17,7 @@ from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.report.candidate import Candidate, Conditions
 from evm_deploy.sweep.folder import BUNDLES, RECORDS, RunFolder, is_sweep
 from evm_deploy.sweep.status import status
+from evm_deploy.sweep.tuned import Tuned, read_tuned
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Collected:
 
     bundles: by the sha256 of their manifest. ignored: JSON files in the folders that are not records. damaged: error of
     each bundle and record in the folders that cannot be read. sweeps: whether a folder was a sweep's. failed: what
-    failed in sweeps, and why.
+    failed in sweeps, and why. tuned: results of searches.
     """
 
     records: tuple[Record, ...]
@@ -34,6 +35,7 @@ class Collected:
     damaged: tuple[EvmError, ...] = ()
     sweeps: bool = False
     failed: tuple[tuple[str, str], ...] = ()
+    tuned: tuple[Tuned, ...] = ()
 
 
 def collect(paths: Iterable[str | Path]) -> Collected:
@@ -47,7 +49,7 @@ def collect(paths: Iterable[str | Path]) -> Collected:
     bundles: dict[str, Bundle] = {}
     ignored: list[Path] = []
     failed: list[tuple[str, str]] = []
-    sweeps = False
+    sweeps, tuned = False, []
     for path in map(Path, paths):
         if path.is_file() and path.suffix == ZIP:
             bundle = open_bundle(path)
@@ -64,6 +66,7 @@ def collect(paths: Iterable[str | Path]) -> Collected:
         sweeps |= sweep
         if sweep:
             failed += [(title, str(error)) for title, error in status(RunFolder(path)).failed]
+            tuned += [found for found in [read_tuned(RunFolder(path))] if found]
         inside = (each for name in (RECORDS, BUNDLES) for each in path.glob(f"{name}/*")) if sweep else [path]
         for folder in (each for place in inside for each in (place, *sorted(filter(_is_bundle, place.iterdir())))):
             own: set[str] = set()
@@ -93,7 +96,7 @@ def collect(paths: Iterable[str | Path]) -> Collected:
             raise UsageError(
                 f"{path} contains no records and no bundles", "evm-bench writes records, evm-export writes bundles"
             )
-    return Collected(tuple(records), bundles, tuple(ignored), tuple(damaged), sweeps, tuple(failed))
+    return Collected(tuple(records), bundles, tuple(ignored), tuple(damaged), sweeps, tuple(failed), tuple(tuned))
 
 
 def open_light(path: Path) -> Bundle:

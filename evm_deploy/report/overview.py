@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evm_deploy._util.text import count_text
 from evm_deploy.bench.record import Record
 from evm_deploy.report.candidate import Candidate, device_key, milliseconds, plain
 from evm_deploy.report.table import Group
+from evm_deploy.sweep.tuned import Tuned
 from evm_deploy.tasks import TITLES
 
 SHADES = 7  # of a heat map, 0 for the fastest
@@ -43,12 +45,16 @@ class Front:
 
 @dataclass(frozen=True)
 class Overview:
-    """Matrix of candidates and boards. boards: titles of the columns. failed: what failed and why."""
+    """Matrix of candidates and boards. boards: titles of the columns. failed: what failed and why.
+
+    searches: the front of each search within its budget, the chosen candidate first.
+    """
 
     boards: tuple[str, ...]
     lines: tuple[Line, ...]
     fronts: tuple[Front, ...]
     failed: tuple[tuple[str, str], ...]
+    searches: tuple[Front, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ class _Measured:
         return any(a >= mine[0] and b >= mine[1] and (a, b) != mine for a, b in theirs)
 
 
-def overview(groups: Sequence[Group], failed: Sequence[tuple[str, str]]) -> Overview:
-    """Return the overview of all groups."""
+def overview(groups: Sequence[Group], failed: Sequence[tuple[str, str]], tuned: Sequence[Tuned] = ()) -> Overview:
+    """Return the overview of all groups, and of searches."""
     columns: dict[tuple[object, ...], dict[str, _Measured]] = {}
     figures: dict[str, float] = {}
     for group in groups:
@@ -93,7 +99,21 @@ def overview(groups: Sequence[Group], failed: Sequence[tuple[str, str]]) -> Over
         Front(title, tuple(_said(each) for each in on_front[key])) for key, title in zip(keys, titles, strict=True)
     ]
     texts = tuple((plain(what), plain(why.replace("\n  ", "; "))) for what, why in failed)
-    return Overview(tuple(titles), tuple(lines), tuple(each for each in fronts if each.lines), texts)
+    searches = tuple(_search(each) for each in tuned)
+    return Overview(tuple(titles), tuple(lines), tuple(each for each in fronts if each.lines), texts, searches)
+
+
+def _search(tuned: Tuned) -> Front:
+    """Return the front of a search, or the candidate that came nearest to its budget."""
+    title = plain(f"{tuned.budget} on {tuned.board}, {count_text(len(tuned.trials), 'trial')}")
+    if tuned.front:
+        lines = [f"{each.text(tuned.budget)}   {each.choice}" for each in tuned.front]
+        return Front(title, (f"chosen: {plain(lines[0])}", *map(plain, lines[1:])))
+    near = tuned.nearest
+    return Front(
+        title,
+        ("nothing fits the budget", *([plain(f"nearest: {near.text(tuned.budget)}   {near.choice}")] if near else [])),
+    )
 
 
 def _metric(group: Group) -> str:

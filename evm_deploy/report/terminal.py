@@ -23,6 +23,11 @@ def show_report(console: Console, groups: Sequence[Group], seen: Overview | None
     if seen is None:
         show_groups(console, groups)
         return
+    for front in seen.searches:
+        console.print(f"Tuned    {front.board}", style="bold")
+        for line in front.lines:
+            console.print(f"         {line}")
+        console.print()
     _table(
         console,
         ["p50, ms", "accuracy", *seen.boards],

@@ -65,7 +65,7 @@ class RunFolder:
         lock = lock_folder(self.path)
         if lock is None and os.name == "posix":
             raise UsageError(
-                f"{self.path} is in use by another evm-sweep, or cannot be locked",
+                f"{self.path} is in use by another evm-sweep or evm-tune, or cannot be locked",
                 "wait for it, or choose another --out",
             )
         try:

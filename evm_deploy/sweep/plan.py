@@ -73,9 +73,9 @@ def read_sweep(path: Path) -> SweepPlan:
     calib, val = (_images(f"{where}: data: {key}", path.parent, data.get(key)) for key in DATA)
     benches = [_bench(f"{where}: bench {i}", each) for i, each in enumerate(_list(where, content, "bench", (dict,)), 1)]
     more = _more(f"{where}: export", content.get("export", {}), benches)
-    known = Digests(cache(sha256), cache(source_digest))
+    known = known_digests()
     exports = tuple(
-        _export(checkpoint, form, size, more, calib, val, known)
+        export_unit(checkpoint, form, size, more, calib, val, known)
         for checkpoint, size, form in itertools.product(checkpoints, sizes, forms)
         if not any(_matches(each, checkpoint, form, size) for each in excluded)
     )
@@ -87,7 +87,12 @@ def read_sweep(path: Path) -> SweepPlan:
     return SweepPlan(exports, tuple({each.key: each for each in measurements}.values()), val)
 
 
-def _export(
+def known_digests() -> Digests:
+    """Return the digests of a new plan."""
+    return Digests(cache(sha256), cache(source_digest))
+
+
+def export_unit(
     checkpoint: Path,
     form: Form,
     size: tuple[int, int] | None,
@@ -96,7 +101,10 @@ def _export(
     val: str | None,
     known: Digests,
 ) -> ExportUnit:
-    """Return the unit of one export. Raises UsageError for an impossible plan, CalibrationError for missing images."""
+    """Return the unit of one export. more: further settings; those for int8 and w8 are left out of float exports.
+
+    Raises UsageError for an impossible plan, CalibrationError for missing images.
+    """
     gated = form.precision in QUANTIZED and more.get("max_drop") is not None
     wanted = form.precision in CALIBRATED or (form.precision in QUANTIZED and not gated)
     plan = ExportPlan(

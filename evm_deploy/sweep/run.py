@@ -11,14 +11,13 @@ from typing import Any
 from evm_deploy._util.text import count_text
 from evm_deploy.bench.record import Record
 from evm_deploy.bundle.manifest import Manifest
-from evm_deploy.calib.evaluate import Accuracy
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.sweep.boards import HERE
 from evm_deploy.sweep.engine import Engine, Job
 from evm_deploy.sweep.folder import JUDGED, PLAN, ROWS, RunFolder
 from evm_deploy.sweep.packed import read_rows
 from evm_deploy.sweep.plan import SweepPlan
-from evm_deploy.sweep.shards import accuracy, labelled_items
+from evm_deploy.sweep.shards import ShardRows, accuracy, labelled_items
 from evm_deploy.sweep.units import EvaluationUnit, ExportUnit, MeasurementUnit, Unit, do
 from evm_deploy.tasks import get_task
 
@@ -69,6 +68,14 @@ class SweepRun:
         self._look(self.units.values())
         if only and not self._wanted:
             raise UsageError(f"--only {only}: no unit has a key that begins so", "--dry-run lists the keys")
+
+    def add(self, units: Iterable[Unit], retry_failed: bool = False) -> None:
+        """Add units that the plan does not have, for the next `run`."""
+        added = {each.key: each for each in units}
+        if retry_failed:
+            self.folder.forget_failures([key for key in added if key not in self.outcomes])
+        self.units.update(added)
+        self._look(added.values())
 
     def _look(self, units: Iterable[Unit]) -> None:
         """Note which units are wanted, and which of them are done or have failed in an earlier run."""
@@ -164,27 +171,33 @@ class SweepRun:
             if not units or any(self.folder.done(each.key) is None for each in units):
                 continue
             try:
-                found = self.judged(export, units)
+                self.conclude(export, units, str(self.plan.val))
             except EvmError as error:
                 self.outcomes[export.key] = replace(self.outcomes[export.key], state=FAILED, error=error)
-                continue
-            self.folder.write(f"{JUDGED}/{export.key}.json", found)
-            for unit in self.units.values():
-                facts = self.folder.done(unit.key) if isinstance(unit, MeasurementUnit) else None
-                if facts and isinstance(unit, MeasurementUnit) and unit.export == export:
-                    path = self.folder.path / facts["result"]["record"]
-                    record = Record.read(path)
-                    if record.bundle.get("accuracy") != found:
-                        replace(record, bundle={**record.bundle, "accuracy": found}).write(path)
 
-    def judged(self, export: ExportUnit, units: Sequence[EvaluationUnit]) -> dict[str, Any]:
-        """Return the accuracy of a bundle as plain data. Raises CalibrationError for too many unreadable images."""
-        parts = [read_rows(self.folder.path / ROWS / f"{each.key}.npz") for each in units]
+    def conclude(self, export: ExportUnit, units: Sequence[EvaluationUnit], val: str) -> dict[str, Any]:
+        """Write the accuracy of a bundle whose shards are all done, also into its records. Returns it as plain data.
+
+        Raises CalibrationError for too many unreadable images.
+        """
+        parts = [self.rows(each) for each in units]
         manifest = Manifest.read(export.bundle(self.folder))
-        limit = manifest.plan.get("max_drop")
-        found: Accuracy = replace(accuracy(parts, get_task(manifest.task), str(self.plan.val)), limit=limit)
+        judged = replace(accuracy(parts, get_task(manifest.task), val), limit=manifest.plan.get("max_drop"))
         images = parts[0].digest if len(parts) == 1 else _digest_of([each.digest for each in parts])
-        return {**found.as_dict(), "images_sha256": images}
+        found = {**judged.as_dict(), "images_sha256": images}
+        self.folder.write(f"{JUDGED}/{export.key}.json", found)
+        for unit in self.units.values():
+            facts = self.folder.done(unit.key) if isinstance(unit, MeasurementUnit) else None
+            if facts and isinstance(unit, MeasurementUnit) and unit.export == export:
+                path = self.folder.path / facts["result"]["record"]
+                record = Record.read(path)
+                if record.bundle.get("accuracy") != found:
+                    replace(record, bundle={**record.bundle, "accuracy": found}).write(path)
+        return found
+
+    def rows(self, unit: EvaluationUnit) -> ShardRows:
+        """Return the rows of a shard that is done."""
+        return read_rows(self.folder.path / ROWS / f"{unit.key}.npz")
 
 
 def _digest_of(digests: Sequence[str]) -> str:
