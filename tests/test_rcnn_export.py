@@ -310,7 +310,7 @@ def test_both_stages_become_int8(golden, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_scenes(tmp_path, 100, 5000)
     calib = tmp_path / "images"
-    plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=calib, smooth="off", calib_method="minmax")
+    plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=calib, smooth="off", calib_method="minmax", weight_bits=7)
     bundle = export(golden, plan, tmp_path / "out")
     facts = bundle.manifest.accuracy
     assert facts["sqnr_db"] > 25 and facts["agreement"] > 0.7 and bundle.manifest.parity["ok"]
