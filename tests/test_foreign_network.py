@@ -99,7 +99,8 @@ def test_int8_by_blocks_of_its_own(toy, tmp_path):
     """The Conv1d is quantised, the layers that feed a scan are not, and a block is what its ModuleList holds."""
     images = np.stack([synthetic_image(*SIZE, seed) for seed in range(24)])
     np.savez(tmp_path / "calib.npz", images=images)
-    plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=str(tmp_path / "calib.npz"), force_calib=True)
+    calib = str(tmp_path / "calib.npz")
+    plan = ExportPlan("onnx", "int8", imgsz=SIZE, calib=calib, force_calib=True, weight_bits=7)
     bundle = export(toy, plan, tmp_path)
     assert bundle.manifest.accuracy["sqnr_db"] > 20 and bundle.manifest.accuracy["agreement"] > 0.5
     nodes = onnx.load(bundle.path / "model.onnx").graph.node
