@@ -119,6 +119,7 @@ def test_errors_keep_their_class_and_no_other():
             record_of(said(kind), "", 1, "bundle")
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_printable_text_has_no_control_characters(text):
     shown = escape_controls(text)

@@ -138,6 +138,7 @@ def test_the_interval_lies_within_the_samples(samples):
     assert min(samples) <= low <= high <= max(samples)
 
 
+@pytest.mark.slow
 def test_noise_alone_is_no_difference_and_ten_per_cent_are():
     false_alarms = sum(differ(noisy(2 * seed), noisy(2 * seed + 1)) for seed in range(100))
     found = sum(differ(noisy(2 * seed), noisy(2 * seed + 1, median=11.0)) for seed in range(100))
@@ -396,6 +397,7 @@ def test_a_file_that_is_no_record_is_not_replaced(tmp_path):
     assert record_path(tmp_path, make_record()) != path
 
 
+@pytest.mark.slow
 def test_one_bundle_that_fails_does_not_hide_the_others(micro_bundle, tmp_path, capsys):
     flags = [str(tmp_path / "nowhere"), str(micro_bundle.path), "--json", "--limit", "1", "-q", "-o", str(tmp_path)]
     assert bench_main(flags) == 2

@@ -192,6 +192,7 @@ def test_an_unwritable_place(micro, tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_force_keeps_the_old_bundle_until_the_new_one_is_good(monkeypatch, micro, tmp_path):
     plan = ExportPlan("onnx", imgsz=(32, 32))
     old = export(micro, plan, tmp_path)

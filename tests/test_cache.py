@@ -138,6 +138,7 @@ def test_what_is_in_two_places_is_not_two_equal_ones():
     assert len({apart, digest(one_layer), digest(one_weight)}) == 3
 
 
+@pytest.mark.slow
 def test_metadata_are_added_to_a_kept_graph(module):
     """Metadata do not decide a graph: a single trace serves all."""
     for label in ("a", "b"):

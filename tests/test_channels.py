@@ -169,11 +169,13 @@ def test_a_grey_checkpoint_is_inferred_exported_and_asked(grey_checkpoint, tmp_p
             model.classify(np.zeros((1, 64, 64, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_the_head_features_of_a_grey_checkpoint(grey_checkpoint, tmp_path):
     made = export(grey_checkpoint, ExportPlan("onnx", "fp32", imgsz=(64, 64), head="features", **GREY), tmp_path)
     assert [*made.manifest.inputs[0]["shape"]] == [1, 64, 64, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "openvino", "coreml", "trt"])
 def test_int8_is_calibrated_with_images_of_the_networks_channels(target, grey_checkpoint, images, tmp_path):
     plan = ExportPlan(
@@ -219,6 +221,7 @@ class Grey(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_the_flag_channels(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grey_net.py").write_text(FACTORY)

@@ -203,6 +203,7 @@ class Payload:
         return os.system, (f"echo it runs; touch {self.path}",)
 
 
+@pytest.mark.slow
 def test_code_runs_with_trust_alone(tmp_path, capsys):
     file, owned = tmp_path / "evil.pth", tmp_path / "owned"
     torch.save({"state_dict": RAW, "state_dict_ema": EMA, "x": Payload(owned)}, file)
@@ -220,6 +221,7 @@ def test_code_runs_with_trust_alone(tmp_path, capsys):
         load_checkpoint(tmp_path / "evil.safetensors", weights="raw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["a b (best).pth", "x'); touch owned; #.pth", "-x.pth", "$(touch owned).pth", "`id`.pth"]
 )
@@ -262,6 +264,7 @@ def gone(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_pickled_networks_convert_without_their_package(gone, tmp_path):
     net = network_of(EMA, gone)
     cycle = {"net": net}
@@ -291,6 +294,7 @@ class Dies:
         return self.call, self.given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies", "reason"), [(Dies(eval, "1/0"), "ZeroDivisionError"), (Dies(os._exit, 3), "code 3")])
 def test_code_that_fails_is_one_message(dies, reason, tmp_path, capsys):
     torch.save({"model": EMA, "x": dies}, tmp_path / "a.pth")

@@ -409,6 +409,7 @@ def test_the_patch_is_for_one_version_alone(monkeypatch):
         assert len(patched) == expected, (version, numpy)
 
 
+@pytest.mark.slow
 @pytest.mark.retraces
 def test_a_program_that_is_checked_rarely_is_the_same_and_is_checked(monkeypatch, coreml_fp32):
     from coremltools.converters.mil.mil import Block, Program

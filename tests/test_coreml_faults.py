@@ -90,6 +90,7 @@ def test_a_changed_operation_is_noticed(fault, coreml_fp32, tmp_path):
     assert any(failure.startswith("scan layers.") for failure in parity.failures), parity.failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers.2.1.conv_dw.0.weight", "layers.0.blocks.0.op.in_proj.weight"])
 def test_a_scaled_weight_is_noticed(name, coreml_fp32, tmp_path):
     """Scale the weight by one per cent, in the file of the weights."""

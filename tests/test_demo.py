@@ -89,6 +89,7 @@ def test_a_demo_is_named(name, tmp_path, monkeypatch, capsys):
     assert checkpoint_path(f"demo:{name}") == Path(f"demo:{name}")
 
 
+@pytest.mark.slow
 def test_the_share_of_the_selection_is_measured(bundle_of):
     bundle = bundle_of(CHECKPOINTS["detector"], ExportPlan("onnx"))
     with load(bundle.path, threads=1) as model:
@@ -99,6 +100,7 @@ def test_the_share_of_the_selection_is_measured(bundle_of):
     assert 0.02 < layers["selection_share"] < 0.9
 
 
+@pytest.mark.slow
 def test_the_word_demo_stands_for_digits_alone(tmp_path, capsys):
     given = ["demo:segmenter", "--target", "onnx", "--int8", "--calib", "demo", "--out", str(tmp_path)]
     assert cli.export_main(given) == 2

@@ -152,6 +152,7 @@ def graph(detector):
     return trace(source.reference(plan, preprocessing), plan, {}).model
 
 
+@pytest.mark.slow
 def test_probes_show_the_maps_of_each_part_of_the_head(graph):
     found = maps_read(graph)
     assert {module: len(maps) for module, maps in found.items()} == {

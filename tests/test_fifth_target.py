@@ -135,6 +135,7 @@ def test_it_is_a_form_of_a_comparison(micro, tmp_path, monkeypatch):
     assert [Record.read(path).bundle["target"] for path in outcome.records] == ["fifth", "onnx"]
 
 
+@pytest.mark.slow
 def test_a_board_measures_it_by_the_agent(agent, bundle, tmp_path):
     (tmp_path / "agent.pyz").write_bytes(agent)
     settings = json.dumps(QUICK.with_own(gear="2").as_dict())
@@ -172,6 +173,7 @@ def test_a_board_is_asked_for_what_it_needs(agent, bundle, tmp_path, tmp_path_fa
     )
 
 
+@pytest.mark.slow
 def test_a_bundle_of_a_later_version_names_what_is_known(bundle, monkeypatch):
     monkeypatch.setattr(registry, "RUNTIMES", registry.RUNTIMES[:-1])
     with pytest.raises(BundleError, match=r"for target 'fifth', .*known targets: onnx, openvino(?s:.*)pip install -U"):

@@ -157,6 +157,7 @@ def run(*flags):
     return cli.export_main(["--target", "onnx", "--imgsz", "32", "-q", *flags])
 
 
+@pytest.mark.slow
 def test_a_file_and_weights_become_a_bundle(folder, capsys):
     loaded, path = set(sys.modules), list(sys.path)
     module = network_of(Factory("someones_net:Tiny", arguments={"classes": 5}, imgsz=(32, 32))).module
@@ -181,6 +182,7 @@ def test_a_file_and_weights_become_a_bundle(folder, capsys):
     assert sys.path == path and not {"someones_net", "mamba_ssm"} & set(sys.modules) - loaded
 
 
+@pytest.mark.slow
 def test_a_package_its_own_weights_and_names(folder, capsys):
     assert run("--model", "someones_net:build", "--model-arg", "width=8", "--outputs", "scores", "--json") == 0
     manifest = json.loads(capsys.readouterr().out)["manifest"]
@@ -254,6 +256,7 @@ def test_bad_flags_and_crashes_end_in_a_message(flags, message, folder, capfd):
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_code_that_prints_and_changes_torch_spoils_nothing(folder, capfd):
     before = torch.get_default_dtype()
     assert run("--model", "hostile.py:loud", "--json") == 0
@@ -280,6 +283,7 @@ def test_a_file_of_a_package_and_a_file_with_the_name_of_another(folder):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_own_code(folder, capfd):
     assert run("--model", "someones_net.py:Tiny", "--dry-run", "--json") == 0
     facts = json.loads(capfd.readouterr().out)

@@ -85,6 +85,7 @@ def test_copies_of_kernels_on_every_target(target, every_copy, tmp_path):
     assert min(each["share"] for each in parity["scans"]) > 0.01
 
 
+@pytest.mark.slow
 def test_a_network_runs_tests_itself_and_has_no_scatter(tmp_path):
     given = network("softplused", "vmamba", "mamba2", "interface")
     bundle = export(given, ExportPlan("onnx", "fp32"), tmp_path)

@@ -66,6 +66,7 @@ def test_every_target_is_verified(target, bundles):
     assert manifest.model["family"] == "ToyMamba" and list(manifest.model["blocks"]) == ["blocks.0", "blocks.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
 def test_a_bundle_runs_predicts_and_tests_itself(target, bundles):
     pixels = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
@@ -80,6 +81,7 @@ def test_a_bundle_runs_predicts_and_tests_itself(target, bundles):
         assert all(check.ok for check in model.selftest())
 
 
+@pytest.mark.slow
 def test_probabilities_are_of_the_logits_alone(bundles):
     manifest = bundles("onnx", head="probs").manifest
     assert [output["name"] for output in manifest.outputs] == ["probs", "map"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from evm_deploy.commands.export import main
 from evm_deploy.export import ExportPlan
 from evm_deploy.export.many import specs
@@ -25,6 +27,7 @@ class Network(torch.nn.Conv2d):
 """
 
 
+@pytest.mark.slow
 def test_prints_of_a_network_stay_out_of_the_json(tmp_path, capfd, monkeypatch):
     (tmp_path / "printing_network.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
@@ -35,6 +38,7 @@ def test_prints_of_a_network_stay_out_of_the_json(tmp_path, capfd, monkeypatch):
     assert all(text in err for text in ("using the slow kernels", "made", "run torch.Size"))
 
 
+@pytest.mark.slow
 def test_the_process_of_a_network_runs_its_exit_functions_once(tmp_path):
     code = "import atexit, pathlib, time\n\ndef last():\n    time.sleep(0.3)\n    print('x', file=open('{}', 'a'))\n\n"
     said = tmp_path / "said"

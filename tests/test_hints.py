@@ -42,6 +42,7 @@ def texts() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_message_installs_evm_deploy_from_an_index():
     """Whoever registers the name there would have his code run by our messages."""
     assert any("pip" in text for _, text in texts())  # the walk sees messages

@@ -200,6 +200,7 @@ def test_a_second_export_reuses_the_table(monkeypatch, micro, images, tmp_path):
     assert len(calls) > 105
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, images, tmp_path):
     original = CalibrationTable.add
 
@@ -314,6 +315,7 @@ def test_plans_that_cannot_work(changes, message):
         ExportPlan(**{"target": "onnx", "precision": "int8", "calib": "c", **changes})
 
 
+@pytest.mark.slow
 def test_unfit_images_leave_nothing_behind(micro, tmp_path):
     source = tmp_path / "images"
     source.mkdir()

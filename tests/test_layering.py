@@ -177,6 +177,7 @@ def test_apps_import_it_without_any_engine(module):
     assert subprocess.run([sys.executable, "-c", f"{blocked}import torch"], capture_output=True).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "target"), WORDS.items(), ids=WORDS.values())
 def test_the_words_of_a_target_stand_in_its_own_places(words, target):
     own = (f"export/{target}/", f"runtimes/{target}/", f"runtimes/{target}.py", *EXCEPTIONS)

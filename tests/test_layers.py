@@ -81,6 +81,7 @@ def undisturbed(model, feeds) -> dict:
     return min(tries, key=lambda each: abs(1 - each["of_inference"]))
 
 
+@pytest.mark.slow
 def test_the_share_is_what_leaving_the_scans_out_saves(demo_bundle, tmp_path):
     """Roughly, as other work may run beside: benchmarks/layers.py asks for 5 points."""
     without = onnx.load(demo_bundle.path / "model.onnx")

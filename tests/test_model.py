@@ -11,6 +11,7 @@ from evm_deploy.model.efficientvmamba.blocks import merge_directions, split_dire
 from evm_deploy.model.families import load_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.model_cases())
 def test_logits_and_stages_match_golden(name, checkpoint):
     case = golden.model_case(name)

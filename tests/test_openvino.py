@@ -204,6 +204,7 @@ def test_float16_refuses_weights_that_overflow(tmp_path):
         export(tmp_path / "big.pt", ExportPlan("openvino", imgsz=(64, 64), precision="fp16"), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["probs", "features"])
 def test_other_heads(head, micro, tmp_path):
     bundle = export(micro, ExportPlan("openvino", imgsz=(64, 64), head=head), tmp_path)
@@ -436,6 +437,7 @@ def test_compiled_models_are_cached_apart_for_each_bundle(bundles, tmp_path):
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["bit", "cut", "unsealed", "other"])
 def test_a_compiled_model_that_was_changed_is_compiled_again(change, bundles, tmp_path):
     """OpenVINO itself would load most of these, and compute something else."""
@@ -505,6 +507,7 @@ def test_a_lowering_that_is_not_in_the_bundle(bundles):
         load(bundles["portable"].path, scan="plugin")
 
 
+@pytest.mark.slow
 def test_without_an_extension(bundles, monkeypatch, micro, tmp_path, capsys):
     def none():
         raise ToolchainError("no compiler here", "install one")

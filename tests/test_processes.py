@@ -105,6 +105,7 @@ def tools(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda which: which.name)
 @pytest.mark.parametrize("waits", WAITS)
 def test_an_interrupted_command_ends_what_it_started(waits, which, tools):
@@ -136,6 +137,7 @@ def test_a_killed_command_ends_its_tied_process(tools):
     assert within(10, lambda: not any(map(alive, jobs_of(jobs))))
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_the_whole_tree(tools):
     folder, jobs = tools
     with pytest.raises(subprocess.TimeoutExpired):

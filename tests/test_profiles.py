@@ -117,6 +117,7 @@ def test_an_engine_for_another_device_is_not_built_here():
     )
 
 
+@pytest.mark.slow
 def test_export_for_a_device(micro, tmp_path, capsys):
     """From a file, so that the library is for this platform and cached by test_cross."""
     (tmp_path / "robot.toml").write_text(OWN.replace("linux-aarch64", HOST))

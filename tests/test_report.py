@@ -320,6 +320,7 @@ WHOLE = content("onnx", "int8", accuracy=JUDGED, layers=LAYERS, energy_mj={"pack
 WRONG = [None, True, -1, 1e400, float("nan"), 10**400, "", "text", [], {}, [[]], {"a": []}, HOSTILE]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(places(WHOLE)), st.sampled_from(WRONG))
 def test_a_mutated_record_is_refused_or_reported(tmp_path_factory, place, value):
@@ -463,6 +464,7 @@ def test_small_things():
     )
 
 
+@pytest.mark.slow
 def test_the_bench_adds_to_a_history(micro_bundle, tmp_path, capsys, monkeypatch):
     db = tmp_path / "history.db"
     flags = [str(micro_bundle.path), "--limit", "1", "-q", "-o", str(tmp_path / "bench"), "--db"]

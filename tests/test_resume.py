@@ -193,6 +193,7 @@ def test_results_of_other_images_labels_or_layers_are_not_taken(tmp_path):
     assert rows(image_set(60), good, val=None)[1] == 60
 
 
+@pytest.mark.slow
 def test_all_that_decides_a_result_is_in_its_identity(monkeypatch):
     """Another torch, network, setting, kernel or processor starts anew; other choices among candidates continue."""
     target, spec = get_target("onnx"), load_checkpoint(CHECKPOINT).spec

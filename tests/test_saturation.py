@@ -73,6 +73,7 @@ def plan(**changes):
     return ExportPlan("onnx", precision="int8", calib=WORD, calib_images=128, smooth="off", scan="portable", **changes)
 
 
+@pytest.mark.slow
 def test_the_manifest_says_the_bits(seven, eight):
     facts = [bundle.manifest.details["quantization"]["weight_bits"] for bundle in (seven, eight)]
     assert [each["value"] for each in facts] == ["7", "8"]

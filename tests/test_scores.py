@@ -54,6 +54,7 @@ def logits(images):
         return network.module(torch.from_numpy(preprocessing.normalise(pixels))).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_of_one_class_gives_its_sigmoid(target, head, one_class, images, logits, tmp_path):
@@ -65,6 +66,7 @@ def test_a_head_of_one_class_gives_its_sigmoid(target, head, one_class, images, 
     assert any("one class" in note for note in bundle.manifest.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_multi_label_gives_one_sigmoid_for_each_class(target, images, logits, tmp_path):
     bundle = export(CHECKPOINT, ExportPlan(target, multi_label=True), tmp_path)

@@ -46,6 +46,7 @@ def val(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_shards_add_up_to_the_same_digits(half, demo_bundle, val, monkeypatch, tmp_path):
     whole = evaluate(half, str(val), demo_bundle.path).accuracy
     assert (whole.images, whole.metric) == (90, "top1") and 30 < whole.sqnr_db < 120 and whole.reached > 0.9

@@ -157,6 +157,7 @@ def test_export_signs_and_run_checks(micro, keys, tmp_path, capsys):
         assert "PASSED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_measures_only_what_the_key_signed(signed, keys, tmp_path, capsys):
     flags = [str(signed), "--limit", "0.5", "-o", str(tmp_path / "out"), "--require-signature", str(keys[1])]
     assert cli.bench_main(flags) == 0

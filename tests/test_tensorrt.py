@@ -129,6 +129,7 @@ def test_golden_logits(name, checkpoint, tmp_path, without_rtx):
     assert np.abs(logits - case["logits"]).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_wrong_carry_is_refused(monkeypatch, micro, tmp_path, without_rtx):
     """Negative control of the parity gate: every chunk starts from the state of the first."""
     monkeypatch.setattr(unrolled, "_carry", lambda f, end, decay, chunks: f.op("Mul", end, end))
@@ -177,6 +178,7 @@ def test_a_second_process_finishes_it(rtx, deferred, tmp_path):
         load(folder)
 
 
+@pytest.mark.slow
 def test_no_defer_and_finish_say_what_is_missing(without_rtx, deferred, micro_bundle, tmp_path, capsys):
     flags = ["--target", "trt", "--no-defer", "-o", str(tmp_path)]
     assert cli.export_main(flags) == 3
@@ -310,6 +312,7 @@ def test_weights_beyond_float16_are_refused_by_name(demo_graph):
         network(graph, replaced(plan, "fp16"))
 
 
+@pytest.mark.slow
 def test_a_library_is_taken_into_the_bundle(deferred, tmp_path):
     shutil.copytree(deferred.path, tmp_path / "bundle")
     (tmp_path / "libevm_tensorrt.so").write_bytes(b"a library")

@@ -189,6 +189,7 @@ def test_an_error_inside_leaves_nothing_in_place(monkeypatch, micro, tmp_path):
     assert at_once(entered, entered) == [True, True]
 
 
+@pytest.mark.slow
 def test_the_reference_runs_beside_a_trace(micro):
     """torch's tracer takes over calls of modules in every thread: one that runs meanwhile fails, or is traced along."""
     network = load_checkpoint(micro)

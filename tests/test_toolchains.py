@@ -46,6 +46,7 @@ def environment(ci):
     return {**os.environ, "CI": ci}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_missing_one_is_told(workers, tmp_path):
     code, said = run(tmp_path, ["valgrind", "valgrind", "openssl"], "", workers)

@@ -191,6 +191,7 @@ def test_the_default_search_beats_a_random_one(monkeypatch):
     assert lost[SAMPLERS[0]] < lost["random"]
 
 
+@pytest.mark.slow
 def test_the_most_accurate_within_the_budget_is_found(work, tmp_path, capsys):
     assert tune(tmp_path, *EVERY, "--json") == 0
     shown = capsys.readouterr()

@@ -118,6 +118,7 @@ def test_the_selftest_passes_and_notices(target, bundle, monkeypatch):
         assert not all(check.ok for check in selftest.run(made, target.runtime, runtime, RunOptions()))
 
 
+@pytest.mark.slow
 @every_target
 def test_it_is_loaded_or_says_why_not(target, bundle):
     made = bundle(target)
@@ -177,6 +178,7 @@ def test_settings_of_another_target_are_refused(target):
     assert check_plan(target, plan) == plan
 
 
+@pytest.mark.slow
 @every_target
 def test_the_readme_names_the_artifact(target, bundle):
     made = bundle(target)
@@ -184,6 +186,7 @@ def test_the_readme_names_the_artifact(target, bundle):
     assert made.manifest.artifact in text and made.manifest.name in text
 
 
+@pytest.mark.slow
 @every_target
 def test_it_is_measured_where_it_runs(target, bundle):
     made = bundle(target)
