@@ -13,14 +13,14 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.files import cache_folder, lock_folder, log_no_cache, write_atomically
 
-Arrays = Mapping[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[Any]]
 
 FOLDER = "unfinished"  # in the cache folder: one folder for each interrupted work
 KEPT_DAYS = 14  # an interrupted work that nobody continues is deleted after this time
@@ -51,6 +51,8 @@ class KeptResults:
         """Return the arrays of `name`, None if there are none."""
         if name in self._memory or not self.folder:
             return self._memory.get(name)
+        import numpy as np
+
         try:
             content = self._file(name).read_bytes()
             if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
@@ -64,6 +66,8 @@ class KeptResults:
         """Keep the arrays of `name`. The file is complete as soon as it has its name."""
         self._put.add(name)
         if self.folder:
+            import numpy as np
+
             content = io.BytesIO()
             np.savez(content, **arrays)  # type: ignore[arg-type]  # the stub takes `allow_pickle` for one of the arrays
             data = content.getvalue()
