@@ -43,9 +43,9 @@ Status scan_outputs(Handle context, evm_block_args &args) {
 }
 
 struct Kernel {
-    Handle memory;         // OrtMemoryInfo of CPU memory, which the workspace is allocated from
-    void *allocated;       // the memory around `packed`
-    float *packed;         // packed weights, or null if they are not constant
+    Handle memory;    // OrtMemoryInfo of CPU memory, which the workspace is allocated from
+    void *allocated;  // the memory around `packed`
+    float *packed;    // packed weights, or null if they are not constant
 };
 
 void ORT_CALL destroy(Handle handle) {

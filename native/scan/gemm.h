@@ -11,8 +11,8 @@ inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : ve
 
 // Arithmetic of a product. Element: type of an activation. Weight: type of a packed weight. Partial: vector of partial sums, one per
 // column, in registers. Sum: vector of total sums. DEPTH: rows of weights in one vector of a panel, and elements of a row read at
-// once. START: whether a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class
-// itself, for classes derived from it.
+// once. START: whether a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay
+// exact. Base: the class itself, for classes derived from it.
 struct Floats {
     typedef Floats Base;
     typedef float Element, Weight;
