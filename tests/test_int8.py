@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 from PIL import Image
 
 from evm_deploy import cli
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load
-from evm_deploy.calib import table
+from evm_deploy.calib import quantize, table
 from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import Layer, activations, insert_qdq
+from evm_deploy.calib.quantize import Layer, activations, insert_qdq, quantizable_layers
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
@@ -82,6 +84,84 @@ def test_q_dq_pairs_are_explicit_and_of_the_asked_flavour(symmetric, micro):
     assert not {"DequantizeLinear", "QuantizeLinear"} & {*touching, *readers}
     names = [node.name for node in model.graph.node]
     assert all(names) and model.functions
+
+
+def gated(gate="Sigmoid", axes=(-2, -1), shown=False, relu=True):
+    """A convolution, a squeeze-excite gate and a convolution, in float32. shown: the gated tensor is an output."""
+    g, constants, nodes = np.random.default_rng(0), [numpy_helper.from_array(np.array(axes, np.int64), "axes")], []
+
+    def convolution(name, x, out_in, size=1):
+        weight = g.standard_normal((*out_in, size, size)).astype(np.float32) / (out_in[1] * size * size) ** 0.5
+        constants.extend([numpy_helper.from_array(weight, f"{name}.weight")])
+        constants.extend([numpy_helper.from_array(g.standard_normal(out_in[0]).astype(np.float32), f"{name}.bias")])
+        padding = {"pads": [size // 2] * 4}
+        inputs = [x, f"{name}.weight", f"{name}.bias"]
+        nodes.append(helper.make_node("Conv", inputs, [f"{name}/Conv"], name=f"{name}/Conv", **padding))
+        return f"{name}/Conv"
+
+    def node(kind, *inputs, **attributes):
+        nodes.append(
+            helper.make_node(
+                kind, list(inputs), [f"se/{kind}{len(nodes)}"], name=f"se/{kind}{len(nodes)}", **attributes
+            )
+        )
+        return nodes[-1].output[0]
+
+    x = convolution("first", "image", (16, 3), 3)
+    x = node("Relu", x) if relu else x
+    hidden = node("Relu", convolution("reduce", node("ReduceMean", x, "axes", keepdims=1), (4, 16)))
+    y = node("Mul", x, node(gate, convolution("expand", hidden, (16, 4))))
+    outputs = [convolution("last", y, (8, 16)), *([x] if shown else ())]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in outputs]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 9, 7])
+    graph = helper.make_graph(nodes, "gated", [image], values, constants)
+    return shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
+
+
+def int8_of(model, images):
+    """The model in int8, with the ranges of its activations on these images."""
+    found = quantizable_layers(model)
+    names = activations(found)
+    probed = copy.deepcopy(model)
+    probed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    values = session_of(probed).run(list(names), {"image": images})
+    return insert_qdq(
+        model, found, {key: Range(min(0, v.min()), v.max()) for key, v in zip(names.values(), values, strict=True)}
+    )
+
+
+def session_of(model, optimised=None):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_squeeze_excite_gates_between_int8_layers_are_computed_in_integers(relu, tmp_path, monkeypatch):
+    images = np.random.default_rng(1).standard_normal((3, 3, 9, 7)).astype(np.float32)
+    model = gated(relu=relu)
+    (want,) = session_of(model).run(None, {"image": images})
+    rounded = int8_of(model, images)
+    onnx.checker.check_model(rounded, full_check=True)
+    (have,) = session_of(rounded, tmp_path / "optimised.onnx").run(None, {"image": images})
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert {"QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearMul"} <= set(kinds)
+    assert (kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")) == (1, 1)  # image and output
+    monkeypatch.setattr(quantize, "with_rounded_gates", lambda model: model)
+    (float_gate,) = session_of(int8_of(model, images)).run(None, {"image": images})
+    errors = [float(np.sqrt(np.mean((y - want) ** 2))) for y in (have, float_gate)]
+    assert 0 < errors[1] < 0.05 * want.std() and errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("changes", [{"gate": "HardSigmoid"}, {"axes": (-1,)}, {"axes": (-2,)}, {"shown": True}])
+def test_what_is_no_gate_or_is_an_output_keeps_its_values(changes):
+    images = np.random.default_rng(1).standard_normal((1, 3, 9, 7)).astype(np.float32)
+    kinds = {node.op_type for node in int8_of(gated(**changes), images).graph.node}
+    assert "ReduceMean" in kinds and "GlobalAveragePool" not in kinds
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evm_deploy._util.onnx import in_order
+from evm_deploy.calib.gates import with_rounded_gates
 from evm_deploy.calib.histogram import Range
 from evm_deploy.scan import onnx_function
 
@@ -164,10 +165,13 @@ def insert_qdq(
 
     Weights: int8, symmetric, one scale per output channel. Activations: one scale per tensor over `ranges`, which are
     keyed as in `activations`: uint8 with a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for
-    TensorRT. weight_bits: 7 for weights of these layers in -64..64, which cannot saturate (`saturating_weights`).
+    TensorRT. With a zero point squeeze-excite gates are rounded, too (`with_rounded_gates`). weight_bits: 7 for weights
+    of these layers in -64..64, which cannot saturate (`saturating_weights`).
     """
     pairs = [layer for layer in found if not layer.weight_only]
     result = _insert_pairs(model, pairs, ranges, symmetric, weight_bits) if pairs else copy.deepcopy(model)
+    if not symmetric:
+        result = with_rounded_gates(result)
     _store_weights(result, {layer.weight for layer in found if layer.weight_only}, dequantize=symmetric)
     _name_after_readers(result)
     return result
