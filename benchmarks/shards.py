@@ -44,6 +44,10 @@ class Timed:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.seconds = engine, 0.0
 
+    def require(self, board: str) -> None:
+        """Raise EvmError unless a host offers the board."""
+        self.engine.require(board)
+
     def start(self, job: Job) -> None:
         """Begin a job."""
         self.engine.start(replace(job, call=partial(timed, job.call)))

@@ -21,7 +21,7 @@ from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
-pytest_plugins = ["tests.cache", "tests.costs", "tests.toolchains"]
+pytest_plugins = ["tests.cache", "tests.costs", "tests.sweeps", "tests.toolchains"]
 pytest.register_assert_rewrite(*pytest_plugins)
 import golden  # noqa: E402
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from evm_deploy.bench.matrix import Matrix, parse_forms, run_matrix
 
 from evm_deploy import cli
 from evm_deploy.bench import worker
-from evm_deploy.bench.matrix import Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.remote import ssh_host as board_module
 from evm_deploy.bench.remote.agent import build_agent

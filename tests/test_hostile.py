@@ -9,10 +9,10 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from evm_deploy.bench.matrix import Form, FormOutcome
 
 from evm_deploy import cli
 from evm_deploy._util.cores import MAX_THREADS, check_threads
-from evm_deploy.bench.matrix import Form, FormOutcome
 from evm_deploy.bench.run import record_of
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from safetensors.torch import load_file
 
 from evm_deploy import cli
 from evm_deploy._util.progress import silent
 from evm_deploy.bench import device, worker
-from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.cli import bench_main
 from evm_deploy.demo import CHECKPOINT, digits, write_images

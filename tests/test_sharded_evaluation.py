@@ -19,13 +19,10 @@ from evm_deploy.sweep import shards
 from evm_deploy.sweep.engine import LocalEngine
 from evm_deploy.sweep.evaluate import evaluate
 from evm_deploy.sweep.packed import packed, read_rows, unpacked, write_rows
-from evm_deploy.sweep.shards import accuracy, evaluated, labelled_items
+from evm_deploy.sweep.shards import Shard, accuracy, evaluated, labelled_for
 from evm_deploy.tasks import get_task
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +48,8 @@ def test_shards_add_up_to_the_same_digits(half, demo_bundle, val, monkeypatch, t
     whole = evaluate(half, str(val), demo_bundle.path).accuracy
     assert (whole.images, whole.metric) == (90, "top1") and 30 < whole.sqnr_db < 120 and whole.reached > 0.9
     monkeypatch.setattr(shards, "SHARD", 7)
-    cut = labelled_items(half, str(val)).shards(str(half), str(demo_bundle.path))
-    parts = [unpacked(packed(evaluated(shard, 1))) for shard in cut]
+    cut = labelled_for(half, str(val)).parts()
+    parts = [unpacked(packed(evaluated(Shard(str(half), str(demo_bundle.path), items), 1))) for items in cut]
     assert len(parts) == 13
     for seed in range(3):
         random.Random(seed).shuffle(parts)
@@ -72,7 +69,7 @@ def test_images_are_decoded_with_their_shard(half, val, monkeypatch):
         return real(items, preprocessing)
 
     monkeypatch.setattr(shards, "decoded_images", decoded)
-    labelled_items(half, str(val)).shards(str(half), None)
+    labelled_for(half, str(val)).parts()
     assert seen == []
     assert evaluate(half, str(val)).accuracy.images == 90 and seen == [30, 30, 30]
 

@@ -15,7 +15,6 @@ import pytest
 
 from evm_deploy import cli
 from evm_deploy._util.files import lock_folder
-from evm_deploy.bench import device
 from evm_deploy.bench.record import Record
 from evm_deploy.bench.remote.hosts import HostOptions
 from evm_deploy.demo import CHECKPOINT, digits
@@ -42,41 +41,12 @@ BOTH = ["evm_digits-onnx-fp16-64x64", "evm_digits-onnx-fp32-64x64"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def work(demo_bundle, tmp_path, monkeypatch):
-    """Work of units without exporting and measuring: a Counter of what was done, by unit. The folder has val.npz."""
-    done: Counter[str] = Counter()
+def images(own_cache, tmp_path, monkeypatch):
+    """The sweep, and val.npz, in shards of 25 and 15 images."""
+    monkeypatch.setattr("evm_deploy.sweep.shards.SHARD", 25)
     images, labels = digits("heldout")
     np.savez(tmp_path / "val.npz", images=images[:40], labels=labels[:40])
     (tmp_path / "sweep.toml").write_text(SWEEP)
-
-    def export(source, plan, out, force):
-        done[f"export {plan.precision}"] += 1
-        path = Path(out) / f"evm_digits-onnx-{plan.precision}-64x64"
-        shutil.copytree(demo_bundle.path, path, dirs_exist_ok=True)
-        return replace(demo_bundle, path=path)
-
-    def bench(bundle, settings):
-        done[f"measure {Path(bundle).name} {settings.threads}"] += 1
-        facts = {"name": Path(bundle).name, "accuracy": None, "precision": Path(bundle).name.split("-")[2]}
-        made = make_record(device=device.facts(), settings={**settings.as_dict(), "batch": 1})
-        return replace(made, bundle={**made.bundle, **facts})
-
-    real = units_module.evaluated
-
-    def evaluated(shard, cores):
-        done[f"evaluate {len(shard.items)}"] += 1
-        return real(shard, cores)
-
-    monkeypatch.setattr("evm_deploy.sweep.shards.SHARD", 25)
-    monkeypatch.setattr(units_module, "export", export)
-    monkeypatch.setattr(units_module, "evaluated", evaluated)
-    monkeypatch.setattr("evm_deploy.sweep.boards.bench", bench)
-    return done
 
 
 def sweep(folder: Path, *flags: str) -> int:
@@ -90,13 +60,14 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_every_unit_is_done_once(work, tmp_path, capsys):
     assert sweep(tmp_path, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert Counter(row["kind"] for row in rows) == {"export": 2, "evaluate": 4, "measure": 4}
-    assert len(work) == 8 and sum(work.values()) == 10  # both shards of both bundles have the same names here
+    assert Counter(row["kind"] for row in rows) == {"export": 2, "evaluate": 6, "measure": 4}
+    assert (work["float 25"], work["evaluate 25"]) == (1, 2)  # both bundles are compared with the same outputs
+    assert sum(work.values()) == 12
     before = files(tmp_path / "run")
-    assert sweep(tmp_path) == 0 and sum(work.values()) == 10
+    assert sweep(tmp_path) == 0 and sum(work.values()) == 12
     assert files(tmp_path / "run") == before
     shown = capsys.readouterr()
-    assert "10 units: 10 kept" in shown.out and "[" not in shown.err
+    assert "12 units: 12 kept" in shown.out and "[" not in shown.err
 
     records = [Record.read(each) for each in (tmp_path / "run" / "records" / "here").iterdir()]
     assert sorted({each.bundle["name"] for each in records}) == BOTH
@@ -105,7 +76,7 @@ def test_every_unit_is_done_once(work, tmp_path, capsys):
         assert (found["images"], found["top1"], found["top1_float"]) == (40, 1.0, 1.0) and found["sqnr_db"] > 80
     assert cli.sweep_main(["status", str(tmp_path / "run"), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert status["units"]["evaluate"] == {"done": 4, "failed": 0, "to do": 0} and status["failed"] == []
+    assert status["units"]["evaluate"] == {"done": 6, "failed": 0, "to do": 0} and status["failed"] == []
 
 
 def test_an_interrupted_sweep_does_the_rest(work, tmp_path, monkeypatch):
@@ -128,9 +99,9 @@ def test_an_interrupted_sweep_does_the_rest(work, tmp_path, monkeypatch):
             break
         except KeyboardInterrupt:
             kills += 1
-    assert kills == 9 and sum(work.values()) == 10 + kills
-    assert counts(outcomes) == "10 units: 1 done, 9 kept"
-    assert len(list((tmp_path / "run" / "units").iterdir())) == 10
+    assert kills == 11 and sum(work.values()) == 12 + kills
+    assert counts(outcomes) == "12 units: 1 done, 11 kept"
+    assert len(list((tmp_path / "run" / "units").iterdir())) == 12
     assert len(list((tmp_path / "run" / "records" / "here").iterdir())) == 4
 
 
@@ -146,14 +117,14 @@ def test_a_unit_that_fails_stops_no_other(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(units_module, "export", export)
     assert sweep(tmp_path) == 2 and work["refused"] == 1  # the same error again is no news
     shown = capsys.readouterr()
-    assert "8 units: 5 done, 1 failed, 2 not run" in shown.out and "--retry-failed" in shown.out
+    assert "10 units: 7 done, 1 failed, 2 not run" in shown.out and "--retry-failed" in shown.out
     assert "export evm_digits onnx fp16: no room for fp16\n  make room" in shown.err
     assert sweep(tmp_path) == 2 and work["refused"] == 1  # and is not tried again
     assert cli.sweep_main(["status", str(tmp_path / "run")]) == 0
     assert "no room for fp16\n  make room" in capsys.readouterr().out
     monkeypatch.setattr(units_module, "export", fake)
     assert sweep(tmp_path, "--retry-failed") == 0
-    assert "10 units: 5 done, 5 kept" in capsys.readouterr().out
+    assert "12 units: 5 done, 7 kept" in capsys.readouterr().out
     assert list((tmp_path / "run" / "failed").iterdir()) == []
 
 
@@ -197,7 +168,7 @@ def test_only_one_unit_and_what_it_needs(work, tmp_path, capsys):
     assert not (tmp_path / "run").exists() and {row["state"] for row in rows} == {"to do"}
     key = next(row["key"] for row in rows if row["unit"].startswith("measure") and "fp16" in row["unit"])
     assert sweep(tmp_path, "--only", key) == 0
-    assert list(work) == ["export fp16", "measure evm_digits-onnx-fp16-64x64 1"]
+    assert list(work) == ["export fp16 mse auto", "measure evm_digits-onnx-fp16-64x64 1"]
     assert sweep(tmp_path, "--only", "zz") == 2
     assert "no unit has a key that begins so" in capsys.readouterr().err
 
@@ -206,12 +177,12 @@ def test_two_sweeps_do_not_fill_one_folder(work, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     assert sweep(tmp_path) == 2
-    assert "is no folder of a sweep, and it is not empty" in capsys.readouterr().err
+    assert "is not empty, and does not hold a sweep" in capsys.readouterr().err
     (tmp_path / "run" / "thesis.txt").unlink()
     assert sweep(tmp_path, "--only", "zz") == 2
     lock = lock_folder(tmp_path / "run")
     assert sweep(tmp_path) == 2 and not work
-    assert "in use by another evm-sweep" in capsys.readouterr().err
+    assert "in use by another command" in capsys.readouterr().err
     os.close(lock)
     assert sweep(tmp_path) == 0
 
@@ -354,7 +325,7 @@ def test_boards_are_taken_by_name_or_class_one_at_a_time(work, tmp_path, monkeyp
     (tmp_path / "sweep.toml").write_text(text)
     assert sweep(tmp_path, "--devices", str(tmp_path / "fleet.toml"), "-q") == 3
     shown = capsys.readouterr()
-    assert shown.err.count("me@right does not answer\n  is it on?") == 2 and "10 units: 8 done, 2 failed" in shown.out
+    assert shown.err.count("me@right does not answer\n  is it on?") == 2 and "12 units: 10 done, 2 failed" in shown.out
     assert len(list((tmp_path / "run" / "records" / "left").iterdir())) == 2
 
     boards = Boards.of(tmp_path / "fleet.toml")
@@ -418,7 +389,7 @@ def test_a_damaged_done_file_counts_as_none(work, tmp_path):
     done[0].write_bytes(b"")
     done[1].write_text('{"result": 1}')
     assert sweep(tmp_path, "-q") == 0
-    assert sum(work.values()) == 12
+    assert sum(work.values()) == 14
 
 
 def test_what_killed_workers_left_is_removed(work, tmp_path):
@@ -437,11 +408,11 @@ def test_what_killed_workers_left_is_removed(work, tmp_path):
 def test_what_was_deleted_is_made_again(work, tmp_path):
     assert sweep(tmp_path, "-q") == 0
     before = files(tmp_path / "run" / "judged")
-    for name in ("bundles", "rows"):
+    for name in ("bundles", "rows", "outputs"):
         shutil.rmtree(tmp_path / "run" / name)
     next((tmp_path / "run" / "records" / "here").iterdir()).unlink()
     assert sweep(tmp_path, "-q") == 0
-    assert sum(work.values()) == 10 + 2 + 4 + 1 and files(tmp_path / "run" / "judged") == before
+    assert sum(work.values()) == 12 + 2 + 6 + 1 and files(tmp_path / "run" / "judged") == before
 
 
 def test_images_that_do_not_fit_are_an_error_of_the_bundle(work, tmp_path, capsys):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from evm_deploy import cli
-from evm_deploy.bench import device
 from evm_deploy.bench.measurable import calibration_text
 from evm_deploy.bench.record import Record
 from evm_deploy.calib.evaluate import own_rows
@@ -31,6 +30,7 @@ from evm_deploy.sweep.tune import FIRST, is_behind, parts_of
 from evm_deploy.sweep.tuned import BEHIND, FAILED, FITS, OVER, Trial, Tuned, read_tuned, require_folder_of
 from evm_deploy.tasks import get_task
 from tests.records import record as make_record
+from tests.sweeps import count
 from tests.toolchains import need
 
 need("optuna", module=True)
@@ -39,43 +39,17 @@ IMAGES = 400
 SMALL = Space(("onnx:fp32", "onnx:int8"), ("64x64", "32x32"), ("2", "1"), ("mse", "minmax"), ("on",))
 FLAGS = ("--calib", "demo", "--imgsz", "64,32", "--threads", "2,1")
 EVERY = ("--sampler", "random", "--trials", "100")  # in all 44
-#: What is measured and evaluated: p50 in ms by precision at 64x64 with 2 threads, wrong answers of IMAGES.
-P50 = {"fp32": 4.0, "fp16": 3.0, "w8": 4.5, "int8": 1.0}
-WRONG = {"fp32": 4, "fp16": 4, "w8": 8, "int8": 8}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+WRONG = {"fp32": 4, "fp16": 4, "w8": 8, "int8": 8}  # wrong answers of IMAGES at 64x64, 100 more at 32x32
 
 
 @pytest.fixture
-def work(demo_bundle, tmp_path, monkeypatch):
-    """Work of trials without exporting, measuring and inference: a Counter of what was done. tmp_path has val.npz."""
-    done: Counter[str] = Counter()
+def done(work, tmp_path, monkeypatch):
+    """`work`, with evaluations that are made up, too. tmp_path has val.npz."""
     images, labels = digits("heldout")
     np.savez(tmp_path / "val.npz", images=images[:IMAGES], labels=labels[:IMAGES])
 
-    def export(source, plan, out, force):
-        done["export"] += 1
-        done[f"export {plan.precision} {plan.calib_method} {plan.smooth} {plan.sizes}"] += 1
-        path = out / f"evm_digits-onnx-{plan.precision}-{plan.sizes}"
-        shutil.copytree(demo_bundle.path, path, dirs_exist_ok=True)
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest["plan"].update(imgsz=list(plan.imgsz), calib_method=plan.calib_method, smooth=plan.smooth)
-        manifest["precision"] = plan.precision
-        (path / "manifest.json").write_text(json.dumps(manifest))
-        return replace(demo_bundle, path=path)
-
-    def bench(bundle, settings):
-        done["measure"] += 1
-        precision, size = bundle.name.split("-")[2:]
-        p50 = P50[precision] * (0.25 if size == "32x32" else 1) * (2 if settings.threads == 1 else 1)
-        made = make_record(precision=precision, median=p50, device=device.facts(), settings=settings.as_dict())
-        return replace(made, bundle={**made.bundle, "name": bundle.name, "accuracy": None})
-
-    def evaluated(shard, cores):
-        done["images"] += len(shard.items)
+    def evaluated(shard, cores, expected):
+        work["images"] += len(shard.items)
         *_, precision, size = shard.bundle.rpartition("/")[2].split("-")
         wrong = WRONG[precision] + (100 if size == "32x32" else 0)
         answers = [(item.label + (int(item.name[:-1].partition("[")[2]) < wrong)) % 10 for item in shard.items]
@@ -83,10 +57,13 @@ def work(demo_bundle, tmp_path, monkeypatch):
         rows = own_rows(logits, get_task("classification"), [item.label for item in shard.items])
         return ShardRows(rows, (), "digest")
 
-    monkeypatch.setattr(units_module, "export", export)
+    def in_float(self, items):
+        work["in float"] += len(items)
+        return (ShardRows({}, (), "digest"),) * 2
+
     monkeypatch.setattr(units_module, "evaluated", evaluated)
-    monkeypatch.setattr("evm_deploy.sweep.boards.bench", bench)
-    return done
+    monkeypatch.setattr(units_module.FloatCheckpoint, "evaluated", in_float)
+    return work
 
 
 def tune(folder, *flags: str, budget: str = "p50<2ms") -> int:
@@ -192,33 +169,33 @@ def test_the_default_search_beats_a_random_one(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_most_accurate_within_the_budget_is_found(work, tmp_path, capsys):
+def test_the_most_accurate_within_the_budget_is_found(done, tmp_path, capsys):
     assert tune(tmp_path, *EVERY, "--json") == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     trials = [Trial(**each) for each in found["trials"]]
     assert len(trials) == len({each.choice for each in trials}) == 44
     assert shown.err.count("\n") == 44
-    assert work["export"] == 2 * (3 + 8)  # both numbers of threads share one
+    assert count(done, "export") == 2 * (3 + 8)  # both numbers of threads share one
     states = Counter(each.state for each in trials)
     assert states[FITS] + states[BEHIND] == 37 and states[OVER] == 7
     chosen = trials[found["chosen"]]
     assert chosen.choice.startswith("onnx int8") and chosen.choice.endswith("64x64, threads 2")
     assert chosen.figure == 1 - WRONG["int8"] / IMAGES and chosen.figures["p50"] == 1.0
     assert all(not each.rungs for each in trials if each.state == OVER)
-    assert sum(work[name] for name in work if name.startswith("export fp")) == 4
+    assert count(done, "export fp") == 4
 
-    before = Counter(work)
-    assert tune(tmp_path, *EVERY) == 0 and work == before
+    before = Counter(done)
+    assert tune(tmp_path, *EVERY) == 0 and done == before
     shown = capsys.readouterr()
     assert "Chosen    onnx int8" in shown.out and "evm-run" in shown.out
     path = tmp_path / "run" / chosen.bundle
     assert f"Saved     {path}" in shown.out and path.is_dir()
-    assert tune(tmp_path, "--trials", "30", budget="p50<9ms") == 0 and work["export"] == before["export"]
+    assert tune(tmp_path, "--trials", "30", budget="p50<9ms") == 0 and count(done, "export") == count(before, "export")
     assert "Chosen    onnx fp16, 64x64, threads 2: top-1 99.00 %, p50 3 ms" in capsys.readouterr().out
 
 
-def test_the_report_shows_the_front(work, tmp_path, capsys):
+def test_the_report_shows_the_front(done, tmp_path, capsys):
     assert tune(tmp_path, "--trials", "12") == 0
     capsys.readouterr()
     assert cli.report_main([str(tmp_path / "run"), "--html", str(tmp_path / "report.html")]) == 0
@@ -245,7 +222,7 @@ def test_records_of_other_calibrations_are_other_candidates(demo_bundle):
     assert calibration_text(replace(manifest, plan=plan)) == "minmax, smooth off"
 
 
-def test_an_interrupted_search_does_the_rest(work, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_search_does_the_rest(done, tmp_path, monkeypatch, capsys):
     assert tune(tmp_path, "--trials", "9", "--json") == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["front"] and len(whole["trials"]) == 9
@@ -272,34 +249,34 @@ def test_an_interrupted_search_does_the_rest(work, tmp_path, monkeypatch, capsys
     assert found["trials"][:4] == whole["trials"][:4]  # the starts
 
 
-def test_nothing_fits(work, tmp_path, capsys):
+def test_nothing_fits(done, tmp_path, capsys):
     few = [*EVERY, "--imgsz", "64", "--threads", "2", "-q"]
     assert tune(tmp_path, *few, budget="p50<0.8ms,memory<90MB") == 6
     said = capsys.readouterr().err
     assert "no candidate of 11 trials fits the budget p50 < 0.8 ms, memory < 90 MB; nearest is onnx int8" in said
     assert "64x64, threads 2, 25 % over: p50 1 ms, memory 80 MB" in said and "raise the limit" in said
-    assert work["images"] == 0
+    assert done["images"] == 0
     assert tune(tmp_path, *few, budget="size<1kB") == 6
-    assert work["measure"] == 11 and "nearest" in capsys.readouterr().err  # the size is known without
+    assert count(done, "measure") == 11 and "nearest" in capsys.readouterr().err  # the size is known without
     assert cli.report_main([str(tmp_path / "run")]) == 0
     assert "nothing fits the budget\n         nearest: " in capsys.readouterr().out
 
 
-def test_a_failed_trial_is_not_the_end(work, tmp_path, monkeypatch, capsys):
+def test_a_failed_trial_is_not_the_end(done, tmp_path, monkeypatch, capsys):
     fake, broken = units_module.export, ["int8", "w8"]
 
     def export(source, plan, out, force):
         if plan.precision in broken:
-            work["refused"] += 1
+            done["refused"] += 1
             raise BundleError(f"no room for {plan.precision}", "make room")
         return fake(source, plan, out, force)
 
     monkeypatch.setattr(units_module, "export", export)
     assert tune(tmp_path, "--trials", "6", budget="p50<9ms") == 0
-    refused = work["refused"]
+    refused = done["refused"]
     shown = capsys.readouterr()
     assert "failed: no room for int8" in shown.err and "Chosen    onnx fp16" in shown.out and refused
-    assert tune(tmp_path, "--trials", "6", "-q", budget="p50<9ms") == 0 and work["refused"] == refused
+    assert tune(tmp_path, "--trials", "6", "-q", budget="p50<9ms") == 0 and done["refused"] == refused
     broken.clear()
     assert tune(tmp_path, "--trials", "6", "-q", "--retry-failed", budget="p50<9ms") == 0
     assert "failed" not in capsys.readouterr().out.splitlines()[-6]
@@ -321,14 +298,14 @@ def test_images_are_evaluated_in_rungs():
     assert [is_behind(0.97, 1.0, images) for images in (FIRST, 1600)] == [True, True] and not is_behind(0.985, 1.0, 100)
 
 
-def test_who_is_behind_is_not_evaluated_on_all_images(work, tmp_path, capsys):
+def test_who_is_behind_is_not_evaluated_on_all_images(done, tmp_path, capsys):
     assert tune(tmp_path, *EVERY, "--threads", "2", "--json", "-q", budget="p50<9ms") == 0
     trials = [Trial(**each) for each in json.loads(capsys.readouterr().out)["trials"]]
     behind = [each for each in trials if each.state == BEHIND]
     assert behind and all("32x32" in each.choice and each.rungs[-1][0] < IMAGES for each in behind)
     assert all(each.rungs[-1][0] == IMAGES for each in trials if each.state == FITS)
     assert len(trials) == 22 and not [each for each in trials if each.state == FAILED]
-    assert work["images"] == sum(each.rungs[-1][0] for each in trials)
+    assert done["images"] == sum(each.rungs[-1][0] for each in trials)
 
 
 def test_the_front_is_what_no_other_trial_beats():
@@ -348,9 +325,9 @@ def test_the_front_is_what_no_other_trial_beats():
     assert Tuned("", parse_budget("p50<9ms"), "here", ()).chosen is None
 
 
-def test_optuna_is_an_extra(work, tmp_path, monkeypatch, capsys):
+def test_optuna_is_an_extra(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert tune(tmp_path) == ToolchainError.exit_code and not work
+    assert tune(tmp_path) == ToolchainError.exit_code and not done
     assert "evm-tune needs Optuna, which is not installed\n  pip install" in capsys.readouterr().err
 
 
@@ -371,10 +348,10 @@ def test_optuna_is_an_extra(work, tmp_path, monkeypatch, capsys):
         (["--calib", "nowhere"], "nowhere does not exist"),
         (["--val", "nowhere"], "nowhere does not exist"),
         (["--budget", "p50<1"], "has no unit"),
-        (["-o", "mine"], "is no folder of a sweep, and it is not empty"),
+        (["-o", "mine"], "is not empty, and does not hold a sweep"),
     ],
 )
-def test_bad_input_is_named_before_work_begins(work, tmp_path, monkeypatch, capsys, flags, said):
+def test_bad_input_is_named_before_work_begins(done, tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -382,7 +359,7 @@ def test_bad_input_is_named_before_work_begins(work, tmp_path, monkeypatch, caps
     if flags[0] == "--target" and flags[1] == "trt":
         lacking = replace(_trt().environment(), can_build=False)
         monkeypatch.setattr("evm_deploy.export.target.Target.environment", lambda self: lacking)
-    assert tune(tmp_path, *flags) in (2, 3) and not work
+    assert tune(tmp_path, *flags) in (2, 3) and not done
     assert said in capsys.readouterr().err
 
 
@@ -392,11 +369,11 @@ def _trt():
     return get_target("trt")
 
 
-def test_a_dry_run_lists_the_space(work, tmp_path, capsys):
+def test_a_dry_run_lists_the_space(done, tmp_path, capsys):
     assert tune(tmp_path, "--dry-run", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["candidates"] == 44 and found["space"]["threads"] == ["2", "1"] and len(found["starts"]) == 4
-    assert tune(tmp_path, "--dry-run") == 0 and not work and not (tmp_path / "run").exists()
+    assert tune(tmp_path, "--dry-run") == 0 and not done and not (tmp_path / "run").exists()
     assert "44 candidates, 20 trials" in capsys.readouterr().out
     (tmp_path / "fleet.toml").write_text('[[board]]\nname = "left"\nhost = "pi@left"\ndevice = "pi5"\n')
     flags = ["--devices", str(tmp_path / "fleet.toml"), "--device", "pi5", "--dry-run", "--json"]
@@ -408,7 +385,7 @@ def test_a_dry_run_lists_the_space(work, tmp_path, capsys):
     assert "int8 is left out" in shown.err
 
 
-def test_a_folder_has_one_sweep_or_search(work, tmp_path, capsys):
+def test_a_folder_has_one_sweep_or_search(done, tmp_path, capsys):
     assert tune(tmp_path, "--trials", "2", "-q", budget="p50<9ms") == 0
     images, labels = digits("train")
     np.savez(tmp_path / "other.npz", images=images[:40], labels=labels[:40])

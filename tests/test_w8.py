@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from evm_deploy.bench.matrix import Form, parse_forms
 from onnx import numpy_helper
 
 from evm_deploy import cli
-from evm_deploy.bench.matrix import Form, parse_forms
 from evm_deploy.bundle import selftest
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import load

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from evm_deploy._util.text import escape_controls
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from evm_deploy.sweep.boards import Boards
     from evm_deploy.sweep.engine import Engine
+    from evm_deploy.sweep.run import Report, UnitOutcome
 
 ENGINES = ("local", "ray")
 
@@ -35,7 +37,6 @@ def opened_engine(args: argparse.Namespace, boards: Boards, needed: Collection[s
 
     Raises UsageError for flags that cannot be combined, ToolchainError if Ray is missing or cannot be reached.
     """
-    from evm_deploy.sweep.boards import HERE
     from evm_deploy.sweep.engine import LocalEngine
 
     if args.address and args.engine != "ray":
@@ -53,8 +54,22 @@ def opened_engine(args: argparse.Namespace, boards: Boards, needed: Collection[s
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             engine = RayEngine(args.address)
         else:
-            for board in sorted({*needed} - {"", HERE}):
-                boards.known(board)
             engine = LocalEngine(boards)
+            for board in sorted({*needed} - {""}):
+                engine.require(board)
         stack.callback(engine.close)
         yield engine
+
+
+def reporter(quiet: bool) -> Report:
+    """Return a function that prints one line on stderr for each unit that has ended, nothing if `quiet`."""
+
+    def show(outcome: UnitOutcome, ended: int, total: int) -> None:
+        if quiet:
+            return
+        unit, result = outcome.unit, outcome.result
+        figure = f"   p50 {result['p50_ms']:.3g} ms" if "p50_ms" in result else ""
+        line = f"[{ended}/{total}] {unit.kind:<8} {unit.title}   {outcome.state}{figure}"
+        print(escape_controls(line), file=sys.stderr, flush=True)
+
+    return show

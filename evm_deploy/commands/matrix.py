@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from evm_deploy._util.files import require_writable, write_output
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import escape_controls
-from evm_deploy.commands.console import Steps, stdout_console
+from evm_deploy.commands.console import stdout_console
+from evm_deploy.commands.engines import reporter
 from evm_deploy.commands.export_flags import drop_patterns
 from evm_deploy.errors import UsageError
 
@@ -55,8 +56,9 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
 
     Return the largest exit code of the forms that failed, or 0.
     """
-    from evm_deploy.bench.matrix import FORMS, Matrix, parse_forms, run_matrix
     from evm_deploy.demo import CHECKPOINT, checkpoint_path
+    from evm_deploy.sweep.forms import FORMS, parse_forms
+    from evm_deploy.sweep.matrix import Matrix, run_matrix
 
     if len(args.bundles) > 1:
         raise UsageError("--matrix takes one checkpoint", "give one checkpoint, or none for the embedded demo")
@@ -80,8 +82,7 @@ def matrix(args: argparse.Namespace, sweep: Sweep) -> int:
     )
     if demo:
         print(f"no checkpoint given: comparing forms of the embedded demo, {CHECKPOINT.name}", file=sys.stderr)
-    steps = Steps(args.quiet)
-    outcome = run_matrix(wanted, steps, steps.progress)
+    outcome = run_matrix(wanted, reporter(args.quiet))
     for form, error in outcome.failed.items():
         print(escape_controls(f"{form}: {error}"), file=sys.stderr)
     if outcome.records:
@@ -123,4 +124,4 @@ def report(records: Sequence[Path], out: Path, args: argparse.Namespace) -> None
         print(strict_json(as_dicts(groups), indent=1))
         return
     show_groups(stdout_console(), groups)
-    print(f"Saved    {out / PAGE} and {len(records)} records in the same folder")
+    print(f"Saved    {out / PAGE}, {len(records)} records and their bundles in the same folder")

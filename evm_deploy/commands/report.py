@@ -150,7 +150,8 @@ def _groups(args: argparse.Namespace) -> None:
     found = _collected(args, args.paths)
     all_candidates = candidates(found)
     groups = grouped(all_candidates, args.max_drop)
-    seen = overview(groups, found.failed, found.tuned) if found.sweeps or len(groups) >= MANY else None
+    many = len(groups) >= (2 if found.sweeps else MANY)
+    seen = overview(groups, found.failed, found.tuned) if many or found.failed or found.tuned else None
     on_stdout = args.json
     forms: dict[str, Callable[[Sequence[Group]], str]] = {
         "markdown": markdown,

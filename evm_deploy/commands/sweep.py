@@ -12,7 +12,7 @@ from evm_deploy._util.files import require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import command, escape_controls
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
-from evm_deploy.commands.engines import engine_flags, opened_engine
+from evm_deploy.commands.engines import engine_flags, opened_engine, reporter
 from evm_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,16 +87,8 @@ def _sweep(args: argparse.Namespace) -> int:
     with folder.locked():
         run = SweepRun(plan, folder, only=args.only, retry_failed=args.retry_failed)
         with opened_engine(args, boards, {each.board for each in run.missing}) as engine:
-            outcomes = run.run(engine, lambda *ended: None if args.quiet else _show(*ended))
+            outcomes = run.run(engine, reporter(args.quiet))
     return _finished(outcomes, args)
-
-
-def _show(outcome: UnitOutcome, ended: int, total: int) -> None:
-    """Print one line for a unit that has ended."""
-    unit, result = outcome.unit, outcome.result
-    figure = f"   p50 {result['p50_ms']:.3g} ms" if "p50_ms" in result else ""
-    line = f"[{ended}/{total}] {unit.kind:<8} {unit.title}   {outcome.state}{figure}"
-    print(escape_controls(line), file=sys.stderr, flush=True)
 
 
 def _dry_run(run: SweepRun, args: argparse.Namespace) -> int:

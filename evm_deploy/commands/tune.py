@@ -14,6 +14,7 @@ from evm_deploy._util.files import require_writable
 from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import command, count_text, escape_controls, size_text
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
+from evm_deploy.commands.engines import engine_flags, opened_engine
 from evm_deploy.errors import LatencyError, UsageError
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def tune_parser() -> Parser:
         "--device",
         default="here",
         metavar="D",
-        help="device profile of this machine's kind, or with --devices the name or class of a board; default here",
+        help="device profile of this machine's kind, or the name or class of a board; default here",
     )
-    add("--devices", metavar="FILE", help="TOML file of the boards that this machine reaches")
+    engine_flags(parser)
+    add("--devices", metavar="FILE", help="TOML file of the boards that this machine reaches, with --engine local")
     add("--imgsz", metavar="N[,HxW..]", help="input sizes; default: the saved one, and 32 and 64 pixels less")
     add("--threads", metavar="N[,M..]", help="threads of an inference; default: powers of two up to the cores")
     add("--trials", type=int, default=20, metavar="N", help="candidates in all, those of earlier runs included (20)")
@@ -75,11 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tune(args: argparse.Namespace) -> int:
     """Search, and print the front and the chosen bundle. Raises LatencyError if nothing fits the budget."""
-    from evm_deploy.demo import checkpoint_path
+    from evm_deploy.demo import checkpoint_path, resolved
     from evm_deploy.sweep.boards import Boards
     from evm_deploy.sweep.budget import parse_budget
     from evm_deploy.sweep.choices import Choices, tuned_device
-    from evm_deploy.sweep.engine import LocalEngine
     from evm_deploy.sweep.folder import RunFolder
     from evm_deploy.sweep.keys import digest
     from evm_deploy.sweep.plan import known_digests
@@ -91,8 +92,9 @@ def _tune(args: argparse.Namespace) -> int:
     budget, boards = parse_budget(args.budget), Boards.of(args.devices)
     if boards.members and args.device == "here":
         raise UsageError("--devices needs the board to measure on", "add --device with its name or class")
-    device, known, checkpoint = tuned_device(args.device, boards), known_digests(), checkpoint_path(args.checkpoint)
-    choices = Choices(checkpoint.resolve(), device, args.calib, args.limit, known)
+    device = tuned_device(args.device, boards, args.engine == "ray")
+    known, checkpoint, calib = known_digests(), checkpoint_path(args.checkpoint), resolved(args.calib)
+    choices = Choices(checkpoint.resolve(), device, calib, args.limit, known)
     space = _space(args, choices)
     of = digest([known.file(checkpoint), checkpoint.stem, known.images(args.val)])
     exports = [choices.units(each)[0].key for each in space.starts()]  # an impossible plan is an error now
@@ -104,14 +106,11 @@ def _tune(args: argparse.Namespace) -> int:
     with folder.locked():
         name = digest([of, exports, budget.limits, device.board, space.as_dict(), args.sampler])
         search = Search(space, args.sampler, name=name, journal=folder.path / JOURNAL)
-        engine = LocalEngine(boards)
-        tuner = Tuner(
-            Goal(of, budget, device.board, args.val), choices.units, folder, engine, retry_failed=args.retry_failed
-        )
-        try:
+        goal = Goal(of, budget, device.board, args.val)
+        with opened_engine(args, boards) as engine:
+            engine.require(device.board)
+            tuner = Tuner(goal, choices.units, folder, engine, retry_failed=args.retry_failed)
             found = tuner.search(search, args.trials, partial(_show, args, budget))
-        finally:
-            engine.close()
     return _finished(found, tuner.errors, args)
 
 

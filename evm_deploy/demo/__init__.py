@@ -50,6 +50,11 @@ def checkpoint_path(named: str) -> Path:
     return CHECKPOINTS[name]
 
 
+def resolved(named: str | None) -> str | None:
+    """Return the absolute path of a folder or list of images, for other processes; the word `demo` and None stay."""
+    return named if named is None or (named == WORD and not Path(named).exists()) else str(Path(named).resolve())
+
+
 def images_path(named: str, split: str, task: str) -> Path:
     """Return the path `named`. The word `demo` means the digits of `split`, unless a file of that name exists.
 

@@ -15,9 +15,9 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle, refuse_part_of_a_bundl
 from evm_deploy.bundle.manifest import FILE, Manifest
 from evm_deploy.errors import BundleError, EvmError, UsageError
 from evm_deploy.report.candidate import Candidate, Conditions
-from evm_deploy.sweep.folder import BUNDLES, RECORDS, RunFolder, is_sweep
+from evm_deploy.sweep.folder import BUNDLES, PLAN, RECORDS, RunFolder, is_sweep
 from evm_deploy.sweep.status import status
-from evm_deploy.sweep.tuned import Tuned, read_tuned
+from evm_deploy.sweep.tuned import TUNED, Tuned, read_tuned
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Collected:
 
 
 def collect(paths: Iterable[str | Path]) -> Collected:
-    """Read records and bundles at `paths`; in a folder also the bundles one level below it, or those of a sweep.
+    """Read records and bundles at `paths`; in a folder also the bundles one level below it, and those of a sweep.
 
     A damaged bundle or record in a folder does not hide the others. Raises UsageError and BundleError that name the
     file, if it was named itself or if its folder holds nothing else.
@@ -67,9 +67,9 @@ def collect(paths: Iterable[str | Path]) -> Collected:
         if sweep:
             failed += [(title, str(error)) for title, error in status(RunFolder(path)).failed]
             tuned += [found for found in [read_tuned(RunFolder(path))] if found]
-        inside = (each for name in (RECORDS, BUNDLES) for each in path.glob(f"{name}/*")) if sweep else [path]
+        inside = [path, *(each for name in (RECORDS, BUNDLES) if sweep for each in path.glob(f"{name}/*"))]
         for folder in (each for place in inside for each in (place, *sorted(filter(_is_bundle, place.iterdir())))):
-            own: set[str] = set()
+            own: set[str] = {PLAN, TUNED} if sweep else set()
             if _is_bundle(folder):
                 try:
                     bundle = open_light(folder)

@@ -9,9 +9,8 @@ from typing import Any
 
 from evm_deploy._util.cores import usable_cores
 from evm_deploy._util.text import size_text
-from evm_deploy.bench.matrix import Form
 from evm_deploy.bench.record import Settings
-from evm_deploy.devices.profiles import Profile, find_profile
+from evm_deploy.devices.profiles import Profile, find_profile, profile_names
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.device_choice import choose
 from evm_deploy.export.pipeline import complete
@@ -19,6 +18,7 @@ from evm_deploy.export.plan import CALIBRATED, ExportPlan, parse_imgsz
 from evm_deploy.export.source import Source
 from evm_deploy.export.targets import get_target
 from evm_deploy.sweep.boards import HERE, Boards
+from evm_deploy.sweep.forms import Form
 from evm_deploy.sweep.plan import Digests, export_unit
 from evm_deploy.sweep.space import Choice
 from evm_deploy.sweep.units import ExportUnit, MeasurementUnit
@@ -41,13 +41,16 @@ class TunedDevice:
         return tuple(str(2**power) for power in reversed(range(most.bit_length())))
 
 
-def tuned_device(device: str, boards: Boards) -> TunedDevice:
+def tuned_device(device: str, boards: Boards, cluster: bool = False) -> TunedDevice:
     """Return the device named by a profile, or by the name or class of a board, or `here`.
 
-    Raises UsageError if there is none, or if it is another platform than this machine and no board is.
+    cluster: the boards are those of a cluster, whose engine knows them (`Engine.require`); a class is a profile. Raises
+    UsageError if there is none, or if it is another platform than this machine and no board is.
     """
     if device == HERE:
         return TunedDevice(HERE, None)
+    if cluster:
+        return TunedDevice(device, find_profile(device) if device in profile_names() else None)
     if boards.members:
         name = boards.known(device)[0].options.device
         return TunedDevice(device, find_profile(name) if name else None)

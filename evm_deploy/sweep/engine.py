@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from evm_deploy._util.cores import usable_cores
 from evm_deploy.errors import EvmError
-from evm_deploy.sweep.boards import Boards
+from evm_deploy.sweep.boards import HERE, Boards
 
 TRIES = 3  # of a job that ends with anything but an EvmError
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -47,6 +47,10 @@ class Job:
 
 class Engine(Protocol):
     """Runs jobs, in any order and number at a time."""
+
+    def require(self, board: str) -> None:
+        """Raise EvmError unless a host offers a board of this name or class."""
+        ...
 
     def start(self, job: Job) -> None:
         """Begin a job, now or as soon as there is room. Raises EvmError for a board that nobody offers."""
@@ -101,6 +105,11 @@ class LocalEngine:
         self._here: deque[Job] = deque()
         self._ended: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
         self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def require(self, board: str) -> None:
+        """Raise UsageError unless there is a board of this name or class; `here` always is."""
+        if board != HERE:
+            self._place.boards.known(board)
 
     def start(self, job: Job) -> None:
         """Begin a job. Raises UsageError for an unknown board."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from evm_deploy._util.files import sha256
 from evm_deploy._util.kept import KeptResults, kept_results
@@ -18,7 +17,7 @@ from evm_deploy.errors import EvmError
 from evm_deploy.sweep.engine import Engine, Job, LocalEngine, Place
 from evm_deploy.sweep.keys import digest, items_digest
 from evm_deploy.sweep.packed import packed, unpacked
-from evm_deploy.sweep.shards import Shard, ShardRows, accuracy, evaluated, labelled_items
+from evm_deploy.sweep.shards import Shard, ShardRows, accuracy, evaluated, labelled_for
 from evm_deploy.tasks import get_task
 
 
@@ -50,18 +49,16 @@ def evaluate(
     process. Shards that are done are kept in the cache until the evaluation is complete. Raises EvmError.
     """
     found, other = open_bundle(bundle).path.resolve(), open_bundle(reference).path.resolve() if reference else None
-    listed = labelled_items(found, val)
-    shards = listed.shards(str(found), str(other) if other else None)
+    listed = labelled_for(found, val)
+    shards = [Shard(str(found), str(other) if other else None, items) for items in listed.parts()]
     networks = [sha256(each / FILE) for each in (found, other) if each]
-    with kept_results({"evaluation": networks, "images": digest(list(map(items_digest, map(_items, shards))))}) as kept:
+    with kept_results(
+        {"evaluation": networks, "images": digest([items_digest(shard.items) for shard in shards])}
+    ) as kept:
         parts, taken = _every(shards, kept, engine or LocalEngine(), progress)
     task = get_task(open_bundle(found).manifest.task)
     skipped = tuple(text for part in parts for text in part.skipped)
     return Evaluated(accuracy(parts, task, val), skipped, listed.order, taken)
-
-
-def _items(shard: Shard) -> Any:
-    return shard.items
 
 
 def _every(shards: list[Shard], kept: KeptResults, engine: Engine, progress: Progress) -> tuple[list[ShardRows], int]:

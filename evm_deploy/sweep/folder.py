@@ -3,7 +3,7 @@
 plan.json            units of the sweep
 units/<key>.json     done: what the unit was, its result, where and how long it ran
 failed/<key>.json    failed: the error and its hint
-bundles/<key>/<name> records/<board>/<name>-<key>.json rows/<key>.npz judged/<key>.json
+bundles/<key>/<name> records/<board>/<name>-<key>.json rows/<key>.npz outputs/<key>.npz judged/<key>.json
 """
 
 from __future__ import annotations
@@ -25,16 +25,9 @@ from evm_deploy._util.schema import TEXT, Schema, keys, strict_json
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.sweep.engine import CrashError
 
-PLAN, UNITS, FAILED, BUNDLES, RECORDS, ROWS, JUDGED = (
-    "plan.json",
-    "units",
-    "failed",
-    "bundles",
-    "records",
-    "rows",
-    "judged",
-)
-MADE = ("bundle", "record", "rows")  # keys of results that are paths
+PLAN, UNITS, FAILED = "plan.json", "units", "failed"
+BUNDLES, RECORDS, ROWS, OUTPUTS, JUDGED = "bundles", "records", "rows", "outputs", "judged"
+MADE = ("bundle", "record", "rows", "outputs")  # keys of results that are paths
 LIST = {"type": "array", "items": TEXT}
 FAILURE = Schema(lambda: keys(unit=TEXT, type=TEXT, text=TEXT, hint=TEXT))
 PLANNED = Schema(lambda: {"type": "array", "items": keys(key=TEXT, kind=TEXT, title=TEXT, after=LIST)})
@@ -52,20 +45,23 @@ class RunFolder:
     path: Path
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, beside: bool = False) -> Iterator[None]:
         """Context manager: have the folder alone. Raises UsageError if it is in use, or holds something else.
 
-        The lock ends with the process. There is none on file systems without locks.
+        beside: other files may be in the folder. The lock ends with the process. There is none on file systems without
+        locks.
         """
-        if self.path.is_dir() and any(self.path.iterdir()) and not is_sweep(self.path):
-            raise UsageError(f"{self.path} is no folder of a sweep, and it is not empty", "choose another --out")
+        if is_sweep(self.path):
+            self.units()
+        elif not beside and self.path.is_dir() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty, and does not hold a sweep", "choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / PLAN).exists():
             self.write(PLAN, [])
         lock = lock_folder(self.path)
         if lock is None and os.name == "posix":
             raise UsageError(
-                f"{self.path} is in use by another evm-sweep or evm-tune, or cannot be locked",
+                f"{self.path} is in use by another command, or cannot be locked",
                 "wait for it, or choose another --out",
             )
         try:
@@ -123,12 +119,16 @@ class RunFolder:
         """
         places = [
             self.path,
-            *(self.path / name for name in (UNITS, FAILED, ROWS, JUDGED)),
+            *(self.path / name for name in (UNITS, FAILED, ROWS, OUTPUTS, JUDGED)),
             *self.path.glob(f"{RECORDS}/*"),
         ]
         for left in (each for place in places for each in place.glob(".*")):
             if re.fullmatch(r"\..+\.(json|npz)\.\d+\.\w+", left.name) and left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
+
+    def undo(self, key: str) -> None:
+        """Let a unit be done again."""
+        (self.path / UNITS / f"{key}.json").unlink(missing_ok=True)
 
     def forget_failures(self, keys: Sequence[str]) -> None:
         """Let failed units be done again."""
@@ -141,7 +141,8 @@ class RunFolder:
         try:
             PLANNED(content)
         except ValueError as error:
-            raise UsageError(
-                f"{self.path} is no folder of a sweep", "evm-sweep SWEEP.toml -o FOLDER makes one"
-            ) from error
+            what = "does not hold a sweep"
+            if is_sweep(self.path):
+                what = f"does not hold a sweep: its {PLAN} is something else, or damaged"
+            raise UsageError(f"{self.path} {what}", "evm-sweep SWEEP.toml -o FOLDER writes a sweep") from error
         return list(content)

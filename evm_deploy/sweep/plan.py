@@ -14,7 +14,6 @@ from evm_deploy import __version__
 from evm_deploy._util.files import sha256
 from evm_deploy._util.text import one_of
 from evm_deploy._util.toml import read_toml
-from evm_deploy.bench.matrix import Form, parse_forms
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.bench.record import Settings
 from evm_deploy.demo import WORD, checkpoint_path
@@ -23,8 +22,10 @@ from evm_deploy.export.plan import CALIBRATED, DEFAULTS, HOW_TO_CALIBRATE, QUANT
 from evm_deploy.export.target import check_plan
 from evm_deploy.export.targets import get_target
 from evm_deploy.sweep.boards import HERE
+from evm_deploy.sweep.float_network import FloatCheckpoint
+from evm_deploy.sweep.forms import Form, parse_forms
 from evm_deploy.sweep.keys import source_digest
-from evm_deploy.sweep.units import ExportUnit, MeasurementUnit
+from evm_deploy.sweep.units import ExportUnit, MeasurementUnit, Subject
 
 KEYS = ("checkpoints", "forms", "imgsz", "exclude", "data", "export", "bench")
 DATA, EXCLUDE = ("calib", "val"), ("checkpoint", "form", "imgsz")
@@ -36,11 +37,20 @@ MAX_LIMIT_S = 3600
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Exports and measurements of a sweep. val: labelled images that every bundle is evaluated on, None for none."""
+    """Exports and measurements of a sweep.
+
+    val: labelled images that every bundle is evaluated on, None for none. floats: float networks that are candidates.
+    """
 
     exports: tuple[ExportUnit, ...]
     measurements: tuple[MeasurementUnit, ...]
     val: str | None
+    floats: tuple[FloatCheckpoint, ...] = ()
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All candidates."""
+        return *self.exports, *self.floats
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
-from evm_deploy.sweep.boards import boards_here
+from evm_deploy.sweep.boards import HERE, boards_here
 from evm_deploy.sweep.engine import TRIES, Job, Place, attempted, crash
 
 AUTO = "auto"
@@ -71,10 +71,15 @@ class RayEngine:
         self._gone: dict[str, float] = {}
         self._remote = ray.remote(max_retries=TRIES - 1, retry_exceptions=True, num_cpus=CORES)(_attempted_there)
 
+    def require(self, board: str) -> None:
+        """Raise ToolchainError unless a host of the cluster offers a board of this name or class; `here` always is."""
+        if board != HERE and RESOURCE + board not in self._ray.cluster_resources():
+            raise _nobody_offers(board)
+
     def start(self, job: Job) -> None:
         """Begin a job. Raises ToolchainError for a board that no host of the cluster offers."""
-        if job.board and RESOURCE + job.board not in self._ray.cluster_resources():
-            raise _nobody_offers(job.board)
+        if job.board:
+            self.require(job.board)
         resources = {RESOURCE + job.board: 1} if job.board else {}
         self._running[self._remote.options(resources=resources, name=job.name).remote(job)] = job
 

@@ -10,15 +10,23 @@ from typing import Any
 
 from evm_deploy._util.text import count_text
 from evm_deploy.bench.record import Record
-from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.sweep.boards import HERE
 from evm_deploy.sweep.engine import Engine, Job
 from evm_deploy.sweep.folder import JUDGED, PLAN, ROWS, RunFolder
 from evm_deploy.sweep.packed import read_rows
 from evm_deploy.sweep.plan import SweepPlan
-from evm_deploy.sweep.shards import ShardRows, accuracy, labelled_items
-from evm_deploy.sweep.units import EvaluationUnit, ExportUnit, MeasurementUnit, Unit, do
+from evm_deploy.sweep.shards import ShardRows, accuracy
+from evm_deploy.sweep.units import (
+    ExportUnit,
+    MeasurementUnit,
+    PartUnit,
+    Subject,
+    Unit,
+    do,
+    evaluation_units,
+    with_references,
+)
 from evm_deploy.tasks import get_task
 
 KEPT, DONE, FAILED, WAITING = "kept", "done", "failed", "not run"
@@ -60,9 +68,11 @@ class SweepRun:
         self.outcomes: dict[str, UnitOutcome] = {}
         self._wanted: set[str] = set()
         self._pending: list[Unit] = []
-        for export in plan.exports:
-            if facts := folder.done(export.key):
-                self._add_evaluation(export, facts["result"])
+        self._started: dict[str, Unit] = {}
+        self._parts: dict[str, list[PartUnit]] = {}  # by key of the subject that they evaluate
+        for subject in plan.subjects:
+            if all(map(folder.done, subject.made_by)):
+                self._add_evaluation(subject)
         if retry_failed:
             folder.forget_failures(list(self.units))
         self._look(self.units.values())
@@ -88,15 +98,15 @@ class SweepRun:
             elif error := self.folder.failure(key):
                 self.outcomes[key] = UnitOutcome(self.units[key], FAILED, error=error)
 
-    def _add_evaluation(self, export: ExportUnit, result: dict[str, Any]) -> list[EvaluationUnit]:
-        """Add the evaluation of a bundle that is done, and return its units. Raises EvmError for unfit images."""
-        if not self.plan.val:
+    def _add_evaluation(self, subject: Subject) -> list[PartUnit]:
+        """Add the evaluation of a subject that is there, and return its units. Raises EvmError for unfit images."""
+        if not self.plan.val or subject.own_labels:
             return []
-        listed = labelled_items(self.folder.path / result["bundle"], self.plan.val)
-        parts = [shard.items for shard in listed.shards("", None)]
-        units = [EvaluationUnit(export, items, place, len(parts)) for place, items in enumerate(parts)]
-        self.units.update({each.key: each for each in units})
-        return units
+        units = evaluation_units(subject, subject.labelled(self.folder, self.plan.val).parts())
+        self._parts[subject.key] = units
+        added = with_references(units)
+        self.units.update({each.key: each for each in added})
+        return added
 
     @property
     def missing(self) -> list[Unit]:
@@ -112,7 +122,7 @@ class SweepRun:
     def run(self, engine: Engine, report: Report = no_report) -> list[UnitOutcome]:
         """Do all units that are missing; one that fails stops no other. Returns the outcome of every wanted unit."""
         self.write_plan()
-        started: dict[str, Unit] = {}
+        started = self._started = {}
         self._pending = self.missing
         while True:
             waiting: list[Unit] = []
@@ -145,9 +155,10 @@ class SweepRun:
         """Note the end of a unit, and add what follows from it."""
         if not isinstance(result, EvmError) and isinstance(unit, ExportUnit):
             try:
-                if added := self._add_evaluation(unit, result):
+                if added := self._add_evaluation(unit):
                     self._look(added)
-                    self._pending += [each for each in added if each.key in self._wanted - self.outcomes.keys()]
+                    known = {each.key for each in self._pending} | self.outcomes.keys() | self._started.keys()
+                    self._pending += [each for each in added if each.key in self._wanted - known]
                     self.write_plan()
             except EvmError as error:  # the bundle is there, and measured
                 self._end(UnitOutcome(unit, DONE, result, error), report)
@@ -163,39 +174,51 @@ class SweepRun:
         report(outcome, len(self.outcomes), len(self._wanted))
 
     def _conclude(self) -> None:
-        """Write the accuracy of each bundle whose shards are all done, also into its records."""
-        for export in self.plan.exports:
-            if export.key not in self.outcomes:
-                continue
-            units = [each for each in self.units.values() if isinstance(each, EvaluationUnit) and each.export == export]
-            if not units or any(self.folder.done(each.key) is None for each in units):
+        """Write the accuracy of each subject whose shards are all done, also into its records."""
+        for subject in self.plan.subjects:
+            units = self._parts.get(subject.key, [])
+            if any(self.folder.done(key) is None for key in (*subject.made_by, *(each.key for each in units))):
                 continue
             try:
-                self.conclude(export, units, str(self.plan.val))
+                if units:
+                    self.conclude(subject, units, str(self.plan.val))
+                else:
+                    self._write_accuracy(subject, subject.accuracy(self.folder))
             except EvmError as error:
-                self.outcomes[export.key] = replace(self.outcomes[export.key], state=FAILED, error=error)
+                for key in self.outcomes.keys() & (subject.made_by or {each.key for each in units}):
+                    self.outcomes[key] = replace(self.outcomes[key], state=FAILED, error=error)
 
-    def conclude(self, export: ExportUnit, units: Sequence[EvaluationUnit], val: str) -> dict[str, Any]:
-        """Write the accuracy of a bundle whose shards are all done, also into its records. Returns it as plain data.
+    def conclude(self, subject: Subject, units: Sequence[PartUnit], val: str) -> None:
+        """Write the accuracy of a subject whose shards are all done, also into its records.
 
         Raises CalibrationError for too many unreadable images.
         """
         parts = [self.rows(each) for each in units]
-        manifest = Manifest.read(export.bundle(self.folder))
-        judged = replace(accuracy(parts, get_task(manifest.task), val), limit=manifest.plan.get("max_drop"))
+        task, limit = subject.task(self.folder)
+        judged = replace(accuracy(parts, get_task(task), val), limit=limit)
         images = parts[0].digest if len(parts) == 1 else _digest_of([each.digest for each in parts])
-        found = {**judged.as_dict(), "images_sha256": images}
-        self.folder.write(f"{JUDGED}/{export.key}.json", found)
+        self._write_accuracy(subject, {**judged.as_dict(), "images_sha256": images})
+
+    def _write_accuracy(self, subject: Subject, found: dict[str, Any] | None) -> None:
+        """Write the accuracy of a subject, None for none, into the folder and the subject's records."""
+        if found:
+            self.folder.write(f"{JUDGED}/{subject.key}.json", found)
         for unit in self.units.values():
             facts = self.folder.done(unit.key) if isinstance(unit, MeasurementUnit) else None
-            if facts and isinstance(unit, MeasurementUnit) and unit.export == export:
+            if facts and isinstance(unit, MeasurementUnit) and unit.subject == subject:
                 path = self.folder.path / facts["result"]["record"]
                 record = Record.read(path)
                 if record.bundle.get("accuracy") != found:
                     replace(record, bundle={**record.bundle, "accuracy": found}).write(path)
-        return found
 
-    def rows(self, unit: EvaluationUnit) -> ShardRows:
+    def error_of(self, subject: Subject) -> EvmError | None:
+        """Return the error of the first unit of a subject that has failed, None if none has."""
+        measured = [each for each in self.plan.measurements if each.subject == subject]
+        units: list[Unit] = [*with_references(self._parts.get(subject.key, [])), *measured]
+        ended = (self.outcomes.get(key) for key in (*subject.made_by, *(each.key for each in units)))
+        return next((each.error for each in ended if each and each.error), None)
+
+    def rows(self, unit: PartUnit) -> ShardRows:
         """Return the rows of a shard that is done."""
         return read_rows(self.folder.path / ROWS / f"{unit.key}.npz")
 

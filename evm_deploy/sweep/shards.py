@@ -7,15 +7,13 @@ several threads may round differently.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
@@ -28,42 +26,31 @@ from evm_deploy.calib.evaluation import SHARD, stacked
 from evm_deploy.data.images import ImageSet, decoded_images, require_readable
 from evm_deploy.data.sources import ImageItem
 from evm_deploy.demo import images_path
-from evm_deploy.errors import CheckpointError, UsageError
-from evm_deploy.export.plan import ExportPlan
+from evm_deploy.errors import CalibrationError, CheckpointError, UsageError
 from evm_deploy.runtimes.registry import runtime_of
 from evm_deploy.tasks import get_task
 from evm_deploy.tasks.task import Outputs, Reading, Rows, Task
-
-CHUNK = 16  # images per inference of a float network in torch
-
-
-@dataclass(frozen=True)
-class FloatCheckpoint:
-    """Float network that a bundle is compared with: the checkpoint and plan of its export.
-
-    sha256: of the checkpoint's file when the work was planned.
-    """
-
-    path: str
-    sha256: str
-    plan: ExportPlan
 
 
 @dataclass(frozen=True)
 class Shard:
     """Images of an evaluation that are computed together. items: not decoded yet, each with its true answer.
 
-    bundle: path. reference: what the bundle is compared with: another bundle, a checkpoint in torch, or nothing.
+    bundle: path. reference: path of another bundle that it is compared with, None for nothing, or for outputs of the
+    float network that are known.
     """
 
     bundle: str
-    reference: str | FloatCheckpoint | None
+    reference: str | None
     items: tuple[ImageItem, ...]
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Result of a shard: rows (`calib.evaluate.compare_images`), and what ImageSet says on its images."""
+    """Result of a shard: rows by name, one or more for each image, and what ImageSet says on its images.
+
+    Rows of an evaluation are those of `calib.evaluate.compare_images`, rows of the float network alone its outputs.
+    """
 
     rows: Rows
     skipped: tuple[str, ...]
@@ -77,41 +64,52 @@ class LabelledItems:
     items: Sequence[ImageItem]
     order: str
 
-    def shards(self, bundle: str, reference: str | FloatCheckpoint | None) -> list[Shard]:
-        """Return the shards of these images for a bundle, SHARD images each."""
-        starts = range(0, len(self.items), SHARD)
-        return [Shard(bundle, reference, tuple(self.items[at : at + SHARD])) for at in starts]
+    def parts(self) -> list[tuple[ImageItem, ...]]:
+        """Return the images of each shard, SHARD each."""
+        return [tuple(self.items[at : at + SHARD]) for at in range(0, len(self.items), SHARD)]
 
 
-def labelled_items(bundle: Path, val: str) -> LabelledItems:
-    """List the images of `val` with the answers that a bundle's network should give. No image is decoded.
+def labelled_items(name: str, task: str, labels: Sequence[str] | None, classes: int, val: str) -> LabelledItems:
+    """List the images of `val` with the answers that a network should give. No image is decoded.
 
-    Raises UsageError for a bundle whose task has no labels, CalibrationError for images that do not fit the network.
+    name, task, labels, classes: of the network. Raises UsageError for a task that has no labels, CalibrationError for
+    images that do not fit the network.
     """
-    manifest = open_bundle(bundle).manifest
-    score = get_task(manifest.task).score
+    score = get_task(task).score
     if not score:
-        raise UsageError(f"{bundle} gives {manifest.task}, which has no labels", "evaluate a bundle with answers")
-    source = images_path(val, "heldout", manifest.task)
-    items, order = score.read(source, _labels(bundle, manifest), _classes(manifest))
+        raise UsageError(f"--val: {name} gives {task}, which has no labels", "evaluate a network with answers")
+    items, order = score.read(images_path(val, "heldout", task).absolute(), labels, classes)
     return LabelledItems(items, order)
 
 
-def evaluated(shard: Shard, cores: int) -> ShardRows:
+def labelled_for(bundle: Path, val: str) -> LabelledItems:
+    """Return `labelled_items` for the network of a bundle. Raises BundleError, UsageError, CalibrationError."""
+    manifest = open_bundle(bundle).manifest
+    return labelled_items(str(bundle), manifest.task, _labels(bundle, manifest), _classes(manifest), val)
+
+
+def evaluated(shard: Shard, cores: int, expected: ShardRows | None = None) -> ShardRows:
     """Evaluate the images of a shard, with `cores` inferences at a time.
 
-    Images that cannot be read are in the result. Raises EvmError.
+    expected: outputs of the float network on these images, if they are known. Images that cannot be read are in the
+    result. Raises EvmError, also if the images have changed since the outputs were computed.
     """
     manifest = Manifest.read(Path(shard.bundle))
     with _opened(shard.bundle, cores) as (model, streams):
         images = decoded_images(shard.items, model.preprocessing)
+        if expected and expected.digest != images.digest():
+            raise CalibrationError(f"images of {shard.items[0].name} .. have changed during the work", "run it again")
         if not len(images):
             return ShardRows({}, images.skipped, images.digest())
         reading = Reading(model.labels, places=images.places, selection=manifest.selection, classes=_classes(manifest))
         outputs = _outputs(model, images, streams)
-        with _reference(shard.reference, model, cores) as run:
-            expected = run(images) if run else None
-        rows = _rows(expected, outputs, model.task, images, reading)
+        if shard.reference:
+            with _opened(shard.reference, cores) as (other, its_streams):
+                require_comparable(model, other)
+                reference: Outputs | None = _outputs(other, images, its_streams)
+        else:
+            reference = expected.rows if expected else None
+        rows = _rows(reference, outputs, model.task, images, reading)
         return ShardRows(rows, images.skipped, images.digest())
 
 
@@ -143,60 +141,19 @@ def _outputs(model: LoadedBundle, images: ImageSet, streams: int) -> Outputs:
         return stacked(outputs for chunk in chunks for outputs in pool.map(run, chunk))
 
 
-@contextlib.contextmanager
-def _reference(
-    given: str | FloatCheckpoint | None, model: LoadedBundle, cores: int
-) -> Iterator[Callable[[ImageSet], Outputs] | None]:
-    """Context manager: open what a bundle is compared with. Yields a function from images to outputs, or None."""
-    if given is None:
-        yield None
-    elif isinstance(given, str):
-        with _opened(given, cores) as (other, streams):
-            if _interface(other) != _interface(model):
-                raise UsageError(
-                    f"{given} and {model.bundle.path} cannot be compared: task, outputs or preprocessing differ",
-                    "compare with an export of the same network for the same size",
-                )
-            yield lambda images: _outputs(other, images, streams)
-    else:
-        yield lambda images: _in_torch(given, images)
+def require_comparable(model: LoadedBundle, other: LoadedBundle) -> None:
+    """Raise UsageError unless the outputs of two bundles can be compared."""
+    if _interface(other) != _interface(model):
+        raise UsageError(
+            f"{other.bundle.path} and {model.bundle.path} cannot be compared: task, outputs or preprocessing differ",
+            "compare with an export of the same network for the same size",
+        )
 
 
 def _interface(model: LoadedBundle) -> tuple[Any, ...]:
     """Return what two bundles share whose outputs can be compared."""
     outputs = {name: spec.shape[1:] for name, spec in model.outputs.items()}
     return model.task.name, model.preprocessing, model.labels, outputs
-
-
-def _in_torch(given: FloatCheckpoint, images: ImageSet) -> Outputs:
-    """Run the float network of a checkpoint on every image. Returns its outputs, (images, ...)."""
-    import torch
-
-    module, kind = _float_network(given)
-    threads, parts = torch.get_num_threads(), []
-    pixels = images.pixels()
-    torch.set_num_threads(1)
-    try:
-        while chunk := list(islice(pixels, CHUNK)):
-            feed = np.stack(chunk)
-            values = feed if kind == "image" else images.preprocessing.normalise(feed)
-            with torch.inference_mode():
-                parts.append([value.numpy() for value in module(torch.from_numpy(values))])
-    finally:
-        torch.set_num_threads(threads)
-    return {name: np.concatenate(values) for name, values in zip(module.outputs, zip(*parts, strict=True), strict=True)}
-
-
-@lru_cache(maxsize=1)
-def _float_network(given: FloatCheckpoint) -> tuple[Any, str]:
-    """Return the float network of a checkpoint and the kind of its input; the last one stays loaded."""
-    from evm_deploy.export.pipeline import complete
-    from evm_deploy.export.source import Source
-
-    require_same(given.path, given.sha256)
-    source = Source(given.path)
-    plan, preprocessing = complete(given.plan, source.network(given.plan).spec)
-    return source.reference(plan, preprocessing), plan.input
 
 
 def require_same(checkpoint: str, digest: str) -> None:

@@ -26,10 +26,10 @@ from evm_deploy.sweep.folder import RunFolder
 from evm_deploy.sweep.plan import SweepPlan
 from evm_deploy.sweep.run import SweepRun, UnitOutcome, no_report
 from evm_deploy.sweep.search import Search
-from evm_deploy.sweep.shards import accuracy, labelled_items
+from evm_deploy.sweep.shards import accuracy
 from evm_deploy.sweep.space import Choice
 from evm_deploy.sweep.tuned import BEHIND, FAILED, FITS, OVER, Trial, Tuned, read_tuned
-from evm_deploy.sweep.units import EvaluationUnit, ExportUnit, MeasurementUnit, Unit
+from evm_deploy.sweep.units import ExportUnit, MeasurementUnit, Unit, evaluation_units, with_references
 from evm_deploy.tasks import get_task
 
 FIRST = 100  # fewest images of the first rung
@@ -115,7 +115,7 @@ class Tuner:
         if not self.goal.budget.fits(trial.figures):
             return replace(trial, state=OVER)
         if not self._items:
-            items = labelled_items(path, self.goal.val).items
+            items = export.labelled(self.folder, self.goal.val).items
             order = np.random.default_rng(0).permutation(len(items))
             self._items = [items[place] for place in order]
         try:
@@ -131,15 +131,12 @@ class Tuner:
         """Evaluate a bundle on more and more images, as long as it is not behind the best. Raises EvmError."""
         cuts = parts_of(len(self._items))
         places = [cut for rung in cuts for cut in rung]
-        units = [
-            EvaluationUnit(export, tuple(self._items[start:end]), place, len(places))
-            for place, (start, end) in enumerate(places)
-        ]
-        task = get_task(Manifest.read(export.bundle(self.folder)).task)
+        units = evaluation_units(export, [tuple(self._items[start:end]) for start, end in places])
+        task = get_task(export.task(self.folder)[0])
         for rung in cuts:
             images = rung[-1][1]
             begun = units[: places.index(rung[-1]) + 1]
-            self._done(*begun)
+            self._done(*with_references(begun))
             found = accuracy([self._run.rows(each) for each in begun], task, self.goal.val)
             figure = found.scores[found.metric]
             trial = replace(trial, rungs=(*trial.rungs, (images, figure)), metric=found.metric)
