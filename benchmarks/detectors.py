@@ -21,13 +21,15 @@ from typing import Any
 
 from common import where
 
-from evm_deploy.bench.matrix import Form, Matrix, run_matrix
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.bench.run import bench
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.demo.scenes import HELD_OUT, SIZE, write_scenes
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.source import Source
+from evm_deploy.report.collect import collect
+from evm_deploy.sweep.forms import Form
+from evm_deploy.sweep.matrix import Matrix, run_matrix
 from evm_deploy.tasks.detection import DETECTION
 from evm_deploy.tasks.segmentation import SEGMENTATION
 
@@ -70,10 +72,16 @@ def trained(folder: Path, count: int, name: str) -> None:
         form = f"{record.bundle['target']} {record.bundle['precision']}"
         figures = [*(f"{100 * facts[score]:.2f}" for score in scores), f"{record.summary_ms['p50']:.2f}"]
         if record.bundle["precision"] == "int8":
-            figures += [f"{gain(matrix.out / 'bundles' / record.bundle['name']):.2f}x", f"{facts['sqnr_db']:.1f}"]
+            figures += [f"{gain(bundle_of(matrix.out, record)):.2f}x", f"{facts['sqnr_db']:.1f}"]
         print(f"{form:<28}" + "".join(f"{figure:>15}" for figure in figures))
     for form, error in outcome.failed.items():
         print(f"{form}: {error}")
+
+
+def bundle_of(folder: Path, record: Record) -> Path:
+    """Return the bundle in the folder of a comparison that a record is of."""
+    bundles = collect([folder]).bundles
+    return bundles[record.bundle["manifest_sha256"]].path
 
 
 def gain(bundle: Path) -> float:

@@ -419,7 +419,7 @@ def test_an_output_is_refused_before_work(out, kind, micro_bundle, tmp_path, mon
     (tmp_path / "fleet.toml").write_text('[[board]]\nname = "b"\nhost = "nowhere"')
     subjects = {"a bundle": [str(micro_bundle.path)], "a matrix": ["--matrix"]}
     flags = subjects.get(kind, [str(micro_bundle.path), "--devices", "fleet.toml"])
-    for work in ("bench.remote.hosts.opened", "sweep.fleet.run_fleet", "bench.matrix.run_matrix"):
+    for work in ("bench.remote.hosts.opened", "sweep.fleet.run_fleet", "sweep.matrix.run_matrix"):
         monkeypatch.setattr(f"evm_deploy.{work}", lambda *_: pytest.fail("work was begun"))
     assert bench_main([*flags, "-o", out]) == 2
     assert f"cannot write {out}" in capsys.readouterr().err
@@ -473,7 +473,6 @@ def test_only_one_function_writes_json_for_others():
         "_util/schema.py",
         "bench/bench_on_mac.py",
         "bench/text.py",
-        "bench/matrix.py",
         "bench/remote/agent.py",
         "bench/remote/ssh.py",
         "bench/remote/ssh_host.py",

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from evm_deploy.bench.matrix import Matrix, parse_forms, run_matrix
 
 from evm_deploy import cli
 from evm_deploy.bench import worker
@@ -23,6 +22,8 @@ from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.export import settings as export_settings
 from evm_deploy.export import targets
 from evm_deploy.runtimes import registry
+from evm_deploy.sweep.forms import parse_forms
+from evm_deploy.sweep.matrix import Matrix, run_matrix
 from tests.fifth.runtime import INFO
 from tests.fifth.target import TARGET, FifthBuild
 from tests.imports import PACKAGE
@@ -128,7 +129,7 @@ def test_the_doctor_and_profiles_know_it(tmp_path):
 
 @pytest.mark.slow
 def test_it_is_a_form_of_a_comparison(micro, tmp_path, monkeypatch):
-    monkeypatch.setattr("evm_deploy.bench.matrix.bench", lambda path, settings: worker.work(Path(path), settings))
+    monkeypatch.setattr("evm_deploy.sweep.boards.bench", lambda path, settings: worker.work(Path(path), settings))
     matrix = Matrix(micro, parse_forms("fifth,onnx:fp32"), (Settings(1, 1, limit_s=1.0),), tmp_path, "64")
     outcome = run_matrix(matrix)
     assert not outcome.failed

@@ -9,7 +9,6 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from evm_deploy.bench.matrix import Form, FormOutcome
 
 from evm_deploy import cli
 from evm_deploy._util.cores import MAX_THREADS, check_threads
@@ -18,6 +17,8 @@ from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export.many import TargetOutcome
 from evm_deploy.sweep.fleet import HostOutcome
+from evm_deploy.sweep.forms import Form
+from evm_deploy.sweep.matrix import FormOutcome
 from tests.records import record
 
 COMMANDS = {name: getattr(cli, f"{name}_main") for name in ("export", "run", "bench", "report", "doctor")}
@@ -274,7 +275,7 @@ def several_bundles(errors, monkeypatch, tmp_path):
 
 def several_forms(errors, monkeypatch, tmp_path):
     failed = {Form("onnx", str(i)): error for i, error in enumerate(errors)}
-    monkeypatch.setattr("evm_deploy.bench.matrix.run_matrix", lambda *a: FormOutcome([], failed))
+    monkeypatch.setattr("evm_deploy.sweep.matrix.run_matrix", lambda *a: FormOutcome([], failed))
     return code_of("bench", "--matrix", "-o", tmp_path, "-q", "--json")
 
 

@@ -67,7 +67,7 @@ EXCEPTIONS = {
     "runtimes/mil/": "the emulator of coreml",
     "scan/mil.py": "the scan's lowering for coreml",
     "bench/bench_on_mac.py": "measures coreml in a bundle, without evm-deploy",
-    "bench/matrix.py": "the default forms of a comparison",
+    "sweep/forms.py": "the default forms of a comparison",
     "commands/export_flags.py": "the help of flags that name targets: it loads no target",
     "commands/matrix.py": "the help of --forms",
 }

@@ -9,32 +9,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evm_deploy.bench.matrix import FORMS, Checkpoint, Form, Matrix, parse_forms, run_matrix
 from safetensors.torch import load_file
 
 from evm_deploy import cli
-from evm_deploy._util.progress import silent
 from evm_deploy.bench import device, worker
 from evm_deploy.bench.record import Record, Settings
 from evm_deploy.cli import bench_main
 from evm_deploy.demo import CHECKPOINT, digits, write_images
 from evm_deploy.errors import CheckpointError, ToolchainError, UsageError
-from evm_deploy.export.targets import get_target
+from evm_deploy.export.source import Source
 from evm_deploy.model.families import load_checkpoint
+from evm_deploy.sweep import float_network
+from evm_deploy.sweep.folder import RunFolder
+from evm_deploy.sweep.forms import FORMS, Form, parse_forms
+from evm_deploy.sweep.matrix import Matrix, run_matrix
+from evm_deploy.sweep.status import status
 from tests.records import record as make_record
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = ["--threads", "1", "--limit", "20"]
 
 
-class Steps:
-    """Notes the names and details of steps."""
+class Ended:
+    """Notes the kind and the form of each unit that was done."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
 
-    def __call__(self, name, detail):
-        self.seen.append((name, detail.split(",")[0]))
-        return silent(name, detail)
+    def __call__(self, outcome, ended, total):
+        _, target, precision, *_ = outcome.unit.title.replace(",", "").split()
+        self.seen.append((outcome.unit.kind, f"{target} {precision}"))
 
 
 def test_forms_are_those_of_targets():
@@ -46,34 +50,45 @@ def test_forms_are_those_of_targets():
 
 
 @pytest.mark.slow
-def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path):
+def test_the_forms_of_the_demo_are_compared_and_kept(tmp_path, capsys):
+    """In a folder that has other files, too; it is one of a sweep then."""
+    (tmp_path / "notes.txt").write_text("mine")
     forms = parse_forms("torch,onnx:fp32,onnx:int8")
     matrix = Matrix(CHECKPOINT, forms, (Settings(1, 1, limit_s=20.0),), tmp_path, None, "demo", "demo")
-    first, again = Steps(), Steps()
+    first, again = Ended(), Ended()
     outcome = run_matrix(matrix, first)
     records = {each.bundle["target"] + each.bundle["precision"]: each for each in map(Record.read, outcome.records)}
     assert list(records) == ["torchfp32", "onnxfp32", "onnxint8"] and not outcome.failed
     assert first.seen.count(("measure", "onnx int8")) == 1 and ("evaluate", "onnx fp32") in first.seen
+    assert ("evaluate", "onnx int8") not in first.seen  # its export has evaluated it
     for name, record in records.items():
         accuracy = record.bundle["accuracy"]
         assert accuracy["images"] == 599 and accuracy["top1"] >= 0.98, name
         assert accuracy["top1_float"] == records["torchfp32"].bundle["accuracy"]["top1"]
     assert records["onnxfp32"].bundle["accuracy"]["sqnr_db"] > 80
+    assert records["onnxint8"].bundle["accuracy"]["limit"] == 1.0
     assert records["torchfp32"].runtime["scan"]["value"] in ("native", "torch")
     assert records["onnxint8"].bundle["artifact_bytes"] < records["onnxfp32"].bundle["artifact_bytes"]
 
-    unstable = outcome.records[1]
-    unstable.write_text(json.dumps({**json.loads(unstable.read_text()), "stable": False}))
+    done = next(
+        each for each in (tmp_path / "units").iterdir() if "onnx-fp32" in each.read_text() and "p50" in each.read_text()
+    )
+    facts = json.loads(done.read_text())
+    done.write_text(json.dumps({**facts, "result": {**facts["result"], "stable": False}}))
     assert run_matrix(matrix, again).records == outcome.records
-    kept, measured = ("kept", "torch fp32"), ("measure", "onnx fp32")
-    assert again.seen == [kept, measured, ("evaluate", "onnx fp32"), ("kept", "onnx int8")]
+    assert again.seen == [("measure", "onnx fp32")]
+    assert not status(RunFolder(tmp_path)).failed and (tmp_path / "notes.txt").read_text() == "mine"
+    assert cli.report_main([str(tmp_path)]) == 0
+    assert "Verdict  ship onnx" in capsys.readouterr().out
 
-    source, target = Checkpoint(matrix), get_target("onnx")
-    path = tmp_path / "bundles" / "evm_digits-onnx-int8-64x64"
-    assert source.is_current(path, target, source.plan(forms[2]))
-    assert not source.is_current(path, target, source.plan(forms[1]))
-    (path / "model.onnx").write_bytes(b"damaged")
-    assert not source.is_current(path, target, source.plan(forms[2]))
+
+def test_damage_is_made_again(timeless, tmp_path):
+    matrix = Matrix(CHECKPOINT, parse_forms("onnx:fp32"), (Settings(1, 1),), tmp_path)
+    (record,) = run_matrix(matrix).records
+    record.unlink()
+    ended = Ended()
+    assert run_matrix(matrix, ended).records == [record] and record.exists()
+    assert ended.seen == [("measure", "onnx fp32")]
 
 
 @pytest.mark.slow
@@ -82,7 +97,7 @@ def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
     assert bench_main([*flags, "--forms", "onnx:int8,torch"]) == 2  # no images to calibrate with
     out, err = capsys.readouterr()
     assert "onnx int8: int8 needs images to calibrate with" in err
-    assert len(list(tmp_path.glob("*-torch-fp32-64x64-t1-b1.json"))) == 1 and "torch" in out
+    assert len(list(tmp_path.glob("records/here/*-torch-fp32-64x64-*.json"))) == 1 and "torch" in out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +127,7 @@ def timeless(monkeypatch):
         kept = {**settings.as_dict(), "batch": 1}
         return replace(made, bundle=facts, runtime=runtime, settings=kept)
 
-    monkeypatch.setattr("evm_deploy.bench.matrix.bench", bench)
+    monkeypatch.setattr("evm_deploy.sweep.boards.bench", bench)
     return measured
 
 
@@ -158,9 +173,9 @@ def test_a_bundle_is_exported_again_for_other_images(timeless, tmp_path):
             digits_of(tmp_path / "val.npz", 0, 41)
         if change == "calib":
             next((tmp_path / "calib").rglob("*.png")).unlink()
-        steps = Steps()
-        assert not run_matrix(matrix, steps).failed
-        exported.append([form for name, form in steps.seen if name == "export"])
+        ended = Ended()
+        assert not run_matrix(matrix, ended).failed
+        exported.append([form for name, form in ended.seen if name == "export"])
     both = ["onnx int8", "onnx w8"]
     assert exported == [both, [], both, [], ["onnx int8"], []]
 
@@ -171,7 +186,7 @@ def test_a_record_of_another_version_or_device_is_not_reused(what, timeless, tmp
     assert not run_matrix(matrix).failed and not run_matrix(matrix).failed
     assert len(timeless) == 1
     if what == "torch":
-        monkeypatch.setattr("torch.__version__", "99.9.0")
+        monkeypatch.setattr(float_network, "package_versions", lambda names: {"torch": "99.9.0"})
     else:
         changed = {"gpu": {"gpus": ["NVIDIA T9"]}, "system": {"system": "Linux 99"}}[what]
         facts = {**device.facts(), **changed}
@@ -191,17 +206,20 @@ def two_sets(tmp_path):
     return tmp_path / "two.pt", raw[bias], averaged[bias]
 
 
-def test_the_weights_of_a_comparison_are_those_that_were_asked_for(two_sets, tmp_path):
+def test_the_weights_of_a_comparison_are_those_that_were_asked_for(two_sets, timeless, tmp_path, monkeypatch):
     file, raw, averaged = two_sets
-    forms, settings = parse_forms("torch,onnx:fp32"), (Settings(1, 1, imgsz="64"),)
+    exported, real = [], Source.network
+    monkeypatch.setattr(Source, "network", lambda self, plan: exported.append(real(self, plan)) or exported[-1])
+    forms, settings = parse_forms("torch,onnx:fp32"), (Settings(1, 1),)
     for weights, drop, want in (("raw", ("aux.*",), raw), ("ema", (), averaged)):
-        source = Checkpoint(Matrix(file, forms, settings, tmp_path / "o", "64", weights=weights, drop=drop))
-        plan = source.plan(forms[1])
-        assert (plan.weights, plan.drop) == (weights, drop)
-        for network in (source.float.module, source.source.network(plan).module):
-            assert torch.equal(dict(network.named_parameters())[next_bias(network)], want)
+        outcome = run_matrix(Matrix(file, forms, settings, tmp_path / "o", "64", weights=weights, drop=drop))
+        assert not outcome.failed and len(outcome.records) == 2
+        assert Record.read(outcome.records[0]).settings["weights"] == (None if weights == "ema" else weights)
+        for network in exported:
+            assert torch.equal(dict(network.module.named_parameters())[next_bias(network.module)], want)
+        exported.clear()
     with pytest.raises(CheckpointError, match="fits no key"):
-        Checkpoint(Matrix(file, forms, settings, tmp_path / "o", "64", drop=("nothing.*",)))
+        run_matrix(Matrix(file, forms, settings, tmp_path / "o", "64", drop=("nothing.*",)))
 
 
 def next_bias(network):
@@ -218,12 +236,13 @@ def test_weights_are_flags_of_evm_bench(matrix, two_sets, tmp_path, monkeypatch,
         raise ToolchainError("stop")
 
     monkeypatch.setattr("evm_deploy.bench.remote.hosts.bench", stop)
-    monkeypatch.setattr("evm_deploy.bench.matrix.bench", stop)
-    monkeypatch.setattr("evm_deploy.bench.matrix.export", lambda source, plan, *a, **k: stop("export", plan))
+    monkeypatch.setattr("evm_deploy.sweep.boards.bench", stop)
+    monkeypatch.setattr("evm_deploy.sweep.units.export", lambda source, plan, *a, **k: stop("export", plan))
     flags = ["--weights", "raw", "--drop", "aux.*, loss.*", "-o", str(tmp_path / "o"), "-q"]
     more = ["--matrix", "--forms", "torch,onnx", "--imgsz", "64"] if matrix else []
-    monkeypatch.setattr("evm_deploy.bench.float_model.load_checkpoint", lambda path, **k: load_checkpoint(path))
+    monkeypatch.setattr("evm_deploy.export.source.load_checkpoint", lambda path, **k: load_checkpoint(path))
     assert cli.bench_main([str(two_sets[0]), *flags, *more]) == 3
-    (_, in_torch), *exported = seen
+    (in_torch,) = [each for subject, each in seen if subject != "export"]
+    exported = [each for each in seen if each[0] == "export"]
     assert (in_torch.weights, in_torch.drop) == ("raw", "aux.*,loss.*")
     assert [(plan.weights, plan.drop) for _, plan in exported] == [("raw", ("aux.*", "loss.*"))] * matrix

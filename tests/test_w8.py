@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from evm_deploy.bench.matrix import Form, parse_forms
 from onnx import numpy_helper
 
 from evm_deploy import cli
@@ -26,6 +25,7 @@ from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.efficientvmamba.checkpoint import KEEP_FLOAT, WEIGHT_ONLY
 from evm_deploy.runtimes.base import Batch, RunOptions
+from evm_deploy.sweep.forms import Form, parse_forms
 from tests.test_fused import hub
 
 
