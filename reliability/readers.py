@@ -238,7 +238,7 @@ def _labelled(path: Path) -> object:
     from evm_deploy.data.images import labelled_images
     from evm_deploy.data.preprocessing import Preprocessing
 
-    return labelled_images(path, Preprocessing((64, 64)), 2)
+    return labelled_images(path, Preprocessing((64, 64)), 2).all()
 
 
 TARGETS = {

@@ -34,6 +34,10 @@ def images(tmp_path_factory):
     return folder
 
 
+def labelled(*given, **options):
+    return labelled_images(*given, **options).all()
+
+
 def refused(source, match, **options):
     with pytest.raises(CalibrationError, match=match) as error:
         calibration_images(source, PRE, **options)
@@ -143,13 +147,13 @@ def test_the_demos_digits_are_fit_to_calibrate_with(tmp_path):
 
 def test_classes_come_from_folders_or_a_csv(tmp_path):
     count = write_images(tmp_path, "heldout", 80)
-    images = labelled_images(tmp_path, PRE, 10, [str(i) for i in range(10)])
+    images = labelled(tmp_path, PRE, 10, [str(i) for i in range(10)])
     want = np.sort(digits("heldout")[1][:count])
     np.testing.assert_array_equal(images.labels, want)
     lines = [f"{p.name},{p.name.split('/')[0]}" for p in find_images(tmp_path)]
     for heading in ([], ["path,class"]):
         (tmp_path / "val.csv").write_text("\n".join([*heading, *lines]))
-        np.testing.assert_array_equal(labelled_images(tmp_path / "val.csv", PRE, 10).labels, want)
+        np.testing.assert_array_equal(labelled(tmp_path / "val.csv", PRE, 10).labels, want)
 
 
 @pytest.mark.parametrize(
@@ -161,33 +165,33 @@ def test_names_that_are_digits_and_those_that_only_look_so(names, classes, label
     for file in ("a.png", "b.png"):
         Image.fromarray(synthetic_image(20, 20, seed=1)).save(tmp_path / file)
     (tmp_path / "val.csv").write_text("".join(f"{f},{n}\n" for f, n in zip(("a.png", "b.png"), names, strict=True)))
-    assert labelled_images(tmp_path / "val.csv", PRE, classes).labels == labels
+    assert labelled(tmp_path / "val.csv", PRE, classes).labels == labels
 
 
 def test_folders_with_other_names_go_by_the_alphabet(tmp_path):
     for name in ("n02", "n01", "n03"):
         (tmp_path / name).mkdir()
         Image.fromarray(synthetic_image(20, 20, seed=len(name))).save(tmp_path / name / "a.png")
-    assert labelled_images(tmp_path, PRE, 3).labels == [0, 1, 2]
-    assert labelled_images(tmp_path, PRE, 4, ["n03", "n02", "x", "n01"]).labels == [3, 1, 0]
+    assert labelled(tmp_path, PRE, 3).labels == [0, 1, 2]
+    assert labelled(tmp_path, PRE, 4, ["n03", "n02", "x", "n01"]).labels == [3, 1, 0]
     for classes, labels in ((4, None), (2, ["cat", "dog"])):
         with pytest.raises(CalibrationError, match=rf"3 classes \(n01, n02, n03\), the head has {classes}"):
-            labelled_images(tmp_path, PRE, classes, labels)
+            labelled(tmp_path, PRE, classes, labels)
 
 
 def test_labelled_sources_without_classes_are_refused(images, tmp_path):
     with pytest.raises(CalibrationError, match="is not in a class folder"):
-        labelled_images(images, PRE, 10)
+        labelled(images, PRE, 10)
     (tmp_path / "val.csv").write_text("a.png;3\n")
     with pytest.raises(CalibrationError, match="path,class"):
-        labelled_images(tmp_path / "val.csv", PRE, 10)
+        labelled(tmp_path / "val.csv", PRE, 10)
 
 
 def test_a_first_image_that_is_missing_is_no_heading(tmp_path):
     Image.fromarray(synthetic_image(20, 20, seed=1)).save(tmp_path / "b.png")
     (tmp_path / "val.csv").write_text("a.png,0\nb.png,1\n")
     with pytest.raises(CalibrationError, match=r"1 of 2 images cannot be read: a\.png"):
-        labelled_images(tmp_path / "val.csv", PRE, 2)
+        labelled(tmp_path / "val.csv", PRE, 2)
 
 
 def test_sampling_keeps_all_when_there_are_no_more(images):
@@ -211,9 +215,9 @@ def test_an_npz_of_labelled_images(labels, message, tmp_path):
     np.savez(tmp_path / "val.npz", images=images, **({} if labels is None else {"labels": labels}))
     if message:
         with pytest.raises(CalibrationError, match=re.escape(message)):
-            labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2)
+            labelled(tmp_path / "val.npz", Preprocessing((32, 32)), 2)
     else:
-        assert list(labelled_images(tmp_path / "val.npz", Preprocessing((32, 32)), 2).labels) == [1, 0, 1]
+        assert list(labelled(tmp_path / "val.npz", Preprocessing((32, 32)), 2).labels) == [1, 0, 1]
 
 
 # ------------------------------------------------------------------------------------- folders as systems leave them
@@ -250,7 +254,7 @@ def test_litter_of_systems_is_no_image_and_no_class(litter, tmp_path):
         (tmp_path / file).write_bytes(b"x")
     assert names(tmp_path) == ["cat/a.png", "dog/a.png"]
     for labels in (None, ["cat", "dog"]):
-        assert labelled_images(tmp_path, PRE, 2, labels).labels == [0, 1]
+        assert labelled(tmp_path, PRE, 2, labels).labels == [0, 1]
 
 
 def test_a_source_that_is_hidden_itself_is_searched(tmp_path):
@@ -266,7 +270,7 @@ def test_linked_folders_are_data(tmp_path):
     for name in ("cat", "dog"):
         (data / name).symlink_to(tmp_path / "real" / name)
     assert names(data) == ["cat/a.png", "dog/a.png"]
-    assert labelled_images(data, PRE, 2).labels == [0, 1]
+    assert labelled(data, PRE, 2).labels == [0, 1]
     (tmp_path / "linked").symlink_to(data)
     assert names(tmp_path / "linked") == ["cat/a.png", "dog/a.png"]
     (data / "dog" / "link.png").symlink_to(tmp_path / "real" / "cat" / "a.png")
@@ -358,7 +362,7 @@ def test_lists_with_classes(form, classes, end, bom, tmp_path):
     text = bom + end.join(line.format(path=path, name=name) for path, name in rows) + end
     (tmp_path / file).write_bytes(text.encode())
     labels = None if classes[0] == "0" else classes
-    assert labelled_images(tmp_path / file, PRE, 2, labels).labels == [1, 0]
+    assert labelled(tmp_path / file, PRE, 2, labels).labels == [1, 0]
     assert len(calibration_images(tmp_path / file, PRE, force=True)) == 2  # the classes are ignored
 
 
@@ -366,14 +370,14 @@ def test_lists_with_classes(form, classes, end, bom, tmp_path):
 def test_a_heading_of_a_list_is_no_image(heading, tmp_path):
     shot(tmp_path / "a.png")
     (tmp_path / "val.txt").write_text(f"{heading}\na.png 1\n")
-    assert labelled_images(tmp_path / "val.txt", PRE, 2).labels == [1]
+    assert labelled(tmp_path / "val.txt", PRE, 2).labels == [1]
 
 
 def test_a_list_of_paths_takes_the_folders_as_classes(tmp_path):
     for i, name in enumerate(("val/cat/a.png", "val/dog/b c.png")):
         shot(tmp_path / name, i)
     (tmp_path / "val.txt").write_text(f"val/dog/b c.png\n{tmp_path}/val/cat/a.png\n")
-    assert labelled_images(tmp_path / "val.txt", PRE, 2, ["cat", "dog"]).labels == [1, 0]
+    assert labelled(tmp_path / "val.txt", PRE, 2, ["cat", "dog"]).labels == [1, 0]
 
 
 @pytest.mark.parametrize("text", ["a.png\n", "a.png 1\nb.png\n", "", "# a.png 1\n"])
@@ -383,7 +387,7 @@ def test_lines_without_a_class_are_refused(text, file, tmp_path):
     shot(tmp_path / "b.png")
     (tmp_path / file).write_text(text)
     with pytest.raises(CalibrationError):
-        labelled_images(tmp_path / file, PRE, 2)
+        labelled(tmp_path / file, PRE, 2)
 
 
 # ------------------------------------------------------------------------------------------------- the order of classes
@@ -417,13 +421,13 @@ def as_csv(root, folders):
     ],
 )
 def test_the_order_of_classes_is_said(make, folders, labels, classes, want, order, tmp_path):
-    images = labelled_images(make(tmp_path, sorted(folders)), PRE, classes, labels)
+    images = labelled(make(tmp_path, sorted(folders)), PRE, classes, labels)
     assert images.labels == want
     assert order in images.order
 
 
 def test_only_an_order_that_differs_mentions_the_other(tmp_path):
-    assert "ImageFolder" not in labelled_images(class_folders(tmp_path, ["0", "1", "2"]), PRE, 3).order
+    assert "ImageFolder" not in labelled(class_folders(tmp_path, ["0", "1", "2"]), PRE, 3).order
 
 
 @pytest.mark.parametrize("make", [class_folders, as_csv])
@@ -441,7 +445,7 @@ def test_only_an_order_that_differs_mentions_the_other(tmp_path):
 )
 def test_names_that_are_not_among_the_labels_are_refused(make, folders, labels, says, tmp_path):
     with pytest.raises(CalibrationError) as error:
-        labelled_images(make(tmp_path, sorted(folders)), PRE, len(labels), labels)
+        labelled(make(tmp_path, sorted(folders)), PRE, len(labels), labels)
     assert all(each in str(error.value) for each in says), error.value
 
 
@@ -463,9 +467,9 @@ def test_a_head_of_one_class_has_absent_and_present(folders, labels, want, tmp_p
     source = class_folders(tmp_path, folders)
     if want is None:
         with pytest.raises(CalibrationError):
-            labelled_images(source, PRE, 1, labels)
+            labelled(source, PRE, 1, labels)
     else:
-        assert labelled_images(source, PRE, 1, labels).labels == want
+        assert labelled(source, PRE, 1, labels).labels == want
 
 
 # ---------------------------------------------------------------------------------------------------- decoded once
@@ -514,4 +518,4 @@ def test_progress_counts_images(images):
 def test_a_file_of_boxes_is_no_list_of_classes(tmp_path):
     (tmp_path / "instances.json").write_text('{"images": []}')
     with pytest.raises(CalibrationError, match=r"is JSON, as of boxes(?s:.*)class folders"):
-        labelled_images(tmp_path / "instances.json", PRE, 10)
+        labelled(tmp_path / "instances.json", PRE, 10)

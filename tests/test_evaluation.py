@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,10 +23,11 @@ from evm_deploy.calib.evaluate import Accuracy, compare_outputs
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import ImageSets, choose
 from evm_deploy.calib.quantize import Layer
-from evm_deploy.data.images import ImageSet
+from evm_deploy.data.images import AT_ONCE, ImageSet, LabelledImages
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.sources import ImageItem
 from evm_deploy.demo import digits
+from evm_deploy.errors import CalibrationError
 from evm_deploy.tasks.classification import CLASSIFICATION
 from evm_deploy.tasks.raw import RAW
 from evm_deploy.tasks.task import Reading
@@ -81,8 +85,9 @@ class Evaluated:
         yield SimpleNamespace(inputs={"image": SimpleNamespace(shape=(1,))}, run=run)
 
     def float_outputs(self, images):
-        self.floats.append(len(images))
+        self.floats.append(0)
         for i in map(number, images.pixels()):
+            self.floats[-1] += 1
             yield {"logits": logits(i, self.float_wrong(i))[None]}
 
     def choose(self, images, names=("off",)):
@@ -125,11 +130,10 @@ def test_candidates_are_compared_on_a_part_and_the_chosen_one_is_evaluated_on_al
 
 
 def test_the_part_is_drawn_by_a_fixed_seed_and_spread_over_all():
-    part, whole = evaluation.evaluation_stages(image_set(1000))
-    again = evaluation.evaluation_stages(image_set(1000))[0]
-    names = [int(item.name) for item in part.items]
-    assert names == [int(item.name) for item in again.items] and len(whole) == 1000
-    assert min(names) < 100 and max(names) > 900 and len(set(part.labels)) == CLASSES
+    images = image_set(1000)
+    part, whole = evaluation.evaluation_stages(images)
+    assert part == evaluation.evaluation_stages(image_set(1000))[0] and list(whole) == list(range(1000))
+    assert min(part) < 100 and max(part) > 900 and len(set(images.part(part).labels)) == CLASSES
 
 
 def test_sensitive_blocks_stay_in_float_as_the_part_says():
@@ -141,11 +145,55 @@ def test_sensitive_blocks_stay_in_float_as_the_part_says():
 
 
 def test_a_loss_that_only_all_images_show_is_mended_too():
-    part = {int(item.name) for item in evaluation.evaluation_stages(image_set(1000))[0].items}
+    part = set(evaluation.evaluation_stages(image_set(1000))[0])
     run = Evaluated(lambda blocks, i: "c" in blocks and i not in part and i % 3 == 0)
     found, _ = run.choose(image_set(1000))
     assert found.accuracy.images == 1000 and found.accuracy.ok and "c" in found.in_float
     assert sum(count == 100 for _, count in run.seen) == 1 + len(BLOCKS)  # sensitivity is measured on the part
+
+
+def listed(count, broken=()):
+    """Images like those of `image_set`, in one colour, not decoded yet; some cannot be read."""
+    sources = [np.full((4, 4, 3), (i // 256, i % 256, 0), np.uint8) for i in range(count)]
+    items = [
+        ImageItem(str(i), Path("gone.png") if i in broken else source, i % CLASSES) for i, source in enumerate(sources)
+    ]
+    return LabelledImages(Path("val"), items, Preprocessing((4, 4)), order="by number")
+
+
+def test_images_are_decoded_with_their_shard_and_once(monkeypatch):
+    """One shard before the first inference, and at no time more than a few in memory: the others are in a file."""
+    monkeypatch.setattr(evaluation, "SHARD", 50)
+    events, live, most = [], Counter(), []
+    real = Preprocessing.pixels
+
+    def pixels(self, source):
+        array = real(self, source).copy()
+        events.append("decode")
+        live["now"] += 1
+        most.append(live["now"])
+        weakref.finalize(array, live.subtract, ["now"])
+        return array
+
+    monkeypatch.setattr(Preprocessing, "pixels", pixels)
+    run = Evaluated(lambda blocks, i: events.append("run") or ("b" in blocks and i % 10 == 0))
+    images = listed(1000)
+    found, _ = run.choose(images, names=("off", "on"))
+    assert found.accuracy.images == 1000 and found.in_float == ("b",)
+    assert events.index("run") == 50 and events.count("decode") == 1000 and max(most) <= 4 * AT_ONCE
+    assert len({id(item.decoded.base) for item in images.part(range(1000)).items}) == 1
+    again, _ = run.choose(image_set(1000), names=("off", "on"))
+    assert (again.accuracy, again.tried, again.sensitivity) == (found.accuracy, found.tried, found.sensitivity)
+
+
+def test_unreadable_images_are_left_out_up_to_a_limit(monkeypatch):
+    """Also where all of a shard are."""
+    monkeypatch.setattr(evaluation, "SHARD", 10)
+    run = Evaluated(lambda blocks, i: False)
+    found, _ = run.choose(listed(400, range(100, 112)))
+    assert found.accuracy.images == 388 and len(found.skipped) == 12 and "gone.png" in found.skipped[0]
+    with pytest.raises(CalibrationError, match="30 of 400 images cannot be read"):
+        run.choose(listed(400, range(300, 330)))
 
 
 def test_a_loss_beyond_repair_is_that_of_all_images():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from evm_deploy.calib.quantize import Layer, activations, below_any, insert_qdq
 from evm_deploy.calib.smooth import smooth, smooth_groups
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
+from evm_deploy.data.preprocessing import Preprocessing
+from evm_deploy.data.sources import Pixels
 from evm_deploy.runtimes.base import Runtime
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 
@@ -121,7 +123,20 @@ def make_candidates(
     return {**found, "on": QuantizationCandidate(smoothed, layers, config.blocks, table, table.ranges(config.method))}
 
 
-def feeds(images: ImageSet, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:
+class Readable(Protocol):
+    """Images whose pixels can be read: an ImageSet, or several."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing that the pixels have gone through."""
+        ...
+
+    def pixels(self) -> Iterator[Pixels]:
+        """Yield the preprocessed pixels of each image, (H, W, channels) uint8."""
+        ...
+
+
+def feeds(images: Readable, kind: str, runtime: Runtime) -> Iterator[NDArray[Any]]:
     """Yield each image as the graph reads it, repeated to the smallest batch of the runtime's input."""
     batch = next(iter(runtime.inputs.values())).shape[0] or 1
     for pixels in images.pixels():

@@ -12,7 +12,7 @@ from evm_deploy._util.progress import Progress, Step
 from evm_deploy.calib.candidate import QuantizationCandidate, make_candidates
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import Accuracy, keep_float_until
-from evm_deploy.calib.evaluation import Evaluation, OpenCandidate, Run, evaluation_stages, graph_outputs
+from evm_deploy.calib.evaluation import Evaluation, Images, OpenCandidate, Run, evaluation_stages, graph_outputs
 from evm_deploy.calib.probe import with_probes, without_probes
 from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
 from evm_deploy.calib.saturation import saturating_weights
@@ -33,7 +33,7 @@ class ImageSets(NamedTuple):
     """Calibration images (`used`) and evaluation images (`evaluation`); None for no images."""
 
     used: ImageSet | None
-    evaluation: ImageSet | None
+    evaluation: Images | None
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,12 @@ def choose(
     kept: frozenset[str] = frozenset()
     sensitivity: dict[str, float] = {}
     compare: Evaluation | None = None
-    stages = evaluation_stages(images.evaluation) if images.evaluation else []
-    for evaluated in stages:
-        with step("evaluate", f"{len(evaluated)} images, {'labelled' if config.val else 'without labels'}") as progress:
-            evaluate = Evaluation(replace(evaluated, progress=progress), float_outputs, config, open_candidate)
+    every = images.evaluation
+    stages = evaluation_stages(every) if every else []
+    for places in stages:
+        assert every
+        with step("evaluate", f"{len(places)} images, {'labelled' if config.val else 'without labels'}") as progress:
+            evaluate = Evaluation(every, float_outputs, config, open_candidate, places, progress)
             if compare is None:
                 compare = evaluate
                 tried = {name: evaluate(each, each.blocks) for name, each in choices.items()}
@@ -157,16 +159,19 @@ def choose(
         layers=len({layer.weight for layer in source.layers if source.block_of(layer) not in kept}),
         in_float=tuple(sorted(kept)),
         sensitivity=sensitivity,
-        evaluated_on=images.evaluation.digest() if images.evaluation else "",
+        evaluated_on=every.part(range(len(every))).digest() if every else "",
         skipped=tuple(dict.fromkeys(text for each in images if each for text in each.skipped)),
-        remarks=tuple(_remarks(stages, accuracy, config)),
+        remarks=tuple(_remarks(every.order if every else "", list(map(len, stages)), accuracy, config)),
     )
 
 
-def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, config: QuantizationConfig) -> Iterator[str]:
-    """Yield what users must know to read an accuracy: the order of the classes, chance, and which images were used."""
-    if stages and stages[0].order:
-        yield stages[0].order
+def _remarks(order: str, stages: Sequence[int], accuracy: Accuracy | None, config: QuantizationConfig) -> Iterator[str]:
+    """Yield what users must know to read an accuracy: the order of the classes, chance, and which images were used.
+
+    stages: number of images of each stage.
+    """
+    if order:
+        yield order
     score = config.task.score
     if accuracy and score and accuracy.gated and score.by_chance(accuracy.reached, accuracy.images, config.num_classes):
         yield (
@@ -175,7 +180,7 @@ def _remarks(stages: Sequence[ImageSet], accuracy: Accuracy | None, config: Quan
             "proves nothing"
         )
     if len(stages) > 1:
-        yield f"candidates were compared on {len(stages[0])} images, the chosen one on all {len(stages[1])}"
+        yield f"candidates were compared on {stages[0]} images, the chosen one on all {stages[1]}"
 
 
 def each_block(
@@ -225,7 +230,8 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
     Only int8 calibrates. With `val`, evaluation images are those of `val`. Without `val`, w8 is evaluated on the images
     of `calib`, and int8 on a part of these images that is held out.
     """
-    used = evaluated = None
+    used: ImageSet | None = None
+    evaluated: Images | None = None
     if config.calib:
         with step("images", f"up to {config.images} from {config.calib}") as progress:
             chosen = calibration_images(
@@ -233,15 +239,14 @@ def image_sets(config: QuantizationConfig, preprocessing: Preprocessing, step: S
             )
         used, evaluated = _split(chosen) if config.precision == "int8" else (None, chosen)
     if config.val and config.task.score:
-        with step("images", f"labelled, from {config.val}") as progress:
-            evaluated = labelled_images(
+        with step("images", f"labelled, from {config.val}"):
+            evaluated = listed = labelled_images(
                 *(config.val, preprocessing, config.num_classes, config.labels),
                 read=config.task.score.read,
                 folder=config.kept.folder,
-                progress=progress,
             )
-        if evaluated.taken:
-            say(step, f"{evaluated.taken:,} of {len(evaluated):,} images taken from the interrupted run")
+        if listed.kept:
+            say(step, f"{listed.kept:,} of {len(listed):,} images taken from the interrupted run")
     return ImageSets(used, evaluated)
 
 

@@ -24,7 +24,7 @@ ROW = np.dtype([("content", "V32"), ("pixels", "V32"), ("size", "<u4", 2)])
 
 
 class DecodedImages:
-    """File of up to `count` images of one shape. Memory holds none of them.
+    """File of up to `count` images of one shape, which are added in any number of parts. Memory holds none of them.
 
     folder: where the file and its index are kept, so that a later process finds the images by their content (`found`);
     pixels that a power failure has damaged are not found. Without a folder the file has no name, and goes with the last
@@ -39,13 +39,16 @@ class DecodedImages:
         self._old: dict[bytes, int] = {}
         self._digests: NDArray[Any] = np.empty(0, ROW)
         self._map: NDArray[np.uint8] | None = None
-        self.added = 0
+        self._all: NDArray[np.uint8] | None = None
+        self._given = 0  # images in `_all` that callers may read
+        self._count, self.added = count, 0
         if folder:
             with contextlib.suppress(OSError):
                 self._open(folder)
             if not self._file or self._fits(count - self.added, folder):
+                self._count += self.added
                 return
-            self._close()
+            self.close()
             self.added, self._old = 0, {}
         temporary = Path(tempfile.gettempdir())
         lacking = f"no room for the pixels of {count:,} images ({bytes_text(count * self._size)})"
@@ -91,17 +94,32 @@ class DecodedImages:
             if self._index:
                 for file, bytes_each in self._sizes():
                     with contextlib.suppress(OSError):
-                        file.truncate(len(self._digests) * bytes_each)
-            self._close()
+                        file.truncate(max(len(self._digests), self._given) * bytes_each)
+            self.close()
         return place
 
     def arrays(self) -> NDArray[np.uint8] | None:
-        """Return all images, (images, *shape) uint8, an array that reads from the file; None if there is no file."""
+        """Return all images so far, (images or more, *shape) uint8, an array that reads from the file.
+
+        The file is mapped once, for `count` images. None if there is no file.
+        """
         if not self._file or not self.added:
             return None
-        with self._file as file, self._index or contextlib.nullcontext():
-            file.flush()
-            return np.asarray(np.memmap(file, np.uint8, "r", shape=(self.added, *self._shape)))
+        self._file.flush()
+        if self._all is None:
+            whole = max(self.added, self._count)
+            self._file.truncate(whole * self._size)  # what is not written yet takes no room
+            self._all = np.asarray(np.memmap(self._file, np.uint8, "r", shape=(whole, *self._shape)))
+            self._file.seek(self.added * self._size)  # numpy moves to the end
+        self._given = self.added
+        return self._all
+
+    def close(self) -> None:
+        """Close the file: nothing more is added. Arrays still read from it."""
+        for file in filter(None, (self._file, self._index)):
+            with contextlib.suppress(OSError):
+                file.close()
+        self._file = self._index = None
 
     def _open(self, folder: Path) -> None:
         """Open the files in `folder`, and cut off what the last process did not complete."""
@@ -123,12 +141,6 @@ class DecodedImages:
         """Return the two files of a folder, each with its bytes for an image."""
         assert self._file and self._index
         return [(self._file, self._size), (self._index, ROW.itemsize)]
-
-    def _close(self) -> None:
-        for file in filter(None, (self._file, self._index)):
-            with contextlib.suppress(OSError):
-                file.close()
-        self._file = self._index = None
 
 
 def _warn(text: str) -> None:

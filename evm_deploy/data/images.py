@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from evm_deploy.errors import CalibrationError, ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 MIN_IMAGES = 100  # with fewer images, the activation ranges of pooled tensors are unreliable
 MAX_BAD_SHARE = 0.05  # accepted share of unreadable, constant or repeated images
 MIN_CONTRAST = 2.0  # smallest standard deviation of an image's pixels (0..255)
@@ -42,8 +43,7 @@ class ImageSet:
     """Set of images with their preprocessing. Each was decoded once, into a file that goes with the set or its folder.
 
     skipped: "name: reason" of each image that could not be read. order: sentence on how classes got their index.
-    progress: called with the number of images that `pixels` has given, and of all. taken: number of images that an
-    interrupted run had decoded already.
+    progress: called with the number of images that `pixels` has given, and of all.
     """
 
     items: tuple[ImageItem, ...]
@@ -51,7 +51,6 @@ class ImageSet:
     skipped: tuple[str, ...] = ()
     order: str = ""
     progress: Progress = field(default=no_progress, compare=False, repr=False)
-    taken: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,6 +60,13 @@ class ImageSet:
         for done, item in enumerate(self.items):
             self.progress(done, len(self))
             yield self.preprocessing.pixels(item.source) if item.decoded is None else item.decoded
+
+    def part(self, places: Sequence[int]) -> ImageSet:
+        """Return the images at these places."""
+        return replace(self, items=tuple(self.items[place] for place in places))
+
+    def require_readable(self, places: Collection[int]) -> None:
+        """Do nothing: all these images have been read."""
 
     @property
     def labels(self) -> list[Any]:
@@ -82,7 +88,7 @@ class ImageSet:
         return total.hexdigest()
 
 
-def sample(items: Sequence[ImageItem], count: int, seed: int = 0) -> list[ImageItem]:
+def sample(items: Sequence[T], count: int, seed: int = 0) -> list[T]:
     """Draw `count` items at random without replacement, with a fixed seed. The order of the items is kept.
 
     Returns all items if there are at most `count`.
@@ -108,8 +114,12 @@ def calibration_images(
     unreadable. Unless `force` is set, raises CalibrationError also if there are fewer than 100 images, or if more than
     5 % are constant, look like noise or repeat others: activation ranges from such images do not fit real images.
     """
-    chosen = sample(find_images(source), count, seed)
-    images, facts = _readable(source, chosen, preprocessing, progress, inspected=True)
+    store = DecodedImages(min(count, len(items := find_images(source))), _shape(preprocessing))
+    chosen = sample(items, count, seed)
+    facts: list[_Facts] = []
+    images = _image_set(_decoded(chosen, preprocessing, store, progress, facts), preprocessing)
+    store.close()
+    require_readable(source, images.skipped, len(chosen))
     if force:
         return images
     total = len(images)
@@ -126,6 +136,57 @@ def calibration_images(
     return images
 
 
+class LabelledImages:
+    """Images with their true answers, decoded in parts: each image when a part with it is first asked for, and once.
+
+    source: for messages. order: as in ImageSet. folder: keeps the decoded images, and gives those that an interrupted
+    run has left there (`data.decoded`). kept: number of those. skipped: as in ImageSet, of the parts so far.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        items: Sequence[ImageItem],
+        preprocessing: Preprocessing,
+        *,
+        order: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        self.source, self.preprocessing, self.order = source, preprocessing, order
+        self._items, self._read = items, dict[int, ImageItem | str]()
+        self._store = DecodedImages(len(items), _shape(preprocessing), folder)
+        self.kept = min(self._store.added, len(items))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Images that could not be read, of the parts so far."""
+        return tuple(each for _, each in sorted(self._read.items()) if isinstance(each, str))
+
+    def part(self, places: Sequence[int]) -> ImageSet:
+        """Return the readable ones of the images at these places."""
+        new = [place for place in places if place not in self._read]
+        found = _decoded([self._items[place] for place in new], self.preprocessing, self._store, no_progress)
+        self._read.update(zip(new, found, strict=True))
+        if len(self._read) == len(self._items):
+            self._store.close()
+        return replace(_image_set([self._read[place] for place in places], self.preprocessing), order=self.order)
+
+    def require_readable(self, places: Collection[int]) -> None:
+        """Raise CalibrationError if more than 5 % of the images at these places could not be read so far."""
+        wanted = set(places)
+        bad = [each for place, each in self._read.items() if isinstance(each, str) and place in wanted]
+        require_readable(self.source, bad, len(wanted))
+
+    def all(self) -> ImageSet:
+        """Return all images that are readable. Raises CalibrationError if more than 5 % are not."""
+        found = self.part(range(len(self)))
+        self.require_readable(range(len(self)))
+        return found
+
+
 def labelled_images(
     source: Path,
     preprocessing: Preprocessing,
@@ -134,22 +195,23 @@ def labelled_images(
     *,
     read: Callable[[Path, Sequence[str] | None, int], tuple[Sequence[ImageItem], str]] = read_labels,
     folder: Path | None = None,
-    progress: Progress = no_progress,
-) -> ImageSet:
-    """Return all images of `source` with their true answers.
+) -> LabelledImages:
+    """List all images of `source` with their true answers. No image is decoded.
 
     read: lists them, as in `tasks.task.Score`; by default images with a class (`data.classes.read_labels`).
-    num_classes, labels: of the network. folder: keeps the decoded images, and gives those that an interrupted run has
-    left there (`data.decoded`). Raises CalibrationError if the classes do not fit the network, or if more than 5 % of
-    the images are unreadable.
+    num_classes, labels: of the network. folder: as in LabelledImages. Raises CalibrationError if the classes do not fit
+    the network.
     """
     items, order = read(source, labels, num_classes)
-    return replace(_readable(source, items, preprocessing, progress, folder=folder)[0], order=order)
+    return LabelledImages(source, items, preprocessing, order=order, folder=folder)
 
 
 def decoded_images(items: Sequence[ImageItem], preprocessing: Preprocessing) -> ImageSet:
     """Decode these images alone. Those that cannot be read are in `skipped`: `require_readable` limits their share."""
-    return _decoded(items, preprocessing, no_progress)[0]
+    store = DecodedImages(len(items), _shape(preprocessing))
+    found = _image_set(_decoded(items, preprocessing, store, no_progress), preprocessing)
+    store.close()
+    return found
 
 
 def require_readable(source: str | Path, skipped: Sequence[str], total: int) -> None:
@@ -174,35 +236,26 @@ class _Facts:
     content: bytes
 
 
-def _readable(
-    source: Path,
-    items: Sequence[ImageItem],
-    preprocessing: Preprocessing,
-    progress: Progress,
-    *,
-    folder: Path | None = None,
-    inspected: bool = False,
-) -> tuple[ImageSet, list[_Facts]]:
-    """Return the result of `_decoded`. Raises CalibrationError if more than 5 % of the images are unreadable."""
-    images, facts = _decoded(items, preprocessing, progress, folder=folder, inspected=inspected)
-    require_readable(source, images.skipped, len(items))
-    return images, facts
+def _shape(preprocessing: Preprocessing) -> tuple[int, ...]:
+    return (*preprocessing.size, preprocessing.channels)
+
+
+def _image_set(found: Sequence[ImageItem | str], preprocessing: Preprocessing) -> ImageSet:
+    good = tuple(each for each in found if not isinstance(each, str))
+    return ImageSet(good, preprocessing, tuple(each for each in found if isinstance(each, str)))
 
 
 def _decoded(
     items: Sequence[ImageItem],
     preprocessing: Preprocessing,
+    store: DecodedImages,
     progress: Progress,
-    *,
-    folder: Path | None = None,
-    inspected: bool = False,
-) -> tuple[ImageSet, list[_Facts]]:
-    """Decode the images and return those that are readable, with their statistics if they are `inspected`.
+    facts: list[_Facts] | None = None,
+) -> list[ImageItem | str]:
+    """Decode the images into `store`. Returns each of them, or "name: reason" of one that cannot be read.
 
-    Images that `folder` keeps are not decoded again.
+    facts: list that gets the statistics of the readable ones. Images that the store has kept are not decoded again.
     """
-    good, places, skipped, facts, taken = [], [], [], [], 0
-    decoded = DecodedImages(len(items), (*preprocessing.size, preprocessing.channels), folder)
 
     def read(item: ImageItem) -> _Read | ImageError:
         try:
@@ -211,7 +264,7 @@ def _decoded(
             except (OSError, ValueError):
                 read_image(item.source, preprocessing.channels)  # raises, with words for the reason
                 raise
-            known = decoded.found(content)
+            known = store.found(content)
             if known is not None:
                 return _Read(content, *known)
             original = read_image(item.source, preprocessing.channels)
@@ -219,25 +272,31 @@ def _decoded(
         except ImageError as error:
             return error
         size = (original.height, original.width)
-        return _Read(content, None, size, pixels, _facts(item.name, original, pixels) if inspected else None)
+        return _Read(content, None, size, pixels, None if facts is None else _facts(item.name, original, pixels))
 
+    made: list[ImageItem | str] = []
+    places: list[int | None] = []
     with ThreadPoolExecutor(usable_cores()) as pool:
         parts = (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
         results = ((item, found) for part in parts for item, found in zip(part, pool.map(read, part), strict=True))
         for done, (item, found) in enumerate(results):
             progress(done, len(items))
             if isinstance(found, ImageError):
-                skipped.append(f"{shortened(item.name)}: {found}")
+                made.append(f"{shortened(item.name)}: {found}")
+                places.append(None)
                 continue
-            good.append(replace(item, content=found.content, size=found.size))
-            taken += found.place is not None
+            made.append(replace(item, content=found.content, size=found.size))
             new = found.place is None
-            places.append(decoded.add(found.content, found.pixels, found.size) if new else found.place)
-            facts += [found.facts] if found.facts else []
-    arrays = decoded.arrays()
-    if arrays is not None:
-        good = [replace(item, decoded=arrays[place]) for item, place in zip(good, places, strict=True)]
-    return ImageSet(tuple(good), preprocessing, tuple(skipped), taken=taken), facts
+            places.append(store.add(found.content, found.pixels, found.size) if new else found.place)
+            if facts is not None and found.facts:
+                facts.append(found.facts)
+    arrays = store.arrays()
+    if arrays is None:
+        return made
+    return [
+        each if isinstance(each, str) or place is None else replace(each, decoded=arrays[place])
+        for each, place in zip(made, places, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from evm_deploy._util.progress import Step
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.calib.candidate import QuantizationCandidate, feeds
 from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.evaluation import OpenCandidate, Shards, first_image
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import Quantized, choose, image_sets
 from evm_deploy.calib.quantize import Layer, activations, below_any
@@ -78,14 +78,12 @@ def quantize_program(
             ranges = table.ranges(config.method) if table else {}
             source = QuantizationCandidate(saved, found, config.blocks, table, ranges, rewrite=quantize_layers)
 
-            def float_outputs(evaluated: ImageSet) -> Generator[Outputs, None, None]:
+            def float_outputs(evaluated: Shards) -> Generator[Outputs, None, None]:
                 for feed in feeds(evaluated, config.input, runtime):
                     yield float_run(module, feed)[0]
 
             if images.evaluation:
-                shown = next(
-                    feeds(replace(images.evaluation, items=images.evaluation.items[:1]), config.input, runtime)
-                )
+                shown = next(feeds(first_image(images.evaluation), config.input, runtime))
                 tensors = tensors_of(runtime.program, modules, float_run(module, shown)[1])
                 open_candidate = probed(open_candidate, tensors)
             return choose({"": source}, images, config, float_outputs, open_candidate, step)
