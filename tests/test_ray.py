@@ -6,6 +6,8 @@ One cluster for the module, on ports of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import re
 import secrets
@@ -184,17 +186,51 @@ def test_jobs_that_fail_say_why(cluster, tmp_path):
     def refused(place):
         raise ToolchainError(f"no {place.boards.members[0].name}", "look")
 
+    def full(place):
+        raise OSError(errno.ENOSPC, "No space left on device", "/shared/rows")
+
     engine = RayEngine(cluster)
     try:
         with pytest.raises(ToolchainError, match="no host of the cluster offers the board 'pi5'"):
             engine.start(Job("a", refused, "pi5"))
-        for job in (Job("dying", dying), Job("refused", refused, "lab")):
+        for job in (Job("dying", dying), Job("refused", refused, "lab"), Job("full", full)):
             engine.start(job)
-        ended = {job.name: error for job, error in (engine.next(), engine.next())}
+        ended = {job.name: error for job, error in (engine.next(), engine.next(), engine.next())}
     finally:
         engine.close()
+    assert "/shared/rows cannot be written: No space left on device\n  free space" in str(ended["full"])
     assert isinstance(ended["dying"], CrashError) and (tmp_path / "tries").read_text() == "x" * TRIES
     assert (str(ended["refused"]), type(ended["refused"])) == ("no lab\n  look", ToolchainError)
+
+
+def test_a_board_that_vanishes_is_an_error_of_its_job(cluster, monkeypatch):
+    """When it has been away for a while; other jobs go on."""
+    monkeypatch.setattr("evm_deploy.sweep.ray_engine.PATIENCE_S", 0.2)
+    monkeypatch.setattr("evm_deploy.sweep.ray_engine.LOOK_S", 0.1)
+    engine = RayEngine(cluster)
+    try:
+        engine.start(Job("measured", lambda place: time.sleep(START_S), "lab"))
+        without_lab = {name: 1 for name in engine._ray.cluster_resources() if "lab" not in name}
+        monkeypatch.setattr(engine._ray, "cluster_resources", lambda: without_lab)
+        job, error = engine.next()
+        assert job.name == "measured" and "no host of the cluster offers the board 'lab'" in str(error)
+        engine.start(Job("other", lambda place: 7))
+        assert engine.next()[1] == 7
+    finally:
+        engine.close()
+
+
+def test_a_search_runs_on_the_cluster(cluster, tmp_path, capsys):
+    images, labels = digits("heldout")
+    np.savez(tmp_path / "val.npz", images=images[:40], labels=labels[:40])
+    named = ["demo:digits", "--budget", "p50<10s", "--val", str(tmp_path / "val.npz"), "-o", str(tmp_path / "run")]
+    flags = ["--imgsz", "48", "--threads", "1", "--trials", "1", "--limit", "0.5", "--engine", "ray", "-q", "--json"]
+    assert cli.tune_main([*named, *flags, "--address", cluster, "--device", "nowhere"]) == 3
+    assert "no host of the cluster offers the board 'nowhere'" in capsys.readouterr().err
+    assert cli.tune_main([*named, *flags, "--address", cluster, "--device", "lab"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == 0 and found["board"] == "lab"
+    assert len(list((tmp_path / "run" / "records" / "lab").iterdir())) == 1
 
 
 def test_an_address_that_does_not_answer(capsys):

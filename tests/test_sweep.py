@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from evm_deploy.sweep.folder import RunFolder
 from evm_deploy.sweep.locks import alone, beside_others, held
 from evm_deploy.sweep.plan import read_sweep
 from evm_deploy.sweep.run import SweepRun, counts
+from reliability.sweeps import killed
 from tests.records import record as make_record
 
 SWEEP = """
@@ -105,6 +107,14 @@ def test_an_interrupted_sweep_does_the_rest(work, tmp_path, monkeypatch):
     assert len(list((tmp_path / "run" / "records" / "here").iterdir())) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_killed_sweeps_lose_nothing_and_repeat_nothing(work, tmp_path):
+    """`python -m reliability.sweeps` does it 200 times, with real exports and measurements."""
+    sweeps, findings = killed(tmp_path, 12, random.Random(1), pause_s=0.4)
+    assert sweeps >= 1 and findings == []
+
+
 def test_a_unit_that_fails_stops_no_other(work, tmp_path, monkeypatch, capsys):
     fake = units_module.export
 
@@ -160,6 +170,44 @@ def test_what_is_no_evm_error_is_tried_again():
 
     error = retried(Job("a", full), HERE)
     assert "/x/y cannot be written: No space left on device\n  free space" in str(error) and len(tried) == 2
+
+
+def test_a_full_disk_is_an_error_of_the_unit(work, tmp_path, monkeypatch, capsys):
+    """Said once, with what to do; the others go on, and the same command does it again when there is space."""
+    real = units_module.write_rows
+
+    def full(path, rows):
+        if path.parent.name == "outputs":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, rows)
+
+    monkeypatch.setattr(units_module, "write_rows", full)
+    assert sweep(tmp_path, "-q") == 2 and work["float 25"] == 1
+    shown = capsys.readouterr()
+    assert ".npz cannot be written: No space left on device\n  free space on that disk" in shown.err
+    assert "12 units: 6 done, 2 failed, 4 not run" in shown.out
+    monkeypatch.setattr(units_module, "write_rows", real)
+    assert sweep(tmp_path, "-q", "--retry-failed") == 0
+    assert "12 units: 6 done, 6 kept" in capsys.readouterr().out
+
+
+def test_images_that_change_during_the_work_are_an_error(work, tmp_path, monkeypatch):
+    """The bundle and the float network must see the same images."""
+    real = units_module.FloatUnit.outputs
+    monkeypatch.setattr(
+        units_module.FloatUnit, "outputs", lambda self, folder: replace(real(self, folder), digest="other")
+    )
+    assert sweep(tmp_path, "-q") == 2
+    (failed, *_) = (tmp_path / "run" / "failed").iterdir()
+    assert "have changed during the work" in failed.read_text()
+
+
+def test_a_plan_of_something_else_is_not_replaced(work, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"holidays": []}')
+    assert sweep(tmp_path) == 2 and not work
+    assert "does not hold a sweep: its plan.json is something else, or damaged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "plan.json").read_text() == '{"holidays": []}'
 
 
 def test_only_one_unit_and_what_it_needs(work, tmp_path, capsys):

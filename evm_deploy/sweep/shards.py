@@ -17,6 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import sha256
+from evm_deploy._util.text import some_of
 from evm_deploy.bundle.bundle import open_bundle
 from evm_deploy.bundle.loaded import LoadedBundle, load
 from evm_deploy.bundle.manifest import Manifest
@@ -98,7 +99,10 @@ def evaluated(shard: Shard, cores: int, expected: ShardRows | None = None) -> Sh
     with _opened(shard.bundle, cores) as (model, streams):
         images = decoded_images(shard.items, model.preprocessing)
         if expected and expected.digest != images.digest():
-            raise CalibrationError(f"images of {shard.items[0].name} .. have changed during the work", "run it again")
+            names = some_of([item.name for item in shard.items])
+            raise CalibrationError(
+                f"images have changed during the work: some of {names}", "run the same command again"
+            )
         if not len(images):
             return ShardRows({}, images.skipped, images.digest())
         reading = Reading(model.labels, places=images.places, selection=manifest.selection, classes=_classes(manifest))
