@@ -106,7 +106,9 @@ def test_a_form_that_fails_stops_no_other(micro, tmp_path, capsys):
         ([], "no bundle is given"),
         (["x", "--forms", "onnx"], "--forms needs --matrix"),
         (["--matrix", "a.ckpt", "b.ckpt"], "one checkpoint"),
-        (["--matrix", "missing.ckpt"], "missing.ckpt"),
+        (["--matrix", "missing.ckpt"], "missing.ckpt does not exist"),
+        (["--matrix", "--val", "nowhere"], "nowhere does not exist"),
+        (["--matrix", "--calib", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_said(flags, said, capsys, tmp_path):

@@ -52,7 +52,10 @@ class RunFolder:
         locks.
         """
         if is_sweep(self.path):
-            self.units()
+            try:
+                self.units()
+            except UsageError as error:
+                raise UsageError(error.args[0], "choose another --out") from error
         elif not beside and self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self.path} is not empty, and does not hold a sweep", "choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)

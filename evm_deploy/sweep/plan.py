@@ -17,7 +17,7 @@ from evm_deploy._util.toml import read_toml
 from evm_deploy.bench.measurable import TORCH
 from evm_deploy.bench.record import Settings
 from evm_deploy.demo import WORD, checkpoint_path
-from evm_deploy.errors import UsageError
+from evm_deploy.errors import CheckpointError, UsageError
 from evm_deploy.export.plan import CALIBRATED, DEFAULTS, HOW_TO_CALIBRATE, QUANTIZED, ExportPlan, parse_imgsz
 from evm_deploy.export.target import check_plan
 from evm_deploy.export.targets import get_target
@@ -99,7 +99,16 @@ def read_sweep(path: Path) -> SweepPlan:
 
 def known_digests() -> Digests:
     """Return the digests of a new plan."""
-    return Digests(cache(sha256), cache(source_digest))
+    return Digests(cache(_checkpoint_sha256), cache(source_digest))
+
+
+def _checkpoint_sha256(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint's file as hex digits. Raises CheckpointError if it cannot be read."""
+    try:
+        return sha256(path)
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"checkpoint {path} {why}", "give the path of a checkpoint file") from error
 
 
 def export_unit(
