@@ -90,9 +90,7 @@ def _subjects(matrix: Matrix) -> tuple[dict[Form, Subject], dict[Form, EvmError]
     known, checkpoint = known_digests(), matrix.checkpoint.resolve()
     size = parse_imgsz(matrix.imgsz) if matrix.imgsz else None
     plan = ExportPlan(LIKE, "fp32", imgsz=size, weights=matrix.weights, drop=matrix.drop)
-    source_of(str(checkpoint), known.file(checkpoint)).network(
-        plan
-    )  # the first error of a bad file
+    source_of(str(checkpoint), known.file(checkpoint)).network(plan)  # the first error of a bad file
     for images in (matrix.calib, matrix.val):
         known.images(images)
     more: dict[str, Any] = {"weights": matrix.weights, "drop": matrix.drop}
