@@ -1,4 +1,4 @@
-"""Syntax of Kotlin and Swift, by tree-sitter's grammars: no compiler of Swift is to be had here."""
+"""Syntax of Kotlin and Swift, by tree-sitter's grammars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""samples/ios, which nothing here can compile: its syntax, and what it says of bundles, against real ones."""
+"""samples/ios: its syntax, what it says of bundles against real ones, and its tests, with Debian's Swift."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from evm_deploy.bundle.bundle import Bundle
+from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.selftest import AXES
 from evm_deploy.export.coreml.target import TARGET
+from evm_deploy.export.plan import ExportPlan
 from evm_deploy.runtimes.mil import MilRuntime
+from tests import swift
 from tests.syntax import faults, parsed
-from tests.test_vectors import CASES, CONTENT, PREDICTIONS
+from tests.test_vectors import CASES, CONTENT, FOLDER, PREDICTIONS
+from tests.toolchains import need
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "samples" / "ios").rglob("*.swift"))
@@ -28,7 +33,9 @@ PLAIN = {"String": str, "Int": int, "Double": (int, float), "Float": (int, float
 def test_syntax(path):
     source = path.read_bytes()
     assert not faults("swift", source)
-    assert b"NOT COMPILED BY THIS PROJECT" in source
+    apple = re.search(rb"^import (CoreML|ImageIO|SwiftUI|Combine)$", source, re.M)
+    assert (b"NOT COMPILED BY THIS PROJECT" in source) == (path.parent.name == "EvmScreen")
+    assert (b"NOT RUN BY THIS PROJECT" in source) == (apple is not None and path.parent.name != "EvmScreen")
 
 
 def test_syntax_of_the_examples():
@@ -168,7 +175,7 @@ def test_every_limit_of_the_self_test_is_read(coreml_bundle):
 
 
 def test_codes_of_errors_are_those_of_the_vectors():
-    """Swift was never run, so the test reads its source; the iOS sample reads no zips."""
+    """The codes in the source; the iOS sample reads no zips."""
     told = {code for source in CODE.values() for code in re.findall(r'code: "([^"]+)"', source)}
     assert told == {code for code in CONTENT["codes"] if not code.startswith("zip.")}
 
@@ -182,3 +189,78 @@ def test_places_of_manifests_are_those_of_the_vectors():
     for place in told:
         pattern = re.escape(re.sub(r"\[\\\(i\)\]", "[]", place)).replace(re.escape("\\(name)"), ".*")
         assert any(re.fullmatch(pattern, each) for each in known), place
+
+
+# ------------------------------------------------------------------------------------- compiled and run, with a Swift
+
+
+@pytest.fixture(scope="module")
+def xctest(tmp_path_factory):
+    """xctest(bundle or None, suite) -> what the tests of the package print; they must pass. Warnings are errors."""
+    need("swift")
+    folder = tmp_path_factory.mktemp("swift")
+    swift.write_pixels([path for path in FOLDER.iterdir() if path.suffix in (".png", ".jpg")], folder)
+    swift.package("swift-build", "--build-tests")
+
+    def run(bundle: Bundle | None, suite: str) -> str:
+        environment = {"EVM_IMAGES": str(folder)}
+        if bundle:
+            swift.write_pixels([bundle.path / "selftest" / "picture.png"], folder)
+            environment |= {"EVM_BUNDLE": str(bundle.path), "EVM_RUNTIME": str(folder)}
+        with swift.served(folder):
+            return swift.package("swift-test", "--skip-build", "--filter", suite, **environment)
+
+    return run
+
+
+@pytest.mark.compiler
+@pytest.mark.xdist_group("swift")
+def test_swift_gives_the_vectors(xctest):
+    printed = xctest(None, "VectorTests")
+    assert "Executed 4 tests, with 0 failures" in printed
+
+
+@pytest.mark.compiler
+@pytest.mark.xdist_group("swift")
+def test_without_a_bundle_the_tests_of_bundles_skip(xctest):
+    printed = xctest(None, "BundleTests")
+    assert re.search(r"Executed \d+ tests, with \d+ tests skipped and 0 failures", printed), printed
+    assert re.search(r"testDamageIsNamed'? skipped", printed), printed
+
+
+@pytest.mark.compiler
+@pytest.mark.xdist_group("swift")
+@pytest.mark.parametrize("kind", ["image", "tensor", "detector"])
+def test_swift_runs_bundles(kind, xctest, coreml_bundle, micro, named_detector, bundle_of):
+    """Self-test, predictions, errors and the command, which fails if outputs are wrong by 1."""
+    bundle = {
+        "image": lambda: coreml_bundle,
+        "tensor": lambda: bundle_of(micro, ExportPlan("coreml", "fp32", imgsz=(32, 32), input="tensor", batch=2)),
+        "detector": lambda: bundle_of(named_detector, ExportPlan("coreml", "fp32", imgsz=(96, 128))),
+    }[kind]()
+    printed = xctest(bundle, "BundleTests")
+    assert "0 failures" in printed and "evm-run-coreml: PASSED" in printed, printed
+    assert len(re.findall(r"' skipped", printed)) == (kind == "detector")
+    have = re.findall(r"^evm-run-coreml: (\d\.\d{3})  (\S+)", printed, re.M)
+    with load(bundle.path) as model:
+        (want,) = model.predict(bundle.path / "selftest" / "picture.png", top=5)
+    assert [label for _, label in have] == [each.label.split()[0] for each in want] and want
+    assert [float(score) for score, _ in have] == pytest.approx([each.score for each in want], abs=1e-3)
+
+
+@pytest.mark.compiler
+@pytest.mark.xdist_group("swift")
+def test_swift_for_apple_compiles_against_stand_ins(tmp_path):
+    """Core ML, ImageIO and the example of the page, as far as tests/ios declares Apple's modules."""
+    need("swift")
+    module = ("swiftc", "-warnings-as-errors", "-parse-as-library", "-I", tmp_path, "-emit-module", "-module-name")
+    for name in ("CoreVideo", "ImageIO", "CoreML", "Accelerate"):
+        swift.run(*module, name, "-o", tmp_path / f"{name}.swiftmodule", ROOT / "tests" / "ios" / f"{name}.swift")
+    sources = swift.PACKAGE / "Sources"
+    files = sorted((sources / "EvmBundle").glob("*.swift"))
+    swift.run(*module, "EvmBundle", "-o", tmp_path / "EvmBundle.swiftmodule", *files)
+    page = (ROOT / "docs" / "embed" / "ios.md").read_text(encoding="utf-8")
+    (tmp_path / "example.swift").write_text(re.findall(r"```swift\n(.*?)```", page, re.S)[0])
+    check = ("swiftc", "-warnings-as-errors", "-typecheck", "-I", tmp_path)
+    swift.run(*check, *sorted((sources / "EvmRun").glob("*.swift")))
+    swift.run(*check, tmp_path / "example.swift")

@@ -81,6 +81,10 @@ TOOLCHAINS = {
     "zlib for MinGW": Toolchain(
         lambda: (MINGW / "lib" / "libz.a").is_file(), "apt-get install libz-mingw-w64-dev", in_ci=False
     ),
+    # not in CI: 2.4 GB, and a mount that not every machine allows; .ci/run sets it up where it can
+    "swift": Toolchain(
+        lambda: ROOTS["swift"].ready, "python -m tests.platforms setup swift (Debian 12, as root)", in_ci=False
+    ),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),
     "java": Toolchain(partial(programs, "java"), "apt-get install openjdk-17-jre-headless"),

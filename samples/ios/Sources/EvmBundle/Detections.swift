@@ -1,5 +1,4 @@
 // Decoding of the outputs of a detector, with the arithmetic of Python: float32 in the selection.
-// NOT COMPILED BY THIS PROJECT.
 
 /// One detected object of an image. `score`: probability, 0..1. `box`: in pixels of the image.
 public struct Detection: Sendable {

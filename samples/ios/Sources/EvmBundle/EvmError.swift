@@ -1,5 +1,4 @@
 // Expected errors of the package. Code and place are the same as in Python (docs/bundle.md).
-// NOT COMPILED BY THIS PROJECT.
 
 /// An expected error. `hint`: the next step for the user. `code`: the code of the error. `place`: the key path in the
 /// manifest, or the file in the bundle, that is wrong.

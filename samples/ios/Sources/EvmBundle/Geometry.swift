@@ -1,5 +1,4 @@
 // Place of an image in the model's input, and the way back from the input's pixels to the image.
-// NOT COMPILED BY THIS PROJECT.
 
 /// Corners of a box in pixels, from the left and the top edge of the image.
 public struct Box: Sendable {

@@ -1,7 +1,9 @@
 // Reading of manifest.json: the parts that an app uses, their checks, and the check of every file's hash.
-// NOT COMPILED BY THIS PROJECT.
-import CryptoKit
 import Foundation
+
+#if canImport(CryptoKit)
+import CryptoKit
+#endif
 
 private let schemaVersion = 1
 private let maxBytes = 4 << 20
@@ -221,7 +223,8 @@ private func check(_ folder: URL, _ name: String, _ file: Manifest.File) throws 
     }
 }
 
-private func sha256(_ path: URL) throws -> String {
+/// Returns the SHA-256 of a file, in hex. Throws the system's error.
+func sha256(_ path: URL) throws -> String {
     let file = try FileHandle(forReadingFrom: path)
     defer { try? file.close() }
     var digest = SHA256()

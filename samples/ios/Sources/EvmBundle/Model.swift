@@ -1,8 +1,15 @@
-// Running of a Core ML bundle of evm-deploy in an app.
-// NOT COMPILED BY THIS PROJECT.
-import CoreML
-import CoreVideo
+// Running of a bundle of evm-deploy in an app, in any runtime: CoreMLRuntime.swift is that of Apple's systems.
 import Foundation
+
+/// An artifact loaded in a runtime.
+public protocol Runtime {
+    /// Runs one inference: inputs by name -> outputs by name, F32 or I32. The input `image` is U8 with the shape (1, H, W, C).
+    /// Throws EvmError.
+    func run(_ feeds: [String: Tensor]) throws -> [String: Tensor]
+}
+
+/// Opens an artifact, or one function of an artifact that has several. Throws EvmError.
+public typealias Open = (_ artifact: URL, _ function: String?) throws -> any Runtime
 
 /// One class of an image. `score`: probability, 0..1.
 public struct Prediction: Sendable {
@@ -17,18 +24,18 @@ public final class Model {
     public let manifest: Manifest
     public let preprocessing: Manifest.Preprocess
     private let labels: [String]
-    private let model: MLModel
-    private let units: MLComputeUnits
+    private let runtime: any Runtime
+    let open: Open
 
-    /// Opens the bundle in `folder`, checks the hash of every file, and compiles the package on this device. `function`:
-    /// function of a bundle for several sizes, such as `imgsz_224x224`; by default the first. Throws EvmError.
-    public init(folder: URL, function: String? = nil, units: MLComputeUnits = .all) throws {
+    /// Opens the bundle in `folder`, checks the hash of every file, and opens its artifact with `open`. `function`: function
+    /// of a bundle for several sizes, such as `imgsz_224x224`; by default the first. Throws EvmError.
+    public init(folder: URL, function: String? = nil, open: @escaping Open) throws {
         self.folder = folder
-        self.units = units
+        self.open = open
         manifest = try Manifest.open(folder)
         labels = try manifest.labels(in: folder)
         preprocessing = try manifest.preprocessing(of: function)
-        model = try compiled(folder.appendingPathComponent(manifest.artifact), function: function, units: units)
+        runtime = try open(folder.appendingPathComponent(manifest.artifact), function)
     }
 
     /// Makes the pixels that the model reads of `image`. `name` names the image in errors. Throws EvmError.
@@ -76,70 +83,51 @@ public final class Model {
 
     /// Runs the model on one image and returns its outputs, checked.
     private func outputs(_ pixels: RgbImage) throws -> [String: [Float]] {
-        let found = try run(input(pixels))
+        let (height, width) = (preprocessing.height, preprocessing.width)
+        guard pixels.height == height && pixels.width == width else {
+            let got = "[1, \(pixels.height), \(pixels.width), 3]"
+            throw EvmError(.usage, "pixels must be uint8 [n, \(height), \(width), 3], got uint8 \(got)")
+        }
+        let found = try run([manifest.inputs[0].name: input(pixels)]).mapValues(\.floats)
         guard found.values.allSatisfy({ !$0.isEmpty && $0.allSatisfy(\.isFinite) }) else {
             let hint = "run the self-test on this device"
             throw EvmError(.bundle, "bundle \(folder.path): the network gives NaN or Inf on this device", hint: hint)
         }
         for output in manifest.outputs {
             let one = output.shape.dropFirst().reduce(1) { $0 * ($1 ?? 1) }
-            guard found[output.name]?.count == batch * one else {
-                let message = "bundle \(folder.path): \(manifest.artifact) has another shape of \(output.name)"
-                let place = manifest.artifact
-                throw EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: place)
-            }
+            guard found[output.name]?.count == batch * one else { throw apart("has another shape of \(output.name)") }
         }
         return found
     }
 
-    /// Runs one inference and returns the values of every output, row by row. The scores of a classifier have the order of
-    /// labels.txt. Throws EvmError.
-    func run(_ input: MLFeatureValue) throws -> [String: [Float]] {
-        let feeds = try MLDictionaryFeatureProvider(dictionary: [manifest.inputs[0].name: input])
-        let found: MLFeatureProvider
-        do {
-            found = try model.prediction(from: feeds)
-        } catch {
-            throw EvmError(.toolchain, "Core ML failed: \(error.localizedDescription)")
-        }
-        var outputs: [String: [Float]] = [:]
+    /// Runs one inference on tensors with the names of the manifest's inputs, and returns those of its outputs. The scores
+    /// of a classifier have the order of labels.txt. Throws EvmError.
+    public func run(_ feeds: [String: Tensor]) throws -> [String: Tensor] {
+        let found = try runtime.run(feeds)
+        var outputs: [String: Tensor] = [:]
         for name in manifest.outputs.map(\.name) {
-            guard let value = found.featureValue(for: name) else {
-                let message = "bundle \(folder.path): \(manifest.artifact) has no output '\(name)'"
-                let place = manifest.artifact
-                throw EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: place)
-            }
-            outputs[name] = values(value)
+            guard let tensor = found[name] else { throw apart("has no output '\(name)'") }
+            outputs[name] = tensor
         }
         return outputs
+    }
+
+    private func apart(_ what: String) -> EvmError {
+        let message = "bundle \(folder.path): \(manifest.artifact) \(what)"
+        return EvmError(.bundle, message, hint: "export it again", code: "model.interface", place: manifest.artifact)
     }
 
     /// Number of images in one inference.
     var batch: Int { max(1, Int(manifest.plan.batch) ?? 1) }
 
     /// Makes the model's input from one image.
-    func input(_ pixels: RgbImage) throws -> MLFeatureValue {
-        if manifest.plan.input == "image" { return MLFeatureValue(pixelBuffer: try pixelBuffer(pixels, channels: preprocessing.channels)) }
+    private func input(_ pixels: RgbImage) -> Tensor {
+        let (height, width, channels) = (preprocessing.height, preprocessing.width, preprocessing.channels)
+        if manifest.plan.input == "image" {
+            return Tensor(dtype: "U8", shape: [1, height, width, channels], bytes: preprocessing.bytes(pixels))
+        }
         let one = preprocessing.normalised(pixels)
-        return try input(tensor: Array(repeating: one, count: batch).flatMap { $0 })
-    }
-
-    /// Makes the input of a package exported with `--input tensor`.
-    func input(tensor: [Float]) throws -> MLFeatureValue {
-        MLFeatureValue(multiArray: try array(tensor, shape: [batch, preprocessing.channels, preprocessing.height, preprocessing.width]))
-    }
-
-    /// Runs the package `file`, which contains a single scan, on float32 tensors and returns y.
-    func scan(_ file: String, _ feeds: [String: MLMultiArray]) throws -> [Float] {
-        let scan = try compiled(folder.appendingPathComponent(file), function: nil, units: units)
-        let provider = try MLDictionaryFeatureProvider(dictionary: feeds.mapValues { MLFeatureValue(multiArray: $0) })
-        return values(try scan.prediction(from: provider).featureValue(for: "y"))
-    }
-
-    private func values(_ value: MLFeatureValue?) -> [Float] {
-        if let array = value?.multiArrayValue { return (0..<array.count).map { array[$0].floatValue } }
-        guard let scores = value?.dictionaryValue else { return [] }
-        return labels.map { scores[AnyHashable($0)]?.floatValue ?? .nan }
+        return Tensor(Array(repeating: one, count: batch).flatMap { $0 }, shape: [batch, channels, height, width])
     }
 }
 
@@ -175,59 +163,6 @@ extension Manifest {
             size: found.imgsz, resize: preprocessing.resize, crop_pct: preprocessing.crop_pct,
             interpolation: preprocessing.interpolation, mean: preprocessing.mean, std: preprocessing.std)
     }
-}
-
-private func compiled(_ package: URL, function: String?, units: MLComputeUnits) throws -> MLModel {
-    let configuration = MLModelConfiguration()
-    configuration.computeUnits = units
-    if let function {
-        guard #available(iOS 18, macOS 15, *) else {
-            throw EvmError(.toolchain, "function '\(function)' needs iOS 18 or macOS 15")
-        }
-        configuration.functionName = function
-    }
-    do {
-        return try MLModel(contentsOf: MLModel.compileModel(at: package), configuration: configuration)
-    } catch {
-        throw EvmError(.bundle, "Core ML cannot open \(package.path): \(error.localizedDescription)")
-    }
-}
-
-/// Makes a Core ML array from values in C order.
-func array(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
-    let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float32)
-    for (i, value) in values.enumerated() { array[i] = NSNumber(value: value) }
-    return array
-}
-
-/// Makes a pixel buffer: grey bytes for 1 channel, else BGRA bytes, the format of cameras, which Core ML reads as RGB.
-private func pixelBuffer(_ pixels: RgbImage, channels: Int) throws -> CVPixelBuffer {
-    let format = channels == 1 ? kCVPixelFormatType_OneComponent8 : kCVPixelFormatType_32BGRA
-    var made: CVPixelBuffer?
-    CVPixelBufferCreate(nil, pixels.width, pixels.height, format, nil, &made)
-    guard let made else { throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels") }
-    CVPixelBufferLockBaseAddress(made, [])
-    defer { CVPixelBufferUnlockBaseAddress(made, []) }
-    guard let base = CVPixelBufferGetBaseAddress(made) else {
-        throw EvmError(.toolchain, "no memory for \(pixels.width)x\(pixels.height) pixels")
-    }
-    let bytes = base.assumingMemoryBound(to: UInt8.self)
-    let row = CVPixelBufferGetBytesPerRow(made)
-    for y in 0..<pixels.height {
-        for x in 0..<pixels.width {
-            let from = 3 * (y * pixels.width + x)
-            if channels == 1 {
-                bytes[y * row + x] = pixels.rgb[from]
-                continue
-            }
-            let to = y * row + 4 * x
-            bytes[to] = pixels.rgb[from + 2]
-            bytes[to + 1] = pixels.rgb[from + 1]
-            bytes[to + 2] = pixels.rgb[from]
-            bytes[to + 3] = 255
-        }
-    }
-    return made
 }
 
 /// Returns the probabilities of the logits of one image. The logit of a single class is against 0, that of its absence.

@@ -2,7 +2,6 @@
 // size / crop_pct and crops the centre; `stretch` resizes it to the size; `pad` resizes it to fit, with the aspect ratio kept,
 // and fills the right and the bottom with the mean. The arithmetic is Pillow's, so that an app reads the pixels that the
 // export was verified with.
-// NOT COMPILED BY THIS PROJECT.
 
 private let maxSide = 8192
 private let maxChannels = 1024

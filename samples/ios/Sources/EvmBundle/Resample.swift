@@ -1,5 +1,4 @@
 // Resampling equal to Pillow's: rows first, then columns, in fixed point, with rounding to bytes in between.
-// NOT COMPILED BY THIS PROJECT.
 
 /// A resampling filter. `support`: reach; `weight`: weight at a distance; both in pixels of the smaller image.
 enum Filter: String {

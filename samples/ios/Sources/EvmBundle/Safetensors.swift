@@ -1,14 +1,24 @@
-// Reading of safetensors files: eight bytes with the length of the header, a JSON header, the data.
-// NOT COMPILED BY THIS PROJECT.
+// Tensors, and reading of safetensors files: eight bytes with the length of the header, a JSON header, the data.
 import Foundation
 
-struct Tensor {
-    let dtype: String  // U8, I32, F32
-    let shape: [Int]
-    let bytes: [UInt8]
+/// Values in C order. `dtype`: U8, I32 or F32, as in safetensors. `bytes`: the values, little-endian.
+public struct Tensor: Sendable {
+    public let dtype: String
+    public let shape: [Int]
+    public let bytes: [UInt8]
+
+    public init(dtype: String, shape: [Int], bytes: [UInt8]) {
+        precondition(bytes.count == shape.reduce(dtype == "U8" ? 1 : 4, *))
+        (self.dtype, self.shape, self.bytes) = (dtype, shape, bytes)
+    }
+
+    /// Makes a tensor of dtype F32.
+    public init(_ floats: [Float], shape: [Int]) {
+        self.init(dtype: "F32", shape: shape, bytes: floats.withUnsafeBytes { [UInt8]($0) })
+    }
 
     /// The values as floats, which hold whole numbers up to 2^24 exactly.
-    var floats: [Float] {
+    public var floats: [Float] {
         if dtype == "U8" { return bytes.map(Float.init) }
         return bytes.withUnsafeBytes { raw in
             (0..<(raw.count / 4)).map {

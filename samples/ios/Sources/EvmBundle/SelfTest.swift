@@ -1,6 +1,4 @@
 // Self-test of a bundle, as `evm-run --selftest` does it: preprocessing, outputs, and each scan alone.
-// NOT COMPILED BY THIS PROJECT.
-import CoreML
 import Foundation
 
 /// Result of one check of a self-test. The check has passed if `error` <= `limit`.
@@ -24,10 +22,10 @@ private let scanAxes = [
 
 extension Model {
     /// Compares preprocessing, outputs and scans, at the bundle's default size, with the expected values in the bundle.
-    /// Throws EvmError if the bundle has no readable self-test.
-    public func selfTest() throws -> [Check] {
+    /// `decode`: PNG file -> upright image. Throws EvmError if the bundle has no readable self-test.
+    public func selfTest(decode: (URL) throws -> RgbImage) throws -> [Check] {
         let (tensors, scans) = try (read(probesFile), read(scansFile))
-        let image = manifest.preprocessing.readsImages ? [try imageCheck(tensors)] : []
+        let image = manifest.preprocessing.readsImages ? [try imageCheck(tensors, decode)] : []
         return try image + outputChecks(tensors) + scanChecks(scans)
     }
 
@@ -51,8 +49,8 @@ extension Model {
         return tensor
     }
 
-    private func imageCheck(_ tensors: [String: Tensor]) throws -> Check {
-        let image = try RgbImage(contentsOf: folder.appendingPathComponent("selftest/picture.png"))
+    private func imageCheck(_ tensors: [String: Tensor], _ decode: (URL) throws -> RgbImage) throws -> Check {
+        let image = try decode(folder.appendingPathComponent("selftest/picture.png"))
         let preprocessing = manifest.preprocessing
         let have = preprocessing.bytes(try preprocessing.pixels(image))
         let shape = [preprocessing.height, preprocessing.width, preprocessing.channels]
@@ -72,9 +70,10 @@ extension Model {
         var have: [String: [Float]] = [:]
         for start in stride(from: 0, to: inputs.shape[0], by: batch) {
             let rows = (start..<(start + batch)).map { min($0, inputs.shape[0] - 1) }  // the last batch is filled up
-            let outputs = try run(input(rows.map(inputs.row), shape: inputs.shape))
+            let feed = Tensor(dtype: dtype, shape: [batch] + one, bytes: rows.flatMap(inputs.row))
+            let outputs = try run([manifest.inputs[0].name: feed])
             let share = min(batch, inputs.shape[0] - start)
-            for (name, values) in outputs { have[name, default: []] += values.prefix(values.count / batch * share) }
+            for (name, values) in outputs.mapValues(\.floats) { have[name, default: []] += values.prefix(values.count / batch * share) }
         }
         var want: [String: [Float]] = [:]
         for output in manifest.outputs {
@@ -121,13 +120,6 @@ extension Model {
         Array(values[(row * size)..<((row + 1) * size)])
     }
 
-    private func input(_ rows: [[UInt8]], shape: [Int]) throws -> MLFeatureValue {
-        if manifest.plan.input == "image" {
-            return try input(RgbImage(width: shape[2], height: shape[1], rgb: rows[0]))
-        }
-        return try input(tensor: rows.flatMap { Tensor(dtype: "F32", shape: [1], bytes: $0).floats })
-    }
-
     private func scanChecks(_ scans: [String: Tensor]) throws -> [Check] {
         let names = Set(scans.keys.compactMap { $0.components(separatedBy: ":").first }).sorted()
         return try names.map { name in
@@ -137,12 +129,8 @@ extension Model {
                 let want = tensors["y"]?.floats
             else { throw damaged(scansFile, "has no scan in the tensors of '\(name)'") }
             let (K, L, D, N) = (u.shape[1], u.shape[2], u.shape[3], A.shape[2])
-            var feeds: [String: MLMultiArray] = [:]
-            for key in scanInputs {
-                guard let tensor = tensors[key] else { continue }
-                feeds[key] = try array(tensor.floats, shape: tensor.shape)
-            }
-            let y = try scan("selftest/scan-\(K)x\(L)x\(D)x\(N).mlpackage", feeds)
+            let file = folder.appendingPathComponent("selftest/scan-\(K)x\(L)x\(D)x\(N).mlpackage")
+            let y = try open(file, nil).run(tensors.filter { scanInputs.contains($0.key) })["y"]?.floats ?? []
             return check(name: name, y: y, want: want, skipPart: skipPart(u.floats, skip.floats, L: L, D: D))
         }
     }

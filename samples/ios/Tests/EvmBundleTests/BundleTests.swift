@@ -1,8 +1,8 @@
-// Tests of a bundle on this device. EVM_BUNDLE is the folder of a Core ML bundle.
-// NOT COMPILED BY THIS PROJECT.
+// Tests of a bundle, and of the command, on this device. EVM_BUNDLE is the folder of a Core ML bundle.
 import XCTest
 
 @testable import EvmBundle
+@testable import EvmRun
 
 final class BundleTests: XCTestCase {
     private func bundle() throws -> URL {
@@ -29,18 +29,40 @@ final class BundleTests: XCTestCase {
     }
 
     func testTheSelfTestPasses() throws {
-        let checks = try Model(folder: bundle()).selfTest()
+        let checks = try Model(folder: bundle(), open: opened).selfTest(decode: decoded)
         XCTAssertGreaterThanOrEqual(checks.count, 2)
         for check in checks { XCTAssertTrue(check.ok, "\(check.name): \(check.error), limit \(check.limit)") }
     }
 
     func testAnImageHasClasses() throws {
-        let model = try Model(folder: bundle())
-        let image = try RgbImage(contentsOf: model.folder.appendingPathComponent("selftest/picture.png"))
+        let model = try Model(folder: bundle(), open: opened)
+        guard model.manifest.plan.classifies else { throw XCTSkip("the bundle is no classifier") }
+        let image = try decoded(model.folder.appendingPathComponent("selftest/picture.png"))
         let found = try model.classify(model.pixels(image), top: 3)
         XCTAssertEqual(found.count, 3)
         XCTAssertGreaterThanOrEqual(found[0].score, found[1].score)
         XCTAssertLessThanOrEqual(found.map(\.score).reduce(0, +), 1.000001)
+        XCTAssertThrowsError(try model.classify(image)) { error in
+            XCTAssertEqual((error as? EvmError)?.kind, .usage)  // of another size than the model's
+        }
+    }
+
+    func testTheCommandPasses() throws {
+        let folder = try bundle()
+        let image = folder.appendingPathComponent("selftest/picture.png").path
+        var lines: [String] = []
+        XCTAssertEqual(command([folder.path, image], open: opened, decode: decoded) { lines.append($0) }, 0)
+        guard let verdict = lines.firstIndex(of: "PASSED") else { return XCTFail("\(lines)") }
+        XCTAssertGreaterThanOrEqual(verdict, 2)
+        print(lines.map { "evm-run-coreml: \($0)" }.joined(separator: "\n"))
+    }
+
+    func testTheCommandFails() throws {
+        let folder = try bundle()
+        let far = { (artifact: URL, function: String?) in Shifted(runtime: try opened(artifact, function)) as any Runtime }
+        XCTAssertEqual(command([folder.path], open: far, decode: decoded) { _ in }, 4)
+        XCTAssertEqual(command([folder.path + "-not-there"], open: opened, decode: decoded) { _ in }, 2)
+        XCTAssertEqual(command([], open: opened, decode: decoded) { _ in }, 2)
     }
 
     func testDamageIsNamed() throws {
@@ -56,5 +78,14 @@ final class BundleTests: XCTestCase {
         XCTAssertEqual(fault(other), ["file.damaged", "README.md"])
         let cut = try damaged { try FileManager.default.removeItem(at: $0.appendingPathComponent("README.md")) }
         XCTAssertEqual(fault(cut), ["file.missing", "README.md"])
+    }
+}
+
+/// Negative control: a runtime whose outputs are wrong by 1.
+private struct Shifted: Runtime {
+    let runtime: any Runtime
+
+    func run(_ feeds: [String: Tensor]) throws -> [String: Tensor] {
+        try runtime.run(feeds).mapValues { Tensor($0.floats.map { $0 + 1 }, shape: $0.shape) }
     }
 }

@@ -1,5 +1,4 @@
 // Tests with the preprocessing vectors of sdk/vectors, which every SDK must reproduce within 1 of 255.
-// NOT COMPILED BY THIS PROJECT.
 import XCTest
 
 @testable import EvmBundle
@@ -58,7 +57,7 @@ final class VectorTests: XCTestCase {
     }
 
     private func rgbImage(_ name: String) throws -> RgbImage {
-        try RgbImage(contentsOf: folder.appendingPathComponent(name))
+        try decoded(folder.appendingPathComponent(name))
     }
 
     private func difference(_ one: RgbImage, _ other: RgbImage) -> Int {
@@ -113,6 +112,28 @@ final class VectorTests: XCTestCase {
         for each in predictions.label_maps {
             let map = try each.preprocessing.geometry(blank(each.image)).toImage(each.map.flatMap { $0 })
             XCTAssertEqual(map.classes, each.expected.flatMap { $0 }, each.name)
+        }
+    }
+
+    /// The hashes of bundles: lengths around those at which another block begins.
+    func testHashes() throws {
+        let file = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
+        addTeardownBlock { try? FileManager.default.removeItem(at: file) }
+        let known = [
+            0: "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            1: "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+            55: "463eb28e72f82e0a96c0a4cc53690c571281131f672aa229e0d45ae59b598b59",
+            56: "da2ae4d6b36748f2a318f23e7ab1dfdf45acdc9d049bd80e59de82a60895f562",
+            63: "29af2686fd53374a36b0846694cc342177e428d1647515f078784d69cdb9e488",
+            64: "fdeab9acf3710362bd2658cdc9a29e8f9c757fcf9811603a8c447cd1d9151108",
+            65: "4bfd2c8b6f1eec7a2afeb48b934ee4b2694182027e6d0fc075074f2fabb31781",
+            119: "da18797ed7c3a777f0847f429724a2d8cd5138e6ed2895c3fa1a6d39d18f7ec6",
+            120: "f52b23db1fbb6ded89ef42a23ce0c8922c45f25c50b568a93bf1c075420bbb7c",
+            1000: "a8af099bf2e878609558dbf69d8f88f4a31040a8cf84b549a0cfa912f12ffc3f",
+        ]
+        for (length, hash) in known {
+            try Data((0..<length).map { UInt8(truncatingIfNeeded: $0) }).write(to: file)
+            XCTAssertEqual(try sha256(file), hash, "\(length) bytes")
         }
     }
 
