@@ -10,8 +10,11 @@ import pytest
 
 from evm_deploy.bundle.archive import write_zip
 from evm_deploy.bundle.loaded import load
+from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain import cross_compile
+from tests.broken import rehash
+from tests.platforms.macos import for_linux
 from tests.platforms.roots import PROJECT, ROOTS, RUN
 from tests.toolchains import MINGW, need
 
@@ -37,6 +40,20 @@ def onnx_bundle(micro, bundle_of):
 def test_onnx_runtime_for_aarch64(cpu, scan, onnx_bundle):
     printed = selftest("linux-aarch64", onnx_bundle("linux-aarch64").path, "--scan", scan, QEMU_CPU=cpu)
     assert ("native kernel, neon, from the bundle" if scan == "bundled" else "ran as portable") in printed
+
+
+def test_the_code_for_macos_in_onnx_runtime_for_aarch64(onnx_bundle, tmp_path):
+    """Arm64 Macs and Linux on arm64 call functions alike, so that the library's own code runs without a Mac.
+
+    zig compiles for Macs as for the M1, the first of them. A Cortex-A76 can stand in for it, an A72 cannot."""
+    need("LIEF", "root of linux-aarch64")
+    library = for_linux(cross_compile.library("onnxruntime", "macos-arm64"), tmp_path)
+    bundle = shutil.copytree(onnx_bundle("linux-aarch64").path, tmp_path / "bundle")
+    name = Manifest.read(bundle).plugins["linux-aarch64"]
+    shutil.copy(library, bundle / name)
+    rehash(bundle, name)
+    printed = selftest("linux-aarch64", bundle, "--scan", "bundled")
+    assert "native kernel, dotprod, from the bundle" in printed
 
 
 def test_openvino_for_aarch64(micro, bundle_of):

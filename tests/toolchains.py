@@ -100,6 +100,7 @@ TOOLCHAINS = {
     ),
     "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
     "OpenCV": Toolchain(lambda: bool(find_spec("cv2")), install_hint("video")),
+    "LIEF": Toolchain(lambda: bool(find_spec("lief")), install_hint("dev")),
     "ray": Toolchain(lambda: bool(find_spec("ray")), install_hint("ray")),
     "optuna": Toolchain(lambda: bool(find_spec("optuna")), install_hint("tune")),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.platforms.roots import PROJECT, ROOTS, WINE
@@ -80,7 +81,13 @@ ROWS = (
     ),
     Row(
         "macos-arm64",
-        "nothing; format, exports, oldest macOS and every page of the signature are checked",
+        "the library's code in {onnxruntime-aarch64} for Linux: self-test",
+        "emulated, {qemu}, loader of the tests ({lief})",
+        ("tests/test_platforms.py", "code_for_macos"),
+    ),
+    Row(
+        "macos-arm64",
+        "format, exports, oldest macOS and every page of the signature",
         "file",
         ("tests/test_cross.py", "macos"),
     ),
@@ -115,6 +122,7 @@ def versions() -> dict[str, str]:
         "qemu": f"qemu {first(r'version ([0-9.]+)', 'qemu-aarch64', '--version')}",
         "wine": f"wine {first(r'wine-([0-9.]+)', f'{WINE}/wine64', '--version')}",
         "onnxruntime-aarch64": f"ONNX Runtime {wheel('linux-aarch64', 'onnxruntime')}",
+        "lief": f"LIEF {metadata.version('lief') if find_spec('lief') else 'none'}",
         "openvino-aarch64": f"OpenVINO {wheel('linux-aarch64', 'openvino')}",
         "onnxruntime-windows": f"ONNX Runtime {wheel('windows-x86_64', 'onnxruntime')}",
     }
