@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import Manifest
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.toolchain import cross_compile
-from tests.broken import rehash
+from tests.broken import change_manifest, rehash
 from tests.platforms.macos import for_linux
 from tests.platforms.roots import PROJECT, ROOTS, RUN
-from tests.toolchains import MINGW, need
+from tests.toolchains import AARCH64_GXX, MINGW, need
 
 SDK, APP = PROJECT / "sdk" / "cpp", PROJECT / "tests" / "platforms" / "app.cpp"
 pytestmark = [pytest.mark.xdist_group("cross"), pytest.mark.cross]
@@ -59,6 +60,24 @@ def test_the_code_for_macos_in_onnx_runtime_for_aarch64(onnx_bundle, tmp_path):
 def test_openvino_for_aarch64(micro, bundle_of):
     bundle = bundle_of(micro, ExportPlan("openvino", imgsz=(32, 32), scan="portable"))
     assert "ran as portable" in selftest("linux-aarch64", bundle.path)
+
+
+def test_the_openvino_extension_for_aarch64(micro, bundle_of, tmp_path):
+    """As a board compiles it, with its g++ and OpenVINO's CMake package, in place of the bundle's for this system."""
+    need("g++ for aarch64", "root of linux-aarch64")
+    openvino = ROOTS["linux-aarch64"].folder / "site" / "openvino"
+    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={AARCH64_GXX}")
+    command = ("cmake", "-S", PROJECT / "native", "-B", tmp_path / "build", "-DCMAKE_BUILD_TYPE=Release", *target)
+    subprocess.run([*command, "-DEVM_OPENVINO=ON", f"-DOpenVINO_DIR={openvino / 'cmake'}"], check=True)
+    subprocess.run(["cmake", "--build", tmp_path / "build", "--target", "evm_openvino"], check=True)
+    made = bundle_of(micro, ExportPlan("openvino", imgsz=(32, 32), scan="plugin"))
+    bundle = shutil.copytree(made.path, tmp_path / "bundle")
+    (library,) = made.manifest.plugins.values()
+    shutil.copy(tmp_path / "build" / "evm_openvino.so", bundle / library)
+    change_manifest(bundle, lambda content: content["scan"].update(plugins={"linux-aarch64": library}))
+    rehash(bundle, library)
+    printed = selftest("linux-aarch64", bundle, "--scan", "bundled", QEMU_CPU="cortex-a72")
+    assert "native kernel, neon, from the bundle" in printed
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])

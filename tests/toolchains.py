@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 AARCH64 = Path("/usr/aarch64-linux-gnu")  # a C library of that platform
+AARCH64_GXX = "aarch64-linux-gnu-g++"
 MUSL = Path("/lib/ld-musl-x86_64.so.1")  # its loader
 MINGW = Path("/usr/x86_64-w64-mingw32")
 SDK_HEADERS = {
@@ -70,6 +71,9 @@ TOOLCHAINS = {
     "qemu": Toolchain(
         lambda: programs("qemu-aarch64") and AARCH64.is_dir(), "apt-get install qemu-user libc6-arm64-cross"
     ),
+    "g++ for aarch64": Toolchain(
+        partial(programs, AARCH64_GXX, "cmake"), "apt-get install g++-aarch64-linux-gnu cmake"
+    ),
     "musl": Toolchain(MUSL.exists, "apt-get install musl"),
     "root of linux-aarch64": Toolchain(
         lambda: ROOTS["linux-aarch64"].ready, "python -m tests.platforms setup linux-aarch64 (Debian 12, qemu-user)"
@@ -84,6 +88,12 @@ TOOLCHAINS = {
     # not in CI: 2.4 GB, and a mount that not every machine allows; .ci/run sets it up where it can
     "swift": Toolchain(
         lambda: ROOTS["swift"].ready, "python -m tests.platforms setup swift (Debian 12, as root)", in_ci=False
+    ),
+    # not in CI: not every machine lets root mount
+    "root and Debian 12": Toolchain(
+        lambda: os.geteuid() == 0 and "bookworm" in Path("/etc/os-release").read_text(),
+        "run the tests as root on Debian 12",
+        in_ci=False,
     ),
     "openssl": Toolchain(partial(programs, "openssl"), "apt-get install openssl"),
     "sshd": Toolchain(lambda: bool(SSHD) and programs("ssh"), "apt-get install openssh-server openssh-client"),

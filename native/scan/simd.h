@@ -10,6 +10,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__clang__) && __GNUC__ < 14
+// GCC before 14 has vdotq_s32 for Armv8.2 alone, which -mcpu=generic+dotprod is not. Every CPU with the instruction is.
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
 #include <arm_neon.h>
 #endif
 

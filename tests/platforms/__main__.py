@@ -57,9 +57,15 @@ ROWS = (
     ),
     Row(
         "linux-aarch64",
-        "self-test in {openvino-aarch64}: portable (Cortex-A76)",
+        "self-test in {openvino-aarch64}: portable (Cortex-A76), and the extension, compiled by g++ (A72)",
         "emulated, {qemu}",
-        ("tests/test_platforms.py", "openvino_for_aarch64"),
+        ("tests/test_platforms.py", "openvino and aarch64"),
+    ),
+    Row(
+        "containers (x86-64)",
+        "steps of the Dockerfiles for ONNX Runtime and OpenVINO, without Docker: self-test and a prediction",
+        "real, on a copy of this system",
+        ("tests/test_docker.py", "steps"),
     ),
     Row(
         "windows-x86_64",
