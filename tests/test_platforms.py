@@ -63,7 +63,7 @@ def test_openvino_for_aarch64(micro, bundle_of):
 
 
 def test_the_openvino_extension_for_aarch64(micro, bundle_of, tmp_path):
-    """As a board compiles it, with its g++ and OpenVINO's CMake package, in place of the bundle's for this system."""
+    """Compile it as a board does, with g++ and OpenVINO's CMake package, in place of the bundle's for this system."""
     need("g++ for aarch64", "root of linux-aarch64")
     openvino = ROOTS["linux-aarch64"].folder / "site" / "openvino"
     target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={AARCH64_GXX}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from evm_deploy._util.packages import install_hint
-from tests.platforms.roots import ROOTS
+from tests.platforms.roots import IS_ROOT, ROOTS
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -91,7 +91,7 @@ TOOLCHAINS = {
     ),
     # not in CI: not every machine lets root mount
     "root and Debian 12": Toolchain(
-        lambda: os.geteuid() == 0 and "bookworm" in Path("/etc/os-release").read_text(),
+        lambda: IS_ROOT and "bookworm" in Path("/etc/os-release").read_text(),
         "run the tests as root on Debian 12",
         in_ci=False,
     ),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from evm_deploy._util.files import cache_folder
 
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROJECT = Path(__file__).parents[2]
 FOLDER = cache_folder() / "platforms"
 RUN = """import os, sys
@@ -208,7 +209,7 @@ def _make_windows(folder: Path) -> None:
 
 
 # Its /usr in place of this system's, for this process and its children alone; -r: root in there.
-UNSHARE = ("unshare", "-m" if os.geteuid() == 0 else "-rm")
+UNSHARE = ("unshare", "-m" if IS_ROOT else "-rm")
 SWIFT = (*UNSHARE, "sh", "-c", 'mount --bind {folder}/root/usr /usr && exec "$@"', "swift")
 SWIFT_PATH = {"PATH": "/usr/libexec/swift/bin:/usr/bin:/bin"}
 QUIET = {"WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml="}
