@@ -153,10 +153,10 @@ def main(arguments: list[str]) -> int:
     if arguments != ["table"]:
         print(__doc__, file=sys.stderr)
         return 2
-    known = versions()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     print(HEAD)
     rows = [(row, result(row)) for row in ROWS]
+    known = versions()
     for row, found in rows:
         print(f"| {row.platform} | {row.executed.format(**known)} | {row.how.format(**known)} | {found} |")
     print(f"\n{datetime.date.today()}, {cpu[1] if cpu else 'unknown CPU'}, ziglang {metadata.version('ziglang')}")
