@@ -111,6 +111,10 @@ TOOLCHAINS = {
     "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
     "OpenCV": Toolchain(lambda: bool(find_spec("cv2")), install_hint("video")),
     "LIEF": Toolchain(lambda: bool(find_spec("lief")), install_hint("dev")),
+    "MNN": Toolchain(lambda: bool(find_spec("MNN")), "pip install --no-deps MNN", in_ci=False),
+    "IREE": Toolchain(
+        lambda: bool(find_spec("iree")), "pip install --no-deps iree-base-compiler iree-base-runtime", in_ci=False
+    ),
     "ray": Toolchain(lambda: bool(find_spec("ray")), install_hint("ray")),
     "optuna": Toolchain(lambda: bool(find_spec("optuna")), install_hint("tune")),
     # not in CI: the toolkit weighs gigabytes, the headers are behind a licence

@@ -172,8 +172,8 @@ def export_parser() -> Parser:
         "--scan",
         default="auto",
         metavar="S",
-        help="auto (default), plugin (native kernel), aot (kernel compiled into the TensorRT engine), or portable "
-        "(standard operators only)",
+        help="auto (default), plugin (native kernel), aot (kernel compiled into the TensorRT engine), portable "
+        "(standard operators only), or unrolled (ONNX: standard operators without loops, of static shapes)",
     )
     graph("--opset", metavar="N", help="ONNX opset, 18 to 23, default 20")
 

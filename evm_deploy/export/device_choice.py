@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.devices.profiles import Profile
 from evm_deploy.errors import UsageError
-from evm_deploy.export.plan import CALIBRATED
+from evm_deploy.export.plan import CALIBRATED, NO_LIBRARY
 from evm_deploy.export.targets import get_target
 
 
@@ -88,8 +88,8 @@ def _weight_bits(profile: Profile, target: str, precision: str, asked: int | Non
 
 def _library(profile: Profile, target: str, scan: str) -> tuple[str | None, str]:
     """Return the platform whose native library goes into the bundle, or None, and the reason."""
-    if scan == "portable":
-        return None, "portable scans, as asked"
+    if scan in NO_LIBRARY:
+        return None, f"{scan} scans, as asked"
     platforms = get_target(target).platforms
     if not platforms:
         return None, f"target {target} has no native libraries by platform"

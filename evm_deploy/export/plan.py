@@ -26,7 +26,8 @@ CALIBRATED = ("int8", "int8-fp16")  # int8-fp16: float16 outside the int8 layers
 QUANTIZED = (*CALIBRATED, "w8")
 HOW_TO_CALIBRATE = ("calib_images", "calib_method", "force_calib")  # fields without effect on a float export
 MIN_TARGETS = ("iOS16", "iOS17", "iOS18")
-SCANS = ("auto", "plugin", "aot", "portable")
+SCANS = ("auto", "plugin", "aot", "portable", "unrolled")
+NO_LIBRARY = ("portable", "unrolled")  # lowerings that need none
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 # int8: finds gross faults only; the accuracy check decides. w8: logits of correct exports differ by 0.003 (trained T)
 # to 0.016 (seeded T, S, B), feature maps by up to 0.04. The accuracy check without labels also allows a 10 % error.
@@ -124,9 +125,9 @@ class ExportPlan:
         self._check_calibration()
         if self.native_library is not None:
             one_of("--platform", self.native_library, PLATFORMS)
-            if self.scan == "portable":
+            if self.scan in NO_LIBRARY:
                 raise UsageError(
-                    f"--platform {self.native_library} with --scan portable: the model would not use the library",
+                    f"--platform {self.native_library} with --scan {self.scan}: the model would not use the library",
                     "leave one of the two out",
                 )
         if len({self.imgsz, *self.more_imgsz}) <= len(self.more_imgsz):

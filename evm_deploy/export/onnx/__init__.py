@@ -7,23 +7,38 @@ from pathlib import Path
 from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
+from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.hub.tools import to_fp16
+from evm_deploy.export.hub.unroll import unrolled_alone, unrolled_static
 from evm_deploy.export.onnx.readme import usage
 from evm_deploy.export.plan import DEFAULT_OPSET, WEIGHT_BITS, ExportPlan
+from evm_deploy.export.selftest import STEPS
 from evm_deploy.export.target import Artifact, Libraries, Target
 from evm_deploy.runtimes.onnxruntime import INFO
 from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.platforms import PLATFORMS
+
+UNROLLED = Decision("portable", "unrolled, as asked: standard ops without loops, functions or nodes of domain evm")
+
+
+def check_plan(plan: ExportPlan) -> None:
+    """Raise UsageError for unrolled scans with a batch that is not fixed: their shapes are static."""
+    if plan.scan == "unrolled" and not plan.batch.static:
+        raise UsageError(
+            f"--scan unrolled has static shapes, and --batch {plan.batch} is not one number of images",
+            "use --batch N, or --scan portable",
+        )
 
 
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.onnx`: the hub graph in the plan's precision and scan lowering.
 
     With scan `auto`, each block is one node. In float16 only each scan is one node, which stays float32 between casts.
+    Raises UsageError for scan `unrolled` if the graph has control flow or a shape that depends on the image.
     """
     import onnx
 
@@ -36,6 +51,9 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     if plan.scan == "portable":
         model = inlined(model)
         scan = Decision("portable", "as asked, standard ops only: no function, no node of domain evm")
+    elif plan.scan == "unrolled":
+        model = unrolled_static(model)
+        scan = UNROLLED
     else:
         if plan.precision != "fp16":
             for module, op in graph.fusable.items():
@@ -63,21 +81,25 @@ def build_plugin(platform: str) -> Path:
 
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a model of one scan, lowered as in the artifact, with all seven tensors as inputs of any size."""
-    model = scan_alone(graph.model)
-    if artifact.scan.value == "portable":
-        model = inlined(model)
+    if artifact.scan == UNROLLED:
+        model = unrolled_alone(graph.model, STEPS)
+    else:
+        model = scan_alone(graph.model)
+        if artifact.scan.value == "portable":
+            model = inlined(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 TARGET = Target(
     runtime=INFO,
-    scans=("auto", "portable"),
+    scans=("auto", "portable", "unrolled"),
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     install_hint=INSTALL_HINT,
     build=build,
     scan_access=OnnxScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    check=check_plan,
     regions=True,
     weight_bits=WEIGHT_BITS,
     libraries=Libraries(tuple(PLATFORMS), build_plugin),

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from evm_deploy.errors import ToolchainError, UsageError
+from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import ScanSite, check, scan_sites
 from evm_deploy.export.hub.tools import to_fp16
+from evm_deploy.export.hub.unroll import unroll
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.suppression import check_limits, use_plugin
 from evm_deploy.runtimes.tensorrt import kernel
 from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE, has_softplus
-from evm_deploy.scan.unrolled import unrolled_scan
 
 if TYPE_CHECKING:
     import onnx
@@ -79,48 +77,6 @@ def mark_for_plugin(model: onnx.ModelProto, plan: ExportPlan) -> int:
     return len(nodes)
 
 
-def unroll(model: onnx.ModelProto) -> int:
-    """Replace every scan by standard ops, in place. Returns how many.
-
-    before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
-    after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        new names start with the old
-    """
-    lengths = sequence_lengths(model)
-    kept: list[onnx.NodeProto] = []
-    count = 0
-    for node in model.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
-            kept.append(node)
-            continue
-        names = ("u", "delta", "A", "B", "C", "skip", "bias")
-        reads = dict(zip(names, node.input, strict=True))
-        softplus = has_softplus(node)
-        kept += unrolled_scan(reads, node.output[0], lengths[node.output[0]], f"{node.name}/", softplus=softplus)
-        count += 1
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    for opset in [opset for opset in model.opset_import if opset.domain == DOMAIN]:
-        model.opset_import.remove(opset)
-    return count
-
-
 def constant_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a graph's constants, by name."""
     return {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-
-
-def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the length L of every scan, by the name of its output. Raises ToolchainError for an unknown length."""
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(model)
-    known = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
-    found = {}
-    for site in scan_sites(model):
-        lengths = [known[name][2].dim_value for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
-        if not any(lengths):
-            raise ToolchainError(
-                f"the length of scan {site.name} is not known", "report this, with the output of evm-doctor"
-            )
-        found[site.writes] = int(np.max(lengths))
-    return found
