@@ -488,6 +488,7 @@ def test_only_one_function_writes_json_for_others():
         "export/tensorrt/target.py",
         "model/convert.py",
         "model/openmmlab.py",
+        "runtimes/providers.py",
         "runtimes/tensorrt/build_engine.py",
         "sweep/keys.py",
         "sweep/packed.py",

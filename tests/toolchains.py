@@ -111,6 +111,9 @@ TOOLCHAINS = {
     "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
     "OpenCV": Toolchain(lambda: bool(find_spec("cv2")), install_hint("video")),
     "LIEF": Toolchain(lambda: bool(find_spec("lief")), install_hint("dev")),
+    "OpenVINO in ONNX Runtime": Toolchain(
+        lambda: bool(find_spec("onnxruntime_ep_openvino")), "pip install onnxruntime-ep-openvino", in_ci=False
+    ),
     "MNN": Toolchain(lambda: bool(find_spec("MNN")), "pip install --no-deps MNN", in_ci=False),
     "IREE": Toolchain(
         lambda: bool(find_spec("iree")), "pip install --no-deps iree-base-compiler iree-base-runtime", in_ci=False

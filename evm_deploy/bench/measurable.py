@@ -76,7 +76,8 @@ class Measurable(Protocol):
 class MeasuredBundle:
     """Bundle that is loaded in its target's own runtime.
 
-    Raises ToolchainError if this machine does not have that runtime: the latency of an emulator has no meaning.
+    Raises ToolchainError if this machine does not have that runtime, or emulates the device: the latency of an emulator
+    has no meaning.
     """
 
     def __init__(self, path: Path, settings: Settings, require_signature: str | None = None) -> None:
@@ -102,6 +103,7 @@ class MeasuredBundle:
             "scan": asdict(self.model.scan),
             "isa": self.model.isa,
             "plan": dict(self.model.compute_plan()),
+            "nodes": dict(self.model.nodes),
         }
 
     @property
@@ -175,8 +177,13 @@ def calibration_text(manifest: Manifest) -> str:
 
 
 def require_runnable(model: LoadedBundle) -> None:
-    """Raise ToolchainError if this machine does not have the runtime of the model's target."""
+    """Raise ToolchainError if this machine does not have the runtime of the model's target, or emulates its device."""
     here = model.target.availability()
+    if model.emulates:
+        raise ToolchainError(
+            f"the latency of target '{model.target.name}' cannot be measured here: {model.emulates}",
+            "measure on the device:  evm-bench BUNDLE --host user@device",
+        )
     if not here.can_run:
         raise ToolchainError(f"the latency of target '{model.target.name}' cannot be measured here", here.hint)
 

@@ -90,6 +90,7 @@ def lines(record: Record, path: Path) -> list[str]:
         f"{streams}{settings['timed']}, scan {scan}{at}",
         f"Latency   p50 {times['p50']:.3g} ms (95 %: {low:.3g}-{high:.3g})  {tails}   "
         f"{record.throughput:.4g} images/s   {runs} runs{unstable}",
+        *([f"Nodes     {placed}"] if (placed := format_nodes(record.runtime.get("nodes") or {})) else []),
         *([f"Device    {parts}"] if (parts := format_parts(record.device_ms)) else []),
         *([f"Stages    {parts}, of an image"] if (parts := format_parts(record.stages_ms)) else []),
         *([f"Layers    {shares(record)}"] if record.layers else []),
@@ -104,6 +105,11 @@ def lines(record: Record, path: Path) -> list[str]:
         *(f"Note      {text}" for text in record.warnings),
         f"Saved     {path}",
     ]
+
+
+def format_nodes(nodes: dict[str, int]) -> str:
+    """Format the number of nodes by the execution provider that ran them: `448 on OpenVINOExecutionProvider`."""
+    return ", ".join(f"{count} on {provider}" for provider, count in nodes.items())
 
 
 def format_parts(parts: dict[str, float], unit: str = "ms") -> str:

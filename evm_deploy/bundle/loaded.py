@@ -77,7 +77,7 @@ class LoadedBundle:
         self.preprocessing = self.manifest.preprocess()
         self.task = get_task(self.manifest.task)
         self.labels = self._read_labels()
-        self.plugin, self.scan = lowering_here(bundle, self.target, scan)
+        self.plugin, self.scan = lowering_here(bundle, self.target, scan, own)
         identity = sha256(bundle.path / MANIFEST)[:16]
         self._options = replace(options, plugin=self.plugin, settings=own, identity=identity)
         self._runtime = self.target.open(bundle.path / self.manifest.artifact, self._options)
@@ -114,6 +114,16 @@ class LoadedBundle:
         return str(getattr(self._runtime, "runs_on", ""))
 
     @property
+    def nodes(self) -> Mapping[str, int]:
+        """Number of nodes by the execution provider that runs them; empty unless providers were asked for."""
+        return getattr(self._runtime, "nodes", {})
+
+    @property
+    def emulates(self) -> str:
+        """The reason why this machine computes the model without its device, so that times mean nothing; else empty."""
+        return str(getattr(self._runtime, "emulates", ""))
+
+    @property
     def isa(self) -> str | None:
         """Instruction set of the native kernels that run the scans, such as avx2; None for other scans."""
         return self.target.kernels.isa(self.plugin) if self.plugin and self.target.kernels else None
@@ -123,9 +133,12 @@ class LoadedBundle:
         return getattr(self._opened(), "compute_plan", dict)()
 
     def profiled(self) -> Profiled | None:
-        """Open the artifact a second time, in a runtime that measures each node. None if the target has no profiler."""
-        self._opened()  # a zip's folder is gone with it
-        if not self.target.profiler:
+        """Open the artifact a second time, in a runtime that measures each node.
+
+        None if the target has no profiler, or the runtime makes one node of many.
+        """
+        opened = self._opened()  # a zip's folder is gone with it
+        if not self.target.profiler or getattr(opened, "fuses", False):
             return None
         options = replace(self._options, streams=1, profile=True)
         return cast("Profiled", self.target.open(self.bundle.path / self.manifest.artifact, options))
@@ -323,7 +336,9 @@ def load(
     require_signature: PEM file of the ed25519 public key that must have signed the bundle.
     settings: settings of the bundle's runtime (`RuntimeInfo.settings`). OpenVINO: `device`, such as GPU or
     HETERO:GPU,CPU (None: CPU); `cache`, a folder for compiled models, which makes the next load faster. TensorRT:
-    `cuda_graph`, to launch the engine as one CUDA graph.
+    `cuda_graph`, to launch the engine as one CUDA graph. ONNX Runtime: `providers`, execution providers in order of
+    preference, such as ["openvino"] or ["cuda", "cpu"], and `provider_options` of the first one. A model that they
+    cannot run as a whole is an error unless the last is "cpu"; the attribute `nodes` has the nodes that each one runs.
 
     Raises BundleError for an invalid bundle, ToolchainError for a missing runtime or native library, UsageError for
     invalid options.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from evm_deploy._util.files import cache_folder
 from evm_deploy._util.text import one_of
@@ -16,11 +17,12 @@ from evm_deploy.toolchain.compile import compiled_once
 from evm_deploy.toolchain.platforms import host_platform
 
 
-def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path | None, Decision]:
+def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str, settings: Any = None) -> tuple[Path | None, Decision]:
     """Choose how the scans of a bundle run on this machine. Returns the native library, None for portable, and why.
 
-    scan: as in `load`. Raises UsageError for a lowering that the bundle does not have, ToolchainError for a missing
-    library, BundleError for native scans of a target without native kernels.
+    scan: as in `load`. settings: of the runtime; where they leave no place for native kernels (`native_kernels`), auto
+    is portable. Raises UsageError for a lowering that the bundle does not have, ToolchainError for a missing library,
+    BundleError for native scans of a target without native kernels.
     """
     one_of("scan", scan, ("auto", "plugin", "bundled", "portable"))
     modes = bundle.manifest.scan["value"].split("+")
@@ -38,6 +40,8 @@ def lowering_here(bundle: Bundle, target: RuntimeInfo, scan: str) -> tuple[Path 
             )
         reason = "as requested" if scan == "portable" else "the bundle has portable scans only"
         return None, Decision("portable", reason)
+    if scan == "auto" and "portable" in modes and not getattr(settings, "native_kernels", True):
+        return None, Decision("portable", "the chosen processors run no native kernels")
     kernels = _kernels(bundle, target)
     plugins, host = bundle.manifest.plugins, host_platform()
     if scan == "bundled":

@@ -114,8 +114,10 @@ def _run(args: argparse.Namespace) -> int:
             facts = [{"name": c.name, "error": c.error, "limit": c.limit, "ok": c.ok} for c in checks]
             lines = [f"{c.name:<32} {c.error:.1e}  limit {c.limit:.1e}  {'ok' if c.ok else 'FAILED'}" for c in checks]
             lines += [f"scans ran as {model.scan.value}: {model.scan.reason}"] if has_scans else []
+            lines += [f"{count} nodes ran on {provider}" for provider, count in model.nodes.items()]
             if args.json:
-                print(strict_json({"passed": passed, "scan": vars(model.scan), "checks": facts}, indent=1))
+                found = {"passed": passed, "scan": vars(model.scan), "checks": facts, "nodes": dict(model.nodes)}
+                print(strict_json(found, indent=1))
             else:
                 print(escape_controls("\n".join([*lines, "PASSED" if passed else "FAILED"])))
             if not passed:

@@ -121,6 +121,8 @@ class Candidate:
             "" if settings.get("scan") in (None, "auto") else f"scan {settings['scan']}",
             settings.get("device") or "",
             "CUDA graph" if settings.get("cuda_graph") else "",
+            settings.get("providers") or "",
+            settings.get("provider_options") or "",
         )
         return tuple(plain(text) for text in said if text)
 

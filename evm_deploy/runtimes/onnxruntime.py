@@ -1,4 +1,4 @@
-"""ONNX Runtime with the CPU execution provider."""
+"""ONNX Runtime, with the execution provider of the CPU unless others are asked for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy._util.files import native_path
-from evm_deploy.errors import BundleError, ToolchainError
+from evm_deploy.errors import BundleError, EvmError, ToolchainError
 from evm_deploy.runtimes.base import Feeds, NodeTime, RunOptions, Runtime, TensorSpec
 from evm_deploy.runtimes.info import NativeKernels, Profiler, Requirement, RuntimeInfo
+from evm_deploy.runtimes.providers import CPU, OnnxRuntimeSettings, open_session
 from evm_deploy.toolchain.plugins import installed_plugin, kernel_isa
 
 LOOPS = ("Scan", "Loop", "If")  # node types for whose bodies the profiler records events too
@@ -29,8 +30,11 @@ class OnnxRuntime:
     threads: intra-op threads; None for the default of ONNX Runtime. plugin: custom-op library of evm-deploy; None for
     portable scans. profile: enable `node_times`. exact_integers: compute QuantizeLinear and DequantizeLinear in
     float32, one by one, for runtimes whose integer sums are exact; fused kernels of ONNX Runtime saturate on x86 CPUs
-    without VNNI (`calib.saturation`). Raises BundleError if the model cannot be opened, ToolchainError if onnxruntime
-    is not installed or the library cannot be loaded.
+    without VNNI (`calib.saturation`). settings: the execution providers; None for the CPU's.
+    nodes: number of nodes by execution provider; empty unless `settings` names some. runs_on: their processors.
+    emulates: the reason why the latency has no meaning here, else empty.
+    Raises BundleError if the model cannot be opened, ToolchainError if onnxruntime is not installed or the library
+    cannot be loaded, and the errors of `providers.open_session`.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class OnnxRuntime:
         plugin: Path | None = None,
         profile: bool = False,
         exact_integers: bool = False,
+        settings: OnnxRuntimeSettings | None = None,
     ) -> None:
         try:
             import onnxruntime as ort
@@ -61,13 +66,28 @@ class OnnxRuntime:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile / "profile")
         source = native_path(model) if isinstance(model, Path) else model
+        self.nodes: Mapping[str, int] = {}
+        self.runs_on = self.emulates = ""
         try:
-            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            if settings and settings.providers is not None:
+                opened = open_session(ort, source, options, settings, threads)
+                self.session, self.nodes = opened.session, opened.nodes
+                self.runs_on, self.emulates = opened.runs_on, opened.emulates
+            else:
+                self.session = ort.InferenceSession(source, options, providers=[CPU])
+        except EvmError:
+            self._forget()
+            raise
         except Exception as error:
             self._forget()
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot open the model: {_reason(error)}") from error
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_inputs())}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in map(_spec, self.session.get_outputs())}
+
+    @property
+    def fuses(self) -> bool:
+        """Whether providers other than the CPU's run nodes: they make one node of many, whose parts have no times."""
+        return any(name != CPU for name in self.nodes)
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Run one inference. Raises BundleError if ONNX Runtime fails."""
@@ -128,8 +148,8 @@ def _reason(error: Exception) -> str:
 
 
 def open_(path: Path, options: RunOptions) -> Runtime:
-    """Open an ONNX file in ONNX Runtime. Raises BundleError, ToolchainError."""
-    return OnnxRuntime(path, options.threads, options.plugin, options.profile)
+    """Open an ONNX file in ONNX Runtime. Raises the errors of `OnnxRuntime`."""
+    return OnnxRuntime(path, options.threads, options.plugin, options.profile, settings=options.settings)
 
 
 INFO = RuntimeInfo(
@@ -147,6 +167,7 @@ INFO = RuntimeInfo(
     phone="onnxruntime_perf_test",
     refusals={
         "cache": ("ONNX Runtime keeps no compiled models", "leave the cache out"),
-        "device": ("ONNX Runtime runs only with its CPU execution provider", "leave the device out"),
+        "device": ("ONNX Runtime has execution providers in place of devices", "use --provider, such as openvino:GPU"),
     },
+    settings=OnnxRuntimeSettings,
 )

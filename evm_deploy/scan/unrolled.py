@@ -5,7 +5,8 @@ and decay of every step. A carry then runs over the chunks and corrects every st
 
     h_t = a_t h_(t-1) + x_t;   P_t = a_t P_(t-1);   carry_(c+1) = P_T carry_c + h_T;   y_t = <C_t, h_t + P_t carry_c>
 
-States are (b, K, chunks, N, D). There is no division by a cumulated decay. L is static; the batch may be dynamic.
+States are (b, K, chunks, N, D), and no tensor has more axes: NPUs take five at most. There is no division by a
+cumulated decay. L is static; the batch may be dynamic.
 """
 
 from __future__ import annotations
@@ -44,20 +45,21 @@ def unrolled_scan(
     T = steps or chunk_length(L)
     chunks = -(-L // T)
 
-    def split(tensor: str, *dims: int) -> list[str]:  # (b, K, L, X) -> T times (b, K, chunks, *dims)
+    def split(tensor: str, *, column: bool) -> list[str]:  # (b, K, L, X) -> T times (b, K, chunks, 1, X), or (.., X, 1)
         if chunks * T > L:  # padded after softplus: a padded step has dt = 0 and keeps the state
             tensor = f.op("Pad", tensor, f.const([0, 0, 0, 0, 0, 0, chunks * T - L, 0]))
-        cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, *dims]))
-        parts = f.op("Split", cut, axis=3, num_outputs=T, outputs=T) if T > 1 else [cut]
-        return [f.op("Squeeze", part, three) for part in parts]
+        cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, -1]))
+        if column:
+            cut = f.op("Transpose", cut, perm=[0, 1, 2, 4, 3])
+        return f.op("Split", cut, axis=4 if column else 3, num_outputs=T, outputs=T) if T > 1 else [cut]
 
     one, three = f.const([1]), f.const([3])
     dt = f.op("Add", reads["delta"], f.op("Unsqueeze", reads["bias"], one))
     if softplus:
         dt = softplus_series(f, dt)
     A = f.op("Unsqueeze", f.op("Transpose", reads["A"], perm=[0, 2, 1]), one)  # (K, 1, N, D)
-    rates, inflows = split(dt, 1, -1), split(f.op("Mul", dt, reads["u"]), 1, -1)
-    Bs, Cs = split(reads["B"], -1, 1), split(reads["C"], -1, 1)
+    rates, inflows = split(dt, column=False), split(f.op("Mul", dt, reads["u"]), column=False)
+    Bs, Cs = split(reads["B"], column=True), split(reads["C"], column=True)
 
     states: list[str] = []
     decays: list[str] = []
