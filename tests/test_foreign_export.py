@@ -17,8 +17,8 @@ from evm_deploy.commands.summary import export_summary
 from evm_deploy.errors import UsageError
 from evm_deploy.export import ExportPlan, export, verify
 from evm_deploy.export.source import Source
-from evm_deploy.export.targets import load_targets
 from evm_deploy.model import Network
+from tests.targets import FLOAT32
 
 with evm_deploy.cpu_mamba():
     from tests import foreign_copies, foreign_package
@@ -52,8 +52,8 @@ ALIKE = ("coreml", "trt-rtx")  # `auto` is `portable` there
 @pytest.mark.parametrize(
     ("target", "scan"),
     [
-        *((target, "auto") for target in load_targets()),
-        *((target, "portable") for target in load_targets() if target not in ALIKE),
+        *((target, "auto") for target in FLOAT32),
+        *((target, "portable") for target in FLOAT32 if target not in ALIKE),
     ],
 )
 def test_every_entry_point_on_every_target(target, scan, every_block, tmp_path):
@@ -75,7 +75,7 @@ def every_copy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", load_targets())
+@pytest.mark.parametrize("target", FLOAT32)
 def test_copies_of_kernels_on_every_target(target, every_copy, tmp_path):
     manifest = export(every_copy, ExportPlan(target, "fp32"), tmp_path).manifest
     parity = manifest.parity

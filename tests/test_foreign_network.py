@@ -18,8 +18,8 @@ from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.pipeline import complete
 from evm_deploy.export.selftest import synthetic_image
 from evm_deploy.export.source import Source
-from evm_deploy.export.targets import load_targets
 from evm_deploy.model.network import default_blocks
+from tests.targets import FLOAT32
 from tests.toy import CLASSES, OUTPUTS, toy_network
 
 SIZE = (32, 48)
@@ -53,7 +53,7 @@ def expected(pixels):
         return [value.numpy() for value in network.module(x.permute(0, 3, 1, 2))]
 
 
-@pytest.mark.parametrize("target", load_targets())
+@pytest.mark.parametrize("target", FLOAT32)
 @pytest.mark.slow
 def test_every_target_is_verified(target, bundles):
     """Outputs and each scan: of the shared block's two calls, the second is `shared#2`."""

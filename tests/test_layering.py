@@ -40,11 +40,12 @@ MAY_IMPORT = {
     "evm_deploy": LOW | {"bundle", "runtimes", "model"},
 }
 PLACES = {
-    "export": ("onnx", "openvino", "coreml", "tensorrt"),
-    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil"),
+    "export": ("onnx", "openvino", "coreml", "tensorrt", "qnn"),
+    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil", "qnn"),
 }
 #: Places of a runtime that import another's: the first computes what the second cannot where it is.
 BESIDE = {
+    ("qnn", "onnxruntime"): "QNN is a plugin of ONNX Runtime",
     ("tensorrt", "onnxruntime"): "scans of the self-test, and the emulator of engines",
     ("coreml", "mil"): "the emulator of programs",
     ("mil", "coreml"): "coremltools, which reads programs",
@@ -57,6 +58,7 @@ EMULATOR = "evm_deploy.runtimes.mil"
 WORDS = {
     r"tensorrt|\btrt\b|trt_rtx|trt-rtx|EngineSettings": "tensorrt",
     r"openvino": "openvino",
+    r"\bqnn|qualcomm|\bhtp": "qnn",
     r"core ?ml|coremltools|mlprogram|mlpackage": "coreml",
 }
 EXCEPTIONS = {

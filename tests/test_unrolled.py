@@ -125,7 +125,7 @@ def in_a_graph(*nodes, shape=(2, 3)):
 def test_shapes_that_depend_on_the_image_are_refused_by_name():
     model = in_a_graph(helper.make_node("NonZero", ["x"], ["y"], name="head/NonZero"))
     with pytest.raises(UsageError, match=r"head/NonZero \(NonZero\) gives a shape that depends(?s:.*)--scan portable"):
-        unroll.unrolled_static(model)
+        unroll.static(model)
 
 
 def test_control_flow_is_refused_by_name():
@@ -145,7 +145,7 @@ def test_control_flow_is_refused_by_name():
     count = helper.make_node("Constant", [], ["n"], name="count", value_int=3)
     loop = helper.make_node("Loop", ["n", "", "x"], ["y"], name="blocks/Loop", body=body)
     with pytest.raises(UsageError, match=r"blocks/Loop \(Loop\) is control flow"):
-        unroll.unrolled_static(in_a_graph(count, loop))
+        unroll.static(in_a_graph(count, loop))
 
 
 @pytest.mark.slow

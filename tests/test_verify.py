@@ -245,6 +245,7 @@ IN_FLOAT16 = {
     "coreml": {"fp16", "int8", "w8"},
     "trt": {"fp16", "int8-fp16"},
     "trt-rtx": {"fp16", "int8-fp16"},
+    "qnn": {"fp16"},
 }
 
 

@@ -114,6 +114,10 @@ TOOLCHAINS = {
     "OpenVINO in ONNX Runtime": Toolchain(
         lambda: bool(find_spec("onnxruntime_ep_openvino")), "pip install onnxruntime-ep-openvino", in_ci=False
     ),
+    # not in CI: 245 MB, under Qualcomm's licence
+    "QNN in ONNX Runtime": Toolchain(
+        lambda: bool(find_spec("onnxruntime_qnn")), "pip install onnxruntime-qnn", in_ci=False
+    ),
     "MNN": Toolchain(lambda: bool(find_spec("MNN")), "pip install --no-deps MNN", in_ci=False),
     "IREE": Toolchain(
         lambda: bool(find_spec("iree")), "pip install --no-deps iree-base-compiler iree-base-runtime", in_ci=False
@@ -135,6 +139,12 @@ def need(*names: str, module: bool = False) -> None:
         if not TOOLCHAINS[name].here():
             pytest.skip(f"{name} {MISSING}: {TOOLCHAINS[name].hint}", allow_module_level=module)
         _used.add(name)
+
+
+def need_target(name: str) -> None:
+    """Skip the test where a target's packages are missing that no environment of ours has by default."""
+    if name == "qnn":
+        need("QNN in ONNX Runtime")
 
 
 def without(name: str, why: str) -> None:

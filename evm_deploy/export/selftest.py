@@ -83,7 +83,8 @@ def write(
     arrays = {}
     for name, scan in cases.items():
         y = selective_scan(**scan).astype(np.float32)
-        limits["scans"][name] = min(ssm_error(y, scan)[1], MAX_LIMIT)  # endless for an SSM part of zeros
+        limit = max(target.scan_tolerance, ssm_error(y, scan)[1])
+        limits["scans"][name] = min(limit, MAX_LIMIT)  # endless for an SSM part of zeros
         arrays.update({f"{name}:{key}": np.ascontiguousarray(value) for key, value in {**scan, "y": y}.items()})
     save_file(arrays, here / SCAN_FILE)
     return limits

@@ -165,7 +165,8 @@ class Target:
     weight_bits: values of --weight-bits.
     image_channels: numbers of channels that the input `image` can have.
     selftest_tolerances: by precision, relative to the artifact's own outputs. float16: precisions whose layers compute
-    in float16 on the device, so that large values overflow there.
+    in float16 on the device, so that large values overflow there. scan_tolerance: accepted relative error of a scan's
+    SSM part, for devices that compute scans in float16; 0: that of float32.
     nms: where the non-maximum suppression of a detector can run, the default first. regions: whether an artifact can
     crop regions from feature maps (RoIAlign).
     libraries, emulator, engine: parts that only some targets have.
@@ -196,6 +197,7 @@ class Target:
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)
     float16: tuple[str, ...] = ("fp16", "int8-fp16")
+    scan_tolerance: float = 0.0
     several_sizes: bool = False
     weight_bits: tuple[int, ...] = (8,)
     nms: tuple[str, ...] = NMS_MODES

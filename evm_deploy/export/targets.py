@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from evm_deploy._util.text import one_of
-from evm_deploy.export import onnx, openvino
+from evm_deploy.export import onnx, openvino, qnn
 from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.target import Target
 from evm_deploy.export.tensorrt import target as tensorrt
 
-TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.TRT_RTX)
+TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.TRT_RTX, qnn.TARGET)
 
 
 def load_targets() -> dict[str, Target]:

@@ -111,12 +111,19 @@ class FloatRun:
 
 
 def verify(
-    reference: FloatRun, runtime: Runtime, access: ScanAccess, plan: ExportPlan, task: Task, *, float16: bool
+    reference: FloatRun,
+    runtime: Runtime,
+    access: ScanAccess,
+    plan: ExportPlan,
+    task: Task,
+    *,
+    float16: bool,
+    scan_tolerance: float = 0.0,
 ) -> Parity:
     """Compare the artifact in `runtime` with the float model. Differences beyond a limit are in `Parity.failures`.
 
     float16: whether the device computes the artifact's layers in float16. A value that float16 cannot hold is then a
-    failure, even if the runtime on this machine hides it.
+    failure, even if the runtime on this machine hides it. scan_tolerance: as in `Target`.
     """
     failures: list[str] = []
     test_inputs = reference.test_inputs
@@ -150,7 +157,7 @@ def verify(
     first = {name: np.concatenate([test_inputs[:1]] * plan.batch.min) for name in runtime.inputs}
     if reference.judge:
         _verify_selection(access, first, reference.judge, reference.maps, plan, failures)
-    scans = _verify_scans(access, first, reference.scans, plan, failures)
+    scans = _verify_scans(access, first, reference.scans, plan, scan_tolerance, failures)
     return Parity(max_abs, limit, cosine, agreement, len(test_inputs), scans, tuple(failures))
 
 
@@ -257,7 +264,12 @@ def _verify_selection(
 
 
 def _verify_scans(
-    access: ScanAccess, feeds: Feeds, float_scans: list[Scan], plan: ExportPlan, failures: list[str]
+    access: ScanAccess,
+    feeds: Feeds,
+    float_scans: list[Scan],
+    plan: ExportPlan,
+    tolerance: float,
+    failures: list[str],
 ) -> tuple[ScanParity, ...]:
     if len(access.names) != len(float_scans):
         failures.append(f"the artifact has {len(access.names)} scans, the float model {len(float_scans)}")
@@ -281,9 +293,9 @@ def _verify_scans(
         share = recurrence_share(have["y"][:1], constants["skip"], have["u"][:1])
         results.append(ScanParity(name, inputs, ssm, alone, share=share))
         for what, error, limit in (
-            ("reads inputs", inputs, max(plan.tolerance, 1e-4)),
-            ("is", ssm, ssm_limit),
-            ("with large deltas is", alone, alone_limit),
+            ("reads inputs", inputs, max(plan.tolerance, tolerance, 1e-4)),
+            ("is", ssm, max(tolerance, ssm_limit)),
+            ("with large deltas is", alone, max(tolerance, alone_limit)),
         ):
             if not error <= limit:
                 failures.append(f"scan {name} {what} off by {error:.2g} (relative), limit {limit:.2g}")

@@ -41,14 +41,15 @@ def verified(
 ) -> Seen:
     """Compare the artifact with the float model, in every lowering that runs on this machine and every image size."""
     task = get_task(source.network(plan).spec.task)
-    modes, float16 = lowerings(target, artifact), plan.precision in target.float16
+    modes = lowerings(target, artifact)
+    limits: dict[str, Any] = {"float16": plan.precision in target.float16, "scan_tolerance": target.scan_tolerance}
     with step("verify", f"{TEST_INPUTS} images, {len(artifact.details.get('scans', ()))} scans, {' and '.join(modes)}"):
         reference = source.float_run(plan, preprocessing)
         parities: dict[str, verify.Parity] = {}
         for mode, plugin in modes.items():
             with open_here(target, artifact.path, RunOptions(plugin=plugin, function=artifact.function)) as runtime:
                 access = target.scan_access(artifact, plugin)
-                parities[mode] = verify.verify(reference, runtime, access, plan, task, float16=float16)
+                parities[mode] = verify.verify(reference, runtime, access, plan, task, **limits)
                 outputs = run_batched(runtime, plan.batch, reference.test_inputs)
                 interface = list(runtime.inputs.values()), list(runtime.outputs.values())
                 remarks = target.remarks(runtime)
@@ -57,7 +58,7 @@ def verified(
             run = source.float_run(there, smaller)
             with open_here(target, each.path, RunOptions(function=each.function)) as runtime:
                 access = target.scan_access(each, None)
-                found = verify.verify(run, runtime, access, there, task, float16=float16)
+                found = verify.verify(run, runtime, access, there, task, **limits)
             parities[f"portable {size_text(size)}"] = found
     return Seen(reference, outputs, interface, verify.worst(parities), plugin, remarks)
 

@@ -44,7 +44,8 @@ def on_the_npu(module: Any, threads: int | None) -> dict[str, str]:
 
 def npu_emulator() -> str:
     """Return the reason why times on QNN's plugin mean nothing on this machine, empty on Arm."""
-    return "" if "aarch64" in host_platform() or "arm64" in host_platform() else "its library emulates the NPU here"
+    arm = any(name in host_platform() for name in ("aarch64", "arm64"))
+    return "" if arm else "QNN's library for this processor emulates the NPU"
 
 
 def nothing() -> str:

@@ -16,10 +16,17 @@ from evm_deploy.export.target import open_here
 from evm_deploy.export.targets import load_targets
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
+from tests.contract.test_targets import precision_of, tolerance_of
+from tests.toolchains import need_target
 
 every_target = pytest.mark.parametrize("target", load_targets().values(), ids=list(load_targets()))
 pytestmark = pytest.mark.slow
 MEAN, STD = (0.4, 0.5, 0.6, 0.7), (0.2, 0.25, 0.3, 0.35)
+
+
+@pytest.fixture(autouse=True)
+def has_its_packages(target):
+    need_target(target.name)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +38,7 @@ def on_no_device(monkeypatch):
 @every_target
 @pytest.mark.parametrize("resize", RESIZES)
 def test_the_bundle_resizes_as_asked(target, resize, micro, tmp_path):
-    plan = ExportPlan(target.name, "fp32", imgsz=(64, 96), scan="portable", resize=resize)
+    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), scan="portable", resize=resize)
     made = export(Source(micro), plan, tmp_path)
     assert made.manifest.preprocess() == Preprocessing((64, 96), resize=resize)
     assert f"resize {resize}" not in made.manifest.notes[0]
@@ -46,7 +53,7 @@ def test_the_bundle_resizes_as_asked(target, resize, micro, tmp_path):
 def test_networks_of_other_channels(target, kind, channels, of_channels, tmp_path):
     checkpoint = of_channels(channels)
     given = {"mean": MEAN[:channels], "std": STD[:channels]}
-    plan = ExportPlan(target.name, "fp32", imgsz=(64, 96), input=kind, scan="portable", **given)
+    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), input=kind, scan="portable", **given)
     if kind == "image" and channels not in target.image_channels:
         with pytest.raises(UsageError, match=r"images of 1 or 3 channels, the network has 4") as raised:
             export(checkpoint, plan, tmp_path)
@@ -64,5 +71,5 @@ def test_networks_of_other_channels(target, kind, channels, of_channels, tmp_pat
         assert spec.shape == ((1, 64, 96, channels) if kind == "image" else (1, channels, 64, 96))
         have = runtime.run({name: pixels if kind == "image" else tensor})["logits"]
         checks = selftest.run(made, target.runtime, runtime, RunOptions())
-    np.testing.assert_allclose(have, want, atol=2e-4)
+    np.testing.assert_allclose(have, want, atol=tolerance_of(target, 2e-4))
     assert checks[0].name == "preprocessing (of 255)" and all(check.ok for check in checks)

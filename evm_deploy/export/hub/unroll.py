@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from evm_deploy.bundle.selftest import AXES, ScanShape
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import scan_alone, scan_sites
 from evm_deploy.scan.onnx_function import DOMAIN, INPUTS, OP_TYPE, OUTPUT, Body, has_softplus
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
-def unroll(model: onnx.ModelProto) -> int:
+def unroll(model: onnx.ModelProto, steps: Callable[[int, int], int] | None = None) -> int:
     """Replace every scan by standard ops, in place. Returns how many.
+
+    steps(K, L): steps per chunk of a scan of K directions and L steps; None for those of `scan.unrolled`.
 
     before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
     after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        new names start with the old
     """
-    lengths = sequence_lengths(model)
+    sizes = scan_sizes(model)
     kept: list[onnx.NodeProto] = []
     count = 0
     for node in model.graph.node:
@@ -31,8 +33,9 @@ def unroll(model: onnx.ModelProto) -> int:
             kept.append(node)
             continue
         reads = dict(zip(INPUTS, node.input, strict=True))
-        softplus = has_softplus(node)
-        kept += unrolled_scan(reads, node.output[0], lengths[node.output[0]], f"{node.name}/", softplus=softplus)
+        K, L = sizes[node.output[0]]
+        T = steps(K, L) if steps else None
+        kept += unrolled_scan(reads, node.output[0], L, f"{node.name}/", T, softplus=has_softplus(node))
         count += 1
     del model.graph.node[:]
     model.graph.node.extend(kept)
@@ -41,41 +44,44 @@ def unroll(model: onnx.ModelProto) -> int:
     return count
 
 
-def sequence_lengths(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the length L of every scan, by the name of its output. Raises ToolchainError for an unknown length."""
+def scan_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Return the directions K and the length L of every scan, by the name of its output.
+
+    Raises ToolchainError for an unknown size.
+    """
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model)
     known = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
     found = {}
     for site in scan_sites(model):
-        lengths = [known[name][2].dim_value for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
-        if not any(lengths):
+        shapes = [known[name] for name in (site.reads["u"], site.writes) if len(known.get(name, ())) == 4]
+        K, L = (max((int(shape[axis].dim_value) for shape in shapes), default=0) for axis in (1, 2))
+        if not L:
             raise ToolchainError(
                 f"the length of scan {site.name} is not known", "report this, with the output of evm-doctor"
             )
-        found[site.writes] = int(np.max(lengths))
+        found[site.writes] = K, L
     return found
 
 
-def unrolled_static(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the hub graph with unrolled scans, and the shape of every tensor in it. Changes `model`.
+def static(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose scans are unrolled without its functions, and with the shape of every tensor in it.
 
     Raises UsageError naming the node if a loop or a branch is left, or a shape depends on the values of the input.
     """
     import onnx
 
-    unroll(model)
     del model.functions[:], model.graph.value_info[:]  # value_info: float16's converter leaves some types unchanged
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
     values = [*inferred.graph.value_info, *inferred.graph.output]
-    static = {value.name for value in values if _is_static(value)}
+    known = {value.name for value in values if _is_static(value)}
     for node in inferred.graph.node:
         loops = node.op_type in CONTROL_FLOW
-        if loops or not static.issuperset(filter(None, node.output)):
+        if loops or not known.issuperset(filter(None, node.output)):
             why = "is control flow" if loops else "gives a shape that depends on the image"
             raise UsageError(
-                f"--scan unrolled needs a graph without control flow, of static shapes; {node.name} ({node.op_type}) "
+                f"an unrolled scan needs a graph without control flow, of static shapes; {node.name} ({node.op_type}) "
                 f"{why}",
                 "use --scan portable; for a RetinaNet, --nms none leaves such nodes out",
             )
@@ -88,10 +94,13 @@ def _is_static(value: onnx.ValueInfoProto) -> bool:
     return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
 
 
-def unrolled_alone(hub: onnx.ModelProto, steps: int) -> onnx.ModelProto:
-    """Return a model of one unrolled scan of `steps` steps: seven inputs of any size, u of at most that many steps.
+def unrolled_alone(
+    hub: onnx.ModelProto, length: int, shape: ScanShape | None = None, steps: int | None = None
+) -> onnx.ModelProto:
+    """Return a model of one unrolled scan of `length` steps: seven inputs of any size, u of at most that many steps.
 
     hub: graph whose opset the model has. Shorter sequences are padded at the end, which no earlier step reads.
+    shape: fixed sizes of all inputs, L as `length`; the model then has static shapes, and no padding. steps: per chunk.
 
     before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
     after:   %1 = Pad(%u);  ..  %9 = the unrolled scan of %1, ..;  %y = Slice(%9) to the length of u
@@ -100,13 +109,19 @@ def unrolled_alone(hub: onnx.ModelProto, steps: int) -> onnx.ModelProto:
     del model.functions[:], model.graph.node[:]
     for opset in [opset for opset in model.opset_import if opset.domain == DOMAIN]:
         model.opset_import.remove(opset)
+    if shape:
+        for value in (*model.graph.input, *model.graph.output):
+            for dim, axis in zip(value.type.tensor_type.shape.dim, AXES.get(value.name, AXES["u"]), strict=True):
+                dim.dim_value = {"b": 1, **shape._asdict()}[axis]
+        model.graph.node.extend(unrolled_scan({name: name for name in INPUTS}, OUTPUT, length, f"{OP_TYPE}/", steps))
+        return model
     f = Body("pad/")
-    length = f.dim("u", 2)
-    pads = f.op("Concat", f.const([0] * 6), f.op("Sub", f.const([steps]), length), f.const([0]), axis=0)
+    given = f.dim("u", 2)
+    pads = f.op("Concat", f.const([0] * 6), f.op("Sub", f.const([length]), given), f.const([0]), axis=0)
     padded = {name: f.op("Pad", name, pads) for name in ("u", "delta", "B", "C")}
     reads = {name: padded.get(name, name) for name in INPUTS}
-    model.graph.node.extend([*f.nodes, *unrolled_scan(reads, "long", steps, f"{OP_TYPE}/")])
+    model.graph.node.extend([*f.nodes, *unrolled_scan(reads, "long", length, f"{OP_TYPE}/", steps)])
     end = Body("cut/")
-    end.write("Slice", ["long", end.const([0]), length, end.const([2])], OUTPUT)
+    end.write("Slice", ["long", end.const([0]), given, end.const([2])], OUTPUT)
     model.graph.node.extend(end.nodes)
     return model

@@ -13,7 +13,7 @@ from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, check, scan_alone, scan_sites
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.hub.tools import to_fp16
-from evm_deploy.export.hub.unroll import unrolled_alone, unrolled_static
+from evm_deploy.export.hub.unroll import static, unroll, unrolled_alone
 from evm_deploy.export.onnx.readme import usage
 from evm_deploy.export.plan import DEFAULT_OPSET, WEIGHT_BITS, ExportPlan
 from evm_deploy.export.selftest import STEPS
@@ -52,7 +52,8 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = inlined(model)
         scan = Decision("portable", "as asked, standard ops only: no function, no node of domain evm")
     elif plan.scan == "unrolled":
-        model = unrolled_static(model)
+        unroll(model)
+        model = static(model)
         scan = UNROLLED
     else:
         if plan.precision != "fp16":
