@@ -85,6 +85,7 @@ def content(
             "scan": {"value": "plugin", "reason": "installed"},
             "isa": "avx2",
             "plan": {},
+            "nodes": {"CPUExecutionProvider": 12},
         },
         "settings": {
             "threads": 1,
