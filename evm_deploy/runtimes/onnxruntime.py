@@ -167,7 +167,7 @@ INFO = RuntimeInfo(
     phone="onnxruntime_perf_test",
     refusals={
         "cache": ("ONNX Runtime keeps no compiled models", "leave the cache out"),
-        "device": ("ONNX Runtime has execution providers in place of devices", "use --provider, such as openvino:GPU"),
+        "device": ("ONNX Runtime has execution providers in place of devices", "use --provider NAME, or NAME:DEVICE"),
     },
     settings=OnnxRuntimeSettings,
 )
