@@ -141,13 +141,6 @@ def foreign(module: ModuleType, name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 
-@functools.cache
-def parse_torchlib_once() -> None:
-    """Keep onnxscript's table of functions: for each trace torch parses the sources of all 557, 0.5 CPU seconds."""
-    apis = import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
-    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
-
-
 class Graphs:
     """A `graph._trace` that remembers. folder: where; without one it only traces.
 
@@ -185,13 +178,8 @@ class Graphs:
         return self.load(file.read_bytes(), *arguments)
 
 
-def traced_hub(*arguments: Any) -> Any:
-    parse_torchlib_once()
-    return TRACED["hub"](*arguments)
-
-
-def program_digest(module: Any, folded: Any, plan: Any, metadata: Any) -> str:
-    return hashlib.sha256(f"{digest_of(folded, plan, program.trace_key)} {dict(metadata)}".encode()).hexdigest()
+def program_digest(module: Any, folded: Any, plan: Any) -> str:
+    return digest_of(folded, plan, program.trace_key)
 
 
 def dump_program(made: Any) -> bytes:
@@ -221,7 +209,7 @@ def load_model(data: bytes) -> Any:
 
 
 TRACED = {"hub": graph._trace, "program": program._trace, "scan": program.scan_program}
-GRAPHS = Graphs(traced_hub)
+GRAPHS = Graphs(TRACED["hub"])
 PROGRAMS = Graphs(TRACED["program"], program_digest, dump_program, load_program)
 SCANS = Graphs(
     TRACED["scan"],

@@ -63,15 +63,15 @@ def test_a_program_from_the_cache_is_the_converted_one(micro, tmp_path):
     plan, preprocessing = complete(ExportPlan("coreml", imgsz=(64, 64)), network.spec)
     module = with_pre_and_postprocessing(network, plan, preprocessing)
     folded = program.channels_first(module, plan)
-    fresh = cache.PROGRAMS.real(module, folded, plan, {"labels": "a"})
+    fresh = cache.PROGRAMS.real(module, folded, plan)
     package.save(fresh.model, tmp_path / "fresh.mlpackage")
     for turn in range(2):
-        kept = program._trace(module, folded, plan, {"labels": "a"})
+        kept = program._trace(module, folded, plan)
         assert kept.float_module is module and (kept.scans, kept.modules) == (fresh.scans, fresh.modules)
         package.save(kept.model, tmp_path / f"{turn}.mlpackage")
         assert content(tmp_path / f"{turn}.mlpackage") == content(tmp_path / "fresh.mlpackage")
-    other = program._trace(module, folded, plan, {"labels": "b"})
-    assert other.model.user_defined_metadata["labels"] == "b"
+    other = program.trace(module, plan, {"labels": "b"})
+    assert other.model.user_defined_metadata["labels"] == "b" and "labels" not in kept.model.user_defined_metadata
 
 
 def content(folder):

@@ -239,6 +239,39 @@ def coco_file(folder, **changes):
     return path
 
 
+def pairs_of_all_sorted(expected, actual, tolerance):
+    """Return the pairs of `matches` by its words: all places in order, the nearest first."""
+    shares = overlaps(expected.boxes, actual.boxes)
+    apart = np.abs(expected.scores[:, None] - actual.scores)
+    largest = tolerance * max(1.0, np.abs(expected.boxes).max())
+    pairs = []
+    for place in np.argsort(apart - shares, axis=None, kind="stable"):
+        row, column = np.unravel_index(place, shares.shape)
+        near = np.abs(expected.boxes[row] - actual.boxes[column]).max() <= largest
+        same = expected.labels[row] == actual.labels[column] and shares[row, column] >= 0.5
+        if same and near and apart[row, column] <= tolerance and all(row != i and column != j for i, j in pairs):
+            pairs.append((int(row), int(column)))
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize("tolerance", [0.2, np.inf])
+@pytest.mark.parametrize("seed", range(3))
+def test_crowds_are_paired_nearest_first(seed, tolerance):
+    rng = np.random.default_rng(seed)
+
+    def crowd(count):
+        corners = rng.integers(0, 12, (count, 2)).astype(np.float64)
+        boxes = np.concatenate([corners, corners + rng.integers(8, 12, (count, 2))], 1)
+        return Found(boxes, rng.integers(1, 9, count) / 8, rng.integers(0, 2, count))
+
+    expected, actual = crowd(40), crowd(31)
+    found = detection.matches(expected, actual, tolerance)
+    assert list(zip(*(each.tolist() for each in found), strict=True)) == pairs_of_all_sorted(
+        expected, actual, tolerance
+    )
+    assert len(found[0]) > 5
+
+
 def test_coco_files(tmp_path):
     path = coco_file(tmp_path)
     (first, second), order = read_labels(path, ["自転車", "dog", "cat"], 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from evm_deploy._util.packages import package_versions
+from evm_deploy._util.packages import package_versions, version
 from evm_deploy.bench.remote.ssh_host import COMMON, IMAGES
 from evm_deploy.runtimes.registry import load_runtimes
 
@@ -32,6 +32,23 @@ def test_versions_are_those_of_what_brings_a_module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = package_versions(["evm_gizmo", "evm_gadget", "evm_missing", "numpy"])
     assert found == {"evm_gizmo": "1.2", "evm_gadget": "unknown", "numpy": metadata.version("numpy")}
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ("evm_gizmo/__init__.py,,\n", "3.4"),
+        ("METADATA,,\nevm_gizmo.cpython-311-x86_64-linux-gnu.so,,\n", "3.4"),
+        ("evm_gizmo_more/__init__.py,,\nother/evm_gizmo/__init__.py,,\n", "unknown"),
+    ],
+)
+def test_a_list_of_files_says_it_where_no_module_is_declared(tmp_path, monkeypatch, record, found):
+    info = tmp_path / "evm_gizmo_gpu-3.4.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evm-gizmo-gpu\nVersion: 3.4\n")
+    (info / "RECORD").write_text(record)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert version("evm_gizmo") == found
 
 
 def oldest(lines, package):

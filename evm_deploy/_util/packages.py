@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
@@ -32,8 +33,20 @@ def version(module: str) -> str:
     try:
         return metadata.version(module)
     except metadata.PackageNotFoundError:
-        brought_by = metadata.packages_distributions().get(module)
-        return metadata.version(brought_by[0]) if brought_by else "unknown"
+        return next((each.version for each in metadata.distributions() if provides(each, module)), "unknown")
+
+
+def provides(distribution: metadata.Distribution, module: str) -> bool:
+    """Test whether an installed distribution provides the top-level module `module`.
+
+    Reads `top_level.txt`, else the list of files, as text. `metadata.packages_distributions` makes a path of each file
+    of each distribution for the same answer: 0.4 CPU seconds beside torch.
+    """
+    declared = distribution.read_text("top_level.txt")
+    if declared:
+        return module in declared.split()
+    listed = distribution.read_text("RECORD") or ""
+    return re.search(rf"^{re.escape(module)}[/.]", listed, re.MULTILINE) is not None
 
 
 def install_hint(extra: str = "") -> str:

@@ -34,7 +34,8 @@ def default_torch_settings() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":  # in this context every call into torch passes through Python
+            stack.enter_context(torch.device("cpu"))
         yield
 
 

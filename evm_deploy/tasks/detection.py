@@ -151,14 +151,17 @@ def matches(expected: Found, actual: Found, tolerance: float = np.inf) -> tuple[
     largest = tolerance * float(np.abs(expected.boxes).max(initial=1.0))
     for mine, other in zip(expected.boxes.T, actual.boxes.T, strict=True):
         able &= np.abs(_differences(mine, other)) <= largest
-    order = np.argsort(apart - shares, axis=None, kind="stable")
+    places = np.flatnonzero(able)
+    nearest = places[np.argsort((apart - shares).ravel()[places], kind="stable")]
     ours: list[int] = []
     theirs: list[int] = []
-    for place in order[able.ravel()[order]]:
-        row, column = divmod(int(place), shares.shape[1])
-        if row not in ours and column not in theirs:
+    used: tuple[set[int], set[int]] = (set(), set())
+    for row, column in zip(*(each.tolist() for each in np.divmod(nearest, shares.shape[1])), strict=True):
+        if row not in used[0] and column not in used[1]:
             ours.append(row)
             theirs.append(column)
+            used[0].add(row)
+            used[1].add(column)
     by_row = np.argsort(np.array(ours, np.int64), kind="stable")
     return np.array(ours, np.int64)[by_row], np.array(theirs, np.int64)[by_row]
 

@@ -80,12 +80,18 @@ def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgr
     if plan.precision != "fp32":
         float16.check_range((network_path(name), value.detach().numpy()) for name, value in folded.named_parameters())
     sizes = (plan.imgsz, *plan.more_imgsz)
-    first, *others = (_trace(module, folded, replace(plan, imgsz=size, more_imgsz=()), metadata) for size in sizes)
+    first, *others = programs = [_trace(module, folded, replace(plan, imgsz=size, more_imgsz=())) for size in sizes]
+    for program in programs:
+        program.model.short_description = " ".join(metadata[key] for key in ("variant", "family") if metadata.get(key))
+        program.model.user_defined_metadata.update(metadata)
     return replace(first, more=dict(zip(plan.more_imgsz, others, strict=True)))
 
 
-def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
-    """Convert a module for one image size. folded: the module with Core ML's input layout and BatchNorm folded."""
+def _trace(module: Any, folded: nn.Module, plan: ExportPlan) -> MlProgram:
+    """Convert a module for one image size, without metadata.
+
+    folded: the module with Core ML's input layout and BatchNorm folded.
+    """
     import torch
 
     ct, shown = converter(), example(plan, module.channels)
@@ -109,8 +115,6 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan, metadata: Mapping[s
             )
         if labels:
             model = _rename_output(model, PROBABILITIES, str(plan.head))
-    model.short_description = " ".join(metadata[key] for key in ("variant", "family") if metadata.get(key))
-    model.user_defined_metadata.update(metadata)
     model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)  # the same bytes every day
     if labels:
         model.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageClassifier"

@@ -21,6 +21,7 @@ from evm_deploy.export.hub.ready import hub_graph
 from evm_deploy.export.hub.regions import region_translations
 from evm_deploy.export.hub.scatter import scatter_translations
 from evm_deploy.export.hub.suppression import nms_translations
+from evm_deploy.export.hub.torchlib import unparsed_torchlib
 from evm_deploy.export.plan import DEFAULT_OPSET, ExportPlan
 from evm_deploy.model.network import Network
 from evm_deploy.scan import onnx_function
@@ -254,7 +255,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
     try:
-        with silence_libraries():
+        with silence_libraries(), unparsed_torchlib():
             program = torch.onnx.export(
                 model,
                 (example,),
