@@ -12,6 +12,10 @@ MAMBAS := opensr-mamba==0.0.1 mambapy==1.2.0 bidirectional-mamba==0.2.0 timm==1.
 COCO := pycocotools==2.0.11
 DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
+# Sources of the package and of the tests are compiled once, also where the environment forbids it: each process would
+# compile all of them again, 3 CPU seconds for pytest.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo quick test check docs bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
@@ -22,12 +26,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMak
 	touch $@
 
 demo: setup
-	$(BIN)/evm-export --target onnx --out dist --force
+	$(BIN)/evm-export --target onnx,openvino,coreml --out dist --force
 	$(BIN)/evm-run dist/evm_digits-onnx-fp32-64x64 --selftest
 	$(BIN)/python -m evm_deploy.demo dist/evm_digits-onnx-fp32-64x64
-	$(BIN)/evm-export --target openvino --out dist --force
 	$(BIN)/evm-run dist/evm_digits-openvino-fp32-64x64 --selftest
-	$(BIN)/evm-export --target coreml --out dist --force
 	$(BIN)/evm-run dist/evm_digits-coreml-fp16-64x64 --selftest
 	$(BIN)/python -m evm_deploy.demo.scenes dist/scenes --count 6
 	$(BIN)/evm-export demo:detector --target onnx --out dist --force

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm as fold_modules
 from evm_deploy.export.hub import fold_batch_norm as graph_pass
 from evm_deploy.export.hub.naming import name_after_modules
+from evm_deploy.export.hub.torchlib import unparsed_torchlib
 from evm_deploy.model.batch_norm import folded, folded_modules
 
 NORM = "BatchNormalization"
@@ -108,21 +110,27 @@ def made(case, seed=0):
     return module, torch.randn(2, 4, *[9] * (rank - 2))
 
 
-def traced(module, x):
-    """Trace, fold, optimise and name a module as the hub does."""
-    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, optimize=False, output_names=["y"])
-    count = graph_pass.fold_batch_norm(program.model)
-    assert Counter(node.op_type for node in program.model.graph)[NORM] + count == len(norms_of(module, x))
+def exported(module, x):
+    """Export a module as the hub does."""
+    with unparsed_torchlib():
+        return torch.onnx.export(module, (x,), dynamo=True, verbose=False, optimize=False, output_names=["y"])
+
+
+def norms(program):
+    return sum(node.op_type == NORM for node in program.model.graph)
+
+
+@functools.cache
+def traced(case):
+    """Trace, fold, optimise and name the module of a case as the hub does."""
+    program = exported(*made(case))
+    before = norms(program)
+    assert before - graph_pass.fold_batch_norm(program.model) == norms(program)
     program.optimize()
     proto = program.model_proto
     name_after_modules(proto, root="model")
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def norms_of(module, x):
-    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, optimize=False)
-    return [node for node in program.model.graph if node.op_type == NORM]
 
 
 def close(got, want):
@@ -132,7 +140,7 @@ def close(got, want):
 @pytest.mark.parametrize("case", CASES)
 def test_graphs(case):
     module, x = made(case)
-    proto = traced(module, x)
+    proto = traced(case)
     kinds = Counter(node.op_type for node in proto.graph.node)
     assert kinds[NORM] == CASES[case][2]
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -146,15 +154,15 @@ def test_graphs(case):
 @pytest.mark.parametrize("case", ["attributes", "no_bias", "no_affine"])
 def test_a_folded_convolution_keeps_its_names(case):
     """The exporter's own folding would call the node bn/Conv, and its new bias conv.weight_bias."""
-    proto = traced(*made(case))
+    proto = traced(case)
     (conv,) = [node for node in proto.graph.node if node.op_type == "Conv"]
     assert conv.name == "conv/Conv"
     assert list(conv.input[1:]) == ["conv.weight", "conv.bias"]
 
 
 def test_weights_that_others_read_stay():
-    module, x = made("shared_weight")
-    tensors = {t.name: numpy_helper.to_array(t) for t in traced(module, x).graph.initializer}
+    module, _ = made("shared_weight")
+    tensors = {t.name: numpy_helper.to_array(t) for t in traced("shared_weight").graph.initializer}
     np.testing.assert_array_equal(tensors["second.weight"], module.second.weight.detach())
     (weight, bias) = folded_modules(module.first, module.bn)
     np.testing.assert_array_equal(tensors["second.weight_1"], weight)
@@ -177,8 +185,8 @@ def test_modules(case):
 @pytest.mark.parametrize("case", ["attributes", "no_bias", "no_affine", "groups", "one_dimension"])
 def test_a_module_and_its_graph_fold_to_the_same_bits(case):
     """So that a fused operator's operands are found among the constants of a graph."""
-    module, x = made(case)
-    tensors = {t.name: numpy_helper.to_array(t) for t in traced(module, x).graph.initializer}
+    module, _ = made(case)
+    tensors = {t.name: numpy_helper.to_array(t) for t in traced(case).graph.initializer}
     for name, value in zip(("conv.weight", "conv.bias"), folded_modules(module.conv, module.bn), strict=True):
         np.testing.assert_array_equal(tensors[name], value.numpy())
 

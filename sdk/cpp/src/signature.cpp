@@ -26,10 +26,10 @@ constexpr std::size_t SIGNATURE_SIZE = 64;
 constexpr const char *KEY_HINT = "create it from the private key:  openssl pkey -in key.pem -pubout -out public.pem";
 
 template <class T>
-using Owned = std::unique_ptr<T, void (*)(T *)>;
+using Freed = std::unique_ptr<T, void (*)(T *)>;
 
 // Read an ed25519 public key from a PEM file. Throws UsageError.
-Owned<EVP_PKEY> public_key(const std::filesystem::path &path) {
+Freed<EVP_PKEY> public_key(const std::filesystem::path &path) {
     std::error_code ignored;
     errno = std::filesystem::is_directory(path, ignored) ? EISDIR : 0;
     std::ifstream stream(path, std::ios::binary);
@@ -37,8 +37,8 @@ Owned<EVP_PKEY> public_key(const std::filesystem::path &path) {
     if (!errno && stream) stream.read(text.data(), static_cast<std::streamsize>(text.size()));
     if (errno || stream.bad() || !stream.is_open())
         throw UsageError("key " + utf8(path) + " cannot be read: " + std::generic_category().message(errno ? errno : EIO), KEY_HINT);
-    const Owned<BIO> bio(BIO_new_mem_buf(text.data(), static_cast<int>(stream.gcount())), BIO_free_all);
-    Owned<EVP_PKEY> key(bio ? PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr) : nullptr, EVP_PKEY_free);
+    const Freed<BIO> bio(BIO_new_mem_buf(text.data(), static_cast<int>(stream.gcount())), BIO_free_all);
+    Freed<EVP_PKEY> key(bio ? PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr) : nullptr, EVP_PKEY_free);
     ERR_clear_error();
     if (!key) throw UsageError(utf8(path) + " is not a PEM file of an ed25519 public key", KEY_HINT);
     if (EVP_PKEY_id(key.get()) != EVP_PKEY_ED25519) throw UsageError("key " + utf8(path) + " is not an ed25519 key", KEY_HINT);
@@ -46,7 +46,7 @@ Owned<EVP_PKEY> public_key(const std::filesystem::path &path) {
 }
 
 bool verified(EVP_PKEY *key, const std::string &signature, const std::string &message) {
-    const Owned<EVP_MD_CTX> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
+    const Freed<EVP_MD_CTX> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
     const auto bytes = [](const std::string &text) { return reinterpret_cast<const unsigned char *>(text.data()); };
     const bool good = context && EVP_DigestVerifyInit(context.get(), nullptr, nullptr, nullptr, key) == 1 &&
                       EVP_DigestVerify(context.get(), bytes(signature), signature.size(), bytes(message), message.size()) == 1;
@@ -59,7 +59,7 @@ bool verified(EVP_PKEY *key, const std::string &signature, const std::string &me
 
 #ifdef EVM_SIGNATURES
 void check_signature(const Source &source, const std::string &manifest, const std::filesystem::path &key) {
-    const Owned<EVP_PKEY> known = public_key(key);
+    const Freed<EVP_PKEY> known = public_key(key);
     std::string signature;
     try {
         source.read(SIGNATURE, [&](const char *data, std::size_t size) { signature.append(data, std::min(size, SIGNATURE_SIZE + 1 - signature.size())); });
