@@ -16,7 +16,7 @@ DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 # compile all of them again, 3 CPU seconds for pytest.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test check docs bench coverage sbom setup clean
+.PHONY: demo quick first-line test check docs bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
@@ -45,7 +45,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-quick: check
+quick: setup
+	$(MAKE) --no-print-directory --jobs=2 check first-line
+
+first-line: setup
 	$(BIN)/python -m pytest -n 2 -p no:randomly -m "not ($(DEAR))"
 
 test: check

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
+
 from evm_deploy.export import openvino
 from evm_deploy.export.hub.graph import Graph, trace, with_pre_and_postprocessing
 from evm_deploy.export.pipeline import complete
@@ -15,6 +17,8 @@ from evm_deploy.runtimes.base import RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime
 
 LOWERINGS = ("plugin", "portable")
+#: The same for `parametrize`: the extension of the first is compiled.
+EVERY_LOWERING = [pytest.param(LOWERINGS[0], marks=pytest.mark.compiler), LOWERINGS[1]]
 
 
 def traced(checkpoint: Path, plan: ExportPlan) -> tuple[Graph, ExportPlan]:

@@ -35,7 +35,7 @@ from evm_deploy.runtimes.onnxruntime import OnnxRuntime, _runs
 from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import onnx_function
 from evm_deploy.toolchain.plugins import block_trace
-from tests.openvino import LOWERINGS, built, opened, traced
+from tests.openvino import EVERY_LOWERING, built, opened, traced
 
 
 def test_the_parts_of_a_bundle_on_the_kernel(micro_bundle):
@@ -122,7 +122,7 @@ def test_a_target_without_a_profiler(coreml_bundle):
         assert measure_layers(model, {}) == {}
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 @pytest.mark.slow
 def test_openvino(scan, micro, tmp_path):
     graph, plan = traced(micro, ExportPlan("openvino", imgsz=(64, 64), scan=scan))

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from evm_deploy import cli
-from evm_deploy.bundle.bundle import open_bundle
+from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
@@ -35,7 +35,7 @@ from evm_deploy.runtimes.base import Batch, RunOptions
 from evm_deploy.runtimes.openvino import INFO, OpenVinoRuntime, OpenVinoSettings, open_core, reason
 from evm_deploy.toolchain.openvino_extension import extension
 from evm_deploy.toolchain.platforms import host_platform
-from tests.openvino import LOWERINGS, built, opened, traced
+from tests.openvino import EVERY_LOWERING, LOWERINGS, built, opened, traced
 from tests.test_fused import block_model, random_block
 from tests.toolchains import need
 
@@ -45,8 +45,12 @@ APP = Path(__file__).parent / "openvino_app"
 @pytest.fixture(scope="session")
 def bundles(micro, bundle_of):
     """The smallest golden model at 64x64, by lowering."""
-    plan = ExportPlan("openvino", imgsz=(64, 64))
-    return {scan: bundle_of(micro, replace(plan, scan=scan)) for scan in LOWERINGS}
+
+    class Bundles(dict[str, Bundle]):
+        def __missing__(self, scan):
+            return bundle_of(micro, ExportPlan("openvino", imgsz=(64, 64), scan=scan))
+
+    return Bundles()
 
 
 def pixels(batch=1, height=64, width=64):
@@ -71,7 +75,7 @@ def test_golden_logits(name, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_odd_golden_case(scan, checkpoint, tmp_path):
     case = golden.model_case("tiny_odd_200x232")
     plan = ExportPlan("openvino", imgsz=(200, 232), input="tensor", scan=scan)
@@ -96,13 +100,14 @@ def test_pixels_and_odd_grids(imgsz, batch, micro, tmp_path):
             assert np.abs(runtime.run({"image": images})["logits"] - want).max() < 1e-4
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_every_scan_was_verified_as_it_ships(scan, bundles):
     parity = bundles[scan].manifest.parity
     assert [(s["name"], s["lowering"]) for s in parity["scans"]] == [(f"layers.{i}.blocks.0.op", scan) for i in (0, 1)]
     assert all(s["ssm"] < 2e-6 and s["probe"] < 2e-6 for s in parity["scans"])
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_spoilt_block_is_rejected(precision, monkeypatch, micro, tmp_path, capsys):
     """Negative control of ScanAccess: A of one block is 1 % off, in the artifact alone."""
@@ -147,6 +152,7 @@ def operators(path):
     return collections.Counter(re.findall(r'<layer [^>]*type="(\w+)" version="(\w+)"', path.read_text()))
 
 
+@pytest.mark.compiler
 def test_what_an_ir_holds(bundles):
     plugin, portable = (operators(bundles[scan].path / "model.xml") for scan in LOWERINGS)
     assert plugin[("EVSSBlock", "evm")] == 2 and ("TensorIterator", "opset1") not in plugin
@@ -157,6 +163,7 @@ def test_what_an_ir_holds(bundles):
     assert {"layers.0.blocks.0/EVSSBlock", "layers.2.1.conv_pw.0/Conv/WithoutBiases"} <= set(names)
 
 
+@pytest.mark.compiler
 def test_metadata_is_in_the_ir_and_in_the_manifest(bundles):
     import openvino as ov
 
@@ -174,7 +181,7 @@ def test_metadata_is_in_the_ir_and_in_the_manifest(bundles):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_the_same_bytes_from_any_process(scan, micro, bundles, tmp_path):
     code = "from evm_deploy.cli import export_main; raise SystemExit(export_main())"
     flags = ["--target", "ov", "--imgsz", "64", "--scan", scan, "-o", str(tmp_path)]
@@ -185,7 +192,7 @@ def test_the_same_bytes_from_any_process(scan, micro, bundles, tmp_path):
         assert a == b, name
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_float16_weights_and_float32_scans(scan, micro, bundles, tmp_path):
     plan = ExportPlan("openvino", imgsz=(64, 64), precision="fp16", scan=scan)
     bundle = export(micro, plan, tmp_path)
@@ -227,7 +234,7 @@ print(json.dumps({"logits": result.tolist(), "modules": sorted(ours)}))
 """
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_an_ir_runs_in_openvino_alone(scan, bundles, tmp_path):
     bundle = bundles[scan]
     test_inputs = load_file(bundle.path / "selftest" / "probes.safetensors")
@@ -240,7 +247,7 @@ def test_an_ir_runs_in_openvino_alone(scan, bundles, tmp_path):
     assert np.abs(np.array(result["logits"]) - test_inputs["logits"][:1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_the_commands_of_the_readme_run(scan, bundles):
     folder = bundles[scan].path
     text = (folder / "README.md").read_text()
@@ -263,7 +270,8 @@ def test_a_program_in_cpp_runs_it(bundles, tmp_path):
     settings = [f"-DOpenVINO_DIR={get_cmake_path()}", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(["cmake", "-S", APP, "-B", tmp_path, *settings], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
-    for scan, bundle in bundles.items():
+    for scan in LOWERINGS:
+        bundle = bundles[scan]
         test_inputs = load_file(bundle.path / "selftest" / "probes.safetensors")
         (tmp_path / "image").write_bytes(test_inputs["image"][:1].tobytes())
         library = [bundle.path / bundle.manifest.plugins[host_platform()]] if scan == "plugin" else []
@@ -275,7 +283,7 @@ def test_a_program_in_cpp_runs_it(bundles, tmp_path):
 # -------------------------------------------------------------------------------------------------------- the runtime
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_selftest_and_prediction(scan, bundles, capsys):
     assert cli.run_main([str(bundles[scan].path), "--selftest"]) == 0
     assert f"scans ran as {scan}" in capsys.readouterr().out
@@ -283,6 +291,7 @@ def test_selftest_and_prediction(scan, bundles, capsys):
         assert len(model.predict([pixels()[0]], top=3)[0]) == 3
 
 
+@pytest.mark.compiler
 def test_selftest_notices_a_changed_weight(bundles, tmp_path):
     """Negative control: one float of the weights, hashes made to fit."""
     folder = shutil.copytree(bundles["plugin"].path, tmp_path / "bundle")
@@ -305,6 +314,7 @@ def layers_of(runtime):
     return {n.friendly_name: tuple(n.get_rt_info()[key] for key in ("layerType", "runtimePrecision")) for n in nodes}
 
 
+@pytest.mark.compiler
 def test_what_runs_is_float32_unless_the_export_says_half(bundles, micro, tmp_path):
     """OpenVINO's own default is bfloat16 on CPUs that have it."""
     plugin = bundles["plugin"].path / bundles["plugin"].manifest.plugins[host_platform()]
@@ -323,6 +333,7 @@ def test_what_runs_is_float32_unless_the_export_says_half(bundles, micro, tmp_pa
         assert bool(noted) == (runtime.precision == "f16")
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_our_operators_are_marked_precision_sensitive(precision, micro, tmp_path):
     """A plugin that computes in float16 hands unmarked operators float16: only CPUs with AVX512-FP16 show that."""
@@ -336,6 +347,7 @@ def test_our_operators_are_marked_precision_sensitive(precision, micro, tmp_path
             assert len(ours) == count and set(ours) <= {"EVSSBlock", "SelectiveScan"}
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("halved", [False, True], ids=["float32 constants", "float16 constants"])
 def test_any_precision_around_our_operators(hint, halved, bundles, tmp_path):
@@ -357,6 +369,7 @@ def test_any_precision_around_our_operators(hint, halved, bundles, tmp_path):
     assert np.abs(got - want).max() <= (1e-6 if (hint, halved) == ("f32", False) else 3e-2) * np.abs(want).max()
 
 
+@pytest.mark.compiler
 def test_a_compilation_that_fails_is_told_in_a_line(tmp_path):
     """float16 into a float32 operator, as before it was marked: the cause, not the signature of the node."""
     block = onnx.load_from_string(block_model(random_block(1, 20, 3, 16), 1, 4, 4))
@@ -368,7 +381,7 @@ def test_a_compilation_that_fails_is_told_in_a_line(tmp_path):
     assert "x is f16, expected f32" in told and "Parameter" not in told and len(told.splitlines()) == 1
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 def test_threads_agree_bit_for_bit(scan, bundles):
     with load(bundles[scan].path, threads=1) as one, load(bundles[scan].path, threads=2) as two:
         want = one.run({"image": pixels()})["logits"]
@@ -377,6 +390,7 @@ def test_threads_agree_bit_for_bit(scan, bundles):
                 np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("device", ["CPU", "AUTO", "AUTO:CPU", "HETERO:CPU"])
 def test_devices(device, bundles):
     with load(bundles["plugin"].path) as plain, load(bundles["plugin"].path, device=device, threads=1) as model:
@@ -396,6 +410,7 @@ def test_a_device_that_is_not_there(device, bundles, capsys):
     assert "not found; OpenVINO finds: CPU" in message and "Traceback" not in message
 
 
+@pytest.mark.compiler
 def test_compiled_models_are_cached_apart_for_each_library(bundles, tmp_path):
     model = bundles["plugin"].path / "model.xml"
     library = bundles["plugin"].path / bundles["plugin"].manifest.plugins[host_platform()]
@@ -480,6 +495,7 @@ def test_onnx_has_neither_devices_nor_a_cache(micro_bundle):
         load(micro_bundle.path, cache="somewhere")
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow(bundles):
     """reliability/load.py does this a million times."""
@@ -500,6 +516,7 @@ def test_memory_does_not_grow(bundles):
 # ------------------------------------------------------------------------------------------------- what does not work
 
 
+@pytest.mark.compiler
 def test_a_lowering_that_is_not_in_the_bundle(bundles):
     with pytest.raises(UsageError, match=r"native nodes only(?s:.*)--scan portable"):
         load(bundles["plugin"].path, scan="portable")
@@ -541,6 +558,7 @@ def test_a_damaged_ir(bundles, tmp_path):
         OpenVinoRuntime(tmp_path / "model.xml")
 
 
+@pytest.mark.compiler
 def test_an_onnx_bundle_runs_on_the_extension_too(micro_bundle):
     """The same nodes: OpenVINO reads them from the ONNX file."""
     core = open_core(extension())

@@ -16,7 +16,7 @@ from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import UsageError
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
-from tests.openvino import LOWERINGS
+from tests.openvino import EVERY_LOWERING
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def plan(**changes):
     return ExportPlan("openvino", precision="int8", **{"calib": "demo", "val": "demo", "max_drop": 0.3, **changes})
 
 
-@pytest.mark.parametrize("scan", LOWERINGS)
+@pytest.mark.parametrize("scan", EVERY_LOWERING)
 @pytest.mark.slow
 def test_the_demo(scan, tmp_path):
     bundle = export(CHECKPOINT, plan(scan=scan), tmp_path)
