@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -49,6 +50,7 @@ def test_help_is_quick_and_lists_exit_codes():
     assert seconds < _quick()
 
 
+@functools.cache
 def _quick():
     """Return a quarter of the CPU seconds that it takes to import torch, which no help needs."""
     return _timed("import torch", tries=1)[1] / 4
