@@ -33,6 +33,7 @@ import onnxruntime as ort
 import openvino as ov
 import torch
 from common import PEERS, interleave, ratio, where
+from onnx import numpy_helper
 from onnxruntime import quantization
 
 from evm_deploy.export.pipeline import export
@@ -107,6 +108,12 @@ def dynamic(file: Path) -> onnx.ModelProto:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]
+    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    for tensor in model.graph.initializer:
+        if tensor.name in shapes:
+            shape = numpy_helper.to_array(tensor).copy()
+            shape[0] = 0  # as the input's
+            tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
     return model
 
 

@@ -149,12 +149,13 @@ def describe(model: Any, facts: dict[str, str]) -> None:
         model.set_rt_info(value, [RT_INFO, key])
 
 
-def save(model: Any, path: Path) -> None:
+def save(model: Any, path: Path, *, exact_results: bool = False) -> None:
     """Write `path` (.xml) and the .bin beside it. Constants keep their types. See `marked_precise`."""
     import openvino
 
     openvino.save_model(model, str(path), compress_to_fp16=False)
-    path.write_text(marked_precise(without_default(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    ir = without_default(path.read_text(encoding="utf-8"))
+    path.write_text(marked_precise(ir, results=exact_results), encoding="utf-8")
 
 
 def without_default(ir: str) -> str:
@@ -162,18 +163,19 @@ def without_default(ir: str) -> str:
     return re.sub(r'\s*<data delta_softplus="true"\s*/>', "", ir)
 
 
-def marked_precise(ir: str) -> str:
+def marked_precise(ir: str, *, results: bool = False) -> str:
     """Mark the operators of our extension, and those that select detections, as precision sensitive in an IR's XML.
 
     OpenVINO's plugin for a device that computes in float16 then keeps these operators and their inputs in float32, with
     conversions around them. A float16 coordinate has steps of 1 pixel above 1024. Without the mark OpenVINO 2026.4.1
     passes float16 to our operators on CPUs with AVX512-FP16, and the model does not compile. OpenVINO's Python
-    interface cannot set the mark.
+    interface cannot set the mark. results: mark the model's outputs, too. Else they are rounded to float16 on the way.
 
     before:  <layer .. type="SelectiveScan" version="evm">
     after:   <layer .. type="SelectiveScan" version="evm"><rt_info><attribute name="precise" version="0" /></rt_info>
     """
-    layer = rf'(<layer [^>]*\b(?:version="evm"|name="{SELECTION}[./][^"]*")[^>]*(?<!/)>)(\s*<data [^>]*/>)?'
+    kinds = rf'version="evm"|name="{SELECTION}[./][^"]*"' + ('|type="Result"' if results else "")
+    layer = rf"(<layer [^>]*\b(?:{kinds})[^>]*(?<!/)>)(\s*<data [^>]*/>)?"
     return re.sub(layer, r'\1\2<rt_info><attribute name="precise" version="0" /></rt_info>', ir)
 
 

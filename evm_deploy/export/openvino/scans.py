@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.export.hub.graph import ScanSite
-from evm_deploy.export.openvino.ir import SCAN_CONSTANTS, SCAN_READS, cut_out, outputs_by_name
+from evm_deploy.export.openvino.ir import SCAN_CONSTANTS, SCAN_READS, cut_out, outputs_by_name, save
 from evm_deploy.export.target import Artifact
 from evm_deploy.runtimes.base import Feeds, RunOptions
 from evm_deploy.runtimes.openvino import OpenVinoRuntime, open_core, read
@@ -28,7 +29,7 @@ class OpenVinoScanAccess:
         self.names = tuple(site.name for site in self.sites)
 
     def in_situ(self, feeds: Feeds) -> list[dict[str, NDArray[np.float32]]]:
-        """Run one inference. Returns u, delta, B, C and y of each scan."""
+        """Run one inference. Returns u, delta, B, C and y of each scan, as the scan reads and writes them."""
         tapped = self.model.clone()
         nodes = {node.friendly_name: node for node in tapped.get_ops()}
         for site in self.sites:
@@ -49,8 +50,11 @@ class OpenVinoScanAccess:
                 output.get_tensor().set_names({name})
                 wanted[name] = output
         tapped.add_outputs([*wanted.values()])
-        with OpenVinoRuntime(tapped, RunOptions(plugin=self.plugin)) as runtime:
-            values = runtime.run(feeds)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "tapped.xml"
+            save(tapped, path, exact_results=True)
+            with OpenVinoRuntime(path, RunOptions(plugin=self.plugin)) as runtime:
+                values = runtime.run(feeds)
         return [{key: values[names[site.name, key]] for key in SCAN_OUTPUTS} for site in self.sites]
 
     def with_layer(self, path: str, feeds: Feeds) -> dict[str, NDArray[Any]]:
