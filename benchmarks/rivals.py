@@ -65,6 +65,21 @@ class RandomImages(quantization.CalibrationDataReader):
         return None if image is None else {"images": image}
 
 
+def with_any_batch(file: Path) -> None:
+    """Change the graph of a rival in place: it takes any number of images."""
+    model = onnx.load(str(file))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del model.graph.value_info[:]
+    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    for tensor in model.graph.initializer:
+        if tensor.name in shapes:
+            shape = numpy_helper.to_array(tensor).copy()
+            shape[0] = 0  # as the input's
+            tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
+    onnx.save(model, str(file))
+
+
 def rivals(folder: Path) -> Iterator[tuple[str, Path]]:
     """Write each rival in float32 and INT8; yield name and file."""
     if not PEERS.is_dir():
@@ -74,6 +89,7 @@ def rivals(folder: Path) -> Iterator[tuple[str, Path]]:
 
     for key, name in RIVALS.items():
         float32 = peers.materialise(key, folder / f"{key}.onnx")
+        with_any_batch(float32)
         prepared, int8 = folder / f"{key}-prepared.onnx", folder / f"{key}-int8.onnx"
         quantization.quant_pre_process(str(float32), str(prepared))
         quantization.quantize_static(str(prepared), str(int8), RandomImages(), **QUANTIZED)
@@ -102,21 +118,6 @@ def feeds_of(name: str, batch: int) -> dict[str, np.ndarray]:
     return {"image": g.integers(0, 256, (batch, SIZE, SIZE, 3), np.uint8)}
 
 
-def dynamic(file: Path) -> onnx.ModelProto:
-    """Return a rival's graph for any batch."""
-    model = onnx.load(str(file))
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del model.graph.value_info[:]
-    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
-    for tensor in model.graph.initializer:
-        if tensor.name in shapes:
-            shape = numpy_helper.to_array(tensor).copy()
-            shape[0] = 0  # as the input's
-            tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
-    return model
-
-
 def in_onnxruntime(file: Path, name: str, threads: int, batch: int) -> Run:
     """Return a function that runs one inference in ONNX Runtime."""
     options = ort.SessionOptions()
@@ -124,8 +125,7 @@ def in_onnxruntime(file: Path, name: str, threads: int, batch: int) -> Run:
     feeds = feeds_of(name, batch)
     if "image" in feeds:
         options.register_custom_ops_library(str(find_plugin("onnxruntime")))
-    model = dynamic(file) if batch > 1 and "images" in feeds else onnx.load(str(file))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feeds)
 
 
