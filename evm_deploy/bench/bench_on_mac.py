@@ -148,6 +148,8 @@ def make_record(folder: Path, ct: Any, units: str, found: MacRun, limit_s: float
             "device": units,
             "cache": None,
             "cuda_graph": False,
+            "providers": None,
+            "provider_options": None,
             "streams": 1,
             "timed": "model",
             "imgsz": None,
