@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 # packages of others, for tests: without their dependencies, which are CUDA's; as in tests/toolchains.py
 MAMBAS := opensr-mamba==0.0.1 mambapy==1.2.0 bidirectional-mamba==0.2.0 timm==1.0.31 einops==0.8.2
 COCO := pycocotools==2.0.11
+TRITON := tritonclient==2.73.0
 DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 
 # Sources of the package and of the tests are compiled once, also where the environment forbids it: each process would
@@ -22,7 +23,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MAMBAS) $(COCO)
+	$(BIN)/python -m pip install --quiet --no-deps $(MAMBAS) $(COCO) $(TRITON)
 	touch $@
 
 demo: setup

@@ -71,6 +71,7 @@ EXCEPTIONS = {
     "bench/bench_on_mac.py": "measures coreml in a bundle, without evm-deploy",
     "sweep/forms.py": "the default forms of a comparison",
     "runtimes/providers.py": "execution providers of ONNX Runtime that have the names of targets",
+    "export/triton.py": "Triton's backends by target",
     "commands/export_flags.py": "the help of flags that name targets: it loads no target",
     "commands/matrix.py": "the help of --forms",
 }

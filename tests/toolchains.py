@@ -38,6 +38,7 @@ SDK_HEADERS = {
 #: As in Makefile.
 MAMBAS = ("opensr-mamba==0.0.1", "mambapy==1.2.0", "bidirectional-mamba==0.2.0", "timm==1.0.31", "einops==0.8.2")
 COCO = "pycocotools==2.0.11"
+TRITON = "tritonclient==2.73.0"
 NVIDIA_HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
@@ -109,6 +110,7 @@ TOOLCHAINS = {
         f"pip install --no-deps {' '.join(MAMBAS)}",
     ),
     "pycocotools": Toolchain(lambda: bool(find_spec("pycocotools")), f"pip install --no-deps {COCO}"),
+    "Triton's schema": Toolchain(lambda: bool(find_spec("tritonclient")), f"pip install --no-deps {TRITON}"),
     "OpenCV": Toolchain(lambda: bool(find_spec("cv2")), install_hint("video")),
     "LIEF": Toolchain(lambda: bool(find_spec("lief")), install_hint("dev")),
     "OpenVINO in ONNX Runtime": Toolchain(

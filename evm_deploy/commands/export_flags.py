@@ -239,6 +239,12 @@ def export_parser() -> Parser:
     group = parser.add_argument_group("output")
     output = group.add_argument
     output("-o", "--out", default="dist", metavar="DIR", help="folder for the bundles, default dist")
+    output(
+        "--layout",
+        metavar="NAME[:DIR]",
+        help="arrange the bundle for a server: triton makes it a model of Triton Inference Server, whose model "
+        "repository is DIR on the server (default /models)",
+    )
     output("--force", action="store_true", help="replace an existing bundle")
     output("--sign", metavar="KEY", help="sign the bundle with this ed25519 private key (a PEM file)")
     output("--zip", action="store_true", help="also write <bundle>.zip, which evm-run and load open")

@@ -103,6 +103,7 @@ def _plan(args: argparse.Namespace, target: str, **decided: Any) -> ExportPlan:
         score_thr=_number("--score-thr", args.score_thr) if args.score_thr is not None else None,
         iou=_number("--iou", args.iou) if args.iou is not None else None,
         max_det=int(_number("--max-det", args.max_det, whole=True)) if args.max_det is not None else None,
+        layout=args.layout,
         settings=_settings(args, target),
     )
 

@@ -66,7 +66,8 @@ class ExportPlan:
     checks. smooth: whether int8 applies SmoothQuant first. weight_bits: 8 (default), or 7 for int8 weights that cannot
     saturate on x86 CPUs without VNNI. val: labelled evaluation images for int8 and w8. max_drop:
     largest accepted loss of accuracy on val, in points. nms, score_thr, iou, max_det: selection of a detector, as in
-    `data.boxes.SelectionSettings`. settings: the target's own, an instance of `Target.settings`.
+    `data.boxes.SelectionSettings`. layout: arrangement of the bundle for a server, `NAME` or `NAME:DIR` with the folder
+    of the bundles on the server; None for none. settings: the target's own, an instance of `Target.settings`.
     """
 
     target: str
@@ -104,6 +105,7 @@ class ExportPlan:
     score_thr: float | None = None
     iou: float | None = None
     max_det: int | None = None
+    layout: str | None = None
     settings: Any = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.reading import MODES
 from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.graph import Graph, ScanSite, trace, trace_key
+from evm_deploy.export.layouts import check_layout
 from evm_deploy.export.plan import SELFTEST_TOLERANCES, ExportPlan
 from evm_deploy.runtimes.base import Feeds, RunOptions, Runtime
 from evm_deploy.runtimes.info import RuntimeInfo
@@ -288,6 +289,7 @@ def check_plan(target: Target, plan: ExportPlan) -> ExportPlan:
     if plan.more_imgsz and not target.several_sizes:
         raise UsageError(f"an artifact of target '{target.name}' takes one --imgsz", "export once for each size")
     plan = replace(plan, settings=_own_settings(target, plan.settings))
+    check_layout(plan)
     target.check(plan)
     return plan
 
