@@ -47,7 +47,7 @@ def scan_model(b, K, L, D, N, steps=None):
     }  # fmt: skip
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["u"])
-    nodes = unrolled_scan({name: name for name in shapes}, "y", L, "scan/", steps)
+    nodes = unrolled_scan({name: name for name in shapes}, "y", L, "scan/", steps, six_axes=True)
     model = helper.make_model(
         helper.make_graph(nodes, "scan", inputs, [output]), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
     )

@@ -105,7 +105,7 @@ LINE = re.compile(r"^ {4}(?:\$ )?(evm-[a-z]+(?: .*)?)$", re.M)
 SYNOPSIS = re.compile(r"[][|<>]|\.\.")  # shows what may be given, and is no line to type
 #: Parts of commands that need something that is not here: other machines, GPUs, networks and files of others.
 MACHINES = ("--host", "--adb", "--devices", "--finish", "--matrix", "--model", "GPU", "NPU", "evm-sweep", "evm-tune")
-ELSEWHERE = (*MACHINES, "retinanet", "mask_rcnn", "upernet", "scenes", "clip.mp4", "camera:", ".onnx -")
+ELSEWHERE = (*MACHINES, "--provider", "retinanet", "mask_rcnn", "upernet", "scenes", "clip.mp4", "camera:", ".onnx -")
 
 
 def documented_commands() -> list[str]:

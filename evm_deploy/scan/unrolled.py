@@ -5,8 +5,7 @@ and decay of every step. A carry then runs over the chunks and corrects every st
 
     h_t = a_t h_(t-1) + x_t;   P_t = a_t P_(t-1);   carry_(c+1) = P_T carry_c + h_T;   y_t = <C_t, h_t + P_t carry_c>
 
-States are (b, K, chunks, N, D), and no tensor has more axes: NPUs take five at most. There is no division by a
-cumulated decay. L is static; the batch may be dynamic.
+States are (b, K, chunks, N, D). There is no division by a cumulated decay. L is static; the batch may be dynamic.
 """
 
 from __future__ import annotations
@@ -32,12 +31,20 @@ def chunk_length(L: int) -> int:
 
 
 def unrolled_scan(
-    reads: dict[str, str], writes: str, L: int, prefix: str, steps: int | None = None, *, softplus: bool = True
+    reads: dict[str, str],
+    writes: str,
+    L: int,
+    prefix: str,
+    steps: int | None = None,
+    *,
+    softplus: bool = True,
+    six_axes: bool = False,
 ) -> list[onnx.NodeProto]:
     """Return nodes that compute the tensor `writes` from the tensors `reads`, for sequences of length L.
 
     reads: names of the tensors for u, delta, A, B, C, skip and bias. prefix: prefix of all new names. steps: steps per
     chunk T, by default `chunk_length(L)`; L need not be a multiple of T. softplus: False for dt = delta + bias.
+    six_axes: whether tensors may have six axes. NPUs take five at most; TensorRT's kernels read and write less with six.
     """
     f = Body(prefix)
     T = steps or chunk_length(L)
@@ -46,6 +53,10 @@ def unrolled_scan(
     def split(tensor: str, *, column: bool) -> list[str]:  # (b, K, L, X) -> T times (b, K, chunks, 1, X), or (.., X, 1)
         if chunks * T > L:  # padded after softplus: a padded step has dt = 0 and keeps the state
             tensor = f.op("Pad", tensor, f.const([0, 0, 0, 0, 0, 0, chunks * T - L, 0]))
+        if six_axes:
+            cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, *((-1, 1) if column else (1, -1))]))
+            parts = f.op("Split", cut, axis=3, num_outputs=T, outputs=T) if T > 1 else [cut]
+            return [f.op("Squeeze", part, three) for part in parts]
         cut = f.op("Reshape", tensor, f.const([0, 0, chunks, T, -1]))
         if column:
             cut = f.op("Transpose", cut, perm=[0, 1, 2, 4, 3])

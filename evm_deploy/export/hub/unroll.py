@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
-def unroll(model: onnx.ModelProto, steps: Callable[[int, int], int] | None = None) -> int:
+def unroll(model: onnx.ModelProto, steps: Callable[[int, int], int] | None = None, *, six_axes: bool = False) -> int:
     """Replace every scan by standard ops, in place. Returns how many.
 
-    steps(K, L): steps per chunk of a scan of K directions and L steps; None for those of `scan.unrolled`.
+    steps(K, L): steps per chunk of a scan of K directions and L steps; None for those of `scan.unrolled`. six_axes: as
+    in `unrolled_scan`.
 
     before:  %y = evm::SelectiveScan(%u, %delta, A, %B, %C, skip, bias)
     after:   %1 = Unsqueeze(bias);  %2 = Add(%delta, %1)  ..  %y = Add(%8, %9)        new names start with the old
@@ -35,7 +36,8 @@ def unroll(model: onnx.ModelProto, steps: Callable[[int, int], int] | None = Non
         reads = dict(zip(INPUTS, node.input, strict=True))
         K, L = sizes[node.output[0]]
         T = steps(K, L) if steps else None
-        kept += unrolled_scan(reads, node.output[0], L, f"{node.name}/", T, softplus=has_softplus(node))
+        how = {"softplus": has_softplus(node), "six_axes": six_axes}
+        kept += unrolled_scan(reads, node.output[0], L, f"{node.name}/", T, **how)
         count += 1
     del model.graph.node[:]
     model.graph.node.extend(kept)

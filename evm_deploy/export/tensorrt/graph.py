@@ -43,7 +43,7 @@ def tensorrt_graph(hub: onnx.ModelProto, plan: ExportPlan) -> tuple[onnx.ModelPr
     if plan.scan in ("aot", "plugin"):
         mark_for_plugin(model, plan)
     else:
-        unroll(model)
+        unroll(model, six_axes=True)
     del model.functions[:]  # the parser would prefer functions, or ignore their overloads
     check(model)
     return model, sites
