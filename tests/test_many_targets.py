@@ -17,6 +17,8 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export import ExportPlan, export, many
 from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.source import Source
+from evm_deploy.export.target import Environment, Target
+from evm_deploy.export.targets import load_targets, resolve_names
 from evm_deploy.runtimes.base import Batch
 
 
@@ -149,3 +151,14 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_all_is_every_target_that_can_be_built_and_the_others_are_named(monkeypatch, tmp_path, capsys):
+    cannot = Environment(False, {}, "pip install nothing")
+    monkeypatch.setattr(Target, "environment", lambda self: cannot if self.name == "coreml" else Environment(True, {}))
+    assert "coreml" not in resolve_names("all") and resolve_names("coreml") == ["coreml"]
+    assert resolve_names("all") == [name for name in load_targets() if name != "coreml"]
+    assert cli.export_main(["--target", "all", "-o", str(tmp_path), "--dry-run", "--json"]) == 0
+    assert (
+        "--target all leaves out coreml, whose packages are missing\n  pip install nothing" in capsys.readouterr().err
+    )

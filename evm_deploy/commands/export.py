@@ -17,7 +17,7 @@ from evm_deploy._util.text import count_text, escape_controls
 from evm_deploy.commands.console import Steps, run_command
 from evm_deploy.commands.convert import main as convert_main
 from evm_deploy.commands.export_flags import FINISH_ONLY, FINISH_TOO, export_parser
-from evm_deploy.commands.export_plans import plans_of, refuse_others_flags
+from evm_deploy.commands.export_plans import announce_left_out, plans_of, refuse_others_flags
 from evm_deploy.commands.summary import export_summary
 from evm_deploy.data.preprocessing import CROP, MAX_CHANNELS
 from evm_deploy.errors import UsageError
@@ -89,6 +89,8 @@ def _export(args: argparse.Namespace) -> int:
         source = Source(_graph_file(args) if ready else _checkpoint(args))
     if args.calib is None and any(plan.calib for plan in plans):
         print("no --calib given: int8 is calibrated on the demo's own images, as by --calib demo", file=sys.stderr)
+    if not args.device:
+        announce_left_out(args.target)
     if args.sign:
         private_key(args.sign)  # an unusable key must fail now
     if args.dry_run:

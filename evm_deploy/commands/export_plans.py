@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,14 @@ def plans_of(args: argparse.Namespace) -> list[ExportPlan]:
     images, precision = args.calib is not None, args.precision and canonical_precision(args.precision)
     asked: dict[str, Any] = {"scan": args.scan, "images": images, "weight_bits": _weight_bits(args)}
     return [_plan(args, **vars(choose(profile, name, precision, **asked))) for name in names]
+
+
+def announce_left_out(target: str | None) -> None:
+    """Print the targets that `--target all` leaves out on stderr, each with the cure."""
+    from evm_deploy.export.targets import left_out
+
+    for name, hint in left_out().items() if target == "all" else ():
+        print(f"--target all leaves out {name}, whose packages are missing\n  {hint}", file=sys.stderr)
 
 
 def _example(args: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ from evm_deploy._util.schema import strict_json
 from evm_deploy._util.text import command, count_text, escape_controls, size_text
 from evm_deploy.commands.console import EXIT_CODES, Parser, common_flags, run_command
 from evm_deploy.commands.engines import engine_flags, opened_engine
+from evm_deploy.commands.export_plans import announce_left_out
 from evm_deploy.errors import LatencyError, UsageError
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _space(args: argparse.Namespace, choices: Choices) -> Space:
     from evm_deploy.sweep.space import Space
 
     profile = choices.device.profile
+    announce_left_out(args.target)
     targets = resolve_names(args.target) if args.target else list(profile.targets) if profile else ["onnx"]
     forms = forms_of(targets, args.calib is not None)
     sizes = [size_text(parse_imgsz(each.strip())) for each in args.imgsz.split(",")] if args.imgsz else ()

@@ -24,7 +24,17 @@ def get_target(name: str, flag: str = "--target") -> Target:
 
 
 def resolve_names(text: str) -> list[str]:
-    """Resolve `onnx`, `onnx,trt` or `all` to target names, in order and without repeats. Raises UsageError."""
+    """Resolve `onnx`, `onnx,trt` or `all` to target names, in order and without repeats. Raises UsageError.
+
+    all: every target whose packages are installed; `left_out` has the others.
+    """
     if text == "all":
-        return list(load_targets())
+        missing = left_out()
+        return [name for name in load_targets() if name not in missing]
     return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))
+
+
+def left_out() -> dict[str, str]:
+    """Return how to install the missing packages, by the name of each target that cannot be built here."""
+    found = {name: target.environment() for name, target in load_targets().items()}
+    return {name: environment.hint for name, environment in found.items() if not environment.can_build}
