@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import interleave, ratio, where
 
-from evm_deploy.runtimes.registry import load_runtimes
+from evm_deploy.export.targets import resolve_names
 
 COMMAND = Path(sys.executable).parent / "evm-export"
 
@@ -36,7 +36,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path, help="evm-export of another checkout")
     args = parser.parse_args()
-    subjects = {"all": partial(exported, COMMAND, "all"), "one by one": partial(exported, COMMAND, *load_runtimes())}
+    subjects = {
+        "all": partial(exported, COMMAND, "all"),
+        "one by one": partial(exported, COMMAND, *resolve_names("all")),
+    }
     if args.against:
         subjects["other checkout"] = partial(exported, args.against, "all")
     times = interleave(subjects, args.rounds, warm_up=0)

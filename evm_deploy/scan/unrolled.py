@@ -44,7 +44,7 @@ def unrolled_scan(
 
     reads: names of the tensors for u, delta, A, B, C, skip and bias. prefix: prefix of all new names. steps: steps per
     chunk T, by default `chunk_length(L)`; L need not be a multiple of T. softplus: False for dt = delta + bias.
-    six_axes: whether tensors may have six axes. NPUs take five at most; TensorRT's kernels read and write less with six.
+    six_axes: whether tensors may have six axes. NPUs take five at most; kernels of TensorRT read and write less so.
     """
     f = Body(prefix)
     T = steps or chunk_length(L)
