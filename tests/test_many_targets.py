@@ -162,3 +162,10 @@ def test_all_is_every_target_that_can_be_built_and_the_others_are_named(monkeypa
     assert (
         "--target all leaves out coreml, whose packages are missing\n  pip install nothing" in capsys.readouterr().err
     )
+
+
+def test_all_without_any_target_that_can_be_built_is_an_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Target, "environment", lambda self: Environment(False, {}, "pip install nothing"))
+    assert cli.export_main(["--target", "all", "-o", str(tmp_path / "out")]) == 3
+    assert "no target can be built here, packages are missing\n  pip install nothing" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))

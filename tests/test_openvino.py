@@ -27,6 +27,7 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
+from evm_deploy.export.openvino.ir import save
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
@@ -345,6 +346,20 @@ def test_our_operators_are_marked_precision_sensitive(precision, micro, tmp_path
             marked = [n.get_type_name() for n in read.get_ops() if "DisablePrecisionConversion_0" in n.get_rt_info()]
             ours = [kind for kind in marked if kind != "Constant"]  # float16 exports mark those of the scans themselves
             assert len(ours) == count and set(ours) <= {"EVSSBlock", "SelectiveScan"}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_results_that_verification_reads_are_marked_precision_sensitive(exact, tmp_path):
+    """A plugin that computes in float16 rounds unmarked results: only CPUs with AVX512-FP16 show that."""
+    from openvino import Core, Model, opset13
+
+    x = opset13.parameter([2], np.float32, name="x")
+    save(Model([opset13.relu(x)], [x], "relu"), tmp_path / "relu.xml", exact_results=exact)
+    marks = {
+        node.get_type_name(): "DisablePrecisionConversion_0" in node.get_rt_info()
+        for node in Core().read_model(str(tmp_path / "relu.xml")).get_ops()
+    }
+    assert marks == {"Parameter": False, "Relu": False, "Result": exact}
 
 
 @pytest.mark.compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evm_deploy._util.text import one_of
+from evm_deploy.errors import ToolchainError
 from evm_deploy.export import onnx, openvino, qnn
 from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.target import Target
@@ -26,11 +27,15 @@ def get_target(name: str, flag: str = "--target") -> Target:
 def resolve_names(text: str) -> list[str]:
     """Resolve `onnx`, `onnx,trt` or `all` to target names, in order and without repeats. Raises UsageError.
 
-    all: every target whose packages are installed; `left_out` has the others.
+    all: every target whose packages are installed; `left_out` has the others. Raises ToolchainError if there is none.
     """
     if text == "all":
         missing = left_out()
-        return [name for name in load_targets() if name not in missing]
+        if found := [name for name in load_targets() if name not in missing]:
+            return found
+        raise ToolchainError(
+            "--target all: no target can be built here, packages are missing", next(iter(missing.values()))
+        )
     return list(dict.fromkeys(get_target(name.strip()).name for name in text.split(",")))
 
 
