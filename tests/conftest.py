@@ -50,6 +50,7 @@ class SleepingSessionOptions(onnxruntime.SessionOptions):
 onnxruntime.SessionOptions = SleepingSessionOptions
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a module on one worker, which builds its fixtures once; modules with dear tests come first."""
     dear = {item.path for item in items if DEAR & {mark.name for mark in item.iter_markers()}}

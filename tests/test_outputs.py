@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,9 +238,10 @@ def left_over(path: Path) -> list[Path]:
 def test_a_live_folder_stays_and_a_dead_one_goes(another, tmp_path, monkeypatch):
     """Also where the live process cannot be seen, as in another container."""
     process, folder = another
-    monkeypatch.setattr(os, "kill", lambda pid, what: (_ for _ in ()).throw(ProcessLookupError))
-    assert left_over(tmp_path / "b") == [folder]
-    process.send_signal(signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, what: (_ for _ in ()).throw(ProcessLookupError))
+        assert left_over(tmp_path / "b") == [folder]
+    process.kill()
     process.wait()
     assert left_over(tmp_path / "b") == []
 
