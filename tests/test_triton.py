@@ -111,6 +111,7 @@ def test_a_model_of_the_repository_is_a_bundle(schema, demo, tmp_path):
     same_as_the_selftest(demo, session)
     assert demo.manifest.artifact == "1/model.onnx" and {"config.pbtxt", "1/model.onnx"} <= set(demo.manifest.files)
     assert not (demo.path / "model.onnx").exists() and "`1/model.onnx`" in (demo.path / "README.md").read_text()
+    assert "| `config.pbtxt` | configuration of the model for Triton" in (demo.path / "README.md").read_text()
     assert any("--platform linux-x86_64" in note for note in demo.manifest.notes)
     assert [each.name for each in demo.path.iterdir() if each.is_dir() and each.name.isdigit()] == ["1"]
     shutil.copytree(demo.path, tmp_path / "moved")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evm_deploy.bundle.manifest import Manifest
@@ -26,8 +27,11 @@ class Usage:
     sections: str
 
 
-def bundle_readme(manifest: Manifest, usage: Usage) -> str:
-    """Return the README of a bundle as Markdown. The reader may have only the bundle, without evm-deploy."""
+def bundle_readme(manifest: Manifest, usage: Usage, files: Mapping[str, str]) -> str:
+    """Return the README of a bundle as Markdown. The reader may have only the bundle, without evm-deploy.
+
+    files: further files of the bundle -> their content.
+    """
     spec, pre, plan = manifest.model, manifest.preprocess(), manifest.plan
     height, width = pre.size
     read, outputs = manifest.inputs[0], ", ".join(o["name"] for o in manifest.outputs)
@@ -39,6 +43,7 @@ def bundle_readme(manifest: Manifest, usage: Usage) -> str:
     )
     kind = " ".join(filter(None, (spec["variant"], spec["family"])))
     labels = "| `labels.txt` | class names, one per line |\n" if plan["labels"] else ""
+    others = "".join(f"| `{file}` | {content} |\n" for file, content in files.items())
     libraries = "".join(
         f"| `{file}` | {usage.library.format(platform=platform)} |\n" for platform, file in manifest.plugins.items()
     )
@@ -53,7 +58,7 @@ similarity {manifest.parity["cosine"]:.6f}.
 | `{manifest.artifact}` | {usage.artifact} |
 | `manifest.json` | input, output, preprocessing, versions, hashes |
 | `selftest/` | test inputs and expected outputs |
-{labels}{libraries}
+{labels}{libraries}{others}
 Input `{read["name"]}`: {read["dtype"]} {shape_of(read)}, {contract}.
 Preprocessing by the app: {preprocessing_text(pre)}.
 Output: {outputs}.{outputs_text(manifest)}

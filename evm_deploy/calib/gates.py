@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.onnx import add_constant, constant_of
+
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
@@ -73,7 +75,7 @@ def _scale(node: ir.Node | None) -> NDArray[Any] | None:
     """Return the scale of a DequantizeLinear with one scale for the whole tensor; None for other nodes."""
     if node is None or node.op_type != "DequantizeLinear":
         return None
-    scale = _constant_of(node, 1)
+    scale = constant_of(node.inputs[1])
     return scale if scale is not None and scale.ndim == 0 else None
 
 
@@ -81,17 +83,8 @@ def _is_zero(node: ir.Node | None) -> bool:
     """Test whether a node is a DequantizeLinear of uint8 with one scale and zero point 0."""
     if node is None or _scale(node) is None:
         return False
-    zero_point = _constant_of(node, 2)
+    zero_point = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
     return zero_point is not None and zero_point.dtype == np.uint8 and zero_point == 0
-
-
-def _constant_of(node: ir.Node, index: int) -> NDArray[Any] | None:
-    """Return an input of a node as an array; None if the node lacks the input, or the input is no constant."""
-    import onnx_ir as ir
-
-    value = node.inputs[index] if index < len(node.inputs) else None
-    tensor = ir.convenience.get_const_tensor(value) if value else None
-    return None if tensor is None else tensor.numpy()
 
 
 def _only(node: ir.Node, reader: str) -> bool:
@@ -102,7 +95,7 @@ def _only(node: ir.Node, reader: str) -> bool:
 
 def _is_spatial(mean: ir.Node) -> bool:
     """Test whether a ReduceMean is GlobalAveragePool of an image, followed by QuantizeLinear."""
-    axes = _constant_of(mean, 1)
+    axes = constant_of(mean.inputs[1]) if len(mean.inputs) > 1 else None
     if axes is None or not mean.attributes.get_int("keepdims", 1) or not _only(mean, "QuantizeLinear"):
         return False
     shape = mean.outputs[0].shape  # known from the float graph; has as many axes as the input
@@ -134,10 +127,4 @@ def _pool(mean: ir.Node) -> None:
 
 def _constant(graph: ir.Graph, name: str, value: np.generic) -> ir.Value:
     """Return the constant `name` of a graph, registered by the first call."""
-    import onnx_ir as ir
-
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.asarray(value), name=name)
-        new = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(new)
-    return graph.initializers[name]
+    return graph.initializers.get(name) or add_constant(graph, name, np.asarray(value))

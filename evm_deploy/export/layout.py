@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ class Layout:
     """An arrangement of a bundle's files, with the files that one server needs beside them. The result is a bundle.
 
     name: value of --layout. root: folder on the server that holds the bundles, unless --layout NAME:DIR names another.
+    files: the server's own files -> their content, for the bundle's README.
 
     `check(plan)`: raise UsageError for a plan whose bundle the server cannot serve.
     `arrange(folder, manifest, where)`: arrange the files of the bundle in `folder`, before its manifest is written.
@@ -26,5 +27,6 @@ class Layout:
 
     name: str
     root: str
+    files: Mapping[str, str]
     check: Callable[[ExportPlan], None]
     arrange: Callable[[Path, Manifest, str], Manifest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from evm_deploy._util.text import one_of
@@ -39,3 +40,8 @@ def arranged(plan: ExportPlan, manifest: Manifest, folder: Path, name: str) -> M
         return manifest
     layout, root = parse_layout(plan.layout)
     return layout.arrange(folder, manifest, str(root / name))
+
+
+def files_of_layout(plan: ExportPlan) -> Mapping[str, str]:
+    """Return the files that the plan's layout puts into a bundle -> their content."""
+    return parse_layout(plan.layout)[0].files if plan.layout else {}

@@ -22,7 +22,7 @@ from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import AccuracyError, BundleError, ParityError, ToolchainError, UsageError
 from evm_deploy.export import quantization, selftest, verify
 from evm_deploy.export.description import describe, native_metadata
-from evm_deploy.export.layouts import arranged
+from evm_deploy.export.layouts import arranged, files_of_layout
 from evm_deploy.export.network_input import assumed, check_channels
 from evm_deploy.export.plan import (
     DEFAULT_IMGSZ,
@@ -122,7 +122,8 @@ def export(
             if plan.labels:
                 (folder / "labels.txt").write_text("\n".join(plan.labels) + "\n", encoding="utf-8")
             manifest = arranged(plan, manifest, folder, path.name)
-            (folder / "README.md").write_text(bundle_readme(manifest, target.usage(manifest)), encoding="utf-8")
+            readme = bundle_readme(manifest, target.usage(manifest), files_of_layout(plan))
+            (folder / "README.md").write_text(readme, encoding="utf-8")
             seal(folder, replace(manifest, selftest=limits, built=target.engine is None))
         failed = None
         if target.engine and engine_built_here(plan) and target.engine.possible():

@@ -135,4 +135,4 @@ def quoted(text: str) -> str:
     return '"' + re.sub(r'["\\\x00-\x1f\x7f]', lambda found: f"\\{ord(found[0]):03o}", text) + '"'
 
 
-LAYOUT = Layout(NAME, "/models", check, arrange)
+LAYOUT = Layout(NAME, "/models", {CONFIG: "configuration of the model for Triton Inference Server"}, check, arrange)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from evm_deploy._util.onnx import add_constant, constant_of
 from evm_deploy.model import batch_norm
 
 if TYPE_CHECKING:
@@ -44,15 +45,15 @@ def _convolution(norm: ir.Node) -> ir.Node | None:
     conv = x.producer() if x else None
     if conv is None or (conv.domain, conv.op_type) != ("", "Conv") or len(x.uses()) > 1 or x.is_graph_output():
         return None
-    constant = [value is None or _array(value) is not None for value in (*conv.inputs[1:], *norm.inputs[1:])]
+    constant = [value is None or constant_of(value) is not None for value in (*conv.inputs[1:], *norm.inputs[1:])]
     return conv if all(constant) and not norm.attributes.get_int("training_mode", 0) else None
 
 
 def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
     weight, bias = conv.inputs[1], conv.inputs[2] if len(conv.inputs) > 2 else None
-    scale, shift, mean, variance = (_array(value) for value in norm.inputs[1:])
-    epsilon = norm.attributes.get_float("epsilon", EPSILON)
-    values = batch_norm.folded(_array(weight), _array(bias), scale, shift, mean, variance, epsilon)
+    operands: list[Any] = [constant_of(value) for value in (weight, bias, *norm.inputs[1:])]
+    operands.append(norm.attributes.get_float("epsilon", EPSILON))
+    values = batch_norm.folded(*operands)
     names = (weight.name, weight.name.removesuffix("weight") + "bias")
     conv.resize_inputs(3)
     for i, (name, value) in enumerate(zip(names, values, strict=True), start=1):
@@ -66,25 +67,10 @@ def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
 
 def _initializer(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
     """Register a constant `name`. If another constant in use has the name, a number is appended."""
-    import onnx_ir as ir
-
     old, unique, count = graph.initializers.get(name), name, 0
     if old is not None and not old.uses() and not old.is_graph_output():
         del graph.initializers[name]
     while unique in graph.initializers:
         count += 1
         unique = f"{name}_{count}"
-    tensor = ir.tensor(value, name=unique)
-    new = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(new)
-    return new
-
-
-def _array(value: ir.Value | None) -> Any:
-    """Return the constant of a value as an array. None for no constant, and for a graph input, which callers set."""
-    import onnx_ir as ir
-
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+    return add_constant(graph, unique, value)
