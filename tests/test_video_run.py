@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,7 +176,8 @@ def camera(clip, monkeypatch):
             lambda source, *rest: Camera(real(str(clip)), at) if source == 0 else real(source, *rest),
         )
         clock = itertools.count(100)
-        monkeypatch.setattr(video.time, "monotonic", lambda: next(clock) / 10)
+        # the clock of this module alone: other threads would take ticks of a clock that they share
+        monkeypatch.setattr(video, "time", SimpleNamespace(monotonic=lambda: next(clock) / 10))
 
     return make
 
