@@ -11,8 +11,10 @@ The scan is a stage-0 scan of T at 224x224: L 784, K 4, D 96, N 16, batch 1, flo
 
 The lower bound of arithmetic: for each state and step nine multiplications or fused multiply-adds (five for exp, dt A,
 dt u B, h, y), at the rate of a pure multiply-add loop on this core with vectors of the same width (fma_peak.cpp). The
-lower bound of memory: every input and output once, at the rate of a copy of an array of that size. Exit code 1 if a
-limit of the project is missed.
+lower bound of memory: every input and output once, at the rate of a copy of an array of that size. The lower bound of
+the portable form: a product and a sum of the whole state (K D N floats) for each step, as 2 L operators of ONNX Runtime
+in a row; and the same number of operators on one float, which is the cost of the calls. Exit code 1 if a limit of the
+project is missed.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from common import interleave, ratio, where
@@ -130,6 +135,7 @@ def main() -> int:
     failed = medians["portable"] < MIN_TO_PORTABLE or medians["eager"] < MIN_TO_EAGER or error > MAX_ERROR
     failed |= 1 / medians["native, 2 threads"] < MIN_TWO_THREADS
     failed |= print_lengths(one, rounds)
+    print_portable_floor(lambda: body.run(None, feeds), rounds)
     print_floors(one, feeds, rounds)
     return int(failed)
 
@@ -143,6 +149,42 @@ def print_lengths(session: ort.InferenceSession, rounds: int) -> bool:
     middle = statistics.median(per_step.values())
     print("time per step, of L 784       " + ", ".join(f"L {n}: {per_step[n] / per_step[784]:.2f}" for n in lengths))
     return max(abs(value / middle - 1) for value in per_step.values()) > MAX_NONLINEAR
+
+
+def steps_alone(floats: int) -> ort.InferenceSession:
+    """Open a model of L products and L sums of an array of `floats` floats, in turn, on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    shape = helper.make_tensor_value_info("h0", onnx.TensorProto.FLOAT, [floats])
+    names = [f"h{i}" for i in range(2 * L + 1)]
+    nodes = [
+        helper.make_node("Add" if i % 2 else "Mul", [names[i], "inflow" if i % 2 else "decay"], [names[i + 1]])
+        for i in range(2 * L)
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "steps",
+        [
+            shape,
+            *(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [floats]) for name in ("decay", "inflow")),
+        ],
+        [helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, [floats])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def print_portable_floor(portable: Callable[[], Any], rounds: int) -> None:
+    """Print the time of the portable form over that of its steps alone, and over that of as many calls."""
+    subjects: dict[str, Callable[[], Any]] = {"portable": portable}
+    for name, floats in (("steps", K * D * N), ("calls", 1)):
+        given = {key: np.full(floats, 0.5, np.float32) for key in ("h0", "decay", "inflow")}
+        session = steps_alone(floats)
+        subjects[name] = lambda session=session, given=given: session.run(None, given)
+    times = interleave(subjects, rounds)
+    for name, what in (("steps", f"{2 * L} products and sums of {K * D * N} floats"), ("calls", f"{2 * L} calls")):
+        _, text = ratio(times, "portable", name)
+        print(f"portable / its {what}   {text}  median {statistics.median(times[name]):.2f} ms")
 
 
 def print_floors(session: ort.InferenceSession, feeds: dict[str, np.ndarray], rounds: int) -> None:
