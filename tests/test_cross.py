@@ -29,6 +29,7 @@ from release import wheels
 from tests import driver as drivers
 from tests.driver import (
     Driver,
+    build_driver,
     check_exact_int8_blocks,
     check_hard_scans,
     check_random_blocks,
@@ -45,6 +46,7 @@ HOST = host_platform()
 OTHER = "linux-aarch64" if HOST != "linux-aarch64" else "linux-x86_64"
 EXPORTS = (b"RegisterCustomOps", b"evm_scan_isa", b"evm_scan_isa_error", b"evm_scan_force_isa", b"evm_block_run_tile")
 CPP_RUNTIME = re.compile(rb"__cxa_(?!finalize)\w+|__gxx_personality\w+|\b_Zn[wa]\w+|libstdc\+\+|libc\+\+")
+WASI = Path(__file__).parent / "wasi.mjs"
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -72,7 +74,8 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
     content = library.read_bytes()
     assert library.suffix == PLATFORMS[platform].suffix
     assert len(content) < 500_000
-    assert all(name + b"\0" in content for name in EXPORTS)
+    if library.suffix != ".wasm":  # names have no end there, and another interface (tests/test_web_native.py)
+        assert all(name + b"\0" in content for name in EXPORTS)
     assert not CPP_RUNTIME.findall(content)
     assert str(cache_folder()).encode() not in content
     if library.suffix == ".so":
@@ -88,6 +91,8 @@ def test_each_library_is_of_its_platform_and_needs_no_cpp_runtime(platform):
         # every Windows has the Universal C Runtime
         assert re.findall(rb"[\w.-]+\.dll", content, re.I) == [b"evm_onnxruntime.dll", b"ucrtbase.dll"]
         assert abs(time - library.stat().st_mtime) > 86400  # a hash: the same sources give the same bytes
+    elif library.suffix == ".wasm":
+        assert content[:8] == b"\0asm\1\0\0\0"
     else:
         magic, cpu, _, kind, _ = struct.unpack_from("<5I", content)
         assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 6)  # 64-bit, arm64, dylib
@@ -204,19 +209,24 @@ def test_a_wheel_with_a_library_of_this_machine_is_no_start(bare, tmp_path):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """program(platform) -> the command of the driver, linked with the library that ships, here or under qemu."""
+    """program(platform) -> the command of the driver, linked with what ships, here, under qemu or in Node."""
     made = {}
+
+    def zig(platform, folder):
+        return cross_compile.zig_compiler(PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig")
 
     def link(platform):
         folder = tmp_path_factory.mktemp("driver")
+        if platform == "browser-wasm32":  # a module is linked whole: the driver takes the library's place
+            need("node")
+            module = build_driver(zig(platform, folder), folder, link=("-nostdlib++",))
+            return "node", "--no-warnings", str(WASI), str(module)
         library = cross_compile.library("onnxruntime", "linux-x86_64" if platform == "musl" else platform)
         if platform == HOST:
             compiler, run, flags = Compiler(("g++",), PLATFORMS[platform].architecture), (), ()
         elif platform == "linux-aarch64":
             need("qemu")
-            compiler = cross_compile.zig_compiler(
-                PLATFORMS[platform].zig, PLATFORMS[platform].architecture, folder / "zig"
-            )
+            compiler = zig(platform, folder)
             run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
         elif platform == "musl":  # a program of musl; the library is that for glibc
             need("musl")
@@ -239,7 +249,13 @@ def program(tmp_path_factory):
 AARCH64_ISAS = [kernel.name for kernel in read_recipe().of("aarch64")]
 
 
-@pytest.fixture(params=[*(f"linux-aarch64 {isa}" for isa in AARCH64_ISAS), *(f"linux-x86_64 {isa}" for isa in isas())])
+@pytest.fixture(
+    params=[
+        *(f"linux-aarch64 {isa}" for isa in AARCH64_ISAS),
+        *(f"linux-x86_64 {isa}" for isa in isas()),
+        "browser-wasm32 simd128",
+    ]
+)
 def driver(request, program):
     platform, isa = request.param.split()
     return Driver(program(platform)).forced(isa)
@@ -353,7 +369,7 @@ def test_a_damaged_library_is_not_loaded(host_bundle, tmp_path):
 
 def test_another_platforms_library_is_named_and_not_used(other_bundle, monkeypatch):
     assert [note for note in other_bundle.manifest.notes if note.startswith("plugins/")] == [
-        f"plugins/{OTHER} was compiled but not run: check it on the device with evm-run --selftest"
+        f"plugins/{OTHER} was compiled but not run: check it on the device with the self-test"
     ]
     with load(other_bundle.path) as loaded:
         assert loaded.plugin == plugin_path("onnxruntime")

@@ -92,6 +92,7 @@ def test_what_a_profile_chooses():
         ("n100", "openvino", "fp16", "auto", ("openvino", "fp16", None)),
         ("pi5", None, None, "portable", ("onnx", "fp32", None)),
         ("android", None, None, "auto", ("onnx", "fp32", "android-aarch64")),
+        ("browser", None, None, "auto", ("onnx", "fp32", "browser-wasm32")),
         ("iphone", None, None, "auto", ("coreml", "fp16", None)),
         ("jetson-agx-orin", None, None, "auto", ("trt", "fp16", None)),
     ],

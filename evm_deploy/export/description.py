@@ -69,9 +69,7 @@ def native_metadata(plan: ExportPlan, spec: ModelSpec, preprocessing: Preprocess
 def untested(artifact: Artifact) -> list[str]:
     """Return a note on each native library that was compiled for another platform, and so was not run here."""
     there = [name for name in artifact.plugins if name != host_platform()]
-    return [
-        f"plugins/{name} was compiled but not run: check it on the device with evm-run --selftest" for name in there
-    ]
+    return [f"plugins/{name} was compiled but not run: check it on the device with the self-test" for name in there]
 
 
 def meaning_of_scores(plan: ExportPlan, spec: ModelSpec) -> list[str]:

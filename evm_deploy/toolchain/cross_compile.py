@@ -16,7 +16,7 @@ from evm_deploy.toolchain.compile import Compiler, Recipe, compiled_once, read_r
 from evm_deploy.toolchain.platforms import PLATFORMS, CLibrary, Platform
 
 # -s: strip all symbols except exported ones. -nostdlib++: the library must not depend on the C++ runtime.
-LINK = ("-shared", "-s", "-nostdlib++")
+LINK = ("-s", "-nostdlib++")
 # A stand-in for a C library has no code: only its name and the names of its functions are read.
 STAND_IN = ("-x", "c", "-shared", "-nostdlib", "-fno-builtin", "-w", "-Wl,--no-entry", "-Wl,-soname,{name}")
 
@@ -65,7 +65,7 @@ def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:
     compiler = zig_compiler(platform.zig, platform.architecture, work / "zig")
     compiler = replace(compiler, command=(*compiler.command, *platform.flags))
-    sources = [*recipe.words["scan_sources"], *recipe.words[f"{runtime}_sources"]]
+    sources = [*recipe.words["scan_sources"], *recipe.words[platform.adapter or f"{runtime}_sources"]]
     sources += recipe.words[platform.sources] if platform.sources else ()
     link = [*LINK, *(flag.format(name=name) for flag in platform.link)]
     objects: list[str | Path] = [*compiler.objects(recipe, sources, work)]

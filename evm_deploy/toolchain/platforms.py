@@ -16,6 +16,9 @@ class CLibrary:
     functions: tuple[str, ...]
 
 
+SHARED = ("-shared",)
+
+
 @dataclass(frozen=True)
 class Platform:
     """Platform with a native library.
@@ -23,7 +26,8 @@ class Platform:
     architecture: name in native/kernels.txt. zig: target name of ziglang. prefix, suffix: start and end of the file
     names of shared libraries. flags: compiler flags. link: linker flags, with {name} for the file name. c_library: to
     link a stand-in for, because ziglang has no such library or would compile it first; None for ziglang's own.
-    sources: key of sources in native/kernels.txt that only this platform needs.
+    sources: key of sources in native/kernels.txt that only this platform needs. adapter: key of sources that this
+    platform has in place of those of the runtime; None for those of the runtime.
     """
 
     name: str
@@ -32,18 +36,34 @@ class Platform:
     suffix: str
     prefix: str = ""
     flags: tuple[str, ...] = ()
-    link: tuple[str, ...] = ()
+    link: tuple[str, ...] = SHARED
     c_library: CLibrary | None = None
     sources: str | None = None
+    adapter: str | None = None
 
 
 C_FUNCTIONS = ("calloc", "free", "getenv", "malloc", "memchr", "memcpy", "memset", "strcmp", "strlen")
 BIONIC = CLibrary("libc.so", (*C_FUNCTIONS, "getauxval", "snprintf"))
 UCRT = CLibrary("ucrtbase.dll", (*C_FUNCTIONS, "__stdio_common_vsprintf"))
 # Android packs only files named lib*.so into apps, and has devices with pages of 16 KB.
-ANDROID = ("-Wl,-soname,{name}", "-Wl,-z,max-page-size=16384", "-Wl,--hash-style=both", "-Wl,-z,relro", "-Wl,-z,now")
-INSTALL_NAME = ("-Wl,-install_name,@rpath/{name}",)  # or it is the folder of compilation
-NO_TIME = ("-Wl,-Brepro",)  # or a DLL has the time of compilation
+ANDROID = (
+    *SHARED,
+    "-Wl,-soname,{name}",
+    "-Wl,-z,max-page-size=16384",
+    "-Wl,--hash-style=both",
+    "-Wl,-z,relro",
+    "-Wl,-z,now",
+)
+INSTALL_NAME = (
+    *SHARED,
+    "-Wl,-install_name,@rpath/{name}",
+)  # or it is the folder of compilation
+NO_TIME = (
+    *SHARED,
+    "-Wl,-Brepro",
+)  # or a DLL has the time of compilation
+# A module that imports nothing, and whose constructors a page runs with _initialize.
+MODULE = ("-mexec-model=reactor", "-Wl,--export-dynamic", "-Wl,-z,stack-size=1048576")
 
 PLATFORMS = {
     known.name: known
@@ -73,9 +93,11 @@ PLATFORMS = {
             BIONIC,
         ),
         Platform("android-x86_64", "x86_64", "x86_64-linux-musl", ".so", "lib", (), ANDROID, BIONIC),
+        # ONNX Runtime Web has no custom ops: a page calls the library itself, between pieces of the graph.
+        Platform("browser-wasm32", "wasm32", "wasm32-wasi", ".wasm", link=MODULE, adapter="web_sources"),
     )
 }
-WITHOUT_LIBRARY = ("ios-arm64", "browser")
+WITHOUT_LIBRARY = ("ios-arm64",)
 
 
 def host_platform() -> str:

@@ -67,7 +67,11 @@ unsigned cpu_features() {
 #endif
 }
 #else
+#if defined(__wasm__)  // a browser that lacks the instructions does not compile the library
+const Kernel kernels[] = {EVM_KERNEL(simd128, simd128, 0)};
+#else
 const Kernel kernels[] = {EVM_KERNEL(base, base, 0)};
+#endif
 unsigned cpu_features() { return 0; }
 #endif
 
@@ -92,9 +96,17 @@ void list_kernels() {
     }
 }
 
+const char *environment() {
+#if defined(__wasm__)  // a page has none, and the C library would import functions of WASI
+    return nullptr;
+#else
+    return getenv("EVM_ISA");
+#endif
+}
+
 // Return the kernel that EVM_ISA names. If there is none, write the reason to isa_error and return the best kernel.
 const Kernel *chosen() {
-    const char *const name = getenv("EVM_ISA");
+    const char *const name = environment();
     if (!name || !*name) return find(nullptr);
     if (const Kernel *kernel = find(name)) return kernel;
     bool known = false;

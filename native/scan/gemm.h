@@ -60,7 +60,7 @@ struct Integers {
         ::store_rounded(to, values, zero_point - SHIFT);
     }
 };
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) || defined(__wasm_simd128__)
 // Sums of two products of 16 bits in each lane. The elements are the quantised values minus the zero point, at most 255.
 struct Integers {
     typedef Integers Base;
@@ -77,6 +77,8 @@ struct Integers {
         return sum + (ivec)_mm512_madd_epi16(_mm512_set1_epi32(two), (__m512i)bits_of(weights));
 #elif defined(__AVX2__)
         return sum + (ivec)_mm256_madd_epi16(_mm256_set1_epi32(two), (__m256i)bits_of(weights));
+#elif defined(__wasm_simd128__)
+        return sum + (ivec)wasm_i32x4_dot_i16x8(wasm_i32x4_splat(two), (v128_t)weights);
 #else
         return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(two), (__m128i)bits_of(weights));
 #endif

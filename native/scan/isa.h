@@ -43,6 +43,7 @@ EVM_DECLARE(avx512)
 EVM_DECLARE(avx512vnni)
 EVM_DECLARE(neon)
 EVM_DECLARE(dotprod)
+EVM_DECLARE(simd128)
 #ifdef __cplusplus
 }
 #endif

@@ -15,6 +15,8 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 #include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 namespace {
@@ -97,6 +99,11 @@ inline void store_rounded(int16_t *p, vec values) { _mm_storeu_si128((__m128i *)
 inline void store_rounded(int16_t *p, vec values) {
     const __m128i q = _mm_cvtps_epi32((__m128)values);
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi32(q, q));
+}
+#elif defined(__wasm_simd128__)
+inline void store_rounded(int16_t *p, vec values) {
+    const v128_t q = (v128_t)(bits_of(values + ROUND) - bits_of(broadcast(ROUND)));
+    wasm_v128_store64_lane(p, wasm_i16x8_narrow_i32x4(q, q), 0);
 }
 #elif defined(__aarch64__)
 inline void store_rounded(int8_t *p, vec values, int32_t offset) {

@@ -11,7 +11,8 @@ def usage(manifest: Manifest) -> Usage:
     read = manifest.inputs[0]
     return Usage(
         artifact="the model, a plain ONNX file that runs without evm-deploy",
-        library="native kernel for {platform}, to load with `RegisterCustomOpsLibrary`; optional, for speed",
+        library="native kernel for {platform}, to load with `RegisterCustomOpsLibrary`, in web pages with evm-deploy's "
+        "SDK; optional, for speed",
         sections=f"""With ONNX Runtime alone:
 
 ```python
