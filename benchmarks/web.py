@@ -1,33 +1,47 @@
-"""Compare ONNX Runtime Web in Chromium with ONNX Runtime in Python: latency with one thread, and size of the download.
+"""Compare ONNX Runtime Web in Chromium with ONNX Runtime in Python: latency and size of the download.
 
-    python benchmarks/web.py BUNDLE.. [--rounds 10] [--runs 10]
+    python benchmarks/web.py BUNDLE.. [--rounds 10] [--runs 10] [--threads 1] [--node]
 
-Latency is that of inference, without preprocessing. Each round takes the median of `runs` inferences in the browser, in
-Python with portable scans, and in Python with native kernels; the script prints the ratios of the rounds. Sizes are
-those of the built sample, plain and with gzip.
+Latency is that of inference, without preprocessing. Native kernels have one thread in the web SDK, whatever the number
+of threads. Each round takes the median of `runs` inferences in the browser and
+in Python, with portable scans and with native kernels; the script prints the ratios of the rounds. --node measures the
+web SDK in Node too. Sizes are those of the built sample, plain and with gzip. Bundles come from `evm-export --target
+onnx --platform browser-wasm32`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import where
+from common import ratio, where
 
 from evm_deploy.bundle.loaded import LoadedBundle, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.web import LIBRARY, Browser, build, served
 
+SCRIPT = Path(__file__).with_name("web_node.mjs")
 OPEN = """const bundle = await evm.Bundle.open(evm.folderAt("files"));
-window.model = await evm.Model.open(bundle, { provider: "wasm", threads: 1 });
-await window.model.bench({ warmUp: 5, runs: 5 });"""
+window.models = {};
+for (const scan of ["portable", "bundled"]) {
+    window.models[scan] = await evm.Model.open(bundle, { provider: "wasm", threads: given, scan });
+    await window.models[scan].bench({ warmUp: 5, runs: 5 });
+}"""
+RUN = "return (await window.models[given.scan].bench({ warmUp: 2, runs: given.runs })).p50;"
+CLOSE = """const checks = (await Promise.all(Object.values(window.models).map((model) => model.selftest()))).flat();
+await Promise.all(Object.values(window.models).map((model) => model.close()));
+return checks.every((check) => check.ok);"""
+PORTABLE, NATIVE = "portable", "bundled"  # values of `scan` in the web SDK
 
 
 def median_ms(model: LoadedBundle, runs: int) -> float:
@@ -42,34 +56,59 @@ def median_ms(model: LoadedBundle, runs: int) -> float:
     return statistics.median(times[2:])
 
 
-def ratio(times: list[float], base: list[float]) -> str:
-    """Format the median ratio of `times` to `base`, with its range."""
-    each = sorted(a / b for a, b in zip(times, base, strict=True))
-    return f"{statistics.median(each):.2f}x ({each[0]:.2f} to {each[-1]:.2f})"
+class Node:
+    """The web SDK in Node (web_node.mjs) with one bundle open."""
+
+    def __init__(self, site: Path, bundle: Path, threads: int) -> None:
+        command = ["node", "--no-warnings", SCRIPT, site, bundle, str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def median_ms(self, scan: str, runs: int) -> float:
+        """Return the latency of a lowering."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps({"scan": scan, "runs": runs}), file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
 
 
-def compare(browser: Browser, bundle: Path, rounds: int, runs: int) -> None:
-    """Measure a bundle in the browser and in Python and print the ratios."""
-    browser.library(OPEN, files=bundle)
-    with load(bundle, threads=1, scan="portable") as portable, load(bundle, threads=1) as best:
-        median_ms(portable, runs), median_ms(best, runs)
-        times: dict[str, list[float]] = {"web": [], "portable": [], best.scan.value: []}
-        for _ in range(rounds):
-            code = f"return (await window.model.bench({{ warmUp: 2, runs: {runs} }})).p50;"
-            times["web"].append(browser.library(code))
-            times["portable"].append(median_ms(portable, runs))
-            times[best.scan.value].append(median_ms(best, runs))
-    checks = browser.library("return window.model.selftest();", files=bundle)
-    browser.library("await window.model.close();")
-    middle = "   ".join(f"{name} {statistics.median(each):.2f} ms" for name, each in times.items())
-    print(f"{bundle.name}   self-test {'passed' if all(check['ok'] for check in checks) else 'FAILED'}\n  {middle}")
-    for name in list(times)[1:]:
-        print(f"  web over Python, {name}: {ratio(times['web'], times[name])}")
+def compare(browser: Browser, bundle: Path, args: argparse.Namespace, node: Node | None) -> None:
+    """Measure a bundle in the browser, in Python and in Node, in turn, and print the ratios."""
+    runs, threads = args.runs, args.threads
+    browser.library(OPEN, threads, files=bundle)
+    with (
+        load(bundle, threads=threads, scan="portable") as portable,
+        load(bundle, threads=threads, scan="plugin") as native,
+    ):
+        subjects: dict[str, Callable[[], float]] = {
+            "web portable": lambda: browser.library(RUN, {"scan": PORTABLE, "runs": runs}),
+            "web native": lambda: browser.library(RUN, {"scan": NATIVE, "runs": runs}),
+            "Python portable": lambda: median_ms(portable, runs),
+            "Python native": lambda: median_ms(native, runs),
+        }
+        if node:
+            subjects["Node portable"] = lambda: node.median_ms(PORTABLE, runs)
+            subjects["Node native"] = lambda: node.median_ms(NATIVE, runs)
+        times: dict[str, list[float]] = {name: [] for name in subjects}
+        for i in range(args.rounds + 1):
+            for name, measure in subjects.items():
+                value = measure()
+                if i:  # the first round warms up
+                    times[name].append(value)
+    passed = browser.library(CLOSE, files=bundle)
+    print(f"{bundle.name}   self-tests {'passed' if passed else 'FAILED'}")
+    print("  " + "   ".join(f"{name} {statistics.median(each):.2f} ms" for name, each in times.items()))
+    pairs = [("web portable", "web native"), ("web portable", "Python portable"), ("web native", "Python native")]
+    for name, to in [*pairs, *([("Node portable", "Node native")] if node else [])]:
+        print(f"  {name} over {to}: {ratio(times, name, to)[1]}")
 
 
 def sizes(site: Path) -> None:
     """Print the size of the download: the page without the files for WebGPU, and these files."""
-    files = [file for file in (site / "dist").rglob("*") if file.is_file() and "library" not in file.name]
+    own = ("library", "evm-")  # starts of the names of files that only this benchmark needs
+    files = [file for file in (site / "dist").rglob("*") if file.is_file() and not file.name.startswith(own)]
     groups = {
         "page": [f for f in files if f.suffix in (".html", ".css", ".js", ".svg") and "ort" not in f.name],
         "ONNX Runtime, WebAssembly": [
@@ -90,14 +129,19 @@ def main() -> int:
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--node", action="store_true")
     args = parser.parse_args()
-    print(where())
+    print(f"{where()}, {args.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         site = build(Path(folder) / "site", args.bundles[0].resolve(), LIBRARY)
         sizes(site)
         with served(site) as address, Browser(address) as browser:
             for bundle in args.bundles:
-                compare(browser, bundle.resolve(), args.rounds, args.runs)
+                node = Node(site, bundle.resolve(), args.threads) if args.node else None
+                compare(browser, bundle.resolve(), args, node)
+                if node:
+                    node.close()
     return 0
 
 

@@ -98,6 +98,18 @@ ROWS = (
         ("tests/test_cross.py", "macos"),
     ),
     Row(
+        "browser-wasm32",
+        "kernels as WebAssembly SIMD, on golden and random scans and blocks",
+        "real, Node",
+        ("tests/test_cross.py", "browser-wasm32 and (golden or random or exact)"),
+    ),
+    Row(
+        "browser-wasm32",
+        "self-tests and predictions of the web SDK on the library",
+        "real, headless Chromium",
+        ("tests/test_web_native.py", "native"),
+    ),
+    Row(
         "android-aarch64, android-x86_64",
         "nothing; everything that Android's loader refuses is checked with readelf",
         "file",

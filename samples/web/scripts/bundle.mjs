@@ -42,8 +42,8 @@ const [bundle] = process.argv.slice(2);
 try {
   if (!bundle) throw "usage: npm run bundle -- PATH\n  PATH: a bundle's folder, as evm-export writes it";
   const files = checked(bundle);
-  // a browser cannot run native libraries, so they are left out
-  place(bundle, files.filter((name) => !name.startsWith("plugins/")));
+  // a browser runs its own native library only
+  place(bundle, files.filter((name) => !name.startsWith("plugins/") || name.startsWith("plugins/browser-wasm32/")));
   console.log(`public/bundle holds ${bundle}`);
 } catch (error) {
   if (typeof error !== "string") throw error;

@@ -141,7 +141,7 @@ const scenarios = {
     return page.evaluate(() => ({ scroll: document.documentElement.scrollWidth, width: innerWidth }));
   },
 
-  /** Open the page with a query; return the provider that it shows, or its error. */
+  /** Open the page with a query; return the provider and the facts that it shows, or its error. */
   async asked(page, { query }) {
     await page.goto(URL_OF_PAGE + query);
     await page.waitForFunction(() => document.querySelector("#facts dd, #problem:not([hidden])"));
@@ -150,7 +150,7 @@ const scenarios = {
       await page.click("#use-wasm");
       await enabled(page);
     }
-    return { problem, conditions: await page.textContent("#conditions") };
+    return { problem, conditions: await page.textContent("#conditions"), facts: await page.innerText("#facts") };
   },
 
   /** Run WebGPU on a software adapter; also return the provider that the page chooses if there is no other adapter. */

@@ -51,6 +51,8 @@ export class Manifest {
   readonly outputs: readonly TensorSpec[];
   /** Ways in which the model's scans can run: plugin, portable, aot. */
   readonly scans: readonly string[];
+  /** Native libraries: platform -> path in the bundle. */
+  readonly plugins: ReadonlyMap<string, string>;
   readonly files: ReadonlyMap<string, FileFacts>;
   readonly built: boolean;
   readonly rejected: boolean;
@@ -86,9 +88,8 @@ export class Manifest {
     this.parityLimit = parity.at("limit").number(0);
     const within = (name: string): boolean => name === this.artifact || name.startsWith(`${this.artifact}/`);
     content.at("artifact").require([...this.files.keys()].some(within), "among the files");
-    const plugins = scan.at("plugins");
-    for (const [, library] of plugins.absent || plugins.value === null ? [] : plugins.members())
-      library.require(this.files.has(library.text()), "among the files");
+    this.plugins = new Map(scan.at("plugins").value == null ? [] : scan.at("plugins").members().map(([name, path]) => [name, path.text()]));
+    for (const [name, path] of this.plugins) scan.at("plugins").at(name).require(this.files.has(path), "among the files");
   }
 
   /** Largest accepted difference of a pixel in the self-test, of 255. */

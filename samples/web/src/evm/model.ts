@@ -7,6 +7,8 @@ import { BundleError, UsageError } from "./errors";
 import { detectionsOf, type Detection } from "./detections";
 import { labelMapOf, type LabelMap } from "./geometry";
 import { checkInterface, checkOutputs } from "./interface";
+import type { Library } from "./kernels";
+import { chooseLowering, nothingNative, type Lowering, type SCANS } from "./lowering";
 import type { Manifest } from "./manifest";
 import type { RgbImage } from "./preprocess";
 import { chooseProvider, type Choice, type Provider } from "./provider";
@@ -25,6 +27,11 @@ export interface Prediction {
 export interface ModelOptions {
   /** Execution provider. `auto`, the default: WebGPU if there is an adapter, else WebAssembly. See `Model.provider`. */
   readonly provider?: Provider | "auto";
+  /**
+   * Lowering of scans. `auto`, the default: the native library of the bundle if there is one for browsers and the provider is
+   * WebAssembly, else portable. `bundled`: the native library, or an error. `portable`: no native library. See `Model.scan`.
+   */
+  readonly scan?: (typeof SCANS)[number];
   /** Threads of WebAssembly; see RunOptions. */
   readonly threads?: number;
 }
@@ -39,33 +46,36 @@ export class Model {
     readonly bundle: Bundle,
     /** The execution provider and the reason for it. */
     readonly provider: Choice,
+    /** The lowering of scans and the reason for it. */
+    readonly scan: Choice<Lowering>,
     /** Class names; empty if the bundle has none. */
     readonly labels: readonly string[],
     private readonly runtime: Runtime,
+    private readonly library?: Library,
   ) {
     this.manifest = bundle.manifest;
   }
 
   /**
-   * Load the model of a bundle. The model never runs on another provider than `provider`. Throws BundleError if the bundle
-   * is damaged or the provider cannot run the model, UsageError if the bundle is for another target or an option is wrong.
+   * Load the model of a bundle. The model never runs on another provider or lowering than asked for. Throws BundleError if the
+   * bundle is damaged or the provider cannot run the model, UsageError if the bundle is for another target or an option is wrong.
    */
-  static async open(bundle: Bundle, { provider = "auto", threads }: ModelOptions = {}): Promise<Model> {
-    const { target, scans, artifact } = bundle.manifest;
+  static async open(bundle: Bundle, { provider = "auto", threads, scan = "auto" }: ModelOptions = {}): Promise<Model> {
+    const { target, artifact } = bundle.manifest;
     if (target !== "onnx")
       throw new UsageError(`bundle ${bundle.name} is for target '${target}', a browser runs 'onnx'`, "export with evm-export --target onnx");
-    if (!scans.includes("portable"))
-      throw new UsageError("portable scans are not available: the bundle has native nodes only", "export it with --scan portable");
     const choice = await chooseProvider(provider);
+    let { library, ...lowering } = await chooseLowering(bundle, scan, choice.value);
     const [labels, file] = [await bundle.labels(), await bundle.read(artifact)];
-    const runtime = await Runtime.open(file, { provider: choice.value, ...(threads !== undefined && { threads }) });
+    const runtime = await Runtime.open(file, { provider: choice.value, library, ...(threads !== undefined && { threads }) });
     try {
+      if (library && !runtime.kernels) [library, lowering] = [undefined, nothingNative(scan)];
       checkInterface(bundle, labels, runtime);
     } catch (error) {
       await runtime.close();
       throw error;
     }
-    return new Model(bundle, choice, labels, runtime);
+    return new Model(bundle, choice, lowering, labels, runtime, library);
   }
 
   /** Inputs of the model. */
@@ -123,7 +133,7 @@ export class Model {
 
   /** Compare preprocessing, outputs and scans with the expected values in the bundle. Throws BundleError if there are none. */
   selftest(): Promise<Check[]> {
-    return selftest(this.bundle, this.runtime, { provider: this.provider.value, threads: this.threads });
+    return selftest(this.bundle, this.runtime, { provider: this.provider.value, threads: this.threads, library: this.library });
   }
 
   /** Measure the latency of inferences of one batch, without preprocessing. */

@@ -5,9 +5,9 @@ import { UsageError } from "./errors";
 export const PROVIDERS = ["wasm", "webgpu"] as const;
 export type Provider = (typeof PROVIDERS)[number];
 
-/** A chosen provider and the reason for it. */
-export interface Choice {
-  readonly value: Provider;
+/** A choice and the reason for it. */
+export interface Choice<Value = Provider> {
+  readonly value: Value;
   readonly reason: string;
 }
 

@@ -3,38 +3,53 @@
 import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-web/wasm";
 
 import { BundleError, reason, ToolchainError } from "./errors";
+import type { Library } from "./kernels";
 import { defaultThreads, loadOrt, type Ort } from "./ort";
 import type { Provider } from "./provider";
-import { checkFeeds, concatenate, isDtype, rows, specText, type Tensor, type Tensors, type TensorSpec } from "./tensor";
+import { SplitModel } from "./split";
+import { checkFeeds, concatenate, isDtype, rows, specOf, specText, type Tensor, type Tensors, type TensorSpec } from "./tensor";
 
 /** Options of running an ONNX file. */
 export interface RunOptions {
   readonly provider: Provider;
   /** Threads of WebAssembly. Default: half the cores, at most 4, if the page is cross-origin isolated, else 1. */
   readonly threads?: number;
+  /** Native library, which computes nodes of domain evm in one thread. Without one they run in their portable form. */
+  readonly library?: Library | undefined;
+}
+
+/** An opened model. kernels: number of nodes that the native library computes. */
+interface Session {
+  readonly inputs: readonly TensorSpec[];
+  readonly outputs: readonly TensorSpec[];
+  readonly kernels: number;
+  run(feeds: Record<string, OrtTensor>): Promise<Readonly<Record<string, OrtTensor>>>;
+  release(): Promise<void>;
 }
 
 /** A loaded ONNX file. */
 export class Runtime {
   readonly inputs: readonly TensorSpec[];
   readonly outputs: readonly TensorSpec[];
+  /** Number of nodes that the native library computes. */
+  readonly kernels: number;
   private last: Promise<unknown> = Promise.resolve();
 
   private constructor(
     private readonly ort: Ort,
-    private readonly session: InferenceSession,
+    private readonly session: Session,
     readonly threads: number,
   ) {
-    this.inputs = session.inputMetadata.map(spec);
-    this.outputs = session.outputMetadata.map(spec);
+    ({ inputs: this.inputs, outputs: this.outputs, kernels: this.kernels } = session);
   }
 
   /** Load a model. Throws BundleError if the provider cannot run the model, UsageError if `threads` is invalid. */
-  static async open(model: Uint8Array, { provider, threads = defaultThreads() }: RunOptions): Promise<Runtime> {
+  static async open(model: Uint8Array, { provider, threads = defaultThreads(), library }: RunOptions): Promise<Runtime> {
     const ort = await loadOrt(provider, threads);
     try {
       const options = { executionProviders: [provider], logSeverityLevel: 3 } as const;
-      return new Runtime(ort, await ort.InferenceSession.create(model, options), threads);
+      const session = library ? await SplitModel.open(ort, model, options, library) : await whole(ort, model, options);
+      return new Runtime(ort, session, threads);
     } catch (error) {
       const what = `ONNX Runtime Web ${ort.env.versions.web} cannot open the model`;
       const hint = provider === "webgpu" ? "try WebAssembly: provider 'wasm'" : "";
@@ -99,11 +114,11 @@ export async function runBatched(
   return Object.fromEntries(Object.keys(parts[0]!).map((name) => [name, concatenate(parts.map((part) => part[name]!))]));
 }
 
-function spec(metadata: InferenceSession.ValueMetadata): TensorSpec {
-  if (!metadata.isTensor) return { name: metadata.name, dtype: "no tensor", shape: [] };
-  // onnxruntime-web 1.30.0 gives an unnamed dynamic size as -1 in 32 unsigned bits
-  const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
-  return { name: metadata.name, dtype: metadata.type, shape };
+/** Open a model that ONNX Runtime Web runs as a whole. */
+async function whole(ort: Ort, model: Uint8Array, options: InferenceSession.SessionOptions): Promise<Session> {
+  const session = await ort.InferenceSession.create(model, options);
+  const [inputs, outputs] = [session.inputMetadata.map(specOf), session.outputMetadata.map(specOf)];
+  return { inputs, outputs, kernels: 0, run: (feeds) => session.run(feeds), release: () => session.release() };
 }
 
 function owned(value: OrtTensor): Tensor {

@@ -1,5 +1,7 @@
 /** Tensors, and the specs of a model's inputs and outputs. */
 
+import type { InferenceSession } from "onnxruntime-web/wasm";
+
 import { UsageError } from "./errors";
 
 const ARRAYS = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array } as const;
@@ -24,6 +26,14 @@ export interface TensorSpec {
   readonly name: string;
   readonly dtype: string;
   readonly shape: readonly (number | null)[];
+}
+
+/** Return the spec of an input or output. */
+export function specOf(metadata: InferenceSession.ValueMetadata): TensorSpec {
+  if (!metadata.isTensor) return { name: metadata.name, dtype: "no tensor", shape: [] };
+  // onnxruntime-web 1.30.0 gives an unnamed dynamic size as -1 in 32 unsigned bits
+  const shape = metadata.shape.map((side) => (typeof side === "number" && side !== 0xffffffff ? side : null));
+  return { name: metadata.name, dtype: metadata.type, shape };
 }
 
 /** Make a float32 tensor. */

@@ -105,11 +105,11 @@ function take(what: Given | null): void {
   else void predict(what.image);
 }
 
-/** Read the options from the address, such as `?provider=wasm&threads=1`. */
+/** Read the options from the address, such as `?provider=wasm&threads=1&scan=portable`. */
 function asked(): ModelOptions {
   const query = new URLSearchParams(location.search);
-  const provider = (query.get("provider") ?? "auto") as NonNullable<ModelOptions["provider"]>; // chooseProvider checks the value
-  return { provider, ...(query.has("threads") && { threads: Number(query.get("threads")) }) };
+  const [provider, scan] = ["provider", "scan"].map((key) => query.get(key) ?? "auto"); // Model.open checks the values
+  return { provider, scan, ...(query.has("threads") && { threads: Number(query.get("threads")) }) } as ModelOptions;
 }
 
 /** Make a button open a file dialogue, and use the chosen files. */

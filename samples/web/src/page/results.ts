@@ -75,13 +75,14 @@ function resizeText({ resize = "crop", crop_pct = 1 }: PreprocessingFacts): stri
 
 /** Show facts about the opened bundle. */
 export function showBundle(opened: Opened): void {
-  const { name, precision, input, gives, bytes, preprocessing, provider, threads, loadMs } = opened;
+  const { name, precision, input, gives, bytes, preprocessing, provider, scan, threads, loadMs } = opened;
   const where = NAMES[provider.value] + (provider.value === "wasm" ? `, ${count(threads, "thread")}` : "");
   at("conditions").textContent = `${where}: ${provider.reason}`;
   const rows: [string, string][] = [
     ["Name", name],
     ["Model", `${precision}, ${(bytes / 1e6).toFixed(1)} MB, ${gives}`],
     ["Reads", `${preprocessing.size.join("x")}, ${input}, ${preprocessing.interpolation}, ${resizeText(preprocessing)}`],
+    ["Scans", scan.value === "portable" ? `portable: ${scan.reason}` : scan.reason],
     ["Loaded in", ms(loadMs)],
   ];
   at("facts").replaceChildren(...rows.map(([term, fact]) => make("div", {}, make("dt", {}, term), make("dd", {}, fact))));

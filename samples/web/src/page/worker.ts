@@ -14,6 +14,7 @@ import {
   type Detection,
   type LabelMap,
   type Latency,
+  type Lowering,
   type ModelOptions,
   type Prediction,
   type PreprocessingFacts,
@@ -37,6 +38,7 @@ export interface Opened {
   readonly bytes: number;
   readonly preprocessing: PreprocessingFacts;
   readonly provider: Choice;
+  readonly scan: Choice<Lowering>;
   readonly threads: number;
   readonly loadMs: number;
 }
@@ -106,7 +108,7 @@ async function answerOf(model: Model, rgbImage: RgbImage, top: number): Promise<
   return { top: await model.classifyRgb(rgbImage, top) };
 }
 
-function facts({ manifest, labels, provider, threads, outputs }: Model, loadMs: number): Opened {
+function facts({ manifest, labels, provider, scan, threads, outputs }: Model, loadMs: number): Opened {
   const { name, precision, head, input, artifact, files, preprocessing } = manifest;
   const scores = outputs.find((output) => output.name === head);
   const classes = labels.length || (manifest.classifies && scores?.shape.at(-1)) || 0;
@@ -115,7 +117,7 @@ function facts({ manifest, labels, provider, threads, outputs }: Model, loadMs: 
   const gives = manifest.classifies ? of : [kind ?? "feature maps", of].filter((part) => part).join(", ");
   const bytes = files.get(artifact)!.size_bytes;
   const predicts = manifest.classifies || kind !== undefined;
-  return { ...{ name, precision, head, input, gives, predicts, labels, bytes }, palette: manifest.palette, preprocessing: preprocessing.facts, provider, threads, loadMs };
+  return { ...{ name, precision, head, input, gives, predicts, labels, bytes }, palette: manifest.palette, preprocessing: preprocessing.facts, provider, scan, threads, loadMs };
 }
 
 serve(engine);
