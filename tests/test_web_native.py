@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.bundle import Bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.demo import CHECKPOINT, write_images
@@ -281,27 +282,32 @@ def test_a_file_that_is_no_model(browser, copy):
 
 
 def test_choices_that_are_not_there(browser, bundle, tmp_path):
-    for name in ("none", "other", "portable"):
+    for name in ("native", "none", "other", "portable", "inlined"):
         shutil.copytree(bundle.path, tmp_path / name)
+    onnx.save(inlined(onnx.load(bundle.path / "model.onnx")), tmp_path / "inlined" / "model.onnx")
+    rehash(tmp_path / "inlined", "model.onnx")
     change_manifest(tmp_path / "none", lambda content: content["scan"].update(plugins={}))
     change_manifest(tmp_path / "other", lambda content: content["scan"].update(plugins={"linux-x86_64": INSIDE}))
     change_manifest(tmp_path / "portable", lambda content: content["scan"].update(value="portable"))
     code = f"""{REFUSED} const found = {{}};
         const open = async (name, scan, provider = "wasm") =>
             evm.Model.open(await evm.Bundle.open(evm.folderAt(`files/${{name}}`)), {{ provider, scan }});
-        for (const name of ["none", "other", "portable"])
+        for (const name of ["none", "other", "portable", "inlined"])
             found[name] = [(await open(name, "auto")).scan, await refused(() => open(name, "bundled"))];
-        found.webgpu = [null, await refused(() => open("portable", "plugin"))];
+        found.webgpu = await refused(() => open("native", "bundled", "webgpu"));
+        found.unknown = await refused(() => open("native", "plugin"));
         return found;"""
     found = browser.library(code, None, tmp_path)
     want = {
         "none": f"no native library for {PLATFORM} in the bundle; available: none",
         "other": f"no native library for {PLATFORM} in the bundle; available: linux-x86_64",
         "portable": "the bundle has portable scans only",
+        "inlined": "the library computes no node at the top of the graph",
     }
     for name, reason in want.items():
         scan, refused = found[name]
         assert scan == {"value": "portable", "reason": reason}
         assert refused == ["UsageError", "", "", f"native kernels are not available: {reason}"]
-    assert "choose from: auto, bundled, portable" in found["webgpu"][1][-1]
+    assert found["webgpu"] == ["UsageError", "", "", "native kernels are not available: WebGPU runs no native kernels"]
+    assert "choose from: auto, bundled, portable" in found["unknown"][-1]
     assert json.loads((bundle.path / "manifest.json").read_text())["scan"]["plugins"] == {PLATFORM: INSIDE}
