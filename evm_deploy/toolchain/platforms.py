@@ -54,14 +54,8 @@ ANDROID = (
     "-Wl,-z,relro",
     "-Wl,-z,now",
 )
-INSTALL_NAME = (
-    *SHARED,
-    "-Wl,-install_name,@rpath/{name}",
-)  # or it is the folder of compilation
-NO_TIME = (
-    *SHARED,
-    "-Wl,-Brepro",
-)  # or a DLL has the time of compilation
+INSTALL_NAME = (*SHARED, "-Wl,-install_name,@rpath/{name}")  # or it is the folder of compilation
+NO_TIME = (*SHARED, "-Wl,-Brepro")  # or a DLL has the time of compilation
 # A module that imports nothing, and whose constructors a page runs with _initialize.
 MODULE = ("-mexec-model=reactor", "-Wl,--export-dynamic", "-Wl,-z,stack-size=1048576")
 
