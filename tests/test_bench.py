@@ -484,6 +484,7 @@ def test_only_one_function_writes_json_for_others():
         "demo/train.py",
         "export/coreml/package.py",
         "export/description.py",
+        "export/litert/__init__.py",
         "export/quantization.py",
         "export/tensorrt/target.py",
         "model/convert.py",

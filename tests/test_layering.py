@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "evm_deploy": LOW | {"bundle", "runtimes", "model"},
 }
 PLACES = {
-    "export": ("onnx", "openvino", "coreml", "tensorrt", "qnn"),
-    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil", "qnn"),
+    "export": ("onnx", "openvino", "coreml", "tensorrt", "qnn", "litert"),
+    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil", "qnn", "litert"),
 }
 #: Places of a runtime that import another's: the first computes what the second cannot where it is.
 BESIDE = {
@@ -59,6 +59,7 @@ WORDS = {
     r"tensorrt|\btrt\b|trt_rtx|trt-rtx|EngineSettings": "tensorrt",
     r"openvino": "openvino",
     r"\bqnn|qualcomm|\bhtp": "qnn",
+    r"litert|tflite": "litert",
     r"core ?ml|coremltools|mlprogram|mlpackage": "coreml",
 }
 EXCEPTIONS = {

@@ -248,6 +248,7 @@ IN_FLOAT16 = {
     "trt": {"fp16", "int8-fp16"},
     "trt-rtx": {"fp16", "int8-fp16"},
     "qnn": {"fp16"},
+    "litert": {"fp16"},
 }
 
 

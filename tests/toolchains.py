@@ -120,6 +120,7 @@ TOOLCHAINS = {
     "QNN in ONNX Runtime": Toolchain(
         lambda: bool(find_spec("onnxruntime_qnn")), "pip install onnxruntime-qnn", in_ci=False
     ),
+    "LiteRT": Toolchain(lambda: bool(find_spec("ai_edge_litert")), install_hint("litert")),
     "MNN": Toolchain(lambda: bool(find_spec("MNN")), "pip install --no-deps MNN", in_ci=False),
     "IREE": Toolchain(
         lambda: bool(find_spec("iree")), "pip install --no-deps iree-base-compiler iree-base-runtime", in_ci=False
@@ -147,6 +148,8 @@ def need_target(name: str) -> None:
     """Skip the test where a target's packages are missing that no environment of ours has by default."""
     if name == "qnn":
         need("QNN in ONNX Runtime")
+    if name == "litert":
+        need("LiteRT")
 
 
 def without(name: str, why: str) -> None:

@@ -1,0 +1,193 @@
+"""A TFLite file in memory: tensors, operators and constants of one subgraph, written with the schema of LiteRT itself.
+
+The format is the public FlatBuffers schema `schema.fbs` of LiteRT, whose Python classes are in the package
+`ai-edge-litert`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIGNMENT = 16  # bytes, of constants in the file: `force_align` in schema.fbs
+IDENTIFIER = b"TFL3"
+SIGNATURE = "serving_default"  # TensorFlow's name of the only signature
+GREATER = 127  # deprecated_builtin_code of operators whose code does not fit in it
+TYPES = {
+    "float32": "FLOAT32",
+    "float16": "FLOAT16",
+    "int32": "INT32",
+    "uint8": "UINT8",
+    "int64": "INT64",
+    "bool": "BOOL",
+    "int8": "INT8",
+}
+
+
+def schema() -> Any:
+    """Import the classes of the file format, without LiteRT's libraries."""
+    import ai_edge_litert.schema_py_generated as found
+
+    return found
+
+
+class FlatBuffer:
+    """The model under construction. Tensors are known by their index in the subgraph.
+
+    `versions`: operator -> version of its kernel, where that is not 1.
+    """
+
+    def __init__(self, versions: Mapping[str, int]) -> None:
+        self.schema = schema()
+        self.versions = versions
+        self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: list[str] = []
+        self._names: Counter[str] = Counter()
+        self._codes: dict[str, int] = {}
+        self._constants: dict[tuple[Any, ...], int] = {}
+        self._buffers: list[bytes] = [b""]  # number 0 is that of tensors without data
+        self._tensors: list[Any] = []
+        self._operators: list[Any] = []
+
+    @property
+    def count(self) -> int:
+        """Number of operators."""
+        return len(self._operators)
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: str) -> int:
+        """Add a tensor without data. Returns its index. A name that is taken gets a number."""
+        return self._add(name, shape, dtype, 0)
+
+    def constant(self, value: NDArray[Any], name: str = "constant") -> int:
+        """Add a constant, or return the index of an equal one."""
+        data = np.ascontiguousarray(value)
+        key = (str(data.dtype), value.shape, data.tobytes())
+        if key not in self._constants:
+            self._buffers.append(key[2])
+            self._constants[key] = self._add(name, value.shape, str(data.dtype), len(self._buffers) - 1)
+        return self._constants[key]
+
+    def operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
+        """Add an operator by its name in the schema. options: fields of its options table."""
+        made = self.schema.OperatorT()
+        made.opcodeIndex = self._codes.setdefault(code, len(self._codes))
+        made.inputs, made.outputs = list(inputs), list(outputs)
+        table = OPTIONS.get(code, "".join(part.title() for part in code.split("_")) + "Options")
+        if hasattr(self.schema, f"{table}T"):
+            made.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
+            made.builtinOptions = getattr(self.schema, f"{table}T")()
+            for key, value in options.items():
+                if not hasattr(made.builtinOptions, key):
+                    raise ValueError(f"{table} has no field {key}")
+                setattr(made.builtinOptions, key, value)
+        elif options:
+            raise ValueError(f"{code} has no options")
+        self._operators.append(made)
+
+    def finish(
+        self, inputs: Mapping[str, int], outputs: Mapping[str, int], description: str, metadata: Mapping[str, bytes]
+    ) -> bytes:
+        """Return the file. inputs, outputs: names in the signature -> tensors. metadata: further buffers by name."""
+        model = self.schema.ModelT()
+        model.version, model.description = 3, description
+        subgraph = self.schema.SubGraphT()
+        subgraph.name, subgraph.tensors, subgraph.operators = "main", self._tensors, self._operators
+        model.subgraphs, model.operatorCodes = [subgraph], [self._code(name) for name in self._codes]
+        model.metadata = []
+        for name, data in metadata.items():
+            entry = self.schema.MetadataT()
+            entry.name, entry.buffer = name, len(self._buffers)
+            self._buffers.append(data)
+            model.metadata.append(entry)
+        set_signature(model, inputs, outputs)
+        model.buffers = []
+        for data in self._buffers:
+            buffer = self.schema.BufferT()
+            buffer.data = np.frombuffer(data, np.uint8) if data else None
+            model.buffers.append(buffer)
+        return pack(model)
+
+    def _add(self, name: str, shape: Sequence[int], dtype: str, buffer: int) -> int:
+        made = self.schema.TensorT()
+        count = self._names[name]
+        self._names[name] += 1
+        made.name = f"{name};{count}" if count else name
+        made.shape = np.array(shape, np.int32)
+        made.type = getattr(self.schema.TensorType, TYPES[dtype])
+        made.buffer = buffer
+        self._tensors.append(made)
+        self.shapes.append(tuple(shape))
+        self.dtypes.append(dtype)
+        return len(self._tensors) - 1
+
+    def _code(self, name: str) -> Any:
+        made = self.schema.OperatorCodeT()
+        made.builtinCode = getattr(self.schema.BuiltinOperator, name)
+        made.deprecatedBuiltinCode = min(made.builtinCode, GREATER)
+        made.version = self.versions.get(name, 1)
+        return made
+
+
+#: Operators whose options table is not named after them.
+OPTIONS = {
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
+    "MAX_POOL_2D": "Pool2DOptions",
+    "AVERAGE_POOL_2D": "Pool2DOptions",
+    "MEAN": "ReducerOptions",
+    "SUM": "ReducerOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions",
+    "REDUCE_PROD": "ReducerOptions",
+    "MAXIMUM": "MaximumMinimumOptions",
+    "MINIMUM": "MaximumMinimumOptions",
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "TOPK_V2": "TopKV2Options",
+    "PADV2": "PadV2Options",
+    "SELECT_V2": "SelectV2Options",
+    "LOGISTIC": "",
+    "RELU": "",
+}
+
+
+def read(data: bytes) -> Any:
+    """Return the model of a file as objects that can be changed: `ModelT` of the schema."""
+    return schema().ModelT.InitFromPackedBuf(data, 0)
+
+
+def set_signature(model: Any, inputs: Mapping[str, int] | None, outputs: Mapping[str, int]) -> None:
+    """Set inputs (None: leave them) and outputs of a model and of its signature: names -> tensors."""
+    found = schema()
+
+    def entries(tensors: Mapping[str, int]) -> list[Any]:
+        made = [found.TensorMapT() for _ in tensors]
+        for entry, (name, tensor) in zip(made, tensors.items(), strict=True):
+            entry.name, entry.tensorIndex = name, tensor
+        return made
+
+    if not model.signatureDefs:
+        model.signatureDefs = [found.SignatureDefT()]
+        model.signatureDefs[0].signatureKey = SIGNATURE
+    signature, graph = model.signatureDefs[0], model.subgraphs[0]
+    if inputs is not None:
+        graph.inputs, signature.inputs = list(inputs.values()), entries(inputs)
+    graph.outputs, signature.outputs = list(outputs.values()), entries(outputs)
+
+
+def pack(model: Any) -> bytes:
+    """Return the file of a model, with aligned constants."""
+    import flatbuffers
+
+    class Builder(flatbuffers.Builder):  # type: ignore[misc]
+        def CreateNumpyVector(self, x: NDArray[Any]) -> Any:  # noqa: N802  the library's name
+            if x.dtype == np.uint8 and x.ndim == 1:
+                self.Prep(ALIGNMENT, len(x))
+            return super().CreateNumpyVector(x)
+
+    builder = Builder(1024)
+    builder.Finish(model.Pack(builder), IDENTIFIER)
+    return bytes(builder.Output())
