@@ -1,6 +1,7 @@
 """Compare LiteRT bundles with ONNX Runtime on the same network: errors, latency, size.
 
-    python benchmarks/litert.py [CKPT..] [--imgsz 64 224] [--rounds 15] [--precision fp32 fp16] [--calib DIR --val DIR]
+    python benchmarks/litert.py [CKPT..] [--imgsz 64 224] [--rounds 15] [--precision fp32 fp16]
+    python benchmarks/litert.py CKPT --precision fp32 int8 --calib IMAGES --val IMAGES [--resize stretch]
 
 Without CKPT the embedded digits. Every checkpoint is exported for LiteRT in each precision, and in float32 for ONNX.
 Latency is CPU time of one thread, in turn: LiteRT, ONNX Runtime with portable scans, and with native kernels. The
@@ -43,8 +44,10 @@ def said(bundle: Bundle) -> str:
     text = (
         f"outputs {facts.parity['max_abs']:.1e} (limit {facts.parity['limit']:.1e}), scans {scans:.1e}, {size:.1f} MB"
     )
-    kept = {key: value for key, value in (facts.accuracy or {}).items() if isinstance(value, (int, float))}
-    return text + "".join(f", {key} {value:.4g}" for key, value in kept.items())
+    if facts.accuracy and facts.accuracy.get("top1") is not None:
+        top1, exact = facts.accuracy["top1"], facts.accuracy["top1_float"]
+        text += f", top-1 {top1:.2%} (float {exact:.2%}), {facts.accuracy['images']} images"
+    return text
 
 
 def compare(checkpoint: str, args: argparse.Namespace, size: str, folder: Path) -> bool:
@@ -55,7 +58,8 @@ def compare(checkpoint: str, args: argparse.Namespace, size: str, folder: Path) 
     with ExitStack() as stack:
         for target, precision in (("onnx", "fp32"), *(("litert", each) for each in args.precision)):
             given = {"calib": args.calib, "val": args.val} if precision in CALIBRATED else {}
-            bundle = export(source, ExportPlan(target, precision, imgsz=parse_imgsz(size), **given), folder, force=True)
+            plan = ExportPlan(target, precision, imgsz=parse_imgsz(size), resize=args.resize, **given)
+            bundle = export(source, plan, folder, force=True)
             print(f"  {target} {precision}: {said(bundle)}", flush=True)
             feeds = {"image": load_file(bundle.path / "selftest" / "probes.safetensors")["image"][:1]}
             forms = {PORTABLE: "portable", NATIVE: "auto"} if target == "onnx" else {f"LiteRT {precision}": "auto"}
@@ -77,6 +81,7 @@ def main() -> int:
     parser.add_argument("--imgsz", nargs="+", default=["64"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--resize")
     parser.add_argument("--calib")
     parser.add_argument("--val")
     args = parser.parse_args()

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli, load
+from evm_deploy.calib.histogram import Range
+from evm_deploy.calib.quantize import activations, insert_qdq, quantizable_layers
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import ExportPlan, export, litert
@@ -217,7 +219,7 @@ def test_every_rule_has_a_case():
     tested = {each.op_type for nodes, *_ in CASES.values() for each in nodes}
     assert set(litert.RULES) - tested == {
         *("And", "Equal", "GreaterOrEqual", "GroupNormalization", "Less", "LessOrEqual", "Not", "Or"),
-        "RMSNormalization",
+        *("DequantizeLinear", "QuantizeLinear", "RMSNormalization"),
     }
 
 
@@ -444,3 +446,102 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
             runtime.LiteRt(path)
     with pytest.raises(BundleError, match="LiteRT cannot open"):
         runtime.LiteRt(Path(tmp_path / "none.tflite"), RunOptions(threads=2))
+
+
+def layers_of_every_kind():
+    """Convolutions with and without ReLU, a depthwise one, a gate, a residual, products of channels last: float32."""
+    g, constants, nodes = np.random.default_rng(0), [], []
+
+    def add(op, *inputs, name="", **attributes):
+        name = name or f"m{len(nodes)}"
+        nodes.append(helper.make_node(op, list(inputs), [f"{name}/{op}"], name=f"{name}/{op}", **attributes))
+        return nodes[-1].output[0]
+
+    def constant(name, value):
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def layer(op, x, shape, fan, *, bias=True, **attributes):
+        name = f"layer{len(nodes)}"
+        inputs = [x, constant(f"{name}.weight", (g.standard_normal(shape) / fan**0.5).astype(np.float32))]
+        if bias:
+            count = shape[0] if op == "Conv" else shape[1]
+            inputs.append(constant(f"{name}.bias", g.standard_normal(count).astype(np.float32)))
+        return add(op, *inputs, name=name, **attributes)
+
+    x = add("Relu", layer("Conv", "x", (16, 3, 3, 3), 27, pads=[1] * 4, strides=[2, 2]))
+    x = add("Relu", layer("Conv", x, (16, 1, 3, 3), 9, pads=[1] * 4, group=16))
+    pooled = add("ReduceMean", x, constant("axes", np.int64([-2, -1])), keepdims=1)
+    hidden = add("Relu", layer("Conv", pooled, (4, 16, 1, 1), 16))
+    gate = add("Sigmoid", layer("Conv", hidden, (16, 4, 1, 1), 4))
+    y = layer("Conv", add("Mul", x, gate), (16, 16, 1, 1), 16)
+    rows = add("Transpose", add("Add", y, x), perm=[0, 2, 3, 1])
+    rows = layer("MatMul", rows, (16, 12), 16, bias=False)
+    line = add("ReduceMean", add("Gelu", rows), constant("both", np.int64([1, 2])), keepdims=0)
+    nodes[-1].output[0] = "features"
+    layer("Gemm", "features", (12, 10), 12)
+    nodes[-1].output[0] = "y"
+    assert line
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 9, 7])
+    graph = helper.make_graph(nodes, "g", [image], [onnx.ValueInfoProto(name="y")], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def test_layers_between_q_and_dq_are_int8_and_nothing_else_is_in_their_place():
+    """The same integers as ONNX Runtime's, up to the rounding of a tie; ReLU is part of a layer or of nothing."""
+    model, x = layers_of_every_kind(), numbers(2, 3, 9, 7)
+    found = quantizable_layers(model)
+    names = activations(found)
+    probed = onnx.ModelProto.FromString(model.SerializeToString())
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != "y")
+    values = in_onnxruntime(probed, x)
+    ranges = {key: Range(min(0, values[name].min()), values[name].max()) for name, key in names.items()}
+    rounded = insert_qdq(model, found, ranges, rounded_outputs=True)
+    want, exact = in_onnxruntime(rounded, x)["y"], values["y"]
+    outputs, translation = in_litert(rounded, x)
+    step = float(np.ptp(values["y"]) / 255)
+    assert np.abs(outputs["y"] - want).max() <= 2 * step and np.abs(outputs["y"] - exact).max() < 0.1
+    file = translation.file
+    codes = {index: code for (code, _), index in file._codes.items()}
+    kinds = Counter((codes[each.opcodeIndex], file.dtypes[each.outputs[0]]) for each in file._operators)
+    layers = {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 2, "MEAN": 1, "MUL": 1}
+    assert {code: kinds[code, "int8"] for code in layers} == layers
+    assert not any(kinds[code, "float32"] for code in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "MUL"))
+    assert not any(code == "RELU" for code, _ in kinds)
+    weights = [i for i, dtype in enumerate(file.dtypes) if dtype == "int8" and len(file.scales[i].scale) > 1]
+    assert len(weights) == 7
+    for index in weights:
+        assert file.shapes[index][file.scales[index].axis] == file.scales[index].scale.size
+
+
+def test_pairs_that_litert_does_not_know_are_refused():
+    scale, zero = np.float32([1, 2, 3, 4]), np.zeros(4, np.uint8)
+    with pytest.raises(UsageError, match="its scale is not one of int8 or uint8"):
+        litert.translated(model_of(node("QuantizeLinear", scale, zero, axis=1)))
+    with pytest.raises(UsageError, match="its scale is not one of int8 or uint8"):
+        litert.translated(model_of(node("QuantizeLinear", np.float32(1), np.uint16(0), opset=21)))
+
+
+def test_rounded_values_come_back():
+    """A pair alone: the same rounding as ONNX Runtime's, ends of the range included."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    constants = [numpy_helper.from_array(np.float32(0.03), "s"), numpy_helper.from_array(np.uint8(100), "z")]
+    model = model_of((nodes, constants, (4, 50), np.float32, 20))
+    x = 3 * numbers(4, 50)
+    have, _ = in_litert(model, x)
+    np.testing.assert_allclose(have["y"], in_onnxruntime(model, x)["y"], atol=0.03 * 1e-3)
+
+
+@pytest.mark.slow
+def test_int8_of_the_digits(tmp_path):
+    plan = ExportPlan("litert", "int8", calib="demo", calib_images=100, val="demo", smooth="off", calib_method="minmax")
+    bundle = export(CHECKPOINT, plan, tmp_path)
+    accuracy, facts = bundle.manifest.accuracy, bundle.manifest.details["quantization"]
+    assert accuracy["ok"] and accuracy["top1"] > 0.985 and accuracy["sqnr_db"] > 25
+    assert facts["size_of_fp32"] < 0.5 and "weight_bits" not in facts
+    with load(bundle.path) as model:
+        assert all(check.ok for check in model.selftest())

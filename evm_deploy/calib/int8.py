@@ -72,10 +72,14 @@ def quantize_graph(
     plugin: Path | None,
     step: Step,
     symmetric: bool = False,
+    rounded_outputs: bool = False,
+    saturates: bool = True,
 ) -> Quantized:
     """Quantise a hub graph to int8 or w8.
 
-    fused: module path -> op, for modules that may become one op. symmetric: use no zero points.
+    fused: module path -> op, for modules that may become one op. symmetric: use no zero points. rounded_outputs: round
+    the output of every layer, for runtimes whose int8 layers give int8 alone. saturates: whether the runtime has
+    kernels with products of uint8 and int8 that can saturate (`saturating_weights`); without zero points none has.
     `open_candidate(graph)`: open a graph as the target will run it, for evaluation. plugin: native library of ONNX
     Runtime, which makes calibration faster. Raises CalibrationError. An accuracy beyond its limit raises no error: it
     is in the result.
@@ -96,11 +100,12 @@ def quantize_graph(
     images = image_sets(config, preprocessing, step)
     probed = with_probes(model)
     choices = make_candidates(probed, found, images.used, config, plugin, step)
-    rewrite = partial(insert_qdq, symmetric=symmetric, weight_bits=config.weight_bits)
+    how = partial(insert_qdq, symmetric=symmetric, rounded_outputs=rounded_outputs)
+    rewrite = partial(how, weight_bits=config.weight_bits)
     choices = {name: replace(source, rewrite=rewrite) for name, source in choices.items()}
     chosen = choose(choices, images, config, partial(graph_outputs, probed, config, plugin), open_candidate, step)
-    saturates = config.precision == "int8" and not symmetric
-    saturating = tuple(saturating_weights(chosen.model)) if saturates else None
+    looked_for = config.precision == "int8" and saturates and not symmetric
+    saturating = tuple(saturating_weights(chosen.model)) if looked_for else None
     return replace(chosen, model=without_probes(chosen.model), saturating=saturating)
 
 

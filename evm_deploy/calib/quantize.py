@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -159,16 +159,20 @@ def insert_qdq(
     ranges: Mapping[str, Range],
     *,
     symmetric: bool = False,
+    rounded_outputs: bool = False,
     weight_bits: int = 8,
 ) -> onnx.ModelProto:
     """Return a copy of `model` with the layers `found` between Q/DQ pairs, weight_only layers with int8 weights alone.
 
     Weights: int8, symmetric, one scale per output channel. Activations: one scale per tensor over `ranges`, which are
     keyed as in `activations`: uint8 with a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for
-    TensorRT. With a zero point squeeze-excite gates are rounded, too (`with_rounded_gates`). weight_bits: 7 for weights
+    TensorRT. With a zero point squeeze-excite gates are rounded, too (`with_rounded_gates`). rounded_outputs:
+    round the output of every layer, also where `float_output` is set. weight_bits: 7 for weights
     of these layers in -64..64, which cannot saturate (`saturating_weights`).
     """
     pairs = [layer for layer in found if not layer.weight_only]
+    if rounded_outputs:
+        pairs = [replace(layer, float_output=False) for layer in pairs]
     result = _insert_pairs(model, pairs, ranges, symmetric, weight_bits) if pairs else copy.deepcopy(model)
     if not symmetric:
         result = with_rounded_gates(result)

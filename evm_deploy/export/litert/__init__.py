@@ -7,27 +7,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.packages import install_hint
+from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
+from evm_deploy.calib.config import QuantizationConfig
+from evm_deploy.calib.evaluation import OpenCandidate
+from evm_deploy.calib.int8 import Quantized, quantize_graph
+from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import Graph, scan_sites
 from evm_deploy.export.hub.tools import check_fp16_range
 from evm_deploy.export.hub.unroll import static, unroll, unrolled_alone
-from evm_deploy.export.litert import layers, metadata, moves, operators, products, selection
+from evm_deploy.export.litert import layers, metadata, moves, operators, products, rounding, selection
 from evm_deploy.export.litert.readme import usage
 from evm_deploy.export.litert.scans import LiteRtArtifact, LiteRtScanAccess
 from evm_deploy.export.litert.translate import Translation
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.runtimes.litert import INFO, MODULE
+from evm_deploy.toolchain.plugins import find_plugin
 
 if TYPE_CHECKING:
     import onnx
 
 ARTIFACT = "model.tflite"
 FACTS = "evm_deploy"  # metadata of the file that hold ours, as JSON
-RULES = {**operators.RULES, **moves.RULES, **layers.RULES, **products.RULES, **selection.RULES}
+RULES = {
+    **operators.RULES,
+    **moves.RULES,
+    **layers.RULES,
+    **products.RULES,
+    **rounding.RULES,
+    **selection.RULES,
+}
 #: Versions of kernels that the rules use, where it is not 1.
 VERSIONS = {
     "BROADCAST_TO": 2,
@@ -82,6 +95,23 @@ def translated(model: onnx.ModelProto, *, half: bool = False) -> Translation:
     return Translation(static(model), RULES, VERSIONS, half=half)
 
 
+def quantize(
+    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
+) -> Quantized:
+    """Quantise the hub graph. LiteRT's int8 layers give int8 alone, and multiply without saturation."""
+    return quantize_graph(
+        graph.model,
+        config,
+        preprocessing,
+        fused=graph.fusable,
+        open_candidate=open_candidate,
+        plugin=find_plugin("onnxruntime"),
+        step=step,
+        rounded_outputs=True,
+        saturates=False,
+    )
+
+
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a file of one scan of this shape, with all seven tensors as inputs."""
     found = translated(unrolled_alone(graph.model, shape.L, shape))
@@ -97,6 +127,7 @@ TARGET = Target(
     scan_access=LiteRtScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    quantize=quantize,
     check=check_plan,
     nms=("none",),
 )

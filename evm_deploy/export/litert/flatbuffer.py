@@ -7,7 +7,8 @@ The format is the public FlatBuffers schema `schema.fbs` of LiteRT, whose Python
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,20 @@ TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Meaning of integers: real = scale * (number - zero). scale: one, or one for each place along `axis`."""
+
+    scale: NDArray[np.float32]
+    zero: int = 0
+    axis: int = 0
+
+    @property
+    def key(self) -> tuple[bytes, int, int]:
+        """Value by which equal scales are equal."""
+        return self.scale.tobytes(), self.zero, self.axis
+
+
 def schema() -> Any:
     """Import the classes of the file format, without LiteRT's libraries."""
     import ai_edge_litert.schema_py_generated as found
@@ -46,8 +61,9 @@ class FlatBuffer:
         self.versions = versions
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[str] = []
+        self.scales: list[Scale | None] = []
         self._names: Counter[str] = Counter()
-        self._codes: dict[str, int] = {}
+        self._codes: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[Any, ...], int] = {}
         self._buffers: list[bytes] = [b""]  # number 0 is that of tensors without data
         self._tensors: list[Any] = []
@@ -58,23 +74,26 @@ class FlatBuffer:
         """Number of operators."""
         return len(self._operators)
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: str) -> int:
-        """Add a tensor without data. Returns its index. A name that is taken gets a number."""
-        return self._add(name, shape, dtype, 0)
+    def tensor(self, name: str, shape: Sequence[int], dtype: str, scale: Scale | None = None) -> int:
+        """Add a tensor without data. Returns its index. A name that is taken gets a number. scale: of integers."""
+        return self._add(name, shape, dtype, 0, scale)
 
-    def constant(self, value: NDArray[Any], name: str = "constant") -> int:
-        """Add a constant, or return the index of an equal one."""
+    def constant(self, value: NDArray[Any], name: str = "constant", scale: Scale | None = None) -> int:
+        """Add a constant, or return the index of an equal one. scale: of integers that stand for real numbers."""
         data = np.ascontiguousarray(value)
-        key = (str(data.dtype), value.shape, data.tobytes())
+        key = (str(data.dtype), value.shape, data.tobytes(), scale.key if scale else None)
         if key not in self._constants:
             self._buffers.append(key[2])
-            self._constants[key] = self._add(name, value.shape, str(data.dtype), len(self._buffers) - 1)
+            self._constants[key] = self._add(name, value.shape, str(data.dtype), len(self._buffers) - 1, scale)
         return self._constants[key]
 
-    def operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
-        """Add an operator by its name in the schema. options: fields of its options table."""
+    def operator(
+        self, code: str, inputs: Sequence[int], outputs: Sequence[int], *, version: int = 0, **options: Any
+    ) -> None:
+        """Add an operator by its name in the schema. version: of its kernel. options: fields of its options table."""
         made = self.schema.OperatorT()
-        made.opcodeIndex = self._codes.setdefault(code, len(self._codes))
+        number = version or self.versions.get(code, 1)
+        made.opcodeIndex = self._codes.setdefault((code, number), len(self._codes))
         made.inputs, made.outputs = list(inputs), list(outputs)
         table = OPTIONS.get(code, "".join(part.title() for part in code.split("_")) + "Options")
         if hasattr(self.schema, f"{table}T"):
@@ -96,7 +115,7 @@ class FlatBuffer:
         model.version, model.description = 3, description
         subgraph = self.schema.SubGraphT()
         subgraph.name, subgraph.tensors, subgraph.operators = "main", self._tensors, self._operators
-        model.subgraphs, model.operatorCodes = [subgraph], [self._code(name) for name in self._codes]
+        model.subgraphs, model.operatorCodes = [subgraph], [self._code(*code) for code in self._codes]
         model.metadata = []
         for name, data in metadata.items():
             entry = self.schema.MetadataT()
@@ -111,7 +130,17 @@ class FlatBuffer:
             model.buffers.append(buffer)
         return pack(model)
 
-    def _add(self, name: str, shape: Sequence[int], dtype: str, buffer: int) -> int:
+    def drop_unread(self, outputs: Iterable[int]) -> None:
+        """Remove the operators that compute none of these tensors."""
+        read = set(outputs)
+        kept = []
+        for operator in reversed(self._operators):
+            if read.intersection(operator.outputs):
+                read.update(operator.inputs)
+                kept.append(operator)
+        self._operators = kept[::-1]
+
+    def _add(self, name: str, shape: Sequence[int], dtype: str, buffer: int, scale: Scale | None) -> int:
         made = self.schema.TensorT()
         count = self._names[name]
         self._names[name] += 1
@@ -119,16 +148,22 @@ class FlatBuffer:
         made.shape = np.array(shape, np.int32)
         made.type = getattr(self.schema.TensorType, TYPES[dtype])
         made.buffer = buffer
+        if scale:
+            made.quantization = self.schema.QuantizationParametersT()
+            made.quantization.scale = scale.scale.astype(np.float32).reshape(-1)
+            made.quantization.zeroPoint = np.full(made.quantization.scale.size, scale.zero, np.int64)
+            made.quantization.quantizedDimension = scale.axis
         self._tensors.append(made)
         self.shapes.append(tuple(shape))
         self.dtypes.append(dtype)
+        self.scales.append(scale)
         return len(self._tensors) - 1
 
-    def _code(self, name: str) -> Any:
+    def _code(self, name: str, version: int) -> Any:
         made = self.schema.OperatorCodeT()
         made.builtinCode = getattr(self.schema.BuiltinOperator, name)
         made.deprecatedBuiltinCode = min(made.builtinCode, GREATER)
-        made.version = self.versions.get(name, 1)
+        made.version = version
         return made
 
 

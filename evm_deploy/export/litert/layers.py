@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.export.litert.layout import last, permuted
+from evm_deploy.export.litert.layout import Order, last, permuted
 from evm_deploy.export.litert.moves import cut
-from evm_deploy.export.litert.translate import Node, Rule, Translation
+from evm_deploy.export.litert.rounding import Operation
+from evm_deploy.export.litert.translate import Node, Rule, Translation, Value
 
 CHANNELS_LAST = (0, 2, 3, 1)
 LINE_LAST = (0, 2, 1)  # (b, C, L) -> (b, L, C)
@@ -54,21 +55,19 @@ class Window:
         ]
         return [*(total // 2 for total in totals), *(total - total // 2 for total in totals)]
 
-    def read(self, t: Translation, node: Node) -> int:
+    def read(self, t: Translation, x: Value) -> int:
         """Return the input as (b, H, W, C)."""
-        x = node.input(0)
         if not self.line:
             return t.arranged(x, CHANNELS_LAST)
         b, channels, length = x.shape
         return t.reshape(t.arranged(x, LINE_LAST), (b, 1, length, channels))
 
-    def write(self, t: Translation, node: Node, tensor: int) -> None:
-        """Make (b, H, W, C) the output of the node."""
+    def written(self, t: Translation, node: Node, tensor: int) -> tuple[int, Order]:
+        """Return the output of the node from (b, H, W, C), and the order of its axes."""
         if not self.line:
-            t.write(node, tensor, CHANNELS_LAST)
-            return
+            return tensor, CHANNELS_LAST
         b, channels, length = t.shapes[node.outputs[0]][0]
-        t.write(node, t.reshape(tensor, (b, length, channels)), LINE_LAST)
+        return t.reshape(tensor, (b, length, channels)), LINE_LAST
 
     def pad(self, t: Translation, tensor: int, value: float | None = None, *, counted: bool = False) -> tuple[int, Any]:
         """Return the tensor to compute on, padded if TFLite's own padding is another, and TFLite's padding.
@@ -97,35 +96,28 @@ class Window:
         return {"strideH": self.strides[0], "strideW": self.strides[1]}
 
 
-def bias_of(t: Translation, node: Node, index: int, channels: int) -> int:
-    """Return the tensor of a bias, zeros if there is none."""
-    data = node.constant(index)
-    return t.constant(np.zeros(channels, np.float32) if data is None else data.reshape(-1), f"{node.name}/bias")
-
-
 def conv(t: Translation, node: Node) -> None:
     """Translate Conv over one or two axes: grouped, depthwise, dilated, padded."""
     weight = node.constant(1)
     assert weight is not None
-    window = Window(node, weight.shape[2:])
+    window, operation = Window(node, weight.shape[2:]), Operation(t, node, constants=(1, 2), relu=True)
     outputs, each = weight.shape[:2]
-    kernel = weight.reshape(outputs, each, *window.kernel)
-    tensor, padding = window.pad(t, window.read(t, node))
+    tensor, padding = window.pad(t, window.read(t, operation.values[0]))
     options: dict[str, Any] = {
         "padding": padding,
         **window.steps,
         "dilationHFactor": window.dilations[0],
         "dilationWFactor": window.dilations[1],
     }
-    depthwise = each == 1 and window.group > 1
-    bias = bias_of(t, node, 2, outputs)
-    if depthwise:
-        code, axes, options["depthMultiplier"] = "DEPTHWISE_CONV_2D", (1, 2, 3, 0), outputs // window.group
+    height, width = window.kernel
+    spatial = range(2, weight.ndim)
+    if each == 1 and window.group > 1:
+        code, options["depthMultiplier"] = "DEPTHWISE_CONV_2D", outputs // window.group
+        kernel = operation.weight((1, *spatial, 0), (1, height, width, outputs), 3)
     else:
-        code, axes = "CONV_2D", (0, 2, 3, 1)
-    inputs = [tensor, t.weight(np.transpose(kernel, axes), f"{node.name}/weight"), bias]
-    shape = window.result(t, node)
-    window.write(t, node, t.add(code, inputs, shape, name=node.outputs[0], **options))
+        code, kernel = "CONV_2D", operation.weight((0, *spatial, 1), (outputs, height, width, each), 0)
+    made = operation.add(code, [tensor, kernel, operation.bias(outputs)], window.result(t, node), **options)
+    operation.write(*window.written(t, node, made))
 
 
 def conv_transpose(t: Translation, node: Node) -> None:
@@ -135,8 +127,8 @@ def conv_transpose(t: Translation, node: Node) -> None:
     window = Window(node, weight.shape[2:])
     if window.group != 1 or max(window.dilations) > 1:
         raise node.refused("groups or dilations")
-    kernel = weight.reshape(*weight.shape[:2], *window.kernel)
-    tensor, shape = window.read(t, node), window.result(t, node)
+    operation = Operation(t, node, exact=True)
+    tensor, shape = window.read(t, node.input(0)), window.result(t, node)
     whole = [(size - 1) * s + k for size, s, k in zip(window.sizes, window.strides, window.kernel, strict=True)]
     grown = [max(w, p + s) for w, p, s in zip(whole, window.pads[:2], shape[1:3], strict=True)]
     if grown != whole:
@@ -144,14 +136,14 @@ def conv_transpose(t: Translation, node: Node) -> None:
     full = (shape[0], *whole, shape[3])
     inputs = [
         t.constant(full),
-        t.weight(np.transpose(kernel, (1, 2, 3, 0)), f"{node.name}/weight"),
+        operation.weight((1, *range(2, weight.ndim), 0), (shape[3], *window.kernel, weight.shape[0]), 0),
         tensor,
-        bias_of(t, node, 2, shape[3]),
+        operation.bias(shape[3]),
     ]
     made = t.add("TRANSPOSE_CONV", inputs, full, "float32", padding=t.file.schema.Padding.VALID, **window.steps)
     for axis in (1, 2):
         made = cut(t, made, axis, window.pads[axis - 1], shape[axis])
-    window.write(t, node, made)
+    operation.write(*window.written(t, node, made))
 
 
 def pool(code: str) -> Rule:
@@ -162,7 +154,7 @@ def pool(code: str) -> Rule:
         if max(window.dilations) > 1 or len(node.outputs) > 1:
             raise node.refused("dilations or indices")
         counted = code == "AVERAGE_POOL_2D" and bool(node.get("count_include_pad", 0))
-        tensor, kinds = window.read(t, node), t.file.schema.Padding
+        tensor, kinds = window.read(t, node.input(0)), t.file.schema.Padding
         if code == "AVERAGE_POOL_2D" and window.padded and not counted and window.pads != window.same:
             raise node.refused("an average that leaves out such padding")
         value = float(np.finfo(np.float32).min) if code == "MAX_POOL_2D" else None
@@ -176,18 +168,19 @@ def pool(code: str) -> Rule:
             if fits != [*shape[1:3]]:
                 raise node.refused("ceil_mode")
         sizes: dict[str, Any] = {"filterHeight": window.kernel[0], "filterWidth": window.kernel[1]}
-        window.write(
-            t, node, t.add(code, [tensor], shape, name=node.outputs[0], padding=padding, **window.steps, **sizes)
-        )
+        made = t.add(code, [tensor], shape, name=node.outputs[0], padding=padding, **window.steps, **sizes)
+        t.write(node, *window.written(t, node, made))
 
     return rule
 
 
 def global_average(t: Translation, node: Node) -> None:
     """Translate GlobalAveragePool: the mean over all axes but the first two."""
-    x = node.input(0)
+    operation = Operation(t, node)
+    (x,) = operation.values
     places = [place for place, axis in enumerate(x.order) if axis > 1]
-    t.emit(node, "MEAN", [x.tensor, t.constant(places)], x.order, keepDims=True)
+    shape = permuted(t.shapes[node.outputs[0]][0], x.order)
+    operation.write(operation.add("MEAN", [x.tensor, t.constant(places)], shape, keepDims=True), x.order)
 
 
 def resize(t: Translation, node: Node) -> None:

@@ -12,14 +12,15 @@ from evm_deploy.export.litert.translate import Node, Rule, Translation, Value
 
 def identical(t: Translation, node: Node) -> None:
     """Translate Identity and Dropout: the same tensor."""
-    t.write(node, node.input(0).tensor, node.input(0).order)
+    x = node.input(0)
+    t.write(node, x.tensor, x.order, rounded=x.rounded)
 
 
 def transpose(t: Translation, node: Node) -> None:
     """Translate Transpose: the same tensor in another order."""
     x = node.input(0)
     perm = node.get("perm") or [*reversed(range(x.rank))]
-    t.write(node, x.tensor, transposed(x.order, perm))
+    t.write(node, x.tensor, transposed(x.order, perm), rounded=x.rounded)
 
 
 def reshape(t: Translation, node: Node) -> None:

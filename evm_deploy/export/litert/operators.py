@@ -9,6 +9,7 @@ import numpy as np
 
 from evm_deploy.export.litert.flatbuffer import TYPES
 from evm_deploy.export.litert.layout import Order, last, permuted
+from evm_deploy.export.litert.rounding import VERSIONS, Operation
 from evm_deploy.export.litert.translate import Node, Rule, Translation, Value
 
 UNARY = {
@@ -20,7 +21,6 @@ UNARY = {
     "Log": "LOG",
     "Neg": "NEG",
     "Not": "LOGICAL_NOT",
-    "Relu": "RELU",
     "Round": "ROUND",
     "Sigmoid": "LOGISTIC",
     "Sin": "SIN",
@@ -69,8 +69,10 @@ def binary(code: str) -> Rule:
     """Return the rule for an operator of two inputs that are broadcast."""
 
     def rule(t: Translation, node: Node) -> None:
-        order, tensors = together(t, node, [node.input(0), node.input(1)])
-        t.emit(node, code, tensors, order)
+        operation = Operation(t, node, (0, 1), exact=code not in VERSIONS)
+        order, tensors = together(t, node, operation.values)
+        shape, dtype = t.shapes[node.outputs[0]]
+        operation.write(operation.add(code, tensors, permuted(shape, order), dtype=dtype), order)
 
     return rule
 
@@ -175,13 +177,16 @@ def reduction(code: str) -> Rule:
         if not given and node.get("noop_with_empty_axes", 0):
             t.write(node, x.tensor, x.order)
             return
+        operation = Operation(t, node, exact=code != "MEAN")
+        (x,) = operation.values
         axes = sorted(axis % x.rank for axis in given or range(x.rank))
         kept = bool(node.get("keepdims", 1))
         places = t.constant(np.array(sorted(x.order.index(axis) for axis in axes), np.int32))
         order = x.order
         if not kept:
             order = tuple(axis - sum(each < axis for each in axes) for axis in x.order if axis not in axes)
-        t.emit(node, code, [x.tensor, places], order, keepDims=kept)
+        shape = permuted(t.shapes[node.outputs[0]][0], order)
+        operation.write(operation.add(code, [x.tensor, places], shape, keepDims=kept), order)
 
     return rule
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evm_deploy.export.litert.layout import identity, last
+from evm_deploy.export.litert.layout import identity, last, permuted
+from evm_deploy.export.litert.rounding import Operation
 from evm_deploy.export.litert.translate import Node, Rule, Translation, Value
 
 
@@ -17,7 +16,7 @@ def product(t: Translation, node: Node) -> None:
     """Translate MatMul: FullyConnected for a constant matrix, else BatchMatMul."""
     x, y = node.input(0), node.input(1)
     if y.data is not None and y.rank == 2 and x.rank >= 2:
-        connected(t, node, x, np.ascontiguousarray(y.data.T), None)
+        connected(t, node, (1, 0))
         return
     if min(x.rank, y.rank) < 2:
         raise node.refused("a product with a vector")
@@ -31,25 +30,24 @@ def product(t: Translation, node: Node) -> None:
     t.emit(node, "BATCH_MATMUL", [left, right], identity(rank))
 
 
-def connected(t: Translation, node: Node, x: Value, weight: NDArray[Any], bias: NDArray[Any] | None) -> None:
-    """Add a FullyConnected. weight: (out, in). bias: (out)."""
-    order = last(x.order, x.rank - 1)
-    inputs = [t.arranged(x, order), t.weight(weight, f"{node.name}/weight")]
-    inputs.append(-1 if bias is None else t.constant(bias, f"{node.name}/bias"))
-    t.emit(node, "FULLY_CONNECTED", inputs, order, keepNumDims=True)
+def connected(t: Translation, node: Node, place: tuple[int, int], *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """Add a FullyConnected. place: permutation of the weight's axes to (out, in). alpha, beta: of weight and bias."""
+    operation = Operation(t, node, constants=(1, 2), relu=True, exact=(alpha, beta) != (1.0, 1.0))
+    (x,) = operation.values
+    order, shape = last(x.order, x.rank - 1), t.shapes[node.outputs[0]][0]
+    columns = shape[-1]
+    weight = operation.weight(place, (columns, x.shape[-1]), 0, alpha)
+    bias = operation.bias(columns, beta) if node.given(2) else -1
+    inputs = [t.arranged(x, order), weight, bias]
+    operation.write(operation.add("FULLY_CONNECTED", inputs, permuted(shape, order), keepNumDims=True), order)
 
 
 def gemm(t: Translation, node: Node) -> None:
     """Translate Gemm with a constant matrix."""
-    x, weight, bias = node.input(0), node.constant(1), node.constant(2)
-    assert weight is not None
-    if node.get("transA", 0):
+    if node.get("transA", 0) or node.constant(1) is None:
         raise node.refused("transA")
-    matrix = weight if node.get("transB", 0) else weight.T
-    matrix = np.ascontiguousarray(matrix * np.float32(node.get("alpha", 1.0)))
-    if bias is not None:
-        bias = np.broadcast_to(bias * np.float32(node.get("beta", 1.0)), (1, len(matrix)))[0]
-    connected(t, node, x, matrix, None if bias is None else np.ascontiguousarray(bias))
+    place = (0, 1) if node.get("transB", 0) else (1, 0)
+    connected(t, node, place, alpha=node.get("alpha", 1.0), beta=node.get("beta", 1.0))
 
 
 def einsum(t: Translation, node: Node) -> None:

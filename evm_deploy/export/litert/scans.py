@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evm_deploy.export.litert import flatbuffer
 from evm_deploy.export.litert.layout import permuted
+from evm_deploy.export.litert.rounding import in_float
 from evm_deploy.export.target import Artifact
 from evm_deploy.runtimes.base import Feeds
 from evm_deploy.runtimes.litert import LiteRt
@@ -81,7 +82,7 @@ class LiteRtScanAccess:
         """Return a tensor with the axes of the ONNX value that it holds."""
         value = self.values[name]
         assert found.shape == permuted(value.shape, value.order)
-        return np.transpose(found, np.argsort(value.order))
+        return np.transpose(in_float(value, found), np.argsort(value.order))
 
 
 def behind(operators: Sequence[Any], tensor: int, ends: Sequence[int]) -> list[Any]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evm_deploy.errors import UsageError
-from evm_deploy.export.litert.flatbuffer import FlatBuffer
+from evm_deploy.export.litert.flatbuffer import FlatBuffer, Scale
 from evm_deploy.export.litert.layout import Order, identity, moves, permuted, same_data
 
 if TYPE_CHECKING:
@@ -25,10 +25,20 @@ INT32 = np.iinfo(np.int32)
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """Integers that stand for a value. tensor: int8 in the order of the value; data: of a constant, in its own axes."""
+
+    scale: Scale
+    tensor: int = -1
+    data: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
 class Value:
     """A value of the ONNX graph: constant data, or a tensor of the file with the order of its axes.
 
-    shape: of the value, not of the tensor. dtype: numpy's name.
+    shape: of the value, not of the tensor. dtype: numpy's name. rounded: the same value as integers, if it is known to
+    be rounded.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +46,7 @@ class Value:
     tensor: int = -1
     order: Order = ()
     data: NDArray[Any] | None = None
+    rounded: Rounded | None = None
 
     @property
     def rank(self) -> int:
@@ -103,6 +114,11 @@ class Translation:
         from onnx import numpy_helper
 
         self.half = half
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.results = {value.name for value in model.graph.output}
         self.file = FlatBuffer(versions)
         self.rules = rules
         self.shapes = described(model)
@@ -120,11 +136,17 @@ class Translation:
         for node in model.graph.node:
             self.translate(node)
         self.outputs = {value.name: self.arranged(self.values[value.name]) for value in model.graph.output}
+        self.file.drop_unread(self.outputs.values())
 
     def translate(self, proto: onnx.NodeProto) -> None:
-        """Translate one node. Raises UsageError for a node without a rule, and for one that its rule refuses."""
+        """Translate one node. Raises UsageError for a node without a rule, and for one that its rule refuses.
+
+        A node whose outputs are there was translated with one before it.
+        """
         from onnx import helper
 
+        if all(name in self.values for name in proto.output if name):
+            return
         attributes = {each.name: helper.get_attribute_value(each) for each in proto.attribute}
         inputs = tuple(self.values[name] if name else None for name in proto.input)
         node = Node(proto.op_type, proto.name or proto.output[0], inputs, tuple(proto.output), attributes)
@@ -133,6 +155,8 @@ class Translation:
             self.keep(proto.output[0], np.array(node.input(0).shape[first:end], np.int64))
         elif all(value is None or value.data is not None for value in inputs):
             self._compute(proto, node)
+            if proto.op_type == "DequantizeLinear":
+                self.values[proto.output[0]] = replace(self.values[proto.output[0]], rounded=constant_of(node))
         elif proto.op_type in self.rules and not proto.domain:
             self.rules[proto.op_type](self, node)
         else:
@@ -185,7 +209,9 @@ class Translation:
         self, code: str, inputs: Sequence[int], shape: Sequence[int], dtype: str = "", name: str = "", **options: Any
     ) -> int:
         """Add an operator of one output of this shape. Returns its tensor. dtype: by default the first input's."""
-        made = self.file.tensor(name or code.lower(), shape, dtype or self.file.dtypes[inputs[0]])
+        same = not dtype or dtype == self.file.dtypes[inputs[0]]
+        scale = self.file.scales[inputs[0]] if same else None
+        made = self.file.tensor(name or code.lower(), shape, dtype or self.file.dtypes[inputs[0]], scale)
         self.file.operator(code, inputs, [made], **options)
         return made
 
@@ -195,13 +221,13 @@ class Translation:
         tensor = self.add(code, inputs, permuted(shape, order), dtype, node.outputs[index], **options)
         self.write(node, tensor, order, index)
 
-    def write(self, node: Node, tensor: int, order: Order, index: int = 0) -> None:
-        """Make a tensor an output of a node."""
+    def write(self, node: Node, tensor: int, order: Order, index: int = 0, *, rounded: Rounded | None = None) -> None:
+        """Make a tensor an output of a node. rounded: the integers that the tensor stands for, in the same order."""
         name = node.outputs[index]
         shape, dtype = self.shapes[name]
         found = self.file.shapes[tensor], self.file.dtypes[tensor]
         assert found == (permuted(shape, order), dtype), f"{node.name}: {found}, expected {shape} {dtype} in {order}"
-        self.values[name] = Value(shape, dtype, tensor, order)
+        self.values[name] = Value(shape, dtype, tensor, order, rounded=rounded)
 
     def _compute(self, proto: onnx.NodeProto, node: Node) -> None:
         """Compute a node of constants."""
@@ -212,6 +238,13 @@ class Translation:
         for name, result in zip(proto.output, results, strict=True):
             if name:
                 self.keep(name, np.asarray(result))
+
+
+def constant_of(node: Node) -> Rounded:
+    """Return the integers of a constant behind DequantizeLinear: int8 or int32, without a zero point."""
+    data, scale = node.input(0).data, node.constant(1)
+    assert data is not None and scale is not None
+    return Rounded(Scale(scale, axis=node.get("axis", 1) % max(1, data.ndim) if scale.ndim else 0), data=data)
 
 
 def described(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], str]]:
