@@ -45,7 +45,7 @@ def every_block():
     return Source(network(*foreign_package.BLOCKS))
 
 
-ALIKE = ("coreml", "trt-rtx")  # `auto` is `portable` there
+ALIKE = ("coreml", "trt-rtx", "litert")  # `auto` is `portable` there
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import ExportPlan, export, litert
 from evm_deploy.export.litert import flatbuffer, layout, metadata
-from evm_deploy.export.litert.scans import behind
 from evm_deploy.export.target import check_plan
 from evm_deploy.runtimes import litert as runtime
 from evm_deploy.runtimes.base import RunOptions
@@ -329,9 +328,9 @@ def test_the_operators_behind_a_tensor():
     a, b, c, d = (file.tensor(name, (1,), "float32") for name in "abcd")
     for read, written in ((a, b), (b, c), (a, d)):
         file.operator("ABS", [read], [written])
-    found = behind(file._operators, c, [b])
+    found = flatbuffer.behind(file._operators, [c], [b])
     assert [each.outputs for each in found] == [[c]]
-    assert [each.outputs for each in behind(file._operators, c, [a])] == [[b], [c]]
+    assert [each.outputs for each in flatbuffer.behind(file._operators, [c], [a])] == [[b], [c]]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ The format is the public FlatBuffers schema `schema.fbs` of LiteRT, whose Python
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,13 +133,7 @@ class FlatBuffer:
 
     def drop_unread(self, outputs: Iterable[int]) -> None:
         """Remove the operators that compute none of these tensors."""
-        read = set(outputs)
-        kept = []
-        for operator in reversed(self._operators):
-            if read.intersection(operator.outputs):
-                read.update(operator.inputs)
-                kept.append(operator)
-        self._operators = kept[::-1]
+        self._operators = behind(self._operators, outputs)
 
     def _add(self, name: str, shape: Sequence[int], dtype: str, buffer: int, scale: Scale | None) -> int:
         made = self.schema.TensorT()
@@ -194,8 +189,14 @@ def read(data: bytes) -> Any:
     return schema().ModelT.InitFromPackedBuf(data, 0)
 
 
-def set_signature(model: Any, inputs: Mapping[str, int] | None, outputs: Mapping[str, int]) -> None:
-    """Set inputs (None: leave them) and outputs of a model and of its signature: names -> tensors."""
+def signature(model: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tensors of inputs and outputs by their names in the signature."""
+    found = model.signatureDefs[0]
+    return tuple({each.name.decode(): int(each.tensorIndex) for each in side} for side in (found.inputs, found.outputs))  # type: ignore[return-value]
+
+
+def set_signature(model: Any, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
+    """Set inputs and outputs of a model and of its signature: names -> tensors."""
     found = schema()
 
     def entries(tensors: Mapping[str, int]) -> list[Any]:
@@ -204,13 +205,44 @@ def set_signature(model: Any, inputs: Mapping[str, int] | None, outputs: Mapping
             entry.name, entry.tensorIndex = name, tensor
         return made
 
-    if not model.signatureDefs:
-        model.signatureDefs = [found.SignatureDefT()]
-        model.signatureDefs[0].signatureKey = SIGNATURE
-    signature, graph = model.signatureDefs[0], model.subgraphs[0]
-    if inputs is not None:
-        graph.inputs, signature.inputs = list(inputs.values()), entries(inputs)
-    graph.outputs, signature.outputs = list(outputs.values()), entries(outputs)
+    model.signatureDefs = [found.SignatureDefT()]
+    model.signatureDefs[0].signatureKey = SIGNATURE
+    model.signatureDefs[0].inputs, model.signatureDefs[0].outputs = entries(inputs), entries(outputs)
+    model.subgraphs[0].inputs, model.subgraphs[0].outputs = list(inputs.values()), list(outputs.values())
+
+
+def part(model: Any, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> bytes:
+    """Return the file of that part of a model which computes tensors from others: names -> tensors."""
+    graph = model.subgraphs[0]
+    operators = [copy.copy(each) for each in behind(graph.operators, [*outputs.values()], inputs.values())]
+    used = {*inputs.values(), *outputs.values()}.union(*({*each.inputs, *each.outputs} for each in operators)) - {-1}
+    places = {-1: -1, **{int(tensor): place for place, tensor in enumerate(sorted(used))}}
+    for each in operators:
+        each.inputs, each.outputs = ([places[int(i)] for i in side] for side in (each.inputs, each.outputs))
+    tensors = [copy.copy(graph.tensors[i]) for i in sorted(used)]
+    numbers = {number: place for place, number in enumerate(sorted({0, *(each.buffer for each in tensors)}))}
+    made = copy.copy(model)
+    made.buffers, made.metadata = [model.buffers[number] for number in numbers], []
+    for each in tensors:
+        each.buffer = numbers[each.buffer]
+    made.subgraphs = [copy.copy(graph)]
+    made.subgraphs[0].tensors, made.subgraphs[0].operators = tensors, operators
+    renamed = ({name: places[tensor] for name, tensor in side.items()} for side in (inputs, outputs))
+    set_signature(made, *renamed)
+    return pack(made)
+
+
+def behind(operators: Sequence[Any], tensors: Iterable[int], ends: Iterable[int] = ()) -> list[Any]:
+    """Return the operators that compute `tensors` from the tensors `ends` and constants, in their order."""
+    makers = {int(made): operator for operator in operators for made in operator.outputs}
+    waiting, found, known = [*tensors], set(), set(ends)
+    while waiting:
+        tensor = int(waiting.pop())
+        operator = makers.get(tensor)
+        if tensor not in known and operator is not None and id(operator) not in found:
+            found.add(id(operator))
+            waiting.extend(operator.inputs)
+    return [operator for operator in operators if id(operator) in found]
 
 
 def pack(model: Any) -> bytes:
