@@ -96,6 +96,7 @@ CASES = {
     **{op: node(op) for op in ("Abs", "Ceil", "Cos", "Exp", "Floor", "Neg", "Relu", "Round", "Sigmoid", "Sin", "Tanh")},
     **{op: node(op) for op in ("Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "LogSoftmax", "Softmax")},
     "Softplus": node("Softplus"),
+    "Erf": node("Erf"),
     "Gelu tanh": node("Gelu", approximate="tanh"),
     "Log": squared("Log"),
     "Sqrt": squared("Sqrt"),

@@ -93,7 +93,10 @@ def file_of(
 
 @pytest.mark.parametrize(
     ("target", "scan"),
-    [("onnx", "auto"), ("onnx", "portable"), ("openvino", "auto"), ("openvino", "portable"), ("trt", "auto")],
+    [
+        *(("onnx", "auto"), ("onnx", "portable"), ("openvino", "auto"), ("openvino", "portable"), ("trt", "auto")),
+        ("litert", "auto"),
+    ],
 )
 def test_the_scans_become_ours_on_every_target_of_the_hub_graph(target, scan, tmp_path):
     file = GraphFile(file_of(tmp_path / "depth.onnx", out_float=1))

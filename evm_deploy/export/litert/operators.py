@@ -48,6 +48,8 @@ REDUCTIONS = {
     "ReduceMin": "REDUCE_MIN",
     "ReduceSum": "SUM",
 }
+ERF_P = 0.3275911
+ERF_SERIES = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # a5 .. a1
 CLIPS: dict[tuple[float | None, float | None], str] = {
     (0.0, None): "RELU",
     (0.0, 6.0): "RELU6",
@@ -161,6 +163,25 @@ def softplus(t: Translation, node: Node) -> None:
     t.emit(node, "ADD", [t.add("RELU", [x.tensor], shape), tail], x.order)
 
 
+def erf(t: Translation, node: Node) -> None:
+    """Translate Erf by formula 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7; TFLite has none.
+
+    erf(x) = sign(x) (1 - t (a1 + t (a2 + ..)) exp(-x x)), t = 1 / (1 + p |x|)
+    """
+    x = node.input(0).tensor
+    shape = t.file.shapes[x]
+
+    def f(code: str, *inputs: int | float) -> int:
+        return t.add(code, [t.constant(v) if isinstance(v, float) else v for v in inputs], shape, "float32")
+
+    r = f("DIV", 1.0, f("ADD", f("MUL", f("ABS", x), ERF_P), 1.0))
+    series = f("MUL", r, ERF_SERIES[0])
+    for coefficient in ERF_SERIES[1:]:
+        series = f("MUL", f("ADD", series, coefficient), r)
+    rest = f("MUL", series, f("EXP", f("NEG", f("MUL", x, x))))
+    t.emit(node, "MUL", [f("SIGN", x), f("SUB", 1.0, rest)], node.input(0).order)
+
+
 def reciprocal(t: Translation, node: Node) -> None:
     """Translate Reciprocal: 1 / x."""
     x = node.input(0)
@@ -230,6 +251,7 @@ RULES: dict[str, Rule] = {
     "ArgMin": argument("ARG_MIN"),
     "Cast": cast,
     "Clip": clip,
+    "Erf": erf,
     "LogSoftmax": softmax,
     "Max": folded("MAXIMUM"),
     "Min": folded("MINIMUM"),

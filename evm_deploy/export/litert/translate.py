@@ -94,7 +94,7 @@ class Node:
     def refused(self, why: str) -> UsageError:
         """Return the error for a node that cannot be translated."""
         return UsageError(
-            f"LiteRT: {self.name} ({self.op}) cannot be translated: {why}", "export it with --target onnx or openvino"
+            f"LiteRT: {self.name} ({self.op}) cannot be translated: {why}", "export it with --target onnx"
         )
 
 
