@@ -515,6 +515,34 @@ def test_layers_between_q_and_dq_are_int8_and_nothing_else_is_in_their_place():
         assert file.shapes[index][file.scales[index].axis] == file.scales[index].scale.size
 
 
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_two_rounded_values_meet_in_int8(op):
+    nodes, constants = [], []
+    for name, value in {
+        "s0": np.float32(0.02),
+        "s1": np.float32(0.04),
+        "s2": np.float32(0.05),
+        "z": np.uint8(120),
+    }.items():
+        constants.append(numpy_helper.from_array(value, name))
+
+    def pair(x, scale, y):
+        nodes.append(helper.make_node("QuantizeLinear", [x, scale, "z"], [f"{y}q"], name=f"{y}/Q"))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{y}q", scale, "z"], [y], name=f"{y}/DQ"))
+
+    nodes.append(helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]))
+    pair("x", "s0", "a")
+    pair("t", "s1", "b")
+    nodes.append(helper.make_node(op, ["a", "b"], ["c"], name=f"n/{op}"))
+    pair("c", "s2", "y")
+    model, x = model_of((nodes, constants, (1, 3, 5, 5), np.float32, 20)), numbers(1, 3, 5, 5)
+    have, found = in_litert(model, x)
+    codes = {index: code for (code, _), index in found.file._codes.items()}
+    kinds = {(codes[each.opcodeIndex], found.file.dtypes[each.outputs[0]]) for each in found.file._operators}
+    assert (op.upper(), "int8") in kinds and not any(kind == (op.upper(), "float32") for kind in kinds)
+    assert np.abs(have["y"] - in_onnxruntime(model, x)["y"]).max() < 1.01 * 0.05
+
+
 def test_pairs_that_litert_does_not_know_are_refused():
     scale, zero = np.float32([1, 2, 3, 4]), np.zeros(4, np.uint8)
     with pytest.raises(UsageError, match="its scale is not one of int8 or uint8"):

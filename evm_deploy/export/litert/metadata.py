@@ -104,13 +104,15 @@ def model_metadata(
 
 def _input(t: Tables, name: str, shape: tuple[int, ...], dtype: str) -> int:
     """Add the TensorMetadata of an input: an image if it is one of pixels."""
-    mode = MODES.get(shape[-1]) if dtype == "uint8" and len(shape) == 4 else None
+    pixels = dtype == "uint8" and len(shape) == 4
+    mode = MODES.get(shape[-1]) if pixels else None
+    meaning = "pixels 0..255; mean and std are in the model" if pixels else "normalised values, channels first"
     if mode not in COLOURS:
-        return t.table({0: t.text(name), 1: t.text("normalised values, channels first")})
+        return t.table({0: t.text(name), 1: t.text(meaning)})
     size = t.table({}, uints={0: shape[2], 1: shape[1]})
     image = t.table({1: size}, bytes_={0: COLOURS[mode]})
     content = t.table({1: image}, bytes_={0: IMAGE})
-    return t.table({0: t.text(name), 1: t.text("pixels 0..255; mean and std are in the model"), 3: content})
+    return t.table({0: t.text(name), 1: t.text(meaning), 3: content})
 
 
 def _output(t: Tables, name: str, labelled: bool) -> int:
