@@ -1,7 +1,7 @@
 // Recurrence of the scan for some channels of one direction, shared by the scan op and the fused block.
 //
-// A lane of a vector is a channel, so there is no sum across a vector, and a row of u, delta or y is one load. The states of one
-// vector of channels stay in registers, or in the L1 cache, for a block of steps. B and C are scalars that are broadcast. Softplus, dt * u and
+// A lane of a vector is a channel, so there is no sum across a vector, and a row of u, delta or y is one load. The states of WIDTH
+// channels stay in registers, or in the L1 cache, for a block of steps. B and C are scalars that are broadcast. Softplus, dt * u and
 // skip * u are computed once per block into small buffers that stay in the L1 cache.
 #pragma once
 #include "isa.h"
@@ -10,20 +10,22 @@
 namespace {
 
 constexpr int STATES = EVM_STATES;  // states advanced at once
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int HELD = STATES;        // with up to HELD states at once, states stay in registers
+#if defined(__AVX512F__)  // instructions broadcast an operand in memory
+constexpr int SIDE = 1;             // vectors of channels side by side
+constexpr int HELD = STATES;        // with up to HELD vectors of states at once, they stay in registers
 #else
-constexpr int HELD = 4;             // 16 registers: constants in registers save more than states
+constexpr int SIDE = 2;             // they share B and C in registers
+constexpr int HELD = 4;             // constants in registers save more than states
 #endif
+constexpr int WIDTH = SIDE * LANES; // channels of a block
 constexpr int STEPS = 32, GROUP = EVM_GROUP;
 constexpr int TOGETHER = 4;         // steps whose softplus is computed side by side
-constexpr int VECTORS = EVM_TILE / LANES;
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
 static_assert(STEPS % TOGETHER == 0, "TOGETHER does not divide a block");
-static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % EVM_LANES == 0, "vectors do not divide a tile");
+static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % WIDTH == 0, "blocks do not divide a tile");
 
-struct Block {  // one vector of channels, up to STEPS steps
-    alignas(64) float dt[STEPS * LANES], inflow[STEPS * LANES], y[STEPS * LANES];
+struct Block {  // WIDTH channels, up to STEPS steps
+    alignas(64) float dt[STEPS * WIDTH], inflow[STEPS * WIDTH], y[STEPS * WIDTH];
     alignas(64) float B[STEPS * GROUP], C[STEPS * GROUP];
     int steps;
 };
@@ -38,33 +40,39 @@ inline vec product(vec a, vec b) {
 #endif
 }
 
-// Advance COUNT states, an even number, through a block. A2: A * log2(e). stride: floats between two steps of B and C. CLAMP: dt * A2
-// may be below -100.
+// Advance COUNT states, an even number, through a block. A2: A * log2(e). A2, states: SIDE vectors for each state. stride: floats
+// between two steps of B and C. out: y of the first step, out_stride floats before that of the next one. CLAMP: dt * A2 may be below
+// -100.
 template <int COUNT, bool CLAMP>
-inline void advance(Block &block, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
+inline void advance(const Block &block, const vec *A2, vec *states, const float *__restrict B, const float *__restrict C, int64_t stride,
+                    float *out, int64_t out_stride) {
     const Exp2 exp2;
-    vec held[COUNT];
-    vec *const h = COUNT <= HELD ? held : states;
-    for (int n = 0; n < COUNT; n++) held[n] = states[n];
-    for (int t = 0; t < block.steps; t++, B += stride, C += stride) {
-        const vec dt = load(block.dt + t * LANES), x = load(block.inflow + t * LANES);
-        vec y[] = {load(block.y + t * LANES), broadcast(0.f)};  // two accumulators: half the latency
-#pragma GCC unroll 16
-        for (int n = 0; n < COUNT; n += 2) {
-            vec decay[] = {product(dt, A2[n]), product(dt, A2[n + 1])};
+    constexpr int VECTORS = COUNT * SIDE;
+    vec held[VECTORS];
+    vec *const h = VECTORS <= HELD ? held : states;
+    for (int n = 0; n < VECTORS; n++) held[n] = states[n];
+    for (int t = 0; t < block.steps; t++, B += stride, C += stride, out += out_stride) {
+        vec dt[2], x[2], y[2];  // of two vectors of channels, or twice of one: two sums for y have half the latency
+        for (int i = 0; i < 2; i++) {
+            const int at = t * WIDTH + i % SIDE * LANES;
+            dt[i] = load(block.dt + at), x[i] = load(block.inflow + at);
+            y[i] = i < SIDE ? load(block.y + at) : broadcast(0.f);
+        }
+#pragma GCC unroll 32
+        for (int n = 0; n < VECTORS; n += 2) {
+            vec decay[] = {product(dt[0], A2[n]), product(dt[1], A2[n + 1])};
             if (CLAMP) exp2.above_floor(decay);
             else exp2.within_100(decay);
-            for (int i = 0; i < 2; i++) {
-                vec state = decay[i] * h[n + i];
-                state += x * B[n + i];
-                y[i] += state * C[n + i];
-                h[n + i] = state;
-            }
+            vec state[2];
+            for (int i = 0; i < 2; i++) state[i] = decay[i] * h[n + i] + x[i] * B[(n + i) / SIDE];
+            for (int i = 0; i < 2; i++) y[i] += state[i] * C[(n + i) / SIDE];
+            for (int i = 0; i < 2; i++) h[n + i] = state[i], dt[i] = after(y[i], dt[i]);
         }
-        store(block.y + t * LANES, y[0] + y[1]);
+        if (SIDE == 1) y[0] += y[1];
+        for (int i = 0; i < SIDE; i++) store(out + i * LANES, y[i]);
     }
-    if (COUNT <= HELD)
-        for (int n = 0; n < COUNT; n++) states[n] = held[n];
+    if (VECTORS <= HELD)
+        for (int n = 0; n < VECTORS; n++) states[n] = held[n];
 }
 
 // Number of states that are advanced at once for a scan of `used` states: 2, 4, 8 or STATES. VMamba has one state.
@@ -74,14 +82,18 @@ inline int states_at_once(int used) {
     return count;
 }
 
-// Advance `padded` states through a block, `at_once` at a time.
+// Advance `padded` states through a block, `at_once` at a time. out: rows of y; may be block.y.
 template <bool CLAMP>
-inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride) {
+inline void advance_all(Block &block, int padded, int at_once, const vec *A2, vec *states, const float *B, const float *C, int64_t stride,
+                        float *out, int64_t out_stride) {
     if (!padded) return;  // no states: y is skip * u
-    if (at_once == 2) return advance<2, CLAMP>(block, A2, states, B, C, stride);
-    if (at_once == 4) return advance<4, CLAMP>(block, A2, states, B, C, stride);
-    if (STATES > 8 && at_once == 8) return advance<8, CLAMP>(block, A2, states, B, C, stride);
-    for (int n = 0; n < padded; n += STATES) advance<STATES, CLAMP>(block, A2 + n, states + n, B + n, C + n, stride);
+    if (at_once == 2) return advance<2, CLAMP>(block, A2, states, B, C, stride, out, out_stride);
+    if (at_once == 4) return advance<4, CLAMP>(block, A2, states, B, C, stride, out, out_stride);
+    if (STATES > 8 && at_once == 8) return advance<8, CLAMP>(block, A2, states, B, C, stride, out, out_stride);
+    int n = 0;
+    for (; n + STATES < padded; n += STATES)
+        advance<STATES, CLAMP>(block, A2 + n * SIDE, states + n * SIDE, B + n, C + n, stride, block.y, WIDTH);
+    advance<STATES, CLAMP>(block, A2 + n * SIDE, states + n * SIDE, B + n, C + n, stride, out, out_stride);
 }
 
 inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t count) {
@@ -92,62 +104,74 @@ inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t co
     return delta;
 }
 
-// Read u and delta + bias of one vector of channels for a block; steps from block.steps up to a multiple of TOGETHER are 0. WHOLE:
-// there are LANES channels. The rows that the next block reads and writes are prefetched, because their cache lines are too far
-// apart for the hardware prefetcher.
-template <bool WHOLE>
-inline void read_block(Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count) {
-    const auto read = [=](const float *p) { return WHOLE ? load(p) : load_some(p, count); };
-    const int64_t at = start * rows.stride + channel, stride = rows.stride, ahead = STEPS * stride;
-    const vec bias = read(rows.bias + channel);
-    const bool plain = rows.delta && !rows.delta_out;
-    const float *u = rows.u + at, *y = rows.y + at, *delta = plain ? rows.delta + at : u;
-    for (int t = 0; t < block.steps; t++, u += stride, y += stride, delta += stride) {
-        __builtin_prefetch(u + ahead);
-        __builtin_prefetch(delta + ahead);
-        __builtin_prefetch(y + ahead, 1);
-        store(block.inflow + t * LANES, read(u));
-        store(block.dt + t * LANES, read(delta) + bias);
+// Compute delta = dt dt_weight of TOGETHER steps of LANES channels.
+__attribute__((noinline)) void multiply_dt(const ScanRows &rows, int64_t start, int64_t channel, vec (&delta)[TOGETHER]) {
+    const float *dt = rows.dt + start * rows.state_stride;
+    vec sum[TOGETHER] = {};
+    for (int64_t r = 0; r < rows.R; r++) {
+        const vec weight = load(rows.dt_weight + r * rows.stride + channel);
+        for (int i = 0; i < TOGETHER; i++) sum[i] += dt[i * rows.state_stride + r] * weight;
     }
-    for (int t = 0; t < block.steps && !plain; t++) {
-        const vec computed = delta_of(rows, start + t, channel, count);
-        if (rows.delta_out) store_some(rows.delta_out + (start + t) * rows.delta_out_stride + channel, computed, count);
-        store(block.dt + t * LANES, computed + bias);
+    for (int i = 0; i < TOGETHER; i++) delta[i] = sum[i];
+}
+
+// Read u and delta + bias of TOGETHER steps of LANES channels. The rows that the next block reads and writes are prefetched, because
+// their cache lines are too far apart for the hardware prefetcher.
+inline void read_whole(const ScanRows &rows, int64_t start, int64_t channel, vec (&u)[TOGETHER], vec (&dt)[TOGETHER]) {
+    const int64_t ahead = STEPS * rows.stride;
+    const vec bias = load(rows.bias + channel);
+    int64_t at[TOGETHER];
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) {
+        at[i] = i ? at[i - 1] + rows.stride : start * rows.stride + channel;
+        u[i] = load(rows.u + at[i]);
+        __builtin_prefetch(rows.u + ahead + at[i]);
+        __builtin_prefetch(rows.y + ahead + at[i], 1);
     }
-    for (int t = block.steps; t % TOGETHER; t++) {
-        store(block.inflow + t * LANES, broadcast(0.f));
-        store(block.dt + t * LANES, broadcast(0.f));
+    if (rows.delta) {
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) {
+            __builtin_prefetch(rows.delta + ahead + at[i]);
+            dt[i] = load(rows.delta + at[i]) + bias;
+        }
+    } else {
+        vec delta[TOGETHER];  // not dt itself, which is to stay in registers
+        multiply_dt(rows, start, channel, delta);
+        for (int i = 0; i < TOGETHER; i++) dt[i] = delta[i] + bias;
     }
 }
 
-// Compute dt, dt * u and skip * u for a block. Return the largest dt of each channel.
-inline vec prepare(Block &block, const ScanRows &rows, int64_t channel, int64_t count) {
-    const Softplus softplus;
+// The same for up to TOGETHER steps of up to LANES channels; after the last step the last one again. delta is kept if it is asked for.
+inline void read_some(const ScanRows &rows, int64_t start, int64_t channel, int64_t count, vec (&u)[TOGETHER], vec (&dt)[TOGETHER]) {
+    const vec bias = load_some(rows.bias + channel, count);
+    for (int i = 0; i < TOGETHER; i++) {
+        const int64_t step = start + i < rows.L ? start + i : rows.L - 1;
+        const vec delta = delta_of(rows, step, channel, count);
+        if (rows.delta_out) store_some(rows.delta_out + step * rows.delta_out_stride + channel, delta, count);
+        u[i] = load_some(rows.u + step * rows.stride + channel, count), dt[i] = delta + bias;
+    }
+}
+
+// Compute dt, dt * u and skip * u of one vector of channels for a block, from step `start` and column `at` of the block on. Return
+// the largest dt of each channel.
+inline vec prepare(Block &block, const Softplus &softplus, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, int at) {
     const vec skip = load_some(rows.skip + channel, count);
-    const bool no_softplus = rows.no_softplus;
     vec longest = broadcast(0.f);
     for (int t = 0; t < block.steps; t += TOGETHER) {
-        vec dt[TOGETHER];
-        for (int i = 0; i < TOGETHER; i++) dt[i] = load(block.dt + (t + i) * LANES);
-        if (!no_softplus) softplus.replace(dt);
+        vec u[TOGETHER], dt[TOGETHER];
+        if (count >= LANES && t + TOGETHER <= block.steps && !rows.delta_out) read_whole(rows, start + t, channel, u, dt);
+        else read_some(rows, start + t, channel, count, u, dt);
+        if (!rows.no_softplus) softplus.replace(dt);
+#pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
-            const int at = (t + i) * LANES;
-            const vec x = load(block.inflow + at);
-            store(block.dt + at, dt[i]);
-            store(block.inflow + at, dt[i] * x);
-            store(block.y + at, skip * x);
+            const int to = (t + i) * WIDTH + at;
+            store(block.dt + to, dt[i]);
+            store(block.inflow + to, dt[i] * u[i]);
+            store(block.y + to, skip * u[i]);
             longest = largest(longest, dt[i]);
         }
     }
     return longest;
-}
-
-// Write y of a block to its rows. WHOLE: as in read_block.
-template <bool WHOLE>
-inline void write_block(const Block &block, const ScanRows &rows, int64_t start, int64_t channel, int64_t count) {
-    float *y = rows.y + start * rows.stride + channel;
-    const float *const end = block.y + block.steps * LANES;
-    for (const float *from = block.y; from < end; from += LANES, y += rows.stride) store_some(y, load(from), WHOLE ? LANES : count);
 }
 
 // Whether all lanes of v are at most `limit`. NaN is not.
@@ -167,17 +191,22 @@ inline vec decay_rates(const ScanRows &rows, int64_t channel, int64_t count, int
 // Scan `channels` channels (at most EVM_TILE) with at most GROUP states, from state `first` on. The first group writes y and the
 // later groups add to y, so that N has no limit. The loop over steps is outermost, so that memory is accessed row by row.
 void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
+    constexpr int BLOCKS = EVM_TILE / WIDTH;
     const int64_t N = rows.N;
     const int used = (int)(N - first < GROUP ? N - first : GROUP), at_once = states_at_once(used);
     const int padded = (used + at_once - 1) / at_once * at_once;
     const bool in_place = used == padded;  // B and C need no padded copy
-    vec A2[VECTORS][GROUP], h[VECTORS][GROUP], fastest[VECTORS] = {};  // fastest: the largest -A2 of each channel
-    for (int v = 0; v * LANES < channels; v++)
-        for (int n = 0; n < padded; n++) {
-            A2[v][n] = n < used ? decay_rates(rows, v * LANES, channels - v * LANES, first + n) : broadcast(0.f);
-            h[v][n] = broadcast(0.f);
-            fastest[v] = largest(fastest[v], -A2[v][n]);
-        }
+    vec A2[BLOCKS][GROUP * SIDE], h[BLOCKS][GROUP * SIDE], fastest[BLOCKS][SIDE] = {};  // fastest: the largest -A2 of each channel
+    for (int64_t block = 0; block * WIDTH < channels; block++)
+        for (int n = 0; n < padded; n++)
+            for (int side = 0; side < SIDE; side++) {
+                const int64_t channel = block * WIDTH + side * LANES;
+                const vec rates = n < used ? decay_rates(rows, channel, channels - channel, first + n) : broadcast(0.f);
+                A2[block][n * SIDE + side] = rates;
+                h[block][n * SIDE + side] = broadcast(0.f);
+                fastest[block][side] = largest(fastest[block][side], -rates);
+            }
+    const Softplus softplus;
     const float *B = rows.B + first, *C = rows.C + first;
     Block block;
     for (int64_t start = 0; start < rows.L; start += STEPS) {
@@ -192,16 +221,25 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
         const float *blockB = in_place ? B + start * rows.state_stride : block.B;
         const float *blockC = in_place ? C + start * rows.state_stride : block.C;
         const int64_t stride = in_place ? rows.state_stride : padded;
-        for (int v = 0; v * LANES < channels; v++) {
-            const int64_t channel = v * LANES, count = channels - channel < LANES ? channels - channel : LANES;
-            const bool whole = count == LANES;
-            (whole ? read_block<true> : read_block<false>)(block, rows, start, channel, count);
-            const vec longest = prepare(block, rows, channel, count);
+        for (int64_t b = 0; b * WIDTH < channels; b++) {
+            const int64_t channel = b * WIDTH, count = channels - channel;
+            float *const y = rows.y + start * rows.stride + channel;
+            bool clamp = rows.no_softplus;
+            for (int side = 0; side < SIDE; side++) {
+                const int at = side * LANES;
+                const vec longest = prepare(block, softplus, rows, start, channel + at, count - at, at);
+                clamp |= !at_most(100.f, longest * fastest[b][side]);
+            }
             for (int t = 0; t < block.steps && first; t++)  // later groups add to the sum of the earlier ones
-                store(block.y + t * LANES, load_some(rows.y + (start + t) * rows.stride + channel, count));
-            const bool clamp = rows.no_softplus || !at_most(100.f, longest * fastest[v]);
-            (clamp ? advance_all<true> : advance_all<false>)(block, padded, at_once, A2[v], h[v], blockB, blockC, stride);
-            (whole ? write_block<true> : write_block<false>)(block, rows, start, channel, count);
+                for (int at = 0; at < WIDTH; at += LANES)
+                    store(block.y + t * WIDTH + at, load_some(y + t * rows.stride + at, count - at));
+            const bool direct = count >= WIDTH && padded;
+            float *const out = direct ? y : block.y;
+            const int64_t out_stride = direct ? rows.stride : WIDTH;
+            (clamp ? advance_all<true> : advance_all<false>)(block, padded, at_once, A2[b], h[b], blockB, blockC, stride, out, out_stride);
+            for (int t = 0; t < block.steps && !direct; t++)
+                for (int at = 0; at < WIDTH; at += LANES)
+                    store_some(y + t * rows.stride + at, load(block.y + t * WIDTH + at), count - at);
         }
     }
 }
@@ -249,6 +287,7 @@ __attribute__((always_inline)) inline void advance_few_states(const Softplus &so
 // registers, from the rows of u and delta to the row of y, and softplus is most of the work.
 template <int N>
 void scan_few_states(const ScanRows &rows, int64_t channels) {
+    constexpr int VECTORS = EVM_TILE / LANES;
     const Softplus softplus;
     vec A2[VECTORS][N], h[VECTORS][N];
     for (int v = 0; v * LANES < channels; v++)

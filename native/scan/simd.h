@@ -59,6 +59,17 @@ inline vec opaque(vec v) {
 #endif
     return v;
 }
+// Return v, which the compiler cannot use before it has computed `before`. With 32 registers, or without multiply-adds, compilers
+// interleave so many computations that they keep values in memory.
+inline vec after(vec before, vec v) {
+#if defined(__x86_64__) && !defined(__AVX__)
+    __asm__("" : "+x"(v) : "x"(before));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v) : "w"(before));
+#endif
+    (void)before;
+    return v;
+}
 inline vec magnitude(vec x) { return of_bits(bits_of(x) & 0x7fffffff); }
 
 inline vec load_some(const float *p, int64_t count) {  // lanes from `count` on are 0
@@ -175,8 +186,19 @@ inline void polynomial(vec (&p)[W], const vec (&x)[W], const Constants<TERMS> &c
 #endif
 }
 
-// Split t into a rest r, |r| <= 1/2, and an integer n, which is returned as an exponent: n * 2^23. round: ROUND.
-inline uvec split_exponent(vec &t, vec round) {
+// split_exponent(): subtract the nearest integer from t and return it as an Exponent. round: ROUND. scaled(): multiply p by two to the
+// power of that integer.
+#if defined(__AVX512F__)
+typedef vec Exponent;
+inline Exponent split_exponent(vec &t, vec) {
+    const vec n = _mm512_maskz_roundscale_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    t -= n;
+    return n;
+}
+inline vec scaled(vec p, Exponent n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
+#else
+typedef uvec Exponent;  // n * 2^23
+inline Exponent split_exponent(vec &t, vec round) {
 #if defined(__aarch64__)
     (void)round;
     const vec n = vrndnq_f32(t);
@@ -188,6 +210,8 @@ inline uvec split_exponent(vec &t, vec round) {
     return (uvec)bits_of(shifted) << 23;  // the bits of ROUND itself are shifted out
 #endif
 }
+inline vec scaled(vec p, Exponent n) { return of_bits((ivec)((uvec)bits_of(p) + n)); }
+#endif
 
 struct Exp2 {
     vec round = constant(ROUND), floor = constant(-100.f);
@@ -198,10 +222,10 @@ struct Exp2 {
     template <int W>
     void within_100(vec (&t)[W]) const {
         vec p[W];
-        uvec n[W];
+        Exponent n[W];
         for (int i = 0; i < W; i++) n[i] = split_exponent(t[i], round);
         polynomial(p, t, c);
-        for (int i = 0; i < W; i++) t[i] = of_bits((ivec)((uvec)bits_of(p[i]) + n[i]));
+        for (int i = 0; i < W; i++) t[i] = scaled(p[i], n[i]);
     }
 
     // Replace t <= 100 by 2^t, or by 2^-100 if that is larger: products of denormals are slow.
