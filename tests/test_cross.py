@@ -261,16 +261,18 @@ def driver(request, program):
     return Driver(program(platform)).forced(isa)
 
 
-@pytest.mark.parametrize(("cpu", "lacks"), [("cortex-a53", ["dotprod"]), ("cortex-a76", [])])
+@pytest.mark.parametrize(
+    ("cpu", "lacks"), [("cortex-a53", ["dotprod", "i8mm"]), ("cortex-a76", ["i8mm"]), ("max", [])]
+)
 def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, program, monkeypatch):
     monkeypatch.setenv("QEMU_CPU", cpu)
+    runs = ", ".join(isa for isa in ("i8mm", "dotprod", "neon") if isa not in lacks)  # the default first
     problem, arm = scan_problem(random_scan(0, 1, 4, 5, 8, 16)), Driver(program("linux-aarch64"))
     want = arm.run([problem])
     for isa in AARCH64_ISAS:
         if isa in lacks:
-            with pytest.raises(
-                AssertionError, match=f"EVM_ISA={isa}: this CPU lacks the instruction set; it runs: neon"
-            ):
+            lacking = f"EVM_ISA={isa}: this CPU lacks the instruction set; it runs: {runs}\n"
+            with pytest.raises(AssertionError, match=lacking):
                 arm.forced(isa).run([problem])
         else:
             np.testing.assert_allclose(arm.forced(isa).run([problem]), want, atol=1e-5)

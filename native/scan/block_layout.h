@@ -29,9 +29,10 @@ struct Layout {
         chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? ceil_div(CHUNK, a.W) : 1, strips = ceil_div(a.H, map_rows);
         int64_t end = HEADER;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
-        const bool int8 = a.in_proj_int8.weight;  // packed int8 weights have at most one row more; activations may be floats
-        in_x = take((a.C + int8) * d), in_z = take((a.C + int8) * d), x_proj = take(K * a.d * P);
-        out_proj = take((a.d + int8) * C), local_proj = take((a.C + int8) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
+        const bool int8 = a.in_proj_int8.weight;
+        const int64_t more = int8 ? 2 : 0;  // one row of start values, and up to eight rows of bytes; activations may be floats
+        in_x = take((a.C + more) * d), in_z = take((a.C + more) * d), x_proj = take(K * a.d * P);
+        out_proj = take((a.d + more) * C), local_proj = take((a.C + more) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
         vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
         packed = end, end = 0;
         n = take(tokens * C), n_in = int8 ? take(tokens * C) : n, x = take(tokens * d), u = take(K * L * d);

@@ -14,6 +14,8 @@
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #elif defined(__aarch64__) && defined(_WIN32)
 extern "C" __declspec(dllimport) int __stdcall IsProcessorFeaturePresent(unsigned long);
 #endif
@@ -52,14 +54,16 @@ unsigned cpu_features() {
     return features;
 }
 #elif defined(__aarch64__)
-enum { DOTPROD = 1 };
-const Kernel kernels[] = {EVM_KERNEL(dotprod, neon, DOTPROD), EVM_KERNEL(neon, neon, 0)};
+enum { DOTPROD = 1, I8MM = 2 };
+const Kernel kernels[] = {EVM_KERNEL(i8mm, neon, DOTPROD | I8MM), EVM_KERNEL(dotprod, neon, DOTPROD), EVM_KERNEL(neon, neon, 0)};
 
 unsigned cpu_features() {
 #if defined(__linux__)  // Android too
-    return getauxval(AT_HWCAP) >> 20 & 1 ? DOTPROD : 0;
+    return (getauxval(AT_HWCAP) >> 20 & 1 ? DOTPROD : 0) | (getauxval(AT_HWCAP2) >> 13 & 1 ? I8MM : 0);
 #elif defined(__APPLE__)
-    return DOTPROD;  // every Mac with an Arm CPU
+    int i8mm = 0;  // from M2 on; every Mac with an Arm CPU has dotprod
+    size_t size = sizeof i8mm;
+    return DOTPROD | (!sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0) && i8mm ? I8MM : 0);
 #elif defined(_WIN32)
     return IsProcessorFeaturePresent(43) ? DOTPROD : 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #else

@@ -34,8 +34,8 @@ EVM_API int64_t evm_scan_num_tiles(const evm_scan_args *args);
 /* Compute one tile. Tiles may run in any order, in any threads. */
 EVM_API void evm_scan_run_tile(const evm_scan_args *args, int64_t tile);
 
-/* Name of the instruction set in use: "avx512vnni", "avx512", "avx2", "neon", "simd128" or "base". It is the one that the
- * environment variable EVM_ISA names when the library is loaded; without EVM_ISA, the best that this CPU runs. */
+/* Name of the instruction set in use, as in kernels.txt: "avx2", for example. It is the one that the environment variable
+ * EVM_ISA names when the library is loaded; without EVM_ISA, the best that this CPU runs. */
 EVM_API const char *evm_scan_isa(void);
 /* Error message if EVM_ISA names an instruction set that the library does not contain or that this CPU lacks, else NULL. A host
  * that loads the library reports the message as an error: the library itself then uses the best instruction set. */

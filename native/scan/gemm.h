@@ -10,22 +10,47 @@ namespace {
 inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : vectors_left < 3 ? (int)vectors_left : 3; }
 
 // Arithmetic of a product. Element: type of an activation. Weight: type of a packed weight. Partial: vector of partial sums, one per
-// column, in registers. Sum: vector of total sums. DEPTH: rows of weights in one vector of a panel, and elements of a row read at
-// once. START: whether a panel begins with the start values of its sums. piece(): number of rows over which partial sums stay
-// exact. Base: the class itself, for classes derived from it.
+// column, in registers. Sum: vector of total sums. DEPTH: rows of weights packed together, and elements of a row read at once.
+// SQUARES: whether a vector of partial sums has two rows and half of the columns, not one row and all columns. START: whether a
+// panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class itself,
+// for classes derived from it.
 struct Floats {
     typedef Floats Base;
     typedef float Element, Weight;
     typedef vec Sum, Partial;
     static constexpr int DEPTH = 1;
-    static constexpr bool START = false;
+    static constexpr bool START = false, SQUARES = false;
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *) { return Partial{}; }
     static Partial add(Partial sum, const float *row, vec weights) { return sum + *row * weights; }
     static Sum total(Partial sum) { return sum; }
 };
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// Sums of eight products of int8 for two rows and two columns at once. The elements are the quantised values minus SHIFT.
+struct Integers {
+    typedef Integers Base;
+    typedef int8_t Element, Weight;
+    typedef ivec Sum, Partial;
+    static constexpr int DEPTH = 8, SHIFT = 128;
+    static constexpr bool START = true, SQUARES = true;
+    static int64_t piece(int64_t depth) { return depth; }
+    // Return the start values of both rows for one half of the columns.
+    static Partial start(const float *panel, int half) {
+        const int32x2_t columns = vld1_s32(reinterpret_cast<const int32_t *>(panel) + 2 * half);
+        return vcombine_s32(columns, columns);
+    }
+    static Partial add(Partial square, const Element *row, const Element *next, vec weights) {
+        return vmmlaq_s32(square, vcombine_s8(vld1_s8(row), vld1_s8(next)), vreinterpretq_s8_s32(bits_of(weights)));
+    }
+    // Return the sums of one of both rows from the squares of both halves of the columns.
+    static Sum total(Partial left, Partial right, int row) {
+        const int64x2_t a = vreinterpretq_s64_s32(left), b = vreinterpretq_s64_s32(right);
+        return vreinterpretq_s32_s64(row ? vuzp2q_s64(a, b) : vuzp1q_s64(a, b));
+    }
+    static void store_rounded(Element *to, vec values, int32_t zero_point) { ::store_rounded(to, values, zero_point - SHIFT); }
+};
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 // Sums of four products of bytes in each lane, without saturation. x86 multiplies uint8 by int8, Arm int8 by int8: there the
 // elements are the quantised values minus SHIFT.
 struct Integers {
@@ -46,6 +71,7 @@ struct Integers {
     typedef ivec Sum, Partial;
     typedef int8_t Weight;
     static constexpr int DEPTH = 4;
+    static constexpr bool SQUARES = false;
     static constexpr bool START = true;  // start value: SHIFT minus the zero point, times the sum of the column's weights
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *panel) { return bits_of(load(panel)); }
@@ -67,7 +93,7 @@ struct Integers {
     typedef int16_t Element, Weight;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 2;
-    static constexpr bool START = false;
+    static constexpr bool START = false, SQUARES = false;
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *) { return Partial{}; }
     static Partial add(Partial sum, const int16_t *row, vec weights) {
@@ -97,13 +123,16 @@ struct Integers : Floats {
 };
 #endif
 
+// Number of vectors that DEPTH rows of LANES columns take.
+template <class Numbers>
+constexpr int PARTS = Numbers::DEPTH * sizeof(typename Numbers::Weight) / sizeof(float);
+
 // Pack weight(k, column), column < columns, into `packed`: panels of `depth` rows, rounded up to Numbers::DEPTH, of columns rounded
 // up to whole vectors, each with one more row if Numbers::START. zero_point: of the activations.
 template <class Numbers, class Weight>
 void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t zero_point = 0) {
     typedef typename Numbers::Weight Number;
     constexpr int DEPTH = Numbers::DEPTH;
-    static_assert(DEPTH * sizeof(Number) == sizeof(float), "a lane holds DEPTH weights");
     const int64_t vectors = (columns + LANES - 1) / LANES;
     for (int64_t first = 0, width; first < vectors; first += width) {
         width = panel_width(vectors - first);
@@ -111,7 +140,7 @@ void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t 
         float *const start = packed;
         int32_t sums[3 * LANES] = {};
         packed += Numbers::START * count;
-        for (int64_t k = 0; k < depth; k += DEPTH, packed += count) {
+        for (int64_t k = 0; k < depth; k += DEPTH, packed += count * PARTS<Numbers>) {
             Number numbers[3 * LANES * DEPTH] = {};
             for (int64_t row = 0; row < DEPTH && k + row < depth; row++)
                 for (int64_t i = 0; i < used; i++) {
@@ -119,16 +148,19 @@ void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t 
                     numbers[i * DEPTH + row] = w;
                     if constexpr (Numbers::START) sums[i] += (Numbers::SHIFT - zero_point) * w;
                 }
-            memcpy(packed, numbers, count * sizeof(float));
+            memcpy(packed, numbers, count * DEPTH * sizeof *numbers);
         }
         if constexpr (Numbers::START) memcpy(start, sums, count * sizeof *sums);
     }
 }
 
 // Compute the sums of a few rows and one panel. The function is not inlined, so that it has all registers and is compiled once.
+// Squares: acc[i][v] and acc[i + 1][v], i even, have rows i and i + 1 with the first and the second half of the columns.
 template <class Numbers, int WIDTH, int ROWS>
 __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *const *rows, int64_t depth, const float *panel,
                                              typename Numbers::Sum (*sums)[WIDTH]) {
+    constexpr bool SQUARES = Numbers::SQUARES;
+    static_assert(PARTS<Numbers> == (SQUARES ? 2 : 1) && (!SQUARES || ROWS % 2 == 0), "squares of two rows and two columns");
     const typename Numbers::Element *row[ROWS];
     for (int i = 0; i < ROWS; i++) row[i] = rows[i];
     const float *weights = panel + Numbers::START * WIDTH * LANES;
@@ -139,20 +171,32 @@ __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *co
 #pragma GCC unroll 24
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
-            for (int v = 0; v < WIDTH; v++) acc[i][v] = Numbers::start(panel + v * LANES);
-        for (int64_t k = begin; k < end; k += Numbers::DEPTH, weights += WIDTH * LANES) {
-            vec b[WIDTH];
+            for (int v = 0; v < WIDTH; v++) {
+                if constexpr (SQUARES) acc[i][v] = Numbers::start(panel + v * LANES, i % 2);
+                else acc[i][v] = Numbers::start(panel + v * LANES);
+            }
+        for (int64_t k = begin; k < end; k += Numbers::DEPTH, weights += WIDTH * PARTS<Numbers> * LANES) {
+            vec b[WIDTH][PARTS<Numbers>];
 #pragma GCC unroll 3
-            for (int v = 0; v < WIDTH; v++) b[v] = load(weights + v * LANES);
+            for (int v = 0; v < WIDTH; v++)
+                for (int part = 0; part < PARTS<Numbers>; part++) b[v][part] = load(weights + (v * PARTS<Numbers> + part) * LANES);
 #pragma GCC unroll 24
             for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
-                for (int v = 0; v < WIDTH; v++) acc[i][v] = Numbers::add(acc[i][v], row[i] + k, b[v]);
+                for (int v = 0; v < WIDTH; v++) {
+                    if constexpr (SQUARES) acc[i][v] = Numbers::add(acc[i][v], row[i & ~1] + k, row[i | 1] + k, b[v][i % 2]);
+                    else acc[i][v] = Numbers::add(acc[i][v], row[i] + k, b[v][0]);
+                }
         }
 #pragma GCC unroll 24
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
-            for (int v = 0; v < WIDTH; v++) sums[i][v] = begin ? sums[i][v] + Numbers::total(acc[i][v]) : Numbers::total(acc[i][v]);
+            for (int v = 0; v < WIDTH; v++) {
+                typename Numbers::Sum total;
+                if constexpr (SQUARES) total = Numbers::total(acc[i & ~1][v], acc[i | 1][v], i % 2);
+                else total = Numbers::total(acc[i][v]);
+                sums[i][v] = begin ? sums[i][v] + total : total;
+            }
         begin = end;
     } while (begin < depth);
 }
@@ -160,7 +204,8 @@ __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *co
 template <class Numbers, int WIDTH, class Use>
 inline void multiply_panel(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *panel,
                            int64_t column, Use use) {
-    constexpr int ROWS = EVM_ACCUMULATORS / WIDTH;
+    // Squares need registers for two vectors of weights for each vector of columns, and have pairs of rows.
+    constexpr int ROWS = Numbers::SQUARES ? EVM_ACCUMULATORS * 3 / 4 / WIDTH & ~1 : EVM_ACCUMULATORS / WIDTH;
     for (int64_t first = 0; first < count; first += ROWS) {
         const typename Numbers::Element *row[ROWS];
         for (int i = 0; i < ROWS; i++) row[i] = rows[first + i < count ? first + i : count - 1];
@@ -177,14 +222,14 @@ template <class Numbers, class Use>
 inline void multiply(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *packed,
                      int64_t columns, Use use) {
     const int64_t vectors = (columns + LANES - 1) / LANES;
-    const int64_t steps = (depth + Numbers::DEPTH - 1) / Numbers::DEPTH + Numbers::START;
+    const int64_t steps = (depth + Numbers::DEPTH - 1) / Numbers::DEPTH;
     for (int64_t first = 0, width; first < vectors; first += width) {
         width = panel_width(vectors - first);
         const int64_t column = first * LANES;
         if (width == 3) multiply_panel<Numbers, 3>(rows, count, depth, packed, column, use);
         else if (width == 2) multiply_panel<Numbers, 2>(rows, count, depth, packed, column, use);
         else multiply_panel<Numbers, 1>(rows, count, depth, packed, column, use);
-        packed += steps * width * LANES;
+        packed += (steps * PARTS<Numbers> + Numbers::START) * width * LANES;
     }
 }
 

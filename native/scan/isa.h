@@ -44,6 +44,7 @@ EVM_DECLARE(avx512vnni)
 EVM_DECLARE(neon)
 EVM_DECLARE(dotprod)
 EVM_DECLARE(simd128)
+EVM_DECLARE(i8mm)
 #ifdef __cplusplus
 }
 #endif

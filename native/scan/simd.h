@@ -10,9 +10,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
-#if defined(__ARM_FEATURE_DOTPROD) && !defined(__clang__) && __GNUC__ < 14
-// GCC before 14 has vdotq_s32 for Armv8.2 alone, which -mcpu=generic+dotprod is not. Every CPU with the instruction is.
+#if !defined(__clang__) && __GNUC__ < 14
+// GCC before 14 has vdotq_s32 and vmmlaq_s32 for Armv8.2 alone, which -mcpu=generic+.. is not. Every CPU with these instructions is.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+#elif defined(__ARM_FEATURE_DOTPROD)
 #pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
 #endif
 #include <arm_neon.h>
 #elif defined(__wasm_simd128__)

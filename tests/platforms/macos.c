@@ -17,6 +17,12 @@ static int snprintf_(char *to, size_t size, const char *format) {
     return (int)length;
 }
 #define snprintf snprintf_
+
+/* As on an M1: no such feature. */
+static int sysctlbyname(const char *name, void *to, size_t *size, void *from, size_t from_size) {
+    (void)name, (void)to, (void)size, (void)from, (void)from_size;
+    return -1;
+}
 #include "macho.h"
 
 extern const char image[];
