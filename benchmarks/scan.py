@@ -84,7 +84,7 @@ def eager_loop(u, delta, A, B, C, skip, bias):
 
 
 def fma_peak(lanes: int, flags: list[str]) -> float | None:
-    """Measure the multiply-adds per nanosecond; None without a compiler."""
+    """Measure the multiply-adds per nanosecond; None without a compiler, or if this CPU lacks the instructions."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         source = Path(__file__).with_name("fma_peak.cpp")

@@ -261,9 +261,7 @@ def driver(request, program):
     return Driver(program(platform)).forced(isa)
 
 
-@pytest.mark.parametrize(
-    ("cpu", "lacks"), [("cortex-a53", ["dotprod", "i8mm"]), ("cortex-a76", ["i8mm"]), ("max", [])]
-)
+@pytest.mark.parametrize(("cpu", "lacks"), [("cortex-a53", ["dotprod", "i8mm"]), ("cortex-a76", ["i8mm"]), ("max", [])])
 def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, program, monkeypatch):
     monkeypatch.setenv("QEMU_CPU", cpu)
     runs = ", ".join(isa for isa in ("i8mm", "dotprod", "neon") if isa not in lacks)  # the default first
