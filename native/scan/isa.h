@@ -43,8 +43,8 @@ EVM_DECLARE(avx512)
 EVM_DECLARE(avx512vnni)
 EVM_DECLARE(neon)
 EVM_DECLARE(dotprod)
-EVM_DECLARE(simd128)
 EVM_DECLARE(i8mm)
+EVM_DECLARE(simd128)
 #ifdef __cplusplus
 }
 #endif
