@@ -62,7 +62,7 @@ def slow(tools: Tools) -> int:
 
 
 SCENES = {
-    "UsageError": Scene(lambda tools: tools.export("--target", "tflite"), ("tflite", "choose from", "onnx")),
+    "UsageError": Scene(lambda tools: tools.export("--target", "caffe"), ("caffe", "choose from", "onnx")),
     "CheckpointError": Scene(
         lambda tools: cli.export_main([str(tools.folder / "net.ckpt"), "--target", "onnx", "-q"]),
         ("net.ckpt", "does not exist"),
