@@ -18,7 +18,7 @@ from evm_deploy.errors import UsageError
 from evm_deploy.export import ExportPlan, export, verify
 from evm_deploy.export.source import Source
 from evm_deploy.model import Network
-from tests.targets import FLOAT32
+from tests.targets import MANY_NETWORKS
 
 with evm_deploy.cpu_mamba():
     from tests import foreign_copies, foreign_package
@@ -52,8 +52,8 @@ ALIKE = ("coreml", "trt-rtx", "litert")  # `auto` is `portable` there
 @pytest.mark.parametrize(
     ("target", "scan"),
     [
-        *((target, "auto") for target in FLOAT32),
-        *((target, "portable") for target in FLOAT32 if target not in ALIKE),
+        *((target, "auto") for target in MANY_NETWORKS),
+        *((target, "portable") for target in MANY_NETWORKS if target not in ALIKE),
     ],
 )
 def test_every_entry_point_on_every_target(target, scan, every_block, tmp_path):
@@ -75,7 +75,7 @@ def every_copy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", FLOAT32)
+@pytest.mark.parametrize("target", MANY_NETWORKS)
 def test_copies_of_kernels_on_every_target(target, every_copy, tmp_path):
     manifest = export(every_copy, ExportPlan(target, "fp32"), tmp_path).manifest
     parity = manifest.parity

@@ -16,7 +16,7 @@ from evm_deploy.export.source import Source
 from evm_deploy.export.targets import get_target
 from evm_deploy.model import Network
 from tests.fake_torchvision import torchvision
-from tests.targets import FLOAT32
+from tests.targets import MANY_NETWORKS
 from tests.toolchains import need
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def package(request):
     return Source(Network.of(module, torch.rand(1, 3, *SIZE), name=request.param)), scans
 
 
-@pytest.mark.parametrize("target", FLOAT32)
+@pytest.mark.parametrize("target", MANY_NETWORKS)
 def test_a_package_of_others_on_every_target(target, package, tmp_path):
     source, scans = package
     for scan in ("auto", "portable"):

@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "evm_deploy": LOW | {"bundle", "runtimes", "model"},
 }
 PLACES = {
-    "export": ("onnx", "openvino", "coreml", "tensorrt", "qnn", "litert"),
-    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil", "qnn", "litert"),
+    "export": ("onnx", "openvino", "coreml", "tensorrt", "qnn", "litert", "executorch"),
+    "runtimes": ("onnxruntime", "openvino", "coreml", "tensorrt", "mil", "qnn", "litert", "executorch"),
 }
 #: Places of a runtime that import another's: the first computes what the second cannot where it is.
 BESIDE = {
@@ -60,6 +60,7 @@ WORDS = {
     r"openvino": "openvino",
     r"\bqnn|qualcomm|\bhtp": "qnn",
     r"litert|tflite": "litert",
+    r"executorch|\bpte\b": "executorch",
     r"core ?ml|coremltools|mlprogram|mlpackage": "coreml",
 }
 EXCEPTIONS = {
@@ -67,6 +68,7 @@ EXCEPTIONS = {
     "export/targets.py": "the list",
     "export/settings.py": "the list of settings that are flags",
     "toolchain/openvino_extension.py": "finds and compiles the extension, for both halves of openvino",
+    "toolchain/executorch_library.py": "finds and compiles the library, for both halves of executorch",
     "runtimes/mil/": "the emulator of coreml",
     "scan/mil.py": "the scan's lowering for coreml",
     "bench/bench_on_mac.py": "measures coreml in a bundle, without evm-deploy",

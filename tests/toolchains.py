@@ -121,6 +121,9 @@ TOOLCHAINS = {
         lambda: bool(find_spec("onnxruntime_qnn")), "pip install onnxruntime-qnn", in_ci=False
     ),
     "LiteRT": Toolchain(lambda: bool(find_spec("ai_edge_litert")), install_hint("litert")),
+    "ExecuTorch": Toolchain(
+        lambda: bool(find_spec("executorch")) and programs("c++"), f"{install_hint('executorch')}, and a C++ compiler"
+    ),
     "MNN": Toolchain(lambda: bool(find_spec("MNN")), "pip install --no-deps MNN", in_ci=False),
     "IREE": Toolchain(
         lambda: bool(find_spec("iree")), "pip install --no-deps iree-base-compiler iree-base-runtime", in_ci=False
@@ -131,6 +134,8 @@ TOOLCHAINS = {
     "nvcc": Toolchain(partial(programs, "nvcc"), "the CUDA toolkit, or pip install nvidia-cuda-nvcc", in_ci=False),
     "TensorRT's headers": Toolchain(lambda: tensorrt_headers() is not None, "set TENSORRT_INCLUDE", in_ci=False),
 }
+#: Target -> what its tests need that not every environment has.
+OF_TARGETS = {"qnn": "QNN in ONNX Runtime", "litert": "LiteRT", "executorch": "ExecuTorch"}
 MISSING = "is missing"
 
 _used: set[str] = set()
@@ -146,10 +151,8 @@ def need(*names: str, module: bool = False) -> None:
 
 def need_target(name: str) -> None:
     """Skip the test where a target's packages are missing that no environment of ours has by default."""
-    if name == "qnn":
-        need("QNN in ONNX Runtime")
-    if name == "litert":
-        need("LiteRT")
+    if name in OF_TARGETS:
+        need(OF_TARGETS[name])
 
 
 def without(name: str, why: str) -> None:

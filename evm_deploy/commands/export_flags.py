@@ -103,7 +103,7 @@ def export_parser() -> Parser:
         metavar="T[,T2..]",
         help="onnx: ONNX Runtime (aliases ort, onnxruntime); openvino: OpenVINO (ov); coreml: Core ML (apple, ios, "
         "mlpackage); trt: TensorRT (tensorrt, engine); trt-rtx: TensorRT-RTX (rtx); qnn: Qualcomm NPU (htp, "
-        "snapdragon); litert: LiteRT (tflite); or all",
+        "snapdragon); litert: LiteRT (tflite); executorch: ExecuTorch (pte); or all",
     )
     precision = group.add_mutually_exclusive_group().add_argument
     precision(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from evm_deploy._util.text import one_of
 from evm_deploy.errors import ToolchainError
-from evm_deploy.export import litert, onnx, openvino, qnn
+from evm_deploy.export import executorch, litert, onnx, openvino, qnn
 from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.target import Target
 from evm_deploy.export.tensorrt import target as tensorrt
 
-TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.TRT_RTX, qnn.TARGET, litert.TARGET)
+TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.TRT_RTX, qnn.TARGET, litert.TARGET, executorch.TARGET)
 
 
 def load_targets() -> dict[str, Target]:

@@ -10,10 +10,10 @@ from evm_deploy._util.packages import upgrade_hint
 from evm_deploy._util.settings import all_fields, changed, flag_of
 from evm_deploy._util.text import one_of
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
-from evm_deploy.runtimes import coreml, litert, onnxruntime, openvino, qnn, tensorrt
+from evm_deploy.runtimes import coreml, executorch, litert, onnxruntime, openvino, qnn, tensorrt
 from evm_deploy.runtimes.info import RuntimeInfo
 
-RUNTIMES = (onnxruntime.INFO, openvino.INFO, coreml.INFO, tensorrt.TRT, tensorrt.TRT_RTX, qnn.INFO, litert.INFO)
+RUNTIMES = (onnxruntime.INFO, openvino.INFO, coreml.INFO, tensorrt.TRT, tensorrt.TRT_RTX, qnn.INFO, litert.INFO, executorch.INFO)
 
 
 def load_runtimes() -> dict[str, RuntimeInfo]:

@@ -2,6 +2,7 @@
 // the native kernels evaluate on the CPU, and the conversion of these operators from ONNX. Load it with
 // ov::Core::add_extension(path). The library fits only the OpenVINO release that it was built with.
 #include "ops.h"
+#include "workspaces.h"
 
 #include <memory>
 #include <mutex>
@@ -26,51 +27,12 @@ const char evm_openvino_release[] = "evm extension for OpenVINO " EVM_TEXT(OPENV
 
 namespace {
 
-// Memory aligned to 64 bytes.
-class Buffer {
-    static constexpr size_t ALIGNMENT = 64;
-    std::vector<char> bytes;
-
-  public:
-    // Return at least `size` bytes. The contents are lost when the buffer grows.
-    float *aligned(size_t size) {
-        if (bytes.size() < size + ALIGNMENT) bytes.resize(size + ALIGNMENT);
-        return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(bytes.data()) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    }
-};
-
-// Pool of workspaces for blocks, kept between inferences. It holds as many buffers as blocks have run at once. Without the pool,
-// getting fresh pages from the system would take longer than a small block computes.
-class Workspaces {
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Buffer>> unused;
-
-  public:
-    // Call use(workspace) with an aligned workspace of at least `size` bytes.
-    template <class Use>
-    void with(size_t size, Use use) {
-        std::unique_ptr<Buffer> buffer = take();
-        use(buffer->aligned(size));
-        const std::lock_guard<std::mutex> lock(mutex);
-        unused.push_back(std::move(buffer));
-    }
-
-  private:
-    std::unique_ptr<Buffer> take() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (unused.empty()) return std::make_unique<Buffer>();
-        std::unique_ptr<Buffer> last = std::move(unused.back());
-        unused.pop_back();
-        return last;
-    }
-};
-
-Workspaces workspaces;
+evm::Workspaces workspaces;
 
 // Weights of a node, packed at its first inference. Without constant weights they are packed at every inference.
 struct Packed {
     std::once_flag once;
-    Buffer buffer;
+    evm::Buffer buffer;
     float *weights = nullptr;
 };
 

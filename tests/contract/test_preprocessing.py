@@ -17,6 +17,7 @@ from evm_deploy.export.targets import load_targets
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.base import RunOptions
 from tests.contract.test_targets import precision_of, tolerance_of
+from tests.targets import scan_of
 from tests.toolchains import need_target
 
 every_target = pytest.mark.parametrize("target", load_targets().values(), ids=list(load_targets()))
@@ -38,7 +39,7 @@ def on_no_device(monkeypatch):
 @every_target
 @pytest.mark.parametrize("resize", RESIZES)
 def test_the_bundle_resizes_as_asked(target, resize, micro, tmp_path):
-    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), scan="portable", resize=resize)
+    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), scan=scan_of(target.name), resize=resize)
     made = export(Source(micro), plan, tmp_path)
     assert made.manifest.preprocess() == Preprocessing((64, 96), resize=resize)
     assert f"resize {resize}" not in made.manifest.notes[0]
@@ -53,7 +54,7 @@ def test_the_bundle_resizes_as_asked(target, resize, micro, tmp_path):
 def test_networks_of_other_channels(target, kind, channels, of_channels, tmp_path):
     checkpoint = of_channels(channels)
     given = {"mean": MEAN[:channels], "std": STD[:channels]}
-    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), input=kind, scan="portable", **given)
+    plan = ExportPlan(target.name, precision_of(target), imgsz=(64, 96), input=kind, scan=scan_of(target.name), **given)
     if kind == "image" and channels not in target.image_channels:
         with pytest.raises(UsageError, match=r"images of 1 or 3 channels, the network has 4") as raised:
             export(checkpoint, plan, tmp_path)

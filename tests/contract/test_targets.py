@@ -25,10 +25,11 @@ from evm_deploy.export.target import Target, check_plan, open_here
 from evm_deploy.export.targets import get_target, load_targets
 from evm_deploy.runtimes.base import Batch, RunOptions, Runtime, run_batched
 from evm_deploy.runtimes.registry import load_runtimes
+from tests.targets import scan_of
 from tests.toolchains import need_target
 
 every_target = pytest.mark.parametrize("target", load_targets().values(), ids=list(load_targets()))
-PLAN = {"imgsz": (64, 64), "input": "tensor", "scan": "portable"}
+PLAN = {"imgsz": (64, 64), "input": "tensor"}
 BATCHES = {"dynamic": Batch(1, 1, None), "a range": Batch(1, 2, 4)}
 QUICK = Settings(threads=1, limit_s=0.5)
 
@@ -42,7 +43,7 @@ def has_its_packages(request):
 
 def plan_of(target: Target, **more) -> ExportPlan:
     """In float32, or in the most precise that the target has."""
-    return ExportPlan(target.name, **{"precision": precision_of(target), **PLAN, **more})
+    return ExportPlan(target.name, **{"precision": precision_of(target), "scan": scan_of(target.name), **PLAN, **more})
 
 
 def precision_of(target: Target) -> str:
