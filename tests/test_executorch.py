@@ -20,12 +20,14 @@ from evm_deploy import cli
 from evm_deploy.bundle.loaded import load
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
+from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import executorch
 from evm_deploy.export.executorch.graph import widen_convolutions
 from evm_deploy.export.executorch.module import GraphModule
 from evm_deploy.export.executorch.operators import OPERATORS
 from evm_deploy.export.executorch.program import lower
+from evm_deploy.export.executorch.quantized import prepare
 from evm_deploy.export.executorch.scans import ExecuTorchArtifact, ExecuTorchScanAccess, scan_program
 from evm_deploy.export.hub.graph import scan_sites
 from evm_deploy.export.pipeline import export
@@ -174,7 +176,7 @@ def test_operators_are_those_of_onnx(case):
 
 
 def test_every_operator_has_a_case():
-    assert {case[0] for case in CASES} == set(OPERATORS)
+    assert {case[0] for case in CASES} | {"QuantizeLinear", "DequantizeLinear"} == set(OPERATORS)  # below, both
 
 
 @pytest.mark.parametrize(
@@ -443,3 +445,96 @@ def test_scans_with_equal_constants_are_told_apart(tmp_path):
         assert np.abs(told["y"] - want).max() <= 2e-6 * max(1, np.abs(want).max())
     with pytest.raises(ToolchainError, match="2 scans have run in ExecuTorch, the program has 1"):
         ExecuTorchScanAccess(replace(artifact, order=program.scans[:1]), None).in_situ(feeds)
+
+
+# ------------------------------------------------------------------------------------------------------------- int8
+
+
+def rounded_graph():
+    """Conv with all three rounded, a product whose output stays float, and an activation with two readers."""
+    rng = np.random.default_rng(3)
+    scale = {"s": np.float32(0.05), "ws": np.float32([0.01, 0.02, 0.03]), "ms": np.float32([0.02, 0.01])}
+    tensors = {
+        **scale,
+        "z": np.uint8(120),
+        "w": rng.integers(-127, 128, (3, 4, 3, 3)).astype(np.int8),
+        "b": rng.integers(-900, 900, 3).astype(np.int32),
+        "bs": np.float32([5e-4, 1e-3, 15e-4]),
+        "m": rng.integers(-127, 128, (6, 2)).astype(np.int8),
+    }
+    make = helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["x", "s", "z"], ["q"], name="q/QuantizeLinear"),
+        make("DequantizeLinear", ["q", "s", "z"], ["d"], name="q/DequantizeLinear"),
+        make("DequantizeLinear", ["w", "ws"], ["dw"], name="c/DequantizeLinear", axis=0),
+        make("DequantizeLinear", ["b", "bs"], ["db"], name="c/DequantizeLinear_1", axis=0),
+        make("Conv", ["d", "dw", "db"], ["c"], name="c/Conv"),
+        make("Relu", ["c"], ["r"], name="c/Relu"),
+        make("QuantizeLinear", ["r", "s", "z"], ["qr"], name="r/QuantizeLinear"),
+        make("DequantizeLinear", ["qr", "s", "z"], ["out"], name="r/DequantizeLinear"),
+        make("DequantizeLinear", ["m", "ms"], ["dm"], name="m/DequantizeLinear", axis=1),
+        make("MatMul", ["d", "dm"], ["float_out"], name="m/MatMul"),
+        make("DequantizeLinear", ["m", "ms"], ["dm2"], name="n/DequantizeLinear", axis=1),
+        make("MatMul", ["d", "dm2"], ["n"], name="n/MatMul"),
+        make("QuantizeLinear", ["n", "s", "z"], ["qn"], name="n/QuantizeLinear"),
+        make("DequantizeLinear", ["qn", "s", "z"], ["rounded_out"], name="n/DequantizeLinear_1"),
+    ]
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, IMAGES.shape)
+    outputs = [onnx.ValueInfoProto(name=name) for name in ("out", "float_out", "rounded_out")]
+    initial = [numpy_helper.from_array(np.asarray(each), name) for name, each in tensors.items()]
+    graph = helper.make_graph(nodes, "g", [value], outputs, initial)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def exactly(model, x):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})
+
+
+def test_the_forms_of_int8_compute_the_same():
+    model = rounded_graph()
+    want = exactly(model, IMAGES)
+    prepare(model)
+    by_name = {node.name: node for node in model.graph.node}
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert tensors[by_name["c/Conv"].input[2]].dtype == FLOAT and by_name["n/MatMul"].op_type == "Linear"
+    assert by_name["m/MatMul"].op_type == "MatMul" and tensors[by_name["m/MatMul"].input[1]].dtype == FLOAT
+    assert tensors[by_name["n/DequantizeLinear"].input[0]].shape == (2, 6)
+    assert "m/DequantizeLinear" not in by_name and "c/DequantizeLinear_1" not in by_name
+    readers = [name for node in model.graph.node for name in node.input]
+    written = [node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert all(readers.count(name) <= 1 for name in written)
+    assert not any(each.dtype == np.uint8 for name, each in tensors.items() if name in readers)
+    with torch.no_grad():
+        have = GraphModule(model, portable=True)(torch.from_numpy(IMAGES))
+    for mine, its in zip(have, want, strict=True):
+        off = np.abs(mine.numpy() - its)
+        assert off.max() <= 0.0501 and (off > 1e-5).mean() < 0.05  # a step, where a sum lies between two steps
+    np.testing.assert_allclose(have[1].numpy(), want[1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_int8_layers_are_parts_of_xnnpack(tmp_path):
+    need("ExecuTorch")
+    model = rounded_graph()
+    want = exactly(model, IMAGES)
+    prepare(model)
+    program = lower(model, portable=True)
+    assert not [name for name in program.operators if "conv" in name or "quantize" in name], program.operators
+    with ExecuTorchRuntime(written(tmp_path, program.file)) as runtime:
+        have = runtime.run({"x": IMAGES})
+    for mine, its in zip(have.values(), want, strict=True):
+        assert np.abs(mine - its).max() <= 0.0501  # one step: XNNPACK rounds sums in another order
+
+
+@pytest.mark.slow
+def test_an_int8_export_has_int8_blocks_and_tests_itself(tmp_path):
+    need("ExecuTorch")
+    plan = ExportPlan("executorch", "int8", calib="demo", calib_images=104, smooth="off")
+    made = export(CHECKPOINT, plan, tmp_path)
+    accuracy, facts = made.manifest.accuracy, made.manifest.details
+    assert accuracy["ok"] and accuracy["sqnr_db"] > 25 and facts["quantization"]["int8_layers"] > 10
+    assert facts["operators"]["EVSSBlockInt8.default"] == 2 and facts["quantization"]["size_of_fp32"] < 0.6
+    with load(made.path) as model:
+        assert all(check.ok for check in model.selftest())

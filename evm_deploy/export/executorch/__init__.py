@@ -11,6 +11,7 @@ from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import UsageError
 from evm_deploy.export.executorch.graph import widen_convolutions
 from evm_deploy.export.executorch.program import lower
+from evm_deploy.export.executorch.quantized import prepare
 from evm_deploy.export.executorch.readme import usage
 from evm_deploy.export.executorch.scans import ExecuTorchArtifact, ExecuTorchScanAccess, scan_program
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
@@ -57,6 +58,8 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         (folder / inside).parent.mkdir(parents=True)
         shutil.copyfile(source, folder / inside)
         plugins[host_platform()] = inside
+    if plan.precision == "int8":
+        prepare(model)
     program = lower(model, portable=plan.scan == "portable")
     path = folder / ARTIFACT
     path.write_bytes(program.file)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx.traceback import annotate
 
 from evm_deploy.errors import UsageError
 from evm_deploy.export.executorch.operators import OPERATORS, Operator
+from evm_deploy.export.executorch.quantized import LINEAR
+from evm_deploy.export.executorch.rounding import dequantize_weight
 from evm_deploy.export.executorch.torch_ops import define_out_of_scan, fused_op
 from evm_deploy.scan.fused import OP_TYPES
 from evm_deploy.scan.onnx_function import DOMAIN, OP_TYPE, SOFTPLUS
@@ -76,7 +79,7 @@ class GraphModule(nn.Module):
             if node.op_type == "Constant" and not node.domain:
                 constants[node.output[0]] = _constant(node)
                 continue
-            operator = _operator(node, portable)
+            operator = _operator(node, portable, constants)
             inputs = [self._input(node, i, name, operator, constants) for i, name in enumerate(node.input)]
             while inputs and inputs[-1] is None:
                 inputs.pop()
@@ -122,7 +125,7 @@ class GraphModule(nn.Module):
                 self.register_buffer(attribute, tensor)
 
 
-def _operator(node: onnx.NodeProto, portable: bool) -> Operator:
+def _operator(node: onnx.NodeProto, portable: bool, constants: Collection[str]) -> Operator:
     """Return the function of a node. Raises UsageError for an operator that has none."""
     if node.domain == DOMAIN and node.op_type == OP_TYPE:
         softplus = next((bool(attribute.i) for attribute in node.attribute if attribute.name == SOFTPLUS), True)
@@ -133,6 +136,10 @@ def _operator(node: onnx.NodeProto, portable: bool) -> Operator:
     if node.domain == DOMAIN and node.op_type in OP_TYPES:
         compute = fused_op(node.op_type)
         return Operator(lambda x, *operands: compute(x, list(operands)))
+    if node.domain == DOMAIN and node.op_type == LINEAR:
+        return Operator(F.linear)
+    if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+        return Operator(dequantize_weight)
     if node.domain or node.op_type not in OPERATORS:
         raise UsageError(f"{node.name}: the operator {node.op_type} has no form in ExecuTorch", HINT)
     return OPERATORS[node.op_type]

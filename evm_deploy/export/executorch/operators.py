@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evm_deploy.export.executorch import layers, shapes
+from evm_deploy.export.executorch import layers, rounding, shapes
 from evm_deploy.export.executorch.forms import Numbers, refuse
 
 #: ONNX's numbers of element types -> torch's types.
@@ -132,6 +132,7 @@ OPERATORS: dict[str, Operator] = {
     "Cos": Operator(torch.cos),
     "CumSum": Operator(cumulative_sum, (1,)),
     "DepthToSpace": Operator(shapes.depth_to_space),
+    "DequantizeLinear": Operator(rounding.dequantize, (1, 2)),
     "Div": Operator(divide),
     "Einsum": Operator(lambda *parts, equation: torch.einsum(equation, *parts)),
     "Elu": Operator(lambda x, *, alpha=1.0: F.elu(x, alpha)),
@@ -172,6 +173,7 @@ OPERATORS: dict[str, Operator] = {
     "PRelu": Operator(lambda x, slope: torch.where(x < 0, slope * x, x)),
     "Pad": Operator(shapes.pad, (1, 2, 3)),
     "Pow": Operator(torch.pow),
+    "QuantizeLinear": Operator(rounding.quantize, (1, 2)),
     "Reciprocal": Operator(torch.reciprocal),
     "ReduceL2": Operator(reduce(lambda x, axes, keep: torch.sqrt(torch.sum(x * x, axes, keep))), (1,)),
     "ReduceMax": Operator(reduce(torch.amax), (1,)),
