@@ -91,6 +91,8 @@ CASES = [
     ("Gather", X, [ints(3, 0, -1)], {"axis": 1}),
     ("Gather", X, [ints(3, 0, 1, 1).reshape(2, 2)], {"axis": -1}),
     ("GatherElements", X, [np.zeros((2, 6, 2), INT)], {"axis": 2}),
+    ("GatherND", X, [np.array([[[0, 3], [1, -1]]], INT)], {}),
+    ("GatherND", X, [np.array([[[3], [0]], [[5], [2]]], INT)], {"batch_dims": 1}),
     ("ArgMax", X, [], {"axis": 1, "keepdims": 0}),
     ("ArgMin", X, [], {"axis": -1}),
     ("TopK", X, [ints(3)], {"axis": 1}),
@@ -536,5 +538,6 @@ def test_an_int8_export_has_int8_blocks_and_tests_itself(tmp_path):
     accuracy, facts = made.manifest.accuracy, made.manifest.details
     assert accuracy["ok"] and accuracy["sqnr_db"] > 25 and facts["quantization"]["int8_layers"] > 10
     assert facts["operators"]["EVSSBlockInt8.default"] == 2 and facts["quantization"]["size_of_fp32"] < 0.6
+    assert "weight_bits" not in facts["quantization"]  # nothing saturates
     with load(made.path) as model:
         assert all(check.ok for check in model.selftest())

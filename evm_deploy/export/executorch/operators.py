@@ -144,6 +144,7 @@ OPERATORS: dict[str, Operator] = {
     "Floor": Operator(torch.floor),
     "Gather": Operator(shapes.gather, (1,)),
     "GatherElements": Operator(lambda x, index, *, axis=0: torch.gather(x, axis, index)),
+    "GatherND": Operator(shapes.gather_nd),
     "Gelu": Operator(lambda x, *, approximate="none": F.gelu(x, approximate=approximate)),
     "Gemm": Operator(layers.gemm),
     "GlobalAveragePool": Operator(lambda x: x.mean(list(range(2, x.dim())), True)),

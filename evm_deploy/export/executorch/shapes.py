@@ -53,6 +53,13 @@ def gather(x: Tensor, indices: Any, *, axis: int = 0) -> Tensor:
     return taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
+def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
+    """GatherND: the last axis of indices is a place in the axes of x behind the `batch_dims` that both share."""
+    rank = indices.dim() - 1
+    own = [torch.arange(x.shape[i]).reshape([-1 if j == i else 1 for j in range(rank)]) for i in range(batch_dims)]
+    return x[(*own, *indices.unbind(-1))]
+
+
 def split(
     x: Tensor, sizes: Numbers | None = None, *, axis: int = 0, num_outputs: int | None = None
 ) -> tuple[Tensor, ...]:
