@@ -138,12 +138,26 @@ class Artifact:
 
 
 def quantize_hub(
-    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
+    graph: Graph,
+    config: QuantizationConfig,
+    preprocessing: Preprocessing,
+    open_candidate: OpenCandidate,
+    step: Step,
+    **layers: bool,
 ) -> Quantized:
-    """Quantise a hub graph to int8 or w8, calibrated in ONNX Runtime. Raises CalibrationError."""
-    plugin = find_plugin("onnxruntime")
+    """Quantise a hub graph to int8 or w8, calibrated in ONNX Runtime. Raises CalibrationError.
+
+    layers: properties of the runtime's int8 layers, `symmetric`, `rounded_outputs` and `saturates` of `quantize_graph`.
+    """
     return quantize_graph(
-        graph.model, config, preprocessing, fused=graph.fusable, open_candidate=open_candidate, plugin=plugin, step=step
+        graph.model,
+        config,
+        preprocessing,
+        fused=graph.fusable,
+        open_candidate=open_candidate,
+        plugin=find_plugin("onnxruntime"),
+        step=step,
+        **layers,
     )
 
 

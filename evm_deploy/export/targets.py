@@ -9,7 +9,16 @@ from evm_deploy.export.coreml import target as coreml
 from evm_deploy.export.target import Target
 from evm_deploy.export.tensorrt import target as tensorrt
 
-TARGETS = (onnx.TARGET, openvino.TARGET, coreml.TARGET, tensorrt.TRT, tensorrt.TRT_RTX, qnn.TARGET, litert.TARGET, executorch.TARGET)
+TARGETS = (
+    onnx.TARGET,
+    openvino.TARGET,
+    coreml.TARGET,
+    tensorrt.TRT,
+    tensorrt.TRT_RTX,
+    qnn.TARGET,
+    litert.TARGET,
+    executorch.TARGET,
+)
 
 
 def load_targets() -> dict[str, Target]:

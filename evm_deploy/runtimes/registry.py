@@ -13,7 +13,16 @@ from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.runtimes import coreml, executorch, litert, onnxruntime, openvino, qnn, tensorrt
 from evm_deploy.runtimes.info import RuntimeInfo
 
-RUNTIMES = (onnxruntime.INFO, openvino.INFO, coreml.INFO, tensorrt.TRT, tensorrt.TRT_RTX, qnn.INFO, litert.INFO, executorch.INFO)
+RUNTIMES = (
+    onnxruntime.INFO,
+    openvino.INFO,
+    coreml.INFO,
+    tensorrt.TRT,
+    tensorrt.TRT_RTX,
+    qnn.INFO,
+    litert.INFO,
+    executorch.INFO,
+)
 
 
 def load_runtimes() -> dict[str, RuntimeInfo]:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from evm_deploy._util.packages import install_hint
-from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluation import OpenCandidate
-from evm_deploy.calib.int8 import Quantized
-from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.executorch.graph import widen_convolutions
 from evm_deploy.export.executorch.program import lower
@@ -78,13 +73,6 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     return ExecuTorchArtifact(path, scan, details, plugins, graph=model, order=program.scans)
 
 
-def quantize(
-    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
-) -> Quantized:
-    """Quantise a hub graph as for other targets. No product can saturate: XNNPACK and our blocks sum exactly."""
-    return replace(quantize_hub(graph, config, preprocessing, open_candidate, step), saturating=None)
-
-
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write the program of one scan of this shape, lowered as in the artifact, with all seven tensors as inputs."""
     assert isinstance(artifact, ExecuTorchArtifact)
@@ -100,7 +88,7 @@ TARGET = Target(
     scan_access=ExecuTorchScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
-    quantize=quantize,
+    quantize=partial(quantize_hub, saturates=False),  # XNNPACK and our blocks sum exactly
     check=check_plan,
     nms=("none",),
 )

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evm_deploy._util.packages import install_hint
-from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluation import OpenCandidate
-from evm_deploy.calib.int8 import Quantized, quantize_graph
-from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.graph import Graph, scan_sites
@@ -24,9 +20,8 @@ from evm_deploy.export.litert.readme import usage
 from evm_deploy.export.litert.scans import LiteRtArtifact, LiteRtScanAccess
 from evm_deploy.export.litert.translate import Translation
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Artifact, Target
+from evm_deploy.export.target import Artifact, Target, quantize_hub
 from evm_deploy.runtimes.litert import INFO, MODULE
-from evm_deploy.toolchain.plugins import find_plugin
 
 if TYPE_CHECKING:
     import onnx
@@ -95,23 +90,6 @@ def translated(model: onnx.ModelProto, *, half: bool = False) -> Translation:
     return Translation(static(model), RULES, VERSIONS, half=half)
 
 
-def quantize(
-    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
-) -> Quantized:
-    """Quantise the hub graph. LiteRT's int8 layers give int8 alone, and multiply without saturation."""
-    return quantize_graph(
-        graph.model,
-        config,
-        preprocessing,
-        fused=graph.fusable,
-        open_candidate=open_candidate,
-        plugin=find_plugin("onnxruntime"),
-        step=step,
-        rounded_outputs=True,
-        saturates=False,
-    )
-
-
 def write_scan_case(graph: Graph, artifact: Artifact, path: Path, shape: ScanShape) -> None:
     """Write a file of one scan of this shape, with all seven tensors as inputs."""
     found = translated(unrolled_alone(graph.model, shape.L, shape))
@@ -127,7 +105,8 @@ TARGET = Target(
     scan_access=LiteRtScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
-    quantize=quantize,
+    # LiteRT's int8 layers give int8 alone; XNNPACK's products do not saturate
+    quantize=partial(quantize_hub, rounded_outputs=True, saturates=False),
     check=check_plan,
     nms=("none",),
 )

@@ -17,19 +17,14 @@ from typing import Any
 from evm_deploy._util import processes
 from evm_deploy._util.files import copy_folder
 from evm_deploy._util.onnx import inlined
-from evm_deploy._util.progress import Step
 from evm_deploy.bundle.manifest import Decision, Manifest
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.calib.config import QuantizationConfig
-from evm_deploy.calib.evaluation import OpenCandidate
-from evm_deploy.calib.int8 import Quantized, quantize_graph
 from evm_deploy.data.boxes import NMS_MODES
-from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export.hub.graph import INSTALL_HINT, Graph, scan_alone
 from evm_deploy.export.hub.scans import OnnxScanAccess
 from evm_deploy.export.plan import ExportPlan
-from evm_deploy.export.target import Artifact, Emulator, EngineBuild, Target
+from evm_deploy.export.target import Artifact, Emulator, EngineBuild, Target, quantize_hub
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
 from evm_deploy.export.tensorrt.readme import usage
 from evm_deploy.export.tensorrt.settings import EngineSettings
@@ -39,7 +34,7 @@ from evm_deploy.runtimes.base import RunOptions, Runtime
 from evm_deploy.runtimes.info import RuntimeInfo
 from evm_deploy.runtimes.tensorrt import INSTALL_HINTS, can_build_engine, emulator, installed, kernel
 from evm_deploy.runtimes.tensorrt import build_engine as engine_builder
-from evm_deploy.toolchain.plugins import find_plugin, installed_plugin
+from evm_deploy.toolchain.plugins import installed_plugin
 
 INVALID = 2  # exit code of the builder for an invalid bundle
 SCANS = {
@@ -75,22 +70,6 @@ def check(target: str, plan: ExportPlan) -> None:
             f"{engine_builder.MODULES[target][0]} cannot build the engine that --no-defer asks for: {why}",
             INSTALL_HINTS[target],
         )
-
-
-def quantize(
-    graph: Graph, config: QuantizationConfig, preprocessing: Preprocessing, open_candidate: OpenCandidate, step: Step
-) -> Quantized:
-    """Quantise the hub graph without zero points, because TensorRT refuses zero points. Raises CalibrationError."""
-    return quantize_graph(
-        graph.model,
-        config,
-        preprocessing,
-        fused=graph.fusable,
-        open_candidate=open_candidate,
-        plugin=find_plugin("onnxruntime"),
-        step=step,
-        symmetric=True,
-    )
 
 
 def build(target: str, graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
@@ -173,7 +152,7 @@ def _target(info: RuntimeInfo, scans: tuple[str, ...], nms: tuple[str, ...] = NM
         scan_access=TensorRtScanAccess,
         write_scan_case=write_scan_case,
         usage=usage,
-        quantize=quantize,
+        quantize=partial(quantize_hub, symmetric=True),  # TensorRT refuses zero points
         check=bound(check),
         nms=nms,
         emulator=Emulator(open_emulator, library=installed_plugin),
