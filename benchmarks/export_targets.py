@@ -2,9 +2,10 @@
 
     python benchmarks/export_targets.py [--targets all] [--rounds 5] [--against OTHER/bin/evm-export]
 
-Each command runs in a process of its own, imports included, as a user runs it. One command shares one load and one trace, and
-traces Core ML at the same time. --against: evm-export of another checkout, to compare two commits; then --targets names
-targets that both have. The commands run in turn. The script prints medians, and ratios to the first command.
+Each command runs in a process of its own, imports included, as a user runs it. One command shares one load and one
+trace, and traces Core ML at the same time. --against: evm-export of another checkout, to compare two commits; then
+--targets names targets that both have. The commands run in turn. The script prints medians, and ratios to the first
+command.
 """
 
 from __future__ import annotations
