@@ -71,7 +71,10 @@ def with_any_batch(file: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]
-    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    for node in reshapes:
+        del node.attribute[:]  # allowzero: a 0 then is no size of the input
+    shapes = {node.input[1] for node in reshapes}
     for tensor in model.graph.initializer:
         if tensor.name in shapes:
             shape = numpy_helper.to_array(tensor).copy()
