@@ -81,10 +81,10 @@ def test_the_demo_without_a_bundle_says_what_to_give(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_demo_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # `dist` may have the bundles of `make demo`
     assert checkpoint_path(f"demo:{name}") == CHECKPOINTS[name] and CHECKPOINTS[name].stat().st_size < 3e6
     assert cli.export_main([f"demo:{name}", "--target", "onnx", "--dry-run", "--json"]) == 0
     assert CHECKPOINTS[name].name in json.dumps(json.loads(capsys.readouterr().out))
-    monkeypatch.chdir(tmp_path)
     (tmp_path / f"demo:{name}").touch()  # a file of that name is that file
     assert checkpoint_path(f"demo:{name}") == Path(f"demo:{name}")
 
