@@ -238,7 +238,7 @@ def test_a_library_of_another_release_is_refused(tmp_path):
     need("ExecuTorch")
     path = tmp_path / "evm_executorch.so"
     path.write_bytes(b"no library")
-    with pytest.raises(ToolchainError, match="is not a library of evm-deploy for ExecuTorch"):
+    with pytest.raises(ToolchainError, match="is not an ExecuTorch library of evm-deploy"):
         executorch_library.check_release(path)
     path.write_bytes(b"..evm library for ExecuTorch 1.2.0\0..")
     with pytest.raises(ToolchainError, match=r"compiled for ExecuTorch 1.2.0, but ExecuTorch 1\S+ is installed"):

@@ -23,7 +23,7 @@ from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import Compiler, compiled_once, read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
-from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa
+from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa, require_release
 
 RUN_HINT = install_hint("run-executorch")
 COMPILERS = ("c++", "g++", "clang++")
@@ -116,17 +116,7 @@ def release_of(path: Path) -> str:
 
 def check_release(path: Path) -> None:
     """Raise ToolchainError unless the library at `path` was compiled for the installed ExecuTorch release."""
-    try:
-        built_for, here = release_of(path), installed_release()
-    except OSError as error:
-        raise ToolchainError(f"the library {path} cannot be read: {error.strerror}") from error
-    if not built_for:
-        raise ToolchainError(f"{path} is not a library of evm-deploy for ExecuTorch")
-    if built_for != here:
-        raise ToolchainError(
-            f"the library {path} was compiled for ExecuTorch {built_for}, but ExecuTorch {here} is installed",
-            f"pip install executorch=={built_for}, or compile another library with load(scan='plugin')",
-        )
+    require_release(path, "library", "ExecuTorch", release_of, installed_release())
 
 
 def open_library(path: Path | None = None) -> ctypes.CDLL:

@@ -17,7 +17,7 @@ from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 from evm_deploy.toolchain.compile import SHOWN_LINES, compiled_once, read_recipe
 from evm_deploy.toolchain.platforms import host_platform
-from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa
+from evm_deploy.toolchain.plugins import SUFFIX, kernel_isa, require_release
 
 RUN_HINT = install_hint("run-openvino")
 INSTALL_HINT = install_hint("openvino")
@@ -59,17 +59,7 @@ def check_release(library: Path) -> None:
 
     OpenVINO does not load an extension of another release, and its error does not name the reason.
     """
-    try:
-        built_for, here = release_of(library), installed_release()
-    except OSError as error:
-        raise ToolchainError(f"the extension {library} cannot be read: {error.strerror}") from error
-    if not built_for:
-        raise ToolchainError(f"{library} is not an OpenVINO extension of evm-deploy")
-    if built_for != here:
-        raise ToolchainError(
-            f"the extension {library} was compiled for OpenVINO {built_for}, but OpenVINO {here} is installed",
-            f"pip install openvino=={built_for}, or compile another extension with load(scan='plugin')",
-        )
+    require_release(library, "extension", "OpenVINO", release_of, installed_release())
 
 
 def isa(library: Path) -> str:

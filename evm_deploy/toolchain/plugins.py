@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,3 +96,22 @@ def block_trace(library: Path | None, rows: int, stages: int) -> Iterator[NDArra
         yield ticks
     finally:
         trace(None, 0)
+
+
+def require_release(library: Path, kind: str, runtime: str, release_of: Callable[[Path], str], installed: str) -> None:
+    """Raise ToolchainError unless a native library was compiled for the installed release of its runtime.
+
+    kind: `library` or `extension`. runtime: its name for people; the name of its package in lower case. `release_of`:
+    read the release from the file; empty for a file that is not ours; raises OSError. installed: the installed release.
+    """
+    try:
+        built_for = release_of(library)
+    except OSError as error:
+        raise ToolchainError(f"the {kind} {library} cannot be read: {error.strerror}") from error
+    if not built_for:
+        raise ToolchainError(f"{library} is not an {runtime} {kind} of evm-deploy")
+    if built_for != installed:
+        raise ToolchainError(
+            f"the {kind} {library} was compiled for {runtime} {built_for}, but {runtime} {installed} is installed",
+            f"pip install {runtime.lower()}=={built_for}, or compile another {kind} with load(scan='plugin')",
+        )
