@@ -98,6 +98,17 @@ def test_any_block(isa):
     check()
 
 
+LARGE_MAPS = [(2, 61, 59, 48), (1, 9, 700, 16), (1, 300, 5, 24)]  # of several groups of rows (native/scan/block_layout.h)
+
+
+@pytest.mark.parametrize("shape", LARGE_MAPS)
+def test_large_maps(shape, isa):
+    block, x = random_block(3, shape[-1], 3, 4), image(3, *shape)
+    out = OnnxRuntime(block_model(block, *shape[:3]), 1, plugin_path("onnxruntime")).run({"x": x})["out"]
+    want = in_float64(block, x)
+    assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
+
+
 def with_weights_as_inputs(model):
     """The model with its initializers as inputs, and their values as feeds."""
     model = onnx.load_from_string(model)
@@ -164,8 +175,8 @@ def test_the_optional_outputs_are_what_the_scan_read_and_wrote(isa):
 
 
 def test_threads_do_not_change_a_bit():
-    block, x = random_block(2, 48, 3, 16), image(2, 2, 29, 23, 48)
-    model = block_model(block, 2, 29, 23)
+    block, x = random_block(2, 48, 3, 16), image(2, 2, 49, 43, 48)
+    model = block_model(block, 2, 49, 43)
     one, three = (OnnxRuntime(model, n, plugin_path("onnxruntime")).run({"x": x})["out"] for n in (1, 3))
     np.testing.assert_array_equal(one, three)
 

@@ -20,7 +20,7 @@ from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes.onnxruntime import OnnxRuntime
 from evm_deploy.scan.fused import SCAN_OUTPUTS
 from evm_deploy.scan.native import without_native_scan
-from tests.test_fused import hub, image, isa, random_block  # noqa: F401 (isa is a fixture)
+from tests.test_fused import LARGE_MAPS, hub, image, isa, random_block  # noqa: F401 (isa is a fixture)
 
 #: The linear layers, by operand: path of the module, axis of the output channels in the operand.
 LAYERS = {
@@ -227,6 +227,15 @@ def test_any_block(isa):  # noqa: F811
     assert np.mean(tight) > 0.8
 
 
+@pytest.mark.parametrize("shape", LARGE_MAPS)
+def test_large_maps(shape, isa):  # noqa: F811
+    block, x = random_block(3, shape[-1], 3, 4), image(3, *shape)
+    operands = quantized(block, x)
+    out, want = run(int8_model(operands, *shape[:3]), x)["out"], in_float64(block, operands, x)
+    error = np.abs(out - want) / np.abs(want).max()
+    assert error.max() < 0.05 and np.mean(error < 1e-4) > 0.9
+
+
 def test_int8_is_not_float(isa):  # noqa: F811
     """The control of the tolerances above: quantisation changes far more than they allow, and not everything."""
     block, x = random_block(5, 48, 3, 16), image(5, 1, 9, 8, 48)
@@ -236,8 +245,8 @@ def test_int8_is_not_float(isa):  # noqa: F811
 
 
 def test_threads_do_not_change_a_bit():
-    block, x = random_block(2, 48, 3, 16), image(2, 2, 29, 23, 48)
-    model = int8_model(quantized(block, x), 2, 29, 23, scan_outputs=True)
+    block, x = random_block(2, 48, 3, 16), image(2, 2, 49, 43, 48)
+    model = int8_model(quantized(block, x), 2, 49, 43, scan_outputs=True)
     one, three = (run(model, x, threads) for threads in (1, 3))
     for name in one:
         np.testing.assert_array_equal(one[name], three[name])

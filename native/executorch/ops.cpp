@@ -91,12 +91,13 @@ class Recorded {
 };
 
 void run(const evm_block_args &args) {
+    const int64_t steps = evm_block_num_steps(&args);
     for (int64_t image = 0; image < args.b; image++) {
-        for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
-            evm_block_mark(stage);
-            for_each_tile(evm_block_num_tiles(&args, image, stage), [&](int64_t tile) { evm_block_run_tile(&args, image, stage, tile); });
+        for (int64_t step = 0; step < steps; step++) {
+            evm_block_mark(&args, step);
+            for_each_tile(evm_block_num_tiles(&args, image, step), [&](int64_t tile) { evm_block_run_tile(&args, image, step, tile); });
         }
-        evm_block_mark(EVM_BLOCK_STAGES);
+        evm_block_mark(&args, steps);
     }
 }
 

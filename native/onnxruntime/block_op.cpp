@@ -1,5 +1,5 @@
 // Custom ops evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: pack constant weights when a session is made; then read
-// tensors, fill the struct, run each stage.
+// tensors, fill the struct, run each step.
 #include "op.h"
 
 #include <stdlib.h>
@@ -8,26 +8,26 @@ using namespace ort;
 
 namespace {
 
-struct Stage {
+struct Step {
     const evm_block_args *args;
-    int64_t image;
-    int stage;
+    int64_t image, step;
 };
 
-void run_tile(void *stage, size_t tile) {
-    const Stage &s = *(const Stage *)stage;
-    evm_block_run_tile(s.args, s.image, s.stage, (int64_t)tile);
+void run_tile(void *step, size_t tile) {
+    const Step &s = *(const Step *)step;
+    evm_block_run_tile(s.args, s.image, s.step, (int64_t)tile);
 }
 
 Status run(Handle context, const evm_block_args &args) {
+    const int64_t steps = evm_block_num_steps(&args);
     for (int64_t image = 0; image < args.b; image++) {
-        for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
-            evm_block_mark(stage);
-            Stage s = {&args, image, stage};
-            const size_t tiles = (size_t)evm_block_num_tiles(&args, image, stage);
+        for (int64_t step = 0; step < steps; step++) {
+            evm_block_mark(&args, step);
+            Step s = {&args, image, step};
+            const size_t tiles = (size_t)evm_block_num_tiles(&args, image, step);
             if (tiles) RETURN_IF(call<Status>(api, KernelContext_ParallelFor, context, &run_tile, tiles, (size_t)0, (void *)&s));
         }
-        evm_block_mark(EVM_BLOCK_STAGES);
+        evm_block_mark(&args, steps);
     }
     return nullptr;
 }

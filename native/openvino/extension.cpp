@@ -58,13 +58,14 @@ void run(const evm::Op &op, const evm::Tensor *in, ov::TensorVector &out, evm_bl
     }
     workspaces.with((size_t)evm_block_workspace_bytes(&args), [&](float *workspace) {
         args.workspace = workspace;
+        const int64_t steps = evm_block_num_steps(&args);
         for (int64_t image = 0; image < args.b; image++) {
-            for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
-                evm_block_mark(stage);
-                ov::parallel_for((size_t)evm_block_num_tiles(&args, image, stage),
-                                 [&](size_t tile) { evm_block_run_tile(&args, image, stage, (int64_t)tile); });
+            for (int64_t step = 0; step < steps; step++) {
+                evm_block_mark(&args, step);
+                ov::parallel_for((size_t)evm_block_num_tiles(&args, image, step),
+                                 [&](size_t tile) { evm_block_run_tile(&args, image, step, (int64_t)tile); });
             }
-            evm_block_mark(EVM_BLOCK_STAGES);
+            evm_block_mark(&args, steps);
         }
     });
 }

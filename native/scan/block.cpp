@@ -73,16 +73,18 @@ struct Moments {
         vec total[ROWS_AT_ONCE] = {};
         for (int64_t c = 0; c < whole; c += LANES)
             for (int i = 0; i < ROWS_AT_ONCE; i++) total[i] += load(rows[i] + c);
+        const quad sums = sum_each(total);
         for (int i = 0; i < ROWS_AT_ONCE; i++) {
-            mean[i] = sum(total[i]);
+            mean[i] = sums[i];
             for (int64_t c = whole; c < channels; c++) mean[i] += rows[i][c];
             mean[i] /= channels;
             total[i] = broadcast(0.f);
         }
         for (int64_t c = 0; c < whole; c += LANES)
             for (int i = 0; i < ROWS_AT_ONCE; i++) { const vec v = load(rows[i] + c) - mean[i]; total[i] += v * v; }
+        const quad squares = sum_each(total);
         for (int i = 0; i < ROWS_AT_ONCE; i++) {
-            scale[i] = sum(total[i]);
+            scale[i] = squares[i];
             for (int64_t c = whole; c < channels; c++) scale[i] += (rows[i][c] - mean[i]) * (rows[i][c] - mean[i]);
             scale[i] = 1 / sqrtf(scale[i] / channels + EPSILON);
         }
@@ -188,45 +190,47 @@ inline void add_normalised(float *total, const float *const *rows, int64_t count
 
 struct Tokens {  // the tokens of one chunk
     int64_t begin, count;
-    Tokens(const Layout &l, int64_t tile) : begin(tile * CHUNK), count(l.tokens - begin < CHUNK ? l.tokens - begin : CHUNK) {}
+    Tokens(const Layout &l, int64_t tile) : begin(tile * CHUNK), count(smaller(l.tokens - begin, CHUNK)) {}
 };
 
-// Stage PROJECT: n = LayerNorm(x), and the x half of in_proj.
+// Stage PROJECT of a group: n = LayerNorm(x), and the x half of in_proj.
 template <class Layer>
-void project(const Job &job, int64_t tile) {
+void project(const Job &job, int64_t group, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
-    const Tokens tokens(l, tile);
-    float *const n = job.ws + l.n + tokens.begin * l.C;
-    typename Layer::Element *const in = job.rows<Layer>(l.n_in) + tokens.begin * l.C;
+    const int64_t begin = l.projected(group) * a.W + tile * CHUNK, count = smaller(l.projected(group + 1) * a.W - begin, CHUNK);
     const float *of_image[CHUNK];
     const typename Layer::Element *rows[CHUNK];
-    for (int64_t t = 0; t < tokens.count; t++) of_image[t] = job.x(tokens.begin + t), rows[t] = in + t * l.C;
-    normalise(of_image, tokens.count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS),
-              [=, apart = l.n_in != l.n, stride = l.C](int64_t t, int64_t channel, vec value) {
-                  store(n + t * stride + channel, value);
-                  if (apart) in_proj.put(in + t * stride + channel, value);
+    float *n[CHUNK], *x[CHUNK];
+    for (int64_t t = 0; t < count; t++) {
+        const int64_t token = begin + t;
+        of_image[t] = job.x(token), rows[t] = job.rows<Layer>(l.n_in) + token * l.C;
+        n[t] = job.ws + l.n + l.kept(token, l.n_rows) * l.C, x[t] = job.ws + l.x + l.kept(token, l.x_rows) * l.d;
+    }
+    normalise(of_image, count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS),
+              [=, apart = l.n_in != l.n, to = &n[0], in = &rows[0]](int64_t t, int64_t channel, vec value) {
+                  store(to[t] + channel, value);
+                  if (apart) in_proj.put(const_cast<typename Layer::Element *>(in[t]) + channel, value);
               });
-    float *x = job.ws + l.x + tokens.begin * l.d;
-    multiply<Layer>(rows, tokens.count, a.C, job.packed + l.in_x, a.d, [=, stride = l.d](int64_t t, int64_t column, auto sum) {
-        store(x + t * stride + column, in_proj.result(sum, column));
+    multiply<Layer>(rows, count, a.C, job.packed + l.in_x, a.d, [=, to = &x[0]](int64_t t, int64_t column, auto sum) {
+        store(to[t] + column, in_proj.result(sum, column));
     });
 }
 
 constexpr int COLUMNS = 4;  // number of tokens of a row that are convolved together: 18 loads for 36 products
 
-// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call use(j, channel, vector) with the results.
-// `zeros`: `stride` zeros, read outside the map.
+// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call use(j, channel, vector) with the results. `map` holds
+// `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
 template <class Use>
-void convolve_row(const float *map, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros, Use use) {
+void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros, Use use) {
     for (int64_t first = 0; first < W; first += COLUMNS) {
         const float *in[3][COLUMNS + 2];
         for (int r = 0; r < 3; r++)
             for (int c = 0; c < COLUMNS + 2; c++) {
                 const int64_t row = i + r - 1, column = first + c - 1;
                 const bool inside = row >= 0 && row < H && column >= 0 && column < W;
-                in[r][c] = inside ? map + (row * W + column) * stride : zeros;
+                in[r][c] = inside ? map + (row % rows * W + column) * stride : zeros;
             }
         for (int64_t channel = 0; channel < stride; channel += LANES) {
             vec acc[COLUMNS];
@@ -251,7 +255,7 @@ void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *u = job.ws + l.u;
-    convolve_row(job.ws + l.x, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros, [&](int64_t j, int64_t channel, vec value) {
+    convolve_row(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros, [&](int64_t j, int64_t channel, vec value) {
         store(u + l.place(i, j) * l.d + channel, silu(value));
     });
     if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
@@ -259,26 +263,26 @@ void convolve_scan_input(const Job &job, int64_t i) {
         for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
 }
 
-// Stage CONVOLVE: u, the local branch, and the local branch's sums for the gate.
+// Stage CONVOLVE of a group: u, the local branch, and the local branch's sums for the gate.
 template <class Layer>
-void convolve(const Job &job, int64_t tile) {
+void convolve(const Job &job, int64_t group, int64_t of_group) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
     typename Layer::Element *const activated = job.rows<Layer>(l.s);
+    const int64_t tile = group * (l.group / l.map_rows) + of_group, begin = tile * l.map_rows, end = smaller(begin + l.map_rows, a.H);
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
     const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
-    const int64_t begin = tile * l.map_rows, end = begin + l.map_rows < a.H ? begin + l.map_rows : a.H;
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input(job, i);
-        convolve_row(job.ws + l.n, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
+        convolve_row(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
                      [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j, int64_t channel, vec value) {
                          local_proj.put(row + j * stride + channel, gelu(value));
                      });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
-        const int64_t count = end * a.W - first < CHUNK ? end * a.W - first : CHUNK;
+        const int64_t count = smaller(end * a.W - first, CHUNK);
         const typename Layer::Element *rows[CHUNK];
         const float *results[CHUNK];
         float *out = local + first * l.C;
@@ -290,16 +294,19 @@ void convolve(const Job &job, int64_t tile) {
     }
 }
 
-// Stage PARAMETERS: p = B, C, dt for CHUNK steps of one direction.
-void parameters(const Job &job, int64_t tile) {
+// Stage PARAMETERS of a group: p = B, C, dt for CHUNK steps of one direction.
+void parameters(const Job &job, int64_t group, int64_t tile) {
     const Layout &l = job.l;
-    const int64_t per_direction = ceil_div(l.L, CHUNK), k = tile / per_direction, begin = tile % per_direction * CHUNK;
-    const int64_t count = l.L - begin < CHUNK ? l.L - begin : CHUNK;
+    const int64_t row = l.phase_row(group), height = l.phase_rows(group), steps = height * l.w, per_direction = ceil_div(steps, CHUNK);
+    const int64_t k = tile / per_direction, begin = tile % per_direction * CHUNK, count = smaller(steps - begin, CHUNK);
     const float *rows[CHUNK];
-    for (int64_t t = 0; t < count; t++) rows[t] = job.ws + l.u + (k * l.L + begin + t) * l.d;
-    float *p = job.ws + l.p + (k * l.L + begin) * l.P;
+    float *p[CHUNK];
+    for (int64_t t = 0; t < count; t++) {
+        const int64_t step = begin + t, at = k * l.L + (k % 2 ? step / height * l.h + row + step % height : row * l.w + step);
+        rows[t] = job.ws + l.u + at * l.d, p[t] = job.ws + l.p + at * l.P;
+    }
     multiply<Floats>(rows, count, job.a.d, job.packed + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
-             [=, stride = l.P](int64_t t, int64_t column, vec value) { store(p + t * stride + column, value); });
+             [to = &p[0]](int64_t t, int64_t column, vec value) { store(to[t] + column, value); });
 }
 
 void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64_t count, int64_t to_stride) {
@@ -311,7 +318,7 @@ void scan(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const int64_t per_direction = ceil_div(l.d, EVM_TILE), k = tile / per_direction, channel = tile % per_direction * EVM_TILE;
-    const int64_t channels = a.d - channel < EVM_TILE ? a.d - channel : (int64_t)EVM_TILE, constant = k * a.d + channel;
+    const int64_t channels = smaller(a.d - channel, EVM_TILE), constant = k * a.d + channel;
     const float *p = job.ws + l.p + k * l.L * l.P;
     ScanRows rows = {};
     rows.u = job.ws + l.u + k * l.L * l.d + channel, rows.y = job.ws + l.y + k * l.L * l.d + channel, rows.stride = l.d;
@@ -347,10 +354,15 @@ void output(const Job &job, int64_t tile) {
         n[t] = job.rows<Layer>(l.n_in) + token * l.C;
         results[t] = s + t * l.C;
     }
-    normalise(y, tokens.count, a.d, job.vector(OUT_WEIGHT), job.vector(OUT_BIAS),
-              [rows = &y[0]](int64_t t, int64_t channel, vec value) { store(rows[t] + channel, value); });
-    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d, [=, rows = &y[0]](int64_t t, int64_t column, auto sum) {
-        out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, load(rows[t] + column) * silu(in_proj.result(sum, column)));
+    float mean[CHUNK], scale[CHUNK];
+    with_moments(y, tokens.count, a.d, [&](int64_t first, const Moments &m) {
+        memcpy(mean + first, m.mean, sizeof m.mean);
+        memcpy(scale + first, m.scale, sizeof m.scale);
+    });
+    const float *const weight = job.vector(OUT_WEIGHT), *const bias = job.vector(OUT_BIAS);
+    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d, [=, rows = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
+        const vec normalised = (load(rows[t] + column) - mean[t]) * scale[t] * load(weight + column) + load(bias + column);
+        out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, normalised * silu(in_proj.result(sum, column)));
     });
     multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
@@ -397,11 +409,11 @@ void add_branches(const Job &job, int64_t tile) {
 }
 
 template <class Layer>
-void run_tile(const Job &job, int stage, int64_t tile) {
-    switch (stage) {
-        case PROJECT: return project<Layer>(job, tile);
-        case CONVOLVE: return convolve<Layer>(job, tile);
-        case PARAMETERS: return parameters(job, tile);
+void run_tile(const Job &job, Step step, int64_t tile) {
+    switch (step.stage) {
+        case PROJECT: return project<Layer>(job, step.group, tile);
+        case CONVOLVE: return convolve<Layer>(job, step.group, tile);
+        case PARAMETERS: return parameters(job, step.group, tile);
         case SCAN: return scan(job, tile);
         case OUTPUT: return output<Layer>(job, tile);
         case GATE: return gate(job);
@@ -415,9 +427,9 @@ extern "C" {
 
 void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) { pack_weights(Job(*a, packed, nullptr, 0)); }
 
-void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int stage, int64_t tile) {
+void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
     const Job job(*a, packed, workspace, image);
-    if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, stage, tile);
-    else run_tile<FloatLayer>(job, stage, tile);
+    if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, job.l.step(step), tile);
+    else run_tile<FloatLayer>(job, job.l.step(step), tile);
 }
 }

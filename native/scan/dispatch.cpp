@@ -26,7 +26,7 @@ struct Kernel {
     const char *name;
     void (*scan_tile)(const evm_scan_args *, int64_t);
     void (*block_pack)(const evm_block_args *, float *packed);
-    void (*block_tile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int stage, int64_t tile);
+    void (*block_tile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile);
     unsigned needs;  // features, as cpu_features() returns them
 };
 
@@ -125,7 +125,7 @@ const Kernel *chosen() {
 
 const Kernel *const on_loading = chosen(), *current = on_loading;
 
-uint64_t *next_tick, *end_of_trace, last_mark;
+uint64_t *next_row, *end_of_trace, last_mark;
 
 uint64_t ticks() {
 #if defined(__x86_64__)
@@ -159,27 +159,35 @@ int64_t evm_block_workspace_bytes(const evm_block_args *a) {
     return (l.size + (a->packed ? 0 : l.packed)) * (int64_t)sizeof(float);
 }
 
-int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int stage) {
-    if (stage == PACK) return !a->packed && !image;  // the first image packs the weights for all images
-    return Layout(*a).tiles(stage);
+int64_t evm_block_num_steps(const evm_block_args *a) { return Layout(*a).steps(); }
+
+int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int64_t step) {
+    if (step == PACK) return !a->packed && !image;  // the first image packs the weights for all images
+    const Layout l(*a);
+    return l.tiles(l.step(step));
 }
 
-void evm_block_run_tile(const evm_block_args *a, int64_t image, int stage, int64_t tile) {
+void evm_block_run_tile(const evm_block_args *a, int64_t image, int64_t step, int64_t tile) {
     float *const packed = a->packed ? a->packed : a->workspace;
-    if (stage == PACK) return evm_block_pack(a, packed);
+    if (step == PACK) return evm_block_pack(a, packed);
     const Kernel *kernel;
     memcpy(&kernel, packed, sizeof kernel);
-    kernel->block_tile(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, stage, tile);
+    kernel->block_tile(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, step, tile);
 }
 
-void evm_block_mark(int stage) {
-    if (next_tick == end_of_trace) return;
+void evm_block_mark(const evm_block_args *a, int64_t step) {
+    if (next_row == end_of_trace) return;
+    const Layout l(*a);
     const uint64_t now = ticks();
-    if (stage) *next_tick++ = now - last_mark;
+    if (step) next_row[l.step(step - 1).stage] += now - last_mark;
+    if (step == l.steps()) next_row += EVM_BLOCK_STAGES;
     last_mark = now;
 }
 
-void evm_block_trace(uint64_t *to, int64_t rows) { next_tick = to, end_of_trace = to + rows * EVM_BLOCK_STAGES; }
+void evm_block_trace(uint64_t *to, int64_t rows) {
+    next_row = to, end_of_trace = to + rows * EVM_BLOCK_STAGES;
+    for (uint64_t *tick = to; tick != end_of_trace; tick++) *tick = 0;
+}
 
 const char *evm_scan_isa(void) { return current->name; }
 

@@ -16,8 +16,9 @@
  * int32 sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column). local_conv reads the
  * float n. The sums are the same integers on every instruction set. C and d up to 65536.
  *
- * An image is computed in EVM_BLOCK_STAGES stages, in order. The tiles of a stage are independent, so that the host runtime's
- * own thread pool can distribute them; the result does not depend on the distribution. No function allocates memory or throws.
+ * An image is computed in steps, in order. A step is one of EVM_BLOCK_STAGES stages, for the whole map or for a group of its rows.
+ * The tiles of a step are independent, so that the host runtime's own thread pool can distribute them; the result does not depend
+ * on the distribution. No function allocates memory or throws.
  */
 #pragma once
 #include "evm_scan.h"
@@ -53,7 +54,7 @@ typedef struct {
     float *out;                                   /* (b, H, W, C) */
     /* Inputs and output of the scan, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
     float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
-    float *packed;    /* weights that evm_block_pack has packed, or null: then the first stage packs them into the workspace */
+    float *packed;    /* weights that evm_block_pack has packed, or null: then the first step packs them into the workspace */
     float *workspace; /* evm_block_workspace_bytes bytes, aligned to 64; the contents need not be kept between calls */
     int64_t b, H, W, C, d, N, R, G;
     /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three. In a float block their weights are null. */
@@ -67,14 +68,16 @@ EVM_API int64_t evm_block_packed_bytes(const evm_block_args *args);
 EVM_API void evm_block_pack(const evm_block_args *args, float *packed);
 /* Size of the workspace in bytes. */
 EVM_API int64_t evm_block_workspace_bytes(const evm_block_args *args);
-/* Number of tiles of one stage of one image. */
-EVM_API int64_t evm_block_num_tiles(const evm_block_args *args, int64_t image, int stage);
-/* Compute one tile of one stage of one image. Tiles of the same stage may run in any order, in any threads. */
-EVM_API void evm_block_run_tile(const evm_block_args *args, int64_t image, int stage, int64_t tile);
+/* Number of steps of an image. */
+EVM_API int64_t evm_block_num_steps(const evm_block_args *args);
+/* Number of tiles of one step of one image. */
+EVM_API int64_t evm_block_num_tiles(const evm_block_args *args, int64_t image, int64_t step);
+/* Compute one tile of one step of one image. Tiles of the same step may run in any order, in any threads. */
+EVM_API void evm_block_run_tile(const evm_block_args *args, int64_t image, int64_t step, int64_t tile);
 
-/* Mark the time between stages, for evm_block_trace. The host calls it before each stage of an image, and with EVM_BLOCK_STAGES
- * after the last stage. Without a trace it costs one comparison. */
-EVM_API void evm_block_mark(int stage);
+/* Mark the time between steps, for evm_block_trace. The host calls it before each step of an image, and with the number of steps
+ * after the last step. Without a trace it costs one comparison. */
+EVM_API void evm_block_mark(const evm_block_args *args, int64_t step);
 
 /* Start a trace: from now on the time of each stage is written to `ticks`, (rows, EVM_BLOCK_STAGES), one row for each image of
  * each block, in order, until the array is full. The unit is ticks of the CPU's constant counter; 0 where the counter is unknown.

@@ -31,7 +31,7 @@ struct ScanRows {
     void evm_scan_tile_##isa(const evm_scan_args *, int64_t);     \
     void evm_scan_rows_##isa(const ScanRows *, int64_t);          \
     void evm_block_pack_##isa(const evm_block_args *, float *);   \
-    void evm_block_tile_##isa(const evm_block_args *, float *, float *, int64_t, int, int64_t);
+    void evm_block_tile_##isa(const evm_block_args *, float *, float *, int64_t, int64_t, int64_t);
 
 #ifdef __cplusplus
 extern "C" {

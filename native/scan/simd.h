@@ -128,24 +128,36 @@ inline void store_rounded(int8_t *p, vec values, int32_t offset) {
 }
 #endif
 
-inline float sum(vec v) {
-    typedef float half __attribute__((vector_size(LANES * 2)));
-    typedef float quad __attribute__((vector_size(16)));
-#if defined(__AVX512F__)  // GCC 12 compiles the lines below to a store and loads that wait for it
-    half low = _mm512_maskz_extractf32x8_ps(0xff, v, 0) + _mm512_maskz_extractf32x8_ps(0xff, v, 1);
+typedef float quad __attribute__((vector_size(16)));
+
+// Return four of the eight floats of a and b, numbered in this order. Compilers spell it differently.
+template <int I, int J, int K, int L>
+inline quad shuffled(quad a, quad b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I, J, K, L);
 #else
-    half low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
-    low += high;
+    typedef int32_t order __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, (order){I, J, K, L});
 #endif
-    quad total = {};
-    for (unsigned i = 0; i < sizeof low; i += sizeof total) {  // runs once or twice; half a SSE or NEON vector leaves two lanes 0
-        quad part = {};
-        memcpy(&part, reinterpret_cast<const char *>(&low) + i, sizeof low < sizeof part ? sizeof low : sizeof part);
-        total += part;
+}
+
+// Return the sums of four vectors.
+inline quad sum_each(const vec (&v)[4]) {
+    quad q[4];
+    for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)  // GCC 12 compiles the lines below to a store and loads that wait for it
+        const __m256 half = _mm512_maskz_extractf32x8_ps(0xff, v[i], 0) + _mm512_maskz_extractf32x8_ps(0xff, v[i], 1);
+        q[i] = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#else
+        quad parts[LANES / 4];
+        memcpy(parts, &v[i], sizeof parts);
+        q[i] = parts[0];
+        for (int part = 1; part < LANES / 4; part++) q[i] += parts[part];
+#endif
     }
-    return (total[0] + total[2]) + (total[1] + total[3]);
+    const quad ab = shuffled<0, 4, 1, 5>(q[0], q[1]) + shuffled<2, 6, 3, 7>(q[0], q[1]);
+    const quad cd = shuffled<0, 4, 1, 5>(q[2], q[3]) + shuffled<2, 6, 3, 7>(q[2], q[3]);
+    return shuffled<0, 1, 4, 5>(ab, cd) + shuffled<2, 3, 6, 7>(ab, cd);
 }
 
 constexpr float LOG2_E = 1.44269504f;
@@ -195,8 +207,8 @@ inline void polynomial(vec (&p)[W], const vec (&x)[W], const Constants<TERMS> &c
 #if defined(__AVX512F__)
 typedef vec Exponent;
 inline Exponent split_exponent(vec &t, vec) {
-    const vec n = _mm512_maskz_roundscale_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    t -= n;
+    const vec rest = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = t - rest;
+    t = rest;
     return n;
 }
 inline vec scaled(vec p, Exponent n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }

@@ -126,8 +126,8 @@ void run_block(bool int8) {
     args.scan_B = outputs[3].data, args.scan_C = outputs[4].data, args.scan_y = outputs[5].data;
     args.workspace = workspace.data;
     for (int64_t image = 0; image < b; image++)
-        for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++)
-            for (int64_t tile = evm_block_num_tiles(&args, image, stage); tile--;) evm_block_run_tile(&args, image, stage, tile);
+        for (int64_t step = 0; step < evm_block_num_steps(&args); step++)
+            for (int64_t tile = evm_block_num_tiles(&args, image, step); tile--;) evm_block_run_tile(&args, image, step, tile);
     for (Guarded &output : outputs) output.finish(true);
     workspace.finish(false);
     for (float *array : in) free(array);

@@ -81,9 +81,9 @@ const char *run_block(const Node &node) {
     args.workspace = (float *)workspace.take(evm_block_workspace_bytes(&args));
     if (!args.workspace) return OUT_OF_MEMORY;
     for (int64_t image = 0; image < args.b; image++)
-        for (int stage = 0; stage < EVM_BLOCK_STAGES; stage++) {
-            const int64_t tiles = evm_block_num_tiles(&args, image, stage);
-            for (int64_t tile = 0; tile < tiles; tile++) evm_block_run_tile(&args, image, stage, tile);
+        for (int64_t step = 0; step < evm_block_num_steps(&args); step++) {
+            const int64_t tiles = evm_block_num_tiles(&args, image, step);
+            for (int64_t tile = 0; tile < tiles; tile++) evm_block_run_tile(&args, image, step, tile);
         }
     return nullptr;
 }
