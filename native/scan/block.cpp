@@ -201,37 +201,45 @@ void project(const Job &job, int64_t group, int64_t tile) {
     const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
     const int64_t begin = l.projected(group) * a.W + tile * CHUNK, count = smaller(l.projected(group + 1) * a.W - begin, CHUNK);
     const float *of_image[CHUNK];
-    const typename Layer::Element *rows[CHUNK];
+    typename Layer::Element *in[CHUNK];
     float *n[CHUNK], *x[CHUNK];
     for (int64_t t = 0; t < count; t++) {
         const int64_t token = begin + t;
-        of_image[t] = job.x(token), rows[t] = job.rows<Layer>(l.n_in) + token * l.C;
+        of_image[t] = job.x(token), in[t] = job.rows<Layer>(l.n_in) + token * l.C;
         n[t] = job.ws + l.n + l.kept(token, l.n_rows) * l.C, x[t] = job.ws + l.x + l.kept(token, l.x_rows) * l.d;
     }
     normalise(of_image, count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS),
-              [=, apart = l.n_in != l.n, to = &n[0], in = &rows[0]](int64_t t, int64_t channel, vec value) {
-                  store(to[t] + channel, value);
-                  if (apart) in_proj.put(const_cast<typename Layer::Element *>(in[t]) + channel, value);
+              [=, apart = l.n_in != l.n, n = &n[0], in = &in[0]](int64_t t, int64_t channel, vec value) {
+                  store(n[t] + channel, value);
+                  if (apart) in_proj.put(in[t] + channel, value);
               });
-    multiply<Layer>(rows, count, a.C, job.packed + l.in_x, a.d, [=, to = &x[0]](int64_t t, int64_t column, auto sum) {
-        store(to[t] + column, in_proj.result(sum, column));
+    multiply<Layer>(in, count, a.C, job.packed + l.in_x, a.d, [=, x = &x[0]](int64_t t, int64_t column, auto sum) {
+        store(x[t] + column, in_proj.result(sum, column));
     });
 }
 
 constexpr int COLUMNS = 4;  // number of tokens of a row that are convolved together: 18 loads for 36 products
 
-// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call use(j, channel, vector) with the results. `map` holds
-// `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
-template <class Use>
-void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros, Use use) {
+// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call put(place(j) + channel, vector) with the results, j
+// being the column. `map` holds `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
+template <class Place, class Put>
+void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros,
+                  Place place, Put put) {
+    const float *lines[3];  // null outside the map
+    for (int r = 0; r < 3; r++) {
+        const int64_t row = i + r - 1;
+        lines[r] = row >= 0 && row < H ? map + row % rows * W * stride : nullptr;
+    }
     for (int64_t first = 0; first < W; first += COLUMNS) {
+        const int64_t used = smaller(W - first, COLUMNS);
         const float *in[3][COLUMNS + 2];
         for (int r = 0; r < 3; r++)
             for (int c = 0; c < COLUMNS + 2; c++) {
-                const int64_t row = i + r - 1, column = first + c - 1;
-                const bool inside = row >= 0 && row < H && column >= 0 && column < W;
-                in[r][c] = inside ? map + (row % rows * W + column) * stride : zeros;
+                const int64_t column = first + c - 1;
+                in[r][c] = lines[r] && column >= 0 && column < W ? lines[r] + column * stride : zeros;
             }
+        decltype(place(first)) to[COLUMNS];
+        for (int64_t j = 0; j < used; j++) to[j] = place(first + j);
         for (int64_t channel = 0; channel < stride; channel += LANES) {
             vec acc[COLUMNS];
             for (int j = 0; j < COLUMNS; j++) acc[j] = load(weights + 9 * stride + channel);
@@ -245,7 +253,7 @@ void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t 
 #pragma GCC unroll 4
                 for (int j = 0; j < COLUMNS; j++) acc[j] += w[0] * v[j] + w[1] * v[j + 1] + w[2] * v[j + 2];
             }
-            for (int j = 0; j < COLUMNS && first + j < W; j++) use(first + j, channel, acc[j]);
+            for (int64_t j = 0; j < used; j++) put(to[j] + channel, acc[j]);
         }
     }
 }
@@ -255,9 +263,8 @@ void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *u = job.ws + l.u;
-    convolve_row(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros, [&](int64_t j, int64_t channel, vec value) {
-        store(u + l.place(i, j) * l.d + channel, silu(value));
-    });
+    convolve_row(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
+                 [&](int64_t j) { return u + l.place(i, j) * l.d; }, [](float *to, vec value) { store(to, silu(value)); });
     if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
     if (i + 1 == a.H && a.H % 2)
         for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
@@ -276,9 +283,8 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input(job, i);
         convolve_row(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
-                     [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j, int64_t channel, vec value) {
-                         local_proj.put(row + j * stride + channel, gelu(value));
-                     });
+                     [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j) { return row + j * stride; },
+                     [=](typename Layer::Element *to, vec value) { local_proj.put(to, gelu(value)); });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
@@ -306,7 +312,7 @@ void parameters(const Job &job, int64_t group, int64_t tile) {
         rows[t] = job.ws + l.u + at * l.d, p[t] = job.ws + l.p + at * l.P;
     }
     multiply<Floats>(rows, count, job.a.d, job.packed + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
-             [to = &p[0]](int64_t t, int64_t column, vec value) { store(to[t] + column, value); });
+             [p = &p[0]](int64_t t, int64_t column, vec value) { store(p[t] + column, value); });
 }
 
 void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64_t count, int64_t to_stride) {
@@ -360,10 +366,11 @@ void output(const Job &job, int64_t tile) {
         memcpy(scale + first, m.scale, sizeof m.scale);
     });
     const float *const weight = job.vector(OUT_WEIGHT), *const bias = job.vector(OUT_BIAS);
-    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d, [=, rows = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
-        const vec normalised = (load(rows[t] + column) - mean[t]) * scale[t] * load(weight + column) + load(bias + column);
-        out_proj.put(reinterpret_cast<Element *>(rows[t]) + column, normalised * silu(in_proj.result(sum, column)));
-    });
+    multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d,
+                    [=, y = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
+                        const vec normalised = (load(y[t] + column) - mean[t]) * scale[t] * load(weight + column) + load(bias + column);
+                        out_proj.put(reinterpret_cast<Element *>(y[t]) + column, normalised * silu(in_proj.result(sum, column)));
+                    });
     multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
     });
