@@ -125,6 +125,7 @@ def in_onnxruntime(file: Path, name: str, threads: int, batch: int) -> Run:
     """Return a function that runs one inference in ONNX Runtime."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle sessions leave the cores to the others
     feeds = feeds_of(name, batch)
     if "image" in feeds:
         options.register_custom_ops_library(str(find_plugin("onnxruntime")))
