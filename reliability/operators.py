@@ -280,7 +280,7 @@ def sanitized(runtime: str, folder: Path) -> Path:
     compiler = Compiler(("g++",), "aarch64" if os.uname().machine == "aarch64" else "x86_64")
     recipe = read_recipe()
     recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], "-Werror", *CHECKED)})
-    sources = [*recipe.words["scan_sources"], *recipe.words["onnxruntime_sources"]]
+    sources = recipe.words["onnxruntime_sources"]
     library = folder / "evm_onnxruntime.so"
     compiler.run("-shared", *SANITIZE, *compiler.objects(recipe, sources, folder), "-o", library)
     return library

@@ -113,7 +113,7 @@ def build_driver(
     """The driver with all kernels inside. `flags`: after those of kernels.txt."""
     recipe = parse_recipe(native)
     recipe = replace(recipe, words={**recipe.words, "flags": (*recipe.words["flags"], "-Werror", *flags)})
-    objects = compiler.objects(recipe, [*recipe.words["scan_sources"], SOURCE], folder)
+    objects = compiler.objects(recipe, [SOURCE], folder)
     compiler.run(*link, *objects, "-o", folder / "driver")
     return folder / "driver"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from evm_deploy._util import processes
 from evm_deploy._util.cores import usable_cores
-from evm_deploy._util.files import checksum_matches, move, package_folders, writable_cache, write_checksum
+from evm_deploy._util.files import checksum_matches, move, package_folders, sha256, writable_cache, write_checksum
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 
@@ -69,6 +70,18 @@ class Recipe:
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 
+    def archive(self, architecture: str, flags: str = "") -> Path | None:
+        """Return the archive of the compiled kernels that was installed with these sources; None if there is none.
+
+        flags: compiler flags beside those of the recipe. The name of an archive has a digest of its sources, platform
+        and flags (CMakeLists.txt), so that an archive of others is not found.
+        """
+        sources = [path for path in self.files() if path.parent in (self.folder, self.folder / "scan")]
+        text = f"{''.join(map(sha256, sources))} {platform.system()} {architecture} Release {flags}"
+        name = f"libevm_kernels-{hashlib.sha256(text.encode()).hexdigest()[:16]}.a"
+        path = self.folder.parent / "lib" / name
+        return path if path.is_file() else None
+
 
 def read_recipe() -> Recipe:
     """Read the recipe that was installed with this package. Raises ToolchainError if it is missing."""
@@ -114,16 +127,20 @@ class Compiler:
             said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[:SHOWN_LINES])
             raise ToolchainError(f"compiling failed with exit code {done.returncode}: {' '.join(command)}", said)
 
-    def objects(self, recipe: Recipe, sources: Sequence[str | Path], folder: Path) -> list[Path]:
-        """Compile `sources` once, and the kernel sources once per kernel variant, into `folder`; on every usable core.
+    def objects(
+        self, recipe: Recipe, sources: Sequence[str | Path], folder: Path, archive: Path | None = None
+    ) -> list[Path]:
+        """Compile `sources` and the kernels into `folder`, on every usable core. Return the files to link.
 
-        Returns the object files. Raises ToolchainError.
+        The kernels are the scan sources, and the kernel sources once per kernel variant. archive: of the compiled
+        kernels, to link in their place; None to compile them. Raises ToolchainError.
         """
         common = [*recipe.words["flags"], *(f"-I{recipe.folder / path}" for path in recipe.words["include"])]
+        once = sources if archive else (*sources, *recipe.words["scan_sources"])
         work = [
             (kernel, source)
-            for kernel in (None, *recipe.of(self.architecture))
-            for source in (recipe.words["kernel_sources"] if kernel else sources)
+            for kernel in (None, *(() if archive else recipe.of(self.architecture)))
+            for source in (recipe.words["kernel_sources"] if kernel else once)
         ]
 
         def compiled(kernel: KernelVariant | None, source: str | Path) -> Path:
@@ -132,7 +149,8 @@ class Compiler:
             return path
 
         with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(pool.map(compiled, *zip(*work, strict=True)))
+            objects = list(pool.map(compiled, *zip(*work, strict=True)))
+        return [*objects, archive] if archive else objects
 
 
 def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:

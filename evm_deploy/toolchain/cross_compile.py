@@ -65,7 +65,7 @@ def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:
     compiler = zig_compiler(platform.zig, platform.architecture, work / "zig")
     compiler = replace(compiler, command=(*compiler.command, *platform.flags))
-    sources = [*recipe.words["scan_sources"], *recipe.words[platform.adapter or f"{runtime}_sources"]]
+    sources = [*recipe.words[platform.adapter or f"{runtime}_sources"]]
     sources += recipe.words[platform.sources] if platform.sources else ()
     link = [*LINK, *(flag.format(name=name) for flag in platform.link)]
     objects: list[str | Path] = [*compiler.objects(recipe, sources, work)]

@@ -88,6 +88,7 @@ def compile_in(work: Path) -> Path:
         raise ToolchainError("there is no C++ compiler; the library for ExecuTorch is compiled with it", BUILD_HINT)
     recipe = read_recipe()
     known = PLATFORMS.get(host_platform())
+    architecture = known.architecture if known else "other"
     command = (
         *found.split(),
         *(f"-D{name}" for name in DEFINES),
@@ -96,9 +97,9 @@ def compile_in(work: Path) -> Path:
         f"-ffile-prefix-map={recipe.folder}/=",  # keeps this machine's paths out of assertions
         f"-ffile-prefix-map={package}/=",
     )
-    compiler = Compiler(command, known.architecture if known else "other")
-    sources = [*recipe.words["scan_sources"], *recipe.words["executorch_sources"]]
-    objects = compiler.objects(recipe, sources, work)
+    compiler = Compiler(command, architecture)
+    archive = recipe.archive(architecture, " ".join(found.split()[1:]))
+    objects = compiler.objects(recipe, recipe.words["executorch_sources"], work, archive)
     compiler.run(
         "-shared", "-s", *objects, f"-L{package / 'lib'}", *(f"-l{part}" for part in PARTS), "-o", work / LIBRARY
     )
