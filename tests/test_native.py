@@ -37,7 +37,11 @@ class Arguments(ctypes.Structure):
 
 
 def library():
-    lib = ctypes.CDLL(str(plugin_path("onnxruntime")))
+    return opened(plugin_path("onnxruntime"))
+
+
+def opened(path):
+    lib = ctypes.CDLL(str(path))
     lib.evm_scan_num_tiles.restype = ctypes.c_int64
     lib.evm_scan_run_tile.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return lib
