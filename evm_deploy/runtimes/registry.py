@@ -67,7 +67,7 @@ def configured(info: RuntimeInfo, values: Mapping[str, Any]) -> Any | None:
 def plugin_path(runtime: str) -> Path:
     """Return the native library to register with a runtime that an app uses without evm-deploy.
 
-    runtime: `onnxruntime` or `openvino`. The OpenVINO library may have to be compiled first, which takes a minute.
+    runtime: `onnxruntime` or `openvino`. The OpenVINO library may have to be compiled first, which can take a minute.
     Raises ToolchainError if the library was not built or cannot be built.
     """
     kernels = {info.kernels.name: info.kernels for info in RUNTIMES if info.kernels}

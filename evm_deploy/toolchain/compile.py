@@ -136,7 +136,7 @@ class Compiler:
         kernels, to link in their place; None to compile them. Raises ToolchainError.
         """
         common = [*recipe.words["flags"], *(f"-I{recipe.folder / path}" for path in recipe.words["include"])]
-        once = sources if archive else (*sources, *recipe.words["scan_sources"])
+        once = sources if archive else (*recipe.words["scan_sources"], *sources)
         work = [
             (kernel, source)
             for kernel in (None, *(() if archive else recipe.of(self.architecture)))

@@ -65,8 +65,9 @@ def installed_release() -> str:
 def library() -> Path:
     """Return our library for the installed ExecuTorch.
 
-    The first call compiles the library, which takes a minute of CPU time; later calls find it in the cache. The cache
-    key covers sources, ExecuTorch release and platform. Raises ToolchainError if the library cannot be compiled.
+    The first call compiles the library, which takes seconds with the installed archive of the kernels and a minute
+    without; later calls find it in the cache. The cache key covers sources, ExecuTorch release and platform. Raises
+    ToolchainError if the library cannot be compiled.
     """
     return compiled_once(cached_path(), compile_in)
 

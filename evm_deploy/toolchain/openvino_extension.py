@@ -42,8 +42,9 @@ def release_of(library: Path) -> str:
 def extension() -> Path:
     """Return the extension for the installed OpenVINO.
 
-    The first call compiles the extension, which takes a minute; later calls find it in the cache. The cache key covers
-    sources, OpenVINO release and platform. Raises ToolchainError if the extension cannot be compiled.
+    The first call compiles the extension, which takes seconds with the installed archive of the kernels and a minute
+    without; later calls find it in the cache. The cache key covers sources, OpenVINO release and platform. Raises
+    ToolchainError if the extension cannot be compiled.
     """
     return compiled_once(cached_path(), compile_in)
 
@@ -74,7 +75,7 @@ def compile_in(work: Path, variables: Mapping[str, str] | None = None) -> Path:
     """Compile the extension in the folder `work`. Returns its path. Raises ToolchainError.
 
     Compiling uses CMake, because only OpenVINO's CMake package knows the required include folders and libraries.
-    variables: additional environment variables of CMake, such as CXXFLAGS.
+    variables: additional environment variables of CMake, such as CXXFLAGS, with which it compiles the kernels too.
     """
     from openvino.utils import get_cmake_path
 
