@@ -98,7 +98,7 @@ def test_any_block(isa):
     check()
 
 
-LARGE_MAPS = [(2, 61, 59, 48), (1, 9, 700, 16), (1, 300, 5, 24)]  # of several groups of rows (native/scan/block_layout.h)
+LARGE_MAPS = [(2, 61, 59, 48), (1, 9, 700, 16), (1, 300, 5, 24)]  # several groups of rows (native/scan/block_layout.h)
 
 
 @pytest.mark.parametrize("shape", LARGE_MAPS)
