@@ -12,6 +12,7 @@ from evm_deploy._util.packages import install_hint
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
+from evm_deploy.export.hub.decompositions import copied_decompositions
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
 from evm_deploy.export.hub.merge_moves import merge_moves
@@ -255,7 +256,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
     try:
-        with silence_libraries(), unparsed_torchlib():
+        with silence_libraries(), unparsed_torchlib(), copied_decompositions():
             program = torch.onnx.export(
                 model,
                 (example,),

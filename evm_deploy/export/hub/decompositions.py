@@ -1,0 +1,138 @@
+"""Decomposition of a traced program for torch.onnx.export, without a second trace.
+
+torch.onnx.export traces a network, then traces the program again to decompose operators that have no ONNX function: a
+third of the CPU time of an export. Here the program is copied, with the few operators that visual networks hold of
+these replaced, by the same nodes of the same names. A program with any other such operator is traced again, as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import Graph, Node
+
+
+@contextlib.contextmanager
+def copied_decompositions() -> Iterator[None]:
+    """Context manager in which torch.onnx.export decomposes programs by `decompose` where that can be done."""
+    from torch.export import ExportedProgram
+
+    retrace = ExportedProgram.run_decompositions
+
+    @functools.wraps(retrace)
+    def run_decompositions(program: ExportedProgram, table: Any = None, **options: Any) -> ExportedProgram:
+        if table is not None and not options and decompose(program, table):
+            return program
+        return retrace(program, table, **options)
+
+    ExportedProgram.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ExportedProgram.run_decompositions = retrace  # type: ignore[method-assign]
+
+
+def decompose(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
+    """Decompose `program` by `table` without a trace, and return True. Returns False, without a change, if it cannot.
+
+    The nodes and their names become those of `program.run_decompositions(table)`.
+    """
+    import torch
+
+    if program.range_constraints:  # sizes that are not known are computed by nodes, which a trace puts in its own order
+        return False
+    old, new = program.graph_module.graph, torch.fx.Graph()
+    forms, copies = _forms(), {}
+    for node in old.nodes:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        if node.op in ("placeholder", "output"):
+            copies[node] = new.node_copy(node, copies.__getitem__)
+            continue
+        call = functools.partial(_call, new, node)
+        if node.op == "call_function" and _stays(node.target, table):
+            copies[node] = call(node.target, *args, **kwargs)
+        elif (form := forms.get(node.target)) and (copy := form(call, node.meta.get("val"), *args, **kwargs)):
+            copies[node] = copy
+        else:
+            return False
+    for spec, result in zip(program.graph_signature.output_specs, new.output_node().args[0], strict=True):
+        spec.arg.name = result.name
+    new.eliminate_dead_code()
+    program.graph_module.graph = new
+    return True
+
+
+def _call(graph: Graph, origin: Node, target: Any, *args: Any, value: Any = None, **kwargs: Any) -> Node:
+    """Append a call, named as by a trace. origin: the node in the place of which it stands. value: if not origin's."""
+    name = getattr(target, "overloadpacket", target).__name__
+    node = graph.create_node("call_function", target, args, kwargs, name)
+    node.meta = origin.meta if value is None else {**origin.meta, "val": value}
+    return node
+
+
+def _stays(target: Any, table: Mapping[Any, Any]) -> bool:
+    """Return whether a trace that decomposes by `table` writes the operator as it is.
+
+    An operator is decomposed if it changes an argument, or if it is composite and its result may be a view.
+    """
+    import torch
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    arguments, composite = target._schema.arguments, torch._C.DispatchKey.CompositeImplicitAutograd
+    if target in table or target._schema.is_mutable or torch.Tag.maybe_aliasing_or_mutating in target.tags:
+        return False
+    return not (target.has_kernel_for_dispatch_key(composite) and any(argument.alias_info for argument in arguments))
+
+
+def _forms() -> dict[Any, Callable[..., Any]]:
+    """Return operator -> function(call, value, *its arguments) that appends its decomposition, or returns None."""
+    import torch
+
+    aten = torch.ops.aten
+
+    def batch_norm(call: Any, value: Any, x: Node, *args: Any) -> Node | None:
+        *operands, training, momentum, epsilon, _ = args
+        if training:
+            return None
+        values = value, value.new_empty(0), value.new_empty(0)
+        inference = aten._native_batch_norm_legit_no_training.default
+        return call(operator.getitem, call(inference, x, *operands, momentum, epsilon, value=values), 0)
+
+    def chunk(call: Any, value: Any, x: Node, chunks: int, dim: int = 0) -> Node:
+        return call(aten.split.Tensor, x, -(-x.meta["val"].shape[dim] // chunks), dim)
+
+    def reshape(call: Any, value: Any, x: Node, shape: list[int]) -> Node:
+        given = x.meta["val"]
+        if given.is_contiguous():
+            return call(aten.view.default, x, shape)
+        shape = list(value.shape)
+        try:
+            given.view(shape)
+        except (RuntimeError, ValueError):
+            copy = call(aten.clone.default, x, memory_format=torch.contiguous_format, value=given.contiguous())
+            return call(aten._unsafe_view.default, copy, shape)
+        return call(aten.view.default, x, shape)
+
+    def to(call: Any, value: Any, x: Node, dtype: torch.dtype, *options: Any) -> Node | None:
+        if any(options):
+            return None
+        return x if x.meta["val"].dtype == dtype else call(aten._to_copy.default, x, dtype=dtype)
+
+    return {
+        aten.__and__.Tensor: lambda call, value, x, y: call(aten.bitwise_and.Tensor, x, y),
+        aten._assert_tensor_metadata.default: lambda call, value, x, *args, **kwargs: x,  # torch.onnx.export drops it
+        aten.batch_norm.default: batch_norm,
+        aten.chunk.default: chunk,
+        aten.dropout.default: lambda call, value, x, p, train: None if train else x,
+        aten.lift_fresh_copy.default: lambda call, value, x: x,
+        aten.numpy_T.default: lambda call, value, x: call(aten.permute.default, x, [*range(value.ndim)][::-1]),
+        aten.reshape.default: reshape,
+        aten.to.dtype: to,
+    }
