@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
+    Call = Callable[..., Node]
+
 
 @contextlib.contextmanager
 def copied_decompositions() -> Iterator[None]:
@@ -26,7 +28,7 @@ def copied_decompositions() -> Iterator[None]:
     retrace = ExportedProgram.run_decompositions
 
     @functools.wraps(retrace)
-    def run_decompositions(program: ExportedProgram, table: Any = None, **options: Any) -> ExportedProgram:
+    def run_decompositions(program: ExportedProgram, table: Any = None, **options: Any) -> Any:
         if table is not None and not options and decompose(program, table):
             return program
         return retrace(program, table, **options)
@@ -48,20 +50,22 @@ def decompose(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
     if program.range_constraints:  # sizes that are not known are computed by nodes, which a trace puts in its own order
         return False
     old, new = program.graph_module.graph, torch.fx.Graph()
-    forms, copies = _forms(), {}
+    forms = _forms()
+    copies: dict[Node, Node | None] = {}
     for node in old.nodes:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         if node.op in ("placeholder", "output"):
             copies[node] = new.node_copy(node, copies.__getitem__)
             continue
         call = functools.partial(_call, new, node)
-        if node.op == "call_function" and _stays(node.target, table):
+        if form := forms.get(node.target):
+            copies[node] = form(call, node.meta.get("val"), *args, **kwargs)
+        elif node.op == "call_function" and _stays(node.target, table):
             copies[node] = call(node.target, *args, **kwargs)
-        elif (form := forms.get(node.target)) and (copy := form(call, node.meta.get("val"), *args, **kwargs)):
-            copies[node] = copy
-        else:
+        if copies.get(node) is None:
             return False
-    for spec, result in zip(program.graph_signature.output_specs, new.output_node().args[0], strict=True):
+    results: Any = new.output_node().args[0]
+    for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
         spec.arg.name = result.name
     new.eliminate_dead_code()
     program.graph_module.graph = new
@@ -97,18 +101,28 @@ def _forms() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
 
-    def batch_norm(call: Any, value: Any, x: Node, *args: Any) -> Node | None:
+    def batch_norm(call: Call, value: Any, x: Node, *args: Any) -> Node | None:
         *operands, training, momentum, epsilon, _ = args
         if training:
             return None
         values = value, value.new_empty(0), value.new_empty(0)
         inference = aten._native_batch_norm_legit_no_training.default
-        return call(operator.getitem, call(inference, x, *operands, momentum, epsilon, value=values), 0)
+        norm = call(inference, x, *operands, momentum, epsilon, value=values)
+        result, *_ = [call(operator.getitem, norm, i, value=each) for i, each in enumerate(values)]
+        return result
 
-    def chunk(call: Any, value: Any, x: Node, chunks: int, dim: int = 0) -> Node:
+    def chunk(call: Call, value: Any, x: Node, chunks: int, dim: int = 0) -> Node:
         return call(aten.split.Tensor, x, -(-x.meta["val"].shape[dim] // chunks), dim)
 
-    def reshape(call: Any, value: Any, x: Node, shape: list[int]) -> Node:
+    def contiguous(call: Call, value: Any, x: Node, memory_format: Any = torch.contiguous_format) -> Node:
+        if x.meta["val"].is_contiguous(memory_format=memory_format):
+            return x
+        return call(aten.clone.default, x, memory_format=memory_format)
+
+    def flatten(call: Call, value: Any, x: Node, *dims: int) -> Node:
+        return x if value.ndim == x.meta["val"].ndim else reshape(call, value, x, list(value.shape))
+
+    def reshape(call: Call, value: Any, x: Node, shape: list[int]) -> Node:
         given = x.meta["val"]
         if given.is_contiguous():
             return call(aten.view.default, x, shape)
@@ -120,7 +134,7 @@ def _forms() -> dict[Any, Callable[..., Any]]:
             return call(aten._unsafe_view.default, copy, shape)
         return call(aten.view.default, x, shape)
 
-    def to(call: Any, value: Any, x: Node, dtype: torch.dtype, *options: Any) -> Node | None:
+    def to(call: Call, value: Any, x: Node, dtype: torch.dtype, *options: Any) -> Node | None:
         if any(options):
             return None
         return x if x.meta["val"].dtype == dtype else call(aten._to_copy.default, x, dtype=dtype)
@@ -130,8 +144,10 @@ def _forms() -> dict[Any, Callable[..., Any]]:
         aten._assert_tensor_metadata.default: lambda call, value, x, *args, **kwargs: x,  # torch.onnx.export drops it
         aten.batch_norm.default: batch_norm,
         aten.chunk.default: chunk,
-        aten.dropout.default: lambda call, value, x, p, train: None if train else x,
-        aten.lift_fresh_copy.default: lambda call, value, x: x,
+        aten.contiguous.default: contiguous,
+        aten.dropout.default: lambda call, value, x, p, train: None if train else call(aten.clone.default, x),
+        aten.flatten.using_ints: flatten,
+        aten.lift_fresh_copy.default: lambda call, value, x: call(aten.clone.default, x),
         aten.numpy_T.default: lambda call, value, x: call(aten.permute.default, x, [*range(value.ndim)][::-1]),
         aten.reshape.default: reshape,
         aten.to.dtype: to,
