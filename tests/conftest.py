@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from evm_deploy.bundle.bundle import Bundle  # noqa: E402
 from evm_deploy.demo import CHECKPOINT  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
 from evm_deploy.export.selftest import synthetic_image  # noqa: E402
+from evm_deploy.toolchain import cross_compile  # noqa: E402
+from evm_deploy.toolchain.compile import Compiler  # noqa: E402
 from tests.coreml import built, plan_for  # noqa: E402
 
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
@@ -70,6 +74,20 @@ def pytest_fixture_setup() -> None:
 def pytest_runtest_setup() -> None:
     """Seed torch before each test, after the fixtures."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _zig_compiles_its_libraries_once(shared_folder) -> Iterator[None]:
+    """Let ziglang keep for the run what it compiles of its own: 25 CPU seconds for each module of WebAssembly."""
+    real = cross_compile.zig_compiler
+
+    @wraps(real)
+    def keeping(target: str, architecture: str, cache: Path) -> Compiler:
+        return real(target, architecture, shared_folder / "zig")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_compile, "zig_compiler", keeping)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

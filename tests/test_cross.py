@@ -8,7 +8,10 @@ import re
 import shutil
 import struct
 import subprocess
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import golden
@@ -219,7 +222,7 @@ def program(tmp_path_factory):
         folder = tmp_path_factory.mktemp("driver")
         if platform == "browser-wasm32":  # a module is linked whole: the driver takes the library's place
             need("node")
-            module = build_driver(zig(platform, folder), folder, link=("-nostdlib++",))
+            module = build_driver(zig(platform, folder), folder, link=cross_compile.LINK)
             return "node", "--no-warnings", str(WASI), str(module)
         library = cross_compile.library("onnxruntime", "linux-x86_64" if platform == "musl" else platform)
         if platform == HOST:
@@ -227,11 +230,11 @@ def program(tmp_path_factory):
         elif platform == "linux-aarch64":
             need("qemu")
             compiler = zig(platform, folder)
-            run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++",)
+            run, flags = ("qemu-aarch64", "-L", str(AARCH64)), ("-nostdlib++", "-rtlib=none")
         elif platform == "musl":  # a program of musl; the library is that for glibc
             need("musl")
             compiler = cross_compile.zig_compiler("x86_64-linux-musl", "x86_64", folder / "zig")
-            run, flags = (str(MUSL),), ("-O1", "-dynamic", "-nostdlib++")
+            run, flags = (str(MUSL),), ("-O1", "-dynamic", "-nostdlib++", "-rtlib=none")
         else:
             pytest.skip(f"{platform} is not run on {HOST}")
         include = f"-I{drivers.NATIVE / 'scan'}"
@@ -485,6 +488,7 @@ def small_recipe(monkeypatch, tmp_path):
 
 def test_nothing_of_zigs_own_cache_is_kept(small_recipe, monkeypatch, tmp_path):
     """zig links changed objects of its cache."""
+    monkeypatch.setattr(cross_compile, "zig_compiler", cross_compile.zig_compiler.__wrapped__)
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     library = cross_compile.library("onnxruntime", "linux-aarch64")
@@ -492,6 +496,23 @@ def test_nothing_of_zigs_own_cache_is_kept(small_recipe, monkeypatch, tmp_path):
         library,
         library.with_name(f"{library.name}.sha256"),
     }
+
+
+def test_a_library_that_another_process_compiles_is_waited_for(no_cache, monkeypatch):
+    """Here a thread: locks are of an open file, not of a process."""
+    compile_, began = cross_compile._compile, threading.Event()
+
+    def slow(*arguments):
+        began.set()
+        time.sleep(0.2)
+        return compile_(*arguments)
+
+    monkeypatch.setattr(cross_compile, "_compile", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(cross_compile.library, "onnxruntime", OTHER)
+        assert began.wait(60)
+        assert cross_compile.library("onnxruntime", OTHER) == first.result()
+    assert no_cache == [OTHER]
 
 
 def test_another_ziglang_compiles_again(no_cache, monkeypatch):

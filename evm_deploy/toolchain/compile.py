@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 import tempfile
@@ -13,7 +14,15 @@ from pathlib import Path
 
 from evm_deploy._util import processes
 from evm_deploy._util.cores import usable_cores
-from evm_deploy._util.files import checksum_matches, move, package_folders, sha256, writable_cache, write_checksum
+from evm_deploy._util.files import (
+    checksum_matches,
+    lock_folder,
+    move,
+    package_folders,
+    sha256,
+    writable_cache,
+    write_checksum,
+)
 from evm_deploy._util.packages import install_hint
 from evm_deploy.errors import ToolchainError
 
@@ -157,14 +166,23 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
     """Return the cached library `path`. Compile it first if it is missing or its checksum does not match.
 
     compile_(folder): compiles the library in a temporary folder and returns its path there. The library is then moved
-    into the cache atomically. Where the cache cannot be written, the library is kept until this process ends. Raises
-    ToolchainError.
+    into the cache atomically. Another process that needs the library meanwhile waits for it. Where the cache cannot be
+    written, the library is kept until this process ends. Raises ToolchainError.
     """
     if checksum_matches(path):
         return path
     path = writable_cache(path.parent.parent) / path.parent.name / path.name
-    if checksum_matches(path):
-        return path
+    lock = lock_folder(path.parent.parent, wait=True)
+    try:
+        if not checksum_matches(path):
+            _compile_to(path, compile_)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return path
+
+
+def _compile_to(path: Path, compile_: Callable[[Path], Path]) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=f".{path.parent.name}.") as work:
             built = compile_(Path(work))
@@ -184,4 +202,3 @@ def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:
             f"cannot write the compiled library: {where}: {error.strerror}",
             "set XDG_CACHE_HOME to a writable folder",
         ) from error
-    return path

@@ -16,7 +16,8 @@ from evm_deploy.toolchain.compile import Compiler, Recipe, compiled_once, read_r
 from evm_deploy.toolchain.platforms import PLATFORMS, CLibrary, Platform
 
 # -s: strip all symbols except exported ones. -nostdlib++: the library must not depend on the C++ runtime.
-LINK = ("-s", "-nostdlib++")
+# -fno-sanitize: or ziglang first compiles the runtime of a sanitizer, which nothing calls.
+LINK = ("-s", "-nostdlib++", "-fno-sanitize=undefined")
 # A stand-in for a C library has no code: only its name and the names of its functions are read.
 STAND_IN = ("-x", "c", "-shared", "-nostdlib", "-fno-builtin", "-w", "-Wl,--no-entry", "-Wl,-soname,{name}")
 

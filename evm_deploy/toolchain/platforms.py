@@ -16,7 +16,9 @@ class CLibrary:
     functions: tuple[str, ...]
 
 
-SHARED = ("-shared",)
+# Without ziglang's functions for arithmetic that CPUs lack: the library calls none, and they would be compiled first.
+SHARED = ("-shared", "-rtlib=none")
+ELF = (*SHARED, "-Wl,-z,defs")  # or a missing function is noticed by the loader only
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ BIONIC = CLibrary("libc.so", (*C_FUNCTIONS, "getauxval", "snprintf"))
 UCRT = CLibrary("ucrtbase.dll", (*C_FUNCTIONS, "__stdio_common_vsprintf"))
 # Android packs only files named lib*.so into apps, and has devices with pages of 16 KB.
 ANDROID = (
-    *SHARED,
+    *ELF,
     "-Wl,-soname,{name}",
     "-Wl,-z,max-page-size=16384",
     "-Wl,--hash-style=both",
@@ -62,8 +64,8 @@ MODULE = ("-mexec-model=reactor", "-Wl,--export-dynamic", "-Wl,-z,stack-size=104
 PLATFORMS = {
     known.name: known
     for known in (
-        Platform("linux-x86_64", "x86_64", "x86_64-linux-gnu.2.17", ".so"),
-        Platform("linux-aarch64", "aarch64", "aarch64-linux-gnu.2.17", ".so"),
+        Platform("linux-x86_64", "x86_64", "x86_64-linux-gnu.2.17", ".so", link=ELF),
+        Platform("linux-aarch64", "aarch64", "aarch64-linux-gnu.2.17", ".so", link=ELF),
         Platform("macos-arm64", "aarch64", "aarch64-macos.14.0", ".dylib", link=INSTALL_NAME),
         Platform(
             "windows-x86_64",
