@@ -14,6 +14,7 @@ import torch
 from evm_deploy.scan import reference
 from evm_deploy.scan.native import without_native_scan
 from evm_deploy.toolchain.compile import Compiler, parse_recipe
+from tests.cache import once
 from tests.test_fused import image, in_float64, random_block
 from tests.test_fused_int8 import exact_block
 from tests.test_native import magnitudes, random_scan
@@ -116,6 +117,12 @@ def build_driver(
     objects = compiler.objects(recipe, [SOURCE], folder)
     compiler.run(*link, *objects, "-o", folder / "driver")
     return folder / "driver"
+
+
+def kernels_of_x86(shared_folder: Path) -> Path:
+    """Return a folder with a static `driver` and the objects of its kernels, which g++ compiles once for a run."""
+    compiler = Compiler(("g++",), "x86_64")
+    return once(shared_folder / "x86", lambda folder: build_driver(compiler, folder, ["-O1"], ["-static"]))
 
 
 def check_random_scans(driver: Driver, count: int) -> None:

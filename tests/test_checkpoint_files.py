@@ -225,15 +225,18 @@ def test_code_runs_with_trust_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name", ["a b (best).pth", "x'); touch owned; #.pth", "-x.pth", "$(touch owned).pth", "`id`.pth"]
 )
-def test_the_hint_works_as_it_is_printed_from_any_folder(name, tmp_path):
+def test_the_hint_works_as_it_is_printed_from_any_folder(name, tmp_path, monkeypatch):
+    """A shell splits it into arguments, with which the command runs here: it is imported already."""
     torch.save({"model_ema": EMA, "model": RAW, "args": argparse.Namespace()}, tmp_path / name)
     with pytest.raises(CheckpointError) as refused:
         load_checkpoint(tmp_path / name)
     line = str(refused.value).rpartition("once:  ")[2]
-    code = f"{shlex.quote(sys.executable)} -c 'from evm_deploy.cli import export_main; raise SystemExit(export_main())'"
+    words = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    subprocess.run(line.replace("evm-export", code, 1), shell=True, cwd=elsewhere, check=True, capture_output=True)
+    monkeypatch.chdir(elsewhere)
+    arguments = subprocess.run(line.replace("evm-export", words, 1), shell=True, check=True, capture_output=True).stdout
+    assert cli.export_main(json.loads(arguments)) == 0
     assert [*elsewhere.iterdir()] == [] and not (tmp_path / "owned").exists()
     (converted,) = tmp_path.glob("*.safetensors")
     assert holds(load_checkpoint(converted)[0].state_dict(), EMA)

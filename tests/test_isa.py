@@ -16,8 +16,8 @@ from evm_deploy.cli import doctor_main
 from evm_deploy.errors import ToolchainError
 from evm_deploy.scan import native
 from evm_deploy.toolchain import plugins
-from evm_deploy.toolchain.compile import Compiler, read_recipe
-from tests.driver import Driver, build_driver, check_hard_scans, check_random_scans
+from evm_deploy.toolchain.compile import read_recipe
+from tests.driver import Driver, check_hard_scans, check_random_scans, kernels_of_x86
 from tests.test_native import isas
 from tests.toolchains import need
 
@@ -71,13 +71,12 @@ def test_every_runtime_refuses_an_unknown_one(micro_bundle):
 
 
 @pytest.mark.compiler
-def test_a_cpu_that_lacks_it(tmp_path):
+def test_a_cpu_that_lacks_it(shared_folder):
     """qemu's Haswell has AVX2 and no AVX-512: the kernel for AVX2 is used unless EVM_ISA names another one."""
     need("g++", "qemu")
     if "avx2" not in isas():
         pytest.skip("the kernels of x86-64 are tested on x86-64")
-    program = build_driver(Compiler(("g++",), "x86_64"), tmp_path, ["-O1"], ["-static"])
-    haswell = Driver(("qemu-x86_64", "-cpu", "Haswell", str(program)))
+    haswell = Driver(("qemu-x86_64", "-cpu", "Haswell", str(kernels_of_x86(shared_folder) / "driver")))
     for isa in ("", "avx2", "base"):
         check_random_scans(haswell.forced(isa), 2)
         check_hard_scans(haswell.forced(isa))
