@@ -3,6 +3,9 @@
 A graph or program is kept in `.pytest_cache`, where `make quick` finds those of the last run, by everything that
 decides it: the module with its weights, what the plan says of it, our sources, the versions of the tracers. While
 anything that takes part in tracing is patched, and in tests marked `retraces`, it is traced as ever.
+
+A graph as torch exports it, before ours is made of it, is kept too: a network that differs from an earlier one in the
+values of its weights alone is not traced, it gets the earlier graph with its own weights.
 """
 
 from __future__ import annotations
@@ -18,16 +21,20 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import is_dataclass, replace
 from importlib import import_module, metadata
 from inspect import isclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
+import onnx_ir
 import pytest
+import torch
 
 import evm_deploy
 from evm_deploy._util.files import write_atomically
@@ -50,6 +57,7 @@ OTHERS = (  # and of others, what a test may put something else in the place of
     ("onnx.checker", "check_model"),
     ("coremltools", "convert"),
 )
+AFTERWARDS = {("evm_deploy.scan.onnx_function", "selective_scan_function")}  # takes part in ours, not in torch's export
 RETRACES = "retraces"
 
 
@@ -95,8 +103,11 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def digest_of(module: Any, plan: Any, trace_key: Callable[[Any], Any] = graph.trace_key) -> str:
-    """Digest of the module (classes, settings, weights and buffers by path) and of the plan's part."""
+def digest_of(module: Any, plan: Any, trace_key: Callable[[Any], Any] = graph.trace_key, *, values: bool = True) -> str:
+    """Digest of the module (classes, settings, weights and buffers by path) and of the plan's part.
+
+    values: with the values of the weights and buffers.
+    """
     digest = hashlib.sha256(repr(module).encode())
     for name in sorted({type(each).__module__ for each in module.modules()}):
         if not name.startswith("torch."):  # a network that is not of ours
@@ -110,8 +121,32 @@ def digest_of(module: Any, plan: Any, trace_key: Callable[[Any], Any] = graph.tr
         for name, tensor in [*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)]:
             known = first.setdefault(id(tensor), f"{path}.{name}")
             digest.update(f"{known} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
-            digest.update(tensor.detach().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().contiguous().numpy().tobytes() if values else b"")
     digest.update(repr(trace_key(plan)).encode())
+    return digest.hexdigest()
+
+
+def plain(value: Any) -> bool:
+    """Whether the text of a value tells all of it."""
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(map(plain, value))
+    if isinstance(value, Mapping):
+        return plain(list(value.items()))
+    if is_dataclass(value):
+        return plain(vars(value))
+    return isinstance(value, (bool, int, float, str, type, type(None), torch.dtype))
+
+
+def form_of(module: Any, plan: Any) -> str | None:
+    """Digest of all that decides torch's export but the values of weights and buffers; None if it is not known."""
+    outside = set(vars(torch.nn.Module()))  # parameters, buffers, modules and hooks
+    digest = hashlib.sha256(digest_of(module, plan, values=False).encode())
+    for _, each in module.named_modules():
+        settings = {key: value for key, value in vars(each).items() if key not in outside}
+        hooks = [value for key, value in vars(each).items() if key in outside and key.endswith("_hooks") and value]
+        if hooks or not plain(settings):
+            return None
+        digest.update(repr(sorted(settings.items())).encode())
     return digest.hexdigest()
 
 
@@ -160,10 +195,10 @@ class Graphs:
     ) -> None:
         self.real, self.digest, self.dump, self.load = real, digest, dump, load
 
-    def patched(self) -> bool:
-        """Whether a test has put anything into tracing."""
+    def patched(self, but: Collection[tuple[str, ...]] = ()) -> bool:
+        """Whether a test has put anything into tracing, `but` these places."""
         now = parts()
-        ours = any(now.get(key) is not value for key, value in self.parts.items())
+        ours = any(now.get(key) is not value for key, value in self.parts.items() if key not in but)
         loaded = [(sys.modules[module], name) for module, name in OTHERS if module in sys.modules]
         return ours or any(foreign(module, name) for module, name in loaded)
 
@@ -176,6 +211,46 @@ class Graphs:
                 write_atomically(file, self.dump(self.real(*arguments)))
         onnx_function.register_schema()
         return self.load(file.read_bytes(), *arguments)
+
+
+# ------------------------------------------------------------------------------------------------- graphs of a form
+
+FORM: ContextVar[tuple[Any, str | None]] = ContextVar("form", default=(None, None))  # module in tracing, and its form
+REAL_EXPORT = torch.onnx.export
+
+
+def traced_by_form(module: Any, plan: Any) -> Any:
+    """Make the hub graph as ever, of torch's export of any module of the same form."""
+    before = FORM.set((module, form_of(module, plan)))
+    try:
+        return TRACED["hub"](module, plan)
+    finally:
+        FORM.reset(before)
+
+
+@functools.wraps(REAL_EXPORT)
+def export_by_form(model: Any, *arguments: Any, **settings: Any) -> Any:
+    """`torch.onnx.export` that remembers its graphs by form."""
+    module, form = FORM.get()
+    if module is not model or form is None or Graphs.folder is None or GRAPHS.forgetful or GRAPHS.patched(AFTERWARDS):
+        return REAL_EXPORT(model, *arguments, **settings)
+    file = Graphs.folder / f"form-{form}"
+    with locked(file.with_suffix(".lock")):
+        if not file.exists():
+            exported = REAL_EXPORT(model, *arguments, **settings)
+            write_atomically(file, exported.model_proto.SerializeToString())
+            return exported
+    return torch.onnx.ONNXProgram(with_weights(onnx.ModelProto.FromString(file.read_bytes()), model), None)
+
+
+def with_weights(proto: onnx.ModelProto, module: Any) -> onnx_ir.Model:
+    """Torch's export of a module of this form, as one of `module`."""
+    named = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    model = onnx_ir.from_proto(proto)
+    for name, value in model.graph.initializers.items():
+        if name in named:
+            value.const_value = onnx_ir.tensor(named[name].detach().numpy(), name=name)
+    return model
 
 
 def program_digest(module: Any, folded: Any, plan: Any) -> str:
@@ -209,7 +284,7 @@ def load_model(data: bytes) -> Any:
 
 
 TRACED = {"hub": graph._trace, "program": program._trace, "scan": program.scan_program}
-GRAPHS = Graphs(TRACED["hub"])
+GRAPHS = Graphs(traced_by_form)
 PROGRAMS = Graphs(TRACED["program"], program_digest, dump_program, load_program)
 SCANS = Graphs(
     TRACED["scan"],
@@ -227,6 +302,7 @@ def install() -> None:
 
     load_parts()
     graph._trace = remembering(GRAPHS, "hub")
+    torch.onnx.export = export_by_form
     program._trace = remembering(PROGRAMS, "program")
     program.scan_program = remembering(SCANS, "scan")
     Graphs.parts = parts()

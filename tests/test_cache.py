@@ -193,6 +193,90 @@ def test_a_patched_method_is_noticed_too(module, graphs, monkeypatch):
     assert [graphs.trace(module, PLAN) for _ in range(2)] == [1, 2]
 
 
+# ------------------------------------------------------------------------------------------------- graphs of a form
+
+
+@pytest.fixture
+def exports(monkeypatch, tmp_path):
+    """The calls of torch's export, of which none is kept yet."""
+    calls, real = [], cache.REAL_EXPORT
+    monkeypatch.setattr(cache.Graphs, "folder", tmp_path)
+    monkeypatch.setattr(cache, "REAL_EXPORT", lambda *a, **k: calls.append(a) or real(*a, **k))
+    return calls
+
+
+def with_other_weights(module):
+    with torch.no_grad():
+        for each in (*module.parameters(), *module.buffers()):
+            if each.is_floating_point():
+                each *= 1 + 0.1 * torch.rand_like(each)
+
+
+@pytest.mark.slow
+def test_a_graph_of_the_same_form_gets_its_own_weights(module, exports, monkeypatch):
+    graph._trace(module, PLAN)
+    with_other_weights(module)
+    kept = graph._trace(module, PLAN)
+    assert len(exports) == 1
+    monkeypatch.setattr(cache.Graphs, "folder", None)
+    fresh = graph._trace(module, PLAN)
+    assert len(exports) == 2
+    assert kept.model.SerializeToString() == fresh.model.SerializeToString()
+    assert list(kept.fusable) == list(fresh.fusable) and kept.scans == fresh.scans
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "name", "traced"), [(onnx_function, "selective_scan_function", 1), (graph, "trace", 2)]
+)
+def test_a_patch_of_what_comes_after_torchs_export_is_obeyed(where, name, traced, module, exports, monkeypatch):
+    graph._trace(module, PLAN)
+    real, called = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *a, **k: called.append(a) or real(*a, **k))
+    graph.trace(module, PLAN, {})
+    assert called and len(exports) == traced
+
+
+def with_a_hook(module):
+    module.register_forward_pre_hook(lambda module, inputs: None)
+
+
+def with_a_function(module):
+    module.model.chosen = lambda x: x
+
+
+def test_a_form_is_all_but_the_values_of_weights(module):
+    form = cache.form_of(module, PLAN)
+    with_other_weights(module)
+    assert form and cache.form_of(module, PLAN) == form
+    assert cache.form_of(module, replace(PLAN, imgsz=(32, 36))) != form
+    for change in (with_another_epsilon, with_another_setting):
+        before = cache.form_of(module, PLAN)
+        change(module)
+        assert cache.form_of(module, PLAN) not in (None, before)
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_a_function])
+def test_a_module_that_is_not_all_known_has_no_form(change, module):
+    change(module)
+    assert cache.form_of(module, PLAN) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "known"),
+    [
+        ((1, 2.5, "a", None, {"b": [True]}), True),
+        ({"a": [Batch(1, 1, 1), object()]}, False),
+        (Batch(1, 2, 4), True),
+        (object(), False),
+        ([lambda: 0], False),
+        (torch.zeros(2), False),
+    ],
+)
+def test_what_a_text_tells_all_of(value, known):
+    assert cache.plain(value) is known
+
+
 @pytest.mark.retraces
 def test_a_marked_test_traces():
     assert cache.GRAPHS.forgetful
