@@ -11,7 +11,6 @@ values of its weights alone is not traced, it gets the earlier graph with its ow
 from __future__ import annotations
 
 import atexit
-import fcntl
 import functools
 import hashlib
 import io
@@ -22,7 +21,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass, replace
 from importlib import import_module, metadata
@@ -43,6 +41,7 @@ from evm_deploy.export.coreml import program
 from evm_deploy.export.hub import graph
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.scan import onnx_function
+from tests.once import locked, once
 
 ROOT = Path(__file__).parents[1]
 TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "numpy", "coremltools")
@@ -57,29 +56,12 @@ OTHERS = (  # and of others, what a test may put something else in the place of
     ("onnx.checker", "check_model"),
     ("coremltools", "convert"),
 )
-AFTERWARDS = {("evm_deploy.scan.onnx_function", "selective_scan_function")}  # takes part in ours, not in torch's export
+AFTERWARDS = {  # of these, what takes no part in torch's export
+    ("evm_deploy.scan.onnx_function", "selective_scan_function"),
+    ("evm_deploy.model.batch_norm", "folded"),
+    ("evm_deploy.export.hub.scans", "OnnxScanAccess", "in_situ"),
+}
 RETRACES = "retraces"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """`folder`, after one process has filled it with `make(folder)`."""
-    done = folder.with_name(f"{folder.name}.done")
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            make(folder)
-            done.touch()
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------- what decides it

@@ -43,6 +43,17 @@ def cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture
+def shared_tables(monkeypatch, tables):
+    """Tables of other tests of this module that ask for it are found."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tables))
+
+
 def plan(calib, **changes):
     """Not smoothed: that is calibrated and evaluated in tests of its own."""
     return ExportPlan("onnx", **{"precision": "int8", "calib": str(calib), "smooth": "off", **changes})
@@ -239,7 +250,7 @@ def test_a_spoilt_range_exits_5(monkeypatch, micro, images, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp_path):
+def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(shared_tables, monkeypatch, tmp_path):
     spoil(monkeypatch, "layers.3.1.conv_pw2.0:input")
     bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.3), tmp_path)
     quantization = bundle.manifest.details["quantization"]
@@ -249,7 +260,7 @@ def test_max_drop_recovers_by_keeping_the_spoilt_block_in_float(monkeypatch, tmp
 
 
 @pytest.mark.slow
-def test_a_block_with_a_scan_can_stay_in_float(monkeypatch, tmp_path):
+def test_a_block_with_a_scan_can_stay_in_float(shared_tables, monkeypatch, tmp_path):
     spoil(monkeypatch, "layers.1.blocks.0.op.out_proj:input")
     bundle = export(CHECKPOINT, plan("demo", val="demo", max_drop=0.1), tmp_path)
     assert bundle.manifest.details["quantization"]["in_float"] == ["layers.1.blocks.0"]
@@ -259,7 +270,7 @@ def test_a_block_with_a_scan_can_stay_in_float(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_impossible_budget_exits_5_with_everything_in_float(monkeypatch, tmp_path):
+def test_an_impossible_budget_exits_5_with_everything_in_float(shared_tables, monkeypatch, tmp_path):
     monkeypatch.setattr(Accuracy, "ok", property(lambda self: False))
     with pytest.raises(AccuracyError, match="limit 0 points"):
         export(CHECKPOINT, plan("demo", val="demo", max_drop=0), tmp_path)
@@ -302,7 +313,8 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, image
 MEMORY = """
 import resource, sys
 from evm_deploy.export import ExportPlan, export
-plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), calib=sys.argv[2], force_calib=True)
+settings = {"calib": sys.argv[2], "force_calib": True, "smooth": "off"}
+plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), **settings)
 export(sys.argv[1], plan, sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

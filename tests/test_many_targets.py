@@ -15,18 +15,18 @@ import pytest
 from evm_deploy import cli
 from evm_deploy.errors import UsageError
 from evm_deploy.export import ExportPlan, export, many
-from evm_deploy.export.hub import graph as hub
 from evm_deploy.export.source import Source
 from evm_deploy.export.target import Environment, Target
 from evm_deploy.export.targets import load_targets, resolve_names
 from evm_deploy.runtimes.base import Batch
+from tests import cache
 
 
 @pytest.fixture
 def traces(monkeypatch):
-    """How often the hub graph was traced."""
-    original, seen = hub._export, []
-    monkeypatch.setattr(hub, "_export", lambda *arguments: seen.append(arguments) or original(*arguments))
+    """The traces of the hub graph, whether or not the tests' cache serves them."""
+    original, seen = cache.GRAPHS.trace, []
+    monkeypatch.setattr(cache.GRAPHS, "trace", lambda *arguments: seen.append(arguments) or original(*arguments))
     return seen
 
 

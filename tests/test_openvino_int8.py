@@ -19,10 +19,14 @@ from evm_deploy.export.plan import ExportPlan
 from tests.openvino import EVERY_LOWERING
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
 @pytest.fixture(autouse=True)
-def tables(monkeypatch, tmp_path_factory):
-    """No calibration table of another test or run is found. (The compiled extension is.)"""
-    folder = tmp_path_factory.mktemp("tables")
+def tables(monkeypatch, folder):
+    """No calibration table of another module or run is found. (The compiled extension is.)"""
     monkeypatch.setattr("evm_deploy.calib.table.cache_folder", lambda: folder)
 
 

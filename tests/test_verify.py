@@ -273,7 +273,7 @@ def scaled(folder, factor):
 def test_what_overflows_float16_is_rejected_though_this_machine_hides_it(tmp_path, images, target, precision):
     need_target(target)
     calib = images if precision.startswith("int8") else None
-    plan = ExportPlan(target, precision, imgsz=32, calib=calib)
+    plan = ExportPlan(target, precision, imgsz=64, calib=calib)
     with pytest.raises((ParityError, CalibrationError), match="65504") as caught:
         export(scaled(tmp_path, 6e4), plan, tmp_path / "out")
     assert "use --precision fp32" in str(caught.value) or (target, precision) == ("coreml", "int8")  # in calibration
@@ -282,7 +282,7 @@ def test_what_overflows_float16_is_rejected_though_this_machine_hides_it(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [target for target in IN_FLOAT16 if target in FLOAT32])
 def test_float32_takes_what_float16_cannot(tmp_path, target):
-    assert export(scaled(tmp_path, 6e4), ExportPlan(target, "fp32", imgsz=32), tmp_path / "out").manifest.parity["ok"]
+    assert export(scaled(tmp_path, 6e4), ExportPlan(target, "fp32", imgsz=64), tmp_path / "out").manifest.parity["ok"]
 
 
 @pytest.mark.parametrize(

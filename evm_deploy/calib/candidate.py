@@ -45,6 +45,7 @@ class QuantizationCandidate:
     table: CalibrationTable | None = None
     ranges: Mapping[str, Range] = field(default_factory=dict)
     rewrite: Callable[[Any, Sequence[Layer], Mapping[str, Range]], Any] | None = None
+    _made: dict[frozenset[str], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def blocks(self) -> list[str]:
@@ -52,9 +53,16 @@ class QuantizationCandidate:
         return list(dict.fromkeys(map(self.block_of, self.layers)))
 
     def quantized(self, blocks: Collection[str]) -> Any:
-        """Return the network with the layers of these blocks quantised."""
-        chosen = [layer for layer in self.layers if self.block_of(layer) in blocks]
-        return (self.rewrite or insert_qdq)(self.model, chosen, self.ranges_at_both_ends())
+        """Return the network with the layers of these blocks quantised. Callers must not change it.
+
+        The last network is kept: the one that is evaluated is most often the one that is exported.
+        """
+        wanted = frozenset(blocks)
+        if wanted not in self._made:
+            self._made.clear()
+            chosen = [layer for layer in self.layers if self.block_of(layer) in wanted]
+            self._made[wanted] = (self.rewrite or insert_qdq)(self.model, chosen, self.ranges_at_both_ends())
+        return self._made[wanted]
 
     def ranges_at_both_ends(self) -> dict[str, Range]:
         """Return the ranges, also by the key that an activation has where only one of its two layers is quantised.
