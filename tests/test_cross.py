@@ -498,6 +498,16 @@ def test_nothing_of_zigs_own_cache_is_kept(small_recipe, monkeypatch, tmp_path):
     }
 
 
+def test_a_function_that_no_c_library_has_is_an_error(small_recipe, monkeypatch, tmp_path):
+    """In the export, not in the loader of a board."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scan = tmp_path / "native" / "scan.cpp"
+    scan.write_text('extern "C" int absent(int);\nextern "C" int scan(int x) { return absent(x); }\n')
+    with pytest.raises(ToolchainError, match="compiling failed") as error:
+        cross_compile.library("onnxruntime", "linux-aarch64")
+    assert "undefined symbol: absent" in str(error.value)
+
+
 def test_a_library_that_another_process_compiles_is_waited_for(no_cache, monkeypatch):
     """Here a thread: locks are of an open file, not of a process."""
     compile_, began = cross_compile._compile, threading.Event()
