@@ -1,4 +1,4 @@
-"""What several processes of the tests need is made by one of them. Imports nothing of the package: it is quick."""
+"""Make once what several processes of the tests need. Imports nothing of the package: a child that uses it is quick."""
 
 from __future__ import annotations
 
