@@ -313,8 +313,7 @@ def test_an_interrupted_export_keeps_what_was_measured(monkeypatch, micro, image
 MEMORY = """
 import resource, sys
 from evm_deploy.export import ExportPlan, export
-settings = {"calib": sys.argv[2], "force_calib": True, "smooth": "off"}
-plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), **settings)
+plan = ExportPlan("onnx", precision="int8", imgsz=(128, 128), calib=sys.argv[2], force_calib=True)
 export(sys.argv[1], plan, sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
