@@ -91,14 +91,14 @@ def test_the_share_is_what_leaving_the_scans_out_saves(demo_bundle, tmp_path):
     with load(demo_bundle.path, threads=1, scan="portable") as model:
         feeds = examples(model, 1)
         bare = OnnxRuntime(without.SerializeToString(), 1)
-        assert any(gap(model, bare, feeds) < 0.2 for _ in range(20))  # once in a few must be right
+        assert any(gap(model, bare, feeds) < 0.2 for _ in range(5))  # once in a few must be right
 
 
 def gap(model, bare, feeds) -> float:
     """How far the share of the scans in a profile is from what leaving them out saves."""
     times = [(took(bare, feeds), took(model, feeds)) for _ in range(30)]
     fastest = [min(each) for each in zip(*times, strict=True)]
-    return abs(measure_layers(model, feeds)["scan_share"] - (1 - fastest[0] / fastest[1]))
+    return abs(undisturbed(model, feeds)["scan_share"] - (1 - fastest[0] / fastest[1]))
 
 
 def took(runtime, feeds) -> float:
