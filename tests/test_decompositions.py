@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,18 @@ class Forms(nn.Module):
         return *views, *flat, *memory, first + second, last, kept, scaled, y.detach() + 1, y.split(2, 1)[1]
 
 
+class Sizes(nn.Module):
+    """Shapes that hold the number of images, which is not known."""
+
+    def forward(self, x):
+        n, moved = x.shape[0], x.permute(0, 2, 3, 1)
+        products = (n + 1 - 1) * 8 // 2, 2 * n
+        views = [x.reshape(n, -1), moved[:, :, :4].reshape(n, -1, 4), moved.reshape(n, 8, -1), x.reshape(4 * n, -1)]
+        copies = [moved.reshape(products[0], -1, 4), moved.reshape(-1, products[1]).T]
+        flat = [x.flatten(1), moved.flatten(1, 2), x.flatten(3), moved.contiguous(), x.chunk(3, dim=-1)[2]]
+        return *views, *copies, *flat
+
+
 class Calls(nn.Module):
     """A function as a network, with layers for it."""
 
@@ -57,6 +71,7 @@ def without_gradients(network, x):
 
 
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+SIZE = "a size that no node computes"
 CALLED = {
     "in place": lambda network, x: F.relu_(x * 2),
     "a buffer is changed": lambda network, x: network.total.add_(1) + x,
@@ -64,8 +79,12 @@ CALLED = {
     "no ONNX function": lambda network, x: network.up(x),
     "a composite view that is not known": lambda network, x: x.movedim(1, -1),
     "a program inside": without_gradients,
+    SIZE: lambda network, x: x.flatten(0, 1),
     "a copy is asked for": lambda network, x: x.to(torch.float32, copy=True),
 }
+
+
+OPERATORS = {"forms": (Forms, 16), "sizes": (Sizes, 11)}  # and how many outputs they have
 
 
 @pytest.fixture
@@ -90,8 +109,9 @@ def module_of(checkpoint, tmp_path):
             network = Network.of(Calls(CALLED[name]), outputs=("y",), channels=4)
         elif name == "toy":
             network = toy_network()
-        elif name == "forms":
-            network = Network.of(Forms(), outputs=[f"y{i}" for i in range(16)], channels=4)
+        elif name in OPERATORS:
+            module, count = OPERATORS[name]
+            network = Network.of(module(), outputs=[f"y{i}" for i in range(count)], channels=4)
         else:
             saved = {"retina_micro": detectors.saved, "upernet_micro": segmenters.saved}.get(name)
             network = load_checkpoint(saved(tmp_path, name) if saved else checkpoint(name))
@@ -102,21 +122,37 @@ def module_of(checkpoint, tmp_path):
 
 
 def nodes(program):
-    """Everything that the exporter reads of a program. Assertions are left out, as it does."""
+    """Everything that the exporter reads of a program. Assertions are left out, as it does.
+
+    Where the number of images is not known, nodes have numbers in place of names: the tracer's names count its own
+    calculations with sizes, too.
+    """
     calls = [node for node in program.graph.nodes if node.op == "call_function" and node.target is not ASSERTION]
-    read = [(node.name, node.target, str(node.args), str(node.kwargs), node.meta["nn_module_stack"]) for node in calls]
-    return read, [(spec.kind, spec.arg.name, spec.target) for spec in program.graph_signature.output_specs]
+    numbers = {node.name: f"n{i}" if program.range_constraints else node.name for i, node in enumerate(calls)}
+
+    def named(value):
+        return re.sub(r"\w+", lambda word: numbers.get(word[0], word[0]), str(value))
+
+    read = [
+        (numbers[node.name], node.target, named(node.args), named(node.kwargs), node.meta["nn_module_stack"])
+        for node in calls
+    ]
+    return read, [(spec.kind, named(spec.arg.name), spec.target) for spec in program.graph_signature.output_specs]
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("forms", {"input": "tensor", "imgsz": (8, 8), "batch": Batch(2, 2, 2)}),
+        ("sizes", {"input": "tensor", "imgsz": (8, 8), "batch": Batch(1, 1, None)}),
         ("toy", {}),
+        ("toy", {"batch": Batch(1, 2, 4)}),
         ("micro_64", {}),
+        ("micro_64", {"batch": Batch(1, 1, None)}),
         ("micro_64", {"input": "tensor", "head": "probs", "batch": Batch(2, 2, 2), "imgsz": (64, 96)}),
         pytest.param("retina_micro", {}, marks=pytest.mark.slow),
         pytest.param("upernet_micro", {}, marks=pytest.mark.slow),
+        pytest.param("upernet_micro", {"batch": Batch(1, 2, 8)}, marks=pytest.mark.slow),
     ],
 )
 def test_the_nodes_are_those_of_a_second_trace(name, settings, module_of, monkeypatch):
@@ -134,8 +170,14 @@ def test_the_nodes_are_those_of_a_second_trace(name, settings, module_of, monkey
     assert len(compared) == 1
 
 
-@pytest.mark.parametrize("name", CALLED)
-def test_other_programs_are_left_to_torch_as_they_are(name, module_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        *((name, Batch(1, 1, 1)) for name in CALLED if name != SIZE),
+        *((name, Batch(1, 1, None)) for name in (SIZE, "in place", "no ONNX function")),
+    ],
+)
+def test_other_programs_are_left_to_torch_as_they_are(name, batch, module_of, monkeypatch):
     seen = []
 
     def watched(program, table):
@@ -145,7 +187,7 @@ def test_other_programs_are_left_to_torch_as_they_are(name, module_of, monkeypat
         return seen[-1]
 
     monkeypatch.setattr(decompositions, "decompose", watched)
-    graph._export(*module_of(name, input="tensor"))
+    graph._export(*module_of(name, input="tensor", batch=batch))
     assert seen == [False]
 
 
@@ -155,7 +197,9 @@ def test_other_programs_are_left_to_torch_as_they_are(name, module_of, monkeypat
     [
         ("micro_64", {}, 0),
         ("toy", {}, 0),
-        ("micro_64", {"batch": Batch(1, 2, 4)}, 1),
+        ("micro_64", {"batch": Batch(1, 2, 4)}, 0),
+        ("sizes", {"input": "tensor", "imgsz": (8, 8), "batch": Batch(1, 1, None)}, 0),
+        (SIZE, {"input": "tensor", "batch": Batch(1, 1, None)}, 1),
         ("in place", {}, 1),
         ("no ONNX function", {}, 1),
     ],

@@ -2,7 +2,7 @@
 
 torch.onnx.export traces a network, then traces the program again to decompose operators that have no ONNX function: a
 third of the CPU time of an export. Here the program is copied, with the few operators that visual networks hold of
-these replaced, by the same nodes of the same names. A program with any other such operator is traced again, as ever.
+these replaced, by the same nodes. A program with any other such operator is traced again, as ever.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ def copied_decompositions() -> Iterator[None]:
 def decompose(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
     """Decompose `program` by `table` without a trace, and return True. Returns False, without a change, if it cannot.
 
-    The nodes and their names become those of `program.run_decompositions(table)`.
+    The nodes become those of `program.run_decompositions(table)`, and so do their names in a program of a fixed batch.
     """
     import torch
 
-    if program.range_constraints:  # sizes that are not known are computed by nodes, which a trace puts in its own order
-        return False
     old, new = program.graph_module.graph, torch.fx.Graph()
-    forms = _forms()
+    sizes: dict[Any, Node] = {}
+    forms = _forms(sizes)
     copies: dict[Node, Node | None] = {}
     for node in old.nodes:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copies.__getitem__)
@@ -62,8 +61,10 @@ def decompose(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
             copies[node] = form(call, node.meta.get("val"), *args, **kwargs)
         elif node.op == "call_function" and _stays(node.target, table):
             copies[node] = call(node.target, *args, **kwargs)
-        if copies.get(node) is None:
+        if (copy := copies.get(node)) is None:
             return False
+        if isinstance(size := node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(size.node.expr, copy)
     results: Any = new.output_node().args[0]
     for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
         spec.arg.name = result.name
@@ -87,16 +88,19 @@ def _stays(target: Any, table: Mapping[Any, Any]) -> bool:
     """
     import torch
 
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
+    if not isinstance(target, torch._ops.OpOverload):  # an item of a tuple, arithmetic of sizes
+        return getattr(target, "__module__", "") == operator.getitem.__module__
     arguments, composite = target._schema.arguments, torch._C.DispatchKey.CompositeImplicitAutograd
     if target in table or target._schema.is_mutable or torch.Tag.maybe_aliasing_or_mutating in target.tags:
         return False
     return not (target.has_kernel_for_dispatch_key(composite) and any(argument.alias_info for argument in arguments))
 
 
-def _forms() -> dict[Any, Callable[..., Any]]:
-    """Return operator -> function(call, value, *its arguments) that appends its decomposition, or returns None."""
+def _forms(sizes: Mapping[Any, Node]) -> dict[Any, Callable[..., Any]]:
+    """Return operator -> function(call, value, *its arguments) that appends its decomposition, or returns None.
+
+    sizes: expression of a size that is not known -> the node that computes it.
+    """
     import torch
 
     aten = torch.ops.aten
@@ -111,24 +115,30 @@ def _forms() -> dict[Any, Callable[..., Any]]:
         result, *_ = [call(operator.getitem, norm, i, value=each) for i, each in enumerate(values)]
         return result
 
-    def chunk(call: Call, value: Any, x: Node, chunks: int, dim: int = 0) -> Node:
-        return call(aten.split.Tensor, x, -(-x.meta["val"].shape[dim] // chunks), dim)
+    def shape_of(value: Any) -> list[Any]:
+        return [sizes.get(size.node.expr) if isinstance(size, torch.SymInt) else size for size in value.shape]
+
+    def chunk(call: Call, value: Any, x: Node, chunks: int, dim: int = 0) -> Node | None:
+        size = x.meta["val"].shape[dim]
+        return None if isinstance(size, torch.SymInt) else call(aten.split.Tensor, x, -(-size // chunks), dim)
 
     def contiguous(call: Call, value: Any, x: Node, memory_format: Any = torch.contiguous_format) -> Node:
         if x.meta["val"].is_contiguous(memory_format=memory_format):
             return x
         return call(aten.clone.default, x, memory_format=memory_format)
 
-    def flatten(call: Call, value: Any, x: Node, *dims: int) -> Node:
-        return x if value.ndim == x.meta["val"].ndim else reshape(call, value, x, list(value.shape))
+    def flatten(call: Call, value: Any, x: Node, *dims: int) -> Node | None:
+        return x if value.ndim == x.meta["val"].ndim else reshape(call, value, x, shape_of(value))
 
-    def reshape(call: Call, value: Any, x: Node, shape: list[int]) -> Node:
+    def reshape(call: Call, value: Any, x: Node, shape: list[Any]) -> Node | None:
         given = x.meta["val"]
         if given.is_contiguous():
-            return call(aten.view.default, x, shape)
-        shape = list(value.shape)
+            return None if None in shape else call(aten.view.default, x, shape)
+        shape = shape_of(value)
+        if None in shape:
+            return None
         try:
-            given.view(shape)
+            given.view(list(value.shape))
         except (RuntimeError, ValueError):
             copy = call(aten.clone.default, x, memory_format=torch.contiguous_format, value=given.contiguous())
             return call(aten._unsafe_view.default, copy, shape)

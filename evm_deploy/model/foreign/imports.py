@@ -52,9 +52,9 @@ def importable() -> Iterator[None]:
     finally:
         for finder in finders:
             sys.meta_path.remove(finder)
-        for name, module in [*sys.modules.items()]:
-            if getattr(getattr(module, "__spec__", None), "loader", None) in finders:
-                del sys.modules[name]
+            for name, module in finder.loaded.items():
+                if sys.modules.get(name) is module:
+                    del sys.modules[name]
 
 
 class Placeholder:
@@ -114,10 +114,14 @@ def _on_cpu(value: Any) -> Any:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finder and loader of the modules that `served` knows. guarded: packages that guarded imports do not get."""
+    """Finder and loader of the modules that `served` knows, which it keeps in `loaded`.
+
+    guarded: packages that guarded imports do not get.
+    """
 
     def __init__(self, served: Any, guarded: tuple[str, ...] = ()) -> None:
         self.served, self.guarded = served, guarded
+        self.loaded: dict[str, ModuleType] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -133,6 +137,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
+        self.loaded[name] = module
         module.__dict__.update(self.served(name))
 
         def missing(attribute: str) -> Placeholder:
