@@ -47,6 +47,8 @@ def decompose(program: ExportedProgram, table: Mapping[Any, Any]) -> bool:
     """
     import torch
 
+    if not all(str(size).startswith("s") for size in program.range_constraints):  # u0: a size that depends on values
+        return False
     old, new = program.graph_module.graph, torch.fx.Graph()
     sizes: dict[Any, Node] = {}
     forms = _forms(sizes)
