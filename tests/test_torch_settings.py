@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from evm_deploy import load, load_checkpoint
-from evm_deploy._util.torch_settings import default_torch_settings
+from evm_deploy._util.torch_settings import default_torch_settings, no_stack_traces
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.model import Network
 from tests.toy import WIDTH, ToyBlock
@@ -79,6 +79,17 @@ def test_inside_the_block_everything_is_default_and_after_it_nothing_is(host):
     with pytest.raises(ZeroDivisionError), default_torch_settings():
         1 / 0  # noqa: B018
     assert settings() == before
+
+
+def test_nodes_are_traced_without_stack_traces_in_the_block_alone():
+    def recorded():
+        nodes = torch.export.export(nn.ReLU(), (torch.ones(1),)).graph.nodes
+        return [bool(node.stack_trace) for node in nodes if node.op == "call_function"]
+
+    with pytest.raises(ZeroDivisionError), no_stack_traces():
+        assert recorded() == [False]
+        1 / 0  # noqa: B018
+    assert recorded() == [True]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evm_deploy._util.silence import silence_libraries
+from evm_deploy._util.torch_settings import no_stack_traces
 from evm_deploy.errors import EvmError, ToolchainError
 from evm_deploy.runtimes.executorch import NAMES
 from evm_deploy.scan.onnx_function import DOMAIN
@@ -51,17 +52,18 @@ def lower(model: onnx.ModelProto, *, portable: bool) -> Program:
         module = GraphModule(model, portable=portable).eval()
         names = "\n\n".join("\n".join(each) for each in (module.inputs, module.outputs))
         try:
-            with torch.no_grad(), preserve_node_meta():
-                program = torch.export.export(module, _examples(model), strict=False)
-            edge = to_edge_transform_and_lower(
-                program,
-                partitioner=[XnnpackPartitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),  # it knows operators of torch alone
-                constant_methods={NAMES: names},
-            )
-            calls, scans = _calls(edge.exported_program()), _scans(edge.exported_program())
-            delegates = calls.pop(DELEGATE, 0)
-            return Program(bytes(edge.to_executorch().buffer), delegates, dict(sorted(calls.items())), scans)
+            with no_stack_traces():
+                with torch.no_grad(), preserve_node_meta():
+                    program = torch.export.export(module, _examples(model), strict=False)
+                edge = to_edge_transform_and_lower(
+                    program,
+                    partitioner=[XnnpackPartitioner()],
+                    compile_config=EdgeCompileConfig(_check_ir_validity=False),  # it knows operators of torch alone
+                    constant_methods={NAMES: names},
+                )
+                calls, scans = _calls(edge.exported_program()), _scans(edge.exported_program())
+                delegates = calls.pop(DELEGATE, 0)
+                return Program(bytes(edge.to_executorch().buffer), delegates, dict(sorted(calls.items())), scans)
         except EvmError:
             raise
         except Exception as error:  # of torch's tracer and ExecuTorch's passes

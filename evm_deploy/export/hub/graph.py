@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evm_deploy._util.packages import install_hint
 from evm_deploy._util.silence import silence_libraries
+from evm_deploy._util.torch_settings import no_stack_traces
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
 from evm_deploy.export.hub.decompositions import copied_decompositions
@@ -256,7 +257,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     if not plan.batch.static:
         dynamic = ({0: torch.export.Dim("batch", min=plan.batch.min, max=plan.batch.max)},)
     try:
-        with silence_libraries(), unparsed_torchlib(), copied_decompositions():
+        with silence_libraries(), no_stack_traces(), unparsed_torchlib(), copied_decompositions():
             program = torch.onnx.export(
                 model,
                 (example,),
