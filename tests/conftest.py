@@ -28,7 +28,7 @@ pytest.register_assert_rewrite(*pytest_plugins)
 import golden  # noqa: E402
 
 from tests.cache import once  # noqa: E402  isort: skip  before anything that imports `trace`
-from evm_deploy._util.garbage import collect_rarely  # noqa: E402
+from evm_deploy._util.own_process import set_up_own_process  # noqa: E402
 from evm_deploy.bundle.bundle import Bundle  # noqa: E402
 from evm_deploy.demo import CHECKPOINT  # noqa: E402
 from evm_deploy.export.plan import ExportPlan  # noqa: E402
@@ -40,7 +40,7 @@ from tests.coreml import built, plan_for  # noqa: E402
 TRAINED = Path(__file__).parents[2] / "shared" / "trained"
 DEAR = {"compiler", "browser", "jvm", "ssh", "cross", "valgrind", "slow"}  # as in Makefile
 torch.set_num_threads(1)
-collect_rarely()
+set_up_own_process()
 
 
 class SleepingSessionOptions(onnxruntime.SessionOptions):

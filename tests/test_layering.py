@@ -73,6 +73,7 @@ EXCEPTIONS = {
     "scan/mil.py": "the scan's lowering for coreml",
     "bench/bench_on_mac.py": "measures coreml in a bundle, without evm-deploy",
     "sweep/forms.py": "the default forms of a comparison",
+    "runtimes/coreml/tools.py": "packages that coremltools imports need not be found: those of another target too",
     "runtimes/providers.py": "execution providers of ONNX Runtime that have the names of targets",
     "export/triton.py": "Triton's backends by target",
     "commands/export_flags.py": "the help of flags that name targets: it loads no target",

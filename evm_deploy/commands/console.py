@@ -18,8 +18,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from evm_deploy import __version__
-from evm_deploy._util.garbage import collect_rarely
 from evm_deploy._util.kept import what_is_left
+from evm_deploy._util.own_process import set_up_own_process
 from evm_deploy._util.processes import leave
 from evm_deploy._util.progress import Progress, silent
 from evm_deploy._util.text import escape_controls
@@ -276,7 +276,7 @@ def run_command(prog: str, body: Callable[[], int], args: argparse.Namespace) ->
 
     args: with args.verbose, Python's traceback is printed below the message.
     """
-    collect_rarely()
+    set_up_own_process()
     try:
         with _interruptible(prog):
             return body()

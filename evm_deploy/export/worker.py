@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from subprocess import PIPE, TimeoutExpired
 from typing import IO, Any
 
-from evm_deploy._util.garbage import collect_rarely
+from evm_deploy._util.own_process import set_up_own_process
 from evm_deploy._util.processes import PATIENCE_S, Process, end_with_stdin
 from evm_deploy._util.progress import Progress, Step
 from evm_deploy._util.torch_settings import torch_threads
@@ -171,7 +171,7 @@ class Worker:
 
 def main() -> int:
     """Run the job that stdin holds. Returns the exit code."""
-    collect_rarely()
+    set_up_own_process()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     job: Job = pickle.load(sys.stdin.buffer)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evm_deploy._util.own_process import set_up_own_process
 from evm_deploy._util.text import escape_controls
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.runtimes.base import TensorSpec, check_feeds
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=Path, metavar="X.npz", help="arrays by input name; default: seeded noise")
     parser.add_argument("--outputs", type=Path, metavar="Y.npz", help="write the outputs to this file")
     args = parser.parse_args()
+    set_up_own_process()
     try:
         _run(args)
     except EvmError as error:

@@ -235,11 +235,11 @@ class Program:
 
 def _load(path: Path) -> tuple[Any, Any]:
     """Load a package with coremltools. Returns its specification and its program. Raises BundleError."""
+    if not path.exists():
+        raise BundleError(f"{path} does not exist")
     ct = coremltools()
     from coremltools.converters.mil.frontend.milproto.load import load
 
-    if not path.exists():
-        raise BundleError(f"{path} does not exist")
     package = native_path(path)
     try:
         with silence_libraries():
