@@ -1,6 +1,7 @@
 """Compare EfficientVMamba in float32 and INT8 with networks of about its size: latency, two threads, throughput.
 
     python benchmarks/rivals.py [--variant tiny] [--runtime onnxruntime] [--rounds 30] [--cpu-time] [--throughput]
+    python benchmarks/rivals.py --runtime openvino --isa avx2
 
 224x224, seeded weights, generated images. The networks are RepViT-M0.9, FastViT-T8 and MobileNetV2-1.4
 (../shared/benchmarks/peers). ONNX Runtime's own static quantisation makes their INT8 files, as its documentation says:
@@ -9,7 +10,7 @@ EfficientVMamba come from `evm-export --int8`.
 
 Batch 1 runs on one thread and on two, all networks in turn. --cpu-time measures one thread alone, by the CPU time of
 the process, which other work on the machine disturbs less. --throughput measures batch 8 on all cores, and as many
-streams of batch 1 as there are cores, in images a second.
+streams of batch 1 as there are cores, in images a second. --isa limits OpenVINO's instructions and ours.
 """
 
 from __future__ import annotations
@@ -189,7 +190,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cpu-time", action="store_true", help="measure one thread alone, by CPU time")
     parser.add_argument("--throughput", action="store_true", help="also measure batch 8 and streams")
+    parser.add_argument("--isa", choices=("avx2",), help="use no newer instructions, in OpenVINO and in our kernels")
     args = parser.parse_args()
+    if args.isa:
+        if args.runtime != "openvino":
+            parser.error("--isa: ONNX Runtime cannot be told which instructions to use; add --runtime openvino")
+        os.environ |= {"EVM_ISA": args.isa, "ONEDNN_MAX_CPU_ISA": args.isa.upper()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.runtime == "onnxruntime":

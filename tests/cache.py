@@ -1,4 +1,4 @@
-"""Hub graphs, Core ML programs and bundles are made once for a run of the tests and shared by its workers.
+"""Hub graphs, programs and bundles are made once for a run of the tests and shared by its workers.
 
 A graph or program is kept in `.pytest_cache`, where `make quick` finds those of the last run, by everything that
 decides it: the module with its weights, what the plan says of it, our sources, the versions of the tracers. While
@@ -37,16 +37,19 @@ import torch
 import evm_deploy
 from evm_deploy._util.files import write_atomically
 from evm_deploy._util.silence import silence_libraries
+from evm_deploy.export import executorch
 from evm_deploy.export.coreml import program
+from evm_deploy.export.executorch import program as lowering
+from evm_deploy.export.executorch import scans as executorch_scans
 from evm_deploy.export.hub import graph
 from evm_deploy.runtimes.coreml.tools import coremltools
 from evm_deploy.scan import onnx_function
 from tests.once import locked, once
 
 ROOT = Path(__file__).parents[1]
-TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "numpy", "coremltools")
+TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "numpy", "coremltools", "executorch")
 PARTS = (  # of us, what takes part in tracing
-    *("evm_deploy.export.hub", "evm_deploy.export.coreml"),
+    *("evm_deploy.export.hub", "evm_deploy.export.coreml", "evm_deploy.export.executorch"),
     *("evm_deploy.scan", "evm_deploy.model"),
 )
 OTHERS = (  # and of others, what a test may put something else in the place of
@@ -70,7 +73,7 @@ RETRACES = "retraces"
 def installed_version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # coremltools
+    except metadata.PackageNotFoundError:  # coremltools, executorch
         return "none"
 
 
@@ -265,7 +268,11 @@ def load_model(data: bytes) -> Any:
         return coremltools().models.MLModel(f"{folder}/model.mlpackage", skip_model_load=True)
 
 
-TRACED = {"hub": graph._trace, "program": program._trace, "scan": program.scan_program}
+def lower_digest(model: onnx.ModelProto, portable: bool) -> str:
+    return hashlib.sha256(model.SerializeToString(deterministic=True) + bytes([portable])).hexdigest()
+
+
+TRACED = {"hub": graph._trace, "program": program._trace, "scan": program.scan_program, "lower": lowering.lower}
 GRAPHS = Graphs(traced_by_form)
 PROGRAMS = Graphs(TRACED["program"], program_digest, dump_program, load_program)
 SCANS = Graphs(
@@ -274,6 +281,7 @@ SCANS = Graphs(
     dump_model,
     lambda data, *arguments: load_model(data),
 )
+LOWERED = Graphs(lambda model, portable: TRACED["lower"](model, portable=portable), lower_digest)
 
 
 def install() -> None:
@@ -287,6 +295,8 @@ def install() -> None:
     torch.onnx.export = export_by_form
     program._trace = remembering(PROGRAMS, "program")
     program.scan_program = remembering(SCANS, "scan")
+    for module in (executorch, executorch_scans, lowering):  # where it is called, and where tests import it from
+        module.lower = functools.wraps(TRACED["lower"])(lambda model, *, portable: LOWERED.trace(model, portable))
     Graphs.parts = parts()
 
 

@@ -8,8 +8,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from onnx import helper
 from torch.nn.utils import fusion
 
+from evm_deploy.export import executorch
 from evm_deploy.export.coreml import package, program
 from evm_deploy.export.hub import graph
 from evm_deploy.export.hub.graph import with_pre_and_postprocessing
@@ -72,6 +74,20 @@ def test_a_program_from_the_cache_is_the_converted_one(micro, tmp_path):
         assert content(tmp_path / f"{turn}.mlpackage") == content(tmp_path / "fresh.mlpackage")
     other = program.trace(module, plan, {"labels": "b"})
     assert other.model.user_defined_metadata["labels"] == "b" and "labels" not in kept.model.user_defined_metadata
+
+
+@pytest.mark.slow
+def test_a_lowered_graph_from_the_cache_is_the_lowered_one():
+    pytest.importorskip("executorch")
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    inputs, outputs = (helper.make_tensor_value_info(name, 1, [2, 3]) for name in "xy")
+    model = helper.make_model(helper.make_graph([relu], "relu", [inputs], [outputs]))
+    fresh = cache.TRACED["lower"](model, portable=True)
+    assert [executorch.lower(model, portable=True) for _ in range(2)] == [fresh, fresh]
+    digests = {cache.lower_digest(model, True), cache.lower_digest(model, False)}
+    relu.op_type = "Abs"
+    digests.add(cache.lower_digest(helper.make_model(helper.make_graph([relu], "relu", [inputs], [outputs])), True))
+    assert len(digests) == 3
 
 
 def content(folder):
