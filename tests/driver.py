@@ -13,8 +13,7 @@ import torch
 
 from evm_deploy.scan import reference
 from evm_deploy.scan.native import without_native_scan
-from evm_deploy.toolchain.compile import Compiler, parse_recipe
-from tests.cache import once
+from evm_deploy.toolchain.compile import Compiler, parse_recipe, read_recipe
 from tests.test_fused import image, in_float64, random_block
 from tests.test_fused_int8 import exact_block
 from tests.test_native import magnitudes, random_scan
@@ -119,10 +118,12 @@ def build_driver(
     return folder / "driver"
 
 
-def kernels_of_x86(shared_folder: Path) -> Path:
-    """Return a folder with a static `driver` and the objects of its kernels, which g++ compiles once for a run."""
-    compiler = Compiler(("g++",), "x86_64")
-    return once(shared_folder / "x86", lambda folder: build_driver(compiler, folder, ["-O1"], ["-static"]))
+def driver_of_installed_kernels(folder: Path) -> Path:
+    """The driver with the kernels as they are installed, static."""
+    recipe, compiler = read_recipe(), Compiler(("g++",), "x86_64")
+    objects = compiler.objects(recipe, [SOURCE], folder, recipe.archive(compiler.architecture))
+    compiler.run("-static", *objects, "-o", folder / "driver")
+    return folder / "driver"
 
 
 def check_random_scans(driver: Driver, count: int) -> None:

@@ -17,7 +17,7 @@ from evm_deploy.errors import ToolchainError
 from evm_deploy.scan import native
 from evm_deploy.toolchain import plugins
 from evm_deploy.toolchain.compile import read_recipe
-from tests.driver import Driver, check_hard_scans, check_random_scans, kernels_of_x86
+from tests.driver import Driver, check_hard_scans, check_random_scans, driver_of_installed_kernels
 from tests.test_native import isas
 from tests.toolchains import need
 
@@ -71,12 +71,12 @@ def test_every_runtime_refuses_an_unknown_one(micro_bundle):
 
 
 @pytest.mark.compiler
-def test_a_cpu_that_lacks_it(shared_folder):
+def test_a_cpu_that_lacks_it(tmp_path):
     """qemu's Haswell has AVX2 and no AVX-512: the kernel for AVX2 is used unless EVM_ISA names another one."""
     need("g++", "qemu")
     if "avx2" not in isas():
         pytest.skip("the kernels of x86-64 are tested on x86-64")
-    haswell = Driver(("qemu-x86_64", "-cpu", "Haswell", str(kernels_of_x86(shared_folder) / "driver")))
+    haswell = Driver(("qemu-x86_64", "-cpu", "Haswell", str(driver_of_installed_kernels(tmp_path))))
     for isa in ("", "avx2", "base"):
         check_random_scans(haswell.forced(isa), 2)
         check_hard_scans(haswell.forced(isa))
