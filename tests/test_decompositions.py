@@ -153,7 +153,6 @@ def nodes(program):
         ("micro_64", {"input": "tensor", "head": "probs", "batch": Batch(2, 2, 2), "imgsz": (64, 96)}),
         pytest.param("retina_micro", {}, marks=pytest.mark.slow),
         pytest.param("upernet_micro", {}, marks=pytest.mark.slow),
-        pytest.param("upernet_micro", {"batch": Batch(1, 2, 8)}, marks=pytest.mark.slow),
     ],
 )
 def test_the_nodes_are_those_of_a_second_trace(name, settings, module_of, monkeypatch):
