@@ -149,8 +149,11 @@ def nodes(program):
         ("toy", {}),
         ("toy", {"batch": Batch(1, 2, 4)}),
         ("micro_64", {}),
-        ("micro_64", {"batch": Batch(1, 1, None)}),
-        ("micro_64", {"input": "tensor", "head": "probs", "batch": Batch(2, 2, 2), "imgsz": (64, 96)}),
+        pytest.param("micro_64", {"batch": Batch(1, 1, None)}, marks=pytest.mark.slow),
+        pytest.param(
+            *("micro_64", {"input": "tensor", "head": "probs", "batch": Batch(2, 2, 2), "imgsz": (64, 96)}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("retina_micro", {}, marks=pytest.mark.slow),
         pytest.param("upernet_micro", {}, marks=pytest.mark.slow),
     ],
@@ -197,7 +200,7 @@ def test_other_programs_are_left_to_torch_as_they_are(name, batch, module_of, mo
     [
         ("micro_64", {}, 0),
         ("toy", {}, 0),
-        ("micro_64", {"batch": Batch(1, 2, 4)}, 0),
+        pytest.param("micro_64", {"batch": Batch(1, 2, 4)}, 0, marks=pytest.mark.slow),
         ("sizes", {"input": "tensor", "imgsz": (8, 8), "batch": Batch(1, 1, None)}, 0),
         (SIZE, {"input": "tensor", "batch": Batch(1, 1, None)}, 1),
         ("in place", {}, 1),
