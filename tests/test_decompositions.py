@@ -28,6 +28,8 @@ class Forms(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.plain = nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False)
+        self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.grouped = nn.ConvTranspose2d(4, 4, 3, 2, 1, 1, 2, bias=False, dilation=2)
 
     def forward(self, x):
         y = self.plain(self.norm(x.to(torch.float64).to(torch.float32))).to(torch.float32)
@@ -38,7 +40,9 @@ class Forms(nn.Module):
         memory = [moved.contiguous(), y.contiguous(), y.contiguous(memory_format=torch.channels_last)]
         kept = (y > 0) & (y < 1)
         scaled = y @ torch.from_numpy(np.ones((2, 8), np.float32)).T
-        return *views, *flat, *memory, first + second, last, kept, scaled, y.detach() + 1, y.split(2, 1)[1]
+        others = [y.split(2, 1)[1], y.square(), y.unflatten(1, (2, -1)), moved.unflatten(-1, (2, 2))]
+        ups = [self.up(y) * torch.tensor([1.0, 2.0, 3.0])[:, None, None], self.grouped(y)]
+        return *views, *flat, *memory, first + second, last, kept, scaled, y.detach() + 1, *others, *ups
 
 
 class Sizes(nn.Module):
@@ -47,10 +51,11 @@ class Sizes(nn.Module):
     def forward(self, x):
         n, moved = x.shape[0], x.permute(0, 2, 3, 1)
         products = (n + 1 - 1) * 8 // 2, 2 * n
+        parts = [x.unflatten(1, (2, -1)), moved.unflatten(3, (2, 2))]
         views = [x.reshape(n, -1), moved[:, :, :4].reshape(n, -1, 4), moved.reshape(n, 8, -1), x.reshape(4 * n, -1)]
         copies = [moved.reshape(products[0], -1, 4), moved.reshape(-1, products[1]).T]
         flat = [x.flatten(1), moved.flatten(1, 2), x.flatten(3), moved.contiguous(), x.chunk(3, dim=-1)[2]]
-        return *views, *copies, *flat
+        return *views, *copies, *flat, *parts
 
 
 class Calls(nn.Module):
@@ -59,7 +64,7 @@ class Calls(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.function, self.norm = function, nn.BatchNorm2d(4, track_running_stats=False)
-        self.up, self.total = nn.ConvTranspose2d(4, 4, 2), nn.Buffer(torch.zeros(4, 1, 1))
+        self.total = nn.Buffer(torch.zeros(4, 1, 1))
 
     def forward(self, x):
         return self.function(self, x)
@@ -76,7 +81,7 @@ CALLED = {
     "in place": lambda network, x: F.relu_(x * 2),
     "a buffer is changed": lambda network, x: network.total.add_(1) + x,
     "statistics of the batch": lambda network, x: network.norm(x),
-    "no ONNX function": lambda network, x: network.up(x),
+    "no ONNX function": lambda network, x: F.adaptive_avg_pool1d(x.flatten(2), 4),
     "a composite view that is not known": lambda network, x: x.movedim(1, -1),
     "a program inside": without_gradients,
     SIZE: lambda network, x: x.flatten(0, 1),
@@ -85,7 +90,7 @@ CALLED = {
 }
 
 
-OPERATORS = {"forms": (Forms, 16), "sizes": (Sizes, 11)}  # and how many outputs they have
+OPERATORS = {"forms": (Forms, 21), "sizes": (Sizes, 13)}  # and how many outputs they have
 
 
 @pytest.fixture

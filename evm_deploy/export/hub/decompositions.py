@@ -129,6 +129,12 @@ def _forms(sizes: Mapping[Any, Node]) -> dict[Any, Callable[..., Any]]:
             return x
         return call(aten.clone.default, x, memory_format=memory_format)
 
+    def conv_transpose2d(call: Call, value: Any, x: Node, weight: Node, bias: Any = None, *args: Any) -> Node:
+        defaults = [1, 1], [0, 0], [0, 0], 1, [1, 1]
+        stride, padding, output_padding, groups, dilation = *args, *defaults[len(args) :]
+        options = stride, padding, dilation, True, output_padding, groups
+        return call(aten.convolution.default, x, weight, bias, *options)
+
     def flatten(call: Call, value: Any, x: Node, *dims: int) -> Node | None:
         return x if value.ndim == x.meta["val"].ndim else reshape(call, value, x, shape_of(value))
 
@@ -151,16 +157,24 @@ def _forms(sizes: Mapping[Any, Node]) -> dict[Any, Callable[..., Any]]:
             return None
         return x if x.meta["val"].dtype == dtype else call(aten._to_copy.default, x, dtype=dtype)
 
+    def unflatten(call: Call, value: Any, x: Node, *args: Any) -> Node | None:
+        shape = shape_of(value)
+        return None if None in shape else call(aten.view.default, x, shape)
+
     return {
         aten.__and__.Tensor: lambda call, value, x, y: call(aten.bitwise_and.Tensor, x, y),
         aten._assert_tensor_metadata.default: lambda call, value, x, *args, **kwargs: x,  # torch.onnx.export drops it
         aten.batch_norm.default: batch_norm,
         aten.chunk.default: chunk,
         aten.contiguous.default: contiguous,
+        aten.conv_transpose2d.input: conv_transpose2d,
+        aten.detach_.default: lambda call, value, x: x,
         aten.dropout.default: lambda call, value, x, p, train: None if train else call(aten.clone.default, x),
         aten.flatten.using_ints: flatten,
         aten.lift_fresh_copy.default: lambda call, value, x: call(aten.clone.default, x),
         aten.numpy_T.default: lambda call, value, x: call(aten.permute.default, x, [*range(value.ndim)][::-1]),
         aten.reshape.default: reshape,
+        aten.square.default: lambda call, value, x: call(aten.pow.Tensor_Scalar, x, 2),
         aten.to.dtype: to,
+        aten.unflatten.int: unflatten,
     }
