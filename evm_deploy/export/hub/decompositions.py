@@ -130,7 +130,7 @@ def _forms(sizes: Mapping[Any, Node]) -> dict[Any, Callable[..., Any]]:
         return call(aten.clone.default, x, memory_format=memory_format)
 
     def conv_transpose2d(call: Call, value: Any, x: Node, weight: Node, bias: Any = None, *args: Any) -> Node:
-        defaults = [1, 1], [0, 0], [0, 0], 1, [1, 1]
+        defaults: list[Any] = [[1, 1], [0, 0], [0, 0], 1, [1, 1]]
         stride, padding, output_padding, groups, dilation = *args, *defaults[len(args) :]
         options = stride, padding, dilation, True, output_padding, groups
         return call(aten.convolution.default, x, weight, bias, *options)
