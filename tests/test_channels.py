@@ -147,6 +147,7 @@ def test_repeated_defaults_are_said(channels):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 def test_a_grey_checkpoint_is_inferred_exported_and_asked(grey_checkpoint, tmp_path, capsys):
     assert load_checkpoint(grey_checkpoint).spec.channels == 1
     flags = ["--target", "onnx", "--imgsz", "64", "-o", str(tmp_path)]

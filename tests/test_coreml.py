@@ -387,6 +387,7 @@ def test_a_damaged_package_in_a_bundle(coreml_bundle, tmp_path):
         load(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.retraces
 def test_the_cast_patch_is_still_needed(monkeypatch, coreml_fp32):
     """The day that coremltools takes NumPy's one-element arrays, coreml_tools._patch_cast can go."""

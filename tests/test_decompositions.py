@@ -203,7 +203,7 @@ def test_other_programs_are_left_to_torch_as_they_are(name, batch, module_of, mo
 @pytest.mark.parametrize(
     ("name", "settings", "again"),
     [
-        ("micro_64", {}, 0),
+        pytest.param("micro_64", {}, 0, marks=pytest.mark.slow),
         ("toy", {}, 0),
         pytest.param("micro_64", {"batch": Batch(1, 2, 4)}, 0, marks=pytest.mark.slow),
         ("sizes", {"input": "tensor", "imgsz": (8, 8), "batch": Batch(1, 1, None)}, 0),

@@ -103,6 +103,7 @@ def test_a_network_runs_tests_itself_and_has_no_scatter(tmp_path):
     assert np.abs(have["maps"] - want["maps"][0].numpy()).max() <= 1e-5 * want["maps"][0].abs().max()
 
 
+@pytest.mark.slow
 def test_an_export_whose_scans_carry_nothing_says_so(tmp_path):
     given = network("core", "interface")
     with torch.no_grad():

@@ -132,7 +132,7 @@ class Crops(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")
-@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 21])
 def test_regions_of_every_level_are_cropped_alike_in_every_runtime(opset):
     rng = np.random.default_rng(0)
     corners = rng.uniform(-10, 80, (3, 40, 2))

@@ -154,6 +154,7 @@ def test_every_precision_has_the_types_of_its_file(schema, bundle_of, precision)
     same_as_the_selftest(bundle, session)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nms", ["graph", "none"])
 def test_detectors_have_no_labels_on_their_outputs(schema, detector_bundles, arranged, nms):
     bundle = arranged(detector_bundles[nms])

@@ -12,11 +12,11 @@ _own = False
 
 
 def set_up_own_process() -> None:
-    """Set this process up as one of evm-deploy's own, in which no code of others runs but for us.
+    """Set up this process as one of evm-deploy's own: a command or a worker, which runs no code of a host program.
 
-    Garbage is collected after 50,000 new objects, and old objects a thousand times as rarely: a trace makes millions of
-    objects that live on; with Python's 700, collections took a tenth of the CPU time of an export of the demo. The
-    collection at exit is left out: it took a third of a second. `not_installed` has an effect.
+    From now on `not_installed` hides packages. Garbage is collected after 50,000 new objects, and old objects a
+    thousand times as rarely: a trace makes millions of objects that live on; with Python's 700, collections took a
+    tenth of the CPU time of an export of the demo. The collection at exit is left out: it took a third of a second.
     """
     global _own
     _own = True
