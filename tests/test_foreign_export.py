@@ -246,6 +246,22 @@ def test_a_branch_on_data_is_named(target, tmp_path):
         export(given, ExportPlan(target, "fp32"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("onnx", r"calls prims\.bessel_j0, which has no ONNX function"),
+        pytest.param(
+            "coreml", "calls special_bessel_j0, which coremltools .* does not convert", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_an_operation_that_a_target_lacks_is_named(target, message, tmp_path):
+    given = Network.of(Returns(torch.special.bessel_j0), outputs=["y"])
+    with pytest.raises(UsageError, match=message) as raised:
+        export(given, ExportPlan(target, "fp32", imgsz=(8, 8)), tmp_path)
+    assert raised.value.hint == "write it with other operations of torch"
+
+
 def test_an_output_too_many_is_named(tmp_path):
     given = Network.of(Returns(lambda y: (y, y)), outputs=["a"])
     with pytest.raises(UsageError, match="returns 2 tensors, but its outputs are a"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.errors import ToolchainError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.coreml.coremltools_patch import converter, exact_pipeline, rarely_checked
 from evm_deploy.export.coreml.fold_batch_norm import fold_batch_norm, module_path
 from evm_deploy.export.coreml.suppression import INTEGERS, half_precision, register_suppression
@@ -66,7 +67,8 @@ def trace_key(plan: ExportPlan) -> tuple[Any, ...]:
 def trace(module: Any, plan: ExportPlan, metadata: Mapping[str, str]) -> MlProgram:
     """Convert a module to a program for each image size of the plan: float32 for precision fp32, else float16.
 
-    Raises ToolchainError if coremltools fails, and UsageError for a weight that float16 cannot hold.
+    Raises ToolchainError if coremltools fails, and UsageError for an operation that it does not convert, or a weight
+    that float16 cannot hold.
     """
     import torch
 
@@ -190,6 +192,11 @@ def _convert(source: Any, **options: Any) -> Any:
             )
     except Exception as error:  # coremltools raises exceptions of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if missing := re.match(r"PyTorch convert function for op '(\w+)' not implemented", reason):
+            raise UsageError(
+                f"the network calls {missing[1]}, which coremltools {ct.__version__} does not convert",
+                "write it with other operations of torch",
+            ) from error
         raise ToolchainError(
             f"coremltools {ct.__version__} cannot convert the network: {reason}",
             "report this, with the output of evm-doctor",

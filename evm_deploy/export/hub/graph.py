@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -200,7 +201,8 @@ def trace(model: Any, plan: ExportPlan, metadata: dict[str, str]) -> Graph:
 
     Steps: torch.export with the scan as one op; BatchNorm folded; nodes and values named after module paths; the
     portable body added as a local function; onnxsim; chains of moves merged; the oldest IR version that the opset
-    allows; full check; metadata. Raises ToolchainError if a package is missing or a step fails.
+    allows; full check; metadata. Raises ToolchainError if a package is missing or a step fails, UsageError for a
+    network that has no ONNX graph.
     """
     graph = _trace(model, plan)
     for key in sorted(metadata):
@@ -299,6 +301,10 @@ def _not_traceable(error: Exception) -> EvmError:
     cause = innermost(error)
     if isinstance(cause, EvmError):
         return cause
+    if missing := re.match(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(cause)):
+        return UsageError(
+            f"the network calls {missing[1]}, which has no ONNX function", "write it with other operations of torch"
+        )
     why = reason(error)
     if "data-dependent" in why.lower():
         return UsageError(
