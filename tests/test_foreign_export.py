@@ -246,20 +246,43 @@ def test_a_branch_on_data_is_named(target, tmp_path):
         export(given, ExportPlan(target, "fp32"), tmp_path)
 
 
+@torch.library.custom_op("evm_test::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+
+
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("target", "function", "message"),
     [
-        ("onnx", r"calls prims\.bessel_j0, which has no ONNX function"),
-        pytest.param(
-            "coreml", "calls special_bessel_j0, which coremltools .* does not convert", marks=pytest.mark.slow
+        ("onnx", torch.special.bessel_j0, r"calls prims\.bessel_j0, which has no ONNX function"),
+        ("onnx", doubled, r"calls evm_test\.doubled, which has no ONNX function"),
+        *(
+            pytest.param(
+                *("coreml", function, f"calls {name}, which coremltools .* does not convert"), marks=pytest.mark.slow
+            )
+            for function, name in (
+                (torch.special.bessel_j0, "special_bessel_j0"),
+                (lambda x: doubled(x), "evm_test::doubled"),
+            )
         ),
     ],
 )
-def test_an_operation_that_a_target_lacks_is_named(target, message, tmp_path):
-    given = Network.of(Returns(torch.special.bessel_j0), outputs=["y"])
+def test_an_operation_that_a_target_lacks_is_named(target, function, message, tmp_path):
+    given = Network.of(Returns(function), outputs=["y"])
     with pytest.raises(UsageError, match=message) as raised:
         export(given, ExportPlan(target, "fp32", imgsz=(8, 8)), tmp_path)
     assert raised.value.hint == "write it with other operations of torch"
+
+
+@pytest.mark.slow
+def test_a_network_that_cannot_be_copied_is_refused_where_a_copy_is_needed(tmp_path):
+    given = Network.of(Returns(doubled), outputs=["y"])  # holds the operator as an attribute
+    with pytest.raises(UsageError, match="cannot be copied, as Core ML needs it: TypeError: cannot pickle") as raised:
+        export(given, ExportPlan("coreml", "fp32", imgsz=(8, 8)), tmp_path)
+    assert "copy.deepcopy" in raised.value.hint
 
 
 def test_an_output_too_many_is_named(tmp_path):

@@ -59,7 +59,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 def no_stack_traces() -> Iterator[None]:
     """Context manager in which torch traces without a stack trace for each node, which nothing here reads.
 
-    Threads that trace meanwhile get none either. Stack traces take a tenth of the CPU time of a trace.
+    Threads that trace meanwhile get none either.
     """
     import torch.fx.config as config
 

@@ -9,6 +9,7 @@ import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy.errors import UsageError
 from evm_deploy.model.batch_norm import folded_modules
 
 if TYPE_CHECKING:
@@ -19,13 +20,22 @@ def fold_batch_norm(module: nn.Module, example: Tensor) -> nn.Module:
     """Return a copy of `module`, in eval mode, with each BatchNorm folded into the convolution before it.
 
     Nothing else may read the convolution's output. A trace with `example` finds these pairs, whichever modules hold
-    them. A convolution or a norm that runs more than once stays as it is.
+    them. A convolution or a norm that runs more than once stays as it is. Raises UsageError for a module that cannot
+    be copied.
     """
     from torch import nn
 
+    from evm_deploy.model.foreign.look import reason
+
     convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
     norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-    folded = copy.deepcopy(module).eval()
+    try:
+        folded = copy.deepcopy(module).eval()
+    except Exception as error:  # of any attribute of a network of others
+        raise UsageError(
+            f"the network cannot be copied, as Core ML needs it: {reason(error)}",
+            "keep what copy.deepcopy refuses outside of its modules",
+        ) from error
     for conv_path, norm_path in _pairs(folded, example):
         conv, norm = folded.get_submodule(conv_path), folded.get_submodule(norm_path)
         if isinstance(conv, convolutions) and isinstance(norm, norms) and norm.running_mean is not None:

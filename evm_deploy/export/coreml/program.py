@@ -192,7 +192,7 @@ def _convert(source: Any, **options: Any) -> Any:
             )
     except Exception as error:  # coremltools raises exceptions of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if missing := re.match(r"PyTorch convert function for op '(\w+)' not implemented", reason):
+        if missing := re.match(r"PyTorch convert function for op '(.+?)' not implemented", reason):
             raise UsageError(
                 f"the network calls {missing[1]}, which coremltools {ct.__version__} does not convert",
                 "write it with other operations of torch",

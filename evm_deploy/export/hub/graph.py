@@ -301,7 +301,7 @@ def _not_traceable(error: Exception) -> EvmError:
     cause = innermost(error)
     if isinstance(cause, EvmError):
         return cause
-    if missing := re.match(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(cause)):
+    if missing := re.match(r"No ONNX function found for <OpOverload\(op='(.+?)'", str(cause)):
         return UsageError(
             f"the network calls {missing[1]}, which has no ONNX function", "write it with other operations of torch"
         )

@@ -11,7 +11,7 @@ from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import ToolchainError
 
 INSTALL_HINT = install_hint("coreml")
-#: Packages from which coremltools converts, too, and which it imports where they are installed: 4 of its 5 CPU seconds.
+#: Packages from which coremltools converts, too. It imports those that are installed, which takes most of its time.
 OTHER_SOURCES = ("executorch", "sklearn", "tensorflow", "torchao", "xgboost")
 
 
