@@ -4,7 +4,7 @@
 
 The blocks are those of T's two scan stages at 224x224, batch 1, one thread. The weights are random; the ranges are of
 the block's own input. Times are CPU times, the least of all rounds. The bound is the ratio if the multiply-adds of
-in_proj, out_proj and local_proj ran 4 (VNNI) or 2 (pairs of 16-bit products) times as fast as a pure float
+in_proj, x_proj, out_proj and local_proj ran 4 (VNNI) or 2 (pairs of 16-bit products) times as fast as a pure float
 multiply-add loop on this core (fma_peak.cpp), and quantising took no time. On a busy machine the measured rate is too
 low, and the bound too high.
 """
@@ -31,6 +31,7 @@ from tests.test_fused import block_model, image, random_block
 from tests.test_fused_int8 import int8_model, quantized
 
 SHAPES = ((56, 48, 3), (28, 96, 6))  # H = W, C, R of T's stages at 224x224
+STATES = 16
 
 
 def session(model: bytes) -> ort.InferenceSession:
@@ -57,7 +58,7 @@ def main() -> int:
     peak = None if isa == "base" else fma_peak(*ISAS[float_isa])  # without FMA the float block is far from that loop
     print(f"{where()}, onnxruntime {ort.__version__}, {isa}, {args.rounds} rounds")
     for size, dim, rank in SHAPES:
-        block, x = random_block(0, dim, rank, 16), image(0, 1, size, size, dim)
+        block, x = random_block(0, dim, rank, STATES), image(0, 1, size, size, dim)
         float_block = session(block_model(block, 1, size, size))
         int8_block = session(int8_model(quantized(block, x), 1, size, size))
         subjects = {"float": float_block, "int8": int8_block}
@@ -66,7 +67,7 @@ def main() -> int:
         line = f"{size}x{size}x{dim}: float {least['float']:.3f} ms, int8 {least['int8']:.3f} ms, float / int8"
         line += f" {least['float'] / least['int8']:.2f}"
         if peak:
-            products = size * size * 7 * dim * dim / peak / 1e6
+            products = size * size * (7 * dim * dim + 2 * dim * (rank + 2 * STATES)) / peak / 1e6
             saved = products * (3 / 4 if vnni else 1 / 2)
             line += f", bound {least['float'] / (least['float'] - saved):.2f} ({peak:.0f} multiply-adds per ns)"
         print(line)

@@ -46,7 +46,7 @@ def products(size: int, dim: int, rank: int, int8_rate: float) -> dict[str, floa
     of_token = {
         "project": dim * inner / int8_rate,
         "convolve": 9 * (inner + dim) + SILU * inner + GELU * dim + dim * dim / int8_rate,
-        "parameters": inner * (rank + 2 * STATES),
+        "parameters": inner * (rank + 2 * STATES) / int8_rate,
         "scan": inner * (STATES * STATE_STEP + rank + SOFTPLUS),
         "output": (dim * inner * 2) / int8_rate + SILU * inner,
     }

@@ -41,11 +41,19 @@ BLOCK = (
     "local_proj_weight:CC11 local_proj_bias:C gate_norm_weight:C gate_norm_bias:C gate_reduce_weight:CG "
     "gate_reduce_bias:G gate_select_weight:GC gate_select_bias:C"
 )
+
+
+def _with_int8(block: str, layer: str, weight: str, scales: str) -> str:
+    """Return the inputs of a block with this layer in int8."""
+    there = f"{layer}:{weight}:int8 {layer}_scale:{scales} {layer}_input_scale: {layer}_input_zero_point::uint8"
+    return block.replace(f" {layer}:{weight} ", f" {there} ")
+
+
 INT8 = BLOCK
-for layer, weight, columns in (("in_proj", "CZ", "Z"), ("out_proj", "dC", "C"), ("local_proj_weight", "CC11", "C")):
-    there = f"{layer}:{weight}:int8 {layer}_scale:{columns} {layer}_input_scale: {layer}_input_zero_point::uint8"
-    INT8 = INT8.replace(f" {layer}:{weight} ", f" {there} ")
-OPERATORS = {"SelectiveScan": SCAN, "EVSSBlock": BLOCK, "EVSSBlockInt8": INT8}
+for layer in (("in_proj", "CZ", "Z"), ("out_proj", "dC", "C"), ("local_proj_weight", "CC11", "C")):
+    INT8 = _with_int8(INT8, *layer)
+INT8_X_PROJ = _with_int8(INT8, "x_proj", "4dX", "41X")
+OPERATORS = {"SelectiveScan": SCAN, "EVSSBlock": BLOCK, "EVSSBlockInt8": INT8, "EVSSBlockInt8XProj": INT8_X_PROJ}
 # Largest sizes of problems that fit.
 LARGEST = {**dict.fromkeys("bKLHW", 5), "D": 70, "C": 40, "d": 50, "N": 20, "R": 5, "G": 6}
 WIDEST = 65536  # largest number of channels, states and ranks that the operators accept
@@ -124,10 +132,11 @@ def emptied(g: np.random.Generator, op: str, sizes: dict[str, int]) -> dict[str,
     """Set one or two sizes to 0, and one other size to a huge value if every operand with that size stays empty."""
     zero = set(g.choice(list(sizes), 2))
     lone = {
-        axis
+        size
         for each in operands(op)
         if not zero & set(each.axes)
-        for axis in {"Z": "d", "X": "RN"}.get(each.axes, each.axes)
+        for axis in each.axes
+        for size in {"Z": "d", "X": "RN"}.get(axis, axis)
     }
     huge = [axis for axis in sizes if axis not in lone and axis not in zero]
     return {**sizes, **dict.fromkeys(zero, 0), **({str(g.choice(huge)): int(g.choice(HUGE))} if huge else {})}

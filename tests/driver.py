@@ -24,7 +24,11 @@ SOURCE = NATIVE / "tests" / "driver.cpp"
 
 @dataclass(frozen=True)
 class Problem:
-    """op: 0 scan, 1 block, 2 int8 block. sizes, arrays: in the order of the struct. outputs: shapes of the results."""
+    """A call of the driver.
+
+    op: 0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj. sizes, arrays: in the order of the struct.
+    outputs: shapes of the results.
+    """
 
     op: int
     sizes: tuple[int, ...]
@@ -49,10 +53,11 @@ def block_problem(arrays, b, H, W, C, d, N, R, G):
 
 
 def int8_block_problem(x, operands):
-    """operands: of evm::EVSSBlockInt8."""
+    """operands: of evm::EVSSBlockInt8 or evm::EVSSBlockInt8XProj."""
     (b, H, W, C), (d, N), R = x.shape, operands["A"].shape[1:], operands["dt_proj"].shape[1]
     float_problem = block_problem([], b, H, W, C, d, N, R, len(operands["gate_reduce_bias"]))
-    return replace(float_problem, op=2, arrays=[x, *operands.values()])
+    op = 3 if "x_proj_scale" in operands else 2
+    return replace(float_problem, op=op, arrays=[x, *operands.values()])
 
 
 def any_block(seed, b, H, W, C, d, N, R, G):
@@ -67,17 +72,18 @@ def any_block(seed, b, H, W, C, d, N, R, G):
     return block_problem(arrays, b, H, W, C, d, N, R, G)
 
 
-def any_int8_block(seed, *sizes):
-    """`any_block` with int8 linear layers."""
+def any_int8_block(seed, *sizes, x_proj=True):
+    """`any_block` with int8 linear layers, and x_proj among them or not."""
     problem, arrays, g = any_block(seed, *sizes), [], np.random.default_rng(seed)
     for i, array in enumerate(problem.arrays):
-        if i not in (3, 13, 16):  # in_proj, out_proj, local_proj_weight
+        if i not in (3, *((6,) if x_proj else ()), 13, 16):  # in_proj, x_proj, out_proj, local_proj_weight
             arrays.append(array)
             continue
-        scale = np.full(array.shape[1], max(1e-6, np.abs(array).max(initial=0) / 127))
+        columns = (*array.shape[:-2], 1, array.shape[-1])  # one scale for each column of each matrix
+        scale = np.full(columns, max(1e-6, np.abs(array).max(initial=0) / 127))
         zero_point = np.array(g.integers(256), np.uint8)
         arrays += [np.round(array / scale).astype(np.int8), scale, np.array(0.03), zero_point]
-    return replace(problem, op=2, arrays=arrays)
+    return replace(problem, op=3 if x_proj else 2, arrays=arrays)
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,9 @@ def check_exact_int8_blocks(driver: Driver, count: int) -> None:
     """The same bits as integer arithmetic gives, at depths beyond 512 and 2^24 too."""
     problems, wanted = [], []
     for i in range(count):
-        x, operands, want, want_u = exact_block(i)
+        x, operands, *want = exact_block(i, x_proj=i % 4 > 0)
         problems.append(int8_block_problem(x, operands))
-        wanted.append((want, want_u))
-    for (want, want_u), (out, u, *_) in zip(wanted, driver.run(problems), strict=True):
-        np.testing.assert_array_equal(out, want)
-        np.testing.assert_array_equal(np.maximum(u, 0), want_u)
+        wanted.append(want)
+    for want, (out, u, _, *states, _) in zip(wanted, driver.run(problems), strict=True):
+        for one, other in zip(want, (out, np.maximum(u, 0), *states), strict=True):
+            np.testing.assert_array_equal(other, one)

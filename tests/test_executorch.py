@@ -537,7 +537,7 @@ def test_an_int8_export_has_int8_blocks_and_tests_itself(tmp_path):
     made = export(CHECKPOINT, plan, tmp_path)
     accuracy, facts = made.manifest.accuracy, made.manifest.details
     assert accuracy["ok"] and accuracy["sqnr_db"] > 25 and facts["quantization"]["int8_layers"] > 10
-    assert facts["operators"]["EVSSBlockInt8.default"] == 2 and facts["quantization"]["size_of_fp32"] < 0.6
+    assert facts["operators"]["EVSSBlockInt8XProj.default"] == 2 and facts["quantization"]["size_of_fp32"] < 0.6
     assert "weight_bits" not in facts["quantization"]  # nothing saturates
     with load(made.path) as model:
         assert all(check.ok for check in model.selftest())

@@ -22,12 +22,13 @@ from evm_deploy.scan.fused import SCAN_OUTPUTS
 from evm_deploy.scan.native import without_native_scan
 from tests.test_fused import LARGE_MAPS, hub, image, isa, random_block  # noqa: F401 (isa is a fixture)
 
-#: The linear layers, by operand: path of the module, axis of the output channels in the operand.
+#: The linear layers that are modules, by operand: path of the module, axis of the output channels in the operand.
 LAYERS = {
     "in_proj": ("op.in_proj", 1),
     "out_proj": ("op.out_proj", 1),
     "local_proj_weight": ("conv_branch.3", 0),
 }
+INT8 = (*LAYERS, "x_proj")  # operands of evm::EVSSBlockInt8XProj in int8
 
 
 class QuantizedLayer(nn.Module):
@@ -55,18 +56,22 @@ def input_quantization(values, zero_point=None):
     return np.float32(max(*sides, 1e-6)), np.uint8(zero_point)
 
 
-def quantized(block, x, zero_points=(None, None, None)):
-    """Operands of evm::EVSSBlockInt8, by name: weights of `block` per channel, inputs by their range on x."""
+def quantized(block, x, zero_points=(None, None, None, None), x_proj=True):
+    """Operands of an int8 block, by name: weights of `block` per channel, inputs by their range on x.
+
+    x_proj: whether x_proj is int8, too.
+    """
     with torch.inference_mode(), without_native_scan():
         ranges = record(block, x)
     operands = {}
     for name, value in block.fused_op().operands.items():
         operands[name] = value.contiguous().numpy()
-        if name in LAYERS:
-            weight, axis, zero_point = operands[name], LAYERS[name][1], zero_points[list(LAYERS).index(name)]
-            scale = np.abs(weight).max(tuple({*range(weight.ndim)} - {axis}), keepdims=True) / np.float32(127)
+        if name in LAYERS or (x_proj and name == "x_proj"):
+            weight, zero_point = operands[name], zero_points[INT8.index(name)]
+            summed = (1,) if name == "x_proj" else tuple({*range(weight.ndim)} - {LAYERS[name][1]})
+            scale = np.abs(weight).max(summed, keepdims=True) / np.float32(127)
             operands[name] = np.round(weight / scale).astype(np.int8)
-            operands[f"{name}_scale"] = scale.reshape(-1)
+            operands[f"{name}_scale"] = scale if name == "x_proj" else scale.reshape(-1)
             quantization = input_quantization(ranges[name], zero_point)
             operands |= zip((f"{name}_input_scale", f"{name}_input_zero_point"), quantization, strict=True)
     return operands
@@ -74,7 +79,8 @@ def quantized(block, x, zero_points=(None, None, None)):
 
 def record(block, x):
     """Record the inputs of a block's linear layers, by operand."""
-    seen = {}
+    seen, project = {}, block.op.project
+    block.op.project = lambda u: project(seen.setdefault("x_proj", u))
     hooks = [
         block.get_submodule(path).register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
         for name, (path, _) in LAYERS.items()
@@ -82,6 +88,7 @@ def record(block, x):
     block(torch.from_numpy(x))
     for hook in hooks:
         hook.remove()
+    del block.op.project
     return seen
 
 
@@ -99,15 +106,19 @@ def in_float64(block, operands, x):
         parent, _, child = path.rpartition(".")
         layer = QuantizedLayer(weight, *quantization, bias, 1 if convolution else -1)
         setattr(double.get_submodule(parent), child, layer)
+    if "x_proj_scale" in operands:
+        of_x_proj = [operands[f"x_proj{end}"] for end in ("", "_scale", "_input_scale", "_input_zero_point")]
+        double.op.project = QuantizedLayer(*of_x_proj, np.zeros(1), -1).forward
     with torch.inference_mode(), without_native_scan():
         return double(torch.from_numpy(x).double()).numpy()
 
 
 def int8_model(operands, b, H, W, scan_outputs=False, functions=()):
-    """Return a model of a single evm::EVSSBlockInt8 node. functions: bodies for runtimes without the kernel."""
+    """Return a model of a single node, an int8 block. functions: bodies for runtimes without the kernel."""
+    op_type = "EVSSBlockInt8XProj" if "x_proj_scale" in operands else "EVSSBlockInt8"
     outputs = ["out", *(SCAN_OUTPUTS if scan_outputs else ())]
     unread = [""] * (len(functions[0].output) - len(outputs) if functions else 0)
-    node = helper.make_node("EVSSBlockInt8", ["x", *operands], [*outputs, *unread], domain="evm")
+    node = helper.make_node(op_type, ["x", *operands], [*outputs, *unread], domain="evm")
     graph = helper.make_graph(
         [node],
         "block",
@@ -129,18 +140,18 @@ def quantized_integers(values, zero_point):
     return (np.clip(np.rint(values) + zero_point, 0, 255) - zero_point).astype(np.int64)
 
 
-def exact_block(seed):
-    """x, operands, out and the scan's input (0 for the negative) of a block that rounds nothing but large sums.
+def exact_block(seed, x_proj=True):
+    """x, operands, out and the scan's u (0 for the negative), B and C of a block that rounds nothing but large sums.
 
-    Scales are powers of two, norms give their bias, SiLU and GELU are far from 0, the scan gives 0 and the gates 1: out
-    is scan branch + local branch, bit for bit what integer sums say. Half steps and saturation are frequent; the sums
-    of every third block go beyond 2^24.
+    Scales are powers of two, norms give their bias, SiLU and GELU are far from 0 and the gates 1: out is scan branch +
+    local branch, bit for bit what integer sums say. Half steps and saturation are frequent; the sums of every third
+    block go beyond 2^24. x_proj: whether x_proj is int8, with such sums; else it is 0.
     """
     g, huge = np.random.default_rng(seed), seed % 3 == 0
     b, H, W = (int(g.integers(1, high)) for high in (3, 5, 5))
     C = int(g.choice([600, 700] if huge else [1, 3, 17, 48, 130, 600]))
     d, G = int(g.choice([600, 700] if huge else [1, 2, 35, 96, 700])), int(g.integers(1, 4))
-    zero_points = [0 if huge else int(g.choice([0, 255, 128, int(g.integers(256))])) for _ in LAYERS]
+    zero_points = [0 if huge else int(g.choice([0, 255, 128, int(g.integers(256))])) for _ in INT8]
     shapes = ((C, 2 * d), (d, C), (C, C))
     weights = [g.integers(*((123, 128) if huge else (-128, 128)), shape) for shape in shapes]
     weights[2] = -1 - weights[2]
@@ -166,25 +177,36 @@ def exact_block(seed):
     convolution[:, :, 1, 1] = 1
     operands = {
         "norm_weight": np.zeros(C), "norm_bias": steps * input_scales[0], "in_proj": weights[0],
-        "conv_weight": convolution, "conv_bias": np.zeros(d), "x_proj": np.zeros((4, d, 3)),
-        "dt_proj": np.zeros((4, 1, d)), "A": -np.ones((4, d, 1)), "skip": np.zeros((4, d)), "dt_bias": np.zeros((4, d)),
+        "conv_weight": convolution, "conv_bias": np.zeros(d), "x_proj": np.zeros((4, d, 5)),
+        "dt_proj": np.zeros((4, 1, d)), "A": -np.ones((4, d, 2)), "skip": np.zeros((4, d)), "dt_bias": np.zeros((4, d)),
         "out_norm_weight": np.zeros(d), "out_norm_bias": out_norm_bias, "out_proj": weights[1],
         "local_conv_weight": np.zeros((C, 1, 3, 3)), "local_conv_bias": activated,
         "local_proj_weight": weights[2].T.reshape(C, C, 1, 1), "local_proj_bias": local_bias,
         "gate_norm_weight": np.zeros(C), "gate_norm_bias": np.zeros(C), "gate_reduce_weight": np.zeros((C, G)),
         "gate_reduce_bias": np.zeros(G), "gate_select_weight": np.zeros((G, C)), "gate_select_bias": np.full(C, 200.0),
     }  # fmt: skip
+    out = np.broadcast_to(s + local, (b, H, W, C))
+    u = np.broadcast_to(np.maximum(x, 0), (b, H, W, d)).copy()
+    u = split_directions(torch.from_numpy(u), H, W).numpy()
+    states = np.zeros((*u.shape[:3], 4), np.float32)
+    if x_proj:
+        step = int(np.floor(np.log2(np.quantile(x, 0.1) / 255 if huge else max(u.max(), 1) / 400)))
+        operands["x_proj"] = g.integers(*((123, 128) if huge else (-128, 128)), (4, d, 5))
+        exponents.append(g.integers(-30, -26, (4, 1, 5)) - step)
+        input_scales.append(2.0**step)
+        of_x_proj = quantized_integers(u.astype(np.float64) / 2.0**step, zero_points[3]) @ operands["x_proj"]
+        assert not huge or of_x_proj.max() > 2**24
+        states = (of_x_proj.astype(np.float32) * np.ldexp(np.float32(1), exponents[3] + step))[..., 1:]  # without dt
     complete = {}
     for name, value in operands.items():
-        complete[name] = value.astype(np.int8 if name in LAYERS else np.float32)
-        if name in LAYERS:
-            i = list(LAYERS).index(name)
+        int8 = name in LAYERS or (x_proj and name == "x_proj")
+        complete[name] = value.astype(np.int8 if int8 else np.float32)
+        if int8:
+            i = INT8.index(name)
             complete[f"{name}_scale"] = np.ldexp(np.float32(1), exponents[i])
             complete[f"{name}_input_scale"] = np.float32(input_scales[i])
             complete[f"{name}_input_zero_point"] = np.uint8(zero_points[i])
-    out = np.broadcast_to(s + local, (b, H, W, C))
-    u = split_directions(torch.from_numpy(np.broadcast_to(np.maximum(x, 0), (b, H, W, d)).copy()), H, W)
-    return np.zeros((b, H, W, C), np.float32), complete, out, u.numpy()
+    return np.zeros((b, H, W, C), np.float32), complete, out, u, states[..., :2], states[..., 2:]
 
 
 def split_directions(x, H, W):
@@ -196,10 +218,11 @@ def split_directions(x, H, W):
 
 def test_sums_are_the_same_integers_on_every_instruction_set(isa):  # noqa: F811
     for seed in range(24):
-        x, operands, want, want_u = exact_block(seed)
+        x, operands, want, want_u, *want_states = exact_block(seed, x_proj=seed % 4 > 0)
         got = run(int8_model(operands, *x.shape[:3], scan_outputs=True), x)
         np.testing.assert_array_equal(got["out"], want)
         np.testing.assert_array_equal(np.maximum(got["u"], 0), want_u)
+        np.testing.assert_array_equal([got["B"], got["C"]], want_states)
 
 
 def test_any_block(isa):  # noqa: F811
@@ -213,11 +236,12 @@ def test_any_block(isa):  # noqa: F811
     @settings(max_examples=40, deadline=None, database=None)
     @given(
         st.integers(0, 999), st.integers(1, 2), st.integers(1, 13), st.integers(1, 13), st.integers(8, 70),
-        st.integers(1, 9), st.integers(1, 80), st.tuples(*[st.sampled_from([None, None, 0, 255, 100])] * 3),
+        st.integers(1, 9), st.integers(1, 80), st.tuples(*[st.sampled_from([None, None, 0, 255, 100])] * 4),
+        st.booleans(),
     )  # fmt: skip
-    def check(seed, b, H, W, dim, rank, states, zero_points):
+    def check(seed, b, H, W, dim, rank, states, zero_points, x_proj):
         block, x = random_block(seed, dim, rank, states), image(seed, b, H, W, dim)
-        operands = quantized(block, x, zero_points)
+        operands = quantized(block, x, zero_points, x_proj)
         out, want = run(int8_model(operands, b, H, W), x)["out"], in_float64(block, operands, x)
         error = np.abs(out - want) / np.abs(want).max()
         assert error.max() < 0.05
@@ -262,6 +286,10 @@ def test_threads_do_not_change_a_bit():
         ("local_proj_weight_scale", lambda v: v[None], "local_proj_weight_scale has rank 2, expected 1"),
         ("in_proj_input_scale", lambda v: v[None], "in_proj_input_scale has rank 1, expected 0"),
         ("in_proj_input_zero_point", lambda v: v[None], "in_proj_input_zero_point has rank 1, expected 0"),
+        ("x_proj", lambda v: v[:, :-1], "x_proj has 31 on axis 1 (d), conv_weight asks for 32"),
+        ("x_proj_scale", lambda v: v[:, 0], "x_proj_scale has rank 2, expected 3"),
+        ("x_proj_scale", lambda v: v.repeat(2, 1), "x_proj_scale has 2 on axis 1 (1), the op asks for 1"),
+        ("x_proj_input_scale", lambda v: v * 0, "x_proj_input_scale is 0, expected a positive number"),
         ("in_proj_input_scale", lambda v: v * 0, "in_proj_input_scale is 0, expected a positive number"),
         ("out_proj_input_scale", lambda v: -v, "expected a positive number"),
         ("local_proj_weight_input_scale", lambda v: v * np.float32(np.nan), "nan, expected a positive number"),
@@ -290,26 +318,32 @@ def test_wrong_types_are_errors(operand):
 
 
 def with_qdq(function):
-    """The body of a float block with Q/DQ nodes around its linear layers, as the body of evm::EVSSBlockInt8."""
+    """The body of a float block with Q/DQ nodes around its int8 layers, as the body of evm::EVSSBlockInt8XProj."""
     nodes, inputs = [], []
     for name in function.input:
-        ends = ("", "_scale", "_input_scale", "_input_zero_point") if name in LAYERS else ("",)
+        ends = ("", "_scale", "_input_scale", "_input_zero_point") if name in INT8 else ("",)
         inputs += [name + end for end in ends]
     for node in function.node:
-        for name in set(node.input) & set(LAYERS):
+        for name in set(node.input) & set(INT8):
             of_input = [f"{name}_input_scale", f"{name}_input_zero_point"]
             nodes += [
                 helper.make_node("QuantizeLinear", [node.input[0], *of_input], [f"{name}_q"]),
                 helper.make_node("DequantizeLinear", [f"{name}_q", *of_input], [f"{name}_x"]),
-                helper.make_node("DequantizeLinear", [name, f"{name}_scale"], [f"{name}_w"], axis=LAYERS[name][1]),
             ]
+            if name in LAYERS:
+                reads = [name, f"{name}_scale"]
+                nodes.append(helper.make_node("DequantizeLinear", reads, [f"{name}_w"], axis=LAYERS[name][1]))
+            else:
+                nodes.append(helper.make_node("Cast", [name], [f"{name}_f"], to=TensorProto.FLOAT))
+                nodes.append(helper.make_node("Mul", [f"{name}_f", f"{name}_scale"], [f"{name}_w"]))
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
             copied.input[:2] = [f"{name}_x", f"{name}_w"]
             node = copied
         nodes.append(node)
-    assert len(nodes) == len(function.node) + 3 * len(LAYERS)
-    return helper.make_function("evm", "EVSSBlockInt8", inputs, list(function.output), nodes, function.opset_import)
+    assert len(nodes) == len(function.node) + 3 * len(LAYERS) + 4
+    outputs, opsets = list(function.output), function.opset_import
+    return helper.make_function("evm", "EVSSBlockInt8XProj", inputs, outputs, nodes, opsets)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +372,7 @@ def test_registered_the_kernel_runs_otherwise_the_body(traced):
 
     names = ["x", *operands]
     nodes = [helper.make_node("Add", ["x", "x"], ["out"])]
-    other = helper.make_function("evm", "EVSSBlockInt8", names, ["out"], nodes, [helper.make_opsetid("", 20)])
+    other = helper.make_function("evm", "EVSSBlockInt8XProj", names, ["out"], nodes, [helper.make_opsetid("", 20)])
     model = int8_model(operands, b, H, W, functions=[other])
     np.testing.assert_array_equal(OnnxRuntime(model, 1).run({"x": x})["out"], 2 * x)
     np.testing.assert_array_equal(run(model, x)["out"], kernel)

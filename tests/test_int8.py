@@ -26,6 +26,7 @@ from evm_deploy.calib.quantize import Layer, activations, insert_qdq, quantizabl
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError
+from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.selftest import synthetic_image
@@ -72,6 +73,32 @@ def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
     assert not any(module.endswith(".op") for module in modules)  # x_proj, dt_proj
     for part in ("layers.0.blocks.0.op.in_proj", "layers.2.1.conv_dw.0", "layers.3.1.se.conv_reduce"):
         assert part in modules
+
+
+def test_x_proj_becomes_int8_where_a_block_is_one_op(micro):
+    """A scale for each direction and column, and the values of Q/DQ around a product of rounded u and weights."""
+    graph, _ = hub(micro)
+    found = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY, fuses=True)
+    without = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
+    added = [layer for layer in found if layer not in without]
+    assert [layer.module for layer in added] == [f"{path}.op" for path in graph.fusable]
+    assert [layer for layer in found if layer in without] == without and all(layer.stacked for layer in added)
+    model = insert_qdq(graph.model, added, {key: Range(-1, 2) for key in activations(added).values()})
+    onnx.checker.check_model(model, full_check=True)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
+    for layer, op in zip(added, graph.fusable.values(), strict=True):
+        assert layer.weight == op.constants["x_proj"] and layer.weight not in constants
+        weight, stored = floats[layer.weight], constants[f"{layer.weight}_quantized"]
+        scale = np.abs(weight).max(1, keepdims=True) / np.float32(127)
+        np.testing.assert_array_equal(stored, np.rint(weight / scale))
+        np.testing.assert_array_equal(constants[f"{layer.weight}_scale"], scale)
+        assert constants[f"{layer.module}/input_zero_point"] == 85
+        np.testing.assert_allclose(constants[f"{layer.module}/input_scale"], 3 / 255, rtol=1e-6)
+    both = insert_qdq(graph.model, found, fake_ranges(found))
+    for path, op in graph.fusable.items():
+        fuse_module(both, path, op)
+    assert [node.op_type for node in both.graph.node if node.domain == "evm"] == ["EVSSBlockInt8XProj"] * 2
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -266,7 +293,7 @@ def test_a_block_with_a_scan_can_stay_in_float(shared_tables, monkeypatch, tmp_p
     assert bundle.manifest.details["quantization"]["in_float"] == ["layers.1.blocks.0"]
     model = onnx.load(str(bundle.path / "model.onnx"))
     fused = [node.op_type for node in model.graph.node if node.domain == "evm"]
-    assert fused == ["EVSSBlockInt8", "EVSSBlock"]
+    assert fused == ["EVSSBlockInt8XProj", "EVSSBlock"]
 
 
 @pytest.mark.slow

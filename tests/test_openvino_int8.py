@@ -43,7 +43,7 @@ def test_the_demo(scan, tmp_path):
     text = (bundle.path / "model.xml").read_text()
     kinds = Counter(re.findall(r'<layer [^>]*type="(\w+)"', text))
     assert kinds["FakeQuantize"] > 20
-    assert kinds["EVSSBlockInt8"] == (2 if scan == "plugin" else 0)
+    assert kinds["EVSSBlockInt8XProj"] == (2 if scan == "plugin" else 0)
     with load(bundle.path) as model:
         assert all(check.ok for check in model.selftest())
 
@@ -78,7 +78,7 @@ def test_a_spoilt_block_is_kept_in_float(monkeypatch, tmp_path):
     bundle = export(CHECKPOINT, plan(max_drop=0.1, scan="plugin"), tmp_path)
     assert bundle.manifest.details["quantization"]["in_float"] == ["layers.1.blocks.0"]
     kinds = Counter(re.findall(r'type="(EVSSBlock\w*)"', (bundle.path / "model.xml").read_text()))
-    assert kinds == {"EVSSBlockInt8": 1, "EVSSBlock": 1}
+    assert kinds == {"EVSSBlockInt8XProj": 1, "EVSSBlock": 1}
 
 
 def test_it_needs_images(micro, tmp_path, capsys):

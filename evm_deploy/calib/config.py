@@ -12,9 +12,10 @@ from evm_deploy.tasks.task import Reading, Task
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last six but three.
+    """Settings of one quantisation. ExportPlan explains the fields; ModelSpec explains the last six but four.
 
-    weight_bits: 8, or 7. selection: that of a detector. kept: results of an interrupted run, and those of this one.
+    weight_bits: 8, or 7. selection: that of a detector. fuses: whether modules that may become one op become it.
+    kept: results of an interrupted run, and those of this one.
     """
 
     precision: str
@@ -36,6 +37,7 @@ class QuantizationConfig:
     float_around_scans: bool
     weight_bits: int = 8
     selection: SelectionSettings = DEFAULT_SELECTION
+    fuses: bool = False
     kept: KeptResults = field(default_factory=KeptResults, compare=False)
 
     @property

@@ -91,6 +91,7 @@ def quantize_graph(
         config.keep_float,
         config.weight_only,
         float_around_scans=config.float_around_scans,
+        fuses=config.fuses,
     )
     if not found:
         raise CalibrationError(
@@ -205,16 +206,20 @@ def candidates(
     weight_only: Collection[str] = (),
     *,
     float_around_scans: bool = False,
+    fuses: bool = False,
 ) -> list[Layer]:
     """Return the layers that become int8.
 
-    keep_float: paths of modules whose layers are left out. float_around_scans: as in ModelSpec.
-    Precision int8: in a module that may become one op, only the layers that the op takes as int8; their outputs stay
-    float. In the modules `weight_only` only weights become int8.
+    keep_float: paths of modules whose layers are left out. float_around_scans: as in ModelSpec. fuses: whether modules
+    that may become one op become it.
+    Precision int8: in a module that may become one op, only the layers that the op takes as int8, those before the
+    scan if the module becomes the op; their outputs stay float. In the modules `weight_only` only weights become int8.
     Precision w8: only weights become int8. Modules that may become one op are left out, because the op takes float
     weights.
     """
-    every = quantizable_layers(model, keep_float, float_around_scans=float_around_scans)
+    ops = fused.values() if fuses and precision == "int8" else ()
+    taken = {op.constants[name] for op in ops for name in op.int8_scan_inputs}
+    every = quantizable_layers(model, keep_float, float_around_scans=float_around_scans, scan_inputs=taken)
     if precision == "w8":
         return [replace(layer, weight_only=True) for layer in every if not below_any(layer.module, fused)]
     inside = {f"{path}.{layer}" for path, op in fused.items() for layer in op.int8_layers.values()}
@@ -225,7 +230,7 @@ def candidates(
             weight_only=below_any(layer.module, weight_only),
         )
         for layer in every
-        if layer.module in inside or not below_any(layer.module, fused)
+        if layer.module in inside or layer.stacked or not below_any(layer.module, fused)
     ]
 
 

@@ -1,8 +1,9 @@
 """int8 layers in an ONNX graph: explicit Q/DQ pairs with our ranges, or int8 weights alone.
 
 Convolutions and linear layers with constant weights can be quantised. Exceptions: layers that a network keeps in float,
-and layers that write a scan's delta, B and C, because these tensors feed exp and the state. A network of an unknown
-family also keeps the layers that write a scan's u and read its y.
+and layers that write a scan's delta, B and C, because these tensors feed exp and the state. A block that runs as one op
+may have such layers in int8 too. A network of an unknown family also keeps the layers that write a scan's u and read
+its y.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ LAYERS = ("Conv", "MatMul", "Gemm")
 SCAN_FEEDS = ("delta", "B", "C")  # inputs of a scan that int8 layers must not write
 NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization")
 SMALLEST_SCALE = 1e-12
+QUANTIZED = "_quantized"  # end of an int8 weight's name, after the name of the float weight
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Layer:
     """A layer that can be quantised.
 
     module: path of the layer. reads, writes: names of its activations; a ReLU after the layer is included in it.
-    float_output: the output is not rounded. weight_only: only the weights become int8, no activation.
+    float_output: the output is not rounded. weight_only: only the weights become int8, no activation. stacked: the
+    weight (K, in, out) has a matrix for each direction of a scan.
     """
 
     node: str
@@ -43,15 +46,21 @@ class Layer:
     weight: str
     float_output: bool = False
     weight_only: bool = False
+    stacked: bool = False
 
 
 def quantizable_layers(
-    model: onnx.ModelProto, keep_float: Collection[str] = (), *, float_around_scans: bool = False
+    model: onnx.ModelProto,
+    keep_float: Collection[str] = (),
+    *,
+    float_around_scans: bool = False,
+    scan_inputs: Collection[str] = (),
 ) -> list[Layer]:
     """Return the layers of a hub graph that can be quantised, in execution order.
 
-    Layers that write a scan's delta, B and C are left out. float_around_scans: so are those that write its u, and those
-    that read its y. keep_float: paths of further modules whose layers are left out.
+    Layers that write a scan's delta, B and C are left out, except those with a weight in `scan_inputs`, (K, in, out).
+    float_around_scans: so are those that write its u, and those that read its y. keep_float: paths of further modules
+    whose layers are left out.
     """
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -64,14 +73,16 @@ def quantizable_layers(
     found = []
     for node in model.graph.node:
         module = node.name.rpartition("/")[0]
-        if not _is_layer(node, ranks) or node.name in beside or below_any(module, keep_float):
+        stacked = node.op_type == "MatMul" and node.input[1] in scan_inputs
+        wanted = stacked or (_is_layer(node, ranks) and node.name not in beside)
+        if not wanted or below_any(module, keep_float):
             continue
         after = readers.get(node.output[0], [])
         relu = after[0] if len(after) == 1 and after[0].op_type == "Relu" else None
         writes = relu.output[0] if relu else node.output[0]
         # a MatMul can give float at no cost; a Conv cannot, because ONNX Runtime fuses only complete Q/DQ pairs
         as_float = node.op_type == "MatMul" and not any(n.op_type in LAYERS for n in readers.get(writes, []))
-        found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float))
+        found.append(Layer(node.name, module, node.input[0], writes, node.input[1], as_float, stacked=stacked))
     return found
 
 
@@ -170,13 +181,16 @@ def insert_qdq(
     round the output of every layer, also where `float_output` is set. weight_bits: 7 for weights
     of these layers in -64..64, which cannot saturate (`saturating_weights`).
     """
-    pairs = [layer for layer in found if not layer.weight_only]
+    stacked = [layer for layer in found if layer.stacked]
+    pairs = [layer for layer in found if not (layer.weight_only or layer.stacked)]
     if rounded_outputs:
         pairs = [replace(layer, float_output=False) for layer in pairs]
     result = _insert_pairs(model, pairs, ranges, symmetric, weight_bits) if pairs else copy.deepcopy(model)
     if not symmetric:
         result = with_rounded_gates(result)
     _store_weights(result, {layer.weight for layer in found if layer.weight_only}, dequantize=symmetric)
+    _store_weights(result, {layer.weight for layer in stacked}, dequantize=False)
+    _round_inputs(result, stacked, ranges)
     _name_after_readers(result)
     return result
 
@@ -220,6 +234,30 @@ def _insert_pairs(
     _drop_output_pairs(result, float_outputs)
     _restore_biases(result, model, float_outputs)
     return result
+
+
+def _round_inputs(model: onnx.ModelProto, layers: Iterable[Layer], ranges: Mapping[str, Range]) -> None:
+    """Put a Q/DQ pair before these layers, uint8 with a zero point, in place.
+
+    before:  %y = MatMul(%x, %w)
+    after:   %1 = QuantizeLinear(%x, scale, zero point);  %2 = DequantizeLinear(%1, ..);  %y = MatMul(%2, %w)
+    """
+    from onnx import helper, numpy_helper
+    from onnxruntime.quantization.quant_utils import compute_scale_zp
+
+    graph, keys = model.graph, activations(list(layers))
+    for layer in layers:
+        covered = ranges[keys[layer.reads]]
+        low, high = np.float32(covered.low), np.float32(covered.high)
+        zero_point, scale = compute_scale_zp(low, high, np.array(0, np.uint8), np.array(255, np.uint8))
+        given = [f"{layer.module}/{end}" for end in ("input_scale", "input_zero_point")]
+        values = np.asarray(scale, np.float32).reshape(()), np.asarray(zero_point, np.uint8).reshape(())
+        graph.initializer.extend(map(numpy_helper.from_array, values, given))
+        rounded, read = f"{layer.module}/input{QUANTIZED}", f"{layer.module}/input"
+        at, node = next((i, node) for i, node in enumerate(graph.node) if node.name == layer.node)
+        node.input[0] = read
+        graph.node.insert(at, helper.make_node("DequantizeLinear", [rounded, *given], [read]))
+        graph.node.insert(at, helper.make_node("QuantizeLinear", [layer.reads, *given], [rounded]))
 
 
 def _drop_output_pairs(model: onnx.ModelProto, nodes: Collection[str]) -> int:
@@ -301,12 +339,12 @@ def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequanti
     graph = model.graph
     stored = [tensor for tensor in graph.initializer if tensor.name in weights]
     for tensor in stored:
-        value, axis, name = numpy_helper.to_array(tensor), _output_axis(model, tensor.name), tensor.name
-        others = tuple(i for i in range(value.ndim) if i != axis)
-        largest = np.maximum(np.abs(value).max(axis=others, keepdims=True), SMALLEST_SCALE)
+        value, name = numpy_helper.to_array(tensor), tensor.name
+        axis, summed = _axes(model, name, value.ndim)
+        largest = np.maximum(np.abs(value).max(axis=summed, keepdims=True), SMALLEST_SCALE)
         scale = largest.astype(np.float32) / np.float32(127)
         rounded = np.clip(np.rint(value / scale), -127, 127).astype(np.int8)
-        int8, scales, unscaled = f"{name}_quantized", f"{name}_scale", f"{name}_unscaled"
+        int8, scales, unscaled = f"{name}{QUANTIZED}", f"{name}_scale", f"{name}_unscaled"
         tensor.CopyFrom(numpy_helper.from_array(rounded, int8))
         graph.initializer.append(numpy_helper.from_array(scale.ravel() if dequantize else scale, scales))
         if dequantize:
@@ -320,8 +358,12 @@ def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequanti
     return len(stored)
 
 
-def _output_axis(model: onnx.ModelProto, weight: str) -> int:
-    """Return the axis of output channels of a weight: 0 for a convolution or transposed matrix, 1 for (in, out)."""
+def _axes(model: onnx.ModelProto, weight: str, rank: int) -> tuple[int, tuple[int, ...]]:
+    """Return the axis of output channels of a weight, and the axes that its layer sums over.
+
+    The output channels of a convolution or transposed matrix are on axis 0, of matrices (.., in, out) on the last.
+    """
     user = next(node for node in model.graph.node if weight in node.input)
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in user.attribute)
-    return 0 if user.op_type == "Conv" or transposed else 1
+    if user.op_type == "Conv" or any(attribute.name == "transB" and attribute.i for attribute in user.attribute):
+        return 0, tuple(range(1, rank))
+    return rank - 1, (rank - 2,)

@@ -62,7 +62,7 @@ def quantize(
     if plan.precision not in QUANTIZED:
         return traced, None
     open_candidate = candidate_opener(target, traced, plan)
-    config = replace(quantization_config(plan, spec), kept=kept)
+    config = replace(quantization_config(plan, spec), fuses=target.fuses(plan), kept=kept)
     quantized = target.quantize(traced, config, preprocessing, open_candidate, step)
     return replace(traced, model=quantized.model), quantized
 

@@ -165,6 +165,11 @@ def nothing_more(plan: ExportPlan) -> None:
     """Accept every plan: the default of `Target.check`."""
 
 
+def fuses_nothing(plan: ExportPlan) -> bool:
+    """Return False: the default of `Target.fuses`."""
+    return False
+
+
 def no_remarks(runtime: Runtime) -> list[str]:
     """Return no notes: the default of `Target.remarks`."""
     return []
@@ -190,6 +195,7 @@ class Target:
     `trace(module, plan, metadata)`: make the traced network that `build` starts from. Plans with the same
     `trace_key(plan)` share the traced network, so `build` must not change it.
     `quantize`: make the int8 or w8 form of the traced network, by default of a hub graph.
+    `fuses(plan)`: whether `build` makes one op of each module that the native library has as one.
     `check(plan)`: raise an EvmError for a plan that the target cannot build, beyond the fields above.
     `scan_access(artifact, plugin)`: open the artifact's scans on the native library `plugin`, or portably for None.
     `write_scan_case(traced, artifact, path, shape)`: write a model of one scan, the file `runtime.scan_case`.
@@ -208,6 +214,7 @@ class Target:
     trace: Callable[[Any, ExportPlan, dict[str, str]], Any] = trace
     trace_key: Callable[[ExportPlan], tuple[Any, ...]] = trace_key
     quantize: Callable[[Any, QuantizationConfig, Preprocessing, OpenCandidate, Step], Quantized] = quantize_hub
+    fuses: Callable[[ExportPlan], bool] = fuses_nothing
     min_targets: tuple[str, ...] = ()
     check: Callable[[ExportPlan], None] = nothing_more
     selftest_tolerances: Mapping[str, float] = field(default_factory=lambda: SELFTEST_TOLERANCES)

@@ -132,6 +132,7 @@ const executorch::runtime::Kernel KERNELS[] = {
     executorch::runtime::Kernel("evm::selective_scan.out", scan),
     executorch::runtime::Kernel("evm::EVSSBlock.out", block<evm::EVSS_BLOCK>),
     executorch::runtime::Kernel("evm::EVSSBlockInt8.out", block<evm::EVSS_BLOCK_INT8>),
+    executorch::runtime::Kernel("evm::EVSSBlockInt8XProj.out", block<evm::EVSS_BLOCK_INT8_X_PROJ>),
 };
 const Error registered = executorch::runtime::register_kernels({KERNELS, sizeof KERNELS / sizeof *KERNELS});
 

@@ -1,4 +1,4 @@
-// Custom ops evm::EVSSBlock and evm::EVSSBlockInt8 for ONNX Runtime: pack constant weights when a session is made; then read
+// Custom ops evm::EVSSBlock, evm::EVSSBlockInt8 and evm::EVSSBlockInt8XProj for ONNX Runtime: pack constant weights when a session is made; then read
 // tensors, fill the struct, run each step.
 #include "op.h"
 
@@ -126,4 +126,5 @@ Status ORT_CALL compute(Handle handle, Handle context) {
 namespace ort {
 extern const Op evss_block(evm::EVSS_BLOCK, create<evm::EVSS_BLOCK>, destroy, compute<evm::EVSS_BLOCK>);
 extern const Op evss_block_int8(evm::EVSS_BLOCK_INT8, create<evm::EVSS_BLOCK_INT8>, destroy, compute<evm::EVSS_BLOCK_INT8>);
+extern const Op evss_block_int8_x_proj(evm::EVSS_BLOCK_INT8_X_PROJ, create<evm::EVSS_BLOCK_INT8_X_PROJ>, destroy, compute<evm::EVSS_BLOCK_INT8_X_PROJ>);
 }

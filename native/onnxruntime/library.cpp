@@ -4,7 +4,7 @@
 
 namespace ort {
 Api api;
-extern const Op selective_scan, evss_block, evss_block_int8;
+extern const Op selective_scan, evss_block, evss_block_int8, evss_block_int8_x_proj;
 }  // namespace ort
 
 using namespace ort;
@@ -23,7 +23,7 @@ Status domain_of(const ApiBase *base, Handle *domain) {
     if (owner != base) {
         Handle made = nullptr;
         status = call<Status>(api, CreateCustomOpDomain, (const char *)"evm", &made);
-        const CustomOp *const ops[] = {&selective_scan, &evss_block, &evss_block_int8};
+        const CustomOp *const ops[] = {&selective_scan, &evss_block, &evss_block_int8, &evss_block_int8_x_proj};
         for (const CustomOp *op : ops)
             if (!status) status = call<Status>(api, CustomOpDomain_Add, made, op);
         if (!status) owner = base, kept = made;

@@ -1,5 +1,5 @@
-// OpenVINO extension with the operators of domain evm: types SelectiveScan, EVSSBlock and EVSSBlockInt8 of opset "evm", which
-// the native kernels evaluate on the CPU, and the conversion of these operators from ONNX. Load it with
+// OpenVINO extension with the operators of domain evm: types SelectiveScan, EVSSBlock, EVSSBlockInt8 and EVSSBlockInt8XProj of
+// opset "evm", which the native kernels evaluate on the CPU, and the conversion of these operators from ONNX. Load it with
 // ov::Core::add_extension(path). The library fits only the OpenVINO release that it was built with.
 #include "ops.h"
 #include "workspaces.h"
@@ -188,6 +188,7 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<Node<evm::SELECTIVE_SCAN, evm_scan_args>>(all);
     add<Node<evm::EVSS_BLOCK, evm_block_args>>(all);
     add<Node<evm::EVSS_BLOCK_INT8, evm_block_args>>(all);
+    add<Node<evm::EVSS_BLOCK_INT8_X_PROJ, evm_block_args>>(all);
     return all;
 }
 

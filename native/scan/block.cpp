@@ -40,7 +40,7 @@ struct Job {
     const float *x(int64_t token) const { return a.x + (image * l.tokens + token) * a.C; }
 };
 
-// Arithmetic of in_proj, out_proj and local_proj. put(): store a vector of the layer's input. result(): make the layer's output
+// Arithmetic of in_proj, x_proj, out_proj and local_proj. put(): store a vector of the layer's input. result(): make the layer's output
 // from a vector of sums.
 struct FloatLayer : Floats {
     FloatLayer(const evm_int8_linear &, const float *) {}
@@ -103,48 +103,36 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
             to[tap * padded + c] = c >= channels ? 0.f : tap == 9 ? bias[c] : weight[c * 9 + tap];
 }
 
-void pack_layers(const Job &job) {
-    const evm_block_args &a = job.a;
-    const Layout &l = job.l;
-    float *packed = job.packed;
-    pack<Floats>(packed + l.in_x, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + c]; });
-    pack<Floats>(packed + l.in_z, a.C, a.d, [&](int64_t k, int64_t c) { return a.in_proj[k * 2 * a.d + a.d + c]; });
-    pack<Floats>(packed + l.out_proj, a.d, a.C, [&](int64_t k, int64_t c) { return a.out_proj[k * a.C + c]; });
-    pack<Floats>(packed + l.local_proj, a.C, a.C, [&](int64_t k, int64_t c) { return a.local_proj_weight[c * a.C + k]; });
-}
-
-// Pack the matrix with `columns` columns whose element (k, c) is weight[k * row + c * column], and the scales of its columns.
-void pack_int8(const Job &job, float *packed, Vector scales, int64_t depth, int64_t columns, const evm_int8_linear &layer,
-               int64_t first, int64_t row, int64_t column) {
-    const int8_t *weight = layer.weight + first;
-    pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return weight[k * row + c * column]; }, layer.input_zero_point);
-    float *to = job.vector(scales);
-    for (int64_t c = 0; c < columns; c++) to[c] = layer.input_scale * layer.scale[first + c];
-    for (int64_t c = columns; c < pad(columns); c++) to[c] = 0;
-}
-
-void pack_int8_layers(const Job &job) {
-    const evm_block_args &a = job.a;
-    const Layout &l = job.l;
-    float *packed = job.packed;
-    pack_int8(job, packed + l.in_x, IN_X_SCALE, a.C, a.d, a.in_proj_int8, 0, 2 * a.d, 1);
-    pack_int8(job, packed + l.in_z, IN_Z_SCALE, a.C, a.d, a.in_proj_int8, a.d, 2 * a.d, 1);
-    pack_int8(job, packed + l.out_proj, OUT_PROJ_SCALE, a.d, a.C, a.out_proj_int8, 0, a.C, 1);
-    pack_int8(job, packed + l.local_proj, LOCAL_SCALE, a.C, a.C, a.local_proj_int8, 0, 1, a.C);
+// Pack a linear layer of `columns` columns whose element (k, c) is weight[k * row + column(c) * stride], of int8 or else of `weight`,
+// and in int8 the scales of the columns.
+template <class Column>
+void pack_layer(float *packed, float *scales, int64_t depth, int64_t columns, const float *weight, const evm_int8_linear &int8, int64_t row,
+                int64_t stride, Column column) {
+    if (!int8.weight) return pack<Floats>(packed, depth, columns, [=](int64_t k, int64_t c) { return weight[k * row + column(c) * stride]; });
+    const int8_t *const integers = int8.weight;
+    pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return integers[k * row + column(c) * stride]; }, int8.input_zero_point);
+    for (int64_t c = 0; c < columns; c++) scales[c] = int8.input_scale * int8.scale[column(c)];
+    for (int64_t c = columns; c < pad(columns); c++) scales[c] = 0;
 }
 
 void pack_weights(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *packed = job.packed;
-    if (a.in_proj_int8.weight) pack_int8_layers(job);
-    else pack_layers(job);
+    const auto same = [](int64_t c) { return c; };
+    const auto second_half = [d = a.d](int64_t c) { return d + c; };
+    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, 2 * a.d, 1, same);
+    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, 2 * a.d, 1, second_half);
+    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.d, a.C, a.out_proj, a.out_proj_int8, a.C, 1, same);
+    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.C, a.C, a.local_proj_weight, a.local_proj_int8, 1, a.C, same);
     const int64_t columns = a.R + 2 * a.N;
-    for (int64_t k = 0; k < K; k++) {  // the columns of x_proj are dt, B, C; the rows of p are B, C, dt
-        const float *weight = a.x_proj + k * a.d * columns;
-        pack<Floats>(packed + l.x_proj + k * a.d * l.P, a.d, columns, [=, N = a.N, R = a.R](int64_t row, int64_t c) {
-            return weight[row * columns + (c < 2 * N ? c + R : c - 2 * N)];
-        });
+    const auto dt_last = [N = a.N, R = a.R](int64_t c) { return c < 2 * N ? c + R : c - 2 * N; };  // of dt, B, C make B, C, dt
+    for (int64_t k = 0; k < K; k++) {
+        const int64_t first = k * a.d * columns;
+        evm_int8_linear int8 = a.x_proj_int8;
+        if (int8.weight) int8.weight += first, int8.scale += k * columns;
+        pack_layer(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, a.d, columns, int8.weight ? nullptr : a.x_proj + first,
+                   int8, columns, 1, dt_last);
         for (int64_t r = 0; r < a.R; r++)
             pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
     }
@@ -258,16 +246,24 @@ void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t 
     }
 }
 
-// Compute row i of the map SiLU(conv(x)) and store it, by the atrous split, in u.
+// Compute row i of the map SiLU(conv(x)) and store it, by the atrous split, in u, and in the type that x_proj reads.
+template <class Layer>
 void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
-    float *u = job.ws + l.u;
+    const Layer x_proj(a.x_proj_int8, nullptr);
+    const auto put = [=, apart = l.u_in != l.u, u = job.ws + l.u, in = job.rows<Layer>(l.u_in)](int64_t at, vec value) {
+        store(u + at, value);
+        if (apart) x_proj.put(in + at, value);
+    };
+    const auto put_zeros = [=, &l](int64_t row) {
+        for (int64_t channel = 0; channel < l.d; channel += LANES) put(row * l.d + channel, broadcast(0.f));
+    };
     convolve_row(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
-                 [&](int64_t j) { return u + l.place(i, j) * l.d; }, [](float *to, vec value) { store(to, silu(value)); });
-    if (a.W % 2) memset(u + l.place(i, a.W) * l.d, 0, l.d * sizeof(float));
+                 [&](int64_t j) { return l.place(i, j) * l.d; }, [=](int64_t at, vec value) { put(at, silu(value)); });
+    if (a.W % 2) put_zeros(l.place(i, a.W));
     if (i + 1 == a.H && a.H % 2)
-        for (int64_t j = 0; j < 2 * l.w; j++) memset(u + l.place(a.H, j) * l.d, 0, l.d * sizeof(float));
+        for (int64_t j = 0; j < 2 * l.w; j++) put_zeros(l.place(a.H, j));
 }
 
 // Stage CONVOLVE of a group: u, the local branch, and the local branch's sums for the gate.
@@ -281,7 +277,7 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
     const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
     for (int64_t i = begin; i < end; i++) {
-        convolve_scan_input(job, i);
+        convolve_scan_input<Layer>(job, i);
         convolve_row(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
                      [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j) { return row + j * stride; },
                      [=](typename Layer::Element *to, vec value) { local_proj.put(to, gelu(value)); });
@@ -301,18 +297,20 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
 }
 
 // Stage PARAMETERS of a group: p = B, C, dt for CHUNK steps of one direction.
+template <class Layer>
 void parameters(const Job &job, int64_t group, int64_t tile) {
     const Layout &l = job.l;
     const int64_t row = l.phase_row(group), height = l.phase_rows(group), steps = height * l.w, per_direction = ceil_div(steps, CHUNK);
     const int64_t k = tile / per_direction, begin = tile % per_direction * CHUNK, count = smaller(steps - begin, CHUNK);
-    const float *rows[CHUNK];
+    const Layer x_proj(job.a.x_proj_int8, job.packed + l.x_scales + k * l.P);
+    const typename Layer::Element *rows[CHUNK];
     float *p[CHUNK];
     for (int64_t t = 0; t < count; t++) {
         const int64_t step = begin + t, at = k * l.L + (k % 2 ? step / height * l.h + row + step % height : row * l.w + step);
-        rows[t] = job.ws + l.u + at * l.d, p[t] = job.ws + l.p + at * l.P;
+        rows[t] = job.rows<Layer>(l.u_in) + at * l.d, p[t] = job.ws + l.p + at * l.P;
     }
-    multiply<Floats>(rows, count, job.a.d, job.packed + l.x_proj + k * job.a.d * l.P, 2 * job.a.N + job.a.R,
-             [p = &p[0]](int64_t t, int64_t column, vec value) { store(p[t] + column, value); });
+    multiply<Layer>(rows, count, job.a.d, job.packed + l.x_proj + k * l.x_panels, 2 * job.a.N + job.a.R,
+                    [=, p = &p[0]](int64_t t, int64_t column, auto sum) { store(p[t] + column, x_proj.result(sum, column)); });
 }
 
 void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64_t count, int64_t to_stride) {
@@ -420,7 +418,7 @@ void run_tile(const Job &job, Step step, int64_t tile) {
     switch (step.stage) {
         case PROJECT: return project<Layer>(job, step.group, tile);
         case CONVOLVE: return convolve<Layer>(job, step.group, tile);
-        case PARAMETERS: return parameters(job, step.group, tile);
+        case PARAMETERS: return job.a.x_proj_int8.weight ? parameters<Int8Layer>(job, step.group, tile) : parameters<FloatLayer>(job, step.group, tile);
         case SCAN: return scan(job, tile);
         case OUTPUT: return output<Layer>(job, tile);
         case GATE: return gate(job);

@@ -28,10 +28,11 @@ struct Layout {
     int64_t chunks, map_rows, strips; // number of token tiles; rows of the map in a convolution tile, number of such tiles
     int64_t group, groups;            // rows of the map in a group, an even number and whole convolution tiles; number of groups
     int64_t x_rows, n_rows;           // rows of the map that x and n hold: row i is at i modulo that
-    int64_t in_x, in_z, x_proj, out_proj, local_proj, dt_proj, conv, local_conv, vectors, zeros;  // offsets of packed weights, in floats
+    int64_t in_x, in_z, x_proj, x_scales, out_proj, local_proj, dt_proj, conv, local_conv, vectors, zeros;  // offsets of packed weights, in floats
+    int64_t x_panels;                                                                            // floats of x_proj for one direction
     int64_t packed;                                                                              // their size
     // offsets into the workspace behind packed weights, in floats
-    int64_t n, n_in, x, u, y, p, s, local, sums, gates;  // activations of one image; n_in: n in the type that in_proj reads
+    int64_t n, n_in, x, u, u_in, y, p, s, local, sums, gates;  // activations of one image; n_in, u_in: in the type that in_proj, x_proj read
     int64_t size;  // of the workspace without packed weights
 
     explicit Layout(const evm_block_args &a) {
@@ -43,15 +44,16 @@ struct Layout {
         x_rows = groups > 1 ? group + 2 : a.H;
         int64_t end = HEADER;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
-        const bool int8 = a.in_proj_int8.weight;
+        const bool int8 = a.in_proj_int8.weight, int8_x = a.x_proj_int8.weight;
         const int64_t more = int8 ? 2 : 0;  // one row of start values, and up to eight rows of bytes; activations may be floats
-        in_x = take((a.C + more) * d), in_z = take((a.C + more) * d), x_proj = take(K * a.d * P);
+        in_x = take((a.C + more) * d), in_z = take((a.C + more) * d);
+        x_panels = (a.d + (int8_x ? 2 : 0)) * P, x_proj = take(K * x_panels), x_scales = take(int8_x ? K * P : 0);
         out_proj = take((a.d + more) * C), local_proj = take((a.C + more) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
         vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
         packed = end, end = 0;
         n_rows = int8 ? x_rows : a.H;  // a float block reads n again in stage OUTPUT
         n = take(n_rows * a.W * C), n_in = int8 ? take(tokens * C) : n, x = take(x_rows * a.W * d), u = take(K * L * d);
-        y = a.N <= EVM_GROUP ? u : take(K * L * d);
+        u_in = int8_x ? take(K * L * d) : u, y = a.N <= EVM_GROUP ? u : take(K * L * d);
         p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
         sums = take((chunks + strips) * C), gates = take(2 * C);
         size = end;

@@ -11,10 +11,10 @@
  * LayerNorm is 1e-5; GELU is the exact one. Matrices are (in, out); convolution weights are (out, in / groups, h, w). b, H, W
  * and the widths may have any size.
  *
- * in_proj, out_proj and local_proj may have int8 weights and inputs quantised to uint8. They are then computed as ONNX's
- * QuantizeLinear, DequantizeLinear and MatMul define: q = saturate(round half to even(input / input_scale) + input_zero_point),
- * int32 sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column). local_conv reads the
- * float n. The sums are the same integers on every instruction set. C and d up to 65536.
+ * in_proj, out_proj and local_proj may have int8 weights and inputs quantised to uint8, and then x_proj too. They are computed as
+ * ONNX's QuantizeLinear, DequantizeLinear and MatMul define: q = saturate(round half to even(input / input_scale) +
+ * input_zero_point), int32 sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column).
+ * local_conv reads the float n, the scan the float u. The sums are the same integers on every instruction set. C and d up to 65536.
  *
  * An image is computed in steps, in order. A step is one of EVM_BLOCK_STAGES stages, for the whole map or for a group of its rows.
  * The tiles of a step are independent, so that the host runtime's own thread pool can distribute them; the result does not depend
@@ -57,8 +57,9 @@ typedef struct {
     float *packed;    /* weights that evm_block_pack has packed, or null: then the first step packs them into the workspace */
     float *workspace; /* evm_block_workspace_bytes bytes, aligned to 64; the contents need not be kept between calls */
     int64_t b, H, W, C, d, N, R, G;
-    /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three. In a float block their weights are null. */
-    evm_int8_linear in_proj_int8, out_proj_int8, local_proj_int8;
+    /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three, and x_proj, whose scales are (4, R + 2 N). The
+     * weight of a layer that is not replaced is null. */
+    evm_int8_linear in_proj_int8, x_proj_int8, out_proj_int8, local_proj_int8;
 } evm_block_args;
 
 /* Size of packed weights in bytes. It depends on the widths alone. */

@@ -103,20 +103,22 @@ class Sizes {
 
 constexpr Input SCAN_INPUTS[] = {{"u", "bKLD"}, {"delta", "bKLD"}, {"A", "KDN"}, {"B", "bKLN"}, {"C", "bKLN"}, {"skip", "KD"}, {"bias", "KD"}};
 
-// Inputs of a block. Axis Z has size 2 d, axis X has size R + 2 N. LINEAR(name, axes, output channels) is a linear layer.
-#define EVM_BLOCK_INPUTS(LINEAR)                                                                                             \
+// Inputs of a block. Axis Z has size 2 d, axis X has size R + 2 N. LINEAR(name, axes, axes of the scales) is a linear layer, X_PROJ
+// the layer x_proj.
+#define EVM_BLOCK_INPUTS(LINEAR, X_PROJ)                                                                                     \
     {"x", "bHWC"}, {"norm_weight", "C"}, {"norm_bias", "C"}, LINEAR("in_proj", "CZ", "Z"), {"conv_weight", "d133"},          \
-    {"conv_bias", "d"}, {"x_proj", "4dX"}, {"dt_proj", "4Rd"}, {"A", "4dN"}, {"skip", "4d"}, {"dt_bias", "4d"},              \
+    {"conv_bias", "d"}, X_PROJ("x_proj", "4dX", "41X"), {"dt_proj", "4Rd"}, {"A", "4dN"}, {"skip", "4d"}, {"dt_bias", "4d"}, \
     {"out_norm_weight", "d"}, {"out_norm_bias", "d"}, LINEAR("out_proj", "dC", "C"), {"local_conv_weight", "C133"},          \
     {"local_conv_bias", "C"}, LINEAR("local_proj_weight", "CC11", "C"), {"local_proj_bias", "C"}, {"gate_norm_weight", "C"}, \
     {"gate_norm_bias", "C"}, {"gate_reduce_weight", "CG"}, {"gate_reduce_bias", "G"}, {"gate_select_weight", "GC"},          \
     {"gate_select_bias", "C"},
-#define EVM_FLOAT(name, axes, columns) {name, axes}
-#define EVM_INT8(name, axes, columns) \
-    {name, axes, INT8}, {name "_scale", columns}, {name "_input_scale", ""}, {name "_input_zero_point", "", UINT8}
+#define EVM_FLOAT(name, axes, scales) {name, axes}
+#define EVM_INT8(name, axes, scales) \
+    {name, axes, INT8}, {name "_scale", scales}, {name "_input_scale", ""}, {name "_input_zero_point", "", UINT8}
 
-constexpr Input BLOCK_INPUTS[] = {EVM_BLOCK_INPUTS(EVM_FLOAT)};
-constexpr Input INT8_BLOCK_INPUTS[] = {EVM_BLOCK_INPUTS(EVM_INT8)};
+constexpr Input BLOCK_INPUTS[] = {EVM_BLOCK_INPUTS(EVM_FLOAT, EVM_FLOAT)};
+constexpr Input INT8_BLOCK_INPUTS[] = {EVM_BLOCK_INPUTS(EVM_INT8, EVM_FLOAT)};
+constexpr Input INT8_X_PROJ_BLOCK_INPUTS[] = {EVM_BLOCK_INPUTS(EVM_INT8, EVM_INT8)};
 enum BlockOutput { OUT, SCAN_U, SCAN_DELTA, SCAN_B, SCAN_C, SCAN_Y, BLOCK_OUTPUTS };
 
 template <size_t COUNT>
@@ -128,6 +130,7 @@ constexpr Op operator_of(const char *name, const Input (&inputs)[COUNT], size_t 
 inline constexpr Op SELECTIVE_SCAN = operator_of("SelectiveScan", SCAN_INPUTS, 1);
 inline constexpr Op EVSS_BLOCK = operator_of("EVSSBlock", BLOCK_INPUTS, BLOCK_OUTPUTS);
 inline constexpr Op EVSS_BLOCK_INT8 = operator_of("EVSSBlockInt8", INT8_BLOCK_INPUTS, BLOCK_OUTPUTS);
+inline constexpr Op EVSS_BLOCK_INT8_X_PROJ = operator_of("EVSSBlockInt8XProj", INT8_X_PROJ_BLOCK_INPUTS, BLOCK_OUTPUTS);
 
 // Fill all fields of the scan's arguments but the outputs. The inputs have the same order as the fields. If an input does not fit,
 // set size.message and return false.
@@ -147,13 +150,16 @@ inline bool fill(evm_block_args &args, const Op &op, const Tensor *in, Sizes &si
     if (!size.equal(op, "axis 2 of x_proj", size['X'], size['R'] + 2 * size['N'])) return false;
     static_assert(offsetof(evm_block_args, out) == sizeof BLOCK_INPUTS / sizeof *BLOCK_INPUTS * sizeof(float *), "inputs");
     const Input *input = op.inputs;
-    evm_int8_linear *int8 = &args.in_proj_int8;
     for (const float **field = &args.x; field != &args.gate_select_bias + 1; field++, input++, in++) {
         if (input->type != INT8) {
             *field = in->as<float>();
             continue;
         }
-        *int8++ = {in[0].as<int8_t>(), in[1].as<float>(), *in[2].as<float>(), *in[3].as<uint8_t>()};
+        evm_int8_linear &layer = field == &args.in_proj    ? args.in_proj_int8
+                                 : field == &args.x_proj   ? args.x_proj_int8
+                                 : field == &args.out_proj ? args.out_proj_int8
+                                                           : args.local_proj_int8;
+        layer = {in[0].as<int8_t>(), in[1].as<float>(), *in[2].as<float>(), *in[3].as<uint8_t>()};
         if (!size.scale(op, input[2].name, *in[2].as<float>())) return false;
         input += 3, in += 3;
     }

@@ -91,14 +91,14 @@ void run_scan() {
     for (float *array : in) free(array);
 }
 
-evm_int8_linear read_linear(int64_t depth, int64_t columns) {
-    evm_int8_linear layer = {read_array<int8_t>(depth * columns, "int8 weights"), read_array(columns, "scales"), 0, 0};
+evm_int8_linear read_linear(int64_t depth, int64_t columns, int64_t matrices = 1) {
+    evm_int8_linear layer = {read_array<int8_t>(matrices * depth * columns, "int8 weights"), read_array(matrices * columns, "scales"), 0, 0};
     if (!read_bytes(&layer.input_scale, sizeof layer.input_scale)) fail(2, "stdin ends inside", "an input's scale");
     if (!read_bytes(&layer.input_zero_point, sizeof layer.input_zero_point)) fail(2, "stdin ends inside", "an input's zero point");
     return layer;
 }
 
-void run_block(bool int8) {
+void run_block(bool int8, bool int8_x_proj) {
     int64_t size[8];
     if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
     const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
@@ -110,10 +110,11 @@ void run_block(bool int8) {
     const float **const fields = &args.x;  // the inputs, in the same order
     static_assert(offsetof(evm_block_args, out) == INPUTS * sizeof(float *), "inputs of the block");
     float *in[INPUTS];
-    constexpr int IN_PROJ = 3, OUT_PROJ = 13, LOCAL_PROJ = 16;
+    constexpr int IN_PROJ = 3, X_PROJ = 6, OUT_PROJ = 13, LOCAL_PROJ = 16;
     for (int i = 0; i < INPUTS; i++) {
         in[i] = nullptr;
         if (int8 && i == IN_PROJ) args.in_proj_int8 = read_linear(C, 2 * d);
+        else if (int8_x_proj && i == X_PROJ) args.x_proj_int8 = read_linear(d, R + 2 * N, EVM_BLOCK_DIRECTIONS);
         else if (int8 && i == OUT_PROJ) args.out_proj_int8 = read_linear(d, C);
         else if (int8 && i == LOCAL_PROJ) args.local_proj_int8 = read_linear(C, C);
         else fields[i] = in[i] = read_array(counts[i], "an array of a block");
@@ -131,7 +132,7 @@ void run_block(bool int8) {
     for (Guarded &output : outputs) output.finish(true);
     workspace.finish(false);
     for (float *array : in) free(array);
-    const evm_int8_linear layers[] = {args.in_proj_int8, args.out_proj_int8, args.local_proj_int8};
+    const evm_int8_linear layers[] = {args.in_proj_int8, args.x_proj_int8, args.out_proj_int8, args.local_proj_int8};
     for (const evm_int8_linear &layer : layers) {
         free((void *)layer.weight);
         free((void *)layer.scale);
@@ -144,8 +145,8 @@ int main() {
     if (const char *const error = evm_scan_isa_error()) fail(2, "instruction set", error);
     for (int64_t op; read_bytes(&op, sizeof op);) {
         if (op == 0) run_scan();
-        else if (op == 1 || op == 2) run_block(op == 2);
-        else fail(2, "unknown op", "not 0 (scan), 1 (block) or 2 (int8 block)");
+        else if (op >= 1 && op <= 3) run_block(op >= 2, op == 3);
+        else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block) or 3 (int8 block with an int8 x_proj)");
     }
     return 0;
 }

@@ -12,7 +12,7 @@
 
 namespace {
 
-const evm::Op *const OPS[] = {&evm::SELECTIVE_SCAN, &evm::EVSS_BLOCK, &evm::EVSS_BLOCK_INT8};
+const evm::Op *const OPS[] = {&evm::SELECTIVE_SCAN, &evm::EVSS_BLOCK, &evm::EVSS_BLOCK_INT8, &evm::EVSS_BLOCK_INT8_X_PROJ};
 constexpr int COUNT = sizeof OPS / sizeof *OPS;
 constexpr int64_t ALIGNMENT = 64, MOST = INT32_MAX;  // MOST: bytes of an array
 const char OUT_OF_MEMORY[] = "out of memory";

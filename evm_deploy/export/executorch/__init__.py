@@ -33,6 +33,11 @@ def check_plan(plan: ExportPlan) -> None:
         raise UsageError(f"a program of ExecuTorch has fixed sizes, and --batch {plan.batch} is not", "use --batch N")
 
 
+def fuses(plan: ExportPlan) -> bool:
+    """Return whether blocks become operators of our library."""
+    return plan.scan != "portable"
+
+
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.pte`: the hub graph, with each block as one operator, or with standard operators only.
 
@@ -47,7 +52,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     fold_normalisation(model)
     widen_convolutions(model)
     plugins = {}
-    if plan.scan == "portable":
+    if not fuses(plan):
         scan = Decision("portable", "as asked, standard operators only: any build of ExecuTorch with XNNPACK runs them")
         sites = scan_sites(model)
     else:
@@ -61,7 +66,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         plugins[host_platform()] = inside
     if plan.precision == "int8":
         prepare(model)
-    program = lower(model, portable=plan.scan == "portable")
+    program = lower(model, portable=not fuses(plan))
     path = folder / ARTIFACT
     path.write_bytes(program.file)
     details = {
@@ -85,6 +90,7 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "executorch"),
     install_hint=install_hint("executorch"),
     build=build,
+    fuses=fuses,
     scan_access=ExecuTorchScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evm_deploy.calib.quantize import LAYERS
+from evm_deploy.calib.quantize import QUANTIZED
 from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.naming import below
 from evm_deploy.scan import onnx_function
@@ -56,7 +56,7 @@ def fuse_module(model: onnx.ModelProto, path: str, op: FusedOp) -> int:
     x, out = _boundary(graph, inside, path)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     used = [constants[name] for name in dict.fromkeys(i for n in inside for i in n.input) if name in constants]
-    op_type, operands = _operands(inside, path, op)
+    op_type, operands = _operands(inside, op)
     body = _body(inside, path, {x: "x", **{tensor: name for name, tensor in operands.items()}}, out, constants)
     scan_node = next(node for node in body if node.op_type == onnx_function.OP_TYPE)
     scan = dict(zip(onnx_function.INPUTS, scan_node.input, strict=True)) | {"y": scan_node.output[0]}
@@ -108,21 +108,24 @@ def _boundary(graph: onnx.GraphProto, inside: list[onnx.NodeProto], path: str) -
     return reads.pop(), writes.pop()
 
 
-def _operands(inside: list[onnx.NodeProto], path: str, op: FusedOp) -> tuple[str, dict[str, str]]:
-    """Return the op's type, and the initializer of each operand. The int8 op if the module's layers are quantised."""
+def _operands(inside: list[onnx.NodeProto], op: FusedOp) -> tuple[str, dict[str, str]]:
+    """Return the op's type, and the initializer of each operand. An int8 op if layers of the module are quantised."""
     producers = {name: node for node in inside for name in node.output}
-    layers = {node.name.rpartition("/")[0]: node for node in inside if node.op_type in LAYERS}
-    int8 = any(layers[f"{path}.{layer}"].input[1] in producers for layer in op.int8_layers.values())
-    found = {}
+    readers = {name: node for node in inside for name in node.input}
+    found, rounded = {}, set()
     for name in op.operands:
-        if int8 and name in op.int8_layers:
-            layer = layers[f"{path}.{op.int8_layers[name]}"]
-            activation, weight = (producers[tensor] for tensor in layer.input[:2])
-            found[name], found[f"{name}_scale"] = weight.input[0], weight.input[1]
-            found[f"{name}_input_scale"], found[f"{name}_input_zero_point"] = activation.input[1], activation.input[2]
-        else:
+        weight = f"{op.constants[name]}{QUANTIZED}"
+        if weight not in readers:
             found[name] = op.constants[name]
-    return op.op_type + ("Int8" if int8 else ""), found
+            continue
+        scaled = readers[weight]
+        if scaled.op_type == "Cast":  # a stack of matrices
+            scaled = readers[scaled.output[0]]
+        activation = producers[readers[scaled.output[0]].input[0]]
+        found[name], found[f"{name}_scale"] = weight, scaled.input[1]
+        found[f"{name}_input_scale"], found[f"{name}_input_zero_point"] = activation.input[1], activation.input[2]
+        rounded.add(name)
+    return op.int8_types[frozenset(rounded)] if rounded else op.op_type, found
 
 
 def _find(tensors: list[onnx.TensorProto], value: NDArray[np.float32], what: str) -> str:

@@ -88,7 +88,7 @@ def scan_sites(model: onnx.ModelProto, fused: Mapping[str, FusedOp] | None = Non
         if (node.domain, node.op_type) == (onnx_function.DOMAIN, onnx_function.OP_TYPE):
             reads = dict(zip(SCAN_INPUTS, node.input, strict=True))
             sites.append(ScanSite(call_name(path, calls), reads, node.output[0]))
-        elif fused and path in fused and op_type.removesuffix("Int8") == fused[path].op_type:
+        elif fused and path in fused and op_type in {fused[path].op_type, *fused[path].int8_types.values()}:
             op, name = fused[path], f"{path}.{fused[path].scan}"
             function = next(f for f in model.functions if (f.name, f.overload) == (op_type, node.overload))
             operands = dict(zip(function.input, node.input, strict=True))

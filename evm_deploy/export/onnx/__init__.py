@@ -56,7 +56,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         model = static(model)
         scan = UNROLLED
     else:
-        if plan.precision != "fp16":
+        if fuses(plan):
             for module, op in graph.fusable.items():
                 fuse_module(model, module, op)
             sites = scan_sites(model, graph.fusable)
@@ -73,6 +73,11 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         "scans": sites,
     }
     return Artifact(path, scan, details)
+
+
+def fuses(plan: ExportPlan) -> bool:
+    """Return whether blocks become one node each: with scan `auto`, in all precisions but float16."""
+    return plan.scan == "auto" and plan.precision != "fp16"
 
 
 def build_plugin(platform: str) -> Path:
@@ -97,6 +102,7 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     install_hint=INSTALL_HINT,
     build=build,
+    fuses=fuses,
     scan_access=OnnxScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,

@@ -78,6 +78,11 @@ def choose_lowering(plan: ExportPlan) -> tuple[Decision, Path | None]:
     return Decision("plugin", f"blocks as operators of the extension in plugins/, for OpenVINO {release}"), library
 
 
+def fuses(plan: ExportPlan) -> bool:
+    """Return whether blocks become operators of the extension. Raises as `choose_lowering`."""
+    return choose_lowering(plan)[0].value == "plugin"
+
+
 def precision_hint(plan: ExportPlan, scan: Decision) -> str:
     """Return OpenVINO's precision hint: `f16` for float16 exports with the extension, else `f32`.
 
@@ -137,6 +142,7 @@ TARGET = Target(
     packages=("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"),
     install_hint=INSTALL_HINT,
     build=build,
+    fuses=fuses,
     scan_access=OpenVinoScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,

@@ -101,12 +101,15 @@ class ES2D(nn.Module):
 
         The scan computes in float32; the result has the dtype of u.
         """
-        projected = torch.matmul(u, self.x_proj_weight.transpose(1, 2))
-        dt, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = torch.split(self.project(u), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))
         (A, skip), bias = self.scan_constants(), self.dt_projs_bias.float()
         y: Tensor = selective_scan(u.float(), delta.float(), A, B.float(), C.float(), skip, bias)
         return y.to(u.dtype)
+
+    def project(self, u: Tensor) -> Tensor:
+        """Multiply u (b, 4, L, d) by x_proj -> dt, B and C side by side, (b, 4, L, R + 2 N)."""
+        return torch.matmul(u, self.x_proj_weight.transpose(1, 2))
 
     def scan_constants(self) -> tuple[Tensor, Tensor]:
         """Return A (4, d, N), negative, and skip (4, d), both float32."""
@@ -179,12 +182,16 @@ class EVSSBlock(nn.Module):
             "gate_select_weight": gate.channel_select.weight.T,
             "gate_select_bias": gate.channel_select.bias,
         }
+        layers = {"in_proj": "op.in_proj", "out_proj": "op.out_proj", "local_proj_weight": "conv_branch.3"}
+        int8 = frozenset(layers)
         return FusedOp(
             "EVSSBlock",
             operands,
             scan="op",
             scan_constants={"A": "A", "skip": "skip", "bias": "dt_bias"},
-            int8_layers={"in_proj": "op.in_proj", "out_proj": "op.out_proj", "local_proj_weight": "conv_branch.3"},
+            int8_layers=layers,
+            int8_scan_inputs=frozenset({"x_proj"}),
+            int8_types={int8: "EVSSBlockInt8", int8 | {"x_proj"}: "EVSSBlockInt8XProj"},
         )
 
 
