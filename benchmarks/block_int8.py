@@ -54,7 +54,7 @@ def main() -> int:
         parser.error(f"this CPU does not have {args.isa}")
     isa = args.isa or kernel_isa(plugin_path("onnxruntime"))
     vnni = isa.endswith("vnni")
-    float_isa = {"avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
+    float_isa = {"avx512bf16": "avx512", "avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
     peak = None if isa == "base" else fma_peak(*ISAS[float_isa])  # without FMA the float block is far from that loop
     print(f"{where()}, onnxruntime {ort.__version__}, {isa}, {args.rounds} rounds")
     for size, dim, rank in SHAPES:

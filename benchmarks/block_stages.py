@@ -78,7 +78,7 @@ def main() -> int:
     if args.isa and not kernel.evm_scan_force_isa(ctypes.c_char_p(args.isa.encode())):
         parser.error(f"this CPU does not have {args.isa}")
     isa = args.isa or kernel_isa(library)
-    float_isa = {"avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
+    float_isa = {"avx512bf16": "avx512", "avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
     peak = max(fma_peak(*ISAS[float_isa]) or 0.0 for _ in range(3))
     print(f"{where()}, onnxruntime {ort.__version__}, {isa}, {peak:.0f} multiply-adds a ns, {args.rounds} rounds")
     options = ort.SessionOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ SOURCE = NATIVE / "tests" / "driver.cpp"
 class Problem:
     """A call of the driver.
 
-    op: 0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj. sizes, arrays: in the order of the struct.
-    outputs: shapes of the results.
+    op: 0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in half precision. sizes, arrays: in
+    the order of the struct. outputs: shapes of the results.
     """
 
     op: int
@@ -176,6 +177,50 @@ def check_hard_scans(driver: Driver) -> None:
         terms = reference.selective_scan(*magnitudes(*problem.arrays))
         np.testing.assert_array_equal(np.isnan(y), np.isnan(want), err_msg=str(problem.sizes))
         assert np.nanmax(np.abs(y - want)) <= 3e-6 * np.nanmax(terms), problem.sizes
+
+
+def in_bfloat16(block: torch.nn.Module) -> torch.nn.Module:
+    """Let the linear layers of a block round weights and inputs to bfloat16. Returns the block."""
+
+    def round_input(_, inputs):
+        return (inputs[0].bfloat16().to(inputs[0].dtype),)
+
+    for name in ("op.in_proj", "op.out_proj", "conv_branch.3"):
+        layer = block.get_submodule(name)
+        layer.weight.data = layer.weight.data.bfloat16().to(layer.weight.dtype)
+        layer.register_forward_pre_hook(round_input)
+    op = block.op
+    op.x_proj_weight.data = op.x_proj_weight.data.bfloat16().to(op.x_proj_weight.dtype)
+    op.project = lambda u: type(op).project(op, u.bfloat16().to(u.dtype))
+    return block
+
+
+def check_half_blocks(driver: Driver, count: int, kernel: str) -> None:
+    """Against the torch module in float64 whose linear layers round to bfloat16, or do not where the kernel does not.
+
+    A value on the other side of a rounding boundary differs by 2^-8, and all that follows from it: every output must be
+    within some steps, and most blocks much closer to the rounded module than that is to the exact one.
+    """
+    g = np.random.default_rng(9)
+    problems, rounded, exact = [], [], []
+    for i in range(count):
+        b, H, W, dim, rank = (int(g.integers(low, high)) for low, high in ((1, 3), (1, 14), (1, 14), (8, 50), (1, 9)))
+        states = int(g.integers(1, 80))
+        block, x = random_block(i, dim, rank, states), image(i, b, H, W, dim)
+        operands = [operand.numpy() for operand in block.fused_op().operands.values()]
+        float_problem = block_problem([x, *operands], b, H, W, dim, 2 * dim, states, rank, dim // 8)
+        problems.append(replace(float_problem, op=4))
+        with torch.inference_mode(), without_native_scan():
+            exact.append(in_float64(block, x))
+            rounded.append(in_bfloat16(copy.deepcopy(block).double())(torch.from_numpy(x).double()).numpy())
+    shares = []
+    for want, plain, (out, *_) in zip(rounded, exact, driver.run(problems), strict=True):
+        if kernel != "avx512bf16":
+            assert np.abs(out - plain).max() <= 1e-5 * np.abs(plain).max()
+            continue
+        assert np.abs(out - want).max() <= 0.05 * np.abs(want).max()
+        shares.append(np.abs(out - want).mean() / np.abs(plain - want).mean())
+    assert not shares or np.median(shares) < 0.2, shares
 
 
 def check_random_blocks(driver: Driver, count: int) -> None:

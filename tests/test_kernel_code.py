@@ -24,6 +24,7 @@ EXTENSIONS = {
     "avxvnni": ["avx2", "fma", "avx_vnni"],
     "avx512": ["avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"],
     "avx512vnni": ["avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"],
+    "avx512bf16": ["avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"],
 }
 EMULATED_VNNI = """
 #include <immintrin.h>
@@ -90,12 +91,18 @@ def test_no_kernel_uses_instructions_that_its_dispatch_does_not_ask_for(compiler
     assert set(seen) == {*EXTENSIONS, "dispatch"} and min(seen[name] for name in EXTENSIONS) > 2000
 
 
-def test_kernels_of_vnni_use_it(compiler):
+@pytest.mark.parametrize(
+    ("products", "extension"), [("vpdp", "avx_vnni"), ("vpdp", "avx512_vnni"), ("vdpbf16ps", "avx512_bf16")]
+)
+def test_kernels_use_the_products_that_they_are_for(products, extension, compiler):
     """Blocks alone: their scans are those of other kernels."""
-    code = {name: [line for line in code if "vpdp" in line] for name, code in installed_code()}
-    assert {name for name, found in code.items() if found} == {"avxvnni", "avx512vnni"}
-    for name in ("avxvnni", "avx512vnni"):
-        assert len(refused(code[name], EXTENSIONS[name][:-1])) == len(code[name])
+    code = {name: [line for line in code if products in line] for name, code in installed_code()}
+    for name, extensions in EXTENSIONS.items():
+        if extension in extensions:
+            others = [each for each in extensions if each != extension]
+            assert code[name] and len(refused(code[name], others)) == len(code[name])
+        elif products == "vdpbf16ps":
+            assert not code[name]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +121,8 @@ def test_int8_blocks_of_avx_vnni_with_its_instruction_emulated(compiler, tmp_pat
     lines = [f"{line} -include {native / 'vnni.h'}" if "x86_64 avx2 " in line else line for line in lines]
     (native / "kernels.txt").write_text("\n".join(lines))
     dispatch = (native / "scan" / "dispatch.cpp").read_text()
-    kept = re.sub(r"EVM_KERNEL\((avx512vnni|avx512|avxvnni), [\w |,]+?\),\s*", "", dispatch)
-    assert kept.count("EVM_KERNEL(") == dispatch.count("EVM_KERNEL(") - 3
+    kept = re.sub(r"EVM_KERNEL\((avx512bf16|avx512vnni|avx512|avxvnni), [\w |,]+?\),\s*", "", dispatch)
+    assert kept.count("EVM_KERNEL(") == dispatch.count("EVM_KERNEL(") - 4
     (native / "scan" / "dispatch.cpp").write_text(kept)
     driver = Driver((str(drivers.build_driver(compiler, tmp_path, ["-O1"], native=native)),)).forced("avx2")
     check_exact_int8_blocks(driver, 24)

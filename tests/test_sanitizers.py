@@ -22,6 +22,7 @@ from tests.driver import (
     any_block,
     any_int8_block,
     check_exact_int8_blocks,
+    check_half_blocks,
     check_hard_scans,
     check_random_blocks,
     check_random_scans,
@@ -81,18 +82,20 @@ def test_every_kernel_is_clean_and_right(driver):
     sizes = [*EDGES, *(tuple(int(g.integers(1, high + 1)) for high in highs) for _ in range(60))]
     problems = [any_block(seed, *size) for seed, size in enumerate(sizes)]
     problems += [any_int8_block(seed, *size, x_proj=seed % 4 > 0) for seed, size in enumerate(sizes)]
+    problems += [replace(any_block(seed, *size), op=4) for seed, size in enumerate(sizes)]
     results = {}
     for isa in isas():
         check_random_scans(driver.forced(isa), 60)
         check_hard_scans(driver.forced(isa))
         check_random_blocks(driver.forced(isa), 10)
         check_exact_int8_blocks(driver.forced(isa), 6)
+        check_half_blocks(driver.forced(isa), 6, isa)
         results[isa] = driver.forced(isa).run(problems)
     best = results[isas()[-1]]
     for isa, outputs in results.items():
         for problem, got, want in zip(problems, outputs, best, strict=True):
             for a, b in zip(got, want, strict=True):
-                tolerance = 0.05 if problem.op in (2, 3) else 2e-5  # a value may be quantised to the next step
+                tolerance = 2e-5 if problem.op in (0, 1) else 0.05  # a value may be rounded to the next step
                 assert np.abs(a - b).max(initial=0) <= tolerance * max(1.0, np.abs(b).max(initial=0)), (
                     isa,
                     problem.sizes,

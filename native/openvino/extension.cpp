@@ -74,20 +74,27 @@ ov::element::Type element(evm::Type type) {
     return type == evm::FLOAT ? ov::element::f32 : type == evm::INT8 ? ov::element::i8 : ov::element::u8;
 }
 
-void set_softplus(evm_scan_args &args, bool softplus) { args.no_softplus = !softplus; }
-void set_softplus(evm_block_args &, bool) {}
+// Attributes of a node. Of scans: delta_softplus; if false, dt = delta + bias. Of blocks: scan_outputs; the node also returns the
+// inputs and the output of its scan, for verification. Of float blocks: half, as in evm_block_args.
+struct Attributes {
+    bool scan_outputs, delta_softplus, half;
+};
 
-// OpenVINO node of an operator. Attribute scan_outputs (blocks only): the node also returns the inputs and the output of its scan,
-// for verification. Attribute delta_softplus (scans only): if false, dt = delta + bias.
+void set(evm_scan_args &args, const Attributes &attributes) { args.no_softplus = !attributes.delta_softplus; }
+void set(evm_block_args &args, const Attributes &attributes) { args.half = attributes.half; }
+
+// OpenVINO node of an operator.
 template <const evm::Op &OP, class Arguments>
 class Node : public ov::op::Op {
     static constexpr bool is_scan = std::is_same<Arguments, evm_scan_args>::value;
-    bool scan_outputs = false, delta_softplus = true;
+    Attributes attributes = {false, true, false};
     mutable Packed packed;
 
   public:
+    static constexpr const evm::Op &op = OP;
+
     Node() = default;
-    Node(const ov::OutputVector &inputs, bool outputs_of_scan, bool softplus) : Op(inputs), scan_outputs(outputs_of_scan), delta_softplus(softplus) {
+    Node(const ov::OutputVector &inputs, const Attributes &given) : Op(inputs), attributes(given) {
         constructor_validate_and_infer_types();
     }
 
@@ -115,16 +122,20 @@ class Node : public ov::op::Op {
         evm::Sizes size;
         NODE_VALIDATION_CHECK(this, !known || size.fit(OP, in), size.message);
         set_output_type(0, ov::element::f32, get_input_partial_shape(0));
-        if (scan_outputs && OP.output_count > 1) set_scan_outputs(get_input_partial_shape(0), get_input_partial_shape(index_of("A")));
+        if (attributes.scan_outputs && OP.output_count > 1) set_scan_outputs(get_input_partial_shape(0), get_input_partial_shape(index_of("A")));
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Node>(inputs, scan_outputs, delta_softplus);
+        return std::make_shared<Node>(inputs, attributes);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
-        if (is_scan) visitor.on_attribute("delta_softplus", delta_softplus);
-        else visitor.on_attribute("scan_outputs", scan_outputs);
+        if (is_scan) {
+            visitor.on_attribute("delta_softplus", attributes.delta_softplus);
+            return true;
+        }
+        visitor.on_attribute("scan_outputs", attributes.scan_outputs);
+        if (&OP == &evm::EVSS_BLOCK) visitor.on_attribute("half", attributes.half);
         return true;
     }
 
@@ -134,7 +145,7 @@ class Node : public ov::op::Op {
         evm::Tensor in[evm::MAX_INPUTS];
         for (size_t i = 0; i < OP.input_count; i++) in[i] = tensor(inputs[i].data(), inputs[i].get_shape());
         Arguments args = {};
-        set_softplus(args, delta_softplus);
+        set(args, attributes);
         run(OP, in, outputs, args, has_constant_weights() ? &packed : nullptr);
         return true;
     }
@@ -171,7 +182,9 @@ template <class Type>
 ov::OutputVector convert(const ov::frontend::NodeContext &context) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < context.get_input_size(); i++) inputs.push_back(context.get_input((int)i));
-    return std::make_shared<Type>(inputs, false, context.get_attribute<int64_t>("delta_softplus", 1) != 0)->outputs();
+    const auto flag = [&](const char *name, int64_t otherwise) { return context.get_attribute<int64_t>(name, otherwise) != 0; };
+    const Attributes attributes = {false, flag("delta_softplus", 1), flag("half", 0) && &Type::op == &evm::EVSS_BLOCK};
+    return std::make_shared<Type>(inputs, attributes)->outputs();
 }
 
 template <class Type>

@@ -48,6 +48,16 @@ struct FloatLayer : Floats {
     vec result(vec sum, int64_t) const { return sum; }
 };
 
+#if defined(__AVX512BF16__)
+struct HalfLayer : Halves {
+    HalfLayer(const evm_int8_linear &, const float *) {}
+    void put(Element *to, vec value) const { store_rounded(to, value); }
+    vec result(vec sum, int64_t) const { return sum; }
+};
+#else
+typedef FloatLayer HalfLayer;
+#endif
+
 // Multiply by the inverse of the scale, where ONNX divides by the scale: a value within one rounding error of half a step may
 // round to the other integer. NaN becomes the integer 0.
 struct Int8Layer : Integers {
@@ -106,9 +116,14 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
 // Pack a linear layer of `columns` columns whose element (k, c) is weight[k * row + column(c) * stride], of int8 or else of `weight`,
 // and in int8 the scales of the columns.
 template <class Column>
-void pack_layer(float *packed, float *scales, int64_t depth, int64_t columns, const float *weight, const evm_int8_linear &int8, int64_t row,
-                int64_t stride, Column column) {
-    if (!int8.weight) return pack<Floats>(packed, depth, columns, [=](int64_t k, int64_t c) { return weight[k * row + column(c) * stride]; });
+void pack_layer(float *packed, float *scales, int64_t depth, int64_t columns, const float *weight, const evm_int8_linear &int8, bool half,
+                int64_t row, int64_t stride, Column column) {
+    const auto element = [=](int64_t k, int64_t c) { return weight[k * row + column(c) * stride]; };
+#if defined(__AVX512BF16__)
+    if (half) return pack<Halves>(packed, depth, columns, [=](int64_t k, int64_t c) { return Halves::rounded(element(k, c)); });
+#endif
+    (void)half;
+    if (!int8.weight) return pack<Floats>(packed, depth, columns, element);
     const int8_t *const integers = int8.weight;
     pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return integers[k * row + column(c) * stride]; }, int8.input_zero_point);
     for (int64_t c = 0; c < columns; c++) scales[c] = int8.input_scale * int8.scale[column(c)];
@@ -121,10 +136,10 @@ void pack_weights(const Job &job) {
     float *packed = job.packed;
     const auto same = [](int64_t c) { return c; };
     const auto second_half = [d = a.d](int64_t c) { return d + c; };
-    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, 2 * a.d, 1, same);
-    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, 2 * a.d, 1, second_half);
-    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.d, a.C, a.out_proj, a.out_proj_int8, a.C, 1, same);
-    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.C, a.C, a.local_proj_weight, a.local_proj_int8, 1, a.C, same);
+    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, a.half, 2 * a.d, 1, same);
+    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, a.half, 2 * a.d, 1, second_half);
+    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.d, a.C, a.out_proj, a.out_proj_int8, a.half, a.C, 1, same);
+    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.C, a.C, a.local_proj_weight, a.local_proj_int8, a.half, 1, a.C, same);
     const int64_t columns = a.R + 2 * a.N;
     const auto dt_last = [N = a.N, R = a.R](int64_t c) { return c < 2 * N ? c + R : c - 2 * N; };  // of dt, B, C make B, C, dt
     for (int64_t k = 0; k < K; k++) {
@@ -132,7 +147,7 @@ void pack_weights(const Job &job) {
         evm_int8_linear int8 = a.x_proj_int8;
         if (int8.weight) int8.weight += first, int8.scale += k * columns;
         pack_layer(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, a.d, columns, int8.weight ? nullptr : a.x_proj + first,
-                   int8, columns, 1, dt_last);
+                   int8, a.half, columns, 1, dt_last);
         for (int64_t r = 0; r < a.R; r++)
             pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
     }
@@ -336,6 +351,8 @@ void scan(const Job &job, int64_t tile) {
     if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
     if (a.scan_u) copy_rows(a.scan_u + row * a.d + channel, rows.u, l.L, l.d, channels, a.d);
     EVM_NAME(evm_scan_rows, EVM_SCAN)(&rows, channels);
+    if (l.y != l.u && channel + channels == a.d)  // the padding of u is 0; a product of bfloat16 may read one channel of it
+        for (int64_t t = 0; t < l.L; t++) memset(job.ws + l.y + (k * l.L + t) * l.d + a.d, 0, (l.d - a.d) * sizeof(float));
     if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
 
@@ -418,7 +435,9 @@ void run_tile(const Job &job, Step step, int64_t tile) {
     switch (step.stage) {
         case PROJECT: return project<Layer>(job, step.group, tile);
         case CONVOLVE: return convolve<Layer>(job, step.group, tile);
-        case PARAMETERS: return job.a.x_proj_int8.weight ? parameters<Int8Layer>(job, step.group, tile) : parameters<FloatLayer>(job, step.group, tile);
+        case PARAMETERS:
+            if (job.a.x_proj_int8.weight) return parameters<Int8Layer>(job, step.group, tile);
+            return job.a.half ? parameters<HalfLayer>(job, step.group, tile) : parameters<FloatLayer>(job, step.group, tile);
         case SCAN: return scan(job, tile);
         case OUTPUT: return output<Layer>(job, tile);
         case GATE: return gate(job);
@@ -435,6 +454,7 @@ void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) {
 void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
     const Job job(*a, packed, workspace, image);
     if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, job.l.step(step), tile);
+    else if (a->half) run_tile<HalfLayer>(job, job.l.step(step), tile);
     else run_tile<FloatLayer>(job, job.l.step(step), tile);
 }
 }

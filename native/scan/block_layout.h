@@ -51,9 +51,10 @@ struct Layout {
         out_proj = take((a.d + more) * C), local_proj = take((a.C + more) * C), dt_proj = take(K * a.R * d), conv = take(10 * d), local_conv = take(10 * C);
         vectors = take(7 * C + 4 * d), zeros = take(C > d ? C : d);
         packed = end, end = 0;
-        n_rows = int8 ? x_rows : a.H;  // a float block reads n again in stage OUTPUT
-        n = take(n_rows * a.W * C), n_in = int8 ? take(tokens * C) : n, x = take(x_rows * a.W * d), u = take(K * L * d);
-        u_in = int8_x ? take(K * L * d) : u, y = a.N <= EVM_GROUP ? u : take(K * L * d);
+        const bool apart = int8 || a.half;
+        n_rows = apart ? x_rows : a.H;  // a float block reads n again in stage OUTPUT
+        n = take(n_rows * a.W * C), n_in = apart ? take(tokens * C) : n, x = take(x_rows * a.W * d), u = take(K * L * d);
+        u_in = int8_x || a.half ? take(K * L * d) : u, y = a.N <= EVM_GROUP ? u : take(K * L * d);
         p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
         sums = take((chunks + strips) * C), gates = take(2 * C);
         size = end;

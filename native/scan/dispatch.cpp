@@ -34,8 +34,9 @@ struct Kernel {
 #define EVM_KERNEL(isa, scan, needs) {#isa, evm_scan_tile_##scan, evm_block_pack_##isa, evm_block_tile_##isa, needs}
 
 #if defined(__x86_64__)
-enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8 };
-const Kernel kernels[] = {EVM_KERNEL(avx512vnni, avx512, AVX512 | AVX512_VNNI), EVM_KERNEL(avx512, avx512, AVX512),
+enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8, AVX512_BF16 = 16 };
+const Kernel kernels[] = {EVM_KERNEL(avx512bf16, avx512, AVX512 | AVX512_VNNI | AVX512_BF16),
+                          EVM_KERNEL(avx512vnni, avx512, AVX512 | AVX512_VNNI), EVM_KERNEL(avx512, avx512, AVX512),
                           EVM_KERNEL(avxvnni, avx2, AVX2 | AVX_VNNI), EVM_KERNEL(avx2, avx2, AVX2), EVM_KERNEL(base, base, 0)};
 
 unsigned cpu_features() {
@@ -50,8 +51,8 @@ unsigned cpu_features() {
     unsigned features = AVX2;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     if ((b & avx512) == avx512 && (low & 0xe6) == 0xe6) features |= c >> 11 & 1 ? AVX512 | AVX512_VNNI : AVX512;  // masks and ZMM saved
-    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1) features |= AVX_VNNI;
-    return features;
+    if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return features;
+    return features | (a >> 4 & 1 ? AVX_VNNI : 0) | (a >> 5 & 1 ? AVX512_BF16 : 0);
 }
 #elif defined(__aarch64__)
 enum { DOTPROD = 1, I8MM = 2 };

@@ -123,6 +123,34 @@ struct Integers : Floats {
 };
 #endif
 
+#if defined(__AVX512BF16__)
+// Sums of two products of bfloat16 in each lane, in float32.
+struct Halves {
+    typedef Halves Base;
+    typedef uint16_t Element, Weight;
+    typedef vec Sum, Partial;
+    static constexpr int DEPTH = 2;
+    static constexpr bool START = false, SQUARES = false;
+    static int64_t piece(int64_t depth) { return depth; }
+    static Partial start(const float *) { return Partial{}; }
+    static Partial add(Partial sum, const Element *row, vec weights) {
+        int32_t two;
+        memcpy(&two, row, sizeof two);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)bits_of(weights));
+    }
+    static Sum total(Partial sum) { return sum; }
+    static void store_rounded(Element *to, vec values) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(values);
+        memcpy(to, &rounded, sizeof rounded);
+    }
+    static Weight rounded(float value) {
+        Element lanes[LANES];
+        store_rounded(lanes, broadcast(value));
+        return lanes[0];
+    }
+};
+#endif
+
 // Number of vectors that DEPTH rows of LANES columns take.
 template <class Numbers>
 constexpr int PARTS = Numbers::DEPTH * sizeof(typename Numbers::Weight) / sizeof(float);

@@ -98,7 +98,7 @@ evm_int8_linear read_linear(int64_t depth, int64_t columns, int64_t matrices = 1
     return layer;
 }
 
-void run_block(bool int8, bool int8_x_proj) {
+void run_block(bool int8, bool int8_x_proj, bool half) {
     int64_t size[8];
     if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
     const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
@@ -119,7 +119,7 @@ void run_block(bool int8, bool int8_x_proj) {
         else if (int8 && i == LOCAL_PROJ) args.local_proj_int8 = read_linear(C, C);
         else fields[i] = in[i] = read_array(counts[i], "an array of a block");
     }
-    args.b = b, args.H = H, args.W = W, args.C = C, args.d = d, args.N = N, args.R = R, args.G = G;
+    args.b = b, args.H = H, args.W = W, args.C = C, args.d = d, args.N = N, args.R = R, args.G = G, args.half = half;
     Guarded outputs[] = {{"out", b * H * W * C},   {"scan_u", tokens * d}, {"scan_delta", tokens * d},
                          {"scan_B", tokens * N},   {"scan_C", tokens * N}, {"scan_y", tokens * d}};
     Guarded workspace("workspace", evm_block_workspace_bytes(&args) / (int64_t)sizeof(float));
@@ -145,8 +145,8 @@ int main() {
     if (const char *const error = evm_scan_isa_error()) fail(2, "instruction set", error);
     for (int64_t op; read_bytes(&op, sizeof op);) {
         if (op == 0) run_scan();
-        else if (op >= 1 && op <= 3) run_block(op >= 2, op == 3);
-        else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block) or 3 (int8 block with an int8 x_proj)");
+        else if (op >= 1 && op <= 4) run_block(op == 2 || op == 3, op == 3, op == 4);
+        else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block), 3 (int8 block with an int8 x_proj) or 4 (half block)");
     }
     return 0;
 }
