@@ -34,6 +34,7 @@ from tests.driver import (
     Driver,
     build_driver,
     check_exact_int8_blocks,
+    check_half_blocks,
     check_hard_scans,
     check_random_blocks,
     check_random_scans,
@@ -318,6 +319,10 @@ def test_random_blocks(driver):
 
 def test_exact_int8_blocks(driver):
     check_exact_int8_blocks(driver, 24)
+
+
+def test_half_blocks(driver):
+    check_half_blocks(driver, 8, driver.isa)
 
 
 # ------------------------------------------------------------------------------------------------------------- bundles

@@ -28,12 +28,14 @@ from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
 from evm_deploy.export.openvino.ir import save
+from evm_deploy.export.openvino.settings import HALF_KERNELS, OpenVinoExportSettings
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.model.families import load_checkpoint
 from evm_deploy.runtimes import registry
 from evm_deploy.runtimes.base import Batch, RunOptions
 from evm_deploy.runtimes.openvino import INFO, OpenVinoRuntime, OpenVinoSettings, open_core, reason
+from evm_deploy.toolchain import openvino_extension
 from evm_deploy.toolchain.openvino_extension import extension
 from evm_deploy.toolchain.platforms import host_platform
 from tests.openvino import EVERY_LOWERING, LOWERINGS, built, opened, traced
@@ -201,6 +203,41 @@ def test_float16_weights_and_float32_scans(scan, micro, bundles, tmp_path):
     assert sizes[0] < 0.6 * sizes[1] and bundle.size_bytes > sizes[0]
     assert all(s["ssm"] < 2e-6 and s["probe"] < 2e-6 for s in bundle.manifest.parity["scans"])
     assert bundle.manifest.details["inference_precision"] == ("f16" if scan == "plugin" else "f32")
+
+
+@pytest.mark.parametrize("flags", [(), ("--int8", "--calib", "demo"), ("--fp16", "--scan", "portable")])
+def test_half_blocks_are_for_float16_on_the_native_kernel(flags, micro, tmp_path, capsys):
+    given = [str(micro), "--target", "openvino", "--imgsz", "64", "--half-blocks", *flags, "-q", "-o", str(tmp_path)]
+    assert cli.export_main(given) == 2
+    assert "add --fp16 --scan plugin" in capsys.readouterr().err
+
+
+@pytest.mark.compiler
+def test_half_blocks_need_a_cpu_that_can_verify_them(micro, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(openvino_extension, "isa", lambda library: "avx512vnni")
+    flags = ["--target", "openvino", "--imgsz", "64", "--fp16", "--half-blocks", "-q", "-o", str(tmp_path)]
+    assert cli.export_main([str(micro), *flags]) == 3
+    assert "--half-blocks cannot be verified here: the kernel is avx512vnni" in capsys.readouterr().err
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_half_blocks_multiply_in_bfloat16(micro, tmp_path):
+    """The outputs differ from those of float32 blocks by some steps of bfloat16. Other kernels ignore the attribute."""
+    if openvino_extension.isa(extension()) not in HALF_KERNELS:
+        pytest.skip("this CPU has no kernel for products of bfloat16")
+    plan = ExportPlan("openvino", imgsz=(64, 64), precision="fp16", settings=OpenVinoExportSettings(half_blocks=True))
+    bundle = export(micro, plan, tmp_path)
+    assert bundle.manifest.parity["ok"] and bundle.manifest.plan["settings"]["half_blocks"] is True
+    text = (bundle.path / "model.xml").read_text()
+    assert len(re.findall(r'half="true"', text)) == len(re.findall(r'type="EVSSBlock"', text)) == 2
+    (tmp_path / "float.xml").write_text(text.replace('half="true"', 'half="false"'))
+    shutil.copy(bundle.path / "model.bin", tmp_path / "float.bin")
+    outputs = []
+    for path in (bundle.path / "model.xml", tmp_path / "float.xml"):
+        with OpenVinoRuntime(path, RunOptions(plugin=extension())) as runtime:
+            outputs.append(runtime.run({"image": pixels()})["logits"])
+    assert 1e-5 < np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[1]).max() < 0.05
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from evm_deploy.export.coreml.settings import CoreMlSettings
+from evm_deploy.export.openvino.settings import OpenVinoExportSettings
 from evm_deploy.export.qnn.settings import QnnSettings
 from evm_deploy.export.tensorrt.settings import EngineSettings
 
-KINDS: tuple[type, ...] = (CoreMlSettings, EngineSettings, QnnSettings)
+KINDS: tuple[type, ...] = (CoreMlSettings, EngineSettings, OpenVinoExportSettings, QnnSettings)

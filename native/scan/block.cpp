@@ -1,4 +1,6 @@
 // The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp. EVM_SCAN: kernel whose scan is called.
+// EVM_BLOCK: kernel that is called for blocks that this one does not compute itself: it has int8 blocks alone or, with bfloat16, blocks
+// in half precision alone.
 //
 // All work between two matrix products is done on rows that are still in cache. Norms and activations are computed where the
 // product stores its result, the atrous split where the convolution writes, dt_proj inside the scan, and the merge where
@@ -6,6 +8,8 @@
 // stores.
 #include "block_layout.h"
 #include "gemm.h"
+
+#include <type_traits>
 
 #if !defined(EVM_SCAN)
 #define EVM_SCAN EVM_ISA
@@ -54,8 +58,6 @@ struct HalfLayer : Halves {
     void put(Element *to, vec value) const { store_rounded(to, value); }
     vec result(vec sum, int64_t) const { return sum; }
 };
-#else
-typedef FloatLayer HalfLayer;
 #endif
 
 // Multiply by the inverse of the scale, where ONNX divides by the scale: a value within one rounding error of half a step may
@@ -113,41 +115,43 @@ void pack_convolution(float *to, const float *weight, const float *bias, int64_t
             to[tap * padded + c] = c >= channels ? 0.f : tap == 9 ? bias[c] : weight[c * 9 + tap];
 }
 
-// Pack a linear layer of `columns` columns whose element (k, c) is weight[k * row + column(c) * stride], of int8 or else of `weight`,
-// and in int8 the scales of the columns.
-template <class Column>
-void pack_layer(float *packed, float *scales, int64_t depth, int64_t columns, const float *weight, const evm_int8_linear &int8, bool half,
-                int64_t row, int64_t stride, Column column) {
-    const auto element = [=](int64_t k, int64_t c) { return weight[k * row + column(c) * stride]; };
+// Layout of a linear layer: element (k, c) is weight[k * row + column(c) * stride], and column(c) the index of its scale.
+struct Matrix {
+    int64_t depth, columns, row, stride, first, rotated;
+
+    int64_t column(int64_t c) const { return first + (c + rotated) % columns; }
+    int64_t at(int64_t k, int64_t c) const { return k * row + column(c) * stride; }
+};
+
+// Pack a linear layer of int8 or else of `weight`, and in int8 the scales of the columns. Once in a session: small code, not fast.
+__attribute__((noinline, cold)) void pack_layer(float *packed, float *scales, const float *weight, const evm_int8_linear &int8, Matrix m) {
 #if defined(__AVX512BF16__)
-    if (half) return pack<Halves>(packed, depth, columns, [=](int64_t k, int64_t c) { return Halves::rounded(element(k, c)); });
-#endif
-    (void)half;
-    if (!int8.weight) return pack<Floats>(packed, depth, columns, element);
+    (void)scales, (void)int8;
+    pack<Halves>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return Halves::rounded(weight[m.at(k, c)]); });
+#else
+    if (!int8.weight) return pack<Floats>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return weight[m.at(k, c)]; });
     const int8_t *const integers = int8.weight;
-    pack<Integers>(packed, depth, columns, [=](int64_t k, int64_t c) { return integers[k * row + column(c) * stride]; }, int8.input_zero_point);
-    for (int64_t c = 0; c < columns; c++) scales[c] = int8.input_scale * int8.scale[column(c)];
-    for (int64_t c = columns; c < pad(columns); c++) scales[c] = 0;
+    pack<Integers>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return integers[m.at(k, c)]; }, int8.input_zero_point);
+    for (int64_t c = 0; c < m.columns; c++) scales[c] = int8.input_scale * int8.scale[m.column(c)];
+    for (int64_t c = m.columns; c < pad(m.columns); c++) scales[c] = 0;
+#endif
 }
 
-void pack_weights(const Job &job) {
+__attribute__((cold)) void pack_weights(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *packed = job.packed;
-    const auto same = [](int64_t c) { return c; };
-    const auto second_half = [d = a.d](int64_t c) { return d + c; };
-    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, a.half, 2 * a.d, 1, same);
-    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.C, a.d, a.in_proj, a.in_proj_int8, a.half, 2 * a.d, 1, second_half);
-    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.d, a.C, a.out_proj, a.out_proj_int8, a.half, a.C, 1, same);
-    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.C, a.C, a.local_proj_weight, a.local_proj_int8, a.half, 1, a.C, same);
+    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, 0, 0});
+    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, a.d, 0});
+    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.out_proj, a.out_proj_int8, {a.d, a.C, a.C, 1, 0, 0});
+    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.local_proj_weight, a.local_proj_int8, {a.C, a.C, 1, a.C, 0, 0});
     const int64_t columns = a.R + 2 * a.N;
-    const auto dt_last = [N = a.N, R = a.R](int64_t c) { return c < 2 * N ? c + R : c - 2 * N; };  // of dt, B, C make B, C, dt
     for (int64_t k = 0; k < K; k++) {
         const int64_t first = k * a.d * columns;
         evm_int8_linear int8 = a.x_proj_int8;
         if (int8.weight) int8.weight += first, int8.scale += k * columns;
-        pack_layer(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, a.d, columns, int8.weight ? nullptr : a.x_proj + first,
-                   int8, a.half, columns, 1, dt_last);
+        pack_layer(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, int8.weight ? nullptr : a.x_proj + first, int8,
+                   {a.d, columns, columns, 1, 0, a.R});  // dt, B, C become B, C, dt
         for (int64_t r = 0; r < a.R; r++)
             pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
     }
@@ -436,8 +440,9 @@ void run_tile(const Job &job, Step step, int64_t tile) {
         case PROJECT: return project<Layer>(job, step.group, tile);
         case CONVOLVE: return convolve<Layer>(job, step.group, tile);
         case PARAMETERS:
-            if (job.a.x_proj_int8.weight) return parameters<Int8Layer>(job, step.group, tile);
-            return job.a.half ? parameters<HalfLayer>(job, step.group, tile) : parameters<FloatLayer>(job, step.group, tile);
+            if constexpr (std::is_same<Layer, Int8Layer>::value)
+                if (!job.a.x_proj_int8.weight) return parameters<FloatLayer>(job, step.group, tile);
+            return parameters<Layer>(job, step.group, tile);
         case SCAN: return scan(job, tile);
         case OUTPUT: return output<Layer>(job, tile);
         case GATE: return gate(job);
@@ -445,16 +450,38 @@ void run_tile(const Job &job, Step step, int64_t tile) {
     }
 }
 
+#if defined(EVM_BLOCK)
+#if defined(__AVX512BF16__)
+typedef HalfLayer OwnLayer;
+bool is_own(const evm_block_args &a) { return a.half; }
+#else
+typedef Int8Layer OwnLayer;
+bool is_own(const evm_block_args &a) { return a.in_proj_int8.weight; }
+#endif
+#endif
+
 }  // namespace
 
 extern "C" {
 
+#if defined(EVM_BLOCK)
+void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) {
+    if (is_own(*a)) pack_weights(Job(*a, packed, nullptr, 0));
+    else EVM_NAME(evm_block_pack, EVM_BLOCK)(a, packed);
+}
+
+void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
+    if (!is_own(*a)) return EVM_NAME(evm_block_tile, EVM_BLOCK)(a, packed, workspace, image, step, tile);
+    const Job job(*a, packed, workspace, image);
+    run_tile<OwnLayer>(job, job.l.step(step), tile);
+}
+#else
 void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) { pack_weights(Job(*a, packed, nullptr, 0)); }
 
 void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
     const Job job(*a, packed, workspace, image);
     if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, job.l.step(step), tile);
-    else if (a->half) run_tile<HalfLayer>(job, job.l.step(step), tile);
     else run_tile<FloatLayer>(job, job.l.step(step), tile);
 }
+#endif
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
-from evm_deploy.errors import ToolchainError
+from evm_deploy.errors import ToolchainError, UsageError
 from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
@@ -18,6 +18,7 @@ from evm_deploy.export.openvino.ir import convert, describe, halve_weights, save
 from evm_deploy.export.openvino.model_api import add_model_api
 from evm_deploy.export.openvino.readme import usage
 from evm_deploy.export.openvino.scans import OpenVinoScanAccess
+from evm_deploy.export.openvino.settings import HALF_KERNELS, OpenVinoExportSettings
 from evm_deploy.export.plan import WEIGHT_BITS, ExportPlan
 from evm_deploy.export.target import Artifact, Target
 from evm_deploy.runtimes.base import Runtime
@@ -33,16 +34,29 @@ if TYPE_CHECKING:
 BLOCK_STEPS = 28  # per iteration of a portable scan: the whole model is 6 % faster than with 7 steps
 
 
+def halves_blocks(plan: ExportPlan) -> bool:
+    """Return whether --half-blocks is asked for."""
+    return isinstance(plan.settings, OpenVinoExportSettings) and plan.settings.half_blocks
+
+
+def check_plan(plan: ExportPlan) -> None:
+    """Raise UsageError for --half-blocks without --fp16, or with portable scans."""
+    if halves_blocks(plan) and (plan.precision != "fp16" or plan.scan == "portable"):
+        raise UsageError("--half-blocks is for blocks on the native kernel in float16", "add --fp16 --scan plugin")
+
+
 def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.xml` and `model.bin`: the hub graph in the plan's precision and scan lowering.
 
     The extension, if the blocks need it, is copied into the bundle, under `plugins`. The model does not load without
-    its extension.
+    its extension. Raises ToolchainError if --half-blocks cannot be verified on this CPU.
     """
     scan, library = choose_lowering(plan)
     proto, sites = lowered(graph, scan.value)
     if plan.precision == "fp16":
         check_fp16_range(proto, sites)
+    if halves_blocks(plan):
+        require_half_kernel(library)
         halve_products(proto, graph)
     core = open_core(library)
     model = convert(core, proto)
@@ -107,6 +121,16 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
     return proto, scan_sites(proto, graph.fusable)
 
 
+def require_half_kernel(library: Path | None) -> None:
+    """Raise ToolchainError unless the extension's kernel on this CPU multiplies in half precision."""
+    kernel = openvino_extension.isa(library) if library else "none"
+    if kernel not in HALF_KERNELS:
+        raise ToolchainError(
+            f"--half-blocks cannot be verified here: the kernel is {kernel}, not {' or '.join(HALF_KERNELS)}",
+            "leave --half-blocks out, or export on a CPU with AVX512_BF16",
+        )
+
+
 def halve_products(proto: onnx.ModelProto, graph: Graph) -> int:
     """Let blocks that are one node multiply in the half precision of the CPU, in place. Returns how many.
 
@@ -162,6 +186,8 @@ TARGET = Target(
     scan_access=OpenVinoScanAccess,
     write_scan_case=write_scan_case,
     usage=usage,
+    check=check_plan,
+    settings=OpenVinoExportSettings,
     regions=True,
     weight_bits=WEIGHT_BITS,
     remarks=remarks,
