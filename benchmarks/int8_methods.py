@@ -57,9 +57,10 @@ def print_blocks(plan: ExportPlan) -> None:
     graph = trace(with_pre_and_postprocessing(network, plan, preprocessing), plan, {})
     config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(config, preprocessing, silent)
-    run_float = partial(graph_outputs, graph.model, config, plugin)
-    evaluate = Evaluation(judged, run_float, config, candidate_opener(get_target(plan.target), graph, plan))
-    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
+    run_float, target = partial(graph_outputs, graph.model, config, plugin), get_target(plan.target)
+    evaluate = Evaluation(judged, run_float, config, candidate_opener(target, graph, plan))
+    fuses = target.fuses(plan)
+    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY, fuses=fuses)
     for smooth, source in make_candidates(graph.model, layers, used, config, plugin, silent).items():
         alone = dict(each_block(source, evaluate, lambda done, total: None))
         for block, accuracy in sorted(alone.items(), key=lambda item: item[1].sqnr_db or 0.0):

@@ -47,9 +47,10 @@ def print_variant(variant: str, folder: Path) -> None:
     config, plugin = quantization_config(plan, network.spec), find_plugin("onnxruntime")
     used, judged = image_sets(config, preprocessing, silent)
     assert judged is not None
-    run_float = partial(graph_outputs, graph.model, config, plugin)
-    evaluate = Evaluation(judged, run_float, config, candidate_opener(get_target(plan.target), graph, plan))
-    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY)
+    run_float, target = partial(graph_outputs, graph.model, config, plugin), get_target(plan.target)
+    evaluate = Evaluation(judged, run_float, config, candidate_opener(target, graph, plan))
+    fuses = target.fuses(plan)
+    layers = candidates(graph.model, plan.precision, graph.fusable, KEEP_FLOAT, WEIGHT_ONLY, fuses=fuses)
     found = make_candidates(graph.model, layers, used, config, plugin, silent)
     rows = {name: dict(each_block(source, evaluate, lambda done, total: None)) for name, source in found.items()}
     print(f"\n{variant}, {len(judged)} images          as is  smoothed")

@@ -1,5 +1,5 @@
-// Custom ops evm::EVSSBlock, evm::EVSSBlockInt8 and evm::EVSSBlockInt8XProj for ONNX Runtime: pack constant weights when a session is made; then read
-// tensors, fill the struct, run each step.
+// Custom ops evm::EVSSBlock, evm::EVSSBlockInt8 and evm::EVSSBlockInt8XProj for ONNX Runtime: pack constant weights when a session is
+// made; then read tensors, fill the struct, run each step.
 #include "op.h"
 
 #include <stdlib.h>

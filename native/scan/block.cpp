@@ -9,8 +9,6 @@
 #include "block_layout.h"
 #include "gemm.h"
 
-#include <type_traits>
-
 #if !defined(EVM_SCAN)
 #define EVM_SCAN EVM_ISA
 #endif
@@ -47,6 +45,7 @@ struct Job {
 // Arithmetic of in_proj, x_proj, out_proj and local_proj. put(): store a vector of the layer's input. result(): make the layer's output
 // from a vector of sums.
 struct FloatLayer : Floats {
+    static constexpr bool INT8 = false;
     FloatLayer(const evm_int8_linear &, const float *) {}
     void put(float *to, vec value) const { store(to, value); }
     vec result(vec sum, int64_t) const { return sum; }
@@ -54,6 +53,7 @@ struct FloatLayer : Floats {
 
 #if defined(__AVX512BF16__)
 struct HalfLayer : Halves {
+    static constexpr bool INT8 = false;
     HalfLayer(const evm_int8_linear &, const float *) {}
     void put(Element *to, vec value) const { store_rounded(to, value); }
     vec result(vec sum, int64_t) const { return sum; }
@@ -63,6 +63,7 @@ struct HalfLayer : Halves {
 // Multiply by the inverse of the scale, where ONNX divides by the scale: a value within one rounding error of half a step may
 // round to the other integer. NaN becomes the integer 0.
 struct Int8Layer : Integers {
+    static constexpr bool INT8 = true;
     const float inverse, low, high;  // inverse of the input's scale; range of the input's integers minus the zero point
     const float *const scales;       // scale of the input times the scales of the weights, padded
 
@@ -440,7 +441,7 @@ void run_tile(const Job &job, Step step, int64_t tile) {
         case PROJECT: return project<Layer>(job, step.group, tile);
         case CONVOLVE: return convolve<Layer>(job, step.group, tile);
         case PARAMETERS:
-            if constexpr (std::is_same<Layer, Int8Layer>::value)
+            if constexpr (Layer::INT8)
                 if (!job.a.x_proj_int8.weight) return parameters<FloatLayer>(job, step.group, tile);
             return parameters<Layer>(job, step.group, tile);
         case SCAN: return scan(job, tile);
