@@ -20,8 +20,11 @@ from evm_deploy.cli import bench_main
 from evm_deploy.errors import ToolchainError, UsageError
 from tests.sshd import within
 
-FAKE_ADB = f"""#!{sys.executable}
-import os, shutil, subprocess, sys
+# sh runs Python on the file itself, whose second line is a text for Python: the path of Python may have a space
+BY_PYTHON = f"""#!/bin/sh
+'''exec' "{sys.executable}" "$0" "$@" # '''
+"""
+FAKE_ADB = f"""{BY_PYTHON}import os, shutil, subprocess, sys
 root, mode = os.environ["FAKE_ROOT"], os.environ.get("FAKE_MODE", "")
 serial, what, rest = sys.argv[2], sys.argv[3], sys.argv[4:]
 assert sys.argv[1] == "-s"
@@ -48,8 +51,7 @@ elif what == "push":
 elif what == "pull":
     shutil.copy(there(rest[0]), rest[1])
 """
-FAKE_RUNNER = f"""#!{sys.executable}
-import os, sys, time
+FAKE_RUNNER = f"""{BY_PYTHON}import os, sys, time
 mode = os.environ.get("FAKE_MODE", "")
 open(os.environ["FAKE_ROOT"] + "/arguments", "w").write(" ".join(sys.argv[1:]))
 if mode == "crash":

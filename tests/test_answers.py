@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def fake_ssh(folder: Path, greeting: str, answer: str | None = None) -> str:
     """A command that says one thing when it starts, another when it is to run something, and takes whatever is sent."""
     (folder / "said").write_text(json.dumps([greeting, answer]))
     (folder / "ssh.py").write_text(FAKE)
-    return f"{sys.executable} {folder / 'ssh.py'} {folder / 'said'}"
+    return shlex.join([sys.executable, str(folder / "ssh.py"), str(folder / "said")])
 
 
 @pytest.mark.parametrize("name", GREETINGS)
