@@ -221,6 +221,16 @@ def test_half_blocks_need_a_cpu_that_can_verify_them(micro, tmp_path, monkeypatc
 
 
 @pytest.mark.compiler
+def test_half_blocks_need_a_block_of_the_native_kernel(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(openvino_extension, "isa", lambda library: "avx512bf16")
+    wanted = ExportPlan("openvino", imgsz=(64, 64), precision="fp16", settings=OpenVinoExportSettings(half_blocks=True))
+    graph, plan = traced(micro, wanted)
+    with pytest.raises(UsageError, match="the native kernel has no block of this network"):
+        built(replace(graph, fusable={}), plan, tmp_path / "none")
+    assert built(graph, plan, tmp_path / "some").details["half_blocks"] == "bfloat16"
+
+
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_half_blocks_multiply_in_bfloat16(micro, tmp_path):
     """The outputs differ from those of float32 blocks by some steps of bfloat16. Other kernels ignore the attribute."""

@@ -49,15 +49,16 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     """Write `folder/model.xml` and `model.bin`: the hub graph in the plan's precision and scan lowering.
 
     The extension, if the blocks need it, is copied into the bundle, under `plugins`. The model does not load without
-    its extension. Raises ToolchainError if --half-blocks cannot be verified on this CPU.
+    its extension. Raises ToolchainError if --half-blocks cannot be verified on this CPU, UsageError if the network has
+    no block for it.
     """
     scan, library = choose_lowering(plan)
     proto, sites = lowered(graph, scan.value)
     if plan.precision == "fp16":
         check_fp16_range(proto, sites)
-    if halves_blocks(plan):
-        require_half_kernel(library)
-        halve_products(proto, graph)
+    half = half_precision(library) if halves_blocks(plan) else None
+    if half and not halve_products(proto, graph):
+        raise UsageError("--half-blocks: the native kernel has no block of this network", "leave --half-blocks out")
     core = open_core(library)
     model = convert(core, proto)
     if plan.precision == "fp16":
@@ -73,6 +74,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
         shutil.copyfile(library, folder / inside)
         plugins[host_platform()] = inside
     details = {PRECISION_HINT: hint, "operations": len(model.get_ops()), "scans": sites}
+    details |= {"half_blocks": half} if half else {}
     return Artifact(folder / "model.xml", scan, details, plugins)
 
 
@@ -121,14 +123,15 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
     return proto, scan_sites(proto, graph.fusable)
 
 
-def require_half_kernel(library: Path | None) -> None:
-    """Raise ToolchainError unless the extension's kernel on this CPU multiplies in half precision."""
+def half_precision(library: Path | None) -> str:
+    """Return the half precision in which the extension's kernel multiplies on this CPU. Raises ToolchainError."""
     kernel = openvino_extension.isa(library) if library else "none"
     if kernel not in HALF_KERNELS:
         raise ToolchainError(
             f"--half-blocks cannot be verified here: the kernel is {kernel}, not {' or '.join(HALF_KERNELS)}",
             "leave --half-blocks out, or export on a CPU with AVX512_BF16",
         )
+    return HALF_KERNELS[kernel]
 
 
 def halve_products(proto: onnx.ModelProto, graph: Graph) -> int:
