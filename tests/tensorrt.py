@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import activations, insert_qdq
+from evm_deploy.calib.layers import activations
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.export.plan import ExportPlan
 from evm_deploy.export.tensorrt.graph import tensorrt_graph
 from evm_deploy.export.tensorrt.settings import EngineSettings

@@ -22,7 +22,7 @@ from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import ImageSets, choose
-from evm_deploy.calib.quantize import Layer
+from evm_deploy.calib.layers import Layer
 from evm_deploy.data.images import AT_ONCE, ImageSet, LabelledImages
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.data.sources import ImageItem

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from evm_deploy import load
-from evm_deploy.calib.quantize import quantizable_layers
+from evm_deploy.calib.layers import quantizable_layers
 from evm_deploy.errors import ParityError, UsageError
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub import graph as hub

@@ -22,7 +22,8 @@ from evm_deploy.calib.candidate import QuantizationCandidate
 from evm_deploy.calib.evaluate import Accuracy, compare_outputs, keep_float_until
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import candidates
-from evm_deploy.calib.quantize import Layer, activations, insert_qdq, quantizable_layers
+from evm_deploy.calib.layers import Layer, activations, quantizable_layers
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import AccuracyError, BundleError, CalibrationError, UsageError

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli, load
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.quantize import activations, insert_qdq, quantizable_layers
+from evm_deploy.calib.layers import activations, quantizable_layers
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.demo import CHECKPOINT
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import ExportPlan, export, litert

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from evm_deploy import cli, load
-from evm_deploy.calib.quantize import quantizable_layers
+from evm_deploy.calib.layers import quantizable_layers
 from evm_deploy.errors import EvmError, UsageError
 from evm_deploy.export import ExportPlan, export
 from evm_deploy.export.hub.graph import trace

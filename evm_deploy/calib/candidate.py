@@ -16,7 +16,8 @@ from evm_deploy._util.onnx import constants_sha256
 from evm_deploy._util.progress import Step
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.histogram import Range
-from evm_deploy.calib.quantize import Layer, activations, below_any, insert_qdq
+from evm_deploy.calib.layers import Layer, activations, below_any
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.calib.smooth import smooth, smooth_groups
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet

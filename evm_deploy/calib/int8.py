@@ -13,8 +13,9 @@ from evm_deploy.calib.candidate import QuantizationCandidate, make_candidates
 from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluate import Accuracy, keep_float_until
 from evm_deploy.calib.evaluation import Evaluation, Images, OpenCandidate, Run, evaluation_stages, graph_outputs
+from evm_deploy.calib.layers import Layer, below_any, quantizable_layers
 from evm_deploy.calib.probe import with_probes, without_probes
-from evm_deploy.calib.quantize import Layer, below_any, insert_qdq, quantizable_layers
+from evm_deploy.calib.quantize import insert_qdq
 from evm_deploy.calib.saturation import saturating_weights
 from evm_deploy.calib.table import CalibrationTable
 from evm_deploy.data.images import ImageSet, calibration_images, labelled_images

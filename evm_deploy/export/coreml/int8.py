@@ -27,7 +27,7 @@ from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluation import OpenCandidate, Shards, first_image
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import Quantized, choose, image_sets
-from evm_deploy.calib.quantize import Layer, activations, below_any
+from evm_deploy.calib.layers import Layer, activations, below_any
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
@@ -125,7 +125,7 @@ def layers_beside_scans(program: Program, around: bool) -> set[str]:
             for name in op.reads:
                 readers.setdefault(name, []).append(op)
 
-        def before(op: Any) -> Iterable[str]:  # not through a residual or a norm, as in calib.quantize
+        def before(op: Any) -> Iterable[str]:  # not through a residual or a norm, as in calib.layers
             residual = op.type == "add" and len([*op.reads]) > 1
             return () if residual or op.type.endswith("_norm") else op.reads
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evm_deploy.calib.quantize import LAYERS
+from evm_deploy.calib.layers import LAYERS
 from evm_deploy.scan.onnx_function import DOMAIN
 
 if TYPE_CHECKING:
