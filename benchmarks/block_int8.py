@@ -1,6 +1,6 @@
 """Compare a fused EVSS block with int8 linear layers with the same block in float32: native kernels in ONNX Runtime.
 
-    python benchmarks/block_int8.py [--rounds 40] [--isa avx2]
+    python benchmarks/block_int8.py [--rounds 40] [--isa avx2] [--weight-bits 7]
 
 The blocks are those of T's two scan stages at 224x224, batch 1, one thread. The weights are random; the ranges are of
 the block's own input. Times are CPU times, the least of all rounds. The bound is the ratio if the multiply-adds of
@@ -47,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--isa", help="instruction set; default: the best of this CPU")
+    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
     kernel = native.open_kernel(plugin_path("onnxruntime"))
@@ -56,11 +57,13 @@ def main() -> int:
     vnni = isa.endswith("vnni")
     float_isa = {"avx512bf16": "avx512", "avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
     peak = None if isa == "base" else fma_peak(*ISAS[float_isa])  # without FMA the float block is far from that loop
-    print(f"{where()}, onnxruntime {ort.__version__}, {isa}, {args.rounds} rounds")
+    print(f"{where()}, onnxruntime {ort.__version__}, {isa}, weights of {args.weight_bits} bits, {args.rounds} rounds")
     for size, dim, rank in SHAPES:
         block, x = random_block(0, dim, rank, STATES), image(0, 1, size, size, dim)
         float_block = session(block_model(block, 1, size, size))
-        int8_block = session(int8_model(quantized(block, x), 1, size, size))
+        int8_block = session(
+            int8_model(quantized(block, x, largest=64 if args.weight_bits == 7 else 127), 1, size, size)
+        )
         subjects = {"float": float_block, "int8": int8_block}
         runs = {name: lambda s=s, x=x: s.run(None, {"x": x}) for name, s in subjects.items()}
         least = {name: min(of) for name, of in interleave(runs, args.rounds, clock=time.thread_time).items()}

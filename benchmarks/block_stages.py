@@ -1,6 +1,6 @@
 """Measure the stages of a fused EVSS block against their multiply-adds, float32 and int8, by instruction set.
 
-    python benchmarks/block_stages.py [--variant tiny] [--isa avx2] [--rounds 200] [--library FILE]
+    python benchmarks/block_stages.py [--variant tiny] [--isa avx2] [--rounds 200] [--library FILE] [--weight-bits 7]
 
 The blocks are those of the variant's scan stages at 224x224, batch 1, in ONNX Runtime on one thread, with random
 weights. A stage's time is the least of all rounds, by the CPU's constant counter, so that other work on the machine
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--isa", help="instruction set; default: the best of this CPU")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--library", type=Path, help="native library to measure (default: the installed one)")
+    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
     library = args.library or plugin_path("onnxruntime")
@@ -86,7 +87,8 @@ def main() -> int:
     options.register_custom_ops_library(str(library))
     for size, dim, rank in SHAPES[args.variant]:
         block, x = random_block(0, dim, rank, STATES), image(0, 1, size, size, dim)
-        models = {"float32": block_model(block, 1, size, size), "int8": int8_model(quantized(block, x), 1, size, size)}
+        operands = quantized(block, x, largest=64 if args.weight_bits == 7 else 127)
+        models = {"float32": block_model(block, 1, size, size), "int8": int8_model(operands, 1, size, size)}
         for precision, model in models.items():
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             ticks, per_ms = ticks_of(session, x, library, args.rounds)

@@ -1,5 +1,5 @@
-// Multiply-adds per ns of the kernels' matrix products (native/scan/gemm.h), in float32 and with int8 weights, for 48 rows. The
-// results are stored as the blocks do it. Prints a line for each size: depth, columns, float, int8.
+// Multiply-adds per ns of the kernels' matrix products (native/scan/gemm.h), in float32, with int8 weights and with int8 weights in 7 bits, for 48 rows. The
+// results are stored as the blocks do it. Prints a line for each size: depth, columns, float, int8, 7 bits.
 #include "gemm.h"
 
 #include <stdio.h>
@@ -49,5 +49,6 @@ double rate(int64_t depth, int64_t columns) {
 int main() {
     const int64_t sizes[][2] = {{48, 96}, {96, 48}, {96, 192}, {192, 96}};
     for (const auto &size : sizes)
-        printf("%d %d %.1f %.1f\n", (int)size[0], (int)size[1], rate<Floats>(size[0], size[1]), rate<Integers>(size[0], size[1]));
+        printf("%d %d %.1f %.1f %.1f\n", (int)size[0], (int)size[1], rate<Floats>(size[0], size[1]), rate<Integers>(size[0], size[1]),
+               rate<NarrowIntegers>(size[0], size[1]));
 }

@@ -1,4 +1,4 @@
-"""Measure the matrix products of the native kernels by compiler: g++ and ziglang, float32 and int8, base and AVX2.
+"""Measure the matrix products of the native kernels by compiler: g++ and ziglang, float32, int8 and int8 in 7 bits.
 
     python benchmarks/matrix_products.py
 
@@ -31,7 +31,7 @@ def main() -> int:
     flags = [*recipe.words["flags"], *(f"-I{recipe.folder / path}" for path in recipe.words["include"])]
     with tempfile.TemporaryDirectory() as folder:
         for kernel in recipe.of("x86_64"):
-            if kernel.name not in ("base", "avx2"):
+            if kernel.name not in ("base", "avx2", "avx512"):
                 continue
             print(f"{kernel.name}: {fma_peak(*ISAS[kernel.name]):.1f} in a pure loop")
             for name, compiler in COMPILERS.items():
@@ -39,8 +39,8 @@ def main() -> int:
                 subprocess.run([*compiler, *flags, *kernel.arguments, str(SOURCE), "-o", str(program)], check=True)
                 said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
                 for line in said.splitlines():
-                    depth, columns, in_float, in_int8 = line.split()
-                    print(f"  {name}: {depth} x {columns}: float {in_float}, int8 {in_int8}")
+                    depth, columns, in_float, in_int8, in_7_bits = line.split()
+                    print(f"  {name}: {depth} x {columns}: float {in_float}, int8 {in_int8}, 7 bits {in_7_bits}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/rivals.py [--variant tiny] [--runtime onnxruntime] [--rounds 30] [--cpu-time] [--throughput]
     python benchmarks/rivals.py --runtime openvino --isa avx2
+    python benchmarks/rivals.py --weight-bits 7
 
 224x224, seeded weights, generated images. The networks are RepViT-M0.9, FastViT-T8 and MobileNetV2-1.4
 (../shared/benchmarks/peers). ONNX Runtime's own static quantisation makes their INT8 files, as its documentation says:
@@ -11,7 +12,8 @@ EfficientVMamba come from `evm-export --int8`.
 Batch 1 runs on one thread and on two, all networks in turn. --cpu-time measures one thread alone, by the CPU time of
 the process, which other work on the machine disturbs less. --throughput measures batch 8 on all cores, and as many
 streams of batch 1 as there are cores, in images a second. --isa limits OpenVINO's instructions and ours, in float32:
-OpenVINO chooses the layers of INT8 by the CPU, not by that limit.
+OpenVINO chooses the layers of INT8 by the CPU, not by that limit. --weight-bits 7 is for CPUs without VNNI, where ONNX
+Runtime asks for reduce_range.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def with_any_batch(file: Path) -> None:
     onnx.save(model, str(file))
 
 
-def rivals(folder: Path) -> Iterator[tuple[str, Path]]:
+def rivals(folder: Path, weight_bits: int) -> Iterator[tuple[str, Path]]:
     """Write each rival in float32 and INT8; yield name and file."""
     if not PEERS.is_dir():
         return
@@ -97,12 +99,14 @@ def rivals(folder: Path) -> Iterator[tuple[str, Path]]:
         with_any_batch(float32)
         prepared, int8 = folder / f"{key}-prepared.onnx", folder / f"{key}-int8.onnx"
         quantization.quant_pre_process(str(float32), str(prepared))
-        quantization.quantize_static(str(prepared), str(int8), RandomImages(), **QUANTIZED)
+        quantization.quantize_static(
+            str(prepared), str(int8), RandomImages(), reduce_range=weight_bits == 7, **QUANTIZED
+        )
         yield name, float32
         yield f"{name} int8", int8
 
 
-def ours(variant: str, target: str, folder: Path, int8: bool = True) -> Iterator[tuple[str, Path]]:
+def ours(variant: str, target: str, folder: Path, int8: bool, weight_bits: int) -> Iterator[tuple[str, Path]]:
     """Export EfficientVMamba in float32 and, if asked, in INT8, of any batch; yield name and file."""
     import golden
 
@@ -111,7 +115,7 @@ def ours(variant: str, target: str, folder: Path, int8: bool = True) -> Iterator
     torch.save({"state_dict": {key: torch.from_numpy(value) for key, value in state.items()}}, checkpoint)
     np.savez(images, images=np.stack([synthetic_image(SIZE, SIZE, seed=i) for i in range(IMAGES)]))
     float32 = ExportPlan(target, imgsz=(SIZE, SIZE), batch=Batch(1, 1, BATCH), scan=SCANS[target])
-    quantized = replace(float32, precision="int8", calib=str(images))
+    quantized = replace(float32, precision="int8", calib=str(images), weight_bits=weight_bits)
     for name, plan in ((variant, float32), (f"{variant} int8", quantized))[: 1 + int8]:
         yield name, export(checkpoint, plan, folder).path / FILES[target]
 
@@ -194,6 +198,7 @@ def main() -> int:
     parser.add_argument("--cpu-time", action="store_true", help="measure one thread alone, by CPU time")
     parser.add_argument("--throughput", action="store_true", help="also measure batch 8 and streams")
     parser.add_argument("--isa", choices=("avx2",), help="float32, without newer instructions, in OpenVINO and in ours")
+    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8, help="of INT8")
     args = parser.parse_args()
     if args.isa:
         if args.runtime != "openvino":
@@ -218,9 +223,9 @@ def main() -> int:
             def streams_of(file: Path, name: str) -> Run:
                 return in_openvino(core, file, name, CORES, 1, streams=CORES)
 
-        files = dict(ours(args.variant, target, folder, int8=not args.isa))
+        files = dict(ours(args.variant, target, folder, not args.isa, args.weight_bits))
         mine = list(files)
-        files.update(rivals(folder))
+        files.update(rivals(folder, args.weight_bits))
         if args.isa:
             files = {name: file for name, file in files.items() if not name.endswith("int8")}
         others = [key for key in files if key not in mine]

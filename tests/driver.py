@@ -76,12 +76,13 @@ def any_block(seed, b, H, W, C, d, N, R, G):
 def any_int8_block(seed, *sizes, x_proj=True):
     """`any_block` with int8 linear layers, and x_proj among them or not."""
     problem, arrays, g = any_block(seed, *sizes), [], np.random.default_rng(seed)
+    largest = (127, 64)[seed % 2]
     for i, array in enumerate(problem.arrays):
         if i not in (3, *((6,) if x_proj else ()), 13, 16):  # in_proj, x_proj, out_proj, local_proj_weight
             arrays.append(array)
             continue
         columns = (*array.shape[:-2], 1, array.shape[-1])  # one scale for each column of each matrix
-        scale = np.full(columns, max(1e-6, np.abs(array).max(initial=0) / 127))
+        scale = np.full(columns, max(1e-6, np.abs(array).max(initial=0) / largest))
         zero_point = np.array(g.integers(256), np.uint8)
         arrays += [np.round(array / scale).astype(np.int8), scale, np.array(0.03), zero_point]
     return replace(problem, op=3 if x_proj else 2, arrays=arrays)

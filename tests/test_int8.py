@@ -76,7 +76,8 @@ def test_every_layer_but_the_first_the_last_and_the_scans_projections(micro):
         assert part in modules
 
 
-def test_x_proj_becomes_int8_where_a_block_is_one_op(micro):
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (7, 64)])
+def test_x_proj_becomes_int8_where_a_block_is_one_op(bits, largest, micro):
     """A scale for each direction and column, and the values of Q/DQ around a product of rounded u and weights."""
     graph, _ = hub(micro)
     found = candidates(graph.model, "int8", graph.fusable, KEEP_FLOAT, WEIGHT_ONLY, fuses=True)
@@ -84,15 +85,17 @@ def test_x_proj_becomes_int8_where_a_block_is_one_op(micro):
     added = [layer for layer in found if layer not in without]
     assert [layer.module for layer in added] == [f"{path}.op" for path in graph.fusable]
     assert [layer for layer in found if layer in without] == without and all(layer.stacked for layer in added)
-    model = insert_qdq(graph.model, added, {key: Range(-1, 2) for key in activations(added).values()})
+    ranges = {key: Range(-1, 2) for key in activations(added).values()}
+    model = insert_qdq(graph.model, added, ranges, weight_bits=bits)
     onnx.checker.check_model(model, full_check=True)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
     for layer, op in zip(added, graph.fusable.values(), strict=True):
         assert layer.weight == op.constants["x_proj"] and layer.weight not in constants
         weight, stored = floats[layer.weight], constants[f"{layer.weight}_quantized"]
-        scale = np.abs(weight).max(1, keepdims=True) / np.float32(127)
+        scale = np.abs(weight).max(1, keepdims=True) / np.float32(largest)
         np.testing.assert_array_equal(stored, np.rint(weight / scale))
+        assert np.abs(stored).max() == largest
         np.testing.assert_array_equal(constants[f"{layer.weight}_scale"], scale)
         assert constants[f"{layer.module}/input_zero_point"] == 85
         np.testing.assert_allclose(constants[f"{layer.module}/input_scale"], 3 / 255, rtol=1e-6)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
 SMALLEST_SCALE = 1e-12
+LARGEST_WEIGHT = {8: 127, 7: 64}  # by weight_bits
 QUANTIZED = "_quantized"  # end of an int8 weight's name, after the name of the float weight
 
 
@@ -35,8 +36,8 @@ def insert_qdq(
     Weights: int8, symmetric, one scale per output channel. Activations: one scale per tensor over `ranges`, which are
     keyed as in `activations`: uint8 with a zero point for ONNX Runtime, or with `symmetric` int8 with zero point 0 for
     TensorRT. With a zero point squeeze-excite gates are rounded, too (`with_rounded_gates`). rounded_outputs:
-    round the output of every layer, also where `float_output` is set. weight_bits: 7 for weights
-    of these layers in -64..64, which cannot saturate (`saturating_weights`).
+    round the output of every layer, also where `float_output` is set. weight_bits: 7 for weights in -64..64, which
+    cannot saturate (`saturating_weights`); weight_only layers keep 8.
     """
     stacked = [layer for layer in found if layer.stacked]
     pairs = [layer for layer in found if not (layer.weight_only or layer.stacked)]
@@ -46,7 +47,7 @@ def insert_qdq(
     if not symmetric:
         result = with_rounded_gates(result)
     _store_weights(result, {layer.weight for layer in found if layer.weight_only}, dequantize=symmetric)
-    _store_weights(result, {layer.weight for layer in stacked}, dequantize=False)
+    _store_weights(result, {layer.weight for layer in stacked}, dequantize=False, largest=LARGEST_WEIGHT[weight_bits])
     _round_inputs(result, stacked, ranges)
     _name_after_readers(result)
     return result
@@ -181,7 +182,9 @@ def _name_after_readers(model: onnx.ModelProto) -> None:
         module_of.update({name: node.name.rpartition("/")[0] for name in node.input})
 
 
-def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequantize: bool) -> int:
+def _store_weights(
+    model: onnx.ModelProto, weights: Collection[str], *, dequantize: bool, largest: int = LARGEST_WEIGHT[8]
+) -> int:
     """Store these initializers as int8 with one scale per output channel, in place. Returns how many.
 
     before:  Conv(%x, W float32)
@@ -198,9 +201,9 @@ def _store_weights(model: onnx.ModelProto, weights: Collection[str], *, dequanti
     for tensor in stored:
         value, name = numpy_helper.to_array(tensor), tensor.name
         axis, summed = _axes(model, name, value.ndim)
-        largest = np.maximum(np.abs(value).max(axis=summed, keepdims=True), SMALLEST_SCALE)
-        scale = largest.astype(np.float32) / np.float32(127)
-        rounded = np.clip(np.rint(value / scale), -127, 127).astype(np.int8)
+        magnitude = np.maximum(np.abs(value).max(axis=summed, keepdims=True), SMALLEST_SCALE)
+        scale = magnitude.astype(np.float32) / np.float32(largest)
+        rounded = np.clip(np.rint(value / scale), -largest, largest).astype(np.int8)
         int8, scales, unscaled = f"{name}{QUANTIZED}", f"{name}_scale", f"{name}_unscaled"
         tensor.CopyFrom(numpy_helper.from_array(rounded, int8))
         graph.initializer.append(numpy_helper.from_array(scale.ravel() if dequantize else scale, scales))

@@ -62,7 +62,9 @@ struct HalfLayer : Halves {
 
 // Multiply by the inverse of the scale, where ONNX divides by the scale: a value within one rounding error of half a step may
 // round to the other integer. NaN becomes the integer 0.
-struct Int8Layer : Integers {
+template <class Numbers>
+struct Int8Layer : Numbers {
+    typedef typename Numbers::Element Element;
     static constexpr bool INT8 = true;
     const float inverse, low, high;  // inverse of the input's scale; range of the input's integers minus the zero point
     const float *const scales;       // scale of the input times the scales of the weights, padded
@@ -71,7 +73,7 @@ struct Int8Layer : Integers {
         : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
     void put(Element *to, vec value) const {
         const vec above = largest(broadcast(low), value * inverse);
-        store_rounded(to, smallest(broadcast(high), above), -(int32_t)low);
+        Numbers::store_rounded(to, smallest(broadcast(high), above), -(int32_t)low);
     }
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
@@ -124,34 +126,36 @@ struct Matrix {
     int64_t at(int64_t k, int64_t c) const { return k * row + column(c) * stride; }
 };
 
-// Pack a linear layer of int8 or else of `weight`, and in int8 the scales of the columns. Once in a session: small code, not fast.
+// Pack a linear layer: int8 if it has such weights, with the scales of the columns, else `weight`. Once in a session: small code, not fast.
+template <class Layer>
 __attribute__((noinline, cold)) void pack_layer(float *packed, float *scales, const float *weight, const evm_int8_linear &int8, Matrix m) {
-#if defined(__AVX512BF16__)
-    (void)scales, (void)int8;
-    pack<Halves>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return Halves::rounded(weight[m.at(k, c)]); });
-#else
-    if (!int8.weight) return pack<Floats>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return weight[m.at(k, c)]; });
-    const int8_t *const integers = int8.weight;
-    pack<Integers>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return integers[m.at(k, c)]; }, int8.input_zero_point);
-    for (int64_t c = 0; c < m.columns; c++) scales[c] = int8.input_scale * int8.scale[m.column(c)];
-    for (int64_t c = m.columns; c < pad(m.columns); c++) scales[c] = 0;
-#endif
+    if constexpr (!Layer::INT8) {
+        pack<typename Layer::Base>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return Layer::rounded(weight[m.at(k, c)]); });
+    } else if (!int8.weight) {
+        pack_layer<FloatLayer>(packed, scales, weight, int8, m);
+    } else {
+        const int8_t *const integers = int8.weight;
+        pack<typename Layer::Base>(packed, m.depth, m.columns, [=](int64_t k, int64_t c) { return integers[m.at(k, c)]; }, int8.input_zero_point);
+        for (int64_t c = 0; c < m.columns; c++) scales[c] = int8.input_scale * int8.scale[m.column(c)];
+        for (int64_t c = m.columns; c < pad(m.columns); c++) scales[c] = 0;
+    }
 }
 
+template <class Layer>
 __attribute__((cold)) void pack_weights(const Job &job) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     float *packed = job.packed;
-    pack_layer(packed + l.in_x, job.vector(IN_X_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, 0, 0});
-    pack_layer(packed + l.in_z, job.vector(IN_Z_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, a.d, 0});
-    pack_layer(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.out_proj, a.out_proj_int8, {a.d, a.C, a.C, 1, 0, 0});
-    pack_layer(packed + l.local_proj, job.vector(LOCAL_SCALE), a.local_proj_weight, a.local_proj_int8, {a.C, a.C, 1, a.C, 0, 0});
+    pack_layer<Layer>(packed + l.in_x, job.vector(IN_X_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, 0, 0});
+    pack_layer<Layer>(packed + l.in_z, job.vector(IN_Z_SCALE), a.in_proj, a.in_proj_int8, {a.C, a.d, 2 * a.d, 1, a.d, 0});
+    pack_layer<Layer>(packed + l.out_proj, job.vector(OUT_PROJ_SCALE), a.out_proj, a.out_proj_int8, {a.d, a.C, a.C, 1, 0, 0});
+    pack_layer<Layer>(packed + l.local_proj, job.vector(LOCAL_SCALE), a.local_proj_weight, a.local_proj_int8, {a.C, a.C, 1, a.C, 0, 0});
     const int64_t columns = a.R + 2 * a.N;
     for (int64_t k = 0; k < K; k++) {
         const int64_t first = k * a.d * columns;
         evm_int8_linear int8 = a.x_proj_int8;
         if (int8.weight) int8.weight += first, int8.scale += k * columns;
-        pack_layer(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, int8.weight ? nullptr : a.x_proj + first, int8,
+        pack_layer<Layer>(packed + l.x_proj + k * l.x_panels, packed + l.x_scales + k * l.P, int8.weight ? nullptr : a.x_proj + first, int8,
                    {a.d, columns, columns, 1, 0, a.R});  // dt, B, C become B, C, dt
         for (int64_t r = 0; r < a.R; r++)
             pack_vector(packed + l.dt_proj + (k * a.R + r) * l.d, a.dt_proj + (k * a.R + r) * a.d, a.d, l.d);
@@ -435,14 +439,17 @@ void add_branches(const Job &job, int64_t tile) {
     }
 }
 
+// A BlockTile for weights that pack_weights<Layer> has packed.
 template <class Layer>
-void run_tile(const Job &job, Step step, int64_t tile) {
+void run_tile(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t index, int64_t tile) {
+    const Job job(*a, packed, workspace, image);
+    const Step step = job.l.step(index);
     switch (step.stage) {
         case PROJECT: return project<Layer>(job, step.group, tile);
         case CONVOLVE: return convolve<Layer>(job, step.group, tile);
         case PARAMETERS:
             if constexpr (Layer::INT8)
-                if (!job.a.x_proj_int8.weight) return parameters<FloatLayer>(job, step.group, tile);
+                if (!a->x_proj_int8.weight) return parameters<FloatLayer>(job, step.group, tile);
             return parameters<Layer>(job, step.group, tile);
         case SCAN: return scan(job, tile);
         case OUTPUT: return output<Layer>(job, tile);
@@ -451,38 +458,37 @@ void run_tile(const Job &job, Step step, int64_t tile) {
     }
 }
 
-#if defined(EVM_BLOCK)
-#if defined(__AVX512BF16__)
-typedef HalfLayer OwnLayer;
-bool is_own(const evm_block_args &a) { return a.half; }
-#else
-typedef Int8Layer OwnLayer;
-bool is_own(const evm_block_args &a) { return a.in_proj_int8.weight; }
-#endif
+// Pack the weights for run_tile<Layer>.
+template <class Layer>
+BlockTile packed_as(const evm_block_args &a, float *packed) {
+    pack_weights<Layer>(Job(a, packed, nullptr, 0));
+    return run_tile<Layer>;
+}
+
+#if !defined(__AVX512BF16__)
+// Whether all int8 weights of a block are in -64..64, as NarrowIntegers needs them.
+bool is_narrow(const evm_block_args &a) {
+    const auto narrow = [](const int8_t *weights, int64_t count) {
+        bool all = true;
+        for (int64_t i = 0; weights && i < count; i++) all &= weights[i] >= -64 && weights[i] <= 64;
+        return all;
+    };
+    return narrow(a.in_proj_int8.weight, 2 * a.C * a.d) && narrow(a.x_proj_int8.weight, K * a.d * (a.R + 2 * a.N)) &&
+           narrow(a.out_proj_int8.weight, a.d * a.C) && narrow(a.local_proj_int8.weight, a.C * a.C);
+}
 #endif
 
 }  // namespace
 
-extern "C" {
-
-#if defined(EVM_BLOCK)
-void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) {
-    if (is_own(*a)) pack_weights(Job(*a, packed, nullptr, 0));
-    else EVM_NAME(evm_block_pack, EVM_BLOCK)(a, packed);
-}
-
-void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
-    if (!is_own(*a)) return EVM_NAME(evm_block_tile, EVM_BLOCK)(a, packed, workspace, image, step, tile);
-    const Job job(*a, packed, workspace, image);
-    run_tile<OwnLayer>(job, job.l.step(step), tile);
-}
+extern "C" BlockTile EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) {
+#if defined(__AVX512BF16__)
+    if (a->half) return packed_as<HalfLayer>(*a, packed);
 #else
-void EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) { pack_weights(Job(*a, packed, nullptr, 0)); }
-
-void EVM_NAME(evm_block_tile, EVM_ISA)(const evm_block_args *a, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile) {
-    const Job job(*a, packed, workspace, image);
-    if (a->in_proj_int8.weight) run_tile<Int8Layer>(job, job.l.step(step), tile);
-    else run_tile<FloatLayer>(job, job.l.step(step), tile);
-}
+    if (a->in_proj_int8.weight) return is_narrow(*a) ? packed_as<Int8Layer<NarrowIntegers>>(*a, packed) : packed_as<Int8Layer<Integers>>(*a, packed);
+#endif
+#if defined(EVM_BLOCK)
+    return EVM_NAME(evm_block_pack, EVM_BLOCK)(a, packed);
+#else
+    return packed_as<FloatLayer>(*a, packed);
 #endif
 }

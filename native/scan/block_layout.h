@@ -8,7 +8,7 @@ enum Stage { PACK, PROJECT, CONVOLVE, PARAMETERS, SCAN, OUTPUT, GATE, SUM };
 static_assert(SUM + 1 == EVM_BLOCK_STAGES, "stages");
 
 constexpr int64_t K = EVM_BLOCK_DIRECTIONS, CHUNK = 48;  // CHUNK: tokens of a tile, a multiple of the rows of every micro-kernel
-constexpr int64_t HEADER = EVM_PAD;                       // floats before packed weights: the kernel that packed them
+constexpr int64_t HEADER = EVM_PAD;                       // floats before packed weights: the BlockTile that reads them
 constexpr int64_t CACHED = 512 * 1024 / sizeof(float);    // floats of a group's activations that are to stay in the cache
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -25,13 +25,12 @@ namespace {
 struct Kernel {
     const char *name;
     void (*scan_tile)(const evm_scan_args *, int64_t);
-    void (*block_pack)(const evm_block_args *, float *packed);
-    void (*block_tile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile);
+    BlockTile (*block_pack)(const evm_block_args *, float *packed);
     unsigned needs;  // features, as cpu_features() returns them
 };
 
 // The kernels of an architecture, best first. scan: kernel whose scan is used, as EVM_SCAN in kernels.txt.
-#define EVM_KERNEL(isa, scan, needs) {#isa, evm_scan_tile_##scan, evm_block_pack_##isa, evm_block_tile_##isa, needs}
+#define EVM_KERNEL(isa, scan, needs) {#isa, evm_scan_tile_##scan, evm_block_pack_##isa, needs}
 
 #if defined(__x86_64__)
 enum { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AVX512_VNNI = 8, AVX512_BF16 = 16 };
@@ -151,8 +150,8 @@ void evm_scan_run_tile(const evm_scan_args *a, int64_t tile) { current->scan_til
 int64_t evm_block_packed_bytes(const evm_block_args *a) { return Layout(*a).packed * (int64_t)sizeof(float); }
 
 void evm_block_pack(const evm_block_args *a, float *packed) {
-    memcpy(packed, &current, sizeof current);
-    current->block_pack(a, packed);
+    const BlockTile computes = current->block_pack(a, packed);
+    memcpy(packed, &computes, sizeof computes);
 }
 
 int64_t evm_block_workspace_bytes(const evm_block_args *a) {
@@ -171,9 +170,9 @@ int64_t evm_block_num_tiles(const evm_block_args *a, int64_t image, int64_t step
 void evm_block_run_tile(const evm_block_args *a, int64_t image, int64_t step, int64_t tile) {
     float *const packed = a->packed ? a->packed : a->workspace;
     if (step == PACK) return evm_block_pack(a, packed);
-    const Kernel *kernel;
-    memcpy(&kernel, packed, sizeof kernel);
-    kernel->block_tile(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, step, tile);
+    BlockTile compute;
+    memcpy(&compute, packed, sizeof compute);
+    compute(a, packed, a->packed ? a->workspace : packed + Layout(*a).packed, image, step, tile);
 }
 
 void evm_block_mark(const evm_block_args *a, int64_t step) {

@@ -24,12 +24,13 @@ struct Floats {
     static Partial start(const float *) { return Partial{}; }
     static Partial add(Partial sum, const float *row, vec weights) { return sum + *row * weights; }
     static Sum total(Partial sum) { return sum; }
+    static Weight rounded(float value) { return value; }
 };
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 // Sums of eight products of int8 for two rows and two columns at once. The elements are the quantised values minus SHIFT.
-struct Integers {
-    typedef Integers Base;
+struct Squares {
+    typedef Squares Base;
     typedef int8_t Element, Weight;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 8, SHIFT = 128;
@@ -50,11 +51,11 @@ struct Integers {
     }
     static void store_rounded(Element *to, vec values, int32_t zero_point) { ::store_rounded(to, values, zero_point - SHIFT); }
 };
-#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
-// Sums of four products of bytes in each lane, without saturation. x86 multiplies uint8 by int8, Arm int8 by int8: there the
-// elements are the quantised values minus SHIFT.
-struct Integers {
-    typedef Integers Base;
+#elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+// Sums of four products of bytes in each lane. x86 multiplies uint8 by int8, Arm int8 by int8: there the elements are the quantised
+// values minus SHIFT. AVX2 and AVX-512 without VNNI add pairs of products in 16 bits, exact for weights in -64..64: 2 * 255 * 64 < 2^15.
+struct Bytes {
+    typedef Bytes Base;
 #if defined(__ARM_FEATURE_DOTPROD)
     typedef int8_t Element;
     static constexpr int SHIFT = 128;
@@ -64,8 +65,18 @@ struct Integers {
     static constexpr int SHIFT = 0;
 #if defined(__AVX512VNNI__)
     static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)weights); }
-#else
+#elif defined(__AVXVNNI__)
     static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), (__m256i)weights); }
+#elif defined(__AVX512BW__)
+    static ivec dot(ivec sum, int32_t four, ivec weights) {
+        const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(four), (__m512i)weights);
+        return sum + (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    }
+#else
+    static ivec dot(ivec sum, int32_t four, ivec weights) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), (__m256i)weights);
+        return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
 #endif
 #endif
     typedef ivec Sum, Partial;
@@ -86,10 +97,12 @@ struct Integers {
         ::store_rounded(to, values, zero_point - SHIFT);
     }
 };
-#elif defined(__SSE2__) || defined(__wasm_simd128__)
+#endif
+
+#if defined(__SSE2__) || defined(__wasm_simd128__)
 // Sums of two products of 16 bits in each lane. The elements are the quantised values minus the zero point, at most 255.
-struct Integers {
-    typedef Integers Base;
+struct Words {
+    typedef Words Base;
     typedef int16_t Element, Weight;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 2;
@@ -112,15 +125,29 @@ struct Integers {
     static Sum total(Partial sum) { return sum; }
     static void store_rounded(int16_t *to, vec values, int32_t) { ::store_rounded(to, values); }
 };
-#else
+#endif
+
 // The same sums, computed with integers in floats: activations minus the zero point (up to 255) times weights (up to 128).
-struct Integers : Floats {
-    typedef Integers Base;
+struct IntegersInFloats : Floats {
+    typedef IntegersInFloats Base;
     typedef ivec Sum;
     static int64_t piece(int64_t depth) { return depth < 512 ? depth : 512; }  // 512 * 255 * 128 < 2^24
     static Sum total(Partial sum) { return __builtin_convertvector(sum, ivec); }
     static void store_rounded(float *to, vec values, int32_t) { store(to, values + ROUND - ROUND); }
 };
+
+// Exact sums of products of uint8 activations and int8 weights. NarrowIntegers: of weights in -64..64.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+typedef Squares Integers, NarrowIntegers;
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+typedef Bytes Integers, NarrowIntegers;
+#elif defined(__AVX2__)
+typedef Words Integers;
+typedef Bytes NarrowIntegers;
+#elif defined(__SSE2__) || defined(__wasm_simd128__)
+typedef Words Integers, NarrowIntegers;
+#else
+typedef IntegersInFloats Integers, NarrowIntegers;
 #endif
 
 #if defined(__AVX512BF16__)
@@ -182,15 +209,22 @@ void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t 
     }
 }
 
-// Compute the sums of a few rows and one panel. The function is not inlined, so that it has all registers and is compiled once.
+// Rows whose sums fill the registers. Squares need registers for two vectors of weights for each vector of columns, and have pairs
+// of rows.
+template <class Numbers, int WIDTH>
+constexpr int ROWS = Numbers::SQUARES ? EVM_ACCUMULATORS * 3 / 4 / WIDTH & ~1 : EVM_ACCUMULATORS / WIDTH;
+
+// Compute the sums, WIDTH vectors a row, of up to ROWS rows and one panel; the last row stands in for rows after it. The function is
+// not inlined, so that it has all registers and is compiled once.
 // Squares: acc[i][v] and acc[i + 1][v], i even, have rows i and i + 1 with the first and the second half of the columns.
-template <class Numbers, int WIDTH, int ROWS>
-__attribute__((noinline)) void multiply_rows(const typename Numbers::Element *const *rows, int64_t depth, const float *panel,
-                                             typename Numbers::Sum (*sums)[WIDTH]) {
+template <class Numbers, int WIDTH>
+__attribute__((noinline)) void multiply_rows(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *panel,
+                                             typename Numbers::Sum *sums) {
+    constexpr int ROWS = ::ROWS<Numbers, WIDTH>;
     constexpr bool SQUARES = Numbers::SQUARES;
     static_assert(PARTS<Numbers> == (SQUARES ? 2 : 1) && (!SQUARES || ROWS % 2 == 0), "squares of two rows and two columns");
     const typename Numbers::Element *row[ROWS];
-    for (int i = 0; i < ROWS; i++) row[i] = rows[i];
+    for (int i = 0; i < ROWS; i++) row[i] = rows[i < count ? i : count - 1];
     const float *weights = panel + Numbers::START * WIDTH * LANES;
     int64_t begin = 0, end;
     do {
@@ -223,40 +257,41 @@ __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *co
                 typename Numbers::Sum total;
                 if constexpr (SQUARES) total = Numbers::total(acc[i & ~1][v], acc[i | 1][v], i % 2);
                 else total = Numbers::total(acc[i][v]);
-                sums[i][v] = begin ? sums[i][v] + total : total;
+                sums[i * WIDTH + v] = begin ? sums[i * WIDTH + v] + total : total;
             }
         begin = end;
     } while (begin < depth);
 }
 
-template <class Numbers, int WIDTH, class Use>
-inline void multiply_panel(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *panel,
-                           int64_t column, Use use) {
-    // Squares need registers for two vectors of weights for each vector of columns, and have pairs of rows.
-    constexpr int ROWS = Numbers::SQUARES ? EVM_ACCUMULATORS * 3 / 4 / WIDTH & ~1 : EVM_ACCUMULATORS / WIDTH;
-    for (int64_t first = 0; first < count; first += ROWS) {
-        const typename Numbers::Element *row[ROWS];
-        for (int i = 0; i < ROWS; i++) row[i] = rows[first + i < count ? first + i : count - 1];
-        typename Numbers::Sum sums[ROWS][WIDTH];
-        multiply_rows<typename Numbers::Base, WIDTH, ROWS>(row, depth, panel, sums);
-        const int64_t used = count - first < ROWS ? count - first : ROWS;
-        for (int64_t i = 0; i < used; i++)
-            for (int v = 0; v < WIDTH; v++) use(first + i, column + v * LANES, sums[i][v]);
-    }
-}
+template <int N>
+struct Constant {
+    constexpr operator int64_t() const { return N; }
+};
 
 // Multiply `count` rows of `depth` elements by the packed weights: call use(row, first column, sums) for each vector of columns.
 template <class Numbers, class Use>
 inline void multiply(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *packed,
                      int64_t columns, Use use) {
+    typedef typename Numbers::Base Base;
     const int64_t vectors = (columns + LANES - 1) / LANES;
     const int64_t steps = (depth + Numbers::DEPTH - 1) / Numbers::DEPTH;
     for (int64_t first = 0, width; first < vectors; first += width) {
         width = panel_width(vectors - first);
-        const int64_t column = first * LANES;
-        if (width == 3) multiply_panel<Numbers, 3>(rows, count, depth, packed, column, use);
-        else if (width == 2) multiply_panel<Numbers, 2>(rows, count, depth, packed, column, use);
-        else multiply_panel<Numbers, 1>(rows, count, depth, packed, column, use);
+        const auto panel = [=](auto width) {
+            const auto product = width == 3 ? multiply_rows<Base, 3> : width == 2 ? multiply_rows<Base, 2> : multiply_rows<Base, 1>;
+            const int64_t at_once = width == 3 ? ROWS<Base, 3> : width == 2 ? ROWS<Base, 2> : ROWS<Base, 1>;
+            for (int64_t row = 0; row < count; row += at_once) {
+                typename Numbers::Sum sums[EVM_ACCUMULATORS];
+                product(rows + row, count - row, depth, packed, sums);
+                for (int64_t i = 0; i < at_once && row + i < count; i++)
+                    for (int64_t v = 0; v < width; v++) use(row + i, (first + v) * LANES, sums[i * width + v]);
+            }
+        };
+        // A width that the compiler knows saves instructions, which counts where vectors are short, and makes code larger.
+        if (LANES > 4) panel(width);
+        else if (width == 3) panel(Constant<3>());
+        else if (width == 2) panel(Constant<2>());
+        else panel(Constant<1>());
         packed += (steps * PARTS<Numbers> + Numbers::START) * width * LANES;
     }
 }

@@ -25,13 +25,15 @@ struct ScanRows {
     int64_t delta_out_stride;
 };
 
+/* Function that computes one tile of a step of a block whose weights are packed. */
+typedef void (*BlockTile)(const evm_block_args *, float *packed, float *workspace, int64_t image, int64_t step, int64_t tile);
+
 #define EVM_NAME_(function, isa) function##_##isa
 #define EVM_NAME(function, isa) EVM_NAME_(function, isa)
-#define EVM_DECLARE(isa)                                          \
-    void evm_scan_tile_##isa(const evm_scan_args *, int64_t);     \
-    void evm_scan_rows_##isa(const ScanRows *, int64_t);          \
-    void evm_block_pack_##isa(const evm_block_args *, float *);   \
-    void evm_block_tile_##isa(const evm_block_args *, float *, float *, int64_t, int64_t, int64_t);
+#define EVM_DECLARE(isa)                                      \
+    void evm_scan_tile_##isa(const evm_scan_args *, int64_t); \
+    void evm_scan_rows_##isa(const ScanRows *, int64_t);      \
+    BlockTile evm_block_pack_##isa(const evm_block_args *, float *packed);
 
 #ifdef __cplusplus
 extern "C" {
