@@ -20,10 +20,14 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo quick first-line test check docs bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
+# --no-compile: of the dependencies' modules a run imports a fraction, and Python compiles that when it is imported. Compiling all of
+# them took more than half of the set-up.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
 $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard native/*/* native/CMakeLists.txt native/kernels.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MAMBAS) $(COCO) $(TRITON)
+	$(INSTALL) -c constraints.txt scikit-build-core -e '.[dev]'
+	$(INSTALL) --no-deps $(MAMBAS) $(COCO) $(TRITON)
 	touch $@
 
 demo: setup
@@ -57,7 +61,7 @@ test: check
 	$(BIN)/python -m pytest -n 2
 
 docs: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	$(BIN)/python docs/site.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
