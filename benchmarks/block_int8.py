@@ -24,6 +24,7 @@ from common import interleave, where
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scan import ISAS, fma_peak
 
+from evm_deploy.calib.quantize import LARGEST_WEIGHT
 from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import native
 from evm_deploy.toolchain.plugins import kernel_isa
@@ -61,9 +62,8 @@ def main() -> int:
     for size, dim, rank in SHAPES:
         block, x = random_block(0, dim, rank, STATES), image(0, 1, size, size, dim)
         float_block = session(block_model(block, 1, size, size))
-        int8_block = session(
-            int8_model(quantized(block, x, largest=64 if args.weight_bits == 7 else 127), 1, size, size)
-        )
+        operands = quantized(block, x, largest=LARGEST_WEIGHT[args.weight_bits])
+        int8_block = session(int8_model(operands, 1, size, size))
         subjects = {"float": float_block, "int8": int8_block}
         runs = {name: lambda s=s, x=x: s.run(None, {"x": x}) for name, s in subjects.items()}
         least = {name: min(of) for name, of in interleave(runs, args.rounds, clock=time.thread_time).items()}

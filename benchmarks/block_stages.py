@@ -25,6 +25,7 @@ from common import where
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scan import ISAS, fma_peak
 
+from evm_deploy.calib.quantize import LARGEST_WEIGHT
 from evm_deploy.runtimes.registry import plugin_path
 from evm_deploy.scan import native
 from evm_deploy.toolchain.plugins import block_trace, kernel_isa
@@ -87,7 +88,7 @@ def main() -> int:
     options.register_custom_ops_library(str(library))
     for size, dim, rank in SHAPES[args.variant]:
         block, x = random_block(0, dim, rank, STATES), image(0, 1, size, size, dim)
-        operands = quantized(block, x, largest=64 if args.weight_bits == 7 else 127)
+        operands = quantized(block, x, largest=LARGEST_WEIGHT[args.weight_bits])
         models = {"float32": block_model(block, 1, size, size), "int8": int8_model(operands, 1, size, size)}
         for precision, model in models.items():
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

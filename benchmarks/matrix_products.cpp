@@ -1,5 +1,5 @@
-// Multiply-adds per ns of the kernels' matrix products (native/scan/gemm.h), in float32, with int8 weights and with int8 weights in 7 bits, for 48 rows. The
-// results are stored as the blocks do it. Prints a line for each size: depth, columns, float, int8, 7 bits.
+// Multiply-adds per ns of the kernels' matrix products (native/scan/gemm.h) for 48 rows, in float32 and with int8 weights of 8 and of
+// 7 bits. The results are stored as the blocks do it. Prints a line for each size: depth, columns, float, 8 bits, 7 bits.
 #include "gemm.h"
 
 #include <stdio.h>

@@ -1,4 +1,4 @@
-"""Measure the matrix products of the native kernels by compiler: g++ and ziglang, float32, int8 and int8 in 7 bits.
+"""Measure the matrix products of the native kernels by compiler: g++ and ziglang, float32 and int8 of 8 and 7 bits.
 
     python benchmarks/matrix_products.py
 

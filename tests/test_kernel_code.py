@@ -1,4 +1,4 @@
-"""Kernels for instruction sets that this CPU may lack: the instructions in their code, and emulated instructions."""
+"""Kernels for instruction sets that this CPU may lack: the instructions in their code, emulated ones, a benchmark."""
 
 from __future__ import annotations
 
@@ -126,3 +126,12 @@ def test_int8_blocks_of_avx_vnni_with_its_instruction_emulated(compiler, tmp_pat
     driver = Driver((str(drivers.build_driver(compiler, tmp_path, ["-O1"], native=native)),)).forced("avx2")
     check_exact_int8_blocks(driver, 24)
     check_random_blocks(driver, 2)
+
+
+def test_the_benchmark_of_matrix_products_compiles(compiler):
+    recipe = parse_recipe(drivers.NATIVE)
+    source = drivers.NATIVE.parent / "benchmarks" / "matrix_products.cpp"
+    flags = [*recipe.words["flags"], "-Werror", *(f"-I{drivers.NATIVE / path}" for path in recipe.words["include"])]
+    for kernel in recipe.of("x86_64"):
+        if kernel.name in ("base", "avx2", "avx512"):  # those that the benchmark measures
+            compiler.run(*flags, *kernel.arguments, "-fsyntax-only", source)

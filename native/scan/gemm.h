@@ -127,7 +127,7 @@ struct Words {
 };
 #endif
 
-// The same sums, computed with integers in floats: activations minus the zero point (up to 255) times weights (up to 128).
+// Sums of products of any int8 weights, exact in floats by pieces: activations minus the zero point (up to 255) times weights (up to 128).
 struct IntegersInFloats : Floats {
     typedef IntegersInFloats Base;
     typedef ivec Sum;
@@ -209,18 +209,18 @@ void pack(float *packed, int64_t depth, int64_t columns, Weight weight, int32_t 
     }
 }
 
-// Rows whose sums fill the registers. Squares need registers for two vectors of weights for each vector of columns, and have pairs
+// Number of rows whose sums fill the registers. Squares need registers for two vectors of weights for each vector of columns, and have pairs
 // of rows.
 template <class Numbers, int WIDTH>
-constexpr int ROWS = Numbers::SQUARES ? EVM_ACCUMULATORS * 3 / 4 / WIDTH & ~1 : EVM_ACCUMULATORS / WIDTH;
+constexpr int FULL_ROWS = Numbers::SQUARES ? EVM_ACCUMULATORS * 3 / 4 / WIDTH & ~1 : EVM_ACCUMULATORS / WIDTH;
 
-// Compute the sums, WIDTH vectors a row, of up to ROWS rows and one panel; the last row stands in for rows after it. The function is
+// Compute the sums, WIDTH vectors a row, of up to FULL_ROWS rows and one panel; the last row stands in for rows after it. The function is
 // not inlined, so that it has all registers and is compiled once.
 // Squares: acc[i][v] and acc[i + 1][v], i even, have rows i and i + 1 with the first and the second half of the columns.
 template <class Numbers, int WIDTH>
 __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *panel,
                                              typename Numbers::Sum *sums) {
-    constexpr int ROWS = ::ROWS<Numbers, WIDTH>;
+    constexpr int ROWS = FULL_ROWS<Numbers, WIDTH>;
     constexpr bool SQUARES = Numbers::SQUARES;
     static_assert(PARTS<Numbers> == (SQUARES ? 2 : 1) && (!SQUARES || ROWS % 2 == 0), "squares of two rows and two columns");
     const typename Numbers::Element *row[ROWS];
@@ -263,6 +263,7 @@ __attribute__((noinline)) void multiply_rows(const typename Numbers::Element *co
     } while (begin < depth);
 }
 
+// A number that the compiler knows, where a parameter takes numbers of both kinds.
 template <int N>
 struct Constant {
     constexpr operator int64_t() const { return N; }
@@ -279,7 +280,7 @@ inline void multiply(const typename Numbers::Element *const *rows, int64_t count
         width = panel_width(vectors - first);
         const auto panel = [=](auto width) {
             const auto product = width == 3 ? multiply_rows<Base, 3> : width == 2 ? multiply_rows<Base, 2> : multiply_rows<Base, 1>;
-            const int64_t at_once = width == 3 ? ROWS<Base, 3> : width == 2 ? ROWS<Base, 2> : ROWS<Base, 1>;
+            const int64_t at_once = width == 3 ? FULL_ROWS<Base, 3> : width == 2 ? FULL_ROWS<Base, 2> : FULL_ROWS<Base, 1>;
             for (int64_t row = 0; row < count; row += at_once) {
                 typename Numbers::Sum sums[EVM_ACCUMULATORS];
                 product(rows + row, count - row, depth, packed, sums);
