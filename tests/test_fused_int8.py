@@ -145,19 +145,26 @@ def exact_block(seed, x_proj=True):
 
     Scales are powers of two, norms give their bias, SiLU and GELU are far from 0 and the gates 1: out is scan branch +
     local branch, bit for bit what integer sums say. Half steps and saturation are frequent; the sums of every third
-    block go beyond 2^24, with small weights 2^23. x_proj: whether x_proj is int8, with such sums; else it is 0. Of nine
-    blocks three have weights of 7 bits, whose products may be added in 16 bits, and three just too large ones.
+    block go beyond 2^24, with weights of 7 bits 2^23. x_proj: whether x_proj is int8, with such sums; else it is 0. Of
+    nine blocks three have weights of 8 bits, three of 7 bits, whose products may be added in 16 bits, and three of 7
+    bits but for one layer: 8 bits, or 65 where the sums are large.
     """
-    g, huge, largest = np.random.default_rng(seed), seed % 3 == 0, (127, 64, 65)[seed // 3 % 3]
-    limits = (largest - 4, largest + 1) if huge else (-largest - (largest == 127), largest + 1)
-    beyond = 2**24 if largest == 127 else 2**23
+    g, huge, kind = np.random.default_rng(seed), seed % 3 == 0, seed // 3 % 3
+    wide, beyond = seed % len(INT8), 2**23 if kind else 2**24
+
+    def weights_of(layer, shape):
+        too_large = kind == 2 and layer == wide
+        largest = 64 if kind and not too_large else 65 if kind and huge else 127
+        low = largest - 4 if huge or too_large else -largest - (largest == 127)
+        drawn = g.integers(low, largest + 1, shape)
+        return drawn if layer != 2 else -drawn - (largest == 127)
+
     b, H, W = (int(g.integers(1, high)) for high in (3, 5, 5))
     C = int(g.choice([600, 700] if huge else [1, 3, 17, 48, 130, 600]))
     d, G = int(g.choice([600, 700] if huge else [1, 2, 35, 96, 700])), int(g.integers(1, 4))
     zero_points = [0 if huge else int(g.choice([0, 255, 128, int(g.integers(256))])) for _ in INT8]
     shapes = ((C, 2 * d), (d, C), (C, C))
-    weights = [g.integers(*limits, shape) for shape in shapes]
-    weights[2] = (-1 if largest == 127 else 0) - weights[2]
+    weights = [weights_of(*layer) for layer in enumerate(shapes)]
     exponents = [g.integers(9, 12, weight.shape[1]) for weight in weights]  # of the scales of the columns
     steps, input_scales = g.integers(500 if huge else -600, 600, C) / 2, [2.0**-2, 2.0**-6, 2.0]
 
@@ -194,7 +201,7 @@ def exact_block(seed, x_proj=True):
     states = np.zeros((*u.shape[:3], 4), np.float32)
     if x_proj:
         step = int(np.floor(np.log2(np.quantile(x, 0.1) / 255 if huge else max(u.max(), 1) / 400)))
-        operands["x_proj"] = g.integers(*limits, (4, d, 5))
+        operands["x_proj"] = weights_of(3, (4, d, 5))
         exponents.append(g.integers(-30, -26, (4, 1, 5)) - step)
         input_scales.append(2.0**step)
         of_x_proj = quantized_integers(u.astype(np.float64) / 2.0**step, zero_points[3]) @ operands["x_proj"]
