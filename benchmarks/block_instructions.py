@@ -35,9 +35,9 @@ def problem(kind: str, size: int, dim: int, rank: int) -> Problem:
     """Return a block of T's width, kind float or int8, as input of the driver."""
     block, x = random_block(0, dim, rank, 16), image(0, 1, size, size, dim)
     if kind == "int8":
-        return int8_block_problem(x, quantized(block, x))
+        return int8_block_problem(x, quantized(block, x)).inference
     operands = [operand.numpy() for operand in block.fused_op().operands.values()]
-    return block_problem([x, *operands], 1, size, size, dim, 2 * dim, 16, rank, dim // 8)
+    return block_problem([x, *operands], 1, size, size, dim, 2 * dim, 16, rank, dim // 8).inference
 
 
 def counted(folder: Path, isa: str, of: Problem) -> int:

@@ -2,11 +2,12 @@
 //
 //   driver < problems > results          exit 0 ok, 2 bad EVM_ISA or input, 3 a kernel wrote out of bounds
 //
-// A problem is: int64 op (0 scan, 1 block, 2 int8 block), the dimensions as int64 and the input arrays, both in the order of
-// evm_scan_args or evm_block_args. In place of in_proj, out_proj and local_proj_weight an int8 block has the fields of
-// evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results are the outputs in the order of
-// the struct. Outputs and workspace start as NaN, so that a value that is not written shows, and lie between guard bands. Tiles
-// run backwards, because their order must not matter.
+// A problem is: int64 op (0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in half precision), int64 number of
+// outputs (1, as in an inference, or 6 for a block and what its scan read and wrote), the dimensions as int64 and the input arrays,
+// both in the order of evm_scan_args or evm_block_args. In place of in_proj, out_proj and local_proj_weight an int8 block has the
+// fields of evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results are the outputs in the
+// order of the struct. Outputs and workspace start as NaN, so that a value that is not written shows, and lie between guard bands.
+// Tiles run backwards, because their order must not matter.
 #include "evm_block.h"
 #include "evm_scan.h"
 
@@ -98,7 +99,9 @@ evm_int8_linear read_linear(int64_t depth, int64_t columns, int64_t matrices = 1
     return layer;
 }
 
-void run_block(bool int8, bool int8_x_proj, bool half) {
+constexpr int OUTPUTS = 6;  // of a block: the map, and for verification the scan's inputs and output
+
+void run_block(int64_t num_outputs, bool int8, bool int8_x_proj, bool half) {
     int64_t size[8];
     if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
     const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
@@ -120,16 +123,16 @@ void run_block(bool int8, bool int8_x_proj, bool half) {
         else fields[i] = in[i] = read_array(counts[i], "an array of a block");
     }
     args.b = b, args.H = H, args.W = W, args.C = C, args.d = d, args.N = N, args.R = R, args.G = G, args.half = half;
-    Guarded outputs[] = {{"out", b * H * W * C},   {"scan_u", tokens * d}, {"scan_delta", tokens * d},
-                         {"scan_B", tokens * N},   {"scan_C", tokens * N}, {"scan_y", tokens * d}};
+    Guarded outputs[OUTPUTS] = {{"out", b * H * W * C}, {"scan_u", tokens * d}, {"scan_delta", tokens * d},
+                                {"scan_B", tokens * N}, {"scan_C", tokens * N}, {"scan_y", tokens * d}};
     Guarded workspace("workspace", evm_block_workspace_bytes(&args) / (int64_t)sizeof(float));
-    args.out = outputs[0].data, args.scan_u = outputs[1].data, args.scan_delta = outputs[2].data;
-    args.scan_B = outputs[3].data, args.scan_C = outputs[4].data, args.scan_y = outputs[5].data;
+    float **const output_fields[OUTPUTS] = {&args.out, &args.scan_u, &args.scan_delta, &args.scan_B, &args.scan_C, &args.scan_y};
+    for (int i = 0; i < num_outputs; i++) *output_fields[i] = outputs[i].data;
     args.workspace = workspace.data;
     for (int64_t image = 0; image < b; image++)
         for (int64_t step = 0; step < evm_block_num_steps(&args); step++)
             for (int64_t tile = evm_block_num_tiles(&args, image, step); tile--;) evm_block_run_tile(&args, image, step, tile);
-    for (Guarded &output : outputs) output.finish(true);
+    for (int i = 0; i < OUTPUTS; i++) outputs[i].finish(i < num_outputs);
     workspace.finish(false);
     for (float *array : in) free(array);
     const evm_int8_linear layers[] = {args.in_proj_int8, args.x_proj_int8, args.out_proj_int8, args.local_proj_int8};
@@ -144,8 +147,11 @@ void run_block(bool int8, bool int8_x_proj, bool half) {
 int main() {
     if (const char *const error = evm_scan_isa_error()) fail(2, "instruction set", error);
     for (int64_t op; read_bytes(&op, sizeof op);) {
+        int64_t num_outputs;
+        if (!read_bytes(&num_outputs, sizeof num_outputs)) fail(2, "stdin ends inside", "a problem");
+        if (num_outputs != 1 && (op == 0 || num_outputs != OUTPUTS)) fail(2, "number of outputs", "not 1 or, of a block, 6");
         if (op == 0) run_scan();
-        else if (op >= 1 && op <= 4) run_block(op == 2 || op == 3, op == 3, op == 4);
+        else if (op >= 1 && op <= 4) run_block(num_outputs, op == 2 || op == 3, op == 3, op == 4);
         else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block), 3 (int8 block with an int8 x_proj) or 4 (half block)");
     }
     return 0;
