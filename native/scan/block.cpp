@@ -72,8 +72,9 @@ struct Int8Layer : Numbers {
     Int8Layer(const evm_int8_linear &layer, const float *of_columns)
         : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
     void put(Element *to, vec value) const {
-        const vec above = largest(broadcast(low), value * inverse);
-        Numbers::store_rounded(to, smallest(broadcast(high), above), -(int32_t)low);
+        value *= inverse;
+        if (!Numbers::SATURATES) value = smallest(broadcast(high), largest(broadcast(low), value));
+        Numbers::store_rounded(to, value, -(int32_t)low);
     }
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
@@ -183,9 +184,12 @@ inline void with_moments(const float *const *rows, int64_t count, int64_t channe
 template <class Use>
 inline void normalise(const float *const *rows, int64_t count, int64_t channels, const float *weight, const float *bias, Use use) {
     with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
-        for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++)
-            for (int64_t c = 0; c < channels; c += LANES)
-                use(first + i, c, (load_some(rows[first + i] + c, channels - c) - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c));
+        const int64_t whole = channels / LANES * LANES;
+        for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++) {
+            const auto of = [=](vec x, int64_t c) { return (x - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c); };
+            for (int64_t c = 0; c < whole; c += LANES) use(first + i, c, of(load(rows[first + i] + c), c));
+            if (whole < channels) use(first + i, whole, of(load_some(rows[first + i] + whole, channels - whole), whole));
+        }
     });
 }
 
@@ -232,18 +236,18 @@ void project(const Job &job, int64_t group, int64_t tile) {
 
 constexpr int COLUMNS = 4;  // number of tokens of a row that are convolved together: 18 loads for 36 products
 
-// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call put(place(j) + channel, vector) with the results, j
-// being the column. `map` holds `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
-template <class Place, class Put>
+// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call put(place(j) + channel, vector) with the activated
+// results, j being the column. `map` holds `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
+template <class Activation, class Place, class Put>
 void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros,
                   Place place, Put put) {
+    const Activation activation;
     const float *lines[3];  // null outside the map
     for (int r = 0; r < 3; r++) {
         const int64_t row = i + r - 1;
         lines[r] = row >= 0 && row < H ? map + row % rows * W * stride : nullptr;
     }
     for (int64_t first = 0; first < W; first += COLUMNS) {
-        const int64_t used = smaller(W - first, COLUMNS);
         const float *in[3][COLUMNS + 2];
         for (int r = 0; r < 3; r++)
             for (int c = 0; c < COLUMNS + 2; c++) {
@@ -251,7 +255,7 @@ void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t 
                 in[r][c] = lines[r] && column >= 0 && column < W ? lines[r] + column * stride : zeros;
             }
         decltype(place(first)) to[COLUMNS];
-        for (int64_t j = 0; j < used; j++) to[j] = place(first + j);
+        for (int64_t j = 0; j < COLUMNS; j++) to[j] = place(smaller(first + j, W - 1));
         for (int64_t channel = 0; channel < stride; channel += LANES) {
             vec acc[COLUMNS];
             for (int j = 0; j < COLUMNS; j++) acc[j] = load(weights + 9 * stride + channel);
@@ -262,10 +266,14 @@ void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t 
                 for (int c = 0; c < 3; c++) w[c] = load(weights + (3 * r + c) * stride + channel);
 #pragma GCC unroll 6
                 for (int c = 0; c < COLUMNS + 2; c++) v[c] = load(in[r][c] + channel);
+#pragma GCC unroll 3
+                for (int c = 0; c < 3; c++)
 #pragma GCC unroll 4
-                for (int j = 0; j < COLUMNS; j++) acc[j] += w[0] * v[j] + w[1] * v[j + 1] + w[2] * v[j + 2];
+                    for (int j = 0; j < COLUMNS; j++) acc[j] += w[c] * v[j + c];
             }
-            for (int64_t j = 0; j < used; j++) put(to[j] + channel, acc[j]);
+            activation.replace(acc);
+#pragma GCC unroll 4
+            for (int j = COLUMNS - 1; j >= 0; j--) put(to[j] + channel, acc[j]);  // what is after the last column is overwritten by the last column
         }
     }
 }
@@ -283,8 +291,8 @@ void convolve_scan_input(const Job &job, int64_t i) {
     const auto put_zeros = [=, &l](int64_t row) {
         for (int64_t channel = 0; channel < l.d; channel += LANES) put(row * l.d + channel, broadcast(0.f));
     };
-    convolve_row(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
-                 [&](int64_t j) { return l.place(i, j) * l.d; }, [=](int64_t at, vec value) { put(at, silu(value)); });
+    convolve_row<Silu>(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
+                       [&](int64_t j) { return l.place(i, j) * l.d; }, put);
     if (a.W % 2) put_zeros(l.place(i, a.W));
     if (i + 1 == a.H && a.H % 2)
         for (int64_t j = 0; j < 2 * l.w; j++) put_zeros(l.place(a.H, j));
@@ -296,24 +304,24 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
-    typename Layer::Element *const activated = job.rows<Layer>(l.s);
+    typename Layer::Element *const rows = job.rows<Layer>(l.s);
     const int64_t tile = group * (l.group / l.map_rows) + of_group, begin = tile * l.map_rows, end = smaller(begin + l.map_rows, a.H);
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
     const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
     for (int64_t i = begin; i < end; i++) {
         convolve_scan_input<Layer>(job, i);
-        convolve_row(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
-                     [=, row = activated + i * a.W * l.C, stride = l.C](int64_t j) { return row + j * stride; },
-                     [=](typename Layer::Element *to, vec value) { local_proj.put(to, gelu(value)); });
+        convolve_row<Gelu>(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
+                           [=, row = rows + i * a.W * l.C, stride = l.C](int64_t j) { return row + j * stride; },
+                           [=](typename Layer::Element *to, vec value) { local_proj.put(to, value); });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = smaller(end * a.W - first, CHUNK);
-        const typename Layer::Element *rows[CHUNK];
+        const typename Layer::Element *in[CHUNK];
         const float *results[CHUNK];
         float *out = local + first * l.C;
-        for (int64_t t = 0; t < count; t++) rows[t] = activated + (first + t) * l.C, results[t] = out + t * l.C;
-        multiply<Layer>(rows, count, a.C, job.packed + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
+        for (int64_t t = 0; t < count; t++) in[t] = rows + (first + t) * l.C, results[t] = out + t * l.C;
+        multiply<Layer>(in, count, a.C, job.packed + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
             store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
         });
         add_normalised(sums, results, count, a.C);
@@ -391,9 +399,9 @@ void output(const Job &job, int64_t tile) {
     });
     const float *const weight = job.vector(OUT_WEIGHT), *const bias = job.vector(OUT_BIAS);
     multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d,
-                    [=, y = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
+                    [=, silu = Silu(), y = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
                         const vec normalised = (load(y[t] + column) - mean[t]) * scale[t] * load(weight + column) + load(bias + column);
-                        out_proj.put(reinterpret_cast<Element *>(y[t]) + column, normalised * silu(in_proj.result(sum, column)));
+                        out_proj.put(reinterpret_cast<Element *>(y[t]) + column, normalised * activated(silu, in_proj.result(sum, column)));
                     });
     multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
         store(s + t * stride + column, out_proj.result(sum, column));
@@ -416,7 +424,7 @@ void gate(const Job &job) {
         for (int64_t g = 0; g < a.G; g++) {
             float reduced = a.gate_reduce_bias[g];
             for (int64_t c = 0; c < a.C; c++) reduced += mean[c] * a.gate_reduce_weight[c * a.G + g];
-            const float hidden = gelu(broadcast(reduced))[0];
+            const float hidden = activated(Gelu(), broadcast(reduced))[0];
             for (int64_t c = 0; c < a.C; c++) gates[c] += hidden * a.gate_select_weight[g * a.C + c];
         }
         for (int64_t c = 0; c < l.C; c += LANES) store(gates + c, sigmoid(load(gates + c)));
@@ -429,13 +437,13 @@ void add_branches(const Job &job, int64_t tile) {
     const Layout &l = job.l;
     const Tokens tokens(l, tile);
     const float *gates = job.ws + l.gates;
+    const int64_t whole = a.C / LANES * LANES;
     for (int64_t token = tokens.begin; token < tokens.begin + tokens.count; token++) {
         const float *s = job.ws + l.s + token * l.C, *local = job.ws + l.local + token * l.C, *x = job.x(token);
         float *out = a.out + (job.image * l.tokens + token) * a.C;
-        for (int64_t c = 0; c < a.C; c += LANES) {
-            const vec both = load(s + c) * load(gates + c) + load(local + c) * load(gates + l.C + c);
-            store_some(out + c, load_some(x + c, a.C - c) + both, a.C - c);
-        }
+        const auto both = [=, other = gates + l.C](int64_t c) { return load(s + c) * load(gates + c) + load(local + c) * load(other + c); };
+        for (int64_t c = 0; c < whole; c += LANES) store(out + c, load(x + c) + both(c));
+        if (whole < a.C) store_some(out + whole, load_some(x + whole, a.C - whole) + both(whole), a.C - whole);
     }
 }
 

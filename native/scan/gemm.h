@@ -13,7 +13,8 @@ inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : ve
 // column, in registers. Sum: vector of total sums. DEPTH: rows of weights packed together, and elements of a row read at once.
 // SQUARES: whether a vector of partial sums has two rows and half of the columns, not one row and all columns. START: whether a
 // panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class itself,
-// for classes derived from it.
+// for classes derived from it. Of integers, store_rounded(): store values plus the zero point, rounded to even, as Elements.
+// SATURATES: whether it takes any values, not only those whose integers are in the range of uint8.
 struct Floats {
     typedef Floats Base;
     typedef float Element, Weight;
@@ -34,7 +35,7 @@ struct Squares {
     typedef int8_t Element, Weight;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 8, SHIFT = 128;
-    static constexpr bool START = true, SQUARES = true;
+    static constexpr bool START = true, SQUARES = true, SATURATES = true;
     static int64_t piece(int64_t depth) { return depth; }
     // Return the start values of both rows for one half of the columns.
     static Partial start(const float *panel, int half) {
@@ -59,10 +60,12 @@ struct Bytes {
 #if defined(__ARM_FEATURE_DOTPROD)
     typedef int8_t Element;
     static constexpr int SHIFT = 128;
+    static constexpr bool SATURATES = true;
     static ivec dot(ivec sum, int32_t four, ivec weights) { return vdotq_s32(sum, vreinterpretq_s8_s32(vdupq_n_s32(four)), vreinterpretq_s8_s32(weights)); }
 #else
     typedef uint8_t Element;
     static constexpr int SHIFT = 0;
+    static constexpr bool SATURATES = false;
 #if defined(__AVX512VNNI__)
     static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)weights); }
 #elif defined(__AVXVNNI__)
@@ -92,7 +95,6 @@ struct Bytes {
         return dot(sum, four, bits_of(weights));
     }
     static Sum total(Partial sum) { return sum; }
-    // Store `values` plus the zero point, rounded to even. The results must be in the range of uint8.
     static void store_rounded(Element *to, vec values, int32_t zero_point) {
         ::store_rounded(to, values, zero_point - SHIFT);
     }
@@ -106,7 +108,7 @@ struct Words {
     typedef int16_t Element, Weight;
     typedef ivec Sum, Partial;
     static constexpr int DEPTH = 2;
-    static constexpr bool START = false, SQUARES = false;
+    static constexpr bool START = false, SQUARES = false, SATURATES = false;
     static int64_t piece(int64_t depth) { return depth; }
     static Partial start(const float *) { return Partial{}; }
     static Partial add(Partial sum, const int16_t *row, vec weights) {
@@ -131,6 +133,7 @@ struct Words {
 struct IntegersInFloats : Floats {
     typedef IntegersInFloats Base;
     typedef ivec Sum;
+    static constexpr bool SATURATES = false;
     static int64_t piece(int64_t depth) { return depth < 512 ? depth : 512; }  // 512 * 255 * 128 < 2^24
     static Sum total(Partial sum) { return __builtin_convertvector(sum, ivec); }
     static void store_rounded(float *to, vec values, int32_t) { store(to, values + ROUND - ROUND); }

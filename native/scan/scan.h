@@ -20,6 +20,7 @@ constexpr int HELD = 4;             // constants in registers save more than sta
 constexpr int WIDTH = SIDE * LANES; // channels of a block
 constexpr int STEPS = 32, GROUP = EVM_GROUP;
 constexpr int TOGETHER = 4;         // steps whose softplus is computed side by side
+constexpr int LINE = 16;            // floats in a cache line
 static_assert(GROUP % STATES == 0 && STATES % 2 == 0, "STATES does not divide a group");
 static_assert(STEPS % TOGETHER == 0, "TOGETHER does not divide a block");
 static_assert(EVM_TILE % EVM_PAD == 0 && EVM_PAD % WIDTH == 0, "blocks do not divide a tile");
@@ -104,44 +105,34 @@ inline vec delta_of(const ScanRows &rows, int64_t t, int64_t channel, int64_t co
     return delta;
 }
 
-// Compute delta = dt dt_weight of TOGETHER steps of LANES channels.
-__attribute__((noinline)) void multiply_dt(const ScanRows &rows, int64_t start, int64_t channel, vec (&delta)[TOGETHER]) {
+// Write delta = dt dt_weight of WIDTH channels to block.dt, for all whole groups of TOGETHER steps.
+__attribute__((noinline)) void multiply_dt(Block &block, const ScanRows &rows, int64_t start, int64_t channel) {
     const float *dt = rows.dt + start * rows.state_stride;
-    vec sum[TOGETHER] = {};
-    for (int64_t r = 0; r < rows.R; r++) {
-        const vec weight = load(rows.dt_weight + r * rows.stride + channel);
-        for (int i = 0; i < TOGETHER; i++) sum[i] += dt[i * rows.state_stride + r] * weight;
+    for (int t = 0; t + TOGETHER <= block.steps; t += TOGETHER, dt += TOGETHER * rows.state_stride) {
+        vec sum[TOGETHER][SIDE] = {};
+        for (int64_t r = 0; r < rows.R; r++) {
+            const float *weight = rows.dt_weight + r * rows.stride + channel;
+            for (int i = 0; i < TOGETHER; i++)
+                for (int side = 0; side < SIDE; side++) sum[i][side] += dt[i * rows.state_stride + r] * load(weight + side * LANES);
+        }
+        for (int i = 0; i < TOGETHER; i++)
+            for (int side = 0; side < SIDE; side++) store(block.dt + (t + i) * WIDTH + side * LANES, sum[i][side]);
     }
-    for (int i = 0; i < TOGETHER; i++) delta[i] = sum[i];
 }
 
-// Read u and delta + bias of TOGETHER steps of LANES channels. The rows that the next block reads and writes are prefetched, because
-// their cache lines are too far apart for the hardware prefetcher.
-inline void read_whole(const ScanRows &rows, int64_t start, int64_t channel, vec (&u)[TOGETHER], vec (&dt)[TOGETHER]) {
-    const int64_t ahead = STEPS * rows.stride;
-    const vec bias = load(rows.bias + channel);
-    int64_t at[TOGETHER];
+// Prefetch the rows of the next block from element `at` on: their cache lines are too far apart for the hardware prefetcher.
+inline void prefetch(const ScanRows &rows, int64_t at) {
 #pragma GCC unroll 4
     for (int i = 0; i < TOGETHER; i++) {
-        at[i] = i ? at[i - 1] + rows.stride : start * rows.stride + channel;
-        u[i] = load(rows.u + at[i]);
-        __builtin_prefetch(rows.u + ahead + at[i]);
-        __builtin_prefetch(rows.y + ahead + at[i], 1);
-    }
-    if (rows.delta) {
-#pragma GCC unroll 4
-        for (int i = 0; i < TOGETHER; i++) {
-            __builtin_prefetch(rows.delta + ahead + at[i]);
-            dt[i] = load(rows.delta + at[i]) + bias;
-        }
-    } else {
-        vec delta[TOGETHER];  // not dt itself, which is to stay in registers
-        multiply_dt(rows, start, channel, delta);
-        for (int i = 0; i < TOGETHER; i++) dt[i] = delta[i] + bias;
+        const int64_t ahead = at + (STEPS + i) * rows.stride;
+        __builtin_prefetch(rows.u + ahead);
+        __builtin_prefetch(rows.y + ahead, 1);
+        if (rows.delta) __builtin_prefetch(rows.delta + ahead);
     }
 }
 
-// The same for up to TOGETHER steps of up to LANES channels; after the last step the last one again. delta is kept if it is asked for.
+// Read u and delta + bias of up to TOGETHER steps of up to LANES channels; after the last step the last one again. delta is kept if it is
+// asked for.
 inline void read_some(const ScanRows &rows, int64_t start, int64_t channel, int64_t count, vec (&u)[TOGETHER], vec (&dt)[TOGETHER]) {
     const vec bias = load_some(rows.bias + channel, count);
     for (int i = 0; i < TOGETHER; i++) {
@@ -152,15 +143,24 @@ inline void read_some(const ScanRows &rows, int64_t start, int64_t channel, int6
     }
 }
 
-// Compute dt, dt * u and skip * u of one vector of channels for a block, from step `start` and column `at` of the block on. Return
-// the largest dt of each channel.
-inline vec prepare(Block &block, const Softplus &softplus, const ScanRows &rows, int64_t start, int64_t channel, int64_t count, int at) {
-    const vec skip = load_some(rows.skip + channel, count);
+// Compute dt, dt * u and skip * u of one vector of channels for a block, from step `start` and column `at` of the block on. multiplied:
+// block.dt has delta of whole groups of steps. Return the largest dt of each channel.
+inline vec prepare(Block &block, const Softplus &softplus, const ScanRows &rows, bool multiplied, int64_t start, int64_t channel, int64_t count,
+                   int at) {
+    const bool whole = count >= LANES && !rows.delta_out && (rows.delta || multiplied), new_lines = channel % LINE == 0;
+    const int64_t u_stride = rows.stride, first = start * u_stride + channel, delta_stride = rows.delta ? u_stride : WIDTH;
+    const float *const u_rows = rows.u + first, *const delta_rows = rows.delta ? rows.delta + first : block.dt + at;
+    const vec skip = load_some(rows.skip + channel, count), bias = load_some(rows.bias + channel, count);
     vec longest = broadcast(0.f);
     for (int t = 0; t < block.steps; t += TOGETHER) {
         vec u[TOGETHER], dt[TOGETHER];
-        if (count >= LANES && t + TOGETHER <= block.steps && !rows.delta_out) read_whole(rows, start + t, channel, u, dt);
-        else read_some(rows, start + t, channel, count, u, dt);
+        if (whole && t + TOGETHER <= block.steps) {
+#pragma GCC unroll 4
+            for (int i = 0; i < TOGETHER; i++) u[i] = load(u_rows + (t + i) * u_stride), dt[i] = load(delta_rows + (t + i) * delta_stride) + bias;
+            if (new_lines) prefetch(rows, first + t * u_stride);
+        } else {
+            read_some(rows, start + t, channel, count, u, dt);
+        }
         if (!rows.no_softplus) softplus.replace(dt);
 #pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
@@ -224,10 +224,12 @@ void scan_group(const ScanRows &rows, int64_t channels, int64_t first) {
         for (int64_t b = 0; b * WIDTH < channels; b++) {
             const int64_t channel = b * WIDTH, count = channels - channel;
             float *const y = rows.y + start * rows.stride + channel;
+            const bool multiplied = !rows.delta && !rows.delta_out && count >= WIDTH;
+            if (multiplied) multiply_dt(block, rows, start, channel);
             bool clamp = rows.no_softplus;
             for (int side = 0; side < SIDE; side++) {
                 const int at = side * LANES;
-                const vec longest = prepare(block, softplus, rows, start, channel + at, count - at, at);
+                const vec longest = prepare(block, softplus, rows, multiplied, start, channel + at, count - at, at);
                 clamp |= !at_most(100.f, longest * fastest[b][side]);
             }
             for (int t = 0; t < block.steps && first; t++)  // later groups add to the sum of the earlier ones

@@ -121,9 +121,13 @@ inline void store_rounded(int16_t *p, vec values) {
     wasm_v128_store64_lane(p, wasm_i16x8_narrow_i32x4(q, q), 0);
 }
 #elif defined(__aarch64__)
-inline void store_rounded(int8_t *p, vec values, int32_t offset) {
-    const int16x4_t halves = vmovn_s32(vcvtnq_s32_f32((float32x4_t)values) + offset);
-    const int8x8_t bytes = vmovn_s16(vcombine_s16(halves, halves));
+inline void store_rounded(int8_t *p, vec values, int32_t offset) {  // any values
+    const int16x4_t halves = vqmovn_s32(vqaddq_s32(vcvtnq_s32_f32((float32x4_t)values), vdupq_n_s32(offset)));
+#if defined(__clang__)
+    const int8x8_t bytes = vqmovn_s16(__builtin_shufflevector(halves, halves, 0, 1, 2, 3, -1, -1, -1, -1));
+#else
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));
+#endif
     memcpy(p, &bytes, 4);
 }
 #endif
@@ -252,12 +256,6 @@ struct Exp2 {
     }
 };
 
-inline vec exp2_above_floor(vec t) {
-    vec one[] = {t};
-    Exp2().above_floor(one);
-    return one[0];
-}
-
 // softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|): no division, and full relative accuracy for very negative x too.
 // log(1 + e) = e + e^2 p(e), with a relative error of 3e-8 before rounding.
 struct Softplus {
@@ -276,23 +274,58 @@ struct Softplus {
     }
 };
 
-inline vec sigmoid_denominator(vec x) { return exp2_above_floor(smallest(x * -LOG2_E, broadcast(100.f))) + 1.f; }
-inline vec sigmoid(vec x) { return 1.f / sigmoid_denominator(x); }
-inline vec silu(vec x) { return x / sigmoid_denominator(x); }
+// sigmoid(x) = 1 / (1 + exp(-x)), and SiLU, x sigmoid(x).
+struct Sigmoid {
+    Exp2 exp2;
+    vec to_log2 = constant(-LOG2_E), ceiling = constant(100.f), one = constant(1.f);
 
-// Compute GELU as max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with a polynomial for log2 of erfc. The absolute error of the second
-// term is 1e-8.
-inline vec gelu(vec x) {
-    const vec size = magnitude(x), a = smallest(size, broadcast(5.6f));
-    vec p = broadcast(-1.90098626e-6f);
-    p = p * a + 2.80424995e-5f;
-    p = p * a - 1.31396009e-4f;
-    p = p * a - 2.72287898e-4f;
-    p = p * a + 7.24574132e-3f;
-    p = p * a - 5.26278726e-2f;
-    p = p * a - 4.59162027e-1f;
-    p = p * a - 1.15111101f;
-    return largest(x, broadcast(0.f)) - 0.5f * size * exp2_above_floor(p * a);
+    template <int W>
+    void denominators(vec (&x)[W]) const {
+        for (int i = 0; i < W; i++) x[i] = smallest(x[i] * to_log2, ceiling);
+        exp2.above_floor(x);
+        for (int i = 0; i < W; i++) x[i] += one;
+    }
+};
+
+struct Silu : Sigmoid {
+    template <int W>
+    void replace(vec (&x)[W]) const {
+        vec below[W];
+        for (int i = 0; i < W; i++) below[i] = x[i];
+        denominators(below);
+        for (int i = 0; i < W; i++) x[i] /= below[i];
+    }
+};
+
+// GELU = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with a polynomial for log2 of erfc. The absolute error of the second term is 1e-8.
+struct Gelu {
+    Exp2 exp2;
+    vec end = constant(5.6f), half = constant(0.5f);
+    Constants<8> c{{-1.90098626e-6f, 2.80424995e-5f, -1.31396009e-4f, -2.72287898e-4f,
+                    7.24574132e-3f, -5.26278726e-2f, -4.59162027e-1f, -1.15111101f}};
+
+    template <int W>
+    void replace(vec (&x)[W]) const {
+        vec a[W], p[W];
+        for (int i = 0; i < W; i++) a[i] = smallest(magnitude(x[i]), end);
+        polynomial(p, a, c);
+        for (int i = 0; i < W; i++) a[i] *= p[i];
+        exp2.above_floor(a);
+        for (int i = 0; i < W; i++) x[i] = largest(x[i], broadcast(0.f)) - half * magnitude(x[i]) * a[i];
+    }
+};
+
+inline vec sigmoid(vec x) {
+    vec one[] = {x};
+    Sigmoid().denominators(one);
+    return 1.f / one[0];
+}
+
+template <class Activation>
+inline vec activated(const Activation &activation, vec x) {
+    vec one[] = {x};
+    activation.replace(one);
+    return one[0];
 }
 
 }  // namespace
