@@ -50,6 +50,22 @@ def made(micro_bundle, tmp_path):
     return make
 
 
+def test_an_export_that_fails_leaves_no_folder_that_it_made(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    with pytest.raises(ParityError), temporary_bundle(there / "a" / "b" / "bundle"):
+        raise ParityError("")
+    assert list(there.iterdir()) == []
+    with pytest.raises(ParityError), temporary_bundle(there / "a" / "b" / "bundle"):
+        (there / "a" / "another").write_bytes(PRECIOUS)
+        raise ParityError("")
+    assert [path.name for path in there.rglob("*")] == ["a", "another"]
+    with pytest.raises(ParityError), temporary_bundle(there / "bundle"):
+        (there / "a" / "another").unlink()
+        raise ParityError("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "a"]
+
+
 def precious(path: Path) -> Path:
     path.mkdir()
     (path / "notes.txt").write_bytes(PRECIOUS)

@@ -101,7 +101,7 @@ def test_a_library_of_the_bundle_runs_only_if_it_is_trusted(board, host_bundle, 
 def test_a_bundle_without_a_library_for_the_board(board, micro_bundle, tmp_path, capsys, monkeypatch):
     """And EVM_SSH, and login scripts that print."""
     chatty = tmp_path / "chatty"
-    chatty.write_text(f'#!/bin/sh\necho "Welcome! {"x" * 5000}"\necho\nexec {sys.executable} "$@"\n')
+    chatty.write_text(f'#!/bin/sh\necho "Welcome! {"x" * 5000}"\necho\nexec "{sys.executable}" "$@"\n')
     chatty.chmod(0o755)
     monkeypatch.setenv("EVM_SSH", board.ssh)
     command = [str(micro_bundle.path), "--host", "board", "--python", str(chatty), "--limit", "1", "--json"]

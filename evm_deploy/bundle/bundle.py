@@ -119,10 +119,23 @@ def refuse_part_of_a_bundle(path: Path) -> None:
 def temporary_bundle(path: Path) -> Iterator[Path]:
     """Context manager: a temporary folder next to `path`, deleted on exit unless `publish` has renamed it.
 
-    First removes the temporary folders of killed exports to the same path. The folder is locked, so that exports of
-    other processes and containers do not take it for such a folder. Raises BundleError if writing fails.
+    Makes the folders above `path` that do not exist, and deletes those that stay empty. First removes the temporary
+    folders of killed exports to the same path. The folder is locked, so that exports of other processes and containers
+    do not take it for such a folder. Raises BundleError if writing fails.
     """
     path = real_path(path)
+    made = [parent for parent in path.parents if not os.access(parent, os.F_OK)]
+    try:
+        with _locked_folder(path) as folder:
+            yield folder
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.{_machine()}."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

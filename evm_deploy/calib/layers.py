@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from evm_deploy.scan import onnx_function
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LAYERS = ("Conv", "MatMul", "Gemm")
 SCAN_FEEDS = ("delta", "B", "C")  # inputs of a scan that int8 layers must not write
+Node = TypeVar("Node")  # of any graph whose tensors have names
 NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization")
 
 
@@ -124,14 +125,34 @@ def _nearest(
     tensors: Iterable[str],
 ) -> set[str]:
     """Return the names of the first LAYERS nodes on every way from these tensors. A scan ends a way, too."""
-    found: set[str] = set()
+    found = nearest(
+        neighbours,
+        lambda node: node.op_type in LAYERS,
+        lambda node: () if node.op_type == onnx_function.OP_TYPE else onward(node),
+        tensors,
+    )
+    return {node.name for node in found}
+
+
+def nearest(
+    neighbours: Mapping[str, Sequence[Node]],
+    wanted: Callable[[Node], bool],
+    onward: Callable[[Node], Iterable[str]],
+    tensors: Iterable[str],
+) -> list[Node]:
+    """Return the first nodes that are `wanted` on every way from these tensors through a graph.
+
+    neighbours: the nodes at a tensor, by its name. onward: names of the tensors at which a way goes on after a node
+    that is not wanted. A node that is reached from several tensors is returned several times.
+    """
+    found: list[Node] = []
     waiting = list(tensors)
     seen = set(waiting)
     while waiting:
         for node in neighbours.get(waiting.pop(), ()):
-            if node.op_type in LAYERS:
-                found.add(node.name)
-            elif node.op_type != onnx_function.OP_TYPE:
+            if wanted(node):
+                found.append(node)
+            else:
                 new = set(onward(node)) - seen
                 waiting += new
                 seen |= new

@@ -27,7 +27,7 @@ from evm_deploy.calib.config import QuantizationConfig
 from evm_deploy.calib.evaluation import OpenCandidate, Shards, first_image
 from evm_deploy.calib.histogram import Range
 from evm_deploy.calib.int8 import Quantized, choose, image_sets
-from evm_deploy.calib.layers import Layer, activations, below_any
+from evm_deploy.calib.layers import Layer, activations, below_any, nearest
 from evm_deploy.calib.table import Activations, CalibrationTable, calibrate
 from evm_deploy.data.images import ImageSet
 from evm_deploy.data.preprocessing import Preprocessing
@@ -114,7 +114,7 @@ def layers_beside_scans(program: Program, around: bool) -> set[str]:
 
     around: also those that write u and read y.
     """
-    scans = [op for op in program.operations if op.name.startswith(f"{mil.PREFIX}_")]
+    scans = [op for op in program.operations if _is_scan(op)]
     feeds = re.compile(rf"{mil.PREFIX}_.*_(?:{'|'.join(mil.FEEDS)})")
     producers = {result.name: [op] for op in program.operations for result in op.results}
     fed = (name for op in scans if feeds.fullmatch(op.name) for name in op.reads)
@@ -139,18 +139,12 @@ def _nearest(
     neighbours: Mapping[str, Sequence[Any]], onward: Callable[[Any], Iterable[str]], tensors: Iterable[str]
 ) -> set[str]:
     """Return the results of the first TYPES ops on every way from these tensors. A scan ends a way, too."""
-    found: set[str] = set()
-    waiting = list(tensors)
-    seen = set(waiting)
-    while waiting:
-        for op in neighbours.get(waiting.pop(), ()):
-            if op.type in TYPES:
-                found.add(op.results[0].name)
-            elif not op.name.startswith(f"{mil.PREFIX}_"):
-                new = set(onward(op)) - seen
-                waiting += new
-                seen |= new
-    return found
+    found = nearest(neighbours, lambda op: op.type in TYPES, lambda op: () if _is_scan(op) else onward(op), tensors)
+    return {op.results[0].name for op in found}
+
+
+def _is_scan(op: Any) -> bool:
+    return bool(op.name.startswith(f"{mil.PREFIX}_"))
 
 
 def quantize_layers(model: Any, chosen: Sequence[Layer], ranges: Mapping[str, Range]) -> Any:
