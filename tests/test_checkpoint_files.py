@@ -123,7 +123,8 @@ def test_paths_that_are_no_file(tmp_path):
     (tmp_path / "link.pth").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
     for name, message in {
-        "absent": "does not exist",
+        "absent": "does not exist\n  give the path of a checkpoint file",
+        "timm:resnet18": "does not exist\n  a network of Python code:  evm-export --model .*timm:resnet18",
         "a\0b": "does not exist",
         "link.pth": "is a link to a file that does not exist",
         "pipe": "device or pipe",
@@ -132,6 +133,9 @@ def test_paths_that_are_no_file(tmp_path):
     }.items():
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path / name)
+    (tmp_path / "net.py").write_text("def make(): ...")
+    with pytest.raises(CheckpointError, match=r"is Python code, .*\n.*evm-export --model .*net.py:FACTORY"):
+        load_checkpoint(tmp_path / "net.py")
     for content, message in ((".metadata", "FSDP"), ("zero_to_fp32.py", "DeepSpeed"), ("a.bin", "such as a.bin")):
         (tmp_path / content).touch()
         with pytest.raises(CheckpointError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import onnx
@@ -205,6 +206,9 @@ def test_a_network_without_scans_is_not_said_to_run_scans(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
+torch_map = import_module("torch._higher_order_ops.map").map
+
+
 class Branches(nn.Module):
     def forward(self, x):
         if x.mean() > 0:
@@ -225,6 +229,8 @@ def unrolled(y):
         (lambda y: "text", "the network returns a str"),
         (lambda y: y.no_such_method(), r"does not run on an input \[1, 3, 8, 8\]: AttributeError: .*test_foreign_exp"),
         (unrolled, r"one run of the network is 31\d+ operations, 31000 of them at .*test_foreign_export.py:\d+"),
+        (lambda y: torch.cond(y.sum() > 0, torch.neg, torch.abs, (y,)), r"torch's operator cond \(.*_export.py:\d+\)"),
+        (lambda y: torch_map(torch.neg, y), r"torch's operator map \(.*test_foreign_export.py:\d+\), and no artifact"),
     ],
 )
 def test_what_no_artifact_could_reproduce_is_refused(make, message):

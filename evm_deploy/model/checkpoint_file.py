@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from evm_deploy._util.files import sha256
 from evm_deploy.errors import CheckpointError
-from evm_deploy.model.file_kinds import CUT, file_kind
+from evm_deploy.model.file_kinds import CUT, file_kind, of_python_code
 from evm_deploy.model.openmmlab import LOG, TrainingSettings, logs_ignored
 
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -67,7 +67,8 @@ def read_content(path: Path) -> Content:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}", "give the path of a checkpoint file") from error
+        hint = of_python_code(str(path)) if ":" in path.name else "give the path of a checkpoint file"
+        raise CheckpointError(f"checkpoint {path} {what}", hint) from error
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     if stat.S_ISDIR(mode):

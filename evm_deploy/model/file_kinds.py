@@ -10,6 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from evm_deploy._util.text import command
 from evm_deploy.errors import CheckpointError
 
 HEAD = 4096  # bytes that decide
@@ -75,6 +76,11 @@ def file_kind(path: Path) -> str:
     return _text_kind(path, head)
 
 
+def of_python_code(factory: str) -> str:
+    """Return the hint for `factory`, a name such as `file.py:make` that was given in place of a checkpoint."""
+    return f"a network of Python code:  {command('evm-export', '--model', factory)}"
+
+
 def _zip_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -107,6 +113,8 @@ def _text_kind(path: Path, head: bytes) -> str:
             return "index"
         if start == "<":
             raise _not_a_checkpoint(path, "an XML file", "give a checkpoint")
+        if path.suffix == ".py":
+            raise _not_a_checkpoint(path, "Python code", of_python_code(f"{path}:FACTORY"))
         raise CheckpointError(
             f"checkpoint {path}: unknown file type: plain text, not a torch checkpoint, or a damaged one", CUT
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evm_deploy.errors import EvmError, UsageError
@@ -121,7 +122,12 @@ def reason(error: BaseException) -> str:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count of the operations of a run: in all, by line of code, scans, and the lines that read a tensor's value."""
+    """Count of the operations of a run: in all, by line of code, scans, and the lines that read a tensor's value.
+
+    Raises UsageError for operators that call functions, such as torch.cond and torch.map: no artifact has them.
+    """
+
+    supports_higher_order_operators = True  # they come here, too
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,6 +136,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            name = func.name().removesuffix("_impl")  # type: ignore[no-untyped-call]
+            raise UsageError(
+                f"the network calls torch's operator {name} ({_place()}), and no artifact has operators that run "
+                "functions",
+                "write what these compute without the operator, such as torch.where in place of cond, or a batch in "
+                "place of map",
+            )
         name = func.name().partition(".")[0]
         self.total += 1
         self.scans += name == SCAN
