@@ -144,10 +144,10 @@ def exact_block(seed, x_proj=True):
     """x, operands, out and the scan's u (0 for the negative), B and C of a block that rounds nothing but large sums.
 
     Scales are powers of two, norms give their bias, SiLU and GELU are far from 0 and the gates 1: out is scan branch +
-    local branch, bit for bit what integer sums say. Half steps and saturation are frequent; the sums of every third
-    block go beyond 2^24, with weights of 7 bits 2^23. x_proj: whether x_proj is int8, with such sums; else it is 0. Of
-    nine blocks three have weights of 8 bits, three of 7 bits, whose products may be added in 16 bits, and three of 7
-    bits but for one layer: 8 bits, or 65 where the sums are large.
+    local branch, bit for bit what integer sums say. Half steps and saturation are frequent, of values beyond 16 and 32
+    bits too; the sums of every third block go beyond 2^24, with weights of 7 bits 2^23. x_proj: whether x_proj is int8,
+    with such sums; else it is 0. Of nine blocks three have weights of 8 bits, three of 7 bits, whose products may be
+    added in 16 bits, and three of 7 bits but for one layer: 8 bits, or 65 where the sums are large.
     """
     g, huge, kind = np.random.default_rng(seed), seed % 3 == 0, seed // 3 % 3
     wide, beyond = seed % len(INT8), 2**23 if kind else 2**24
@@ -167,6 +167,8 @@ def exact_block(seed, x_proj=True):
     weights = [weights_of(*layer) for layer in enumerate(shapes)]
     exponents = [g.integers(9, 12, weight.shape[1]) for weight in weights]  # of the scales of the columns
     steps, input_scales = g.integers(500 if huge else -600, 600, C) / 2, [2.0**-2, 2.0**-6, 2.0]
+    far = np.flatnonzero(g.random(C) < 0.1) if not huge else []
+    steps[far] = g.choice([-1, 1], len(far)) * 2.0 ** g.choice([16, 33, 60], len(far))
 
     sums = quantized_integers(steps, zero_points[0]) @ weights[0]
     x, z = np.split(sums.astype(np.float32) * np.ldexp(np.float32(1), (exponents[0] - 2)), 2)
