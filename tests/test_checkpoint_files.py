@@ -125,6 +125,7 @@ def test_paths_that_are_no_file(tmp_path):
     for name, message in {
         "absent": "does not exist\n  give the path of a checkpoint file",
         "timm:resnet18": "does not exist\n  a network of Python code:  evm-export --model .*timm:resnet18",
+        "run 12:30.pth": "does not exist\n  give the path of a checkpoint file",
         "a\0b": "does not exist",
         "link.pth": "is a link to a file that does not exist",
         "pipe": "device or pipe",

@@ -66,6 +66,24 @@ def test_an_export_that_fails_leaves_no_folder_that_it_made(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "a"]
 
 
+def test_an_export_makes_its_folder_again_if_another_one_deletes_it(tmp_path, monkeypatch):
+    """Before there is a temporary folder in it; a folder that cannot be made at all is still an error."""
+    real, deleted = bundles._sweep, []
+
+    def sweep(path: Path, prefix: str) -> None:
+        real(path, prefix)
+        if len(deleted) < 2:
+            path.parent.rmdir()
+            deleted.append(path.parent)
+
+    monkeypatch.setattr(bundles, "_sweep", sweep)
+    with temporary_bundle(tmp_path / "a" / "bundle") as folder:
+        assert folder.parent == tmp_path / "a" == deleted[1]
+    monkeypatch.setattr(bundles, "_sweep", lambda path, prefix: path.parent.rmdir())
+    with pytest.raises(BundleError, match=r"cannot write to .*: No such file"), temporary_bundle(tmp_path / "a" / "b"):
+        pass
+
+
 def precious(path: Path) -> Path:
     path.mkdir()
     (path / "notes.txt").write_bytes(PRECIOUS)

@@ -138,10 +138,8 @@ def temporary_bundle(path: Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.{_machine()}."
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path, prefix)
         while True:
-            unfinished = TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+            unfinished = _temporary_folder(path, prefix)
             lock = lock_folder(Path(unfinished.name), wait=True)
             if Path(unfinished.name).is_dir():  # else another export has swept it before it was locked
                 break
@@ -247,6 +245,21 @@ def _require_ours(folder: Path, path: Path, rejected: bool = False) -> None:
         if name not in listed and not each.is_dir() and not each.name.startswith("._") and each.name not in LITTER:
             message = f"{path} holds {name}, which is not part of the bundle: --force does not replace it"
             raise BundleError(message, "move the file, or choose another --out")
+
+
+def _temporary_folder(path: Path, prefix: str, attempts: int = 9) -> TemporaryDirectory[str]:
+    """Make a temporary folder next to `path`. Raises OSError.
+
+    attempts: how often more, if another export deletes the folder of `path` meanwhile because it is empty.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path, prefix)
+        return TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+    except FileNotFoundError:
+        if not attempts:
+            raise
+        return _temporary_folder(path, prefix, attempts - 1)
 
 
 def _sweep(path: Path, prefix: str) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from evm_deploy._util.files import sha256
-from evm_deploy.errors import CheckpointError
+from evm_deploy.errors import CheckpointError, UsageError
+from evm_deploy.model.factory import Factory
 from evm_deploy.model.file_kinds import CUT, file_kind, of_python_code
 from evm_deploy.model.openmmlab import LOG, TrainingSettings, logs_ignored
 
@@ -57,6 +58,14 @@ class Content:
     notes: list[str] = field(default_factory=list)
 
 
+def _instead(path: Path) -> str:
+    """Return the hint for a path that does not exist; the name of a factory is recognised."""
+    try:
+        return of_python_code(Factory(str(path)).where)
+    except UsageError:
+        return "give the path of a checkpoint file"
+
+
 def read_content(path: Path) -> Content:
     """Read the checkpoint file `path` without executing code. Its content decides the format, not its name.
 
@@ -67,8 +76,7 @@ def read_content(path: Path) -> Content:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
-        hint = of_python_code(str(path)) if ":" in path.name else "give the path of a checkpoint file"
-        raise CheckpointError(f"checkpoint {path} {what}", hint) from error
+        raise CheckpointError(f"checkpoint {path} {what}", _instead(path)) from error
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     if stat.S_ISDIR(mode):
