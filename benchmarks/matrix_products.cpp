@@ -34,8 +34,8 @@ double rate(int64_t depth, int64_t columns) {
     double least = 1e18;
     for (int round = 0; round < ROUNDS; round++) {
         const double start = now();
-        multiply<Numbers>(rows, ROWS, depth, packed, columns, [=](int64_t t, int64_t column, auto sums) {
-            store(out + t * stride + column, __builtin_convertvector(sums, vec));
+        multiply<Numbers>(rows, ROWS, depth, packed, columns, [=](int64_t t, int64_t column, const auto &sums) {
+            for (const auto &sum : sums) store(out + t++ * stride + column, __builtin_convertvector(sum, vec));
         });
         const double spent = now() - start;
         if (spent < least) least = spent;

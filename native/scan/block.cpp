@@ -40,14 +40,19 @@ struct Job {
     template <class Numbers>
     typename Numbers::Element *rows(int64_t offset) const { return reinterpret_cast<typename Numbers::Element *>(ws + offset); }
     const float *x(int64_t token) const { return a.x + (image * l.tokens + token) * a.C; }
+    float *out(int64_t token) const { return a.out + (image * l.tokens + token) * a.C; }
+    float *s(int64_t token) const { return l.C == a.C ? out(token) : ws + l.s + token * l.C; }
 };
 
-// Arithmetic of in_proj, x_proj, out_proj and local_proj. put(): store a vector of the layer's input. result(): make the layer's output
-// from a vector of sums.
+// Arithmetic of in_proj, x_proj, out_proj and local_proj. put(): store vectors of W rows of the layer's input, from the last row to the first.
+// result(): make the layer's output from a vector of sums.
 struct FloatLayer : Floats {
     static constexpr bool INT8 = false;
     FloatLayer(const evm_int8_linear &, const float *) {}
-    void put(float *to, vec value) const { store(to, value); }
+    template <int W>
+    void put(float *const *rows, int64_t at, const vec (&values)[W]) const {
+        for (int i = W - 1; i >= 0; i--) store(rows[i] + at, values[i]);
+    }
     vec result(vec sum, int64_t) const { return sum; }
 };
 
@@ -55,7 +60,10 @@ struct FloatLayer : Floats {
 struct HalfLayer : Halves {
     static constexpr bool INT8 = false;
     HalfLayer(const evm_int8_linear &, const float *) {}
-    void put(Element *to, vec value) const { store_rounded(to, value); }
+    template <int W>
+    void put(Element *const *rows, int64_t at, const vec (&values)[W]) const {
+        for (int i = W - 1; i >= 0; i--) store_rounded(rows[i] + at, values[i]);
+    }
     vec result(vec sum, int64_t) const { return sum; }
 };
 #endif
@@ -71,10 +79,14 @@ struct Int8Layer : Numbers {
 
     Int8Layer(const evm_int8_linear &layer, const float *of_columns)
         : inverse(1 / layer.input_scale), low(-(float)layer.input_zero_point), high(255 + low), scales(of_columns) {}
-    void put(Element *to, vec value) const {
-        value *= inverse;
-        if (!Numbers::SATURATES) value = smallest(broadcast(high), largest(broadcast(low), value));
-        Numbers::store_rounded(to, value, -(int32_t)low);
+    template <int W>
+    void put(Element *const *rows, int64_t at, const vec (&values)[W]) const {
+        vec scaled[W];
+        for (int i = 0; i < W; i++) {
+            scaled[i] = values[i] * inverse;
+            if (!Numbers::SATURATES) scaled[i] = smallest(broadcast(high), largest(broadcast(low), scaled[i]));
+        }
+        Numbers::store_rounded(rows, at, scaled, -(int32_t)low);
     }
     vec result(ivec sum, int64_t column) const { return __builtin_convertvector(sum, vec) * load(scales + column); }
 };
@@ -85,25 +97,24 @@ struct Moments {
     float mean[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
 
     Moments(const float *const *rows, int64_t channels) {
+        sum_into(mean, rows, channels, [](auto value, int) { return value; });
+        for (int i = 0; i < ROWS_AT_ONCE; i++) mean[i] /= channels;
+        sum_into(scale, rows, channels, [&](auto value, int i) { return (value - mean[i]) * (value - mean[i]); });
+        for (int i = 0; i < ROWS_AT_ONCE; i++) scale[i] = 1 / sqrtf(scale[i] / channels + EPSILON);
+    }
+
+  private:
+    // Write the sum of of(value, row) over each row to `sums`.
+    template <class Of>
+    static void sum_into(float (&sums)[ROWS_AT_ONCE], const float *const *rows, int64_t channels, Of of) {
         const int64_t whole = channels / LANES * LANES;
         vec total[ROWS_AT_ONCE] = {};
         for (int64_t c = 0; c < whole; c += LANES)
-            for (int i = 0; i < ROWS_AT_ONCE; i++) total[i] += load(rows[i] + c);
-        const quad sums = sum_each(total);
-        for (int i = 0; i < ROWS_AT_ONCE; i++) {
-            mean[i] = sums[i];
-            for (int64_t c = whole; c < channels; c++) mean[i] += rows[i][c];
-            mean[i] /= channels;
-            total[i] = broadcast(0.f);
-        }
-        for (int64_t c = 0; c < whole; c += LANES)
-            for (int i = 0; i < ROWS_AT_ONCE; i++) { const vec v = load(rows[i] + c) - mean[i]; total[i] += v * v; }
-        const quad squares = sum_each(total);
-        for (int i = 0; i < ROWS_AT_ONCE; i++) {
-            scale[i] = squares[i];
-            for (int64_t c = whole; c < channels; c++) scale[i] += (rows[i][c] - mean[i]) * (rows[i][c] - mean[i]);
-            scale[i] = 1 / sqrtf(scale[i] / channels + EPSILON);
-        }
+            for (int i = 0; i < ROWS_AT_ONCE; i++) total[i] += of(load(rows[i] + c), i);
+        const quad each = sum_each(total);
+        memcpy(sums, &each, sizeof sums);
+        for (int64_t c = whole; c < channels; c++)
+            for (int i = 0; i < ROWS_AT_ONCE; i++) sums[i] += of(rows[i][c], i);
     }
 };
 
@@ -170,38 +181,40 @@ __attribute__((cold)) void pack_weights(const Job &job) {
     memset(packed + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
-// Call use(first row, moments) for each ROWS_AT_ONCE rows; the last row stands in for rows after it.
+// Let the last row stand in for the rows after it in its group of ROWS_AT_ONCE.
+template <class T>
+inline void complete(T **rows, int64_t count) {
+    for (; count % ROWS_AT_ONCE; count++) rows[count] = rows[count - 1];
+}
+
+// Compute use(first row, channel, vectors of (row - mean) / deviation * weight + bias) for each vector of each ROWS_AT_ONCE rows. The rows
+// are complete; weight and bias are padded.
 template <class Use>
-inline void with_moments(const float *const *rows, int64_t count, int64_t channels, Use use) {
+inline void normalise(const float *const *rows, int64_t count, int64_t channels, const float *weight, const float *bias, Use use) {
+    const int64_t whole = channels / LANES * LANES;
     for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-        const float *group[ROWS_AT_ONCE];
-        for (int i = 0; i < ROWS_AT_ONCE; i++) group[i] = rows[first + i < count ? first + i : count - 1];
-        use(first, Moments(group, channels));
+        const Moments m(rows + first, channels);
+        const auto vectors = [&](int64_t c, auto read) {
+            vec values[ROWS_AT_ONCE];
+            for (int i = 0; i < ROWS_AT_ONCE; i++)
+                values[i] = (read(rows[first + i] + c) - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c);
+            use(first, c, values);
+        };
+        for (int64_t c = 0; c < whole; c += LANES) vectors(c, load);
+        if (whole < channels) vectors(whole, [=](const float *p) { return load_some(p, channels - whole); });
     }
 }
 
-// Compute use(row, channel, (row - mean) / deviation * weight + bias) for each vector of the rows. weight and bias are padded.
-template <class Use>
-inline void normalise(const float *const *rows, int64_t count, int64_t channels, const float *weight, const float *bias, Use use) {
-    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
-        const int64_t whole = channels / LANES * LANES;
-        for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++) {
-            const auto of = [=](vec x, int64_t c) { return (x - m.mean[i]) * m.scale[i] * load(weight + c) + load(bias + c); };
-            for (int64_t c = 0; c < whole; c += LANES) use(first + i, c, of(load(rows[first + i] + c), c));
-            if (whole < channels) use(first + i, whole, of(load_some(rows[first + i] + whole, channels - whole), whole));
-        }
-    });
-}
-
-// Add the normalised rows, before weight and bias, to `total`. The rows and `total` are padded.
+// Add the normalised rows, before weight and bias, to `total`. The rows are complete; the rows and `total` are padded.
 inline void add_normalised(float *total, const float *const *rows, int64_t count, int64_t channels) {
-    with_moments(rows, count, channels, [=](int64_t first, const Moments &m) {
+    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        const Moments m(rows + first, channels);
         for (int64_t c = 0; c < channels; c += LANES) {
             vec sum = load(total + c);
             for (int64_t i = 0; i < ROWS_AT_ONCE && first + i < count; i++) sum += (load(rows[first + i] + c) - m.mean[i]) * m.scale[i];
             store(total + c, sum);
         }
-    });
+    }
 }
 
 struct Tokens {  // the tokens of one chunk
@@ -219,82 +232,109 @@ void project(const Job &job, int64_t group, int64_t tile) {
     const float *of_image[CHUNK];
     typename Layer::Element *in[CHUNK];
     float *n[CHUNK], *x[CHUNK];
+    int64_t n_row = l.kept(begin, l.n_rows), x_row = l.kept(begin, l.x_rows);
     for (int64_t t = 0; t < count; t++) {
-        const int64_t token = begin + t;
-        of_image[t] = job.x(token), in[t] = job.rows<Layer>(l.n_in) + token * l.C;
-        n[t] = job.ws + l.n + l.kept(token, l.n_rows) * l.C, x[t] = job.ws + l.x + l.kept(token, l.x_rows) * l.d;
+        of_image[t] = job.x(begin + t), in[t] = job.rows<Layer>(l.n_in) + (begin + t) * l.C;
+        n[t] = job.ws + l.n + n_row * l.C, x[t] = job.ws + l.x + x_row * l.d;
+        if (++n_row == l.n_rows * a.W) n_row = 0;
+        if (++x_row == l.x_rows * a.W) x_row = 0;
     }
+    complete(of_image, count), complete(in, count), complete(n, count), complete(x, count);
     normalise(of_image, count, a.C, job.vector(NORM_WEIGHT), job.vector(NORM_BIAS),
-              [=, apart = l.n_in != l.n, n = &n[0], in = &in[0]](int64_t t, int64_t channel, vec value) {
-                  store(n[t] + channel, value);
-                  if (apart) in_proj.put(in[t] + channel, value);
+              [=, apart = l.n_in != l.n, n = &n[0], in = &in[0]](int64_t t, int64_t channel, const auto &values) {
+                  for (int i = 0; i < ROWS_AT_ONCE; i++) store(n[t + i] + channel, values[i]);
+                  if (apart) in_proj.put(in + t, channel, values);
               });
-    multiply<Layer>(in, count, a.C, job.packed + l.in_x, a.d, [=, x = &x[0]](int64_t t, int64_t column, auto sum) {
-        store(x[t] + column, in_proj.result(sum, column));
+    multiply<Layer>(in, count, a.C, job.packed + l.in_x, a.d, [=, x = &x[0]](int64_t t, int64_t column, const auto &sums) {
+        for (const auto &sum : sums) store(x[t++] + column, in_proj.result(sum, column));
     });
 }
 
-constexpr int COLUMNS = 4;  // number of tokens of a row that are convolved together: 18 loads for 36 products
+// Numbers of rows and columns of a map that are convolved together. Two rows share inputs, and four columns share weights.
+#if defined(__AVX512F__)
+constexpr int ROWS = 2, COLUMNS = 4;  // the registers hold 8 sums, 6 inputs and 9 weights
+#else
+constexpr int ROWS = 1, COLUMNS = 4;
+#endif
 
-// Compute row i of a depthwise 3x3 convolution of a (H, W, stride) map and call put(place(j) + channel, vector) with the activated
-// results, j being the column. `map` holds `rows` rows, row i at i modulo `rows`. `zeros`: `stride` zeros, read outside the map.
+// Compute ROWS rows, from row i on, of a depthwise 3x3 convolution of a (H, W, stride) map and call put(places, channel, vectors) with the
+// activated results of COLUMNS columns of a row, the places being place(row, column). `map` holds `rows` rows, row i at i modulo
+// `rows`. `zeros`: `stride` zeros, read outside the map. The last row and column stand in for those after them, whose results put() stores
+// first.
 template <class Activation, class Place, class Put>
-void convolve_row(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros,
-                  Place place, Put put) {
+void convolve_rows(const float *map, int64_t rows, int64_t H, int64_t W, int64_t stride, int64_t i, const float *weights, const float *zeros,
+                   Place place, Put put) {
     const Activation activation;
-    const float *lines[3];  // null outside the map
-    for (int r = 0; r < 3; r++) {
+    const float *lines[ROWS + 2];  // null outside the map
+    for (int r = 0; r < ROWS + 2; r++) {
         const int64_t row = i + r - 1;
         lines[r] = row >= 0 && row < H ? map + row % rows * W * stride : nullptr;
     }
     for (int64_t first = 0; first < W; first += COLUMNS) {
-        const float *in[3][COLUMNS + 2];
-        for (int r = 0; r < 3; r++)
+        const float *in[ROWS + 2][COLUMNS + 2];
+        for (int r = 0; r < ROWS + 2; r++)
             for (int c = 0; c < COLUMNS + 2; c++) {
                 const int64_t column = first + c - 1;
                 in[r][c] = lines[r] && column >= 0 && column < W ? lines[r] + column * stride : zeros;
             }
-        decltype(place(first)) to[COLUMNS];
-        for (int64_t j = 0; j < COLUMNS; j++) to[j] = place(smaller(first + j, W - 1));
+        decltype(place(i, first)) to[ROWS][COLUMNS];
+        for (int64_t o = 0; o < ROWS; o++)
+            for (int64_t j = 0; j < COLUMNS; j++) to[o][j] = place(smaller(i + o, H - 1), smaller(first + j, W - 1));
         for (int64_t channel = 0; channel < stride; channel += LANES) {
-            vec acc[COLUMNS];
-            for (int j = 0; j < COLUMNS; j++) acc[j] = load(weights + 9 * stride + channel);
+            vec sums[ROWS * COLUMNS], w[3][3];
+            for (int j = 0; j < ROWS * COLUMNS; j++) sums[j] = load(weights + 9 * stride + channel);
 #pragma GCC unroll 3
-            for (int r = 0; r < 3; r++) {
-                vec w[3], v[COLUMNS + 2];
+            for (int r = 0; r < 3; r++)
 #pragma GCC unroll 3
-                for (int c = 0; c < 3; c++) w[c] = load(weights + (3 * r + c) * stride + channel);
+                for (int c = 0; c < 3; c++) w[r][c] = load(weights + (3 * r + c) * stride + channel);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS + 2; r++) {
+                vec v[COLUMNS + 2];
 #pragma GCC unroll 6
                 for (int c = 0; c < COLUMNS + 2; c++) v[c] = load(in[r][c] + channel);
 #pragma GCC unroll 3
                 for (int c = 0; c < 3; c++)
+#pragma GCC unroll 2
+                    for (int o = 0; o < ROWS; o++)
 #pragma GCC unroll 4
-                    for (int j = 0; j < COLUMNS; j++) acc[j] += w[c] * v[j + c];
+                        for (int j = 0; j < COLUMNS; j++)
+                            if (r >= o && r < o + 3) sums[o * COLUMNS + j] += w[r - o][c] * v[j + c];
             }
-            activation.replace(acc);
-#pragma GCC unroll 4
-            for (int j = COLUMNS - 1; j >= 0; j--) put(to[j] + channel, acc[j]);  // what is after the last column is overwritten by the last column
+            activation.replace(sums);
+#pragma GCC unroll 2
+            for (int o = ROWS - 1; o >= 0; o--) {
+                vec of_row[COLUMNS];
+                for (int j = 0; j < COLUMNS; j++) of_row[j] = sums[o * COLUMNS + j];
+                put(to[o], channel, of_row);
+            }
         }
     }
 }
 
-// Compute row i of the map SiLU(conv(x)) and store it, by the atrous split, in u, and in the type that x_proj reads.
+// Compute ROWS rows, from row i on, of the map SiLU(conv(x)) and store them, by the atrous split, in u, and in the type that x_proj reads.
 template <class Layer>
 void convolve_scan_input(const Job &job, int64_t i) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const Layer x_proj(a.x_proj_int8, nullptr);
-    const auto put = [=, apart = l.u_in != l.u, u = job.ws + l.u, in = job.rows<Layer>(l.u_in)](int64_t at, vec value) {
-        store(u + at, value);
-        if (apart) x_proj.put(in + at, value);
+    const auto put = [=, apart = l.u_in != l.u, u = job.ws + l.u, in = job.rows<Layer>(l.u_in)](const int64_t (&places)[COLUMNS], int64_t channel,
+                                                                                              const vec (&values)[COLUMNS]) {
+        typename Layer::Element *rows[COLUMNS];
+        for (int j = 0; j < COLUMNS; j++) rows[j] = in + places[j];
+        for (int j = COLUMNS - 1; j >= 0; j--) store(u + places[j] + channel, values[j]);
+        if (apart) x_proj.put(rows, channel, values);
     };
     const auto put_zeros = [=, &l](int64_t row) {
-        for (int64_t channel = 0; channel < l.d; channel += LANES) put(row * l.d + channel, broadcast(0.f));
+        const int64_t places[COLUMNS] = {row * l.d, row * l.d, row * l.d, row * l.d};
+        const vec zeros[COLUMNS] = {};
+        for (int64_t channel = 0; channel < l.d; channel += LANES) put(places, channel, zeros);
     };
-    convolve_row<Silu>(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
-                       [&](int64_t j) { return l.place(i, j) * l.d; }, put);
-    if (a.W % 2) put_zeros(l.place(i, a.W));
-    if (i + 1 == a.H && a.H % 2)
+    convolve_rows<Silu>(job.ws + l.x, l.x_rows, a.H, a.W, l.d, i, job.packed + l.conv, job.packed + l.zeros,
+                        [&](int64_t row, int64_t column) { return l.place(row, column) * l.d; }, put);
+    const int64_t end = smaller(i + ROWS, a.H);
+    if (a.W % 2)
+        for (int64_t row = i; row < end; row++) put_zeros(l.place(row, a.W));
+    if (end == a.H && a.H % 2)
         for (int64_t j = 0; j < 2 * l.w; j++) put_zeros(l.place(a.H, j));
 }
 
@@ -304,25 +344,26 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const Layer local_proj(a.local_proj_int8, job.vector(LOCAL_SCALE));
-    typename Layer::Element *const rows = job.rows<Layer>(l.s);
+    typename Layer::Element *const rows = job.rows<Layer>(l.local_in);
     const int64_t tile = group * (l.group / l.map_rows) + of_group, begin = tile * l.map_rows, end = smaller(begin + l.map_rows, a.H);
+    const int64_t before = group * l.group * a.W;  // tokens of the groups before
     float *local = job.ws + l.local, *sums = job.sums(1, tile);
     const float *zeros = job.packed + l.zeros, *bias = job.vector(LOCAL_BIAS);
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin; i < end; i += ROWS) {
         convolve_scan_input<Layer>(job, i);
-        convolve_row<Gelu>(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
-                           [=, row = rows + i * a.W * l.C, stride = l.C](int64_t j) { return row + j * stride; },
-                           [=](typename Layer::Element *to, vec value) { local_proj.put(to, value); });
+        convolve_rows<Gelu>(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
+                           [=, W = a.W, stride = l.C](int64_t row, int64_t column) { return rows + (row * W + column - before) * stride; },
+                           [=](const auto &to, int64_t channel, const auto &values) { local_proj.put(to, channel, values); });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = smaller(end * a.W - first, CHUNK);
         const typename Layer::Element *in[CHUNK];
-        const float *results[CHUNK];
-        float *out = local + first * l.C;
-        for (int64_t t = 0; t < count; t++) in[t] = rows + (first + t) * l.C, results[t] = out + t * l.C;
-        multiply<Layer>(in, count, a.C, job.packed + l.local_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
-            store(out + t * stride + column, local_proj.result(sum, column) + load(bias + column));
+        float *results[CHUNK], *const out = local + first * l.C;
+        for (int64_t t = 0; t < count; t++) in[t] = rows + (first + t - before) * l.C, results[t] = out + t * l.C;
+        complete(results, count);
+        multiply<Layer>(in, count, a.C, job.packed + l.local_proj, a.C, [=, results = &results[0]](int64_t t, int64_t column, const auto &sums) {
+            for (const auto &sum : sums) store(results[t++] + column, local_proj.result(sum, column) + load(bias + column));
         });
         add_normalised(sums, results, count, a.C);
     }
@@ -341,8 +382,11 @@ void parameters(const Job &job, int64_t group, int64_t tile) {
         const int64_t step = begin + t, at = k * l.L + (k % 2 ? step / height * l.h + row + step % height : row * l.w + step);
         rows[t] = job.rows<Layer>(l.u_in) + at * l.d, p[t] = job.ws + l.p + at * l.P;
     }
+    complete(p, count);
     multiply<Layer>(rows, count, job.a.d, job.packed + l.x_proj + k * l.x_panels, 2 * job.a.N + job.a.R,
-                    [=, p = &p[0]](int64_t t, int64_t column, auto sum) { store(p[t] + column, x_proj.result(sum, column)); });
+                    [=, p = &p[0]](int64_t t, int64_t column, const auto &sums) {
+                        for (const auto &sum : sums) store(p[t++] + column, x_proj.result(sum, column));
+                    });
 }
 
 void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64_t count, int64_t to_stride) {
@@ -382,29 +426,36 @@ void output(const Job &job, int64_t tile) {
     typedef typename Layer::Element Element;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_Z_SCALE)), out_proj(a.out_proj_int8, job.vector(OUT_PROJ_SCALE));
     const Tokens tokens(l, tile);
-    float *y[CHUNK], *const s = job.ws + l.s + tokens.begin * l.C, *const sums = job.sums(0, tile);
-    const float *results[CHUNK];
-    const Element *n[CHUNK], *gated[CHUNK];
+    float *y[CHUNK], *results[CHUNK], *const sums = job.sums(0, tile);
+    const Element *n[CHUNK];
+    Element *gated[CHUNK];
     for (int64_t t = 0; t < tokens.count; t++) {
         const int64_t token = tokens.begin + t;
         y[t] = job.ws + l.y + l.place(token / a.W, token % a.W) * l.d;
         gated[t] = reinterpret_cast<Element *>(y[t]);
         n[t] = job.rows<Layer>(l.n_in) + token * l.C;
-        results[t] = s + t * l.C;
+        results[t] = job.s(token);
     }
+    complete(y, tokens.count), complete(gated, tokens.count), complete(results, tokens.count);
     float mean[CHUNK], scale[CHUNK];
-    with_moments(y, tokens.count, a.d, [&](int64_t first, const Moments &m) {
+    for (int64_t first = 0; first < tokens.count; first += ROWS_AT_ONCE) {
+        const Moments m(y + first, a.d);
         memcpy(mean + first, m.mean, sizeof m.mean);
         memcpy(scale + first, m.scale, sizeof m.scale);
-    });
+    }
     const float *const weight = job.vector(OUT_WEIGHT), *const bias = job.vector(OUT_BIAS);
     multiply<Layer>(n, tokens.count, a.C, job.packed + l.in_z, a.d,
-                    [=, silu = Silu(), y = &y[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, auto sum) {
-                        const vec normalised = (load(y[t] + column) - mean[t]) * scale[t] * load(weight + column) + load(bias + column);
-                        out_proj.put(reinterpret_cast<Element *>(y[t]) + column, normalised * activated(silu, in_proj.result(sum, column)));
+                    [=, silu = Silu(), y = &y[0], gated = &gated[0], mean = &mean[0], scale = &scale[0]](int64_t t, int64_t column, const auto &sums) {
+                        constexpr int W = sizeof sums / sizeof *sums;
+                        vec z[W];
+                        for (int i = 0; i < W; i++) z[i] = in_proj.result(sums[i], column);
+                        silu.replace(z);
+                        for (int i = 0; i < W; i++)
+                            z[i] *= (load(y[t + i] + column) - mean[t + i]) * scale[t + i] * load(weight + column) + load(bias + column);
+                        out_proj.put(gated + t, column, z);
                     });
-    multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, stride = l.C](int64_t t, int64_t column, auto sum) {
-        store(s + t * stride + column, out_proj.result(sum, column));
+    multiply<Layer>(gated, tokens.count, a.d, job.packed + l.out_proj, a.C, [=, results = &results[0]](int64_t t, int64_t column, const auto &sums) {
+        for (const auto &sum : sums) store(results[t++] + column, out_proj.result(sum, column));
     });
     memset(sums, 0, l.C * sizeof(float));
     add_normalised(sums, results, tokens.count, a.C);
@@ -439,8 +490,8 @@ void add_branches(const Job &job, int64_t tile) {
     const float *gates = job.ws + l.gates;
     const int64_t whole = a.C / LANES * LANES;
     for (int64_t token = tokens.begin; token < tokens.begin + tokens.count; token++) {
-        const float *s = job.ws + l.s + token * l.C, *local = job.ws + l.local + token * l.C, *x = job.x(token);
-        float *out = a.out + (job.image * l.tokens + token) * a.C;
+        const float *s = job.s(token), *local = job.ws + l.local + token * l.C, *x = job.x(token);
+        float *out = job.out(token);
         const auto both = [=, other = gates + l.C](int64_t c) { return load(s + c) * load(gates + c) + load(local + c) * load(other + c); };
         for (int64_t c = 0; c < whole; c += LANES) store(out + c, load(x + c) + both(c));
         if (whole < a.C) store_some(out + whole, load_some(x + whole, a.C - whole) + both(whole), a.C - whole);

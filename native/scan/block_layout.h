@@ -32,15 +32,17 @@ struct Layout {
     int64_t x_panels;                                                                            // floats of x_proj for one direction
     int64_t packed;                                                                              // their size
     // offsets into the workspace behind packed weights, in floats
-    int64_t n, n_in, x, u, u_in, y, p, s, local, sums, gates;  // activations of one image; n_in, u_in: in the type that in_proj, x_proj read
+    // activations of one image; n_in, u_in, local_in: in the type that in_proj, x_proj, local_proj read; s: of padded rows alone, else it is
+    // in the output
+    int64_t n, n_in, x, u, u_in, y, p, s, local, local_in, sums, gates;
     int64_t size;  // of the workspace without packed weights
 
     explicit Layout(const evm_block_args &a) {
         H = a.H, W = a.W, tokens = H * W, h = ceil_div(a.H, 2), w = ceil_div(a.W, 2), L = h * w;
         C = pad(a.C), d = pad(a.d), G = pad(a.G), P = pad(2 * a.N + a.R);
-        chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? ceil_div(CHUNK / 2, a.W) : 1, strips = ceil_div(a.H, map_rows);
-        const int64_t least = map_rows % 2 ? 2 * map_rows : map_rows, of_row = a.W * (2 * d + C + P) + 1;
-        group = CACHED / of_row < least ? least : CACHED / of_row / least * least, groups = ceil_div(a.H, group);
+        chunks = ceil_div(tokens, CHUNK), map_rows = a.W ? 2 * ceil_div(CHUNK / 4, a.W) : 2, strips = ceil_div(a.H, map_rows);
+        const int64_t of_row = a.W * (2 * d + C + P) + 1;
+        group = CACHED / of_row < map_rows ? map_rows : CACHED / of_row / map_rows * map_rows, groups = ceil_div(a.H, group);
         x_rows = groups > 1 ? group + 2 : a.H;
         int64_t end = HEADER;
         const auto take = [&end](int64_t floats) { const int64_t at = end; end += pad(floats); return at; };
@@ -55,7 +57,7 @@ struct Layout {
         n_rows = apart ? x_rows : a.H;  // a float block reads n again in stage OUTPUT
         n = take(n_rows * a.W * C), n_in = apart ? take(tokens * C) : n, x = take(x_rows * a.W * d), u = take(K * L * d);
         u_in = int8_x || a.half ? take(K * L * d) : u, y = a.N <= EVM_GROUP ? u : take(K * L * d);
-        p = take(K * L * P), s = take(tokens * C), local = take(tokens * C);
+        p = take(K * L * P), s = take(C == a.C ? 0 : tokens * C), local = take(tokens * C), local_in = take(smaller(group, H) * a.W * C);
         sums = take((chunks + strips) * C), gates = take(2 * C);
         size = end;
     }

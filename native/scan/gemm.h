@@ -13,7 +13,8 @@ inline int panel_width(int64_t vectors_left) { return vectors_left == 4 ? 2 : ve
 // column, in registers. Sum: vector of total sums. DEPTH: rows of weights packed together, and elements of a row read at once.
 // SQUARES: whether a vector of partial sums has two rows and half of the columns, not one row and all columns. START: whether a
 // panel begins with the start values of its sums. piece(): number of rows over which partial sums stay exact. Base: the class itself,
-// for classes derived from it. Of integers, store_rounded(): store values plus the zero point, rounded to even, as Elements.
+// for classes derived from it. Of integers, store_rounded(): store W vectors of values plus the zero point, rounded to even, as Elements at
+// rows[i] + at, from the last row to the first.
 // SATURATES: whether it takes any values, not only those whose integers are in the range of uint8.
 struct Floats {
     typedef Floats Base;
@@ -50,7 +51,10 @@ struct Squares {
         const int64x2_t a = vreinterpretq_s64_s32(left), b = vreinterpretq_s64_s32(right);
         return vreinterpretq_s32_s64(row ? vuzp2q_s64(a, b) : vuzp1q_s64(a, b));
     }
-    static void store_rounded(Element *to, vec values, int32_t zero_point) { ::store_rounded(to, values, zero_point - SHIFT); }
+    template <int W>
+    static void store_rounded(Element *const *rows, int64_t at, const vec (&values)[W], int32_t zero_point) {
+        ::store_rounded(rows, at, values, zero_point - SHIFT);
+    }
 };
 #elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 // Sums of four products of bytes in each lane. x86 multiplies uint8 by int8, Arm int8 by int8: there the elements are the quantised
@@ -65,7 +69,11 @@ struct Bytes {
 #else
     typedef uint8_t Element;
     static constexpr int SHIFT = 0;
+#if defined(__AVX512F__)
+    static constexpr bool SATURATES = true;
+#else
     static constexpr bool SATURATES = false;
+#endif
 #if defined(__AVX512VNNI__)
     static ivec dot(ivec sum, int32_t four, ivec weights) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)weights); }
 #elif defined(__AVXVNNI__)
@@ -95,8 +103,9 @@ struct Bytes {
         return dot(sum, four, bits_of(weights));
     }
     static Sum total(Partial sum) { return sum; }
-    static void store_rounded(Element *to, vec values, int32_t zero_point) {
-        ::store_rounded(to, values, zero_point - SHIFT);
+    template <int W>
+    static void store_rounded(Element *const *rows, int64_t at, const vec (&values)[W], int32_t zero_point) {
+        ::store_rounded(rows, at, values, zero_point - SHIFT);
     }
 };
 #endif
@@ -125,7 +134,10 @@ struct Words {
 #endif
     }
     static Sum total(Partial sum) { return sum; }
-    static void store_rounded(int16_t *to, vec values, int32_t) { ::store_rounded(to, values); }
+    template <int W>
+    static void store_rounded(Element *const *rows, int64_t at, const vec (&values)[W], int32_t) {
+        for (int i = W - 1; i >= 0; i--) ::store_rounded(rows[i] + at, values[i]);
+    }
 };
 #endif
 
@@ -136,7 +148,10 @@ struct IntegersInFloats : Floats {
     static constexpr bool SATURATES = false;
     static int64_t piece(int64_t depth) { return depth < 512 ? depth : 512; }  // 512 * 255 * 128 < 2^24
     static Sum total(Partial sum) { return __builtin_convertvector(sum, ivec); }
-    static void store_rounded(float *to, vec values, int32_t) { store(to, values + ROUND - ROUND); }
+    template <int W>
+    static void store_rounded(float *const *rows, int64_t at, const vec (&values)[W], int32_t) {
+        for (int i = W - 1; i >= 0; i--) store(rows[i] + at, values[i] + ROUND - ROUND);
+    }
 };
 
 // Exact sums of products of uint8 activations and int8 weights. NarrowIntegers: of weights in -64..64.
@@ -272,11 +287,21 @@ struct Constant {
     constexpr operator int64_t() const { return N; }
 };
 
-// Multiply `count` rows of `depth` elements by the packed weights: call use(row, first column, sums) for each vector of columns.
+// Number of rows whose sums are used together: as many, up to 4, as divide the rows of every micro-kernel.
+template <class Numbers>
+constexpr int rows_together() {
+    int rows = 4;
+    while (FULL_ROWS<Numbers, 1> % rows || FULL_ROWS<Numbers, 2> % rows || FULL_ROWS<Numbers, 3> % rows) rows /= 2;
+    return rows;
+}
+
+// Multiply `count` rows of `depth` elements by the packed weights: call use(first row, first column, sums) for a vector of columns of each
+// rows_together() rows. After the last row come sums of the last row again.
 template <class Numbers, class Use>
 inline void multiply(const typename Numbers::Element *const *rows, int64_t count, int64_t depth, const float *packed,
                      int64_t columns, Use use) {
     typedef typename Numbers::Base Base;
+    constexpr int TOGETHER = rows_together<Base>();
     const int64_t vectors = (columns + LANES - 1) / LANES;
     const int64_t steps = (depth + Numbers::DEPTH - 1) / Numbers::DEPTH;
     for (int64_t first = 0, width; first < vectors; first += width) {
@@ -287,8 +312,12 @@ inline void multiply(const typename Numbers::Element *const *rows, int64_t count
             for (int64_t row = 0; row < count; row += at_once) {
                 typename Numbers::Sum sums[EVM_ACCUMULATORS];
                 product(rows + row, count - row, depth, packed, sums);
-                for (int64_t i = 0; i < at_once && row + i < count; i++)
-                    for (int64_t v = 0; v < width; v++) use(row + i, (first + v) * LANES, sums[i * width + v]);
+                for (int64_t i = 0; i < at_once && row + i < count; i += TOGETHER)
+                    for (int64_t v = 0; v < width; v++) {
+                        typename Numbers::Sum of_rows[TOGETHER];
+                        for (int64_t j = 0; j < TOGETHER; j++) of_rows[j] = sums[(i + j) * width + v];
+                        use(row + i, (first + v) * LANES, of_rows);
+                    }
             }
         };
         // A width that the compiler knows saves instructions, which counts where vectors are short, and makes code larger.

@@ -92,10 +92,25 @@ inline void store_some(float *p, vec v, int64_t count) {
 constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and puts the integer into the low mantissa bits
 
 // Store the lanes of `values` as integers of 8 or 16 bits, rounded to even, after adding `offset` to the 8-bit ones. They must be in
-// the range of the type. GCC 12 compiles a conversion of vectors to scalar code.
+// the range of the type, but where any values are allowed: there the nearest integer is stored, and 0 for NaN. 8-bit integers are stored at
+// rows[i] + at, from the last row to the first. GCC 12 compiles a conversion of vectors to scalar code.
 #if defined(__AVX512F__)
-inline void store_rounded(uint8_t *p, vec values, int32_t offset) {  // the bits of ROUND end in two bytes of zeros
-    _mm_storeu_si128((__m128i *)p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)(bits_of(values + ROUND) + offset)));
+template <int W>
+inline void store_rounded(uint8_t *const *rows, int64_t at, const vec (&values)[W], int32_t offset) {  // any values, W a multiple of 4
+    static_assert(W % 4 == 0, "four rows are packed together");
+    const __m512i offsets = _mm512_set1_epi16((short)offset), order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = W - 4; i >= 0; i -= 4) {
+        __m512i q[4];
+        for (int j = 0; j < 4; j++)  // larger values would be converted to the least integer
+            q[j] = _mm512_maskz_cvtps_epi32(0xffff, (__m512)smallest(values[i + j], broadcast(65536.f)));
+        for (int j = 0; j < 4; j += 2) q[j] = _mm512_adds_epi16(_mm512_packs_epi32(q[j], q[j + 1]), offsets);
+        const __m512i fours = _mm512_packus_epi16(q[0], q[2]);  // each quarter has four bytes of each row
+        const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xffff, order, fours);
+        _mm_storeu_si128((__m128i *)(rows[i + 3] + at), _mm512_maskz_extracti32x4_epi32(0xf, bytes, 3));
+        _mm_storeu_si128((__m128i *)(rows[i + 2] + at), _mm512_maskz_extracti32x4_epi32(0xf, bytes, 2));
+        _mm_storeu_si128((__m128i *)(rows[i + 1] + at), _mm512_maskz_extracti32x4_epi32(0xf, bytes, 1));
+        _mm_storeu_si128((__m128i *)(rows[i] + at), _mm512_maskz_extracti32x4_epi32(0xf, bytes, 0));
+    }
 }
 inline void store_rounded(int16_t *p, vec values) {
     _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits_of(values + ROUND)));
@@ -105,9 +120,12 @@ inline __m128i rounded_halves(vec values, int32_t offset) {
     const __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)values), _mm256_set1_epi32(offset));
     return _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
 }
-inline void store_rounded(uint8_t *p, vec values, int32_t offset) {
-    const __m128i halves = rounded_halves(values, offset);
-    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(halves, halves));
+template <int W>
+inline void store_rounded(uint8_t *const *rows, int64_t at, const vec (&values)[W], int32_t offset) {
+    for (int i = W - 1; i >= 0; i--) {
+        const __m128i halves = rounded_halves(values[i], offset);
+        _mm_storel_epi64((__m128i *)(rows[i] + at), _mm_packus_epi16(halves, halves));
+    }
 }
 inline void store_rounded(int16_t *p, vec values) { _mm_storeu_si128((__m128i *)p, rounded_halves(values, 0)); }
 #elif defined(__SSE2__)
@@ -121,14 +139,17 @@ inline void store_rounded(int16_t *p, vec values) {
     wasm_v128_store64_lane(p, wasm_i16x8_narrow_i32x4(q, q), 0);
 }
 #elif defined(__aarch64__)
-inline void store_rounded(int8_t *p, vec values, int32_t offset) {  // any values
-    const int16x4_t halves = vqmovn_s32(vqaddq_s32(vcvtnq_s32_f32((float32x4_t)values), vdupq_n_s32(offset)));
+template <int W>
+inline void store_rounded(int8_t *const *rows, int64_t at, const vec (&values)[W], int32_t offset) {  // any values
+    for (int i = W - 1; i >= 0; i--) {
+        const int16x4_t halves = vqmovn_s32(vqaddq_s32(vcvtnq_s32_f32((float32x4_t)values[i]), vdupq_n_s32(offset)));
 #if defined(__clang__)
-    const int8x8_t bytes = vqmovn_s16(__builtin_shufflevector(halves, halves, 0, 1, 2, 3, -1, -1, -1, -1));
+        const int8x8_t bytes = vqmovn_s16(__builtin_shufflevector(halves, halves, 0, 1, 2, 3, -1, -1, -1, -1));
 #else
-    const int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));
+        const int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));
 #endif
-    memcpy(p, &bytes, 4);
+        memcpy(rows[i] + at, &bytes, 4);
+    }
 }
 #endif
 
@@ -165,6 +186,16 @@ inline quad sum_each(const vec (&v)[4]) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
+
+// Return 1 / x, 1 <= x <= 2^101, with a relative error of 1e-7.
+inline vec reciprocal(vec x) {
+#if defined(__AVX512F__)  // a division takes the time of twenty multiplications
+    const vec r = _mm512_maskz_rcp14_ps(0xffff, x);
+    return r + r * (1.f - x * r);
+#else
+    return 1.f / x;
+#endif
+}
 
 // Functions of an array compute its W vectors side by side: one polynomial is a chain of dependent operations, which alone leaves
 // most of a core idle.
@@ -293,7 +324,7 @@ struct Silu : Sigmoid {
         vec below[W];
         for (int i = 0; i < W; i++) below[i] = x[i];
         denominators(below);
-        for (int i = 0; i < W; i++) x[i] /= below[i];
+        for (int i = 0; i < W; i++) x[i] *= reciprocal(below[i]);
     }
 };
 
@@ -310,7 +341,7 @@ struct Gelu {
         for (int i = 0; i < W; i++) a[i] = smallest(magnitude(x[i]), end);
         polynomial(p, a, c);
         for (int i = 0; i < W; i++) a[i] *= p[i];
-        exp2.above_floor(a);
+        exp2.within_100(a);
         for (int i = 0; i < W; i++) x[i] = largest(x[i], broadcast(0.f)) - half * magnitude(x[i]) * a[i];
     }
 };
