@@ -27,7 +27,7 @@ from evm_deploy.bundle.bundle import Bundle, open_bundle
 from evm_deploy.bundle.loaded import load
 from evm_deploy.errors import BundleError, ToolchainError, UsageError
 from evm_deploy.export import openvino
-from evm_deploy.export.openvino.ir import save
+from evm_deploy.export.openvino.ir import normalise_rows, save
 from evm_deploy.export.openvino.settings import HALF_KERNELS, OpenVinoExportSettings
 from evm_deploy.export.pipeline import export
 from evm_deploy.export.plan import ExportPlan
@@ -43,6 +43,8 @@ from tests.test_fused import block_model, random_block
 from tests.toolchains import need
 
 APP = Path(__file__).parent / "openvino_app"
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal(20).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +166,46 @@ def test_what_an_ir_holds(bundles):
     assert not {kind for kind, _ in portable} & {"SoftPlus", "Loop"}  # imprecise; slow
     names = re.findall(r'<layer id="\d+" name="([^"]+)"', (bundles["plugin"].path / "model.xml").read_text())
     assert {"layers.0.blocks.0/EVSSBlock", "layers.2.1.conv_pw.0/Conv/WithoutBiases"} <= set(names)
+
+
+def layer_norms(shape, axis, tail):
+    """An OpenVINO model: LayerNorm of one axis, with weight and bias if asked."""
+    from openvino import Model, opset13
+
+    x = opset13.parameter(shape, np.float32, name="x")
+    y = opset13.mvn(x, opset13.constant([axis]), True, 1e-5, "INSIDE_SQRT")
+    if tail:
+        y = opset13.add(opset13.multiply(y, opset13.constant(WEIGHT)), opset13.constant(-WEIGHT))
+    y.output(0).get_tensor().set_names({"y"})
+    return Model([y], [x], "norms")
+
+
+@pytest.mark.parametrize("tail", [True, False], ids=["weight", "alone"])
+@pytest.mark.parametrize(
+    ("shape", "sizes", "axis", "nodes"),
+    [
+        ([-1, 5, 7, 20], [2, 5, 7, 20], -1, 1),
+        ([2, -1, -1, 20], [2, 5, 7, 20], 3, 1),
+        ([-1, 2, 5, 7, 20], [2, 2, 5, 7, 20], 4, 1),
+        ([-1, 35, 20], [2, 35, 20], -1, 0),
+        ([2, 20, 7, 20], [2, 20, 7, 20], 1, 0),
+        ([2, 5, 7, -1], [2, 5, 7, 20], -1, 0),
+    ],
+    ids=str,
+)
+def test_a_layer_norm_is_computed_on_rows(shape, sizes, axis, nodes, tail):
+    """Same values under the same name, in one node of the CPU plugin."""
+    import openvino
+
+    x, model = RNG.standard_normal(sizes).astype(np.float32), layer_norms(shape, axis, tail)
+    assert normalise_rows(model) == nodes
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    mean, variance = x.mean(axis, keepdims=True, dtype=np.float64), x.var(axis, keepdims=True, dtype=np.float64)
+    expected = (x - mean) / np.sqrt(variance + 1e-5)
+    expected = expected * WEIGHT - WEIGHT if tail else expected
+    np.testing.assert_allclose(compiled({"x": x})["y"], expected, rtol=1e-4, atol=1e-5)
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("MVN") >= nodes and not (nodes and "RMS" in kinds), kinds
 
 
 @pytest.mark.compiler

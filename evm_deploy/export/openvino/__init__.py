@@ -10,7 +10,6 @@ from evm_deploy._util.onnx import inlined
 from evm_deploy.bundle.manifest import Decision
 from evm_deploy.bundle.selftest import ScanShape
 from evm_deploy.errors import ToolchainError, UsageError
-from evm_deploy.export.hub.fold_normalisation import fold_normalisation
 from evm_deploy.export.hub.fuse import fuse_module
 from evm_deploy.export.hub.graph import Graph, ScanSite, scan_alone, scan_sites
 from evm_deploy.export.hub.tools import check_fp16_range
@@ -115,7 +114,6 @@ def lowered(graph: Graph, scan: str) -> tuple[onnx.ModelProto, tuple[ScanSite, .
 
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.model)
-    fold_normalisation(proto)
     if scan == "portable":
         return unrolled(proto), scan_sites(proto)
     for module, op in graph.fusable.items():

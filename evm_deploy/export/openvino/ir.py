@@ -37,6 +37,7 @@ def convert(core: Any, proto: onnx.ModelProto) -> Any:
     model = core.read_model(bare.SerializeToString())
     apply_moc_transformations(model, cf=False, smart_reshape=False)
     multiply_outer_products(model)
+    normalise_rows(model)
     number_unnamed(model)
     return model
 
@@ -56,6 +57,41 @@ def multiply_outer_products(model: Any) -> int:
             if column.partial_shape[-1] == 1 and row.partial_shape[-2] == 1 and not any(node.get_attributes().values()):
                 node.output(0).replace(opset13.multiply(column, row).output(0))
                 done += 1
+    if done:
+        model.validate_nodes_and_infer_types()
+    return done
+
+
+def normalise_rows(model: Any) -> int:
+    """Normalise the last axis of tensors of four or more dimensions as rows, (batch, rows, channels). Returns how many.
+
+    OpenVINO's CPU plugin has a kernel for that; of more dimensions it makes four nodes, and reorders around them.
+
+    before:  MVN((B, H, W, C), axis 3)
+    after:   Reshape((B, HW, C)) -> MVN(.., axis 2) -> Reshape((B, H, W, C))
+    """
+    from openvino import opset13
+
+    done = 0
+    for node in [node for node in model.get_ops() if node.get_type_name() == "MVN"]:
+        x, axes = node.input_values()
+        shape = [*x.partial_shape] if x.partial_shape.rank.is_static else []
+        if len(shape) < 4 or shape[-1].is_dynamic or axes.get_node().get_type_name() != "Constant":
+            continue
+        if {int(axis) % len(shape) for axis in axes.get_node().data.reshape(-1)} != {len(shape) - 1}:
+            continue
+        readers = node.output(0).get_target_inputs()
+        rows = opset13.reshape(x, opset13.constant([0, -1, shape[-1].get_length()]), special_zero=True)
+        node.input(0).replace_source_output(rows.output(0))
+        node.input(1).replace_source_output(opset13.constant([2]).output(0))
+        known = all(size.is_static for size in shape[1:])
+        sizes = opset13.constant([0, *(size.get_length() for size in shape[1:])]) if known else opset13.shape_of(x)
+        back = opset13.reshape(node, sizes, special_zero=True).output(0)
+        back.get_tensor().set_names(node.output(0).get_names())
+        node.output(0).get_tensor().set_names(set())
+        for reader in readers:
+            reader.replace_source_output(back)
+        done += 1
     if done:
         model.validate_nodes_and_infer_types()
     return done
