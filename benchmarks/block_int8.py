@@ -55,7 +55,7 @@ def main() -> int:
     if args.isa and not kernel.evm_scan_force_isa(ctypes.c_char_p(args.isa.encode())):
         parser.error(f"this CPU does not have {args.isa}")
     isa = args.isa or kernel_isa(plugin_path("onnxruntime"))
-    vnni = isa.endswith("vnni")
+    vnni = isa.endswith("vnni") or isa == "avx512bf16"  # whose int8 blocks are those of avx512vnni
     float_isa = {"avx512bf16": "avx512", "avx512vnni": "avx512", "avxvnni": "avx2"}.get(isa, isa)
     peak = None if isa == "base" else fma_peak(*ISAS[float_isa])  # without FMA the float block is far from that loop
     print(f"{where()}, onnxruntime {ort.__version__}, {isa}, weights of {args.weight_bits} bits, {args.rounds} rounds")

@@ -93,7 +93,7 @@ def main() -> int:
         for precision, model in models.items():
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             ticks, per_ms = ticks_of(session, x, library, args.rounds)
-            rate = 1 if precision == "float32" else 4 if "vnni" in isa else 2
+            rate = 1 if precision == "float32" else 4 if "vnni" in isa or isa == "avx512bf16" else 2
             floors = products(size, dim, rank, rate)
             parts = []
             for stage, of in zip(STAGES, ticks / per_ms, strict=True):

@@ -181,10 +181,13 @@ __attribute__((cold)) void pack_weights(const Job &job) {
     memset(packed + l.zeros, 0, (l.C > l.d ? l.C : l.d) * sizeof(float));
 }
 
-// Let the last row stand in for the rows after it in its group of ROWS_AT_ONCE.
+constexpr int64_t ROOM = CHUNK + ROWS_AT_ONCE - 1;  // rows of a tile, and those that stand in for rows after the last one
+
+// Let the last row stand in for rows after it, so that ROWS_AT_ONCE rows from any row on can be used.
 template <class T>
 inline void complete(T **rows, int64_t count) {
-    for (; count % ROWS_AT_ONCE; count++) rows[count] = rows[count - 1];
+    static_assert(ROWS_AT_ONCE == 4, "three rows after the last one");
+    rows[count] = rows[count + 1] = rows[count + 2] = rows[count - 1];
 }
 
 // Compute use(first row, channel, vectors of (row - mean) / deviation * weight + bias) for each vector of each ROWS_AT_ONCE rows. The rows
@@ -229,9 +232,9 @@ void project(const Job &job, int64_t group, int64_t tile) {
     const Layout &l = job.l;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_X_SCALE));
     const int64_t begin = l.projected(group) * a.W + tile * CHUNK, count = smaller(l.projected(group + 1) * a.W - begin, CHUNK);
-    const float *of_image[CHUNK];
-    typename Layer::Element *in[CHUNK];
-    float *n[CHUNK], *x[CHUNK];
+    const float *of_image[ROOM];
+    typename Layer::Element *in[ROOM];
+    float *n[ROOM], *x[ROOM];
     int64_t n_row = l.kept(begin, l.n_rows), x_row = l.kept(begin, l.x_rows);
     for (int64_t t = 0; t < count; t++) {
         of_image[t] = job.x(begin + t), in[t] = job.rows<Layer>(l.n_in) + (begin + t) * l.C;
@@ -272,13 +275,17 @@ void convolve_rows(const float *map, int64_t rows, int64_t H, int64_t W, int64_t
     }
     for (int64_t first = 0; first < W; first += COLUMNS) {
         const float *in[ROWS + 2][COLUMNS + 2];
+#pragma GCC unroll 1
         for (int r = 0; r < ROWS + 2; r++)
+#pragma GCC unroll 1
             for (int c = 0; c < COLUMNS + 2; c++) {
                 const int64_t column = first + c - 1;
                 in[r][c] = lines[r] && column >= 0 && column < W ? lines[r] + column * stride : zeros;
             }
         decltype(place(i, first)) to[ROWS][COLUMNS];
+#pragma GCC unroll 1
         for (int64_t o = 0; o < ROWS; o++)
+#pragma GCC unroll 1
             for (int64_t j = 0; j < COLUMNS; j++) to[o][j] = place(smaller(i + o, H - 1), smaller(first + j, W - 1));
         for (int64_t channel = 0; channel < stride; channel += LANES) {
             vec sums[ROWS * COLUMNS], w[3][3];
@@ -358,8 +365,8 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = smaller(end * a.W - first, CHUNK);
-        const typename Layer::Element *in[CHUNK];
-        float *results[CHUNK], *const out = local + first * l.C;
+        const typename Layer::Element *in[ROOM];
+        float *results[ROOM], *const out = local + first * l.C;
         for (int64_t t = 0; t < count; t++) in[t] = rows + (first + t - before) * l.C, results[t] = out + t * l.C;
         complete(results, count);
         multiply<Layer>(in, count, a.C, job.packed + l.local_proj, a.C, [=, results = &results[0]](int64_t t, int64_t column, const auto &sums) {
@@ -377,7 +384,7 @@ void parameters(const Job &job, int64_t group, int64_t tile) {
     const int64_t k = tile / per_direction, begin = tile % per_direction * CHUNK, count = smaller(steps - begin, CHUNK);
     const Layer x_proj(job.a.x_proj_int8, job.packed + l.x_scales + k * l.P);
     const typename Layer::Element *rows[CHUNK];
-    float *p[CHUNK];
+    float *p[ROOM];
     for (int64_t t = 0; t < count; t++) {
         const int64_t step = begin + t, at = k * l.L + (k % 2 ? step / height * l.h + row + step % height : row * l.w + step);
         rows[t] = job.rows<Layer>(l.u_in) + at * l.d, p[t] = job.ws + l.p + at * l.P;
@@ -394,7 +401,7 @@ void copy_rows(float *to, const float *from, int64_t rows, int64_t stride, int64
 }
 
 // Stage SCAN: the selective scan of up to EVM_TILE channels of one direction, and its inputs and output for verification.
-void scan(const Job &job, int64_t tile) {
+__attribute__((cold)) void scan(const Job &job, int64_t tile) {
     const evm_block_args &a = job.a;
     const Layout &l = job.l;
     const int64_t per_direction = ceil_div(l.d, EVM_TILE), k = tile / per_direction, channel = tile % per_direction * EVM_TILE;
@@ -426,9 +433,9 @@ void output(const Job &job, int64_t tile) {
     typedef typename Layer::Element Element;
     const Layer in_proj(a.in_proj_int8, job.vector(IN_Z_SCALE)), out_proj(a.out_proj_int8, job.vector(OUT_PROJ_SCALE));
     const Tokens tokens(l, tile);
-    float *y[CHUNK], *results[CHUNK], *const sums = job.sums(0, tile);
+    float *y[ROOM], *results[ROOM], *const sums = job.sums(0, tile);
     const Element *n[CHUNK];
-    Element *gated[CHUNK];
+    Element *gated[ROOM];
     for (int64_t t = 0; t < tokens.count; t++) {
         const int64_t token = tokens.begin + t;
         y[t] = job.ws + l.y + l.place(token / a.W, token % a.W) * l.d;
@@ -437,7 +444,7 @@ void output(const Job &job, int64_t tile) {
         results[t] = job.s(token);
     }
     complete(y, tokens.count), complete(gated, tokens.count), complete(results, tokens.count);
-    float mean[CHUNK], scale[CHUNK];
+    float mean[ROOM], scale[ROOM];
     for (int64_t first = 0; first < tokens.count; first += ROWS_AT_ONCE) {
         const Moments m(y + first, a.d);
         memcpy(mean + first, m.mean, sizeof m.mean);
