@@ -54,7 +54,7 @@ typedef struct {
     const float *gate_norm_weight, *gate_norm_bias;   /* (C) */
     const float *gate_reduce_weight, *gate_reduce_bias; /* (C, G), (G) */
     const float *gate_select_weight, *gate_select_bias; /* (G, C), (C) */
-    float *out;                                   /* (b, H, W, C) */
+    float *out;                                   /* (b, H, W, C); it holds the scan branch before the sum, so it must not overlap x */
     /* Inputs and output of the scan, for verification, or null: (b, 4, L, d) or (b, 4, L, N), L = ceil(H/2) ceil(W/2). */
     float *scan_u, *scan_delta, *scan_B, *scan_C, *scan_y;
     float *packed;    /* weights that evm_block_pack has packed, or null: then the first step packs them into the workspace */

@@ -287,7 +287,7 @@ struct Constant {
     constexpr operator int64_t() const { return N; }
 };
 
-// Number of rows whose sums are used together: as many, up to 4, as divide the rows of every micro-kernel.
+// Number of rows whose sums are used together: 4, 2 or 1, a divisor of the rows of every micro-kernel.
 template <class Numbers>
 constexpr int rows_together() {
     int rows = 4;
