@@ -359,13 +359,13 @@ void convolve(const Job &job, int64_t group, int64_t of_group) {
     for (int64_t i = begin; i < end; i += ROWS) {
         convolve_scan_input<Layer>(job, i);
         convolve_rows<Gelu>(job.ws + l.n, l.n_rows, a.H, a.W, l.C, i, job.packed + l.local_conv, zeros,
-                           [=, W = a.W, stride = l.C](int64_t row, int64_t column) { return rows + (row * W + column - before) * stride; },
-                           [=](const auto &to, int64_t channel, const auto &values) { local_proj.put(to, channel, values); });
+                            [=, W = a.W, stride = l.C](int64_t row, int64_t column) { return rows + (row * W + column - before) * stride; },
+                            [=](const auto &to, int64_t channel, const auto &values) { local_proj.put(to, channel, values); });
     }
     memset(sums, 0, l.C * sizeof(float));
     for (int64_t first = begin * a.W; first < end * a.W; first += CHUNK) {
         const int64_t count = smaller(end * a.W - first, CHUNK);
-        const typename Layer::Element *in[ROOM];
+        const typename Layer::Element *in[CHUNK];
         float *results[ROOM], *const out = local + first * l.C;
         for (int64_t t = 0; t < count; t++) in[t] = rows + (first + t - before) * l.C, results[t] = out + t * l.C;
         complete(results, count);

@@ -63,9 +63,9 @@ def multiply_outer_products(model: Any) -> int:
 
 
 def normalise_rows(model: Any) -> int:
-    """Normalise the last axis of tensors of four or more dimensions as rows, (batch, rows, channels). Returns how many.
+    """Reshape the input of each LayerNorm of four or more dimensions to (batch, rows, channels). Returns how many.
 
-    OpenVINO's CPU plugin has a kernel for that; of more dimensions it makes four nodes, and reorders around them.
+    OpenVINO's CPU plugin has a kernel for three dimensions. It splits a LayerNorm of more dimensions into four nodes.
 
     before:  MVN((B, H, W, C), axis 3)
     after:   Reshape((B, HW, C)) -> MVN(.., axis 2) -> Reshape((B, H, W, C))
