@@ -67,7 +67,7 @@ def main() -> int:
         plan = replace(ExportPlan("openvino", scan="plugin"), imgsz=parse_imgsz(args.imgsz), precision="fp16")
         plan = replace(plan, settings=OpenVinoExportSettings(half_blocks=True))
         half = export(checkpoint, plan, Path(folder) / "out").path / "model.xml"
-        in_float32 = half.read_text().replace('half="true"', 'half="false"')
+        in_float32 = half.read_text().replace('half="bfloat16"', 'half="false"')
         models = {
             "blocks in float32": core.read_model(in_float32.encode(), half.with_suffix(".bin").read_bytes()),
             "blocks in bfloat16": core.read_model(str(half)),

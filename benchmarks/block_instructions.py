@@ -1,4 +1,4 @@
-"""Count the instructions of a fused EVSS block for each token on AArch64, float32 against int8, under qemu.
+"""Count the instructions of a fused EVSS block for each token on AArch64, float32, half precision and int8, under qemu.
 
     python benchmarks/block_instructions.py
 
@@ -13,8 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from common import where
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +24,7 @@ from evm_deploy.toolchain import cross_compile
 from evm_deploy.toolchain.compile import read_recipe
 from evm_deploy.toolchain.platforms import PLATFORMS
 from tests import driver as drivers
-from tests.driver import Problem, block_problem, int8_block_problem
+from tests.driver import HALVES, IN_HALF, Problem, block_problem, int8_block_problem
 from tests.test_fused import image, random_block
 from tests.test_fused_int8 import quantized
 from tests.toolchains import AARCH64
@@ -32,12 +34,13 @@ SIZES = (4, 8)  # H = W
 
 
 def problem(kind: str, size: int, dim: int, rank: int) -> Problem:
-    """Return a block of T's width, kind float or int8, as input of the driver."""
+    """Return a block of T's width, kind float, half (float16) or int8, as input of the driver."""
     block, x = random_block(0, dim, rank, 16), image(0, 1, size, size, dim)
     if kind == "int8":
         return int8_block_problem(x, quantized(block, x)).inference
     operands = [operand.numpy() for operand in block.fused_op().operands.values()]
-    return block_problem([x, *operands], 1, size, size, dim, 2 * dim, 16, rank, dim // 8).inference
+    found = block_problem([x, *operands], 1, size, size, dim, 2 * dim, 16, rank, dim // 8).inference
+    return replace(found, op=IN_HALF[torch.float16]) if kind == "half" else found
 
 
 def counted(folder: Path, isa: str, of: Problem) -> int:
@@ -61,7 +64,7 @@ def main() -> int:
             tokens = SIZES[1] ** 2 - SIZES[0] ** 2
             per_token = {}
             for isa in (kernel.name for kernel in read_recipe().of("aarch64")):
-                for kind in ("float", "int8"):
+                for kind in ("float", "int8", *(("half",) if isa in HALVES else ())):
                     few, many = (counted(folder, isa, problem(kind, size, dim, rank)) for size in SIZES)
                     per_token[isa, kind] = (many - few) / tokens
             for (isa, kind), count in per_token.items():

@@ -27,8 +27,8 @@ SOURCE = NATIVE / "tests" / "driver.cpp"
 class Problem:
     """A call of the driver.
 
-    op: 0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in half precision. sizes, arrays: in
-    the order of the struct. outputs: shapes of the results.
+    op: 0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in bfloat16, 5 in float16. sizes,
+    arrays: in the order of the struct. outputs: shapes of the results.
     """
 
     op: int
@@ -192,28 +192,45 @@ def check_hard_scans(driver: Driver) -> None:
         assert np.nanmax(np.abs(y - want)) <= 3e-6 * np.nanmax(terms), problem.sizes
 
 
-#: Kernel -> type of the products of a block in half precision.
-HALVES = {"avx512bf16": torch.bfloat16}
+#: Kernel -> type of the products of a block in half precision. Type -> op of the driver.
+HALVES = {"avx512bf16": torch.bfloat16, "fp16": torch.float16, "i8mm": torch.float16}
+IN_HALF = {torch.bfloat16: 4, torch.float16: 5}
 
 
-def in_half(block: torch.nn.Module, half: torch.dtype) -> torch.nn.Module:
-    """Let the linear layers of a block round weights and inputs to `half`. Returns the block."""
+def product_in_half(x: torch.Tensor, weight: torch.Tensor, half: torch.dtype) -> torch.Tensor:
+    """Multiply x (.., K) by weight (.., K, columns), both rounded to `half`.
+
+    Products of float16 are summed in float16 over 64 rows, even and odd ones apart, all others exactly.
+    """
 
     def rounded(value):
         return value.to(half).to(value.dtype)
 
-    for name in ("op.in_proj", "op.out_proj", "conv_branch.3"):
-        layer = block.get_submodule(name)
-        layer.weight.data = rounded(layer.weight.data)
-        layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
-    op = block.op
-    op.x_proj_weight.data = rounded(op.x_proj_weight.data)
-    op.project = lambda u: type(op).project(op, rounded(u))
+    x, weight = rounded(x), rounded(weight)
+    if half != torch.float16:
+        return x @ weight
+    total, depth = 0, x.shape[-1]
+    for begin in range(0, depth, 64):
+        sums = [torch.zeros(()), torch.zeros(())]
+        for k in range(begin, min(begin + 64, depth)):
+            sums[k % 2] = rounded(sums[k % 2] + x[..., k : k + 1] * weight[..., k : k + 1, :])
+        total = total + sums[0] + sums[1]
+    return total
+
+
+def in_half(block: torch.nn.Module, half: torch.dtype) -> torch.nn.Module:
+    """Let the linear layers of a block multiply in `half`. Returns the block."""
+    op, local = block.op, block.conv_branch[3]
+    for layer in (op.in_proj, op.out_proj):
+        layer.forward = lambda x, weight=layer.weight.T: product_in_half(x, weight, half)
+    op.project = lambda u: product_in_half(u, op.x_proj_weight.transpose(1, 2), half)
+    weight = local.weight[:, :, 0, 0].T
+    local.forward = lambda x: (product_in_half(x.movedim(1, -1), weight, half) + local.bias).movedim(-1, 1)
     return block
 
 
 def check_half_blocks(driver: Driver, count: int, kernel: str) -> None:
-    """Against the torch module in float64 whose linear layers round to HALVES, or do not if the kernel is not there.
+    """Against the torch module in float64 whose linear layers round to HALVES, or do not where the kernel cannot.
 
     A value on the other side of a rounding boundary differs by a step, and all that follows from it: every output must
     be within some steps, and most blocks must be much closer to the rounded module than that is to the exact one.
@@ -226,18 +243,18 @@ def check_half_blocks(driver: Driver, count: int, kernel: str) -> None:
         block, x = random_block(i, dim, rank, states), image(i, b, H, W, dim)
         operands = [operand.numpy() for operand in block.fused_op().operands.values()]
         float_problem = block_problem([x, *operands], b, H, W, dim, 2 * dim, states, rank, dim // 8)
-        problems.append(replace(float_problem, op=4))
+        problems.append(float_problem)
         with torch.inference_mode(), without_native_scan():
             exact.append(in_float64(block, x))
             if half:
                 rounded.append(in_half(copy.deepcopy(block).double(), half)(torch.from_numpy(x).double()).numpy())
-    results = [out for out, *_ in driver.run(problems)]
-    if not half:
-        for out, plain in zip(results, exact, strict=True):
+    for other in IN_HALF.keys() - {half}:
+        for (out, *_), plain in zip(driver.run([replace(p, op=IN_HALF[other]) for p in problems]), exact, strict=True):
             assert np.abs(out - plain).max() <= 1e-5 * np.abs(plain).max()
+    if not half:
         return
-    shares = []
-    for out, want, plain in zip(results, rounded, exact, strict=True):
+    shares, results = [], driver.run([replace(p, op=IN_HALF[half]) for p in problems])
+    for (out, *_), want, plain in zip(results, rounded, exact, strict=True):
         assert np.abs(out - want).max() <= 12 * torch.finfo(half).eps * np.abs(want).max()
         shares.append(np.abs(out - want).mean() / np.abs(plain - want).mean())
     assert np.median(shares) < 0.2, shares

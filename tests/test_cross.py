@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -31,7 +32,10 @@ from evm_deploy.toolchain.platforms import PLATFORMS, host_platform
 from release import wheels
 from tests import driver as drivers
 from tests.driver import (
+    IN_HALF,
     Driver,
+    any_block,
+    any_int8_block,
     build_driver,
     check_exact_int8_blocks,
     check_half_blocks,
@@ -250,6 +254,7 @@ def program(tmp_path_factory):
     return get
 
 
+SMALL = (1, 3, 5, 8, 16, 4, 1, 1)  # b, H, W, C, d, N, R, G of a block
 AARCH64_ISAS = [kernel.name for kernel in read_recipe().of("aarch64")]
 
 
@@ -265,12 +270,15 @@ def driver(request, program):
     return Driver(program(platform)).forced(isa)
 
 
-@pytest.mark.parametrize(("cpu", "lacks"), [("cortex-a53", ["dotprod", "i8mm"]), ("cortex-a76", ["i8mm"]), ("max", [])])
+@pytest.mark.parametrize(
+    ("cpu", "lacks"), [("cortex-a53", ["dotprod", "fp16", "i8mm"]), ("cortex-a76", ["i8mm"]), ("max", [])]
+)
 def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, program, monkeypatch):
     monkeypatch.setenv("QEMU_CPU", cpu)
-    runs = ", ".join(isa for isa in ("i8mm", "dotprod", "neon") if isa not in lacks)  # the default first
+    runs = ", ".join(isa for isa in ("i8mm", "fp16", "dotprod", "neon") if isa not in lacks)  # the default first
     problem, arm = scan_problem(random_scan(0, 1, 4, 5, 8, 16)), Driver(program("linux-aarch64"))
     want = arm.run([problem])
+    blocks = [any_int8_block(1, *SMALL), *(replace(any_block(1, *SMALL), op=op) for op in (1, *IN_HALF.values()))]
     for isa in AARCH64_ISAS:
         if isa in lacks:
             lacking = f"EVM_ISA={isa}: this CPU lacks the instruction set; it runs: {runs}\n"
@@ -278,6 +286,7 @@ def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, pr
                 arm.forced(isa).run([problem])
         else:
             np.testing.assert_allclose(arm.forced(isa).run([problem]), want, atol=1e-5)
+            assert all(np.isfinite(out).all() for (out, *_) in arm.forced(isa).run(blocks))  # no illegal instruction
 
 
 def test_golden_scans(driver):

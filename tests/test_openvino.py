@@ -277,22 +277,29 @@ def test_half_blocks_need_a_block_of_the_native_kernel(micro, tmp_path, monkeypa
 
 @pytest.mark.compiler
 @pytest.mark.slow
-def test_half_blocks_multiply_in_bfloat16(micro, tmp_path):
-    """The outputs differ from those of float32 blocks by some steps of bfloat16. Other kernels ignore the attribute."""
-    if openvino_extension.isa(extension()) not in HALF_KERNELS:
-        pytest.skip("this CPU has no kernel for products of bfloat16")
+def test_half_blocks_multiply_in_half_precision(micro, tmp_path):
+    """The outputs differ from those of float32 blocks by some steps of it. Other kernels ignore the attribute."""
+    half = HALF_KERNELS.get(openvino_extension.isa(extension()))
+    if not half:
+        pytest.skip("this CPU has no kernel for products in half precision")
     plan = ExportPlan("openvino", imgsz=(64, 64), precision="fp16", settings=OpenVinoExportSettings(half_blocks=True))
     bundle = export(micro, plan, tmp_path)
     assert bundle.manifest.parity["ok"] and bundle.manifest.plan["settings"]["half_blocks"] is True
     text = (bundle.path / "model.xml").read_text()
-    assert len(re.findall(r'half="true"', text)) == len(re.findall(r'type="EVSSBlock"', text)) == 2
-    (tmp_path / "float.xml").write_text(text.replace('half="true"', 'half="false"'))
-    shutil.copy(bundle.path / "model.bin", tmp_path / "float.bin")
-    outputs = []
-    for path in (bundle.path / "model.xml", tmp_path / "float.xml"):
-        with OpenVinoRuntime(path, RunOptions(plugin=extension())) as runtime:
-            outputs.append(runtime.run({"image": pixels()})["logits"])
-    assert 1e-5 < np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[1]).max() < 0.05
+    assert len(re.findall(f'half="{half}"', text)) == len(re.findall(r'type="EVSSBlock"', text)) == 2
+    (other,) = {*HALF_KERNELS.values()} - {half}  # which this CPU lacks
+    outputs = {}
+    for value in (half, "false", other, *(["true"] if half == "bfloat16" else ())):  # true: of IRs before it had names
+        (tmp_path / f"{value}.xml").write_text(text.replace(f'half="{half}"', f'half="{value}"'))
+        shutil.copy(bundle.path / "model.bin", tmp_path / f"{value}.bin")
+        with OpenVinoRuntime(tmp_path / f"{value}.xml", RunOptions(plugin=extension())) as runtime:
+            outputs[value] = runtime.run({"image": pixels()})["logits"]
+    assert 1e-5 < np.abs(outputs[half] - outputs["false"]).max() / np.abs(outputs["false"]).max() < 0.05
+    np.testing.assert_array_equal(outputs[other], outputs["false"])
+    np.testing.assert_array_equal(outputs.get("true", outputs[half]), outputs[half])
+    (tmp_path / "false.xml").write_text(text.replace(f'half="{half}"', 'half="f8"'))
+    with pytest.raises(BundleError, match="half is f8, expected bfloat16, float16 or false"):
+        OpenVinoRuntime(tmp_path / "false.xml", RunOptions(plugin=extension()))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from evm_deploy._util import processes
@@ -119,11 +119,15 @@ def parse_recipe(folder: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Compiler:
-    """C++ compiler. command: its call without flags. environment: None for the environment of this process."""
+    """C++ compiler. command: its call without flags. environment: None for the environment of this process.
+
+    features: CPU features, as flags of kernels name them -> other names that this compiler has for them.
+    """
 
     command: tuple[str, ...]
     architecture: str
     environment: Mapping[str, str] | None = None
+    features: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, *arguments: str | Path) -> None:
         """Run the compiler. Raises ToolchainError with the first lines of its output if it fails."""
@@ -154,12 +158,16 @@ class Compiler:
 
         def compiled(kernel: KernelVariant | None, source: str | Path) -> Path:
             path = folder / f"{kernel.name if kernel else 'once'}-{Path(source).stem}.o"
-            self.run(*common, *(kernel.arguments if kernel else ()), "-c", recipe.folder / source, "-o", path)
+            flags = map(self._spelled, kernel.arguments if kernel else ())
+            self.run(*common, *flags, "-c", recipe.folder / source, "-o", path)
             return path
 
         with ThreadPoolExecutor(usable_cores()) as pool:
             objects = list(pool.map(compiled, *zip(*work, strict=True)))
         return [*objects, archive] if archive else objects
+
+    def _spelled(self, flag: str) -> str:
+        return "+".join(self.features.get(part, part) for part in flag.split("+"))
 
 
 def compiled_once(path: Path, compile_: Callable[[Path], Path]) -> Path:

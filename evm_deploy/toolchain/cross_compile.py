@@ -60,7 +60,7 @@ def zig_compiler(target: str, architecture: str, cache: Path) -> Compiler:
     zig_version()
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
     command = (sys.executable, "-m", "ziglang", "c++", "-target", target)
-    return Compiler(command, architecture, environment)
+    return Compiler(command, architecture, environment, {"fp16": "fullfp16"})
 
 
 def _compile(runtime: str, platform: Platform, recipe: Recipe, work: Path, name: str) -> Path:

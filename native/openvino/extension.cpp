@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <mutex>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -75,19 +76,24 @@ ov::element::Type element(evm::Type type) {
 }
 
 // Attributes of a node. Of scans: delta_softplus; if false, dt = delta + bias. Of blocks: scan_outputs; the node also returns the
-// inputs and the output of its scan, for verification. Of float blocks: half, as in evm_block_args.
+// inputs and the output of its scan, for verification. Of float blocks: half; bfloat16, float16 or false. IRs that were written before it
+// had names have true, for bfloat16.
 struct Attributes {
-    bool scan_outputs, delta_softplus, half;
+    bool scan_outputs = false, delta_softplus = true;
+    std::string half = "false";
 };
 
 void set(evm_scan_args &args, const Attributes &attributes) { args.no_softplus = !attributes.delta_softplus; }
-void set(evm_block_args &args, const Attributes &attributes) { args.half = attributes.half; }
+void set(evm_block_args &args, const Attributes &attributes) {
+    const std::string &half = attributes.half;
+    args.half = half == "float16" ? EVM_FLOAT16 : half == "bfloat16" || half == "true" ? EVM_BFLOAT16 : 0;
+}
 
 // OpenVINO node of an operator.
 template <const evm::Op &OP, class Arguments>
 class Node : public ov::op::Op {
     static constexpr bool is_scan = std::is_same<Arguments, evm_scan_args>::value;
-    Attributes attributes = {false, true, false};
+    Attributes attributes;
     mutable Packed packed;
 
   public:
@@ -110,6 +116,9 @@ class Node : public ov::op::Op {
 
     void validate_and_infer_types() override {
         NODE_VALIDATION_CHECK(this, get_input_size() == OP.input_count, "evm::", OP.name, " has ", OP.input_count, " inputs, got ", get_input_size());
+        const std::string &half = attributes.half;
+        NODE_VALIDATION_CHECK(this, half == "false" || half == "true" || half == "bfloat16" || half == "float16", "evm::", OP.name, ": half is ",
+                              half, ", expected bfloat16, float16 or false");
         evm::Tensor in[evm::MAX_INPUTS];
         bool known = true;
         for (size_t i = 0; i < OP.input_count; i++) {
@@ -182,8 +191,9 @@ template <class Type>
 ov::OutputVector convert(const ov::frontend::NodeContext &context) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < context.get_input_size(); i++) inputs.push_back(context.get_input((int)i));
-    const auto flag = [&](const char *name, int64_t otherwise) { return context.get_attribute<int64_t>(name, otherwise) != 0; };
-    const Attributes attributes = {false, flag("delta_softplus", 1), flag("half", 0) && &Type::op == &evm::EVSS_BLOCK};
+    Attributes attributes;
+    attributes.delta_softplus = context.get_attribute<int64_t>("delta_softplus", 1) != 0;
+    attributes.half = context.get_attribute<std::string>("half", attributes.half);
     return std::make_shared<Type>(inputs, attributes)->outputs();
 }
 

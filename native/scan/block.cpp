@@ -1,6 +1,6 @@
 // The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp. EVM_SCAN: kernel whose scan is called.
-// EVM_BLOCK: kernel that is called for blocks that this one does not compute itself: it has int8 blocks alone or, with bfloat16, blocks
-// in half precision alone.
+// EVM_BLOCK: kernel that is called for blocks that this one does not compute itself: it has int8 blocks alone or, with bfloat16 and
+// float16, blocks in half precision alone.
 //
 // All work between two matrix products is done on rows that are still in cache. Norms and activations are computed where the
 // product stores its result, the atrous split where the convolution writes, dt_proj inside the scan, and the merge where
@@ -56,7 +56,7 @@ struct FloatLayer : Floats {
     vec result(vec sum, int64_t) const { return sum; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(EVM_HALF)
 struct HalfLayer : Halves {
     static constexpr bool INT8 = false;
     HalfLayer(const evm_int8_linear &, const float *) {}
@@ -419,7 +419,7 @@ __attribute__((cold)) void scan(const Job &job, int64_t tile) {
     if (a.scan_delta) rows.delta_out = a.scan_delta + row * a.d + channel, rows.delta_out_stride = a.d;
     if (a.scan_u) copy_rows(a.scan_u + row * a.d + channel, rows.u, l.L, l.d, channels, a.d);
     EVM_NAME(evm_scan_rows, EVM_SCAN)(&rows, channels);
-    if (l.y != l.u && channel + channels == a.d)  // the padding of u is 0; a product of bfloat16 may read one channel of it
+    if (l.y != l.u && channel + channels == a.d)  // the padding of u is 0; a product in half precision may read one channel of it
         for (int64_t t = 0; t < l.L; t++) memset(job.ws + l.y + (k * l.L + t) * l.d + a.d, 0, (l.d - a.d) * sizeof(float));
     if (a.scan_y) copy_rows(a.scan_y + row * a.d + channel, rows.y, l.L, l.d, channels, a.d);
 }
@@ -531,7 +531,7 @@ BlockTile packed_as(const evm_block_args &a, float *packed) {
     return run_tile<Layer>;
 }
 
-#if !defined(__AVX512BF16__)
+#if !defined(EVM_HALF)
 // Whether all int8 weights of a block are in -64..64, as NarrowIntegers needs them.
 bool is_narrow(const evm_block_args &a) {
     const auto narrow = [](const int8_t *weights, int64_t count) {
@@ -547,8 +547,8 @@ bool is_narrow(const evm_block_args &a) {
 }  // namespace
 
 extern "C" BlockTile EVM_NAME(evm_block_pack, EVM_ISA)(const evm_block_args *a, float *packed) {
-#if defined(__AVX512BF16__)
-    if (a->half) return packed_as<HalfLayer>(*a, packed);
+#if defined(EVM_HALF)
+    if (a->half == Halves::HALF) return packed_as<HalfLayer>(*a, packed);
 #else
     if (a->in_proj_int8.weight) return is_narrow(*a) ? packed_as<Int8Layer<NarrowIntegers>>(*a, packed) : packed_as<Int8Layer<Integers>>(*a, packed);
 #endif

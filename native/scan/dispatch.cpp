@@ -54,16 +54,18 @@ unsigned cpu_features() {
     return features | (a >> 4 & 1 ? AVX_VNNI : 0) | (a >> 5 & 1 ? AVX512_BF16 : 0);
 }
 #elif defined(__aarch64__)
-enum { DOTPROD = 1, I8MM = 2 };
-const Kernel kernels[] = {EVM_KERNEL(i8mm, neon, DOTPROD | I8MM), EVM_KERNEL(dotprod, neon, DOTPROD), EVM_KERNEL(neon, neon, 0)};
+enum { DOTPROD = 1, FP16 = 2, I8MM = 4 };
+const Kernel kernels[] = {EVM_KERNEL(i8mm, neon, DOTPROD | FP16 | I8MM), EVM_KERNEL(fp16, neon, DOTPROD | FP16),
+                          EVM_KERNEL(dotprod, neon, DOTPROD), EVM_KERNEL(neon, neon, 0)};
 
 unsigned cpu_features() {
 #if defined(__linux__)  // Android too
-    return (getauxval(AT_HWCAP) >> 20 & 1 ? DOTPROD : 0) | (getauxval(AT_HWCAP2) >> 13 & 1 ? I8MM : 0);
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    return (first >> 20 & 1 ? DOTPROD : 0) | (first >> 10 & 1 ? FP16 : 0) | (second >> 13 & 1 ? I8MM : 0);
 #elif defined(__APPLE__)
-    int i8mm = 0;  // from M2 on; every Mac with an Arm CPU has dotprod
+    int i8mm = 0;  // from M2 on; every Mac with an Arm CPU has dotprod and fp16
     size_t size = sizeof i8mm;
-    return DOTPROD | (!sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0) && i8mm ? I8MM : 0);
+    return DOTPROD | FP16 | (!sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0) && i8mm ? I8MM : 0);
 #elif defined(_WIN32)
     return IsProcessorFeaturePresent(43) ? DOTPROD : 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #else

@@ -16,8 +16,9 @@
  * input_zero_point), int32 sums of (q - input_zero_point) * weight, float32 = sum * (input_scale * scale of the column).
  * local_conv reads the float n, the scan the float u. The sums are the same integers on every instruction set. C and d up to 65536.
  *
- * With `half`, a block without int8 layers multiplies bfloat16 in these four layers on a CPU with AVX512_BF16, float32 on others.
- * Sums, and all other arithmetic, are float32.
+ * With `half`, a block without int8 layers multiplies numbers of half precision in these four layers on a CPU that can, and float32 on
+ * others: EVM_BFLOAT16 on a CPU with AVX512_BF16, EVM_FLOAT16 on an Arm CPU with FP16 arithmetic (FEAT_FP16) and dotprod. Sums are
+ * float32, of float16 after every 64 products. All other arithmetic is float32.
  *
  * An image is computed in steps, in order. A step is one of EVM_BLOCK_STAGES stages, for the whole map or for a group of its rows.
  * The tiles of a step are independent, so that the host runtime's own thread pool can distribute them; the result does not depend
@@ -30,7 +31,7 @@
 extern "C" {
 #endif
 
-enum { EVM_BLOCK_DIRECTIONS = 4, EVM_BLOCK_STAGES = 8 };
+enum { EVM_BLOCK_DIRECTIONS = 4, EVM_BLOCK_STAGES = 8, EVM_BFLOAT16 = 1, EVM_FLOAT16 = 2 };
 
 typedef struct {
     const int8_t *weight;  /* same layout as the weight of the float layer; -128 is allowed */
@@ -63,7 +64,7 @@ typedef struct {
     /* int8 layers that replace in_proj, out_proj and local_proj_weight, all three, and x_proj, whose scales are (4, R + 2 N). The
      * weight of a layer that is not replaced is null. */
     evm_int8_linear in_proj_int8, x_proj_int8, out_proj_int8, local_proj_int8;
-    int32_t half; /* 0 for a block with int8 layers */
+    int32_t half; /* EVM_BFLOAT16, EVM_FLOAT16 or 0; 0 for a block with int8 layers */
 } evm_block_args;
 
 /* Size of packed weights in bytes. It depends on the widths alone. */

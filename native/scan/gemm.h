@@ -3,6 +3,7 @@
 // Weights (K, columns) are packed into panels of up to three vectors of columns, K rows each, so that the inner loop reads
 // them in order; columns are padded with zeros. The micro-kernel keeps EVM_ACCUMULATORS vectors of results in registers.
 #pragma once
+#include "evm_block.h"
 #include "simd.h"
 
 namespace {
@@ -168,9 +169,12 @@ typedef Words Integers, NarrowIntegers;
 typedef IntegersInFloats Integers, NarrowIntegers;
 #endif
 
+// The products of a kernel in half precision. HALF: value of evm_block_args.half that asks for them.
 #if defined(__AVX512BF16__)
+#define EVM_HALF
 // Sums of two products of bfloat16 in each lane, in float32.
 struct Halves {
+    static constexpr int32_t HALF = EVM_BFLOAT16;
     typedef Halves Base;
     typedef uint16_t Element, Weight;
     typedef vec Sum, Partial;
@@ -186,6 +190,35 @@ struct Halves {
     static Sum total(Partial sum) { return sum; }
     static void store_rounded(Element *to, vec values) {
         const __m256bh rounded = _mm512_cvtneps_pbh(values);
+        memcpy(to, &rounded, sizeof rounded);
+    }
+    static Weight rounded(float value) {
+        Element lanes[LANES];
+        store_rounded(lanes, broadcast(value));
+        return lanes[0];
+    }
+};
+#elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#define EVM_HALF
+// Sums of products of float16: two in each lane, of even and of odd rows, in float16 over 64 rows, then in float32.
+struct Halves {
+    static constexpr int32_t HALF = EVM_FLOAT16;
+    typedef Halves Base;
+    typedef uint16_t Element, Weight;
+    typedef vec Sum;
+    typedef float16x8_t Partial;
+    static constexpr int DEPTH = 2;
+    static constexpr bool START = false, SQUARES = false;
+    static int64_t piece(int64_t depth) { return depth < 64 ? depth : 64; }
+    static Partial start(const float *) { return vreinterpretq_f16_u16(vdupq_n_u16(0)); }
+    static Partial add(Partial sum, const Element *row, vec weights) {
+        int32_t two;
+        memcpy(&two, row, sizeof two);
+        return vfmaq_f16(sum, vreinterpretq_f16_s32(vdupq_n_s32(two)), vreinterpretq_f16_s32(bits_of(weights)));
+    }
+    static Sum total(Partial sum) { return vpaddq_f32(vcvt_f32_f16(vget_low_f16(sum)), vcvt_high_f32_f16(sum)); }
+    static void store_rounded(Element *to, vec values) {
+        const float16x4_t rounded = vcvt_f16_f32(values);
         memcpy(to, &rounded, sizeof rounded);
     }
     static Weight rounded(float value) {

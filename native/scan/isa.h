@@ -46,6 +46,7 @@ EVM_DECLARE(avx512vnni)
 EVM_DECLARE(avx512bf16)
 EVM_DECLARE(neon)
 EVM_DECLARE(dotprod)
+EVM_DECLARE(fp16)
 EVM_DECLARE(i8mm)
 EVM_DECLARE(simd128)
 #ifdef __cplusplus

@@ -11,9 +11,11 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #if !defined(__clang__) && __GNUC__ < 14
-// GCC before 14 has vdotq_s32 and vmmlaq_s32 for Armv8.2 alone, which -mcpu=generic+.. is not. Every CPU with these instructions is.
+// GCC before 14 has vdotq_s32, vfmaq_f16 and vmmlaq_s32 for Armv8.2 alone, which -mcpu=generic+.. is not. Every CPU with these instructions is.
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+#elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#pragma GCC target("arch=armv8.2-a+fp16+dotprod")
 #elif defined(__ARM_FEATURE_DOTPROD)
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif

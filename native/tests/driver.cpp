@@ -2,7 +2,7 @@
 //
 //   driver < problems > results          exit 0 ok, 2 bad EVM_ISA or input, 3 a kernel wrote out of bounds
 //
-// A problem is: int64 op (0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in half precision), int64 number of
+// A problem is: int64 op (0 scan, 1 block, 2 int8 block, 3 int8 block with an int8 x_proj, 4 block in bfloat16, 5 in float16), int64 number of
 // outputs (1, as in an inference, or 6 for a block and what its scan read and wrote), the dimensions as int64 and the input arrays,
 // both in the order of evm_scan_args or evm_block_args. In place of in_proj, out_proj and local_proj_weight an int8 block has the
 // fields of evm_int8_linear. All arrays are float32 where those structs do not say otherwise. The results are the outputs in the
@@ -101,7 +101,7 @@ evm_int8_linear read_linear(int64_t depth, int64_t columns, int64_t matrices = 1
 
 constexpr int OUTPUTS = 6;  // of a block: the map, and for verification the scan's inputs and output
 
-void run_block(int64_t num_outputs, bool int8, bool int8_x_proj, bool half) {
+void run_block(int64_t num_outputs, bool int8, bool int8_x_proj, int32_t half) {
     int64_t size[8];
     if (!read_bytes(size, sizeof size)) fail(2, "stdin ends inside", "the dimensions of a block");
     const int64_t b = size[0], H = size[1], W = size[2], C = size[3], d = size[4], N = size[5], R = size[6], G = size[7];
@@ -151,8 +151,8 @@ int main() {
         if (!read_bytes(&num_outputs, sizeof num_outputs)) fail(2, "stdin ends inside", "a problem");
         if (num_outputs != 1 && (op == 0 || num_outputs != OUTPUTS)) fail(2, "number of outputs", "not 1 or, of a block, 6");
         if (op == 0) run_scan();
-        else if (op >= 1 && op <= 4) run_block(num_outputs, op == 2 || op == 3, op == 3, op == 4);
-        else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block), 3 (int8 block with an int8 x_proj) or 4 (half block)");
+        else if (op >= 1 && op <= 5) run_block(num_outputs, op == 2 || op == 3, op == 3, op == 4 ? EVM_BFLOAT16 : op == 5 ? EVM_FLOAT16 : 0);
+        else fail(2, "unknown op", "not 0 (scan), 1 (block), 2 (int8 block), 3 (int8 block with an int8 x_proj), 4 or 5 (block in bfloat16, float16)");
     }
     return 0;
 }

@@ -56,7 +56,7 @@ def build(graph: Graph, plan: ExportPlan, folder: Path) -> Artifact:
     if plan.precision == "fp16":
         check_fp16_range(proto, sites)
     half = half_precision(library) if halves_blocks(plan) else None
-    if half and not halve_products(proto, graph):
+    if half and not halve_products(proto, graph, half):
         raise UsageError("--half-blocks: the native kernel has no block of this network", "leave --half-blocks out")
     core = open_core(library)
     model = convert(core, proto)
@@ -127,23 +127,23 @@ def half_precision(library: Path | None) -> str:
     if kernel not in HALF_KERNELS:
         raise ToolchainError(
             f"--half-blocks cannot be verified here: the kernel is {kernel}, not {' or '.join(HALF_KERNELS)}",
-            "leave --half-blocks out, or export on a CPU with AVX512_BF16",
+            "leave --half-blocks out, or export on a CPU with AVX512_BF16, or on an Arm CPU with FP16 arithmetic",
         )
     return HALF_KERNELS[kernel]
 
 
-def halve_products(proto: onnx.ModelProto, graph: Graph) -> int:
-    """Let blocks that are one node multiply in the half precision of the CPU, in place. Returns how many.
+def halve_products(proto: onnx.ModelProto, graph: Graph, half: str) -> int:
+    """Let blocks that are one node multiply in the half precision of the CPU, in place. Return the number of blocks.
 
     before:  %1 = evm::EVSSBlock(%0, ..)
-    after:   %1 = evm::EVSSBlock<half=1>(%0, ..)
+    after:   %1 = evm::EVSSBlock<half="bfloat16">(%0, ..)
     """
     import onnx
 
     types = {op.op_type for op in graph.fusable.values()}
     blocks = [node for node in proto.graph.node if node.domain == onnx_function.DOMAIN and node.op_type in types]
     for node in blocks:
-        node.attribute.append(onnx.helper.make_attribute("half", 1))
+        node.attribute.append(onnx.helper.make_attribute("half", half))
     return len(blocks)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from evm_deploy._util.settings import Settings, setting
 
 #: Kernels whose blocks multiply in half precision -> this precision.
-HALF_KERNELS = {"avx512bf16": "bfloat16"}
+HALF_KERNELS = {"avx512bf16": "bfloat16", "fp16": "float16", "i8mm": "float16"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class OpenVinoExportSettings(Settings):
     half_blocks: bool = setting(
         False,
         "--half-blocks",
-        help="OpenVINO, with --fp16: let blocks on the native kernel multiply bfloat16 on CPUs with AVX512_BF16; needs "
-        "such a CPU, because the export is verified on it",
+        help="OpenVINO, with --fp16: let blocks on the native kernel multiply bfloat16 on CPUs with AVX512_BF16, or "
+        "float16 on Arm CPUs with FP16 arithmetic; exports on such a CPU, which verifies them",
     )
