@@ -17,7 +17,7 @@ DEAR := compiler or browser or jvm or ssh or cross or valgrind or slow
 # compile all of them again, 3 CPU seconds for pytest.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick first-line test check docs bench coverage sbom setup clean
+.PHONY: demo quick first-line test every-test check docs bench coverage sbom setup clean
 setup: $(VENV)/.ready
 
 # --no-compile: of the dependencies' modules a run imports a fraction, and Python compiles that when it is imported. Compiling all of
@@ -56,8 +56,11 @@ quick: setup
 first-line: setup
 	$(BIN)/python -m pytest -n 2 -p no:randomly -m "not ($(DEAR))"
 
-test: check
+test: setup
 	rm -rf .pytest_cache/d/hub-graphs # every graph is traced anew
+	$(MAKE) --no-print-directory --jobs=2 check every-test
+
+every-test: setup
 	$(BIN)/python -m pytest -n 2
 
 docs: setup

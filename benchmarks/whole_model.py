@@ -159,6 +159,7 @@ def main() -> int:
         others = {name: export(checkpoint, quantized_plan(folder, plan, name), folder) for name in args.others or ()}
         for name, other in others.items():
             runners[name] = session(onnx.load(str(other.path / "model.onnx")), plugin=plugin)
+        shares = {name: other.size_bytes / bundle.size_bytes for name, other in others.items()}
         subjects = {key: lambda runner=runner: runner.run(None, feeds) for key, runner in runners.items()}
         if rival := peer(folder):
             images = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
@@ -181,9 +182,9 @@ def main() -> int:
         to_peer, text = ratio(times, "native", "RepViT-M0.9")
         print(f"native / RepViT-M0.9      {text}")
         failed |= (args.variant, height, width) == ("tiny", 224, 224) and to_peer > MAX_TO_PEER
-    for name, other in others.items():
+    for name, share in shares.items():
         _, text = ratio(times, "native", name)
-        print(f"native float32 / {name:<4}     {text}  file {other.size_bytes / bundle.size_bytes:.3f} of float32's")
+        print(f"native float32 / {name:<4}     {text}  file {share:.3f} of float32's")
     print(f"operator executions       {count}")
     print(f"load                      {load_s:.2f} s")
     print("memory of an inference    " + ", ".join(f"{mode} {mb:.0f} MB" for mode, mb in memory.items()))

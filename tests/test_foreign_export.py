@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib import import_module
@@ -258,16 +259,18 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 
 
 doubled.register_fake(torch.empty_like)
+HERE = rf"\({re.escape(__file__)}:\d+\)"
 
 
 @pytest.mark.parametrize(
     ("target", "function", "message"),
     [
-        ("onnx", torch.special.bessel_j0, r"calls prims\.bessel_j0, which has no ONNX function"),
-        ("onnx", doubled, r"calls evm_test\.doubled, which has no ONNX function"),
+        ("onnx", torch.special.bessel_j0, rf"calls prims\.bessel_j0 {HERE}, which has no ONNX function"),
+        ("onnx", doubled, rf"calls evm_test\.doubled {HERE}, which has no ONNX function"),
         *(
             pytest.param(
-                *("coreml", function, f"calls {name}, which coremltools .* does not convert"), marks=pytest.mark.slow
+                *("coreml", function, f"calls {name} {HERE}, which coremltools .* does not convert"),
+                marks=pytest.mark.slow,
             )
             for function, name in (
                 (torch.special.bessel_j0, "special_bessel_j0"),

@@ -67,6 +67,7 @@ from evm_deploy.toolchain.compile import Compiler
 
 CHILD = "import sys; from evm_deploy._util import processes; processes.end_with_stdin(9); processes.run(sys.argv[1:])"
 tool = sys.argv[1]
+processes.PATIENCE_S = 1  # the tool does not end when its stdin does
 target.engine_builder.__file__ = tool + ".py"
 sys.exit(run_command("evm-test", lambda: [WAIT, 0][1], Namespace(verbose=False)))
 """

@@ -43,7 +43,7 @@ def run(folder, names, ci, workers):
 def environment(ci):
     import os
 
-    return {**os.environ, "CI": ci}
+    return {**os.environ, "CI": ci, "PYTEST_ADDOPTS": ""}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -96,6 +96,8 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan) -> MlProgram:
     """
     import torch
 
+    from evm_deploy.model.foreign.look import place_of
+
     ct, shown = converter(), example(plan, module.channels)
     with silence_libraries(), torch.no_grad():
         traced = torch.jit.trace(folded, shown, check_trace=False)  # type: ignore[no-untyped-call]
@@ -110,6 +112,7 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan) -> MlProgram:
             _number_from_zero()
             model = _convert(
                 traced,
+                lambda operation: place_of(operation, folded, shown),
                 inputs=[_input_type(plan, tuple(shown.shape))],
                 **({"classifier_config": ct.ClassifierConfig(list(labels))} if labels else {"outputs": outputs}),
                 minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
@@ -183,7 +186,8 @@ def _number_from_zero() -> None:
     Builder.name_count.clear()
 
 
-def _convert(source: Any, **options: Any) -> Any:
+def _convert(source: Any, place: Callable[[str], str] = lambda operation: "", **options: Any) -> Any:
+    """Convert a program or a traced module. place(operation): returns where the network's code calls an operation."""
     ct = converter()
     try:
         with rarely_checked():
@@ -193,8 +197,9 @@ def _convert(source: Any, **options: Any) -> Any:
     except Exception as error:  # coremltools raises exceptions of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if missing := re.match(r"PyTorch convert function for op '(.+?)' not implemented", reason):
+            called = f"{missing[1]}{place(missing[1])}"
             raise UsageError(
-                f"the network calls {missing[1]}, which coremltools {ct.__version__} does not convert",
+                f"the network calls {called}, which coremltools {ct.__version__} does not convert",
                 "write it with other operations of torch",
             ) from error
         raise ToolchainError(

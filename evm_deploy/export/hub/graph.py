@@ -281,7 +281,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     except EvmError:
         raise
     except Exception as error:  # of torch's tracer, on code of others
-        raise _not_traceable(error) from error
+        raise _not_traceable(error, model, example) from error
     if program is None:
         raise ToolchainError(
             f"torch.onnx.export of torch {torch.__version__} returned nothing",
@@ -294,16 +294,17 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
     return proto
 
 
-def _not_traceable(error: Exception) -> EvmError:
+def _not_traceable(error: Exception, model: Any, example: Tensor) -> EvmError:
     """Return the reason why torch cannot trace a network, with the place in its code."""
-    from evm_deploy.model.foreign.look import innermost, reason
+    from evm_deploy.model.foreign.look import innermost, place_of, reason
 
     cause = innermost(error)
     if isinstance(cause, EvmError):
         return cause
     if missing := re.match(r"No ONNX function found for <OpOverload\(op='(.+?)'", str(cause)):
         return UsageError(
-            f"the network calls {missing[1]}, which has no ONNX function", "write it with other operations of torch"
+            f"the network calls {missing[1]}{place_of(missing[1], model, example)}, which has no ONNX function",
+            "write it with other operations of torch",
         )
     why = reason(error)
     if "data-dependent" in why.lower():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,6 +153,32 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines[place] += 1
         if name == READ:
             self.reads[place] = None
+        return func(*args, **(kwargs or {}))
+
+
+def place_of(operation: str, module: nn.Module, example: Tensor) -> str:
+    """Return ` (file:line)` of the first call of an operation in a run of the module, or nothing if there is none.
+
+    operation: a name as torch or a converter writes it: `prims.bessel_j0` is a call of `aten::special_bessel_j0`.
+    """
+    calls = _Calls(re.split("[.:]", operation)[-1])
+    with torch.no_grad(), contextlib.suppress(*OTHERS), foreign_code(), calls:
+        module(example)
+    return f" ({calls.place})" if calls.place else ""
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The place of the first call of an operator whose name, without overload, ends with `name`."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name, self.place = name, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.place and func.name().partition(".")[0].endswith(self.name):
+            self.place = _place()
         return func(*args, **(kwargs or {}))
 
 
