@@ -26,7 +26,7 @@ from dataclasses import is_dataclass, replace
 from importlib import import_module, metadata
 from inspect import isclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import onnx
@@ -101,6 +101,8 @@ def digest_of(module: Any, plan: Any, trace_key: Callable[[Any], Any] = graph.tr
     for path, each in module.named_modules(remove_duplicate=False):
         plain = (bool, int, float, str, tuple, type(None))
         settings = sorted((key, value) for key, value in vars(each).items() if isinstance(value, plain))
+        codes = {key: value.__code__ for key, value in vars(each).items() if isinstance(value, FunctionType)}
+        settings += sorted((key, code.co_firstlineno, code.co_code) for key, code in codes.items())
         known = first.setdefault(id(each), path)
         digest.update(f"{path} {known} {type(each).__module__}.{type(each).__qualname__} {settings}\n".encode())
         for name, tensor in [*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)]:

@@ -54,6 +54,23 @@ INFERRED = [
     ("gather", {"x": X, "indices": WHOLE % 3, "axis": 1, "batch_dims": 0}),
     ("gather", {"x": ROW, "indices": np.array([4, 0, 0], np.int32), "axis": 0, "batch_dims": 0}),
     ("gather_along_axis", {"x": ROW[None], "indices": np.array([[4, 0, 2, 2]], np.int32), "axis": 1}),
+    *(("pad", {"x": X, "pad": [2, 1, 1, 3], "mode": mode}) for mode in ("replicate", "reflect")),
+    *(("band_part", {"x": X, "lower": low, "upper": up}) for low, up in ((-1, 0), (1, -1), (0, 2))),
+    *(
+        ("reduce_log_sum_exp", {"x": X, "axes": axes, "keep_dims": keep})
+        for axes, keep in (([1], True), ([0, 2], False))
+    ),
+    ("concat", {"values": (np.array([2, 1], np.int32), np.array([7], np.int32)), "axis": 0}),
+    *(("argsort", {"x": X, "axis": axis, "ascending": up}) for axis, up in ((-1, True), (1, False))),
+    ("shape", {"x": X}),
+    ("non_zero", {"x": np.round(X)}),
+    ("fill", {"shape": np.array([2, 3], np.int32), "value": np.float32(0.5)}),
+    ("fill_like", {"ref_tensor": WHOLE, "value": np.float32(-2)}),
+    (
+        "scatter_along_axis",
+        {"data": X, "indices": np.array([[[[2]], [[-1]]]] * 2, np.int32).repeat(4, 2).repeat(5, 3), "updates": Y[:, :2]}
+        | {"axis": 1, "mode": "update"},
+    ),
     ("abs", {"x": X}),
     ("erf", {"x": X}),
     ("exp", {"x": X}),
@@ -194,6 +211,52 @@ def test_rules_that_coremltools_does_not_infer():
     assert label == "b" and row.shape == (3,)
 
 
+@pytest.mark.parametrize(
+    ("mode", "write"),
+    [
+        ("add", np.add),
+        ("sub", np.subtract),
+        ("mul", np.multiply),
+        ("div", np.divide),
+        ("max", np.maximum),
+        ("min", np.minimum),
+        ("update", None),
+    ],
+)
+def test_writes_by_index(mode, write):
+    """Against numpy; several writes to one place, but where the last one would stay."""
+
+    def written(at, updates):
+        want = X.copy()
+        if write:
+            write.at(want, at, updates)
+        else:
+            want[at] = updates
+        return want
+
+    rows = np.array([2, -3] if mode == "update" else [2, -1], np.int32)
+    given = {"data": X, "indices": rows, "updates": Y[:, :2], "axis": 1, "mode": mode}
+    np.testing.assert_allclose(computed("scatter", given)[0], written((slice(None), rows), Y[:, :2]), rtol=1e-5)
+    places = np.array([[[1, 0], [0, 2]], [[0, 1], [0, 0 if mode == "update" else 2]]], np.int32)
+    given = {"data": X, "indices": places, "updates": Y[:, :2], "mode": mode}
+    want = written((places[..., 0], places[..., 1]), Y[:, :2])
+    np.testing.assert_allclose(computed("scatter_nd", given)[0], want, rtol=1e-5)
+    along = np.zeros((2, 1, 4, 5), np.int32) + np.arange(5, dtype=np.int32) % 3
+    given = {"data": X, "indices": along, "updates": Y[:, :1], "axis": 1, "mode": mode}
+    grid = np.ogrid[:2, :1, :4, :5]
+    want = written((grid[0], along, grid[2], grid[3]), Y[:, :1])
+    np.testing.assert_allclose(computed("scatter_along_axis", given)[0], want, rtol=1e-5)
+
+
+def test_reads_by_index_and_crops():
+    places = np.array([[1, 0], [0, 2]], np.int32)
+    np.testing.assert_array_equal(computed("gather_nd", {"x": X, "indices": places})[0], X[[1, 0], [0, 2]])
+    sizes = all_rules()["concat"]([torch.tensor(2), 3, torch.tensor([4])], 0)  # scalars, as of a shape
+    assert sizes.tolist() == [2, 3, 4]
+    given = {"x": X, "crop_height": [1, 0], "crop_width": [2, 1]}
+    np.testing.assert_array_equal(computed("crop", given)[0], X[..., 1:, 2:-1])
+
+
 @pytest.mark.parametrize("latest", [True, False])
 def test_non_maximum_suppression(latest):
     """Boxes are centres and sizes; the second overlaps the first by 0.6, the third by 1/3."""
@@ -234,6 +297,7 @@ def test_every_rule_is_tested_here():
     elsewhere = {"conv", "silu", "identity", "batch_norm", "classify", "quantize", "dequantize"}
     elsewhere |= {"upsample_nearest_neighbor", "non_maximum_suppression"}
     elsewhere |= {"constexpr_affine_dequantize", "constexpr_blockwise_shift_scale"}
+    elsewhere |= {"crop", "gather_nd", "scatter", "scatter_nd"}
     elsewhere |= {"einsum", "instance_norm", *images.RULES}  # images: test_mil_images.py
     assert set(all_rules()) == elsewhere | {op for op, _ in INFERRED}
 
@@ -241,7 +305,9 @@ def test_every_rule_is_tested_here():
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [
-        ("pad", {"x": X, "pad": [0, 0, 0, 0, 1, 1, 1, 1], "mode": "reflect"}),
+        ("pad", {"x": X, "pad": [0, 0, 0, 0, 1, 1, 1, 1], "mode": "wrap"}),
+        ("scatter", {"data": X, "indices": [0], "updates": Y[:1], "mode": "max_of_all"}),
+        ("gather_nd", {"x": X, "indices": WHOLE[:, :1] % 2, "batch_dims": 1}),
         ("conv", {"x": X, "weight": X, "pad_type": "same_lower"}),
         ("cast", {"x": X, "dtype": "uint8"}),
         ("cumsum", {"x": X, "axis": 0, "reverse": True}),

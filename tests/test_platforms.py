@@ -54,7 +54,7 @@ def test_the_code_for_macos_in_onnx_runtime_for_aarch64(onnx_bundle, tmp_path):
     shutil.copy(library, bundle / name)
     rehash(bundle, name)
     printed = selftest("linux-aarch64", bundle, "--scan", "bundled")
-    assert "native kernel, dotprod, from the bundle" in printed
+    assert "native kernel, fp16, from the bundle" in printed
 
 
 def test_openvino_for_aarch64(micro, bundle_of):

@@ -132,6 +132,8 @@ def test_only_the_thread_inside_is_muted(caplog, capsys):
     def convert():
         with silence_libraries(), silence_libraries():
             chatter()
+            with silence_libraries(logging.ERROR):
+                logging.getLogger("converter").error("raised, too")
             logging.getLogger("converter").error("an error")
             inside.set()
             done.wait(10)

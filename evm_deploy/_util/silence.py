@@ -19,28 +19,32 @@ one_at_a_time = threading.RLock()
 
 
 class _Muted(threading.local):
-    """Nesting depth of `silence_libraries` blocks in this thread."""
+    """Nesting depth of `silence_libraries` blocks in this thread. level: the highest of the log records they hide."""
 
     depth = 0
+    level = logging.NOTSET
 
 
 _muted = _Muted()
 
 
 @contextlib.contextmanager
-def silence_libraries() -> Iterator[None]:
+def silence_libraries(level: int = logging.WARNING) -> Iterator[None]:
     """Context manager that hides the output of this thread, except errors.
 
-    Hidden are log records up to WARNING, Python warnings, stdout and tqdm bars. Only one thread can be inside; other
-    threads wait. The same thread may enter again. The outermost exit removes all hooks.
+    Hidden are log records up to `level`, Python warnings, stdout and tqdm bars. level: ERROR for a library that logs
+    what it also raises. Only one thread can be inside; other threads wait. The same thread may enter again. The
+    outermost exit removes all hooks.
     """
     with one_at_a_time:
+        outer, _muted.level = _muted.level, max(_muted.level, level)
         _muted.depth += 1
         try:
             with contextlib.nullcontext() if _muted.depth > 1 else _in_place():
                 yield
         finally:
             _muted.depth -= 1
+            _muted.level = outer
 
 
 @contextlib.contextmanager
@@ -52,7 +56,7 @@ def _in_place() -> Iterator[None]:
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
     def handle(original: Callable[..., None], logger: logging.Logger, record: logging.LogRecord) -> None:
-        if not _muted.depth or record.levelno > logging.WARNING:
+        if record.levelno > _muted.level:
             original(logger, record)
 
     with _wrapped(logging.Logger, "handle", handle):

@@ -226,11 +226,13 @@ def reason(error: Exception) -> str:
     The other lines of the message are places in OpenVINO's sources, and types and shapes of the node's inputs.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for place, cause in itertools.pairwise(lines):
-        if place.startswith("While validating node "):
-            named = re.search(r"with friendly_name '(.+)':$", place)
-            return f"{named[1]}: {cause}" if named else cause
-    telling = [line for line in lines if not re.match(r"Exception from |Check '.*' failed at ", line)]
+    for validating, name in (("node ", r"with friendly_name '(.+)':$"), ("ONNX node ", r"<Node\(\w+\): (.+)>")):
+        for place, cause in itertools.pairwise(lines):
+            if place.startswith(f"While validating {validating}"):
+                named = re.search(name, place)
+                return f"{named[1]}: {cause}" if named else cause
+    places = r"Exception from |Check '.*' failed at |FrontEnd API failed with |Model wasn't fully converted"
+    telling = [line for line in lines if not re.match(places, line)]
     return telling[0] if telling else str(error).strip()
 
 

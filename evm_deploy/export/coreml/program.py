@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -190,7 +191,7 @@ def _convert(source: Any, place: Callable[[str], str] = lambda operation: "", **
     """Convert a program or a traced module. place(operation): returns where the network's code calls an operation."""
     ct = converter()
     try:
-        with rarely_checked():
+        with rarely_checked(), silence_libraries(logging.ERROR):
             return ct.convert(
                 source, convert_to="mlprogram", pass_pipeline=exact_pipeline(), skip_model_load=True, **options
             )
@@ -204,7 +205,7 @@ def _convert(source: Any, place: Callable[[str], str] = lambda operation: "", **
             ) from error
         raise ToolchainError(
             f"coremltools {ct.__version__} cannot convert the network: {reason}",
-            "report this, with the output of evm-doctor",
+            "write that part with other operations of torch, or report this, with the output of evm-doctor",
         ) from error
 
 

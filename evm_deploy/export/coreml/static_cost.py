@@ -20,8 +20,8 @@ def static_cost(program: Program) -> dict[str, Any]:
 
     Returns operations and scan_operations: numbers of operations. traffic_mb: MB of activations that the operations
     read and write. padded_traffic_mb: the same with the last axis padded to 64 bytes, as the Neural Engine stores
-    tensors. width1_tensors: number of results whose last axis is 1, which the padding makes 32 times as large.
-    largest_rank: of all results.
+    tensors; a size that depends on values counts as 1. width1_tensors: number of results whose last axis is 1, which
+    the padding makes 32 times as large. largest_rank: of all results.
     """
     traffic = padded = 0.0
     results = [result for op in program.operations for result in op.results if result.shape is not None]
@@ -46,7 +46,7 @@ def _reads(op: Operation, shapes: dict[str, Declared]) -> list[Declared]:
 
 
 def _size(declared: Declared, padded: bool) -> float:
-    shape = declared.shape or ()
+    shape = tuple(1 if size is None else size for size in declared.shape or ())
     if padded and shape:
         lanes = LANES * 2 // BYTES[declared.dtype]
         shape = (*shape[:-1], -(-shape[-1] // lanes) * lanes)

@@ -56,9 +56,12 @@ def conv_transpose(
     output_padding: Numbers | None = None,
     dilations: Numbers | None = None,
     kernel_shape: Numbers | None = None,
+    auto_pad: str = "NOTSET",
 ) -> Tensor:
     """ConvTranspose over one or two axes, with equal pads."""
     axes = weight.dim() - 2
+    if auto_pad != "NOTSET":
+        refuse("auto_pad", auto_pad, "NOTSET")
     equal, unequal = pair_pads(pads, axes)
     if unequal:
         refuse("pads", pads, "the same at both ends")

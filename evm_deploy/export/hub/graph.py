@@ -14,6 +14,7 @@ from evm_deploy._util.silence import silence_libraries
 from evm_deploy._util.torch_settings import no_stack_traces
 from evm_deploy.data.preprocessing import Preprocessing
 from evm_deploy.errors import EvmError, ToolchainError, UsageError
+from evm_deploy.export.hub.attention import attention_translations
 from evm_deploy.export.hub.decompositions import copied_decompositions
 from evm_deploy.export.hub.fold_batch_norm import fold_batch_norm
 from evm_deploy.export.hub.fuse import match_constants
@@ -275,6 +276,7 @@ def _export(model: Any, plan: ExportPlan) -> onnx.ModelProto:
                     **pooling_translations(plan.opset or DEFAULT_OPSET),
                     **nms_translations(plan.opset or DEFAULT_OPSET),
                     **region_translations(plan.opset or DEFAULT_OPSET),
+                    **attention_translations(plan.opset or DEFAULT_OPSET),
                 },
                 optimize=False,  # done below: the exporter's folding would name convolutions after their norms
             )
@@ -337,4 +339,7 @@ def check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ToolchainError(f"the exported graph is not valid ONNX: {error}") from error
+        what = " ".join(str(error).split())
+        raise ToolchainError(
+            f"the exported graph is not valid ONNX: {what}", "report this, with the output of evm-doctor"
+        ) from error

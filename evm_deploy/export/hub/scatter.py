@@ -7,10 +7,11 @@ from typing import Any
 
 
 def scatter_translations(opset: int) -> dict[Any, Callable[..., Any]]:
-    """Return translations for torch.onnx.export of `y[:, 0] = x` and `y[:, 1:3] = x`.
+    """Return translations for torch.onnx.export of `y[:, 0] = x`, `y[:, 1:3] = x` and `y[:, ::2] = x`.
 
     before:  ScatterND(%y, .., %x), ScatterElements(%y, .., %x)
-    after:   Concat(Slice(%y, before the part), %x, Slice(%y, after the part))
+    after:   Concat(Slice(%y, before the part), %x, Slice(%y, after the part)), or for steps
+             Gather(Concat(%y, %x), places)
     """
     import torch
     from onnxscript import values
@@ -36,7 +37,13 @@ def scatter_translations(opset: int) -> dict[Any, Callable[..., Any]]:
         y: Any, x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
     ) -> Any:
         first, last, _ = slice(start, end).indices(y.shape[dim])
-        return write(y, x, dim, first, max(first, last))
+        if step == 1:
+            return write(y, x, dim, first, max(first, last))
+        places = list(range(y.shape[dim]))
+        for number, place in enumerate(range(first, last, step)):
+            places[place] = y.shape[dim] + number
+        axis = dim % len(y.shape)
+        return op.Gather(op.Concat(y, x, axis=axis), constant(*places), axis=axis)
 
     return {
         torch.ops.aten.select_scatter.default: select_scatter,

@@ -83,9 +83,8 @@ def static(model: onnx.ModelProto) -> onnx.ModelProto:
         if loops or not known.issuperset(filter(None, node.output)):
             why = "is control flow" if loops else "gives a shape that depends on the image"
             raise UsageError(
-                f"an unrolled scan needs a graph without control flow, of static shapes; {node.name} ({node.op_type}) "
-                f"{why}",
-                "use --scan portable; for a RetinaNet, --nms none leaves such nodes out",
+                f"the target needs a graph without control flow, of static shapes; {node.name} ({node.op_type}) {why}",
+                "export it for another target; for a RetinaNet, --nms none leaves such nodes out",
             )
     return inferred
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evm_deploy.errors import ToolchainError
 from evm_deploy.export.hub.graph import ScanSite
-from evm_deploy.runtimes.openvino import RT_INFO
+from evm_deploy.runtimes.openvino import RT_INFO, reason
 from evm_deploy.tasks.task import SELECTION
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def convert(core: Any, proto: onnx.ModelProto) -> Any:
     """Convert an ONNX graph to an openvino.Model. The graph's functions must be inlined or operators of `core`.
 
     The model is simplified with the passes of OpenVINO's own converter (ovc), without ovc itself, because ovc reports
-    its use over the network. Tensors keep their names.
+    its use over the network. Tensors keep their names. Raises ToolchainError if OpenVINO cannot convert it.
     """
     import onnx
     from openvino._offline_transformations import apply_moc_transformations
@@ -34,7 +35,13 @@ def convert(core: Any, proto: onnx.ModelProto) -> Any:
     for node in bare.graph.node:  # drop unread outputs of blocks: OpenVINO would request them from the extension
         while not node.output[-1]:
             node.output.pop()
-    model = core.read_model(bare.SerializeToString())
+    try:
+        model = core.read_model(bare.SerializeToString())
+    except RuntimeError as error:
+        raise ToolchainError(
+            f"OpenVINO cannot convert the network: {reason(error)}",
+            "export it with --target onnx, or write that part with other operations of torch",
+        ) from error
     apply_moc_transformations(model, cf=False, smart_reshape=False)
     multiply_outer_products(model)
     normalise_rows(model)

@@ -26,6 +26,7 @@ SCAN = "evm::selective_scan"
 READ = "aten::_local_scalar_dense"  # bool(tensor), int(tensor), tensor.item()
 OTHERS = (Exception, SystemExit)  # raised by code of others: an import or a run may call sys.exit
 OURS, TORCH = (str(Path(module.__file__ or "").parent) for module in (sys.modules["evm_deploy"], torch))
+PYTHON = str(Path(contextlib.__file__).parent)  # the standard library, in which packages may be installed
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Look:
 def look_at(module: nn.Module, example: Tensor) -> Look:
     """Run a module in eval mode on an example input, and twice on the same. Raises UsageError, with the reason.
 
-    Refused are modules that raise, return something else than tensors, or give different outputs for the same input,
-    and runs of more than MOST_OPERATIONS operations.
+    Refused are modules that raise, return something else than tensors of real numbers, or give different outputs for
+    the same input, and runs of more than MOST_OPERATIONS operations.
     """
     watch = _Watch()
     with torch.no_grad(), foreign_code():
@@ -61,7 +62,15 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
             f"one run of the network is {watch.total} operations, {count} of them at {place}: a loop over the tokens",
             "import the network within evm_deploy.cpu_mamba(), or register the op in place of the loop",
         )
+    if not outputs:
+        raise UsageError("the network returns nothing", "return tensors whose first dimension is the batch")
     for name, value in outputs.items():
+        if not value.dim() or not value.numel() or value.is_complex():
+            raise UsageError(
+                f"output {name} of the network is {str(value.dtype).removeprefix('torch.')}{list(value.shape)}, no "
+                "artifact has scalars, empty or complex outputs",
+                "return tensors of numbers whose first dimension is the batch",
+            )
         differ = first[name].shape != value.shape or not torch.equal(first[name].nan_to_num(), value.nan_to_num())
         if differ and not torch.allclose(first[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise UsageError(
@@ -111,12 +120,15 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an exception's innermost cause, and `file:line` of the last code that is not torch's."""
+    """Return the first line of an exception's innermost cause, and `file:line` of the last code that is of others.
+
+    That is code of neither torch, Python nor this package.
+    """
     error = innermost(error)
     trace, place = error.__traceback__, ""
     while trace:
         file = trace.tb_frame.f_code.co_filename
-        if not file.startswith((OURS, TORCH, "<")):
+        if _is_of_others(file):
             place = f" ({file}:{trace.tb_lineno})"
         trace = trace.tb_next
     text = (str(error).strip().splitlines() or [""])[0]
@@ -161,14 +173,14 @@ def place_of(operation: str, module: nn.Module, example: Tensor) -> str:
 
     operation: a name as torch or a converter writes it: `prims.bessel_j0` is a call of `aten::special_bessel_j0`.
     """
-    calls = _Calls(re.split("[.:]", operation)[-1])
+    calls = _Calls(re.split("[.:]", operation)[-1].replace("_", ""))
     with torch.no_grad(), contextlib.suppress(*OTHERS), foreign_code(), calls:
         module(example)
     return f" ({calls.place})" if calls.place else ""
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The place of the first call of an operator whose name, without overload, ends with `name`."""
+    """The place of the first call of an operator whose name, without overload and underlines, ends with `name`."""
 
     supports_higher_order_operators = True
 
@@ -177,14 +189,20 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.name, self.place = name, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.place and func.name().partition(".")[0].endswith(self.name):
+        if not self.place and func.name().partition(".")[0].replace("_", "").endswith(self.name):
             self.place = _place()
         return func(*args, **(kwargs or {}))
 
 
+def _is_of_others(file: str) -> bool:
+    """Test whether a source file is neither torch's, nor Python's, nor of this package."""
+    python = file.startswith(PYTHON) and "site-packages" not in file
+    return not python and not file.startswith((OURS, TORCH, "<"))
+
+
 def _place() -> str:
-    """Return `file:line` of the innermost frame that is neither torch's nor ours."""
+    """Return `file:line` of the innermost frame that is of others."""
     frame: Any = sys._getframe(2)
-    while frame and frame.f_code.co_filename.startswith((OURS, TORCH)):
+    while frame and not _is_of_others(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""

@@ -54,13 +54,20 @@ def tile(x: Any, reps: Sequence[int]) -> Any:
 
 @rule
 def pad(x: Any, pad: Sequence[int], mode: str = "constant", constant_val: Any = 0.0) -> Any:
-    """Pad the last axes with a constant. pad: (before, after) per axis. Raises UnsupportedError for other modes."""
+    """Pad the last axes with a constant, with the border, or with its reflection. pad: (before, after) per axis."""
+    import torch
     import torch.nn.functional as F
 
-    if mode != "constant":
-        raise UnsupportedError(f"pad with mode {mode}")
     pairs = list(zip(pad[::2], pad[1::2], strict=True))
-    return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=float(constant_val))
+    if mode == "constant":
+        return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=float(constant_val))
+    if mode not in ("replicate", "reflect"):
+        raise UnsupportedError(f"pad with mode {mode}")
+    for axis, (before, after) in enumerate(pairs, x.dim() - len(pairs)):
+        last = x.shape[axis] - 1
+        at = torch.arange(-before, last + 1 + after)
+        x = x.index_select(axis, at.clamp(0, last) if mode == "replicate" else last - (last - at.abs()).abs())
+    return x
 
 
 @rule
@@ -74,13 +81,17 @@ def split(
 
 @rule
 def concat(values: Sequence[Any], axis: int, interleave: bool = False) -> Any:
-    """Concatenate along an axis. interleave: first slices of all values, then second slices, and so on."""
+    """Concatenate along an axis. interleave: first slices of all values, then second slices, and so on.
+
+    A scalar counts as one element.
+    """
     import torch
 
     if interleave:
         axis = axis % values[0].dim()
         return torch.stack(list(values), axis + 1).flatten(axis, axis + 1)
-    return torch.cat(list(values), axis)
+    parts = [tensor(value) for value in values]
+    return torch.cat([part if part.dim() else part.reshape(1) for part in parts], axis)
 
 
 @rule
@@ -135,3 +146,37 @@ def gather(x: Any, indices: Any, axis: int = 0, batch_dims: int = 0, validate_in
     at, axis = tensor(indices).long(), axis % x.dim()
     at = at.where(at >= 0, at + x.shape[axis])
     return x.index_select(axis, at.reshape(-1)).reshape(*x.shape[:axis], *at.shape, *x.shape[axis + 1 :])
+
+
+@rule
+def crop(x: Any, crop_height: Sequence[int], crop_width: Sequence[int]) -> Any:
+    """Cut (before, after) rows and columns off (.., H, W)."""
+    (top, bottom), (left, right) = crop_height, crop_width
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+
+
+@rule
+def shape(x: Any) -> Any:
+    """Return the sizes of all dimensions."""
+    return tensor(list(tensor(x).shape))
+
+
+@rule
+def fill(shape: Any, value: Any = 0.0) -> Any:
+    """Return a tensor that holds one value."""
+    return tensor(value).expand(tensor(shape).tolist()).clone()
+
+
+@rule
+def fill_like(ref_tensor: Any, value: Any = 0.0) -> Any:
+    """Return a tensor of the same shape that holds one value."""
+    return tensor(value).expand(tensor(ref_tensor).shape).clone()
+
+
+@rule
+def band_part(x: Any, lower: int = -1, upper: int = -1) -> Any:
+    """Keep the diagonal of each matrix, `lower` diagonals below and `upper` above it; all of them for -1."""
+    import torch
+
+    kept = torch.tril(x, upper) if upper >= 0 else x
+    return torch.triu(kept, -lower) if lower >= 0 else kept

@@ -29,11 +29,22 @@ COMPUTED_IN = {
 
 @dataclass(frozen=True)
 class Declared:
-    """Declaration of an input or result in the file. dtype: MIL's name, such as `fp16`. shape: None for a string."""
+    """Declaration of an input or result in the file.
+
+    dtype: MIL's name, such as `fp16`. shape: None for a string; a size is None if it depends on values.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int | None, ...] | None
+
+    def admits(self, shape: tuple[int, ...]) -> bool:
+        """Test whether a tensor may have this shape. A scalar may have any number of dimensions."""
+        if not self.shape:
+            return all(size == 1 for size in shape)
+        return len(shape) == len(self.shape) and all(
+            want in (None, have) for want, have in zip(self.shape, shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ class Program:
         unknown = {op.op_type for op in source.operations} - set(rules) - {"const"}
         if unknown:
             raise BundleError(
-                f"{path}: no rule for {', '.join(sorted(unknown))}", "the MIL runtime does not support these operations"
+                f"{path.name}: the MIL runtime, which verifies Core ML models, has no rule for "
+                f"{', '.join(sorted(unknown))}",
+                "write the network with other operations, or use another target",
             )
         for op in source.operations:
             if op.op_type.startswith("constexpr_"):  # compressed weights are expanded once, at loading
@@ -217,16 +230,15 @@ class Program:
 
         if declared.shape is None or not isinstance(value, torch.Tensor):
             return value
-        have = (str(value.dtype).removeprefix("torch."), tuple(value.shape))
-        want = (COMPUTED_IN.get(declared.dtype), declared.shape)
-        if have != want and not (have[0] == want[0] and not want[1] and value.numel() == 1):
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        if dtype != COMPUTED_IN.get(declared.dtype) or not declared.admits(shape):
             said = f"{declared.dtype}{list(declared.shape)}"
-            raise BundleError(f"{self.path}: {what} gives {have[0]}{list(have[1])}, declared is {said}")
+            raise BundleError(f"{self.path}: {what} gives {dtype}{list(shape)}, declared is {said}")
         if declared.dtype in SMALL and value.numel():
             low, high = torch.aminmax(value)
             if not (SMALL[declared.dtype][0] <= int(low) and int(high) <= SMALL[declared.dtype][1]):
                 raise BundleError(f"{self.path}: {what} gives {int(high)}, which {declared.dtype} cannot hold")
-        if declared.dtype != "fp16" or self.exact:
+        if declared.dtype != "fp16" or self.exact or not value.numel():
             return value
         low, high = torch.aminmax(value)
         self.largest = max(self.largest, -float(low), float(high))
@@ -257,10 +269,12 @@ def _is_constant(var: Any) -> bool:
 
 def _declared(var: Any) -> Declared:
     from coremltools.converters.mil.mil import types
+    from coremltools.converters.mil.mil.types.symbolic import is_symbolic
 
     if not (types.is_tensor(var.sym_type) or types.is_scalar(var.sym_type)) or types.is_str(var.dtype):
         return Declared(var.name, "str", None)
-    return Declared(var.name, types.builtin_to_string(var.dtype), tuple(int(size) for size in var.shape))
+    shape = tuple(None if is_symbolic(size) else int(size) for size in var.shape)
+    return Declared(var.name, types.builtin_to_string(var.dtype), shape)
 
 
 def _as_numpy(value: Any) -> Any:

@@ -3,7 +3,7 @@
 The parameters of a rule are the inputs of the operation, with MIL's names and defaults. Tensors are torch tensors, and
 float16 tensors are passed as float32. Integer, boolean and string constants are Python values. A rule raises
 UnsupportedError for an unknown variant of its operation. `all_rules` also contains the rules of `images`, `layout`,
-`selection` and `compression`.
+`selection`, `scatter` and `compression`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from evm_deploy.runtimes.mil import compression, images, layout, selection
+from evm_deploy.runtimes.mil import compression, images, layout, scatter, selection
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
 RULES: dict[str, Rule] = {}
@@ -240,6 +240,14 @@ def reduce_l2_norm(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = 
 
 
 @rule
+def reduce_log_sum_exp(x: Any, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Any:
+    """Return the logarithm of the sum of the exponentials over `axes`, by default all."""
+    import torch
+
+    return torch.logsumexp(x, tuple(axes if axes is not None else range(x.dim())), keepdim=keep_dims)
+
+
+@rule
 def instance_norm(x: Any, gamma: Any = None, beta: Any = None, epsilon: Any = 1e-5) -> Any:
     """Normalise each channel (axis 1) of each image by its own mean and variance, then scale and shift."""
     import torch.nn.functional as F
@@ -265,4 +273,5 @@ def classify(probabilities: Any, classes: Sequence[str]) -> Any:
 @cache
 def all_rules() -> dict[str, Rule]:
     """Return the rules of all operations: MIL operation type -> rule. Every call returns the same table."""
-    return {**_elementwise(), **RULES, **images.RULES, **layout.RULES, **selection.RULES, **compression.RULES}
+    others = (images, layout, selection, scatter, compression)
+    return {**_elementwise(), **RULES, **{name: each for module in others for name, each in module.RULES.items()}}

@@ -41,6 +41,22 @@ def reduce_argmax(x: Any, axis: int = -1, keep_dims: bool = False, output_dtype:
 
 
 @rule
+def argsort(x: Any, axis: int = -1, ascending: bool = False) -> Any:
+    """Return the indices that sort x along an axis; of equal elements the first one comes first."""
+    import torch
+
+    return torch.argsort(x, dim=axis, descending=not ascending, stable=True).to(torch.int32)
+
+
+@rule
+def non_zero(x: Any) -> Any:
+    """Return the coordinates of all elements that are not 0, (elements, rank)."""
+    import torch
+
+    return torch.nonzero(tensor(x)).to(torch.int32)
+
+
+@rule
 def gather_along_axis(x: Any, indices: Any, axis: int = 0, validate_indices: bool = False) -> Any:
     """Take one value of x for each index, along an axis. A negative index counts from the end."""
     indices = tensor(indices).long()
@@ -55,7 +71,7 @@ def gather(x: Any, indices: Any, axis: int = 0, batch_dims: int = 0, validate_in
     x, indices = tensor(x), tensor(indices)
     axis %= x.dim()
     taken = x.index_select(axis, indices.reshape(-1).long() % x.shape[axis])
-    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return taken.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 @rule
