@@ -98,7 +98,10 @@ def test_what_core_ml_has(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda y: y.mean(), r"output y of the network is float32\[\], no artifact has scalars, empty or complex"),
+        (lambda y: y.mean(), r"output y of the network is float32\[\], but an artifact gives real numbers"),
+        (lambda y: y.flatten(2).transpose(1, 2)[0], r"output y of the network is float32\[64, 4\], .* here \[1, ..\]"),
+        (lambda y: y.mean((2, 3)) > 0, r"output y of the network is bool\[1, 4\]"),
+        (lambda y: y.to_sparse(), r"output y of the network is sparse_coo\[1, 4, 8, 8\]"),
         (lambda y: y[:, :0], r"output y of the network is float32\[1, 0, 8, 8\]"),
         (lambda y: torch.fft.rfft2(y), r"output y of the network is complex64\["),
     ],
@@ -106,7 +109,12 @@ def test_what_core_ml_has(tmp_path):
 def test_outputs_that_no_artifact_has(function, message):
     with pytest.raises(UsageError, match=message) as raised:
         Network.of(Returns(lambda y: {"y": function(y)}), torch.rand(1, 3, 8, 8))
-    assert "the batch" in raised.value.hint
+    assert "return another shape" in raised.value.hint
+
+
+def test_one_tensor_as_two_outputs():
+    with pytest.raises(UsageError, match="outputs a and b of the network are one tensor"):
+        Network.of(Returns(lambda y: {"a": y, "b": y}), torch.rand(1, 3, 8, 8))
 
 
 def test_a_network_that_returns_nothing():

@@ -46,8 +46,8 @@ class Look:
 def look_at(module: nn.Module, example: Tensor) -> Look:
     """Run a module in eval mode on an example input, and twice on the same. Raises UsageError, with the reason.
 
-    Refused are modules that raise, return something else than tensors of real numbers, or give different outputs for
-    the same input, and runs of more than MOST_OPERATIONS operations.
+    Refused are modules that raise, return something else than tensors, return what no artifact has (`check_outputs`),
+    or give different outputs for the same input, and runs of more than MOST_OPERATIONS operations.
     """
     watch = _Watch()
     with torch.no_grad(), foreign_code():
@@ -62,15 +62,8 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
             f"one run of the network is {watch.total} operations, {count} of them at {place}: a loop over the tokens",
             "import the network within evm_deploy.cpu_mamba(), or register the op in place of the loop",
         )
-    if not outputs:
-        raise UsageError("the network returns nothing", "return tensors whose first dimension is the batch")
+    check_outputs(outputs, len(example))
     for name, value in outputs.items():
-        if not value.dim() or not value.numel() or value.is_complex():
-            raise UsageError(
-                f"output {name} of the network is {str(value.dtype).removeprefix('torch.')}{list(value.shape)}, no "
-                "artifact has scalars, empty or complex outputs",
-                "return tensors of numbers whose first dimension is the batch",
-            )
         differ = first[name].shape != value.shape or not torch.equal(first[name].nan_to_num(), value.nan_to_num())
         if differ and not torch.allclose(first[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise UsageError(
@@ -78,6 +71,29 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
                 "replace the random operation, such as dropout or gumbel_softmax, by its mean behaviour",
             )
     return Look(outputs, watch.scans, chunked, tuple(watch.reads))
+
+
+def check_outputs(outputs: Mapping[str, Tensor], batch: int) -> None:
+    """Raise UsageError for outputs that no artifact has.
+
+    These are no output at all, one tensor as two outputs, tensors that are sparse, empty, boolean or complex, and
+    tensors whose first size is not the batch.
+    """
+    if not outputs:
+        raise UsageError("the network returns nothing", "return tensors whose first dimension is the batch")
+    names: dict[int, str] = {}
+    for name, value in outputs.items():
+        if (other := names.setdefault(id(value), name)) != name:
+            raise UsageError(f"outputs {other} and {name} of the network are one tensor", "return the tensor once")
+        strided = value.layout == torch.strided
+        numbers = strided and value.dtype != torch.bool and not value.is_complex()
+        if not numbers or not value.dim() or len(value) != batch or not value.numel():
+            kind = str(value.dtype if strided else value.layout).removeprefix("torch.")
+            raise UsageError(
+                f"output {name} of the network is {kind}{list(value.shape)}, but an artifact gives real numbers of "
+                f"shape (batch, ..), here [{batch}, ..]",
+                "return another shape, or the tensor as numbers: .float()",
+            )
 
 
 def _run(module: nn.Module, example: Tensor) -> dict[str, Tensor]:
