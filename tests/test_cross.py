@@ -289,6 +289,16 @@ def test_a_kernel_is_refused_where_the_cpu_lacks_its_instructions(cpu, lacks, pr
             assert all(np.isfinite(out).all() for (out, *_) in arm.forced(isa).run(blocks))  # no illegal instruction
 
 
+def test_a_kernel_has_int8_blocks_though_its_platform_has_float16(tmp_path):
+    """Kernel neon for macOS, where compilers take Apple's M1 for the least CPU."""
+    recipe, path = read_recipe(), tmp_path / "block.o"
+    (kernel,) = (kernel for kernel in recipe.of("aarch64") if kernel.name == "neon")
+    compiler = cross_compile.zig_compiler(PLATFORMS["macos-arm64"].zig, "aarch64", tmp_path / "zig")
+    folders = [f"-I{recipe.folder / folder}" for folder in recipe.words["include"]]
+    compiler.run("-std=c++17", "-O0", *folders, *kernel.arguments, "-c", recipe.folder / "scan/block.cpp", "-o", path)
+    assert b"Int8Layer" in path.read_bytes() and b"HalfLayer" not in path.read_bytes()
+
+
 def test_golden_scans(driver):
     check_golden_scans(driver)
 

@@ -1,6 +1,6 @@
 // The stages of an EVSS block (evm_block.h), compiled once per instruction set like scan.cpp. EVM_SCAN: kernel whose scan is called.
-// EVM_BLOCK: kernel that is called for blocks that this one does not compute itself: it has int8 blocks alone or, with bfloat16 and
-// float16, blocks in half precision alone.
+// EVM_BLOCK: kernel that is called for blocks that this one does not compute itself: it has int8 blocks alone or, with EVM_HALF, blocks in
+// half precision alone.
 //
 // All work between two matrix products is done on rows that are still in cache. Norms and activations are computed where the
 // product stores its result, the atrous split where the convolution writes, dt_proj inside the scan, and the merge where

@@ -169,9 +169,9 @@ typedef Words Integers, NarrowIntegers;
 typedef IntegersInFloats Integers, NarrowIntegers;
 #endif
 
-// The products of a kernel in half precision. HALF: value of evm_block_args.half that asks for them.
-#if defined(__AVX512BF16__)
-#define EVM_HALF
+// The products of a kernel in half precision (EVM_HALF). HALF: value of evm_block_args.half that asks for them. The compiler may have the
+// instructions in other kernels, too, such as on macOS.
+#if defined(EVM_HALF) && defined(__AVX512BF16__)
 // Sums of two products of bfloat16 in each lane, in float32.
 struct Halves {
     static constexpr int32_t HALF = EVM_BFLOAT16;
@@ -198,8 +198,7 @@ struct Halves {
         return lanes[0];
     }
 };
-#elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
-#define EVM_HALF
+#elif defined(EVM_HALF)
 // Sums of products of float16: two in each lane, of even and of odd rows, in float16 over 64 rows, then in float32.
 struct Halves {
     static constexpr int32_t HALF = EVM_FLOAT16;
