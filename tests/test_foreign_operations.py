@@ -112,9 +112,20 @@ def test_outputs_that_no_artifact_has(function, message):
     assert "return another shape" in raised.value.hint
 
 
-def test_one_tensor_as_two_outputs():
-    with pytest.raises(UsageError, match="outputs a and b of the network are one tensor"):
-        Network.of(Returns(lambda y: {"a": y, "b": y}), torch.rand(1, 3, 8, 8))
+@pytest.mark.parametrize("target", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_one_tensor_as_two_outputs(target, tmp_path):
+    given = Network.of(Returns(lambda y: {"a": y, "b": y}), torch.rand(1, 3, 8, 8))
+    bundle = export(given, ExportPlan(target, "fp32", imgsz=(8, 8), scan="portable"), tmp_path)
+    assert bundle.manifest.parity["ok"] and [each["name"] for each in bundle.manifest.outputs] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_one_tensor_is_one_output_of_core_ml(tmp_path):
+    given = Network.of(Returns(lambda y: {"a": y, "b": y}), torch.rand(1, 3, 8, 8))
+    with pytest.raises(
+        UsageError, match=r"Core ML gives one tensor as one output: \w of the network is another output"
+    ):
+        export(given, ExportPlan("coreml", "fp32", imgsz=(8, 8)), tmp_path)
 
 
 def test_a_network_that_returns_nothing():

@@ -12,7 +12,7 @@ import torch
 from evm_deploy._util.silence import silence_libraries
 from evm_deploy.errors import BundleError, UsageError
 from evm_deploy.runtimes.coreml.tools import coremltools
-from evm_deploy.runtimes.mil import MilRuntime, Program, images
+from evm_deploy.runtimes.mil import MilRuntime, Program, images, rules
 from evm_deploy.runtimes.mil.rule import UnsupportedError
 from evm_deploy.runtimes.mil.rules import all_rules
 from tests.toolchains import need
@@ -300,6 +300,8 @@ def test_every_rule_is_tested_here():
     elsewhere |= {"crop", "gather_nd", "scatter", "scatter_nd"}
     elsewhere |= {"einsum", "instance_norm", *images.RULES}  # images: test_mil_images.py
     assert set(all_rules()) == elsewhere | {op for op, _ in INFERRED}
+    tables = (rules._elementwise(), *(module.RULES for module in (rules, *rules.MODULES)))
+    assert sum(map(len, tables)) == len(all_rules())  # an operation has one rule
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,12 @@ def _trace(module: Any, folded: nn.Module, plan: ExportPlan) -> MlProgram:
                 minimum_deployment_target=getattr(ct.target, plan.min_target or DEFAULT_MIN_TARGET),
                 compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else half_precision(),
             )
+        given = {each.name for each in model.get_spec().description.output}
+        if not labels and (lost := [name for name in module.outputs if name not in given]):
+            raise UsageError(
+                f"Core ML gives one tensor as one output: {', '.join(lost)} of the network is another output, too",
+                "return the tensor once",
+            )
         if labels:
             model = _rename_output(model, PROBABILITIES, str(plan.head))
     model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)  # the same bytes every day

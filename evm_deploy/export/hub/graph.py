@@ -177,10 +177,16 @@ def with_pre_and_postprocessing(network: Network, plan: ExportPlan, preprocessin
             if len(values) != len(self.outputs):
                 names = ", ".join(self.outputs)
                 raise UsageError(f"{network.spec.name} returns {len(values)} tensors, but its outputs are {names}")
-            return tuple(
+            given = [
                 probabilities_of(value) if name == PROBABILITIES else value
                 for name, value in zip(self.outputs, values, strict=True)
-            )
+            ]
+            for i, value in enumerate(
+                given
+            ):  # each output is a value of its own, also of a tensor that is returned twice
+                if any(value is one for one in given[:i]):
+                    given[i] = value.clone()
+            return tuple(given)
 
     return Model().eval()
 

@@ -76,15 +76,12 @@ def look_at(module: nn.Module, example: Tensor) -> Look:
 def check_outputs(outputs: Mapping[str, Tensor], batch: int) -> None:
     """Raise UsageError for outputs that no artifact has.
 
-    These are no output at all, one tensor as two outputs, tensors that are sparse, empty, boolean or complex, and
+    These are no output at all, tensors that are sparse, empty, boolean or complex, and
     tensors whose first size is not the batch.
     """
     if not outputs:
         raise UsageError("the network returns nothing", "return tensors whose first dimension is the batch")
-    names: dict[int, str] = {}
     for name, value in outputs.items():
-        if (other := names.setdefault(id(value), name)) != name:
-            raise UsageError(f"outputs {other} and {name} of the network are one tensor", "return the tensor once")
         strided = value.layout == torch.strided
         numbers = strided and value.dtype != torch.bool and not value.is_complex()
         if not numbers or not value.dim() or len(value) != batch or not value.numel():

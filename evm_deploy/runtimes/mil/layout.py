@@ -139,16 +139,6 @@ def slice_by_index(
 
 
 @rule
-def gather(x: Any, indices: Any, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Any:
-    """Take the slices of x at `indices` along an axis. UnsupportedError for batch_dims."""
-    if batch_dims:
-        raise UnsupportedError("gather with batch_dims")
-    at, axis = tensor(indices).long(), axis % x.dim()
-    at = at.where(at >= 0, at + x.shape[axis])
-    return x.index_select(axis, at.reshape(-1)).reshape(*x.shape[:axis], *at.shape, *x.shape[axis + 1 :])
-
-
-@rule
 def crop(x: Any, crop_height: Sequence[int], crop_width: Sequence[int]) -> Any:
     """Cut (before, after) rows and columns off (.., H, W)."""
     (top, bottom), (left, right) = crop_height, crop_width

@@ -15,6 +15,7 @@ from typing import Any
 from evm_deploy.runtimes.mil import compression, images, layout, scatter, selection
 from evm_deploy.runtimes.mil.rule import Rule, UnsupportedError, into, tensor
 
+MODULES = (images, layout, selection, scatter, compression)  # with rules of their own
 RULES: dict[str, Rule] = {}
 rule = into(RULES)
 
@@ -80,12 +81,6 @@ def leaky_relu(x: Any, alpha: Any = 0.01) -> Any:
 def sigmoid_hard(x: Any, alpha: Any = 0.2, beta: Any = 0.5) -> Any:
     """Compute alpha x + beta, limited to 0..1."""
     return (float(alpha) * x + float(beta)).clamp(0, 1)
-
-
-@rule
-def select(cond: Any, a: Any, b: Any) -> Any:
-    """Take a where cond is true, else b."""
-    return tensor(a).where(tensor(cond), tensor(b))
 
 
 @rule
@@ -273,5 +268,4 @@ def classify(probabilities: Any, classes: Sequence[str]) -> Any:
 @cache
 def all_rules() -> dict[str, Rule]:
     """Return the rules of all operations: MIL operation type -> rule. Every call returns the same table."""
-    others = (images, layout, selection, scatter, compression)
-    return {**_elementwise(), **RULES, **{name: each for module in others for name, each in module.RULES.items()}}
+    return {**_elementwise(), **RULES, **{name: each for module in MODULES for name, each in module.RULES.items()}}

@@ -81,15 +81,6 @@ def select(cond: Any, a: Any, b: Any) -> Any:
 
 
 @rule
-def upsample_nearest_neighbor(x: Any, scale_factor_height: Any = 1, scale_factor_width: Any = 1) -> Any:
-    """Repeat every pixel. Raises UnsupportedError for factors that are no whole numbers."""
-    factors = [float(scale_factor_height), float(scale_factor_width)]
-    if any(factor != int(factor) for factor in factors):
-        raise UnsupportedError(f"upsample_nearest_neighbor by {factors}")
-    return x.repeat_interleave(int(factors[0]), -2).repeat_interleave(int(factors[1]), -1)
-
-
-@rule
 def non_maximum_suppression(
     boxes: Any,
     scores: Any,
