@@ -27,7 +27,7 @@ OTHERS = {
 
 #: A tool that, like ninja, puts its job into another process group; the job notes its number.
 TOOL = """#!/bin/sh
-exec {python} -c "
+exec "{python}" -c "
 import os, subprocess, sys, time
 job = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=lambda: os.setpgid(0, 0))
 with open('{jobs}', 'a') as file:
